@@ -1,0 +1,315 @@
+"""The C boundary: CPU kernels, the recorded program that runs them, and the few helpers that need C speed.
+
+Addresses are plain integers (bytes); the caller owns the memory and keeps it alive as long as the
+`Program` that was told about it. Activation matrices are float32, row-major; a `*_stride` is the
+distance between two rows in elements. `rows` says how many rows an operation has: the tokens of the
+step, or only those whose logits are wanted.
+
+Two promises hold for every function here (see ARCHITECTURE.md, "One arithmetic"): the same bits on every
+instruction-set level, and the same bits for every number of threads and every way a prompt is cut.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+ROWS_TOKENS: int  # an operation over all tokens of the step
+ROWS_OUTPUTS: int  # an operation over the rows picked by `select_outputs` and after it
+
+GATE_SIGMOID: int  # x * sigmoid(gate)
+GATE_SILU: int  # x * silu(gate)
+
+ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
+ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
+
+SCORE_SOFTMAX: int  # router scores: softmax over all experts
+SCORE_SIGMOID: int  # router scores: one sigmoid per expert
+SCORE_SOFTMAX_TOPK: int  # softmax over the chosen experts only
+
+KV_F32: int
+KV_F16: int
+KV_Q8_0: int
+
+# -- instruction-set levels ------------------------------------------------------------------------------------------
+
+def isa_levels() -> list[str]:
+    """Return the levels this CPU can run, slowest first: some of "scalar", "avx2", "avx512"."""
+
+def format_facts(ggml_type: int) -> tuple[int, int, int] | None:
+    """Return (block_size, block_bytes, activation) of a weight format as C knows it, or None if C does not know it."""
+
+def fast_formats(isa: str) -> list[int]:
+    """Return the ggml types that have their own vector code at `isa`; the others take the generic path."""
+
+def set_grids(grids: dict[str, npt.NDArray[np.int8]]) -> None:
+    """Hand over the code-book tables of the IQ formats, by format name. Kept alive by the module. Called once, by `engine.quants`."""
+
+# -- single kernels, for tests, tools and loading --------------------------------------------------------------------
+
+def dequantize(ggml_type: int, raw: npt.NDArray[np.uint8], n_cols: int) -> npt.NDArray[np.float32]:
+    """Return float32 [n_rows, n_cols] of uint8 rows [n_rows, row_bytes]. Exact: equal to `quants.reference`."""
+
+def quantize_activations(x: npt.NDArray[np.float32], activation: int, isa: str | None = None) -> npt.NDArray[np.uint8]:
+    """Return the activation rows [n_rows, activation_bytes] of float32 [n_rows, n_cols]; layout in `kernels/activations.h`."""
+
+def activation_bytes(activation: int, n_cols: int) -> int:
+    """Return the bytes of one activation row (a multiple of 64)."""
+
+def matmul(
+    ggml_type: int,
+    weight: npt.NDArray[np.uint8],
+    x: npt.NDArray[np.float32],
+    n_threads: int = 1,
+    isa: str | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return x @ weight.T, float32 [n_tokens, n_rows], in the canonical arithmetic.
+
+    `weight` is uint8 [n_rows, row_bytes], `x` float32 [n_tokens, n_cols].
+    """
+
+def fill_random_blocks(ggml_type: int, out: npt.NDArray[np.uint8], n_cols: int, seed: int, n_threads: int = 1) -> None:
+    """Fill uint8 rows [n_rows, row_bytes] in place with valid random blocks whose values have a standard deviation of about n_cols ** -0.5.
+
+    Deterministic in `seed` and position, whatever the number of threads; runs near memory speed.
+    """
+
+def parallel_copy(src: int, dst: int, n_bytes: int, n_threads: int) -> None:
+    """Copy bytes with several threads (first touch of fresh pages is spread over them). Releases the GIL."""
+
+def read_bandwidth(buffer: npt.NDArray[np.uint8], n_threads: int, repeats: int) -> float:
+    """Return the best read bandwidth in bytes a second over `repeats` passes of a buffer (make it far larger than the caches)."""
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+def argmax(logits: npt.NDArray[np.float32]) -> int:
+    """Return the index of the largest value, the lowest one on a tie."""
+
+def sample(
+    logits: npt.NDArray[np.float32],
+    recent: npt.NDArray[np.int32],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    uniform: float,
+) -> int:
+    """Return the id of one token drawn from float32 [n_vocab] logits, which are not changed.
+
+    Penalties first (over `recent`), then temperature, top-k (0 = all), top-p, min-p, then inverse-CDF with `uniform`
+    in [0, 1) over the surviving tokens in order of falling probability (ties: lower id first). A temperature of 0 is
+    greedy after penalties. Formulas in `kernels/sampling.h`.
+    """
+
+def log_probabilities(logits: npt.NDArray[np.float32], n_top: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], float]:
+    """Return the `n_top` best ids, their natural-log probabilities, and log-sum-exp of all logits (to rate any other id)."""
+
+# -- the recorded program --------------------------------------------------------------------------------------------
+
+class Step:
+    """The inputs of one run: what changes between two steps. Arrays are owned here and reused."""
+
+    token_ids: npt.NDArray[np.int32]  # [max_tokens]
+    positions: npt.NDArray[np.int32]  # [max_tokens] place of each token in its own sequence; 0 starts it afresh
+    slots: npt.NDArray[np.int32]  # [max_tokens] which sequence (KV and recurrent state) a token belongs to
+    output_rows: npt.NDArray[np.int32]  # [max_tokens] tokens whose logits are wanted, rising
+    n_tokens: int
+    n_outputs: int
+
+    def __init__(self, max_tokens: int) -> None: ...
+
+class Program:
+    """Operations recorded once and run by one nogil call; sizes other than the number of tokens are fixed.
+
+    The tokens of one sequence stand together and in order. A step may hold several sequences.
+    Every method but `run` records one operation that starts when the ones before it are done.
+    """
+
+    n_threads: int
+    isa: str
+
+    def __init__(self, max_tokens: int, n_slots: int, n_threads: int, isa: str | None = None) -> None: ...
+    def run(self, step: Step) -> None:
+        """Run everything recorded, without the GIL. Raises `ValueError` for a step that does not fit (sizes, ids, slots, positions)."""
+
+    def __len__(self) -> int:
+        """Return the number of operations recorded."""
+
+    def profile(self, step: Step) -> list[tuple[str, float]]:
+        """Run once and return (operation, seconds) in order, measured on the first thread with a barrier after each."""
+
+    def embed(self, table: int, ggml_type: int, n_vocab: int, n_cols: int, out: int, out_stride: int, scale: float) -> None:
+        """out[t] = dequantised row token_ids[t] of the table, times `scale`."""
+
+    def rms_norm(
+        self, x: int, x_stride: int, weight: int, out: int, out_stride: int, n_groups: int, group_size: int, eps: float, rows: int
+    ) -> None:
+        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps). weight float32 [group_size]; in place allowed."""
+
+    def quantize(self, x: int, x_stride: int, n_cols: int, activation: int, out: int, rows: int) -> None:
+        """Write activation rows (`activation_bytes(activation, n_cols)` apart) of float32 rows."""
+
+    def linear(
+        self,
+        x: int,
+        x_row_bytes: int,
+        n_cols: int,
+        weights: Sequence[tuple[int, int, int, int, int, int, int]],
+        rows: int,
+    ) -> None:
+        """Multiply by several matrices as one job: out[t, r] = (x[t] . W[r]) * scale + bias[r].
+
+        `x` holds activation rows `x_row_bytes` apart, in the form all these formats take (float32 rows for F32, F16 ...).
+        `weights` are (address, ggml_type, n_rows, out, out_stride, bias or 0, scale or 0); bias is float32 [n_rows], scale float32 [1].
+        """
+
+    def add(self, a: int, a_stride: int, b: int, b_stride: int, out: int, out_stride: int, n_cols: int, rows: int) -> None:
+        """out = a + b; in place allowed."""
+
+    def gate(
+        self, x: int, x_stride: int, gate: int, gate_stride: int, out: int, out_stride: int, n_cols: int, kind: int, rows: int
+    ) -> None:
+        """out = x * sigmoid(gate) or x * silu(gate), by `kind`; in place allowed."""
+
+    def split_heads(
+        self, x: int, x_stride: int, first: int, first_stride: int, second: int, second_stride: int, n_heads: int, head_dim: int
+    ) -> None:
+        """Take apart rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`."""
+
+    def rope(
+        self, x: int, x_stride: int, frequencies: int, n_heads: int, head_dim: int, n_rot: int, style: int, magnitude: float
+    ) -> None:
+        """Rotate the first `n_rot` values of each head in place by position * frequencies[i] (float32 [n_rot / 2]); cos and sin times `magnitude`."""
+
+    def attention(
+        self,
+        q: int,
+        q_stride: int,
+        k: int,
+        k_stride: int,
+        v: int,
+        v_stride: int,
+        out: int,
+        out_stride: int,
+        cache: int,
+        cache_type: int,
+        context_length: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> None:
+        """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
+
+        `cache` is K then V, each [n_slots, context_length, n_kv_heads, head_dim] in `cache_type` (`kv_cache_bytes`).
+        Online softmax over fixed blocks of positions, so no n x n matrix and the same bits however the prompt is cut.
+        """
+
+    def causal_conv(
+        self, x: int, x_stride: int, weight: int, state: int, out: int, out_stride: int, n_channels: int, kernel_size: int
+    ) -> None:
+        """Depthwise causal convolution and SiLU. weight float32 [n_channels, kernel_size]; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
+
+    def delta_net(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        qkv_stride: int,
+        beta: int,
+        beta_stride: int,
+        alpha: int,
+        alpha_stride: int,
+        a: int,
+        dt_bias: int,
+        state: int,
+        out: int,
+        out_stride: int,
+        n_k_heads: int,
+        n_v_heads: int,
+        k_dim: int,
+        v_dim: int,
+        grouped: bool,
+        eps: float,
+    ) -> None:
+        """Gated delta rule (recurrent form). q and k are L2-normalised per head here, q also divided by sqrt(k_dim).
+
+        beta = sigmoid(beta), decay = exp(a * softplus(alpha + dt_bias)), both [n_v_heads].
+        v head h uses k head h // (n_v_heads / n_k_heads) if `grouped`, else h % n_k_heads.
+        state float32 [n_slots, n_v_heads, v_dim, k_dim].
+        """
+
+    def router(
+        self,
+        logits: int,
+        logits_stride: int,
+        bias: int,
+        ids: int,
+        weights: int,
+        n_experts: int,
+        n_experts_used: int,
+        scoring: int,
+        n_groups: int,
+        n_groups_used: int,
+        normalize: bool,
+        scale: float,
+    ) -> None:
+        """Choose experts: ids int32 and weights float32, both [max_tokens, n_experts_used], falling score, ties to the lower id.
+
+        `bias` (or 0) is added to the scores for choosing only; groups as in DeepSeek-V3 (n_groups <= 1 = off).
+        """
+
+    def experts(
+        self,
+        x_gate: int,
+        x_gate_row_bytes: int,
+        x_up: int,
+        x_up_row_bytes: int,
+        ids: int,
+        n_experts: int,
+        n_experts_used: int,
+        gate: tuple[int, int, int, int],
+        up: tuple[int, int, int, int],
+        down: tuple[int, int, int, int],
+        hidden_size: int,
+        ffn_size: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        """Gated FFN of the chosen experts: out[t, rank] = down_e(silu(gate_e x[t]) * (up_e x[t])), not yet weighted.
+
+        Each matrix is (address, ggml_type, bytes from one expert to the next, scale or 0); gate and up have `ffn_size`
+        rows of `hidden_size`, down the reverse; scale is float32 [n_experts]. `x_gate` and `x_up` hold the same activations
+        in the forms the two formats take. out is float32 [max_tokens, n_experts_used, hidden_size], rows `out_stride` apart.
+        All selected experts and both halves are one job; with several tokens they are grouped by expert.
+        """
+
+    def combine(
+        self,
+        expert_out: int,
+        expert_out_stride: int,
+        weights: int,
+        n_experts_used: int,
+        shared: int,
+        shared_stride: int,
+        shared_gate: int,
+        shared_gate_stride: int,
+        residual: int,
+        residual_stride: int,
+        out: int,
+        out_stride: int,
+        n_cols: int,
+    ) -> None:
+        """out = residual + (sum over ranks of weight * expert_out, one fma a rank from rank 0, + sigmoid(shared_gate) * shared).
+
+        `shared` and `shared_gate` may be 0 (none; ungated). In place on residual allowed.
+        """
+
+    def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:
+        """out[i] = x[output_rows[i]]: from here on only the wanted rows."""
+
+def kv_cache_bytes(cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int) -> int:
+    """Return the bytes of one layer's K and V cache."""

@@ -1,0 +1,62 @@
+"""What pyproject.toml cannot say: the extension, and one C library for each instruction-set level.
+
+Only the objects of a level are compiled with its instructions, so the extension loads on any x86-64 CPU and picks
+a level at run time. Fused multiply-add is always written out (`-ffp-contract=off`): the arithmetic is the same bits
+on every level.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+KERNELS = Path("engine/kernels")
+HEADERS = sorted(str(p) for p in KERNELS.rglob("*.h"))
+SANITIZE = os.environ.get("ENGINE_SANITIZE", "")  # for example "address,undefined"; see the Makefile
+
+CFLAGS = ["-std=gnu11", "-O3", "-g1", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC", "-Wall", "-Wextra"]
+LDFLAGS = ["-fopenmp"]
+if SANITIZE:
+    CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1"]
+    LDFLAGS += [f"-fsanitize={SANITIZE}"]
+
+LEVELS = {"scalar": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+    LEVELS["avx2"] = avx2
+    LEVELS["avx512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
+
+libraries = [
+    (
+        f"engine_{level}",
+        {"sources": [str(KERNELS / f"level_{level}.c")], "cflags": CFLAGS + flags, "obj_deps": {"": HEADERS}},
+    )
+    for level, flags in LEVELS.items()
+]
+
+extension = Extension(
+    "engine._kernels",
+    ["engine/_kernels.pyx", *sorted(str(p) for p in KERNELS.glob("*.c") if not p.name.startswith("level_"))],
+    include_dirs=["engine"],
+    depends=HEADERS,
+    extra_compile_args=[*CFLAGS, "-Wno-unused-function"],
+    extra_link_args=LDFLAGS,
+    define_macros=[(f"ENGINE_HAS_{level.upper()}", "1") for level in LEVELS],
+)
+
+setup(
+    libraries=libraries,
+    ext_modules=cythonize(
+        [extension],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "embedsignature": False,
+            "binding": True,
+        },
+    ),
+)

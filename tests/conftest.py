@@ -1,0 +1,29 @@
+"""Fixtures that every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The small files that every checkout has: `tests/data`."""
+    return REPO / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The full golden files, models and traces, which stand beside the checkout where the project is developed.
+
+    A user's checkout has none: those tests are skipped there, and the copies in `tests/data` still run. CI must have them.
+    """
+    folder = Path(os.environ.get("ENGINE_SHARED", REPO.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        message = f"no golden files in {folder} (set ENGINE_SHARED to their folder)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
