@@ -26,7 +26,15 @@ LEVELS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
     LEVELS["avx2"] = avx2
-    LEVELS["avx512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
+    LEVELS["avx512"] = [
+        *avx2,
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mprefer-vector-width=512",
+    ]
 
 libraries = [
     (

@@ -104,7 +104,9 @@ def sample(
     greedy after penalties. Formulas in `kernels/sampling.h`.
     """
 
-def log_probabilities(logits: npt.NDArray[np.float32], n_top: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], float]:
+def log_probabilities(
+    logits: npt.NDArray[np.float32], n_top: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], float]:
     """Return the `n_top` best ids, their natural-log probabilities, and log-sum-exp of all logits (to rate any other id)."""
 
 # -- the recorded program --------------------------------------------------------------------------------------------
@@ -141,11 +143,22 @@ class Program:
     def profile(self, step: Step) -> list[tuple[str, float]]:
         """Run once and return (operation, seconds) in order, measured on the first thread with a barrier after each."""
 
-    def embed(self, table: int, ggml_type: int, n_vocab: int, n_cols: int, out: int, out_stride: int, scale: float) -> None:
+    def embed(
+        self, table: int, ggml_type: int, n_vocab: int, n_cols: int, out: int, out_stride: int, scale: float
+    ) -> None:
         """out[t] = dequantised row token_ids[t] of the table, times `scale`."""
 
     def rms_norm(
-        self, x: int, x_stride: int, weight: int, out: int, out_stride: int, n_groups: int, group_size: int, eps: float, rows: int
+        self,
+        x: int,
+        x_stride: int,
+        weight: int,
+        out: int,
+        out_stride: int,
+        n_groups: int,
+        group_size: int,
+        eps: float,
+        rows: int,
     ) -> None:
         """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps). weight float32 [group_size]; in place allowed."""
 
@@ -166,21 +179,48 @@ class Program:
         `weights` are (address, ggml_type, n_rows, out, out_stride, bias or 0, scale or 0); bias is float32 [n_rows], scale float32 [1].
         """
 
-    def add(self, a: int, a_stride: int, b: int, b_stride: int, out: int, out_stride: int, n_cols: int, rows: int) -> None:
+    def add(
+        self, a: int, a_stride: int, b: int, b_stride: int, out: int, out_stride: int, n_cols: int, rows: int
+    ) -> None:
         """out = a + b; in place allowed."""
 
     def gate(
-        self, x: int, x_stride: int, gate: int, gate_stride: int, out: int, out_stride: int, n_cols: int, kind: int, rows: int
+        self,
+        x: int,
+        x_stride: int,
+        gate: int,
+        gate_stride: int,
+        out: int,
+        out_stride: int,
+        n_cols: int,
+        kind: int,
+        rows: int,
     ) -> None:
         """out = x * sigmoid(gate) or x * silu(gate), by `kind`; in place allowed."""
 
     def split_heads(
-        self, x: int, x_stride: int, first: int, first_stride: int, second: int, second_stride: int, n_heads: int, head_dim: int
+        self,
+        x: int,
+        x_stride: int,
+        first: int,
+        first_stride: int,
+        second: int,
+        second_stride: int,
+        n_heads: int,
+        head_dim: int,
     ) -> None:
         """Take apart rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`."""
 
     def rope(
-        self, x: int, x_stride: int, frequencies: int, n_heads: int, head_dim: int, n_rot: int, style: int, magnitude: float
+        self,
+        x: int,
+        x_stride: int,
+        frequencies: int,
+        n_heads: int,
+        head_dim: int,
+        n_rot: int,
+        style: int,
+        magnitude: float,
     ) -> None:
         """Rotate the first `n_rot` values of each head in place by position * frequencies[i] (float32 [n_rot / 2]); cos and sin times `magnitude`."""
 
@@ -209,7 +249,15 @@ class Program:
         """
 
     def causal_conv(
-        self, x: int, x_stride: int, weight: int, state: int, out: int, out_stride: int, n_channels: int, kernel_size: int
+        self,
+        x: int,
+        x_stride: int,
+        weight: int,
+        state: int,
+        out: int,
+        out_stride: int,
+        n_channels: int,
+        kernel_size: int,
     ) -> None:
         """Depthwise causal convolution and SiLU. weight float32 [n_channels, kernel_size]; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
 

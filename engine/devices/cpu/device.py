@@ -1,0 +1,112 @@
+"""Opens the CPU as a device and runs compiled programs on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels
+from engine.devices.cpu.lowering import Lowering
+from engine.devices.graph import Graph, Limits, WeightAccess
+from engine.errors import DeviceError, RequestError
+from engine.quants import install_grids
+
+
+class CPUDevice:
+    """All operations on the CPU, with `n_threads` threads at one instruction-set level."""
+
+    def __init__(self, n_threads: int, isa: str | None = None) -> None:
+        """Choose the level: `isa` caps it ("scalar", "avx2", "avx512"); None takes the best this CPU runs."""
+        levels = _kernels.isa_levels()
+        if isa is not None and isa not in levels:
+            raise DeviceError(f"this CPU cannot run the instruction-set level {isa!r}; it runs {', '.join(levels)}")
+        self.n_threads = n_threads
+        self.isa = isa or levels[-1]
+        install_grids()
+
+    @property
+    def description(self) -> str:
+        """Return one line for people."""
+        return f"CPU, {self.n_threads} thread{'s' * (self.n_threads != 1)}, {self.isa}"
+
+    def compile(self, graph: Graph, weights: WeightAccess, limits: Limits) -> CPUProgram:
+        """Make a flat program of a recorded forward pass. The weights must outlive it."""
+        return CPUProgram(self, Lowering(graph, weights, limits, self.n_threads, self.isa))
+
+
+class CPUProgram:
+    """A compiled forward pass, the sequences it keeps, and the memory of both."""
+
+    def __init__(self, device: CPUDevice, lowered: Lowering) -> None:
+        self.device = device
+        self._lowered = lowered
+        self._program = lowered.program
+        self._limits = lowered.limits
+        self._step = _kernels.Step(lowered.limits.max_tokens)
+        self._n_tokens = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of all KV caches and recurrent states."""
+        return self._lowered.state_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the bytes of all intermediate results."""
+        return self._lowered.scratch_bytes
+
+    @property
+    def n_operations(self) -> int:
+        """Return the number of C calls that one step makes."""
+        return len(self._program)
+
+    def run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        """Run one step; see `graph.Program.run`. Raises `RequestError` for a step that does not fit the program."""
+        self._fill(token_ids, positions, slots, output_rows)
+        try:
+            self._program.run(self._step)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        return self._lowered.logits[: len(output_rows)]
+
+    def profile(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> list[tuple[str, float]]:
+        """Run one step and return (operation, seconds) for each C call, in order."""
+        self._fill(token_ids, positions, slots, output_rows)
+        return self._program.profile(self._step)
+
+    def _fill(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> None:
+        step, n = self._step, len(token_ids)
+        if not 0 < n <= self._limits.max_tokens:
+            raise RequestError(f"a step of {n} tokens was asked for; this program takes 1 to {self._limits.max_tokens}")
+        step.token_ids[:n] = token_ids
+        step.positions[:n] = positions
+        step.slots[:n] = slots
+        step.output_rows[: len(output_rows)] = output_rows
+        step.n_tokens, step.n_outputs = n, len(output_rows)
+        self._n_tokens = n
+
+    def routing(self) -> npt.NDArray[np.int32]:
+        """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
+        return np.stack([ids[: self._n_tokens] for ids in self._lowered.routing_ids])
+
+    def close(self) -> None:
+        """Forget the program; its memory is freed with the last array that refers to it."""
+        del self._program, self._lowered

@@ -1,0 +1,369 @@
+"""Turns a recorded forward pass into a flat program of C calls with fixed addresses.
+
+Two passes. The first walks the operations in order, notes when each result is first made and last used, and puts the
+activations into the forms that the weight formats take (once for each form, however many matrices read them). Then
+memory is planned, and the second pass records the calls with the addresses the plan gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels
+from engine.devices import graph as ops
+from engine.devices.cpu.memory import ALIGNMENT, Arena, Interval, plan_offsets
+from engine.devices.graph import Graph, Limits, Tensor, Vector, Weight, WeightAccess
+from engine.quants.formats import Activation
+
+
+@dataclass(slots=True)
+class Place:
+    """Where the rows of a tensor will lie; the address is known once memory is planned."""
+
+    interval: Interval
+    lowering: Lowering
+    offset: int
+    stride: int  # elements from one row to the next, or bytes for activation rows
+
+    @property
+    def address(self) -> int:
+        """Return the address of the first value."""
+        return self.lowering.scratch.address + self.interval.offset + self.offset
+
+    @property
+    def at(self) -> tuple[int, int]:
+        """Return address and stride, as the C calls take them."""
+        return self.address, self.stride
+
+
+class Lowering:
+    """Compiles one graph; afterwards holds the C program and every piece of memory that it uses."""
+
+    def __init__(self, graph: Graph, weights: WeightAccess, limits: Limits, n_threads: int, isa: str) -> None:
+        self.limits = limits
+        self.program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
+        self._weights = weights
+        self._keep: list[npt.NDArray[np.generic]] = []  # memory that the C program refers to by address
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+        self._intervals: dict[object, Interval] = {}
+        self._calls: list[Callable[[], None]] = []
+        self._index = 0
+        self._allocate_state(graph)
+
+        for self._index, operation in enumerate(graph.operations):
+            _LOWER[type(operation)](self, operation)
+        assert graph.logits is not None
+        end = len(graph.operations)
+        for kept in (graph.logits, *(r.ids for r in graph.routings)):  # read by the caller after the last operation
+            self._intervals[kept.buffer].last = end
+
+        self.scratch_bytes = plan_offsets(list(self._intervals.values()))
+        self.scratch = Arena(self.scratch_bytes)
+        for call in self._calls:
+            call()
+        self.logits = self._view(graph.logits, np.float32)
+        self.routing_ids = [self._view(r.ids, np.int32) for r in graph.routings]
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _allocate_state(self, graph: Graph) -> None:
+        """Give every KV cache and recurrent state its part of one arena, which lives as long as the program."""
+        limits, offset = self.limits, 0
+        offsets: list[tuple[object, int]] = []
+        for cache in graph.kv_caches:
+            offsets.append((cache, offset))
+            offset += _kernels.kv_cache_bytes(
+                limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim
+            )
+            offset = -(-offset // ALIGNMENT) * ALIGNMENT
+        for state in graph.states:
+            offsets.append((state, offset))
+            offset += -(-state.width * 4 * limits.n_slots // ALIGNMENT) * ALIGNMENT
+        self.state_bytes = offset
+        self._state = Arena(offset)
+        self._state_address = {owner: self._state.address + at for owner, at in offsets}
+
+    def _interval(self, key: object, n_bytes: int) -> Interval:
+        interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
+        interval.last = self._index
+        return interval
+
+    def _use(self, tensor: Tensor) -> Place:
+        """Note that the operation at hand uses a tensor, and say where it will lie."""
+        width = tensor.buffer.width
+        interval = self._interval(tensor.buffer, self.limits.max_tokens * width * 4)
+        return Place(interval, self, tensor.offset * 4, width)
+
+    def _activations(self, x: Tensor, activation: Activation) -> Place:
+        """Say where x lies in the form that a weight format takes, after recording the conversion if there is none."""
+        if activation == Activation.F32:
+            place = self._use(x)
+            return Place(place.interval, self, place.offset, place.stride * 4)
+        row_bytes = _kernels.activation_bytes(activation, x.width)
+        key = (x.buffer, x.offset, x.width, activation)
+        is_new = key not in self._intervals
+        converted = Place(self._interval(key, self.limits.max_tokens * row_bytes), self, 0, row_bytes)
+        if is_new:
+            source, rows, width = self._use(x), x.rows, x.width
+            self._calls.append(lambda: self.program.quantize(*source.at, width, activation, converted.address, rows))
+        return converted
+
+    def _view(self, tensor: Tensor, dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+        interval = self._intervals[tensor.buffer]
+        size = self.limits.max_tokens * tensor.width
+        flat = self.scratch.bytes[interval.offset : interval.offset + size * 4].view(dtype)
+        return flat.reshape(self.limits.max_tokens, tensor.width)
+
+    def _vector(self, vector: Vector | None) -> int:
+        """Return the address of float32 values, converted once whatever the file stores; 0 for None."""
+        if vector is None:
+            return 0
+        values = self._vectors.get(vector.name)
+        if values is None:
+            raw = self._weights.array(vector.name).reshape(1, -1)
+            values = self._vectors[vector.name] = _kernels.dequantize(vector.format.ggml_type, raw, vector.size)
+        return int(values.ctypes.data)
+
+    def _matrix(self, weight: Weight) -> tuple[int, int]:
+        """Return the address of the first row and the bytes from one expert to the next."""
+        row_bytes = weight.format.row_bytes(weight.n_cols)
+        base = int(self._weights.array(weight.name).ctypes.data)
+        return base + weight.first_row * row_bytes, (weight.stored_rows or weight.n_rows) * row_bytes
+
+    # -- operations --------------------------------------------------------------------------------------------------
+
+    def _embed(self, op: ops.Embed) -> None:
+        out = self._use(op.out)
+        table, ggml_type = op.table, op.table.format.ggml_type
+        address, _ = self._matrix(table)
+        self._calls.append(
+            lambda: self.program.embed(address, ggml_type, table.n_rows, table.n_cols, *out.at, op.scale)
+        )
+
+    def _rms_norm(self, op: ops.RMSNorm) -> None:
+        x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
+        size = op.weight.size
+        self._calls.append(
+            lambda: self.program.rms_norm(*x.at, weight, *out.at, op.x.width // size, size, op.eps, op.x.rows)
+        )
+
+    def _linear(self, op: ops.Linear) -> None:
+        by_form: dict[Activation, list[int]] = {}
+        for i, weight in enumerate(op.weights):
+            by_form.setdefault(weight.format.activation, []).append(i)
+        outs = [self._use(out) for out in op.outs]
+        for activation, members in by_form.items():
+            self._linear_in_form(op, activation, members, outs)
+
+    def _linear_in_form(self, op: ops.Linear, activation: Activation, members: list[int], outs: list[Place]) -> None:
+        x = self._activations(op.x, activation)
+        entries = [
+            (
+                self._matrix(op.weights[i])[0],
+                op.weights[i].format.ggml_type,
+                op.weights[i].n_rows,
+                outs[i],
+                self._vector(op.biases[i]),
+                self._vector(op.weights[i].scale),
+            )
+            for i in members
+        ]
+        self._calls.append(
+            lambda: self.program.linear(
+                *x.at,
+                op.x.width,
+                [(w, kind, n_rows, *out.at, bias, scale) for w, kind, n_rows, out, bias, scale in entries],
+                op.x.rows,
+            )
+        )
+
+    def _add(self, op: ops.Add) -> None:
+        a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
+        self._calls.append(lambda: self.program.add(*a.at, *b.at, *out.at, op.a.width, op.a.rows))
+
+    def _gate(self, op: ops.Gate) -> None:
+        x, gate, out = self._use(op.x), self._use(op.gate), self._use(op.out)
+        self._calls.append(
+            lambda: self.program.gate(
+                *x.at,
+                *gate.at,
+                *out.at,
+                op.x.width,
+                op.gating,
+                op.x.rows,
+            )
+        )
+
+    def _split_heads(self, op: ops.SplitHeads) -> None:
+        x, first, second = self._use(op.x), self._use(op.first), self._use(op.second)
+        self._calls.append(
+            lambda: self.program.split_heads(
+                *x.at,
+                *first.at,
+                *second.at,
+                op.n_heads,
+                op.head_dim,
+            )
+        )
+
+    def _rope(self, op: ops.Rope) -> None:
+        x = self._use(op.x)
+        frequencies = np.ascontiguousarray(op.frequencies, np.float32)
+        self._keep.append(frequencies)
+        self._calls.append(
+            lambda: self.program.rope(
+                *x.at,
+                int(frequencies.ctypes.data),
+                op.n_heads,
+                op.head_dim,
+                2 * len(frequencies),
+                op.style,
+                op.magnitude,
+            )
+        )
+
+    def _attention(self, op: ops.Attention) -> None:
+        q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
+        cache, limits = op.cache, self.limits
+        self._calls.append(
+            lambda: self.program.attention(
+                *q.at,
+                *k.at,
+                *v.at,
+                *out.at,
+                self._state_address[cache],
+                limits.kv_type,
+                limits.context_length,
+                op.n_heads,
+                cache.n_kv_heads,
+                cache.head_dim,
+                op.scale,
+            )
+        )
+
+    def _causal_conv(self, op: ops.CausalConv) -> None:
+        x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
+        self._calls.append(
+            lambda: self.program.causal_conv(
+                *x.at,
+                weight,
+                self._state_address[op.state],
+                *out.at,
+                op.x.width,
+                op.kernel_size,
+            )
+        )
+
+    def _delta_net(self, op: ops.DeltaNet) -> None:
+        q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
+        beta, alpha = self._use(op.beta), self._use(op.alpha)
+        a, dt_bias = self._vector(op.a), self._vector(op.dt_bias)
+        assert q.stride == k.stride == v.stride
+        self._calls.append(
+            lambda: self.program.delta_net(
+                q.address,
+                k.address,
+                v.address,
+                q.stride,
+                *beta.at,
+                *alpha.at,
+                a,
+                dt_bias,
+                self._state_address[op.state],
+                *out.at,
+                op.n_k_heads,
+                op.n_v_heads,
+                op.k.width // op.n_k_heads,
+                op.v.width // op.n_v_heads,
+                op.grouped,
+                op.eps,
+            )
+        )
+
+    def _router(self, op: ops.Router) -> None:
+        logits, ids, weights = self._use(op.logits), self._use(op.out.ids), self._use(op.out.weights)
+        bias = self._vector(op.bias)
+        self._calls.append(
+            lambda: self.program.router(
+                *logits.at,
+                bias,
+                ids.address,
+                weights.address,
+                op.out.n_experts,
+                op.out.ids.width,
+                op.scoring,
+                op.n_groups,
+                op.n_groups_used,
+                op.normalize,
+                op.scale,
+            )
+        )
+
+    def _experts(self, op: ops.Experts) -> None:
+        x_gate = self._activations(op.x, op.gate.format.activation)
+        x_up = self._activations(op.x, op.up.format.activation)
+        ids, out = self._use(op.routing.ids), self._use(op.out)
+        gate, up, down = (
+            (address, weight.format.ggml_type, expert_bytes, self._vector(weight.scale))
+            for weight in (op.gate, op.up, op.down)
+            for address, expert_bytes in (self._matrix(weight),)
+        )
+        self._calls.append(
+            lambda: self.program.experts(
+                *x_gate.at,
+                *x_up.at,
+                ids.address,
+                op.routing.n_experts,
+                op.routing.ids.width,
+                gate,
+                up,
+                down,
+                op.x.width,
+                op.gate.n_rows,
+                *out.at,
+            )
+        )
+
+    def _combine(self, op: ops.Combine) -> None:
+        expert_out, weights = self._use(op.expert_out), self._use(op.routing.weights)
+        residual, out = self._use(op.residual), self._use(op.out)
+        shared = self._use(op.shared) if op.shared else None
+        shared_gate = self._use(op.shared_gate) if op.shared_gate else None
+        self._calls.append(
+            lambda: self.program.combine(
+                *expert_out.at,
+                weights.address,
+                op.routing.ids.width,
+                *(shared.at if shared else (0, 0)),
+                *(shared_gate.at if shared_gate else (0, 0)),
+                *residual.at,
+                *out.at,
+                op.residual.width,
+            )
+        )
+
+    def _select_outputs(self, op: ops.SelectOutputs) -> None:
+        x, out = self._use(op.x), self._use(op.out)
+        self._calls.append(lambda: self.program.select_outputs(*x.at, *out.at, op.x.width))
+
+
+_LOWER: dict[type[ops.Operation], Callable[[Lowering, ops.Operation], None]] = {
+    ops.Embed: Lowering._embed,
+    ops.RMSNorm: Lowering._rms_norm,
+    ops.Linear: Lowering._linear,
+    ops.Add: Lowering._add,
+    ops.Gate: Lowering._gate,
+    ops.SplitHeads: Lowering._split_heads,
+    ops.Rope: Lowering._rope,
+    ops.Attention: Lowering._attention,
+    ops.CausalConv: Lowering._causal_conv,
+    ops.DeltaNet: Lowering._delta_net,
+    ops.Router: Lowering._router,
+    ops.Experts: Lowering._experts,
+    ops.Combine: Lowering._combine,
+    ops.SelectOutputs: Lowering._select_outputs,
+}

@@ -1,0 +1,566 @@
+"""What the rest of the engine sees of a device: a forward pass as a list of operations, and who runs it.
+
+A model writes its forward pass once, as calls of a `Graph` (for example `h = graph.rms_norm(x, weight, eps)`).
+Nothing is computed then: the graph only grows a list of operations over symbolic tensors. A `Device` compiles that
+list to whatever it replays for every step: a flat program of C calls, a CUDA graph. So the forward pass has no
+threads, streams or addresses in it, and Python does nothing per layer when a token is made.
+
+A step is some tokens of one or more sequences. All sizes but the number of tokens are fixed; one graph serves a
+single token and a whole chunk of a prompt.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.quants.formats import QuantFormat
+
+
+class Rows(enum.IntEnum):
+    """What the rows of a tensor stand for (values shared with the kernels)."""
+
+    TOKENS = 0  # the tokens of the step
+    OUTPUTS = 1  # the tokens whose logits are wanted
+
+
+class Gating(enum.IntEnum):
+    """How a gate acts on values (values shared with the kernels)."""
+
+    SIGMOID = 0
+    SILU = 1
+
+
+class RopeStyle(enum.IntEnum):
+    """Which pairs of a head are rotated together (values shared with the kernels)."""
+
+    NEOX = 0  # (i, i + n_rot / 2)
+    NORM = 1  # (2i, 2i + 1)
+
+
+class Scoring(enum.IntEnum):
+    """How router logits become scores (values shared with the kernels)."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    SOFTMAX_OF_CHOSEN = 2
+
+
+class KVType(enum.IntEnum):
+    """How keys and values are stored (values shared with the kernels)."""
+
+    F32 = 0
+    F16 = 1
+    Q8_0 = 2
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Buffer:
+    """Memory for one result: `width` four-byte values for each row."""
+
+    width: int
+    rows: Rows
+    dtype: type[np.float32] | type[np.int32] = np.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A matrix [rows, width] in a buffer, or some columns of one."""
+
+    buffer: Buffer
+    offset: int
+    width: int
+
+    @property
+    def rows(self) -> Rows:
+        """Return what the rows stand for."""
+        return self.buffer.rows
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Return the columns `start` to `stop` as a view."""
+        assert 0 <= start < stop <= self.width
+        return Tensor(self.buffer, self.offset + start, stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A tensor of the model file that is used as float32 values, whatever its format."""
+
+    name: str
+    format: QuantFormat
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix of the model file, a stack of them (one for each expert), or some rows of either.
+
+    Attributes:
+        name: the tensor's name in the file.
+        format: how it is stored.
+        n_rows, n_cols: of the matrix; it maps `n_cols` inputs to `n_rows` outputs.
+        n_experts: matrices in the stack; 1 for a plain matrix.
+        first_row: where the rows begin in each stored matrix, which has `stored_rows` (fused tensors hold several).
+        scale: a float32 factor for the product, one for each expert (formats that need one), or None.
+    """
+
+    name: str
+    format: QuantFormat
+    n_rows: int
+    n_cols: int
+    n_experts: int = 1
+    first_row: int = 0
+    stored_rows: int = 0
+    scale: Vector | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the bytes that reading the weight once moves."""
+        return self.n_experts * self.n_rows * self.format.row_bytes(self.n_cols)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class KVCache:
+    """Keys and values of one layer, for every sequence and position."""
+
+    n_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class State:
+    """Float32 values that one layer carries from token to token, for every sequence. Zero where a sequence begins."""
+
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The experts each token goes to: int32 ids and float32 weights, both [tokens, n_experts_used], best first."""
+
+    ids: Tensor
+    weights: Tensor
+    n_experts: int
+
+
+# -- operations ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Operation:
+    """One recorded step of the forward pass; the fields say all about it."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor the operation reads or writes."""
+        found: list[Tensor] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, Tensor):
+                    found.append(item)
+                elif isinstance(item, Routing):
+                    found += (item.ids, item.weights)
+        return found
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Embed(Operation):
+    """out[t] = row token_ids[t] of the table, times `scale`."""
+
+    table: Weight
+    out: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RMSNorm(Operation):
+    """weight * x / sqrt(mean(x^2) + eps), over groups of columns as long as the weight."""
+
+    x: Tensor
+    weight: Vector
+    out: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Linear(Operation):
+    """outs[i] = x . weights[i] (+ biases[i]): several matrices on the same input are one operation."""
+
+    x: Tensor
+    weights: tuple[Weight, ...]
+    biases: tuple[Vector | None, ...]
+    outs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Add(Operation):
+    """out = a + b."""
+
+    a: Tensor
+    b: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Gate(Operation):
+    """out = x * sigmoid(gate) or x * silu(gate)."""
+
+    x: Tensor
+    gate: Tensor
+    out: Tensor
+    gating: Gating
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SplitHeads(Operation):
+    """Take apart rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
+    n_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Rope(Operation):
+    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency."""
+
+    x: Tensor
+    n_heads: int
+    head_dim: int
+    frequencies: npt.NDArray[np.float32]
+    style: RopeStyle
+    magnitude: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Attention(Operation):
+    """Append k and v to the cache, then causal grouped-query attention over it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cache: KVCache
+    out: Tensor
+    n_heads: int
+    scale: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CausalConv(Operation):
+    """Depthwise causal convolution over time, then SiLU. weight [n_channels, kernel_size]."""
+
+    x: Tensor
+    weight: Vector
+    state: State
+    out: Tensor
+    kernel_size: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DeltaNet(Operation):
+    """Gated delta rule over time; formulas in `models/blocks.py`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    alpha: Tensor
+    a: Vector
+    dt_bias: Vector
+    state: State
+    out: Tensor
+    n_k_heads: int
+    n_v_heads: int
+    grouped: bool
+    eps: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Router(Operation):
+    """Choose `n_experts_used` experts for each token from their logits."""
+
+    logits: Tensor
+    bias: Vector | None
+    out: Routing
+    scoring: Scoring
+    n_groups: int
+    n_groups_used: int
+    normalize: bool
+    scale: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Experts(Operation):
+    """out[t, rank] = down(silu(gate x) * (up x)) of the expert with that rank, not yet weighted."""
+
+    x: Tensor
+    routing: Routing
+    gate: Weight
+    up: Weight
+    down: Weight
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Combine(Operation):
+    """out = residual + (weighted sum over ranks, best first, + sigmoid(shared_gate) * shared)."""
+
+    expert_out: Tensor
+    routing: Routing
+    shared: Tensor | None
+    shared_gate: Tensor | None
+    residual: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SelectOutputs(Operation):
+    """Keep only the rows whose logits are wanted."""
+
+    x: Tensor
+    out: Tensor
+
+
+# -- recording -------------------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """Records a forward pass. Each method adds one operation and returns the tensor it makes."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.kv_caches: list[KVCache] = []
+        self.states: list[State] = []
+        self.routings: list[Routing] = []
+        self.logits: Tensor | None = None
+
+    def _new(self, width: int, rows: Rows = Rows.TOKENS) -> Tensor:
+        return Tensor(Buffer(width, rows), 0, width)
+
+    def embed(self, table: Weight, scale: float = 1.0) -> Tensor:
+        """Look up the embedding of each token."""
+        out = self._new(table.n_cols)
+        self.operations.append(Embed(table, out, scale))
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Vector, eps: float) -> Tensor:
+        """Normalise the rows of x, or each group of columns if the weight is shorter (one head, for example)."""
+        assert x.width % weight.size == 0
+        out = self._new(x.width, x.rows)
+        self.operations.append(RMSNorm(x, weight, out, eps))
+        return out
+
+    def linear(self, x: Tensor, weight: Weight, bias: Vector | None = None) -> Tensor:
+        """Multiply by one matrix."""
+        return self.linears(x, (weight,), (bias,))[0]
+
+    def linears(
+        self, x: Tensor, weights: Sequence[Weight], biases: Sequence[Vector | None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Multiply by several matrices at once."""
+        assert all(w.n_cols == x.width for w in weights)
+        outs = tuple(self._new(w.n_rows, x.rows) for w in weights)
+        self.operations.append(Linear(x, tuple(weights), tuple(biases or [None] * len(weights)), outs))
+        return outs
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Add two tensors."""
+        assert a.width == b.width
+        out = self._new(a.width, a.rows)
+        self.operations.append(Add(a, b, out))
+        return out
+
+    def gate(self, x: Tensor, gate: Tensor, gating: Gating) -> Tensor:
+        """Multiply by the sigmoid or SiLU of a gate."""
+        assert x.width == gate.width
+        out = self._new(x.width, x.rows)
+        self.operations.append(Gate(x, gate, out, gating))
+        return out
+
+    def split_heads(self, x: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+        """Take apart rows that hold two parts for each head in turn."""
+        head_dim = x.width // (2 * n_heads)
+        first, second = self._new(x.width // 2), self._new(x.width // 2)
+        self.operations.append(SplitHeads(x, first, second, n_heads, head_dim))
+        return first, second
+
+    def rope(
+        self,
+        x: Tensor,
+        n_heads: int,
+        frequencies: npt.NDArray[np.float32],
+        style: RopeStyle,
+        magnitude: float = 1.0,
+    ) -> Tensor:
+        """Rotate x in place by its position; returns x."""
+        self.operations.append(Rope(x, n_heads, x.width // n_heads, frequencies, style, magnitude))
+        return x
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int, n_kv_heads: int, scale: float) -> Tensor:
+        """Attend over this layer's cache, which the graph makes here."""
+        cache = KVCache(n_kv_heads, k.width // n_kv_heads)
+        self.kv_caches.append(cache)
+        out = self._new(q.width)
+        self.operations.append(Attention(q, k, v, cache, out, n_heads, scale))
+        return out
+
+    def causal_conv(self, x: Tensor, weight: Vector, kernel_size: int) -> Tensor:
+        """Convolve over the last `kernel_size` tokens, channel by channel, then SiLU."""
+        assert weight.size == x.width * kernel_size
+        state = State((kernel_size - 1) * x.width)
+        self.states.append(state)
+        out = self._new(x.width)
+        self.operations.append(CausalConv(x, weight, state, out, kernel_size))
+        return out
+
+    def delta_net(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        alpha: Tensor,
+        a: Vector,
+        dt_bias: Vector,
+        n_k_heads: int,
+        n_v_heads: int,
+        grouped: bool,
+        eps: float,
+    ) -> Tensor:
+        """Run the gated delta rule over this layer's state, which the graph makes here."""
+        state = State(v.width * (k.width // n_k_heads))
+        self.states.append(state)
+        out = self._new(v.width)
+        self.operations.append(
+            DeltaNet(q, k, v, beta, alpha, a, dt_bias, state, out, n_k_heads, n_v_heads, grouped, eps)
+        )
+        return out
+
+    def router(
+        self,
+        logits: Tensor,
+        n_experts_used: int,
+        scoring: Scoring,
+        normalize: bool,
+        bias: Vector | None = None,
+        n_groups: int = 1,
+        n_groups_used: int = 1,
+        scale: float = 1.0,
+    ) -> Routing:
+        """Choose experts. The choice can be read after each step: see `Program.routing`."""
+        ids = Tensor(Buffer(n_experts_used, Rows.TOKENS, np.int32), 0, n_experts_used)
+        routing = Routing(ids, self._new(n_experts_used), logits.width)
+        self.routings.append(routing)
+        self.operations.append(Router(logits, bias, routing, scoring, n_groups, n_groups_used, normalize, scale))
+        return routing
+
+    def experts(self, x: Tensor, routing: Routing, gate: Weight, up: Weight, down: Weight) -> Tensor:
+        """Compute the chosen experts; the result has one stretch of columns for each rank."""
+        out = self._new(routing.ids.width * down.n_rows)
+        self.operations.append(Experts(x, routing, gate, up, down, out))
+        return out
+
+    def combine(
+        self,
+        expert_out: Tensor,
+        routing: Routing,
+        residual: Tensor,
+        shared: Tensor | None = None,
+        shared_gate: Tensor | None = None,
+    ) -> Tensor:
+        """Add the experts up in rank order, the shared expert after them, and the residual stream."""
+        out = self._new(residual.width)
+        self.operations.append(Combine(expert_out, routing, shared, shared_gate, residual, out))
+        return out
+
+    def select_outputs(self, x: Tensor) -> Tensor:
+        """Keep the rows whose logits are wanted."""
+        out = self._new(x.width, Rows.OUTPUTS)
+        self.operations.append(SelectOutputs(x, out))
+        return out
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes that a program is compiled for.
+
+    Attributes:
+        max_tokens: tokens in a step at most.
+        n_slots: sequences that are kept at the same time.
+        context_length: tokens in a sequence at most.
+        kv_type: how keys and values are stored.
+    """
+
+    max_tokens: int
+    n_slots: int
+    context_length: int
+    kv_type: KVType
+
+
+class WeightAccess(Protocol):
+    """Where a device finds the weights in RAM."""
+
+    def array(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a tensor, flat and read-only, valid until the owner is closed."""
+        ...
+
+
+class Program(Protocol):
+    """A compiled forward pass and the sequences it keeps."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of all KV caches and recurrent states."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the bytes of all intermediate results."""
+        ...
+
+    def run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        """Run one step; return logits [n_outputs, n_vocab], a view that is valid until the next step.
+
+        The tokens of one sequence stand together and in order; a token at position 0 starts its sequence afresh.
+        """
+        ...
+
+    def routing(self) -> npt.NDArray[np.int32]:
+        """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
+        ...
+
+    def close(self) -> None:
+        """Free all memory."""
+        ...
+
+
+class Device(Protocol):
+    """A place where forward passes run."""
+
+    @property
+    def description(self) -> str:
+        """Return one line for people: what it is and how it is used."""
+        ...
+
+    def compile(self, graph: Graph, weights: WeightAccess, limits: Limits) -> Program:
+        """Make a program of a recorded forward pass. The weights must outlive it."""
+        ...
