@@ -1,0 +1,83 @@
+"""Runs the compiled forward pass over stretches of tokens of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.graph import Limits, Program
+from engine.errors import RequestError
+
+Outputs = Literal["none", "last", "all"]
+Progress = Callable[[int, int], None]
+
+
+class ForwardPass:
+    """Feeds one sequence at a time to a program, in steps that it can take."""
+
+    def __init__(self, program: Program, limits: Limits, n_vocab: int) -> None:
+        self.program = program
+        self.limits = limits
+        self.n_vocab = n_vocab
+        self._slots = np.zeros(limits.max_tokens, np.int32)
+        self._no_rows = np.zeros(0, np.int32)
+
+    def run(
+        self,
+        slot: int,
+        token_ids: Sequence[int] | npt.NDArray[np.int32],
+        position: int,
+        outputs: Outputs = "last",
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to the sequence in `slot`, the first of them at `position`; position 0 starts it afresh.
+
+        Args:
+            slot: which of the kept sequences.
+            token_ids: int32 [n].
+            position: tokens that the sequence holds already.
+            outputs: the tokens whose logits are wanted.
+            progress: called with (tokens done, tokens in all) after every step.
+
+        Returns:
+            Logits, float32 [0 | 1 | n, n_vocab]: for "last" a view that is valid until the next call, for "all" fresh
+            memory.
+
+        Raises:
+            RequestError: if there are no tokens, an id is not in the vocabulary, or the sequence gets longer than the
+                context.
+        """
+        ids = np.asarray(token_ids, np.int32)
+        n = len(ids)
+        if n == 0:
+            raise RequestError("there are no tokens to run; give at least one")
+        if position + n > self.limits.context_length:
+            raise RequestError(
+                f"{position + n} tokens do not fit the context of {self.limits.context_length}; "
+                "shorten the prompt or raise [engine] context_length"
+            )
+        logits = np.empty((n if outputs == "all" else 0, self.n_vocab), np.float32)
+        step = self.limits.max_tokens
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            rows = self._rows(stop - start, outputs, is_last=stop == n)
+            positions = np.arange(position + start, position + stop, dtype=np.int32)
+            self._slots[: stop - start] = slot
+            result = self.program.run(ids[start:stop], positions, self._slots[: stop - start], rows)
+            if outputs == "all":
+                logits[start:stop] = result
+            else:
+                logits = result
+            if progress is not None:
+                progress(stop, n)
+        return logits
+
+    def _rows(self, n: int, outputs: Outputs, *, is_last: bool) -> npt.NDArray[np.int32]:
+        if outputs == "all":
+            return np.arange(n, dtype=np.int32)
+        if outputs == "last" and is_last:
+            return np.array([n - 1], np.int32)
+        return self._no_rows

@@ -1,0 +1,70 @@
+"""Model architectures: one file for each, chosen by `general.architecture`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from engine.devices.graph import Graph, Vector, Weight
+from engine.errors import UnsupportedModelError
+from engine.gguf.model_file import ModelFile
+from engine.model_spec import ModelSpec
+from engine.models import qwen3moe, qwen35moe
+from engine.models.binding import Keys, Tensors
+
+
+class Architecture(Protocol):
+    """What a file of this package defines."""
+
+    def read_spec(self, keys: Keys, tensors: Tensors) -> ModelSpec:
+        """Read the hyper-parameters."""
+        ...
+
+    def forward(self, spec: ModelSpec, tensors: Tensors) -> Graph:
+        """Record the forward pass."""
+        ...
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen35moe": qwen35moe,
+    "qwen3moe": qwen3moe,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model file understood: its hyper-parameters, its forward pass, and the tensors that this reads."""
+
+    spec: ModelSpec
+    graph: Graph
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Return the names of all tensors of the file that the forward pass reads, in order of first use."""
+        names: dict[str, None] = {}
+        for operation in self.graph.operations:
+            for field in fields(operation):
+                value = getattr(operation, field.name)
+                for item in value if isinstance(value, tuple) else (value,):
+                    if isinstance(item, (Weight, Vector)):
+                        names[item.name] = None
+                    if isinstance(item, Weight) and item.scale is not None:
+                        names[item.scale.name] = None
+        return tuple(names)
+
+
+def load_model(model_file: ModelFile) -> Model:
+    """Understand a model file; no weight is read.
+
+    Raises `UnsupportedModelError` for an architecture or variant that is not known, `GGUFError` for keys and tensors
+    that are missing or do not fit together.
+    """
+    name = model_file.metadata.text("general.architecture")
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise UnsupportedModelError(
+            f"{model_file.name}: general.architecture is {name!r}; this version runs {', '.join(sorted(ARCHITECTURES))}"
+        )
+    tensors = Tensors(model_file)
+    spec = architecture.read_spec(Keys(model_file, name), tensors)
+    return Model(spec, architecture.forward(spec, tensors))

@@ -1,0 +1,191 @@
+"""Binds a forward pass to a file: hyper-parameters by key, tensors by name, every shape checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from engine.devices.graph import Vector, Weight
+from engine.errors import GGUFError, UnsupportedModelError
+from engine.gguf.model_file import ModelFile, TensorInfo
+from engine.model_spec import AttentionSpec, RopeSpec
+
+_LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
+
+
+class Keys:
+    """Hyper-parameters of one architecture: keys without their `<architecture>.` prefix."""
+
+    def __init__(self, model_file: ModelFile, architecture: str) -> None:
+        self._metadata = model_file.metadata
+        self.file_name = model_file.name
+        self.architecture = architecture
+
+    def has(self, key: str) -> bool:
+        """Return whether the file has the key."""
+        return f"{self.architecture}.{key}" in self._metadata
+
+    def text(self, key: str, default: str) -> str:
+        """Return a string."""
+        return self._metadata.text(f"{self.architecture}.{key}", default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a number that is finite."""
+        value = self._metadata.number(f"{self.architecture}.{key}", default)
+        if not math.isfinite(value):
+            raise self.wrong(key, value, "a finite number")
+        return value
+
+    def size(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """Return a size: an integer of at least `minimum`. An array of equal values is taken as that value."""
+        values = set(self.sizes(key, default, minimum=minimum))
+        if len(values) != 1:
+            raise UnsupportedModelError(
+                f"{self.file_name}: {self.architecture}.{key} differs between layers "
+                f"({', '.join(map(str, sorted(values)))}); this version needs one value for all layers"
+            )
+        return values.pop()
+
+    def sizes(self, key: str, default: int | None = None, *, minimum: int = 0) -> list[int]:
+        """Return one size, or one for each layer, as a list."""
+        name = f"{self.architecture}.{key}"
+        if name in self._metadata and self._metadata.is_array(name):
+            values = self._metadata.integers(name)
+        else:
+            values = [self._metadata.integer(name, default)]
+        for value in values:
+            if not minimum <= value < _LARGEST:
+                raise self.wrong(key, value, f"an integer from {minimum} to {_LARGEST - 1}")
+        return values
+
+    def flags(self, key: str) -> list[bool]:
+        """Return an array of booleans."""
+        return self._metadata.flags(f"{self.architecture}.{key}")
+
+    def name(self) -> str:
+        """Return the model's name for people."""
+        return self._metadata.text("general.name", self.file_name)
+
+    def wrong(self, key: str, found: object, expected: str) -> GGUFError:
+        """Make the error for a value that makes no sense."""
+        return GGUFError(f"{self.file_name}: {self.architecture}.{key} is {found}; expected {expected}")
+
+    def experts(self) -> tuple[int, int]:
+        """Return the number of routed experts in a layer, and how many of them a token uses."""
+        n_experts, n_experts_used = self.size("expert_count"), self.size("expert_used_count")
+        if n_experts_used > n_experts:
+            raise self.wrong("expert_used_count", n_experts_used, f"at most expert_count ({n_experts})")
+        return n_experts, n_experts_used
+
+    def attention(self, hidden_size: int) -> AttentionSpec:
+        """Read the keys of softmax attention that every architecture has."""
+        n_heads = self.size("attention.head_count")
+        # Some files give one number for each layer, 0 where a layer has no attention.
+        kv_heads = [n for n in self.sizes("attention.head_count_kv", n_heads) if n]
+        if len(set(kv_heads)) != 1:
+            raise self.wrong("attention.head_count_kv", kv_heads, "one number of heads for all attention layers")
+        n_kv_heads = kv_heads[0]
+        if n_heads % n_kv_heads:
+            raise self.wrong("attention.head_count_kv", n_kv_heads, f"a divisor of attention.head_count ({n_heads})")
+        head_dim = self.size("attention.key_length", max(1, hidden_size // n_heads))
+        if self.size("attention.value_length", head_dim) != head_dim:
+            raise self.wrong("attention.value_length", self.size("attention.value_length"), f"{head_dim}, as for keys")
+        scale = self.number("attention.scale", 0.0) or head_dim**-0.5
+        return AttentionSpec(n_heads, n_kv_heads, head_dim, scale, self.rope(head_dim))
+
+    def rope(self, head_dim: int) -> RopeSpec:
+        """Read the keys of rotary position embedding."""
+        n_rot = self.size("rope.dimension_count", head_dim)
+        if n_rot % 2 or n_rot > head_dim:
+            raise self.wrong("rope.dimension_count", n_rot, f"an even number up to the head size {head_dim}")
+        freq_base = self.number("rope.freq_base", 10000.0)
+        if freq_base <= 1:
+            raise self.wrong("rope.freq_base", freq_base, "a number above 1")
+        sections = self.sizes("rope.dimension_sections") if self.has("rope.dimension_sections") else []
+        factor = self.number("rope.scaling.factor", 1.0)
+        scaling = self.text("rope.scaling.type", "linear" if factor not in {0.0, 1.0} else "none")
+        if scaling not in {"none", "linear", "yarn"}:
+            raise UnsupportedModelError(
+                f"{self.file_name}: {self.architecture}.rope.scaling.type is {scaling!r}; this version knows none, "
+                "linear and yarn"
+            )
+        if scaling != "none" and factor <= 0:
+            raise self.wrong("rope.scaling.factor", factor, "a number above 0")
+        return RopeSpec(
+            n_rot,
+            freq_base,
+            tuple(sections),
+            scaling,  # type: ignore[arg-type]
+            factor,
+            self.size("rope.scaling.original_context_length", self.size("context_length")),
+            self.number("rope.scaling.attn_factor", 1.0) or 1.0,
+        )
+
+
+class Tensors:
+    """Tensors of a file by name, below an optional prefix. Only shapes are looked at; no weight is read."""
+
+    def __init__(self, model_file: ModelFile, prefix: str = "") -> None:
+        self._file = model_file
+        self._prefix = prefix
+
+    def block(self, layer: int) -> Tensors:
+        """Return the tensors of one block, by their names inside it."""
+        return Tensors(self._file, f"blk.{layer}.")
+
+    def has(self, name: str) -> bool:
+        """Return whether the file has the tensor."""
+        return self._prefix + name in self._file.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, slowest dimension first."""
+        return self._find(name).shape
+
+    def vector(self, name: str, *shape: int) -> Vector:
+        """Return a tensor that is used as float32 values."""
+        info = self._checked(name, shape)
+        return Vector(info.name, info.format, math.prod(shape))
+
+    def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
+        """Return a matrix that maps `n_cols` inputs to `n_rows` outputs."""
+        info = self._checked(name, (n_rows, n_cols))
+        return Weight(info.name, info.format, n_rows, n_cols, scale=self._scale(name, 1))
+
+    def experts(self, name: str, n_experts: int, n_rows: int, n_cols: int) -> Weight:
+        """Return one such matrix for each expert."""
+        info = self._checked(name, (n_experts, n_rows, n_cols))
+        return Weight(info.name, info.format, n_rows, n_cols, n_experts, scale=self._scale(name, n_experts))
+
+    def _scale(self, name: str, size: int) -> Vector | None:
+        """Return the factor that some formats (NVFP4) keep in a tensor of their own."""
+        scale = name.removesuffix(".weight") + ".scale"
+        return self.vector(scale, size) if self.has(scale) else None
+
+    def _find(self, name: str) -> TensorInfo:
+        info = self._file.tensors.get(self._prefix + name)
+        if info is None:
+            raise GGUFError(f"{self._file.name}: tensor {self._prefix + name} is missing")
+        return info
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self._find(name)
+        if _without_ones(info.shape) != _without_ones(shape):
+            raise GGUFError(
+                f"{self._file.name}: tensor {info.name} has the shape {list(info.shape)}; "
+                f"by the file's metadata it must be {list(shape)}"
+            )
+        return info
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def split_rows(weight: Weight, *sizes: int) -> list[Weight]:
+    """Take a matrix (or each expert's) apart into parts of `sizes` rows that follow one another."""
+    assert sum(sizes) == weight.n_rows
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        replace(weight, n_rows=size, first_row=start, stored_rows=weight.n_rows)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
