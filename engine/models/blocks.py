@@ -20,7 +20,7 @@ def embed(graph: Graph, tensors: Tensors, spec: ModelSpec) -> Tensor:
 
 
 def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec) -> None:
-    """Turn the residual stream into logits, for the rows that are wanted; without `output.weight` the embeddings serve."""
+    """Turn the residual stream into logits, for the wanted rows; without `output.weight` the embeddings serve."""
     x = graph.select_outputs(x)
     x = graph.rms_norm(x, tensors.vector("output_norm.weight", spec.hidden_size), spec.norm_eps)
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"

@@ -1,0 +1,205 @@
+"""A device that computes a recorded forward pass in plain float64 numpy: the oracle for every other device.
+
+One sequence, nothing fast: each operation is the formula in the docstring of its class in `engine.devices.graph`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.devices import graph as ops
+from engine.devices.graph import Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight, WeightAccess
+from engine.quants import reference
+
+SMALLEST_SUM = 2.0**-14  # of router weights, before they are divided by it
+
+
+class ReferenceProgram:
+    """Holds one sequence; `run` appends tokens to it and returns the logits of all of them."""
+
+    def __init__(self, graph: Graph, weights: WeightAccess) -> None:
+        self.graph = graph
+        self._weights = weights
+        self._dense: dict[str, np.ndarray] = {}
+        self.keys: dict[object, np.ndarray] = {}
+        self.states: dict[object, np.ndarray] = {}
+        self.position = 0
+
+    def run(self, token_ids: list[int]) -> np.ndarray:
+        self.token_ids = np.asarray(token_ids)
+        self.positions = self.position + np.arange(len(token_ids))
+        self.values: dict[object, np.ndarray] = {}
+        for operation in self.graph.operations:
+            _RUN[type(operation)](self, operation)
+        self.position += len(token_ids)
+        return self[self.graph.logits]
+
+    def experts(self) -> np.ndarray:
+        """The experts chosen in the last run, [n_moe_layers, n_tokens, n_experts_used]."""
+        return np.stack([self[r.ids].astype(int) for r in self.graph.routings])
+
+    def __getitem__(self, tensor: Tensor) -> np.ndarray:
+        return self.values[tensor.buffer][:, tensor.offset : tensor.offset + tensor.width]
+
+    def __setitem__(self, tensor: Tensor, value: np.ndarray) -> None:
+        whole = self.values.setdefault(tensor.buffer, np.zeros((len(value), tensor.buffer.width)))
+        whole[:, tensor.offset : tensor.offset + tensor.width] = value
+
+    def vector(self, vector: Vector) -> np.ndarray:
+        raw = self._weights.array(vector.name).reshape(1, -1)
+        return reference.dequantize(vector.format, raw, vector.size)[0].astype(np.float64)
+
+    def matrices(self, weight: Weight) -> np.ndarray:
+        """[n_experts, n_rows, n_cols]"""
+        if weight.name not in self._dense:
+            rows = self._weights.array(weight.name).reshape(-1, weight.format.row_bytes(weight.n_cols))
+            self._dense[weight.name] = reference.dequantize(weight.format, rows, weight.n_cols).astype(np.float64)
+        stored = self._dense[weight.name].reshape(weight.n_experts, -1, weight.n_cols)
+        stored = stored[:, weight.first_row : weight.first_row + weight.n_rows]
+        return stored if weight.scale is None else stored * self.vector(weight.scale)[:, None, None]
+
+    # -- operations --------------------------------------------------------------------------------------------------
+
+    def embed(self, op: ops.Embed) -> None:
+        self[op.out] = self.matrices(op.table)[0][self.token_ids] * op.scale
+
+    def rms_norm(self, op: ops.RMSNorm) -> None:
+        x = self[op.x].reshape(len(self.token_ids), -1, op.weight.size)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps) * self.vector(op.weight)
+        self[op.out] = x.reshape(len(x), -1)
+
+    def linear(self, op: ops.Linear) -> None:
+        for weight, bias, out in zip(op.weights, op.biases, op.outs, strict=True):
+            self[out] = self[op.x] @ self.matrices(weight)[0].T + (0 if bias is None else self.vector(bias))
+
+    def add(self, op: ops.Add) -> None:
+        self[op.out] = self[op.a] + self[op.b]
+
+    def gate(self, op: ops.Gate) -> None:
+        gate = self[op.gate]
+        self[op.out] = self[op.x] * (_sigmoid(gate) if op.gating == Gating.SIGMOID else _silu(gate))
+
+    def split_heads(self, op: ops.SplitHeads) -> None:
+        parts = self[op.x].reshape(len(self.token_ids), op.n_heads, 2, op.head_dim)
+        self[op.first] = parts[:, :, 0].reshape(len(parts), -1)
+        self[op.second] = parts[:, :, 1].reshape(len(parts), -1)
+
+    def rope(self, op: ops.Rope) -> None:
+        x = self[op.x].reshape(len(self.token_ids), op.n_heads, op.head_dim).copy()
+        n_pairs = len(op.frequencies)
+        angle = self.positions[:, None, None] * op.frequencies.astype(np.float64)
+        cos, sin = np.cos(angle) * op.magnitude, np.sin(angle) * op.magnitude
+        if op.style == RopeStyle.NEOX:
+            first, second = slice(0, n_pairs), slice(n_pairs, 2 * n_pairs)
+        else:
+            first, second = slice(0, 2 * n_pairs, 2), slice(1, 2 * n_pairs, 2)
+        a, b = x[..., first].copy(), x[..., second].copy()
+        x[..., first], x[..., second] = a * cos - b * sin, a * sin + b * cos
+        self[op.x] = x.reshape(len(x), -1)
+
+    def attention(self, op: ops.Attention) -> None:
+        n, cache = len(self.token_ids), op.cache
+        new = np.stack([self[t].reshape(n, cache.n_kv_heads, cache.head_dim) for t in (op.k, op.v)])
+        old = self.keys.get(cache, new[:, :0])
+        k, v = self.keys[cache] = np.concatenate([old, new], axis=1)
+        group = op.n_heads // cache.n_kv_heads
+        k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+        q = self[op.q].reshape(n, op.n_heads, cache.head_dim)
+        scores = np.einsum("qhd,khd->hqk", q, k) * op.scale
+        scores[:, np.arange(len(k)) > self.positions[:, None]] = -np.inf
+        self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores), v).reshape(n, -1)
+
+    def causal_conv(self, op: ops.CausalConv) -> None:
+        kernel = self.vector(op.weight).reshape(op.x.width, op.kernel_size)
+        before = self.states.get(op.state, np.zeros((op.kernel_size - 1, op.x.width)))
+        x = np.concatenate([before, self[op.x]])
+        self.states[op.state] = x[len(x) - op.kernel_size + 1 :]
+        n = len(self.token_ids)
+        self[op.out] = _silu(sum(x[j : j + n] * kernel[:, j] for j in range(op.kernel_size)))
+
+    def delta_net(self, op: ops.DeltaNet) -> None:
+        n, n_k, n_v = len(self.token_ids), op.n_k_heads, op.n_v_heads
+        q, k = (self[t].reshape(n, n_k, -1) for t in (op.q, op.k))
+        q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))
+        q = q / math.sqrt(q.shape[-1])
+        v = self[op.v].reshape(n, n_v, -1)
+        beta = _sigmoid(self[op.beta])
+        decay = np.exp(self.vector(op.a) * np.logaddexp(0, self[op.alpha] + self.vector(op.dt_bias)))
+        key_head = np.arange(n_v) // (n_v // n_k) if op.grouped else np.arange(n_v) % n_k
+        state = self.states.get(op.state, np.zeros((n_v, v.shape[-1], k.shape[-1])))
+        outs = []
+        for t in range(n):
+            state = state * decay[t, :, None, None]
+            error = v[t] - np.einsum("hvk,hk->hv", state, k[t, key_head])
+            state = state + np.einsum("hv,hk->hvk", beta[t, :, None] * error, k[t, key_head])
+            outs.append(np.einsum("hvk,hk->hv", state, q[t, key_head]).reshape(-1))
+        self.states[op.state] = state
+        self[op.out] = np.stack(outs)
+
+    def router(self, op: ops.Router) -> None:
+        logits = self[op.logits]
+        scores = {Scoring.SOFTMAX: _softmax, Scoring.SIGMOID: _sigmoid}.get(op.scoring, lambda x: x)(logits)
+        choice = scores + (0 if op.bias is None else self.vector(op.bias))
+        if op.n_groups > 1:
+            groups = choice.reshape(len(choice), op.n_groups, -1)
+            best = np.sort(groups, axis=-1)[..., -2:].sum(-1)
+            rank = np.argsort(np.argsort(-best, axis=-1, kind="stable"), axis=-1, kind="stable")
+            choice = np.where((rank < op.n_groups_used)[..., None], groups, -np.inf).reshape(choice.shape)
+        ids = np.argsort(-choice, axis=-1, kind="stable")[:, : op.out.ids.width]
+        weights = np.take_along_axis(scores, ids, axis=-1)
+        if op.scoring == Scoring.SOFTMAX_OF_CHOSEN:
+            weights = _softmax(weights)
+        if op.normalize:
+            weights = weights / np.maximum(weights.sum(-1, keepdims=True), SMALLEST_SUM)
+        self[op.out.ids], self[op.out.weights] = ids, weights * op.scale
+
+    def run_experts(self, op: ops.Experts) -> None:
+        gate, up, down = (self.matrices(w) for w in (op.gate, op.up, op.down))
+        rows = []
+        for x, ids in zip(self[op.x], self[op.routing.ids].astype(int), strict=True):
+            rows.append(np.concatenate([down[e] @ (_silu(gate[e] @ x) * (up[e] @ x)) for e in ids]))
+        self[op.out] = np.stack(rows)
+
+    def combine(self, op: ops.Combine) -> None:
+        expert_out = self[op.expert_out].reshape(len(self.token_ids), op.routing.ids.width, -1)
+        total = np.einsum("trh,tr->th", expert_out, self[op.routing.weights])
+        if op.shared is not None:
+            total = total + self[op.shared] * (1 if op.shared_gate is None else _sigmoid(self[op.shared_gate]))
+        self[op.out] = self[op.residual] + total
+
+    def select_outputs(self, op: ops.SelectOutputs) -> None:
+        self[op.out] = self[op.x]
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x * _sigmoid(x)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+_RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None]] = {
+    ops.Embed: ReferenceProgram.embed,
+    ops.RMSNorm: ReferenceProgram.rms_norm,
+    ops.Linear: ReferenceProgram.linear,
+    ops.Add: ReferenceProgram.add,
+    ops.Gate: ReferenceProgram.gate,
+    ops.SplitHeads: ReferenceProgram.split_heads,
+    ops.Rope: ReferenceProgram.rope,
+    ops.Attention: ReferenceProgram.attention,
+    ops.CausalConv: ReferenceProgram.causal_conv,
+    ops.DeltaNet: ReferenceProgram.delta_net,
+    ops.Router: ReferenceProgram.router,
+    ops.Experts: ReferenceProgram.run_experts,
+    ops.Combine: ReferenceProgram.combine,
+    ops.SelectOutputs: ReferenceProgram.select_outputs,
+}
