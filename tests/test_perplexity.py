@@ -1,0 +1,65 @@
+"""The tiny trained model on held-out text: perplexity as llama.cpp measured it.
+
+The method of llama-perplexity with -c 512: the text is cut into windows of 512 tokens, each run from an empty state; the
+second half of a window is scored. The recorded figures stand in the README beside the texts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_runner import ModelRunner, log_softmax
+
+from engine.devices.graph import KVType
+from engine.tokenizer import Tokenizer
+
+WINDOW = 512
+ALLOWED = 0.005  # relative
+
+# llama.cpp's figures by domain: Q8_0, Q4_K_M
+RECORDED = {
+    "c_code": (3.7263, 3.7621),
+    "rust_api": (4.2619, 4.3303),
+    "rust_code": (4.7374, 4.8015),
+    "js_code": (5.6216, 5.7141),
+    "py_code": (5.6363, 5.6975),
+    "cloud_docs": (6.5329, 6.6303),
+    "rust_docs": (8.0034, 8.0826),
+    "man": (8.1641, 8.2855),
+    "web_docs": (10.1019, 10.2766),
+    "manuals": (11.2312, 11.3699),
+    "py_docs": (11.4624, 11.5764),
+}
+
+
+def perplexity(runner: ModelRunner, token_ids: list[int]) -> float:
+    losses = []
+    half = WINDOW // 2
+    for start in range(0, len(token_ids) - WINDOW + 1, WINDOW):
+        window = token_ids[start : start + WINDOW]
+        runner.forward.run(0, window[:half], 0, "none")
+        logits = runner.forward.run(0, window[half:], half, "all")[:-1]
+        losses.append(-log_softmax(logits)[np.arange(half - 1), window[half + 1 :]])
+    return float(np.exp(np.mean(losses)))
+
+
+@pytest.fixture(scope="module")
+def models(shared: Path):
+    runners = [
+        ModelRunner(shared / "models" / f"tiny-moe-{quant}.gguf", max_tokens=256, kv_type=KVType.F16)
+        for quant in ("Q8_0", "Q4_K_M")
+    ]
+    yield runners
+    for runner in runners:
+        runner.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", RECORDED)
+def test_perplexity_is_that_of_llama_cpp(domain: str, models: list[ModelRunner], shared: Path) -> None:
+    text = next((shared / "models" / "heldout_text").glob(f"{domain}*.txt")).read_text(encoding="utf-8")
+    token_ids = Tokenizer.from_metadata(models[0].file.metadata).encode(text)
+    for runner, recorded in zip(models, RECORDED[domain], strict=True):
+        assert perplexity(runner, token_ids) == pytest.approx(recorded, rel=ALLOWED)
