@@ -18,7 +18,8 @@ def data() -> Path:
 def shared() -> Path:
     """The full golden files, models and traces, which stand beside the checkout where the project is developed.
 
-    A user's checkout has none: those tests are skipped there, and the copies in `tests/data` still run. CI must have them.
+    A user's checkout has none: those tests are skipped there, and the copies in `tests/data` still run. CI must have
+    them.
     """
     folder = Path(os.environ.get("ENGINE_SHARED", REPO.parent / "shared"))
     if not (folder / "golden").is_dir():

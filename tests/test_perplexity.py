@@ -1,7 +1,7 @@
 """The tiny trained model on held-out text: perplexity as llama.cpp measured it.
 
-The method of llama-perplexity with -c 512: the text is cut into windows of 512 tokens, each run from an empty state; the
-second half of a window is scored. The recorded figures stand in the README beside the texts.
+The method of llama-perplexity with -c 512: the text is cut into windows of 512 tokens, each run from an empty state;
+the second half of a window is scored. The recorded figures stand in the README beside the texts.
 """
 
 from __future__ import annotations
