@@ -3,6 +3,9 @@
 #define ENGINE_FORMATS_Q4_K_H
 
 #include "../integer_block.h"
+#include "../isimd.h"
+
+#include <string.h>
 
 // Twelve bytes hold eight scales and eight minimums of 6 bits: bytes 0-3 and 4-7 the first four of each, with the high
 // pairs of the last four on top; bytes 8-11 the low nibbles of the last four.
@@ -35,5 +38,36 @@ static inline void unpack_Q5_K(const void *block, integer_block *out) {
     out->d = f16_to_f32(b->d);
     out->min_d = -f16_to_f32(b->dmin);
 }
+
+#if defined(__AVX2__)
+static inline __m256i nibbles_of_k(const uint8_t *qs, int k) {
+    const __m256i packed = load_256(qs + k / 2 * 32);
+    return _mm256_and_si256(k % 2 ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15));
+}
+
+static inline __m256i scales_of_q4_k(const uint8_t *packed, __m256i *mins) {
+    uint32_t a[3];
+    memcpy(a, packed, 12);
+    const uint32_t scales_high = (a[2] & 0x0f0f0f0f) | (a[0] >> 2 & 0x30303030);
+    const uint32_t mins_high = (a[2] >> 4 & 0x0f0f0f0f) | (a[1] >> 2 & 0x30303030);
+    const __m128i all = _mm_setr_epi32((int)(a[0] & 0x3f3f3f3f), (int)scales_high, (int)(a[1] & 0x3f3f3f3f), (int)mins_high);
+    *mins = twice_each_i16(_mm_unpackhi_epi64(all, all));
+    return twice_each_i16(all);
+}
+
+static inline __m256i chunk_Q4_K(const void *block, int k) { return nibbles_of_k(((const block_Q4_K *)block)->qs, k); }
+static inline __m256i scales_Q4_K(const void *block, __m256i *mins) {
+    return scales_of_q4_k(((const block_Q4_K *)block)->scales, mins);
+}
+
+static inline __m256i chunk_Q5_K(const void *block, int k) {
+    const block_Q5_K *b = block;
+    const __m256i high = _mm256_and_si256(load_256(b->qh), _mm256_set1_epi8((char)(1 << k)));
+    return _mm256_or_si256(nibbles_of_k(b->qs, k), k < 4 ? _mm256_slli_epi16(high, 4 - k) : _mm256_srli_epi16(high, k - 4));
+}
+static inline __m256i scales_Q5_K(const void *block, __m256i *mins) {
+    return scales_of_q4_k(((const block_Q5_K *)block)->scales, mins);
+}
+#endif
 
 #endif
