@@ -48,9 +48,7 @@ static inline void unpack_IQ4_XS(const void *block, integer_block *out) {
 
 #if defined(__AVX2__)
 static inline __m256i table_32(const uint8_t *qs, const int8_t *table) {
-    const __m128i packed = load_128(qs);
-    const __m256i index = _mm256_and_si256(_mm256_setr_m128i(packed, _mm_srli_epi16(packed, 4)), _mm256_set1_epi8(15));
-    return _mm256_shuffle_epi8(load_128_twice(table), index);
+    return _mm256_shuffle_epi8(load_128_twice(table), nibbles_32(qs));
 }
 
 static inline __m256i chunk_IQ4_NL(const void *block, int k) {
@@ -65,7 +63,8 @@ static inline __m256i chunk_MXFP4(const void *block, int k) {
 }
 
 static inline __m128 d_MXFP4(const uint8_t *const blocks[4]) {
-    const __m128i e = _mm_setr_epi32(*blocks[0], *blocks[1], *blocks[2], *blocks[3]);
+    const uint32_t packed = *blocks[0] | *blocks[1] << 8 | *blocks[2] << 16 | (uint32_t)*blocks[3] << 24;
+    const __m128i e = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)packed));
     const __m128i normal = _mm_slli_epi32(_mm_sub_epi32(e, _mm_set1_epi32(1)), 23);
     const __m128i subnormal = _mm_sllv_epi32(_mm_set1_epi32(0x200000), e);
     return _mm_castsi128_ps(_mm_blendv_epi8(normal, subnormal, _mm_cmplt_epi32(e, _mm_set1_epi32(2))));
@@ -84,8 +83,8 @@ static inline __m256i scales_IQ4_XS(const void *block, __m256i *mins) {
     const __m256i low = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(packed_low), steps), _mm256_set1_epi32(15));
     const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(b->scales_h), _mm256_srli_epi32(steps, 1));
     const __m256i scale = _mm256_or_si256(low, _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4));
-    const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32)); // as int16 in the low half of each lane
-    return _mm256_or_si256(_mm256_and_si256(centred, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(centred, 16));
+    const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(centred, centred), 0x88); // all eight in each half
 }
 #endif
 

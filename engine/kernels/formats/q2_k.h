@@ -5,8 +5,6 @@
 #include "../integer_block.h"
 #include "../isimd.h"
 
-#include <string.h>
-
 // The 2-bit part of both: half h of the block is 32 bytes, whose bit pairs j hold weights 128 h + 32 j + 0..31.
 static inline int two_bits_of(const uint8_t *qs, int i) { return qs[i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3; }
 
@@ -59,14 +57,13 @@ static inline __m256i chunk_Q3_K(const void *block, int k) {
 }
 
 static inline __m256i scales_Q3_K(const void *block, __m256i *mins) {
-    uint32_t a[3];
+    const __m128i end = load_128((const uint8_t *)block + 94); // two bytes before the scales, to stay inside the block
+    const __m128i low = _mm_shuffle_epi8(end, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
+    const __m128i high = _mm_shuffle_epi8(end, _mm_set1_epi32(0x0d0c0b0a));
+    const __m128i low_bits = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 4, 4)), _mm_set1_epi8(15));
+    const __m128i high_bits = _mm_and_si128(_mm_srlv_epi32(high, _mm_setr_epi32(0, 2, 4, 6)), _mm_set1_epi8(3));
+    const __m128i scales = _mm_or_si128(low_bits, _mm_slli_epi16(high_bits, 4));
     (void)mins;
-    memcpy(a, ((const block_Q3_K *)block)->scales, 12);
-    const __m128i low = _mm_and_si128(_mm_setr_epi32((int)a[0], (int)a[1], (int)(a[0] >> 4), (int)(a[1] >> 4)),
-                                      _mm_set1_epi8(15));
-    const __m128i high = _mm_and_si128(_mm_srlv_epi32(_mm_set1_epi32((int)a[2]), _mm_setr_epi32(0, 2, 4, 6)),
-                                       _mm_set1_epi8(3));
-    const __m128i scales = _mm_or_si128(low, _mm_slli_epi16(high, 4));
     return _mm256_cvtepi8_epi16(_mm_sub_epi8(scales, _mm_set1_epi8(32)));
 }
 #endif

@@ -46,11 +46,6 @@ static inline void unpack_Q5_1(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-static inline __m256i nibbles_32(const uint8_t *qs) {
-    const __m128i packed = load_128(qs);
-    return _mm256_and_si256(_mm256_setr_m128i(packed, _mm_srli_epi16(packed, 4)), _mm256_set1_epi8(15));
-}
-
 // 16 in each byte whose bit is set.
 static inline __m256i fifth_bits_32(uint32_t bits) {
     const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);

@@ -5,8 +5,6 @@
 #include "../integer_block.h"
 #include "../isimd.h"
 
-#include <string.h>
-
 // Twelve bytes hold eight scales and eight minimums of 6 bits: bytes 0-3 and 4-7 the first four of each, with the high
 // pairs of the last four on top; bytes 8-11 the low nibbles of the last four.
 static inline void unpack_scales_q4_k(const uint8_t *packed, integer_block *out) {
@@ -45,19 +43,22 @@ static inline __m256i nibbles_of_k(const uint8_t *qs, int k) {
     return _mm256_and_si256(k % 2 ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15));
 }
 
-static inline __m256i scales_of_q4_k(const uint8_t *packed, __m256i *mins) {
-    uint32_t a[3];
-    memcpy(a, packed, 12);
-    const uint32_t scales_high = (a[2] & 0x0f0f0f0f) | (a[0] >> 2 & 0x30303030);
-    const uint32_t mins_high = (a[2] >> 4 & 0x0f0f0f0f) | (a[1] >> 2 & 0x30303030);
-    const __m128i all = _mm_setr_epi32((int)(a[0] & 0x3f3f3f3f), (int)scales_high, (int)(a[1] & 0x3f3f3f3f), (int)mins_high);
-    *mins = twice_each_i16(_mm_unpackhi_epi64(all, all));
-    return twice_each_i16(all);
+// From the sixteen bytes that start both blocks (d, dmin, scales).
+static inline __m256i scales_of_q4_k(const void *block, __m256i *mins) {
+    const __m128i head = load_128(block);
+    const __m128i low = _mm_shuffle_epi8(head, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m128i high = _mm_shuffle_epi8(head, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+    const __m128i low_bits = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)),
+                                           _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f));
+    const __m128i high_bits = _mm_and_si128(_mm_srli_epi16(high, 2), _mm_set1_epi8(0x30));
+    const __m256i all = _mm256_cvtepu8_epi16(_mm_or_si128(low_bits, high_bits)); // scales, then minimums
+    *mins = high_half_twice(all);
+    return low_half_twice(all);
 }
 
 static inline __m256i chunk_Q4_K(const void *block, int k) { return nibbles_of_k(((const block_Q4_K *)block)->qs, k); }
 static inline __m256i scales_Q4_K(const void *block, __m256i *mins) {
-    return scales_of_q4_k(((const block_Q4_K *)block)->scales, mins);
+    return scales_of_q4_k(block, mins);
 }
 
 static inline __m256i chunk_Q5_K(const void *block, int k) {
@@ -66,7 +67,7 @@ static inline __m256i chunk_Q5_K(const void *block, int k) {
     return _mm256_or_si256(nibbles_of_k(b->qs, k), k < 4 ? _mm256_slli_epi16(high, 4 - k) : _mm256_srli_epi16(high, k - 4));
 }
 static inline __m256i scales_Q5_K(const void *block, __m256i *mins) {
-    return scales_of_q4_k(((const block_Q5_K *)block)->scales, mins);
+    return scales_of_q4_k(block, mins);
 }
 #endif
 
