@@ -18,7 +18,7 @@ typedef __m128 d_fn(const uint8_t *const blocks[4]);
 
 typedef struct {
     int block_size, block_bytes, sub_block, has_min, activation;
-    int is_signed, offset;
+    int is_signed, largest, offset; // largest u, for unsigned ones
     chunk_fn *chunk;
     scales_fn *scales; // of 256-blocks
     d_fn *d, *min_d;
