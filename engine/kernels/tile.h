@@ -60,6 +60,9 @@ static inline float_lanes float_lanes_scale(float_lanes a, float b) { return _mm
 static inline float_lanes float_lanes_fma(float_lanes a, float_lanes b, float_lanes c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
 
+// Keeps a running sum in its register: the compiler would regroup the additions of an unrolled loop into a tree, and spill.
+#define KEEP_IN_REGISTER(a) __asm__("" : "+v"(a))
+
 enum {
     TILE_VECTORS = 2, // registers side by side
     TILE_ROWS = TILE_VECTORS * N_LANES,
@@ -237,38 +240,53 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
     enum { MAX_TOKENS = WORD_TOKENS > BYTE_TOKENS ? WORD_TOKENS : BYTE_TOKENS };
     const int n_quads = f.block_size / 4;
     lanes sums[MAX_TOKENS][TILE_VECTORS], min_sums[MAX_TOKENS][TILE_VECTORS];
+#pragma GCC unroll 8
     for (int t = 0; t < n; t++)
+#pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS; v++)
             sums[t][v] = lanes_zero();
     if (layout.words) {
         _Alignas(32) int16_t wide[MAX_TOKENS][256];
+#pragma GCC unroll 8
         for (int t = 0; t < n; t++)
             for (int i = 0; i < f.block_size; i += 16)
                 _mm256_store_si256((void *)(wide[t] + i), _mm256_cvtepi8_epi16(load_128(x[t].q + group * f.block_size + i)));
         for (int pair = 0; pair < f.block_size / 2; pair++) {
             const int16_t(*weights)[2] = tile->words[block * (f.block_size / 2) + pair];
+#pragma GCC unroll 8
             for (int t = 0; t < n; t++) {
                 const lanes values = lanes_set_4_bytes(wide[t] + 2 * pair);
+#pragma GCC unroll 8
                 for (int v = 0; v < TILE_VECTORS; v++)
                     sums[t][v] = lanes_add_dot_i16(sums[t][v], lanes_load(weights[v * N_LANES]), values);
+                for (int v = 0; v < TILE_VECTORS; v++)
+                    KEEP_IN_REGISTER(sums[t][v]);
             }
         }
     } else {
         for (int first = 0; first < n_quads; first += layout.group) {
             lanes parts[MAX_TOKENS][TILE_VECTORS];
+#pragma GCC unroll 8
             for (int t = 0; t < n; t++)
+#pragma GCC unroll 8
                 for (int v = 0; v < TILE_VECTORS; v++)
                     parts[t][v] = lanes_zero();
 #pragma GCC unroll 8
             for (int quad = first; quad < first + layout.group; quad++) {
                 const uint8_t(*weights)[4] = tile->bytes[block * n_quads + quad];
+#pragma GCC unroll 8
                 for (int t = 0; t < n; t++) {
                     const lanes values = lanes_set_4_bytes(x[t].q + group * f.block_size + 4 * quad);
+#pragma GCC unroll 8
                     for (int v = 0; v < TILE_VECTORS; v++)
                         parts[t][v] = lanes_add_dot_u8(parts[t][v], lanes_load(weights[v * N_LANES]), values);
+                    for (int v = 0; v < TILE_VECTORS; v++)
+                        KEEP_IN_REGISTER(parts[t][v]);
                 }
             }
+#pragma GCC unroll 8
             for (int v = 0; v < TILE_VECTORS; v++)
+#pragma GCC unroll 8
                 for (int t = 0; t < n; t++)
                     sums[t][v] = f.block_size == 32
                                      ? lanes_widen_unscaled(sums[t][v], parts[t][v])
@@ -276,8 +294,10 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
         }
     }
     if (f.has_min || (layout.offset && !layout.words)) {
+#pragma GCC unroll 8
         for (int t = 0; t < n; t++) {
             const int16_t *x_sums = x[t].sums + group * (f.block_size / 16);
+#pragma GCC unroll 8
             for (int v = 0; v < TILE_VECTORS; v++) {
                 lanes total = lanes_zero();
                 if (f.block_size == 32)
@@ -289,7 +309,9 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
             }
         }
     }
+#pragma GCC unroll 8
     for (int t = 0; t < n; t++)
+#pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS; v++) {
             const int r = v * N_LANES;
             const float d_x = x[t].d[group];
