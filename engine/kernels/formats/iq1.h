@@ -41,20 +41,19 @@ static inline void unpack_IQ1_M(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-// 8 g + shift + 9, from 0 to 18; `shifts` holds shift + 9 for each weight.
-static inline __m256i chunk_of_iq1(const int index[4], __m256i shifts) {
-    const __m256i points = load_8_from_each_of_4(engine_grid_iq1[index[0]], engine_grid_iq1[index[1]],
-                                                 engine_grid_iq1[index[2]], engine_grid_iq1[index[3]]);
+// 8 g + shift + 9, from 0 to 18, for the 11-bit indexes whose high bits start each lane of `high`; `shifts` holds
+// shift + 9 for each weight.
+static inline __m256i chunk_of_iq1(const uint8_t *low, __m128i high, __m256i shifts) {
+    const __m128i index = _mm_or_si128(widen_4_bytes(low), _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi32(7)), 8));
+    const __m256i points = points_of_8(engine_grid_iq1, index);
     const __m256i eightfold = _mm256_and_si256(_mm256_slli_epi16(points, 3), _mm256_set1_epi8((char)0xf8));
     return _mm256_add_epi8(eightfold, shifts);
 }
 
 static inline __m256i chunk_IQ1_S(const void *block, int k) {
     const block_IQ1_S *b = block;
-    int index[4];
-    for (int o = 0; o < 4; o++)
-        index[o] = b->qs[4 * k + o] | (b->qh[k] >> 3 * o & 7) << 8;
-    return chunk_of_iq1(index, _mm256_set1_epi8((char)(b->qh[k] & 0x8000 ? 8 : 10)));
+    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(b->qh[k]), _mm_setr_epi32(0, 3, 6, 9));
+    return chunk_of_iq1(b->qs + 4 * k, high, _mm256_set1_epi8((char)(b->qh[k] & 0x8000 ? 8 : 10)));
 }
 
 static inline __m256i scales_IQ1_S(const void *block, __m256i *mins) {
@@ -65,14 +64,11 @@ static inline __m256i scales_IQ1_S(const void *block, __m256i *mins) {
 
 static inline __m256i chunk_IQ1_M(const void *block, int k) {
     const block_IQ1_M *b = block;
-    int index[4];
-    int64_t shifts[4];
-    for (int o = 0; o < 4; o++) {
-        const int high = b->qh[2 * k + o / 2] >> 4 * (o % 2);
-        index[o] = b->qs[4 * k + o] | (high & 7) << 8;
-        shifts[o] = high & 8 ? 0x0808080808080808 : 0x0a0a0a0a0a0a0a0a;
-    }
-    return chunk_of_iq1(index, _mm256_setr_epi64x(shifts[0], shifts[1], shifts[2], shifts[3]));
+    const int nibbles = b->qh[2 * k] | b->qh[2 * k + 1] << 8;
+    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(nibbles), _mm_setr_epi32(0, 4, 8, 12));
+    const __m256i minus = _mm256_slli_epi64(_mm256_cvtepu32_epi64(high), 60); // bit 3 is now the sign of the lane
+    const __m256i is_minus = _mm256_cmpgt_epi64(_mm256_setzero_si256(), minus);
+    return chunk_of_iq1(b->qs + 4 * k, high, _mm256_blendv_epi8(_mm256_set1_epi8(10), _mm256_set1_epi8(8), is_minus));
 }
 
 // Four scales of 3 bits in each of four words: each is moved to the top of its 12 bits, then down.

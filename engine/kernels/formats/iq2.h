@@ -57,20 +57,16 @@ static inline void unpack_IQ2_S(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-// Four 7-bit sign indexes to 32 signs.
-static inline uint32_t signs_of_28_bits(uint32_t indexes) {
-    uint32_t signs = 0;
-    for (int o = 0; o < 4; o++)
-        signs |= (uint32_t)signs_of_7_bits[indexes >> 7 * o & 127] << 8 * o;
-    return signs;
+// Four 7-bit sign indexes below the scale in one word.
+static inline __m128i sign_indexes_of(uint32_t signs_scale) {
+    const __m128i shifted = _mm_srlv_epi32(_mm_set1_epi32((int)signs_scale), _mm_setr_epi32(0, 7, 14, 21));
+    return _mm_and_si128(shifted, _mm_set1_epi32(127));
 }
 
 static inline __m256i chunk_IQ2_XXS(const void *block, int k) {
     const block_IQ2_XXS *b = block;
-    const uint8_t *index = b->group[k].index;
-    return apply_signs(load_8_from_each_of_4(engine_grid_iq2_xxs[index[0]], engine_grid_iq2_xxs[index[1]],
-                                             engine_grid_iq2_xxs[index[2]], engine_grid_iq2_xxs[index[3]]),
-                       signs_of_28_bits(b->group[k].signs_scale));
+    const __m256i points = points_of_8(engine_grid_iq2_xxs, widen_4_bytes(b->group[k].index));
+    return apply_signs_of_7_bits(points, sign_indexes_of(b->group[k].signs_scale));
 }
 
 static inline __m256i scales_IQ2_XXS(const void *block, __m256i *mins) {
@@ -82,15 +78,9 @@ static inline __m256i scales_IQ2_XXS(const void *block, __m256i *mins) {
 }
 
 static inline __m256i chunk_IQ2_XS(const void *block, int k) {
-    const block_IQ2_XS *b = block;
-    const int8_t *points[4];
-    uint32_t signs = 0;
-    for (int o = 0; o < 4; o++) {
-        const unsigned v = b->qs[4 * k + o];
-        points[o] = engine_grid_iq2_xs[v & 511];
-        signs |= (uint32_t)signs_of_7_bits[v >> 9] << 8 * o;
-    }
-    return apply_signs(load_8_from_each_of_4(points[0], points[1], points[2], points[3]), signs);
+    const __m128i v = _mm_cvtepu16_epi32(_mm_loadl_epi64((const void *)(((const block_IQ2_XS *)block)->qs + 4 * k)));
+    const __m256i points = points_of_8(engine_grid_iq2_xs, _mm_and_si128(v, _mm_set1_epi32(511)));
+    return apply_signs_of_7_bits(points, _mm_srli_epi32(v, 9));
 }
 
 // Sixteen nibbles.
@@ -107,12 +97,10 @@ static inline __m256i scales_IQ2_XS(const void *block, __m256i *mins) {
 
 static inline __m256i chunk_IQ2_S(const void *block, int k) {
     const block_IQ2_S *b = block;
-    const int8_t *points[4];
-    uint32_t signs;
-    for (int o = 0; o < 4; o++)
-        points[o] = engine_grid_iq2_s[b->qs[4 * k + o] | (b->qh[k] >> 2 * o & 3) << 8];
-    __builtin_memcpy(&signs, b->signs + 4 * k, 4);
-    return apply_signs(load_8_from_each_of_4(points[0], points[1], points[2], points[3]), signs);
+    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(b->qh[k]), _mm_setr_epi32(0, 2, 4, 6));
+    const __m128i index = _mm_or_si128(widen_4_bytes(b->qs + 4 * k),
+                                       _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi32(3)), 8));
+    return apply_signs(points_of_8(engine_grid_iq2_s, index), (uint32_t)load_i32(b->signs + 4 * k));
 }
 
 static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {

@@ -31,25 +31,14 @@ static inline void unpack_IQ3_S(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-static inline int32_t load_i32(const void *p) {
-    int32_t value;
-    __builtin_memcpy(&value, p, sizeof value);
-    return value;
-}
-
-// Four bytes from each of eight grid points.
-static inline __m256i grid_points_of_4(const int8_t (*grid)[4], const uint16_t index[8]) {
-    return _mm256_setr_epi32(load_i32(grid[index[0]]), load_i32(grid[index[1]]), load_i32(grid[index[2]]),
-                             load_i32(grid[index[3]]), load_i32(grid[index[4]]), load_i32(grid[index[5]]),
-                             load_i32(grid[index[6]]), load_i32(grid[index[7]]));
+static inline __m256i widen_8_bytes(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
 }
 
 static inline __m256i chunk_IQ3_XXS(const void *block, int k) {
     const block_IQ3_XXS *b = block;
-    uint16_t index[8];
-    for (int i = 0; i < 8; i++)
-        index[i] = b->qs[8 * k + i];
-    return apply_signs(grid_points_of_4(engine_grid_iq3_xxs, index), signs_of_28_bits(b->signs_scale[k]));
+    const __m256i points = points_of_4(engine_grid_iq3_xxs, widen_8_bytes(b->qs + 8 * k));
+    return apply_signs_of_7_bits(points, sign_indexes_of(b->signs_scale[k]));
 }
 
 static inline __m256i scales_IQ3_XXS(const void *block, __m256i *mins) {
@@ -59,12 +48,9 @@ static inline __m256i scales_IQ3_XXS(const void *block, __m256i *mins) {
 
 static inline __m256i chunk_IQ3_S(const void *block, int k) {
     const block_IQ3_S *b = block;
-    uint16_t index[8];
-    const __m128i bits = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m128i high = _mm_cmpeq_epi16(_mm_and_si128(_mm_set1_epi16(b->qh[k]), bits), bits);
-    const __m128i low = _mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)(b->qs + 8 * k)));
-    _mm_storeu_si128((void *)index, _mm_or_si128(low, _mm_and_si128(high, _mm_set1_epi16(256))));
-    return apply_signs(grid_points_of_4(engine_grid_iq3_s, index), (uint32_t)load_i32(b->signs + 4 * k));
+    const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(b->qh[k]), _mm256_setr_epi32(8, 7, 6, 5, 4, 3, 2, 1));
+    const __m256i index = _mm256_or_si256(widen_8_bytes(b->qs + 8 * k), _mm256_and_si256(high, _mm256_set1_epi32(256)));
+    return apply_signs(points_of_4(engine_grid_iq3_s, index), (uint32_t)load_i32(b->signs + 4 * k));
 }
 
 static inline __m256i scales_IQ3_S(const void *block, __m256i *mins) {
