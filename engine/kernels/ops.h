@@ -21,6 +21,7 @@ enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
 enum {
     MAX_EXPERTS = 1024,
     MAX_HEAD_DIM = 512,
+    MAX_CONV_KERNEL = 16,
     MAX_LINEAR_WEIGHTS = 8,
     TOKENS_PER_CALL = 64,     // activation rows that one call of a matmul_fn gets at most
     ROWS_PER_TASK = 64,       // weight rows of one task at most
@@ -72,7 +73,7 @@ typedef struct {
     uint8_t *out;
     int64_t out_row_bytes;
     int n_cols, activation;
-    void (*quantize_row)(const float *x, void *out, int n_cols);
+    quantize_fn quantize;
 } quantize_args;
 
 typedef struct {
@@ -196,7 +197,7 @@ typedef struct {
     float *hidden;             // [pairs, ffn_size]
     uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32
     int64_t hidden_row_bytes;
-    void (*quantize_row)(const float *x, void *out, int n_cols); // NULL if down takes float32
+    quantize_fn quantize; // NULL if down takes float32
     matrix out;
 } experts_args;
 
@@ -241,7 +242,10 @@ typedef struct ops_table {
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads every byte once; for measuring bandwidth
 } ops_table;
 
-// Bytes of the keys, or of the values, of one layer; both parts are a multiple of 64.
-int64_t kv_part_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
+// kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of one
+// token over a whole context.
+int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
+int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
+int64_t attention_partial_bytes(int n_heads, const kv_cache *cache);
 
 #endif

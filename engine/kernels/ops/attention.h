@@ -9,18 +9,14 @@
 #ifndef ENGINE_OPS_ATTENTION_H
 #define ENGINE_OPS_ATTENTION_H
 
-#include "kv_cache.h"
 #include "../vmath.h"
-
-enum { PARTIAL_HEADER = 16 }; // floats before o in a stored partial result; m and l are the first two
+#include "kv_cache.h"
 
 typedef struct {
     float m[ATTENTION_TILE], l[ATTENTION_TILE];
     float o[ATTENTION_TILE][MAX_HEAD_DIM];
 } attention_partial;
 
-static inline int64_t partial_size(int head_dim) { return PARTIAL_HEADER + kv_padded(head_dim); }
-static inline int attention_chunks(int n_positions) { return (n_positions + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK; }
 static inline int heads_in_tile(const attention_args *a, int first) {
     const int left = a->n_heads / a->cache.n_kv_heads - first;
     return left < ATTENTION_TILE ? left : ATTENTION_TILE;
@@ -29,12 +25,12 @@ static inline int tiles_of_group(const attention_args *a) {
     return (a->n_heads / a->cache.n_kv_heads + ATTENTION_TILE - 1) / ATTENTION_TILE;
 }
 
-// scores[i][j] = scale * (q_i . k_j) for n_q queries and one group of sixteen keys. Chains of 32 products, then their sums.
-static inline __attribute__((always_inline)) void score_group(const float *const *q, int n_q, const uint8_t *keys,
+// scores[i][j] = scale * (q_i . k_j) for n_q queries, which follow one another, and one group of sixteen keys. Chains of 32 products, then their sums.
+static inline __attribute__((always_inline)) void score_group(const float *q, int n_q, const uint8_t *keys,
                                                               int type, int head_dim, float scale, float *scores,
                                                               int stride) {
     v16 total[ATTENTION_TILE];
-    const uint16_t *scales = (const uint16_t *)(keys + (int64_t)head_dim * KV_LANES * kv_value_bytes(type));
+    const uint16_t *scales = (const uint16_t *)(keys + (int64_t)head_dim * KV_LANES * kv_element_bytes(type));
     for (int i = 0; i < n_q; i++)
         total[i] = v16_set(0.0f);
     for (int block = 0; block * KV_BLOCK < head_dim; block++) {
@@ -45,7 +41,7 @@ static inline __attribute__((always_inline)) void score_group(const float *const
         for (int d = block * KV_BLOCK; d < end; d++) {
             const v16 k = kv_load(keys, (int64_t)d * KV_LANES, type);
             for (int i = 0; i < n_q; i++)
-                sum[i] = v16_fma(v16_set(q[i][d]), k, sum[i]);
+                sum[i] = v16_fma(v16_set(q[i * head_dim + d]), k, sum[i]);
         }
         for (int i = 0; i < n_q; i++)
             total[i] = type == KV_Q8_0 ? v16_fma(v16_from_f16(scales + block * KV_LANES), sum[i], total[i])
@@ -96,7 +92,7 @@ static inline void exponentials(float *scores, int n_positions, float *m, float 
     *l = v16_sum(sum);
 }
 
-static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *const *q,
+static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q,
                                                                   int n_q, int slot, int kv_head, int first,
                                                                   int n_positions, int type, attention_partial *out) {
     float scores[ATTENTION_TILE * ATTENTION_CHUNK];
@@ -113,7 +109,7 @@ static inline __attribute__((always_inline)) void attend_chunk_of(const attentio
 }
 
 // One chunk for n_q heads of one token that share keys and values. Written out for every tile size and cache type.
-static void attend_chunk(const attention_args *a, const float *const *q, int n_q, int slot, int kv_head, int first,
+static void attend_chunk(const attention_args *a, const float *q, int n_q, int slot, int kv_head, int first,
                          int n_positions, attention_partial *out) {
     switch (n_q * N_KV_TYPES + a->cache.type) {
 #define CASE(n, type)                                                                                                  \
@@ -165,10 +161,8 @@ static inline int positions_in_chunk(int n_visible, int chunk) {
 static void attend_token(const attention_args *a, const step_view *step, int token, int kv_head, int first) {
     const int n_q = heads_in_tile(a, first), n = a->cache.head_dim, n_visible = step->positions[token] + 1;
     const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
-    const float *q[ATTENTION_TILE];
+    const float *q = a->q.at + token * a->q.stride + head * n;
     attention_partial sum, next;
-    for (int i = 0; i < n_q; i++)
-        q[i] = a->q.at + token * a->q.stride + (head + i) * n;
     attend_chunk(a, q, n_q, step->slots[token], kv_head, 0, positions_in_chunk(n_visible, 0), &sum);
     for (int chunk = 1; chunk < attention_chunks(n_visible); chunk++) {
         attend_chunk(a, q, n_q, step->slots[token], kv_head, chunk * ATTENTION_CHUNK,
@@ -187,10 +181,8 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
     const int first = tile_index * ATTENTION_TILE, n_q = heads_in_tile(a, first), n = a->cache.head_dim;
     const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first, n_visible = step->positions[token] + 1;
     const int n_chunks = attention_chunks(n_visible), most_chunks = attention_chunks(a->cache.context_length);
-    const float *q[ATTENTION_TILE];
+    const float *q = a->q.at + token * a->q.stride + head * n;
     attention_partial result;
-    for (int i = 0; i < n_q; i++)
-        q[i] = a->q.at + token * a->q.stride + (head + i) * n;
     attend_chunk(a, q, n_q, step->slots[token], kv_head, chunk * ATTENTION_CHUNK, positions_in_chunk(n_visible, chunk),
                  &result);
     if (n_chunks == 1) {

@@ -11,8 +11,7 @@ static inline bool starts_afresh(const step_view *step, const token_run *run) { 
 
 // n (1..16) channels from `c` of one run of tokens. `window` holds the kernel_size - 1 inputs before the token at hand.
 static inline void convolve(const causal_conv_args *a, const step_view *step, const token_run *run, int c, int n) {
-    enum { MAX_WINDOW = 16 };
-    v16 window[MAX_WINDOW];
+    v16 window[MAX_CONV_KERNEL];
     const int n_before = a->kernel_size - 1;
     float *state = a->state + (int64_t)run->slot * n_before * a->n_channels + c;
     for (int j = 0; j < n_before; j++)

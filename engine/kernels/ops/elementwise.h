@@ -34,7 +34,7 @@ static void op_quantize(const op_args *args, const step_view *step, tile t) {
     const quantize_args *a = &args->quantize;
     (void)step;
     for (int row = t.row; row < t.row_end; row++)
-        a->quantize_row(row_of(a->x, row), a->out + row * a->out_row_bytes, a->n_cols);
+        a->quantize(row_of(a->x, row), a->out + row * a->out_row_bytes, a->n_cols, t.col, t.col_end);
 }
 
 static void op_add(const op_args *args, const step_view *step, tile t) {

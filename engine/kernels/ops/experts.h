@@ -22,12 +22,15 @@ static inline expert_groups groups_in(const worker *w, int n_experts) {
     return (expert_groups){w->scratch[0], experts, starts, starts + n_experts + 1};
 }
 
+// Pairs with any other id are computed elsewhere.
+static inline bool is_ours(const experts_args *a, int pair) { return a->ids[pair] >= 0 && a->ids[pair] < a->n_experts; }
+
 static void group_pairs(const experts_args *a, const worker *w) {
     expert_groups g = groups_in(w, a->n_experts);
     const int n_pairs = w->step->n_tokens * a->n_experts_used;
     memset(g.starts, 0, (size_t)(a->n_experts + 1) * sizeof(int32_t));
     for (int pair = 0; pair < n_pairs; pair++)
-        if (a->ids[pair] >= 0)
+        if (is_ours(a, pair))
             g.starts[a->ids[pair] + 1]++;
     g.n_active = 0;
     for (int e = 0; e < a->n_experts; e++) {
@@ -37,7 +40,7 @@ static void group_pairs(const experts_args *a, const worker *w) {
     }
     // starts[e] runs to the end of e's pairs, which is where those of e + 1 begin; afterwards it is moved back
     for (int pair = 0; pair < n_pairs; pair++)
-        if (a->ids[pair] >= 0)
+        if (is_ours(a, pair))
             g.pairs[g.starts[a->ids[pair]]++] = pair;
     for (int e = a->n_experts; e > 0; e--)
         g.starts[e] = g.starts[e - 1];
@@ -112,9 +115,9 @@ static int experts_quantize_begin(const op_args *args, const worker *w) {
 static void experts_quantize_run(const op_args *args, const worker *w, int task) {
     const experts_args *a = &args->experts;
     (void)w;
-    if (a->ids[task] >= 0)
-        a->quantize_row(a->hidden + (int64_t)task * a->ffn_size, a->hidden_quantized + task * a->hidden_row_bytes,
-                        a->ffn_size);
+    if (is_ours(a, task))
+        a->quantize(a->hidden + (int64_t)task * a->ffn_size, a->hidden_quantized + task * a->hidden_row_bytes,
+                    a->ffn_size, 0, a->ffn_size);
 }
 
 static int experts_down_begin(const op_args *args, const worker *w) {
