@@ -123,7 +123,7 @@ static const quant_table level_quant = {
     .matmul = {EACH_FORMAT(MATMUL_ENTRY)},
     .is_fast = {0},
     .dequantize_row = {EACH_FORMAT(DEQUANTIZE_ENTRY)},
-    .quantize_row = {quantize_row_F32, quantize_row_Q8_256, quantize_row_Q8_32},
+    .quantize = {quantize_F32, quantize_Q8_256, quantize_Q8_32},
 };
 
 #endif
