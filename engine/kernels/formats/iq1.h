@@ -1,0 +1,94 @@
+// IQ1_S and IQ1_M: grid points of eight values in {-1, 0, 1}, shifted by an eighth; weight = d / 8 * (2 scale + 1) *
+// (8 g + 1 or 8 g - 1).
+#ifndef ENGINE_FORMATS_IQ1_H
+#define ENGINE_FORMATS_IQ1_H
+
+#include "../grids.h"
+#include "../integer_block.h"
+#include "../isimd.h"
+
+static inline void set_shifted_iq1(int8_t *q, int index, int shift) {
+    for (int i = 0; i < 8; i++)
+        q[i] = (int8_t)(8 * engine_grid_iq1[index][i] + shift);
+}
+
+static inline void unpack_IQ1_S(const void *block, integer_block *out) {
+    const block_IQ1_S *b = block;
+    for (int s = 0; s < 8; s++) {
+        const int h = b->qh[s];
+        for (int o = 0; o < 4; o++)
+            set_shifted_iq1(out->q + 32 * s + 8 * o, b->qs[4 * s + o] | (h >> 3 * o & 7) << 8, h & 0x8000 ? -1 : 1);
+        set_sub_blocks(out->scale, s, 32, 2 * (h >> 12 & 7) + 1);
+    }
+    out->d = f16_to_f32(b->d) * 0.125f;
+}
+
+// The half-float scale is spread over the top nibbles of the four scale words.
+static inline float d_of_iq1_m(const block_IQ1_M *b) {
+    const int d = b->scales[0] >> 12 | b->scales[1] >> 12 << 4 | b->scales[2] >> 12 << 8 | b->scales[3] >> 12 << 12;
+    return f16_to_f32((uint16_t)d) * 0.125f;
+}
+
+static inline void unpack_IQ1_M(const void *block, integer_block *out) {
+    const block_IQ1_M *b = block;
+    for (int o = 0; o < 32; o++) {
+        const int h = b->qh[o / 2] >> 4 * (o % 2);
+        set_shifted_iq1(out->q + 8 * o, b->qs[o] | (h & 7) << 8, h & 8 ? -1 : 1);
+    }
+    for (int u = 0; u < 16; u++)
+        out->scale[u] = (int16_t)(2 * (b->scales[u / 4] >> 3 * (u % 4) & 7) + 1);
+    out->d = d_of_iq1_m(b);
+}
+
+#if defined(__AVX2__)
+// 8 g + shift + 9, from 0 to 18, for the 11-bit indexes whose high bits start each lane of `high`; `shifts` holds
+// shift + 9 for each weight.
+static inline __m256i chunk_of_iq1(const uint8_t *low, __m128i high, __m256i shifts) {
+    const __m128i index = _mm_or_si128(widen_4_bytes(low), _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi32(7)), 8));
+    const __m256i points = points_of_8(engine_grid_iq1, index);
+    const __m256i eightfold = _mm256_and_si256(_mm256_slli_epi16(points, 3), _mm256_set1_epi8((char)0xf8));
+    return _mm256_add_epi8(eightfold, shifts);
+}
+
+static inline __m256i chunk_IQ1_S(const void *block, int k) {
+    const block_IQ1_S *b = block;
+    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(b->qh[k]), _mm_setr_epi32(0, 3, 6, 9));
+    return chunk_of_iq1(b->qs + 4 * k, high, _mm256_set1_epi8((char)(b->qh[k] & 0x8000 ? 8 : 10)));
+}
+
+static inline __m256i scales_IQ1_S(const void *block, __m256i *mins) {
+    const __m256i high = load_128_twice(((const block_IQ1_S *)block)->qh);
+    (void)mins;
+    return odd_scales(_mm256_and_si256(_mm256_srli_epi16(high, 12), _mm256_set1_epi16(7)));
+}
+
+static inline __m256i chunk_IQ1_M(const void *block, int k) {
+    const block_IQ1_M *b = block;
+    const int nibbles = b->qh[2 * k] | b->qh[2 * k + 1] << 8;
+    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(nibbles), _mm_setr_epi32(0, 4, 8, 12));
+    const __m256i minus = _mm256_slli_epi64(_mm256_cvtepu32_epi64(high), 60); // bit 3 is now the sign of the lane
+    const __m256i is_minus = _mm256_cmpgt_epi64(_mm256_setzero_si256(), minus);
+    return chunk_of_iq1(b->qs + 4 * k, high, _mm256_blendv_epi8(_mm256_set1_epi8(10), _mm256_set1_epi8(8), is_minus));
+}
+
+// Four scales of 3 bits in each of four words: each is moved to the top of its 12 bits, then down.
+static inline __m256i scales_IQ1_M(const void *block, __m256i *mins) {
+    uint64_t words;
+    __builtin_memcpy(&words, ((const block_IQ1_M *)block)->scales, 8);
+    const __m256i spread =
+        _mm256_shuffle_epi8(_mm256_set1_epi64x((int64_t)words), _mm256_setr_epi64x(0x0100010001000100, 0x0302030203020302,
+                                                                                   0x0504050405040504, 0x0706070607060706));
+    const __m256i raised = _mm256_mullo_epi16(spread, _mm256_set1_epi64x(0x0001000800400200));
+    (void)mins;
+    return odd_scales(_mm256_and_si256(_mm256_srli_epi16(raised, 9), _mm256_set1_epi16(7)));
+}
+
+static inline __m128 d_IQ1_M(const uint8_t *const blocks[4]) {
+    float d[4];
+    for (int r = 0; r < 4; r++)
+        d[r] = d_of_iq1_m((const void *)blocks[r]);
+    return _mm_loadu_ps(d);
+}
+#endif
+
+#endif

@@ -1,0 +1,64 @@
+// IQ3_XXS and IQ3_S: grid points of four magnitudes with signs; weight = d (or d / 4) * (2 scale + 1) * magnitude.
+#ifndef ENGINE_FORMATS_IQ3_H
+#define ENGINE_FORMATS_IQ3_H
+
+#include "iq2.h"
+
+static inline void unpack_IQ3_XXS(const void *block, integer_block *out) {
+    const block_IQ3_XXS *b = block;
+    for (int s = 0; s < 8; s++) {
+        const uint32_t a = b->signs_scale[s];
+        for (int o = 0; o < 4; o++) {
+            const unsigned signs = signs_of_7_bits[a >> 7 * o & 127];
+            int8_t *q = out->q + 32 * s + 8 * o;
+            set_signed(q, engine_grid_iq3_xxs[b->qs[8 * s + 2 * o]], signs, 4);
+            set_signed(q + 4, engine_grid_iq3_xxs[b->qs[8 * s + 2 * o + 1]], signs >> 4, 4);
+        }
+        set_sub_blocks(out->scale, s, 32, 2 * (int)(a >> 28) + 1);
+    }
+    out->d = f16_to_f32(b->d) * 0.25f;
+}
+
+static inline void unpack_IQ3_S(const void *block, integer_block *out) {
+    const block_IQ3_S *b = block;
+    for (int i = 0; i < 64; i++) {
+        const int index = b->qs[i] | (b->qh[i / 8] >> (i % 8) & 1) << 8;
+        set_signed(out->q + 4 * i, engine_grid_iq3_s[index], (unsigned)b->signs[i / 2] >> 4 * (i % 2), 4);
+    }
+    for (int s = 0; s < 8; s++)
+        set_sub_blocks(out->scale, s, 32, 2 * (b->scales[s / 2] >> 4 * (s % 2) & 15) + 1);
+    out->d = f16_to_f32(b->d);
+}
+
+#if defined(__AVX2__)
+static inline __m256i widen_8_bytes(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+}
+
+static inline __m256i chunk_IQ3_XXS(const void *block, int k) {
+    const block_IQ3_XXS *b = block;
+    const __m256i points = points_of_4(engine_grid_iq3_xxs, widen_8_bytes(b->qs + 8 * k));
+    return apply_signs_of_7_bits(points, sign_indexes_of(b->signs_scale[k]));
+}
+
+static inline __m256i scales_IQ3_XXS(const void *block, __m256i *mins) {
+    (void)mins;
+    return odd_scales(scales_from_i32(_mm256_srli_epi32(load_256(((const block_IQ3_XXS *)block)->signs_scale), 28)));
+}
+
+static inline __m256i chunk_IQ3_S(const void *block, int k) {
+    const block_IQ3_S *b = block;
+    const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(b->qh[k]), _mm256_setr_epi32(8, 7, 6, 5, 4, 3, 2, 1));
+    const __m256i index = _mm256_or_si256(widen_8_bytes(b->qs + 8 * k), _mm256_and_si256(high, _mm256_set1_epi32(256)));
+    return apply_signs(points_of_4(engine_grid_iq3_s, index), (uint32_t)load_i32(b->signs + 4 * k));
+}
+
+static inline __m256i scales_IQ3_S(const void *block, __m256i *mins) {
+    const __m256i packed = _mm256_set1_epi32(load_i32(((const block_IQ3_S *)block)->scales));
+    const __m256i nibbles = _mm256_srlv_epi32(packed, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    (void)mins;
+    return odd_scales(scales_from_i32(_mm256_and_si256(nibbles, _mm256_set1_epi32(15))));
+}
+#endif
+
+#endif
