@@ -176,6 +176,7 @@ BAD: dict[str, tuple[bytes, type[Exception], str]] = {
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", GGUFError, "Git LFS pointer"),
     "web page": (b"<!DOCTYPE html><html>", GGUFError, "is a web page"),
     "zip": (b"PK\x03\x04" + bytes(60), GGUFError, "zip archive"),
+    "safetensors": (struct.pack("<Q", 20) + b'{"a":{}}' + bytes(30), GGUFError, "is a safetensors file; convert it"),
     "GGML": (b"tjgg" + bytes(60), GGUFError, "older than GGUF"),
     "too many keys": (counts(0, MAX_KEYS + 1), GGUFError, f"has {MAX_KEYS + 1} keys"),
     "too many tensors": (counts(MAX_TENSORS + 1, 0), GGUFError, f"has {MAX_TENSORS + 1} tensors"),

@@ -94,11 +94,14 @@ def test_says_when_the_system_refuses(file: GGUFFile, monkeypatch: pytest.Monkey
         WeightMemory.load(file, file.tensors, "memory")
 
 
-def test_a_file_that_shrinks_under_us_is_an_error(data: Path, tmp_path: Path) -> None:
+def test_a_file_that_changes_under_us_is_an_error(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(shutil.copy(data / "golden" / "qwen3moe" / "qwen3moe-micro-Q8_0.gguf", tmp_path))
     file = GGUFFile.open(path)
     with path.open("r+b") as handle:
         handle.truncate(file.n_bytes // 2)
+    with pytest.raises(GGUFError, match="has changed since it was opened; open it again"):
+        WeightMemory.load(file, file.tensors, "memory")
+    monkeypatch.setattr(reader, "_identity", lambda _: file._identities[0])  # it changes between two reads
     with pytest.raises(GGUFError, match="became shorter while it was read"):
         WeightMemory.load(file, file.tensors, "memory")
     path.unlink()
