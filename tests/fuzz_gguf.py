@@ -1,12 +1,14 @@
 """Damages small model files at random and opens them, until time is up: `python tests/fuzz_gguf.py --seconds 600`.
 
-Anything but success or an `EngineError` is a finding: the file is kept, and the exit code is 1. Memory is limited and a
-file that takes long is a finding too. Not part of the test suite; `test_gguf_mutations.py` is its short, fixed form.
+Anything but success or an `EngineError` is a finding: the file is kept, and the exit code is 1. Memory is limited, and
+a file that takes long is a finding too. If C code crashes, Python says where, and the file is the last one in the folder
+for temporary files. Not part of the test suite; `test_gguf_mutations.py` is its short, fixed form.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import random
 import resource
 import signal
@@ -19,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.gguf_mutations import damage_bytes, damage_parts, exercise, small_models
+from gguf_mutations import Parts, damage_bytes, damage_parts, exercise, small_models
 
 SECONDS_A_FILE = 10
 MEMORY_BYTES = 4 << 30
@@ -34,6 +36,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = time.time_ns() if arguments.seed is None else arguments.seed
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    faulthandler.enable()
     signal.signal(signal.SIGALRM, _too_slow)
     n_files, findings = fuzz(seed, arguments.seconds, arguments.keep, [p.read_bytes() for p in arguments.files])
     print(f"seed {seed}: {n_files} files, {findings} findings")
@@ -69,7 +72,7 @@ def fuzz(seed: int, seconds: float, keep: Path, more: list[bytes]) -> tuple[int,
     return outcomes.total(), len(known)
 
 
-def write_case(rng: random.Random, folder: Path, models: list, more: list[bytes]) -> Path:
+def write_case(rng: random.Random, folder: Path, models: list[Parts], more: list[bytes]) -> Path:
     """Write one damaged file, now and then as the second part of two whose first is whole."""
     path = folder / "case.gguf"
     if more and rng.random() < 0.1:
@@ -82,21 +85,17 @@ def write_case(rng: random.Random, folder: Path, models: list, more: list[bytes]
         shards = []
         for i, tensors in enumerate((parts.tensors[:half], parts.tensors[half:])):
             split = {"split.count": 2, "split.no": i, "split.tensors.count": len(parts.tensors)}
-            shards.append(type(parts)({**parts.values, **split}, tensors))
+            shards.append(Parts({**parts.values, **split}, tensors))
         shards[1] = damage_parts(rng, shards[1])
         for i, shard in enumerate(shards):
             path = folder / f"case-{i + 1:05}-of-00002.gguf"
-            path.write_bytes(_encode(shard) if i == 0 else damage_bytes(rng, _encode(shard), 4000))
+            path.write_bytes(shard.encode() if i == 0 else damage_bytes(rng, shard.encode(), 4000))
         return path
     if rng.random() < 0.5:
         parts = damage_parts(rng, parts)
-    data = _encode(parts)
+    data = parts.encode(rng if rng.random() < 0.5 else None)
     path.write_bytes(damage_bytes(rng, data, 8000) if rng.random() < 0.7 else data)
     return path
-
-
-def _encode(parts: object) -> bytes:
-    return parts.encode()
 
 
 def _too_slow(*_: object) -> None:

@@ -32,7 +32,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 20
-MAX_NAME_BYTES = 1 << 16
+MAX_NAME_BYTES = 1 << 10  # the format allows 65,535; real names have less than 100, and messages show them
 MAX_DIMENSIONS = 4
 MAX_WEIGHTS = 1 << 48
 MAX_ALIGNMENT = 1 << 20
@@ -96,7 +96,10 @@ class _Header:
         n_bytes = self.unpack("Q", f"the length of {what}")
         if not 0 < n_bytes <= MAX_NAME_BYTES:
             self.fail(f"{what} is {n_bytes} bytes long; expected 1 to {MAX_NAME_BYTES}: the file is damaged")
-        return self.text(n_bytes, what)
+        name = self.text(n_bytes, what)
+        if not name.isprintable():
+            self.fail(f"{what} has characters that cannot be printed: {name!r}")
+        return name
 
     def text(self, n_bytes: int, what: str) -> str:
         try:
@@ -158,12 +161,13 @@ class _Shard:
 
     path: Path
     data: mmap.mmap
+    identity: tuple[int, ...]  # changes when the file on disk does
     values: dict[str, Value]
     tensors: list[TensorInfo]
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    """Map a file that looks like GGUF."""
+def _map_file(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
+    """Map a file that looks like GGUF; return the mapping and the file's identity."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -173,10 +177,15 @@ def _map_file(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             start = file.read(32)
             _check_magic(path, start)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), _identity(file.fileno())
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise GGUFError(f"{path}: cannot be read: {reason}") from None
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_magic(path: Path, start: bytes) -> None:
@@ -185,12 +194,14 @@ def _check_magic(path: Path, start: bytes) -> None:
     for prefix, description in _LOOKALIKES:
         if start.startswith(prefix):
             raise GGUFError(f"{path}: is {description}")
+    if start[8:9] == b"{":
+        raise GGUFError(f"{path}: is a safetensors file; convert it to GGUF")
     if start[:4] != b"GGUF":
         raise GGUFError(f"{path}: is not a GGUF file: it begins with {start[:4]!r}; expected b'GGUF'")
 
 
 def _read_shard(path: Path, shard: int) -> _Shard:
-    data = _map_file(path)
+    data, identity = _map_file(path)
     header = _Header(str(path), data)
     header.position = 4
     version = header.unpack("I", "the version")
@@ -213,7 +224,7 @@ def _read_shard(path: Path, shard: int) -> _Shard:
             header.fail(f"key {key} occurs twice")
         values[key] = header.value(key)
     tensors = [_read_tensor_info(header, i, n_tensors, shard) for i in range(n_tensors)]
-    return _Shard(path, data, values, _place_tensors(header, values, tensors))
+    return _Shard(path, data, identity, values, _place_tensors(header, values, tensors))
 
 
 def _read_tensor_info(header: _Header, index: int, n_tensors: int, shard: int) -> TensorInfo:
@@ -286,6 +297,7 @@ class GGUFFile:
                     raise GGUFError(f"{shard.path}: tensor {info.name} occurs twice")
                 self.tensors[info.name] = info
         self._maps = [shard.data for shard in shards]
+        self._identities = [shard.identity for shard in shards]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
@@ -320,7 +332,7 @@ class GGUFFile:
     def read(self, name: str, out: npt.NDArray[np.uint8], n_threads: int, progress: Callable[[int], None]) -> None:
         """Fill `out`, flat and as long as the tensor, by several threads that read pieces of it.
 
-        Raises `GGUFError` if the disk fails or the file became shorter.
+        Raises `GGUFError` if the disk fails or the file is not the one that was opened any more.
         """
         info = self.tensors[name]
         assert out.nbytes == info.n_bytes
@@ -328,6 +340,8 @@ class GGUFFile:
         path = self.paths[info.shard]
         try:
             with path.open("rb", buffering=0) as file:
+                if _identity(file.fileno()) != self._identities[info.shard]:
+                    raise GGUFError(f"{path}: has changed since it was opened; open it again")
                 starts = range(0, info.n_bytes, _READ_BYTES)
                 if n_threads == 1 or len(starts) == 1:
                     for start in starts:

@@ -47,8 +47,9 @@ class WeightMemory:
             model_file: where they come from; it may be closed afterwards.
             tensor_names: which ones.
             mode: "mmap" maps the file: nothing is read now, the system reads pages when they are first used, and may
-                drop them again. "memory" reads everything into anonymous memory in huge pages: slower to start, then
-                steady. A made-up model has no file to map and is always made in memory.
+                drop them again; the file must stay as it is meanwhile. "memory" reads everything into anonymous memory
+                in huge pages: slower to start, then steady. A made-up model has no file to map and is always made in
+                memory.
             n_threads: that read or make weights; 0 for one for each CPU, at most 16.
             progress: called with (bytes done, bytes in all) now and then.
 
