@@ -27,6 +27,9 @@ SCORE_SOFTMAX: int  # router scores: softmax over all experts
 SCORE_SIGMOID: int  # router scores: one sigmoid per expert
 SCORE_SOFTMAX_TOPK: int  # softmax over the chosen experts only
 
+ACTIVATE_SILU: int  # silu(gate) * up
+ACTIVATE_CLAMPED_SWISH: int  # gpt-oss: swish of a clamped gate times (up + 1)
+
 KV_F32: int
 KV_F16: int
 KV_Q8_0: int
@@ -211,9 +214,41 @@ class Program:
         second: int,
         second_stride: int,
         n_heads: int,
-        head_dim: int,
+        first_dim: int,
+        second_dim: int,
     ) -> None:
-        """Take apart rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`."""
+        """Take apart rows that hold, for each head, `first_dim` values for `first` and then `second_dim` for `second`."""
+
+    def join_heads(
+        self,
+        first: int,
+        first_stride: int,
+        second: int,
+        second_stride: int,
+        out: int,
+        out_stride: int,
+        n_heads: int,
+        first_dim: int,
+        second_dim: int,
+    ) -> None:
+        """Undo `split_heads`."""
+
+    def scale(
+        self,
+        x: int,
+        x_stride: int,
+        by: int,
+        by_stride: int,
+        out: int,
+        out_stride: int,
+        n_cols: int,
+        factor: float,
+        rows: int,
+    ) -> None:
+        """out = x * (factor * by), with one value of `by` for each row, or x * factor if `by` is 0; in place allowed."""
+
+    def scale_by_position(self, x: int, x_stride: int, n_cols: int, period: int, slope: float) -> None:
+        """x *= 1 + slope * ln(1 + floor((position + 1) / period))."""
 
     def rope(
         self,
@@ -244,12 +279,18 @@ class Program:
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
+        value_dim: int,
         scale: float,
+        sinks: int,
+        window: int,
+        chunk: int,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
         `cache` has `kv_cache_bytes` bytes; how they lie is said in `kernels/ops/kv_layout.h`.
         Online softmax over fixed blocks of positions, so no n x n matrix and the same bits however the prompt is cut.
+        A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`,
+        on; 0 sets no limit. `sinks` (or 0) is float32 [n_heads]: a score for each head that has no value.
         """
 
     def causal_conv(
@@ -323,18 +364,20 @@ class Program:
         ids: int,
         n_experts: int,
         n_experts_used: int,
-        gate: tuple[int, int, int],
-        up: tuple[int, int, int],
-        down: tuple[int, int, int],
+        gate: tuple[int, int, int, int],
+        up: tuple[int, int, int, int],
+        down: tuple[int, int, int, int],
+        activation: int,
         hidden_size: int,
         ffn_size: int,
         out: int,
         out_stride: int,
     ) -> None:
-        """Gated FFN of the chosen experts: out[t, rank] = down_e(silu(gate_e x[t]) * (up_e x[t])), not yet weighted.
+        """Gated FFN of the chosen experts: out[t, rank] = down_e(act(gate_e x[t], up_e x[t])), not yet weighted.
 
-        Each matrix is (table, ggml_type, scale or 0): the table, int64 [n_experts], holds the address of each expert's
-        first row and is read in every run; scale is float32 [n_experts]. gate and up have `ffn_size` rows of
+        `activation` is ACTIVATE_SILU, silu(g) * u, or ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u
+        within 7 of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
+        address of each expert's first row and is read in every run; scale is float32 [n_experts], bias [n_experts, rows]. gate and up have `ffn_size` rows of
         `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.
         ids is int32 [max_tokens, n_experts_used]; out is float32 [max_tokens, n_experts_used, hidden_size], rows
         `out_stride` apart. An id outside 0 to n_experts - 1 (by convention -1) means "computed elsewhere": its part of
@@ -356,14 +399,15 @@ class Program:
         out: int,
         out_stride: int,
         n_cols: int,
+        scale: float,
     ) -> None:
-        """out = residual + (sum over ranks of weight * expert_out, one fma a rank from rank 0, + sigmoid(shared_gate) * shared).
+        """out = residual + scale * (sum over ranks of weight * expert_out, one fma a rank from rank 0, + sigmoid(shared_gate) * shared).
 
-        `shared` and `shared_gate` may be 0 (none; ungated). In place on residual allowed.
+        `shared` and `shared_gate` may be 0 (none; ungated), and `weights` (all 1). In place on residual allowed.
         """
 
     def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:
         """out[i] = x[output_rows[i]]: from here on only the wanted rows."""
 
-def kv_cache_bytes(cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int) -> int:
+def kv_cache_bytes(cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int, value_dim: int) -> int:
     """Return the bytes of one layer's K and V cache."""

@@ -49,6 +49,8 @@ cdef extern from "kernels/ops.h":
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
         _SCORE_SIGMOID "SCORE_SIGMOID"
         _SCORE_SOFTMAX_TOPK "SCORE_SOFTMAX_TOPK"
+        _ACTIVATE_SILU "ACTIVATE_SILU"
+        _ACTIVATE_CLAMPED_SWISH "ACTIVATE_CLAMPED_SWISH"
         _KV_F32 "KV_F32"
         _KV_F16 "KV_F16"
         _KV_Q8_0 "KV_Q8_0"
@@ -80,9 +82,16 @@ cdef extern from "kernels/ops.h":
     ctypedef struct gate_args:
         matrix x, gate, out
         int kind
-    ctypedef struct split_heads_args:
-        matrix x, first, second
-        int head_dim
+    ctypedef struct scale_args:
+        matrix x, out, by
+        float factor
+    ctypedef struct scale_by_position_args:
+        matrix x
+        int period
+        float slope
+    ctypedef struct heads_args:
+        matrix joined, first, second
+        int first_dim, second_dim
     ctypedef struct rope_args:
         matrix x
         int head_dim, n_pairs, style
@@ -93,6 +102,7 @@ cdef extern from "kernels/ops.h":
         matrix expert_out, shared, shared_gate, residual, out
         const float *weights
         int n_experts_used, n_cols
+        float scale
     ctypedef struct causal_conv_args:
         matrix x, out
         const float *weight
@@ -121,11 +131,12 @@ cdef extern from "kernels/ops.h":
     ctypedef struct kv_cache:
         uint8_t *keys
         uint8_t *values
-        int type, context_length, n_kv_heads, head_dim
+        int type, context_length, n_kv_heads, head_dim, value_dim
     ctypedef struct attention_args:
         matrix q, out
         kv_cache cache
-        int n_heads
+        const float *sinks
+        int n_heads, window, chunk
         float scale
     ctypedef struct linear_weight:
         const uint8_t *weight
@@ -145,17 +156,18 @@ cdef extern from "kernels/ops.h":
         int64_t row_bytes
         matmul_fn matmul
         const float *scale
+        const float *bias
     ctypedef struct experts_args:
         const uint8_t *x_gate
         const uint8_t *x_up
         int64_t x_gate_row_bytes, x_up_row_bytes
         const int32_t *ids
-        int n_experts, n_experts_used, hidden_size, ffn_size
+        int n_experts, n_experts_used, hidden_size, ffn_size, activation
         expert_matrix gate, up, down
         matrix out
 
     int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim)
-    int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim)
+    int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int value_dim)
 
 
 cdef extern from "kernels/program.h" nogil:
@@ -185,7 +197,10 @@ cdef extern from "kernels/program.h" nogil:
     int program_linear(program *p, linear_args args)
     int program_add(program *p, add_args args, int n_cols, int rows)
     int program_gate(program *p, gate_args args, int n_cols, int rows)
-    int program_split_heads(program *p, split_heads_args args, int n_heads)
+    int program_scale(program *p, scale_args args, int n_cols, int rows)
+    int program_scale_by_position(program *p, scale_by_position_args args, int n_cols)
+    int program_split_heads(program *p, heads_args args, int n_heads)
+    int program_join_heads(program *p, heads_args args, int n_heads)
     int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads)
     int program_attention(program *p, attention_args args, matrix k, matrix v)
     int program_causal_conv(program *p, causal_conv_args args)
@@ -228,6 +243,8 @@ ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
 SCORE_SIGMOID = _SCORE_SIGMOID
 SCORE_SOFTMAX_TOPK = _SCORE_SOFTMAX_TOPK
+ACTIVATE_SILU = _ACTIVATE_SILU
+ACTIVATE_CLAMPED_SWISH = _ACTIVATE_CLAMPED_SWISH
 KV_F32 = _KV_F32
 KV_F16 = _KV_F16
 KV_Q8_0 = _KV_Q8_0
@@ -702,17 +719,60 @@ cdef class Program:
         uintptr_t second,
         int64_t second_stride,
         int n_heads,
-        int head_dim,
+        int first_dim,
+        int second_dim,
     ):
-        need_at_least("n_heads", n_heads, 1)
-        need_at_least("head_dim", head_dim, 1)
-        cdef int64_t width = n_heads * <int64_t> head_dim
-        cdef split_heads_args args
-        args.x = need_matrix("x", x, x_stride, 2 * width)
-        args.first = need_matrix("first", first, first_stride, width)
-        args.second = need_matrix("second", second, second_stride, width)
-        args.head_dim = head_dim
+        cdef heads_args args = need_heads(
+            x, x_stride, first, first_stride, second, second_stride, n_heads, first_dim, second_dim
+        )
         recorded(program_split_heads(self._program, args, n_heads))
+
+    def join_heads(
+        self,
+        uintptr_t first,
+        int64_t first_stride,
+        uintptr_t second,
+        int64_t second_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_heads,
+        int first_dim,
+        int second_dim,
+    ):
+        cdef heads_args args = need_heads(
+            out, out_stride, first, first_stride, second, second_stride, n_heads, first_dim, second_dim
+        )
+        recorded(program_join_heads(self._program, args, n_heads))
+
+    def scale(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t by,
+        int64_t by_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_cols,
+        float factor,
+        int rows,
+    ):
+        need_at_least("n_cols", n_cols, 1)
+        need_one_of("rows", rows, 2)
+        cdef scale_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.by = need_matrix("by", by, by_stride, 1) if by else matrix(NULL, 0)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.factor = factor
+        recorded(program_scale(self._program, args, n_cols, rows))
+
+    def scale_by_position(self, uintptr_t x, int64_t x_stride, int n_cols, int period, float slope):
+        need_at_least("n_cols", n_cols, 1)
+        need_at_least("period", period, 1)
+        cdef scale_by_position_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.period = period
+        args.slope = slope
+        recorded(program_scale_by_position(self._program, args, n_cols))
 
     def rope(
         self,
@@ -752,17 +812,22 @@ cdef class Program:
         int n_heads,
         int n_kv_heads,
         int head_dim,
+        int value_dim,
         float scale,
+        uintptr_t sinks,
+        int window,
+        int chunk,
     ):
-        need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim)
+        need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
+        need_at_least("window", window, 0)
+        need_at_least("chunk", chunk, 0)
         need(
             n_heads > 0 and n_heads % n_kv_heads == 0,
             f"{n_heads} heads cannot share {n_kv_heads} key/value heads evenly",
         )
-        cdef int64_t width = n_heads * <int64_t> head_dim, kv_width = n_kv_heads * <int64_t> head_dim
         cdef attention_args args
-        args.q = need_matrix("q", q, q_stride, width)
-        args.out = need_matrix("out", out, out_stride, width)
+        args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
+        args.out = need_matrix("out", out, out_stride, n_heads * <int64_t> value_dim)
         args.cache.keys = <uint8_t *> need_address("cache", cache)
         args.cache.values = args.cache.keys + kv_key_bytes(
             cache_type, self._n_slots, context_length, n_kv_heads, head_dim
@@ -771,9 +836,14 @@ cdef class Program:
         args.cache.context_length = context_length
         args.cache.n_kv_heads = n_kv_heads
         args.cache.head_dim = head_dim
+        args.cache.value_dim = value_dim
         args.n_heads = n_heads
         args.scale = scale
-        cdef matrix keys = need_matrix("k", k, k_stride, kv_width), values = need_matrix("v", v, v_stride, kv_width)
+        args.sinks = <const float *> sinks
+        args.window = window
+        args.chunk = chunk
+        cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
+        cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
         recorded(program_attention(self._program, args, keys, values))
 
     def causal_conv(
@@ -883,14 +953,15 @@ cdef class Program:
         recorded(program_router(self._program, args))
 
     cdef expert_matrix _expert_matrix(self, str name, entry, int n_cols, uintptr_t x, int64_t x_row_bytes) except *:
-        cdef uintptr_t table, scale
+        cdef uintptr_t table, scale, bias
         cdef int ggml_type
-        table, ggml_type, scale = entry
+        table, ggml_type, scale, bias = entry
         cdef expert_matrix m
         m.row_bytes = need_row_bytes(ggml_type, n_cols)
         m.table = <const int64_t *> need_address(f"the {name} table", table)
         m.matmul = engine_kernels(self.isa.encode()).quant.matmul[ggml_type]
         m.scale = <const float *> scale
+        m.bias = <const float *> bias
         if x:
             need_at_least(
                 f"the row bytes of x for {name}",
@@ -911,12 +982,14 @@ cdef class Program:
         gate,
         up,
         down,
+        int activation,
         int hidden_size,
         int ffn_size,
         uintptr_t out,
         int64_t out_stride,
     ):
         need_experts(n_experts, n_experts_used)
+        need_one_of("activation", activation, 2)
         cdef experts_args args
         args.x_gate = <const uint8_t *> need_address("x_gate", x_gate)
         args.x_gate_row_bytes = x_gate_row_bytes
@@ -927,6 +1000,7 @@ cdef class Program:
         args.n_experts_used = n_experts_used
         args.hidden_size = hidden_size
         args.ffn_size = ffn_size
+        args.activation = activation
         args.gate = self._expert_matrix("gate", gate, hidden_size, x_gate, x_gate_row_bytes)
         args.up = self._expert_matrix("up", up, hidden_size, x_up, x_up_row_bytes)
         args.down = self._expert_matrix("down", down, ffn_size, 0, 0)
@@ -949,13 +1023,15 @@ cdef class Program:
         uintptr_t out,
         int64_t out_stride,
         int n_cols,
+        float scale,
     ):
         need_at_least("n_experts_used", n_experts_used, 1)
         need(shared or not shared_gate, "a shared gate needs a shared expert")
         cdef combine_args args
         args.expert_out = need_matrix("expert_out", expert_out, expert_out_stride, n_experts_used * <int64_t> n_cols)
-        args.weights = <const float *> need_address("weights", weights)
+        args.weights = <const float *> weights
         args.n_experts_used = n_experts_used
+        args.scale = scale
         args.shared = need_matrix("shared", shared, shared_stride, n_cols) if shared else matrix(NULL, 0)
         args.shared_gate = need_matrix("shared_gate", shared_gate, shared_gate_stride, 1) if shared_gate else matrix(NULL, 0)
         args.residual = need_matrix("residual", residual, residual_stride, n_cols)
@@ -983,16 +1059,42 @@ cdef int need_experts(int n_experts, int n_experts_used) except -1:
     )
 
 
-cdef int need_cache(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim) except -1:
+cdef heads_args need_heads(
+    uintptr_t joined,
+    int64_t joined_stride,
+    uintptr_t first,
+    int64_t first_stride,
+    uintptr_t second,
+    int64_t second_stride,
+    int n_heads,
+    int first_dim,
+    int second_dim,
+):
+    need_at_least("n_heads", n_heads, 1)
+    need_at_least("first_dim", first_dim, 1)
+    need_at_least("second_dim", second_dim, 1)
+    cdef heads_args args
+    args.joined = need_matrix("the joined rows", joined, joined_stride, n_heads * <int64_t> (first_dim + second_dim))
+    args.first = need_matrix("first", first, first_stride, n_heads * <int64_t> first_dim)
+    args.second = need_matrix("second", second, second_stride, n_heads * <int64_t> second_dim)
+    args.first_dim = first_dim
+    args.second_dim = second_dim
+    return args
+
+
+cdef int need_cache(
+    int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim
+) except -1:
     need_one_of("cache_type", cache_type, 3)
     need_at_least("n_slots", n_slots, 1)
     need_at_least("context_length", context_length, 1)
     need_at_least("n_kv_heads", n_kv_heads, 1)
+    need(0 < value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 1 to {MAX_HEAD_DIM}")
     return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
 
 
-def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim):
-    need_cache(cache_type, n_slots, context_length, n_kv_heads, head_dim)
+def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim):
+    need_cache(cache_type, n_slots, context_length, n_kv_heads, head_dim, value_dim)
     return kv_key_bytes(cache_type, n_slots, context_length, n_kv_heads, head_dim) + kv_value_bytes(
-        cache_type, n_slots, context_length, n_kv_heads, head_dim
+        cache_type, n_slots, context_length, n_kv_heads, value_dim
     )

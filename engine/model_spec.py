@@ -13,41 +13,88 @@ class RopeSpec:
     Attributes:
         n_rot: values of a head that are rotated, from its first on.
         freq_base: theta; pair i turns by position * theta ** (-2 i / n_rot).
+        style: which values are a pair: `neox` (i, i + n_rot / 2) or `norm` (2 i, 2 i + 1).
         sections: of multi-axis rotation (time, height, width, extra); empty for the plain kind.
         scaling: how the angles are stretched for contexts longer than the trained one.
         factor: by how much.
         original_context_length: the trained context (YaRN).
         magnitude: factor of cosine and sine on top of YaRN's own.
+        yarn_slope: YaRN's own factor is 1 + yarn_slope * ln(factor).
     """
 
     n_rot: int
     freq_base: float
+    style: Literal["neox", "norm"] = "neox"
     sections: tuple[int, ...] = ()
     scaling: Literal["none", "linear", "yarn"] = "none"
     factor: float = 1.0
     original_context_length: int = 0
     magnitude: float = 1.0
+    yarn_slope: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Softmax attention; `n_heads / n_kv_heads` query heads share one key and value head."""
+    """Softmax attention; `n_heads / n_kv_heads` query heads share one key and value head.
+
+    Attributes:
+        windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
+        chunks: for each layer, the length of the stretches that attention does not look beyond; 0 or no entry: none.
+        unrotated_layers: for each layer, whether it has no rotary embedding; no entry: it has.
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     scale: float
     rope: RopeSpec
+    windows: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
+    unrotated_layers: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttentionSpec:
+    """Multi-head latent attention (DeepSeek): keys and values of all heads come from one small vector a token.
+
+    Attributes:
+        n_heads: query heads.
+        query_rank: width of the compressed query; 0 if queries are projected directly.
+        latent_dim: width of the compressed key and value, which is what the cache keeps.
+        rope_dim: width of the part of the key that is rotated, shared by all heads and kept beside it.
+        key_dim: unrotated part of a head's query and key.
+        value_dim: of a head's value.
+        scale: of the scores.
+        rope: of the rotated part.
+    """
+
+    n_heads: int
+    query_rank: int
+    latent_dim: int
+    rope_dim: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeSpec
+
+    @property
+    def head_dim(self) -> int:
+        """Return the width of what the cache keeps of a token."""
+        return self.latent_dim + self.rope_dim
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetSpec:
-    """Gated delta net, the linear attention of Qwen3-Next and Qwen3.5."""
+    """Gated delta net, the linear attention of Qwen3-Next and Qwen3.5.
+
+    Value head h uses key head h // (n_v_heads / n_k_heads) if `grouped`, else h mod n_k_heads.
+    """
 
     n_k_heads: int
     n_v_heads: int
     head_dim: int
     kernel_size: int
+    grouped: bool = False
 
     @property
     def key_size(self) -> int:
@@ -67,12 +114,29 @@ class DeltaNetSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
-    """Routed experts, and the shared expert if `shared_ffn_size` is not 0."""
+    """Routed experts of the layers that have a router; all zero for a dense model.
 
-    n_experts: int
-    n_experts_used: int
-    ffn_size: int
+    Attributes:
+        n_experts, n_experts_used: in a layer, and of them by one token.
+        ffn_size: width of an expert.
+        shared_ffn_size: width of the shared expert; 0 if there is none.
+        scoring: how router logits become scores.
+        normalize: whether the weights of the chosen experts are made to add up to 1.
+        scale: factor of the weights after that.
+        n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
+        weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
+    """
+
+    n_experts: int = 0
+    n_experts_used: int = 0
+    ffn_size: int = 0
     shared_ffn_size: int = 0
+    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    n_groups: int = 1
+    n_groups_used: int = 1
+    weights_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +151,11 @@ class ModelSpec:
         n_vocab: rows of the embedding table, and logits of a token.
         context_length: tokens the model was trained for.
         norm_eps: epsilon of every normalisation.
-        recurrent_layers: for each layer, whether it is a delta net instead of attention.
+        attention: softmax attention of any kind.
+        moe: the routed experts.
+        recurrent_layers: for each layer, whether it is a delta net instead of attention; empty: none is.
+        embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
+            residual stream, and of the logits.
     """
 
     architecture: str
@@ -97,7 +165,10 @@ class ModelSpec:
     n_vocab: int
     context_length: int
     norm_eps: float
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec
     moe: MoESpec
-    recurrent_layers: tuple[bool, ...]
+    recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0

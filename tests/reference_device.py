@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engine.devices import graph as ops
-from engine.devices.graph import Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight, WeightAccess
+from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight, WeightAccess
 from engine.quants import reference
 
 SMALLEST_SUM = 2.0**-14  # of router weights, before they are divided by it
@@ -50,7 +50,8 @@ class ReferenceProgram:
 
     def vector(self, vector: Vector) -> np.ndarray:
         raw = self._weights.array(vector.name).reshape(1, -1)
-        return reference.dequantize(vector.format, raw, vector.size)[0].astype(np.float64)
+        values = reference.dequantize(vector.format, raw, vector.stored_size or vector.size)[0]
+        return values[vector.first : vector.first + vector.size].astype(np.float64)
 
     def matrices(self, weight: Weight) -> np.ndarray:
         """[n_experts, n_rows, n_cols]"""
@@ -67,30 +68,52 @@ class ReferenceProgram:
         self[op.out] = self.matrices(op.table)[0][self.token_ids] * op.scale
 
     def rms_norm(self, op: ops.RMSNorm) -> None:
-        x = self[op.x].reshape(len(self.token_ids), -1, op.weight.size)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps) * self.vector(op.weight)
+        x = self[op.x].reshape(len(self.token_ids), -1, op.group_size)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps)
+        if op.weight is not None:
+            x = x * self.vector(op.weight)
         self[op.out] = x.reshape(len(x), -1)
 
     def linear(self, op: ops.Linear) -> None:
         for weight, bias, out in zip(op.weights, op.biases, op.outs, strict=True):
             self[out] = self[op.x] @ self.matrices(weight)[0].T + (0 if bias is None else self.vector(bias))
 
+    def head_linear(self, op: ops.HeadLinear) -> None:
+        n, weight = len(self.token_ids), op.weight
+        x = self[op.x].reshape(n, weight.n_experts, weight.n_cols)
+        self[op.out] = np.einsum("thc,hrc->thr", x, self.matrices(weight)).reshape(n, -1)
+
     def add(self, op: ops.Add) -> None:
         self[op.out] = self[op.a] + self[op.b]
+
+    def scale(self, op: ops.Scale) -> None:
+        self[op.out] = self[op.x] * op.factor * (1 if op.by is None else self[op.by])
+
+    def scale_by_position(self, op: ops.ScaleByPosition) -> None:
+        factor = 1 + op.slope * np.log1p((self.positions + 1) // op.period)
+        self[op.x] = self[op.x] * factor[:, None]
 
     def gate(self, op: ops.Gate) -> None:
         gate = self[op.gate]
         self[op.out] = self[op.x] * (_sigmoid(gate) if op.gating == Gating.SIGMOID else _silu(gate))
 
     def split_heads(self, op: ops.SplitHeads) -> None:
-        parts = self[op.x].reshape(len(self.token_ids), op.n_heads, 2, op.head_dim)
-        self[op.first] = parts[:, :, 0].reshape(len(parts), -1)
-        self[op.second] = parts[:, :, 1].reshape(len(parts), -1)
+        x = self[op.x].reshape(len(self.token_ids), op.n_heads, -1)
+        first_dim = op.first.width // op.n_heads
+        self[op.first] = x[..., :first_dim].reshape(len(x), -1)
+        self[op.second] = x[..., first_dim:].reshape(len(x), -1)
+
+    def join_heads(self, op: ops.JoinHeads) -> None:
+        parts = [self[t].reshape(len(self.token_ids), op.n_heads, -1) for t in (op.first, op.second)]
+        self[op.out] = np.concatenate(parts, axis=-1).reshape(len(self.token_ids), -1)
 
     def rope(self, op: ops.Rope) -> None:
         x = self[op.x].reshape(len(self.token_ids), op.n_heads, op.head_dim).copy()
         n_pairs = len(op.frequencies)
-        angle = self.positions[:, None, None] * op.frequencies.astype(np.float64)
+        frequencies = op.frequencies.astype(np.float64)
+        if op.divisors is not None:
+            frequencies = frequencies / self.vector(op.divisors)
+        angle = self.positions[:, None, None] * frequencies
         cos, sin = np.cos(angle) * op.magnitude, np.sin(angle) * op.magnitude
         if op.style == RopeStyle.NEOX:
             first, second = slice(0, n_pairs), slice(n_pairs, 2 * n_pairs)
@@ -102,15 +125,25 @@ class ReferenceProgram:
 
     def attention(self, op: ops.Attention) -> None:
         n, cache = len(self.token_ids), op.cache
-        new = np.stack([self[t].reshape(n, cache.n_kv_heads, cache.head_dim) for t in (op.k, op.v)])
-        old = self.keys.get(cache, new[:, :0])
-        k, v = self.keys[cache] = np.concatenate([old, new], axis=1)
+        k = self[op.k].reshape(n, cache.n_kv_heads, cache.head_dim)
+        v = k[..., : cache.value_dim] if op.v is None else self[op.v].reshape(n, cache.n_kv_heads, cache.value_dim)
+        if cache in self.keys:
+            k, v = (np.concatenate([old, new]) for old, new in zip(self.keys[cache], (k, v), strict=True))
+        self.keys[cache] = k, v
         group = op.n_heads // cache.n_kv_heads
         k, v = (np.repeat(x, group, axis=1) for x in (k, v))
         q = self[op.q].reshape(n, op.n_heads, cache.head_dim)
         scores = np.einsum("qhd,khd->hqk", q, k) * op.scale
-        scores[:, np.arange(len(k)) > self.positions[:, None]] = -np.inf
-        self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores), v).reshape(n, -1)
+        past, now = np.arange(len(k)), self.positions[:, None]
+        hidden = past > now
+        if op.window:
+            hidden |= now - past >= op.window
+        if op.chunk:
+            hidden |= past < now // op.chunk * op.chunk
+        scores[:, hidden] = -np.inf
+        sinks = np.full(op.n_heads, -np.inf) if op.sinks is None else self.vector(op.sinks)
+        scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (op.n_heads, n, 1))], axis=-1)
+        self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores)[..., :-1], v).reshape(n, -1)
 
     def causal_conv(self, op: ops.CausalConv) -> None:
         kernel = self.vector(op.weight).reshape(op.x.width, op.kernel_size)
@@ -157,18 +190,25 @@ class ReferenceProgram:
         self[op.out.ids], self[op.out.weights] = ids, weights * op.scale
 
     def run_experts(self, op: ops.Experts) -> None:
-        gate, up, down = (self.matrices(w) for w in (op.gate, op.up, op.down))
+        weights, biases = (op.gate, op.up, op.down), (op.gate_bias, op.up_bias, op.down_bias)
+        gate, up, down = (self.matrices(w) for w in weights)
+        gate_b, up_b, down_b = (
+            np.zeros((w.n_experts, w.n_rows)) if b is None else self.vector(b).reshape(w.n_experts, w.n_rows)
+            for w, b in zip(weights, biases, strict=True)
+        )
         rows = []
         for x, ids in zip(self[op.x], self[op.routing.ids].astype(int), strict=True):
-            rows.append(np.concatenate([down[e] @ (_silu(gate[e] @ x) * (up[e] @ x)) for e in ids]))
+            hidden = [_activate(op.activation, gate[e] @ x + gate_b[e], up[e] @ x + up_b[e]) for e in ids]
+            rows.append(np.concatenate([down[e] @ h + down_b[e] for e, h in zip(ids, hidden, strict=True)]))
         self[op.out] = np.stack(rows)
 
     def combine(self, op: ops.Combine) -> None:
         expert_out = self[op.expert_out].reshape(len(self.token_ids), op.routing.ids.width, -1)
-        total = np.einsum("trh,tr->th", expert_out, self[op.routing.weights])
+        weights = self[op.routing.weights]
+        total = np.einsum("trh,tr->th", expert_out, weights if op.weighted else np.ones_like(weights))
         if op.shared is not None:
             total = total + self[op.shared] * (1 if op.shared_gate is None else _sigmoid(self[op.shared_gate]))
-        self[op.out] = self[op.residual] + total
+        self[op.out] = self[op.residual] + op.scale * total
 
     def select_outputs(self, op: ops.SelectOutputs) -> None:
         self[op.out] = self[op.x]
@@ -182,6 +222,13 @@ def _silu(x: np.ndarray) -> np.ndarray:
     return x * _sigmoid(x)
 
 
+def _activate(activation: Activation, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    if activation == Activation.SILU:
+        return _silu(gate) * up
+    gate = np.minimum(gate, 7)
+    return gate * _sigmoid(1.702 * gate) * (np.clip(up, -7, 7) + 1)
+
+
 def _softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -191,9 +238,13 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.Embed: ReferenceProgram.embed,
     ops.RMSNorm: ReferenceProgram.rms_norm,
     ops.Linear: ReferenceProgram.linear,
+    ops.HeadLinear: ReferenceProgram.head_linear,
     ops.Add: ReferenceProgram.add,
+    ops.Scale: ReferenceProgram.scale,
+    ops.ScaleByPosition: ReferenceProgram.scale_by_position,
     ops.Gate: ReferenceProgram.gate,
     ops.SplitHeads: ReferenceProgram.split_heads,
+    ops.JoinHeads: ReferenceProgram.join_heads,
     ops.Rope: ReferenceProgram.rope,
     ops.Attention: ReferenceProgram.attention,
     ops.CausalConv: ReferenceProgram.causal_conv,

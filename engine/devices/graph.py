@@ -51,6 +51,13 @@ class Scoring(enum.IntEnum):
     SOFTMAX_OF_CHOSEN = 2
 
 
+class Activation(enum.IntEnum):
+    """How an expert joins its gate and up projections (values shared with the kernels)."""
+
+    SILU = 0  # silu(gate) * up
+    CLAMPED_SWISH = 1  # gpt-oss: g * sigmoid(1.702 g) * (u + 1), with g = min(gate, 7) and u = up clamped to [-7, 7]
+
+
 class KVType(enum.IntEnum):
     """How keys and values are stored (values shared with the kernels)."""
 
@@ -92,11 +99,20 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """A tensor of the model file that is used as float32 values, whatever its format."""
+    """Float32 values of a tensor of the model file, whatever its format.
+
+    Attributes:
+        name: the tensor's name in the file.
+        format: how it is stored.
+        size: values used, from `first` on.
+        stored_size: values that the tensor holds; 0 for `size`.
+    """
 
     name: str
     format: QuantFormat
     size: int
+    first: int = 0
+    stored_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +145,15 @@ class Weight:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class KVCache:
-    """Keys and values of one layer, for every sequence and position."""
+    """Keys and values of one layer, for every sequence and position.
+
+    With `values_in_keys` there are no values of their own: a head's value is the first `value_dim` values of its key.
+    """
 
     n_kv_heads: int
     head_dim: int
+    value_dim: int
+    values_in_keys: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -182,11 +203,12 @@ class Embed(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RMSNorm(Operation):
-    """weight * x / sqrt(mean(x^2) + eps), over groups of columns as long as the weight."""
+    """weight * x / sqrt(mean(x^2) + eps), over groups of `group_size` columns; without weight, factor 1."""
 
     x: Tensor
-    weight: Vector
+    weight: Vector | None
     out: Tensor
+    group_size: int
     eps: float
 
 
@@ -201,12 +223,40 @@ class Linear(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class HeadLinear(Operation):
+    """Multiply each head's columns of x by the head's own matrix: out[h] = weight[h] . x[h]."""
+
+    x: Tensor
+    weight: Weight  # n_experts is the number of heads
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Add(Operation):
     """out = a + b."""
 
     a: Tensor
     b: Tensor
     out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Scale(Operation):
+    """out = x * factor, or x * factor * by with one value of `by` for each row."""
+
+    x: Tensor
+    by: Tensor | None
+    out: Tensor
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ScaleByPosition(Operation):
+    """x *= 1 + slope * ln(1 + floor((position + 1) / period)), in place: attention temperature of long contexts."""
+
+    x: Tensor
+    period: int
+    slope: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -221,38 +271,55 @@ class Gate(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SplitHeads(Operation):
-    """Take apart rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`."""
+    """Take apart rows that hold, for each head, some values for `first` and after them some for `second`."""
 
     x: Tensor
     first: Tensor
     second: Tensor
     n_heads: int
-    head_dim: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class JoinHeads(Operation):
+    """Put rows together that hold, for each head, the values of `first` and after them those of `second`."""
+
+    first: Tensor
+    second: Tensor
+    out: Tensor
+    n_heads: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rope(Operation):
-    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency."""
+    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency (/ divisor)."""
 
     x: Tensor
     n_heads: int
     head_dim: int
     frequencies: npt.NDArray[np.float32]
+    divisors: Vector | None
     style: RopeStyle
     magnitude: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Attention(Operation):
-    """Append k and v to the cache, then causal grouped-query attention over it."""
+    """Append k and v to the cache, then causal grouped-query attention over it.
+
+    A token at position p sees the positions from max(0, p - window + 1), or from p rounded down to a multiple of
+    `chunk`, to p; 0 sets no limit. `sinks` has one logit for each head, which takes part in the softmax without a value.
+    """
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     cache: KVCache
     out: Tensor
+    sinks: Vector | None
     n_heads: int
     scale: float
+    window: int
+    chunk: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -301,19 +368,29 @@ class Router(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Experts(Operation):
-    """out[t, rank] = down(silu(gate x) * (up x)) of the expert with that rank, not yet weighted."""
+    """out[t, rank] = down(act(gate x, up x)) of the expert with that rank, not yet weighted.
+
+    Biases have one row for each expert and are added to the projection they belong to.
+    """
 
     x: Tensor
     routing: Routing
     gate: Weight
     up: Weight
     down: Weight
+    gate_bias: Vector | None
+    up_bias: Vector | None
+    down_bias: Vector | None
+    activation: Activation
     out: Tensor
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Combine(Operation):
-    """out = residual + (weighted sum over ranks, best first, + sigmoid(shared_gate) * shared)."""
+    """out = residual + scale * (weighted sum over ranks, best first, + sigmoid(shared_gate) * shared).
+
+    Without `weighted` the experts' weights are 1 (they were applied to the input).
+    """
 
     expert_out: Tensor
     routing: Routing
@@ -321,6 +398,8 @@ class Combine(Operation):
     shared_gate: Tensor | None
     residual: Tensor
     out: Tensor
+    weighted: bool
+    scale: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -353,11 +432,12 @@ class Graph:
         self.operations.append(Embed(table, out, scale))
         return out
 
-    def rms_norm(self, x: Tensor, weight: Vector, eps: float) -> Tensor:
-        """Normalise the rows of x, or each group of columns if the weight is shorter (one head, for example)."""
-        assert x.width % weight.size == 0
+    def rms_norm(self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0) -> Tensor:
+        """Normalise each group of columns as long as the weight (a row, or one head); `group_size` where there is none."""
+        group_size = weight.size if weight else group_size
+        assert x.width % group_size == 0
         out = self._new(x.width, x.rows)
-        self.operations.append(RMSNorm(x, weight, out, eps))
+        self.operations.append(RMSNorm(x, weight, out, group_size, eps))
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Vector | None = None) -> Tensor:
@@ -373,6 +453,25 @@ class Graph:
         self.operations.append(Linear(x, tuple(weights), tuple(biases or [None] * len(weights)), outs))
         return outs
 
+    def head_linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """Multiply each head by its own matrix of the stack."""
+        assert x.width == weight.n_experts * weight.n_cols
+        out = self._new(weight.n_experts * weight.n_rows, x.rows)
+        self.operations.append(HeadLinear(x, weight, out))
+        return out
+
+    def scale(self, x: Tensor, factor: float, by: Tensor | None = None) -> Tensor:
+        """Multiply by a constant, and by one value for each row if `by` gives them."""
+        assert by is None or by.width == 1
+        out = self._new(x.width, x.rows)
+        self.operations.append(Scale(x, by, out, factor))
+        return out
+
+    def scale_by_position(self, x: Tensor, period: int, slope: float) -> Tensor:
+        """Multiply x in place by a factor that grows with the position; returns x."""
+        self.operations.append(ScaleByPosition(x, period, slope))
+        return x
+
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """Add two tensors."""
         assert a.width == b.width
@@ -387,12 +486,18 @@ class Graph:
         self.operations.append(Gate(x, gate, out, gating))
         return out
 
-    def split_heads(self, x: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-        """Take apart rows that hold two parts for each head in turn."""
-        head_dim = x.width // (2 * n_heads)
-        first, second = self._new(x.width // 2), self._new(x.width // 2)
-        self.operations.append(SplitHeads(x, first, second, n_heads, head_dim))
+    def split_heads(self, x: Tensor, n_heads: int, first_dim: int = 0) -> tuple[Tensor, Tensor]:
+        """Take apart rows that hold two parts for each head in turn, the first `first_dim` long (0: half)."""
+        first_size = n_heads * first_dim or x.width // 2
+        first, second = self._new(first_size), self._new(x.width - first_size)
+        self.operations.append(SplitHeads(x, first, second, n_heads))
         return first, second
+
+    def join_heads(self, first: Tensor, second: Tensor, n_heads: int) -> Tensor:
+        """Put each head's two parts behind one another."""
+        out = self._new(first.width + second.width)
+        self.operations.append(JoinHeads(first, second, out, n_heads))
+        return out
 
     def rope(
         self,
@@ -401,17 +506,36 @@ class Graph:
         frequencies: npt.NDArray[np.float32],
         style: RopeStyle,
         magnitude: float = 1.0,
+        divisors: Vector | None = None,
     ) -> Tensor:
         """Rotate x in place by its position; returns x."""
-        self.operations.append(Rope(x, n_heads, x.width // n_heads, frequencies, style, magnitude))
+        self.operations.append(Rope(x, n_heads, x.width // n_heads, frequencies, divisors, style, magnitude))
         return x
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int, n_kv_heads: int, scale: float) -> Tensor:
-        """Attend over this layer's cache, which the graph makes here."""
-        cache = KVCache(n_kv_heads, k.width // n_kv_heads)
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        n_heads: int,
+        n_kv_heads: int,
+        scale: float,
+        *,
+        value_dim: int = 0,
+        sinks: Vector | None = None,
+        window: int = 0,
+        chunk: int = 0,
+    ) -> Tensor:
+        """Attend over this layer's cache, which the graph makes here.
+
+        Without v a head's value is the first `value_dim` values of its key.
+        """
+        if v is not None:
+            value_dim = v.width // n_kv_heads
+        cache = KVCache(n_kv_heads, k.width // n_kv_heads, value_dim, values_in_keys=v is None)
         self.kv_caches.append(cache)
-        out = self._new(q.width)
-        self.operations.append(Attention(q, k, v, cache, out, n_heads, scale))
+        out = self._new(n_heads * value_dim)
+        self.operations.append(Attention(q, k, v, cache, out, sinks, n_heads, scale, window, chunk))
         return out
 
     def causal_conv(self, x: Tensor, weight: Vector, kernel_size: int) -> Tensor:
@@ -464,10 +588,19 @@ class Graph:
         self.operations.append(Router(logits, bias, routing, scoring, n_groups, n_groups_used, normalize, scale))
         return routing
 
-    def experts(self, x: Tensor, routing: Routing, gate: Weight, up: Weight, down: Weight) -> Tensor:
-        """Compute the chosen experts; the result has one stretch of columns for each rank."""
+    def experts(
+        self,
+        x: Tensor,
+        routing: Routing,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+        biases: tuple[Vector | None, Vector | None, Vector | None] = (None, None, None),
+        activation: Activation = Activation.SILU,
+    ) -> Tensor:
+        """Compute the chosen experts; the result has one stretch of columns for each rank. Biases: gate, up, down."""
         out = self._new(routing.ids.width * down.n_rows)
-        self.operations.append(Experts(x, routing, gate, up, down, out))
+        self.operations.append(Experts(x, routing, gate, up, down, *biases, activation, out))
         return out
 
     def combine(
@@ -477,10 +610,13 @@ class Graph:
         residual: Tensor,
         shared: Tensor | None = None,
         shared_gate: Tensor | None = None,
+        *,
+        weighted: bool = True,
+        scale: float = 1.0,
     ) -> Tensor:
         """Add the experts up in rank order, the shared expert after them, and the residual stream."""
         out = self._new(residual.width)
-        self.operations.append(Combine(expert_out, routing, shared, shared_gate, residual, out))
+        self.operations.append(Combine(expert_out, routing, shared, shared_gate, residual, out, weighted, scale))
         return out
 
     def select_outputs(self, x: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ enum { ROWS_TOKENS, ROWS_OUTPUTS };
 enum { GATE_SIGMOID, GATE_SILU };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
+enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH };
 enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
 
 enum {
     MAX_EXPERTS = 1024,
-    MAX_HEAD_DIM = 512,
+    MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
     MAX_LINEAR_WEIGHTS = 8,
     TOKENS_PER_CALL = 64,     // activation rows that one call of a matmul_fn gets at most
@@ -86,9 +87,21 @@ typedef struct {
 } gate_args;
 
 typedef struct {
-    matrix x, first, second;
-    int head_dim;
-} split_heads_args;
+    matrix x, out, by; // by.at may be NULL: one factor for each row
+    float factor;
+} scale_args;
+
+typedef struct {
+    matrix x;
+    int period;
+    float slope;
+} scale_by_position_args;
+
+// Rows that hold, for each head, first_dim values of `first` and second_dim values of `second`.
+typedef struct {
+    matrix joined, first, second;
+    int first_dim, second_dim;
+} heads_args;
 
 // Cosines, then sines, of every pair: [max_tokens, 2, n_pairs].
 typedef struct {
@@ -111,8 +124,9 @@ typedef struct {
 
 typedef struct {
     matrix expert_out, shared, shared_gate, residual, out; // shared.at, shared_gate.at may be NULL
-    const float *weights;                                  // [max_tokens, n_experts_used]
+    const float *weights;                                  // [max_tokens, n_experts_used], or NULL: all 1
     int n_experts_used, n_cols;
+    float scale;
 } combine_args;
 
 typedef struct {
@@ -146,7 +160,7 @@ typedef struct {
 // One layer's keys or values; layout in ops/kv_cache.h.
 typedef struct {
     uint8_t *keys, *values;
-    int type, context_length, n_kv_heads, head_dim;
+    int type, context_length, n_kv_heads, head_dim, value_dim;
 } kv_cache;
 
 typedef struct {
@@ -158,7 +172,8 @@ typedef struct {
 typedef struct {
     matrix q, out;
     kv_cache cache;
-    int n_heads;
+    const float *sinks; // [n_heads], or NULL
+    int n_heads, window, chunk; // window, chunk: 0 for no limit
     float scale;
     float *partials;         // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
     padded_counter *n_done;  // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
@@ -184,7 +199,7 @@ typedef struct {
     const int64_t *table; // [n_experts] addresses of the experts' first rows
     int64_t row_bytes;
     matmul_fn matmul;
-    const float *scale; // [n_experts] or NULL
+    const float *scale, *bias; // [n_experts] and [n_experts, n_rows], or NULL
 } expert_matrix;
 
 // Shared by the parts of one experts operation. A pair is a token and a rank: row t * n_experts_used + rank.
@@ -192,7 +207,7 @@ typedef struct {
     const uint8_t *x_gate, *x_up;
     int64_t x_gate_row_bytes, x_up_row_bytes;
     const int32_t *ids; // [max_tokens, n_experts_used]; -1: computed elsewhere
-    int n_experts, n_experts_used, hidden_size, ffn_size;
+    int n_experts, n_experts_used, hidden_size, ffn_size, activation;
     expert_matrix gate, up, down;
     float *hidden;             // [pairs, ffn_size]
     uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32
@@ -207,7 +222,9 @@ typedef union {
     quantize_args quantize;
     add_args add;
     gate_args gate;
-    split_heads_args split_heads;
+    scale_args scale;
+    scale_by_position_args scale_by_position;
+    heads_args heads;
     rope_table_args rope_table;
     rope_args rope;
     select_outputs_args select_outputs;
@@ -236,7 +253,7 @@ typedef struct {
 } task_fns;
 
 typedef struct ops_table {
-    tile_fn embed, rms_norm, quantize, add, gate, split_heads, rope_table, rope, select_outputs, combine, causal_conv,
+    tile_fn embed, rms_norm, quantize, add, scale, scale_by_position, gate, split_heads, join_heads, rope_table, rope, select_outputs, combine, causal_conv,
         delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads every byte once; for measuring bandwidth
@@ -245,7 +262,7 @@ typedef struct ops_table {
 // kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of one
 // token over a whole context.
 int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
-int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
+int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int value_dim);
 int64_t attention_partial_bytes(int n_heads, const kv_cache *cache);
 
 #endif

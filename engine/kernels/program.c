@@ -346,17 +346,61 @@ int program_gate(program *p, gate_args args, int n_cols, int rows) {
     return record(p, op);
 }
 
-int program_split_heads(program *p, split_heads_args args, int n_heads) {
-    operation op = {.name = "split_heads",
-                    .args.split_heads = args,
-                    .run_tile = p->kernels->ops->split_heads,
-                    .width = n_heads * args.head_dim,
-                    .unit = args.head_dim,
+int program_scale(program *p, scale_args args, int n_cols, int rows) {
+    operation op = {.name = "scale",
+                    .args.scale = args,
+                    .run_tile = p->kernels->ops->scale,
+                    .rows = rows,
+                    .width = n_cols,
+                    .unit = FLOATS_OF_LINE,
                     .is_cheap = true};
-    touch_rows(p, &op, READS, args.x.at, args.x.stride * (int64_t)sizeof(float), 2 * op.width * (int64_t)sizeof(float),
-               2 * sizeof(float));
+    touch(p, &op, READS, args.x);
+    if (args.by.at)
+        touch_whole(p, &op, READS, args.by, 1);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_scale_by_position(program *p, scale_by_position_args args, int n_cols) {
+    operation op = {.name = "scale_by_position",
+                    .args.scale_by_position = args,
+                    .run_tile = p->kernels->ops->scale_by_position,
+                    .width = n_cols,
+                    .unit = FLOATS_OF_LINE,
+                    .is_cheap = true};
+    touch(p, &op, WRITES, args.x);
+    return record(p, op);
+}
+
+int program_split_heads(program *p, heads_args args, int n_heads) {
+    operation op = {.name = "split_heads",
+                    .args.heads = args,
+                    .run_tile = p->kernels->ops->split_heads,
+                    .width = n_heads * args.first_dim,
+                    .unit = args.first_dim,
+                    .is_cheap = true};
+    const bool is_even = args.first_dim == args.second_dim; // then columns of all three belong together
+    const int64_t joined_bytes = n_heads * (int64_t)(args.first_dim + args.second_dim) * (int64_t)sizeof(float);
+    touch_rows(p, &op, READS, args.joined.at, args.joined.stride * (int64_t)sizeof(float), joined_bytes,
+               is_even ? 2 * sizeof(float) : 0);
     touch(p, &op, WRITES, args.first);
-    touch(p, &op, WRITES, args.second);
+    if (is_even)
+        touch(p, &op, WRITES, args.second);
+    else
+        touch_whole(p, &op, WRITES, args.second, n_heads * (int64_t)args.second_dim);
+    return record(p, op);
+}
+
+int program_join_heads(program *p, heads_args args, int n_heads) {
+    operation op = {.name = "join_heads",
+                    .args.heads = args,
+                    .run_tile = p->kernels->ops->join_heads,
+                    .width = n_heads * (args.first_dim + args.second_dim),
+                    .unit = args.first_dim + args.second_dim,
+                    .is_cheap = true};
+    touch_whole(p, &op, READS, args.first, n_heads * (int64_t)args.first_dim);
+    touch_whole(p, &op, READS, args.second, n_heads * (int64_t)args.second_dim);
+    touch(p, &op, WRITES, args.joined);
     return record(p, op);
 }
 
@@ -407,8 +451,8 @@ static int record_kv_store(program *p, kv_cache cache, matrix x, bool is_value) 
     operation op = {.name = is_value ? "store_values" : "store_keys",
                     .args.kv_store = {x, cache, is_value},
                     .run_tile = p->kernels->ops->kv_store,
-                    .width = cache.n_kv_heads * cache.head_dim,
-                    .unit = cache.head_dim,
+                    .width = cache.n_kv_heads * (is_value ? cache.value_dim : cache.head_dim),
+                    .unit = is_value ? cache.value_dim : cache.head_dim,
                     .is_cheap = true};
     touch(p, &op, READS, x);
     touch_block(&op, WRITES, is_value ? cache.values : cache.keys, 1);
@@ -430,9 +474,8 @@ int program_attention(program *p, attention_args args, matrix k, matrix v) {
         return -1;
     p->context_length = smaller(p->context_length, cache.context_length);
     operation op = {.name = "attention", .args.attention = args, .tasks = &p->kernels->ops->attention};
-    const int64_t width = args.n_heads * (int64_t)cache.head_dim;
-    touch_whole(p, &op, READS, args.q, width);
-    touch_whole(p, &op, WRITES, args.out, width);
+    touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
+    touch_whole(p, &op, WRITES, args.out, args.n_heads * (int64_t)cache.value_dim);
     touch_block(&op, READS, cache.keys, 1);
     touch_block(&op, READS, cache.values, 1);
     touch_block(&op, WRITES, args.partials, 1);
@@ -536,7 +579,8 @@ int program_combine(program *p, combine_args args) {
                     .unit = FLOATS_OF_LINE};
     const int64_t weights_row_bytes = args.n_experts_used * (int64_t)sizeof(float);
     touch_whole(p, &op, READS, args.expert_out, args.n_experts_used * (int64_t)args.n_cols);
-    touch_rows(p, &op, READS, args.weights, weights_row_bytes, weights_row_bytes, 0);
+    if (args.weights)
+        touch_rows(p, &op, READS, args.weights, weights_row_bytes, weights_row_bytes, 0);
     if (args.shared.at)
         touch(p, &op, READS, args.shared);
     if (args.shared_gate.at)

@@ -9,7 +9,22 @@ from engine.devices.graph import Graph, Vector, Weight
 from engine.errors import UnsupportedModelError
 from engine.gguf.model_file import ModelFile
 from engine.model_spec import ModelSpec
-from engine.models import qwen3moe, qwen35moe
+from engine.models import (
+    bailingmoe2,
+    deepseek2,
+    ernie4_5_moe,
+    glm4moe,
+    gpt_oss,
+    granitemoe,
+    llama,
+    llama4,
+    minimax_m2,
+    olmoe,
+    qwen2moe,
+    qwen3moe,
+    qwen3next,
+    qwen35moe,
+)
 from engine.models.binding import Keys, Tensors
 
 
@@ -26,8 +41,22 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "bailingmoe2": bailingmoe2,
+    "deepseek2": deepseek2,
+    "ernie4_5-moe": ernie4_5_moe,
+    "glm4moe": glm4moe,
+    "gpt-oss": gpt_oss,
+    "granitemoe": granitemoe,
+    "llama": llama,
+    "llama4": llama4,
+    "minimax-m2": minimax_m2,
+    "olmoe": olmoe,
+    "qwen2moe": qwen2moe,
+    "qwen3": qwen3moe,
+    "qwen35": qwen35moe,
     "qwen35moe": qwen35moe,
     "qwen3moe": qwen3moe,
+    "qwen3next": qwen3next,
 }
 
 

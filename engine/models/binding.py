@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal, TypeAlias
 
 from engine.devices.graph import Vector, Weight
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf.model_file import ModelFile, TensorInfo
-from engine.model_spec import AttentionSpec, RopeSpec
+from engine.model_spec import AttentionSpec, MoESpec, RopeSpec
 
+RopeStyle: TypeAlias = Literal["neox", "norm"]
+Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen"]
+
+_GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
 
 
@@ -59,9 +64,17 @@ class Keys:
                 raise self.wrong(key, value, f"an integer from {minimum} to {_LARGEST - 1}")
         return values
 
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean."""
+        return self._metadata.flag(f"{self.architecture}.{key}", default)
+
     def flags(self, key: str) -> list[bool]:
         """Return an array of booleans."""
         return self._metadata.flags(f"{self.architecture}.{key}")
+
+    def is_array(self, key: str) -> bool:
+        """Return whether the file gives an array."""
+        return self.has(key) and self._metadata.is_array(f"{self.architecture}.{key}")
 
     def name(self) -> str:
         """Return the model's name for people."""
@@ -78,14 +91,66 @@ class Keys:
             raise self.wrong("block_count", n_blocks, f"at most {self._n_tensors}, the number of tensors")
         return n_blocks
 
-    def experts(self) -> tuple[int, int]:
-        """Return the number of routed experts in a layer, and how many of them a token uses."""
+    def n_layers(self) -> int:
+        """Return the blocks that are run: those for multi-token prediction come last and are left out."""
+        n_blocks, n_mtp = self.size("block_count"), self.size("nextn_predict_layers", 0, minimum=0)
+        if n_mtp >= n_blocks:
+            raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
+        return n_blocks - n_mtp
+
+    def mixture(
+        self,
+        *,
+        ffn_size: int | None = None,
+        shared_ffn_size: int = 0,
+        scoring: Scoring = "softmax",
+        normalize: bool = True,
+        scale: float = 1.0,
+        weights_input: bool = False,
+    ) -> MoESpec:
+        """Read the numbers of routed experts; what an architecture fixes or defaults to is passed in.
+
+        Without `ffn_size` the key `expert_feed_forward_length` gives it. Groups are read for every architecture.
+        """
         n_experts, n_experts_used = self.size("expert_count"), self.size("expert_used_count")
         if n_experts_used > n_experts:
             raise self.wrong("expert_used_count", n_experts_used, f"at most expert_count ({n_experts})")
-        return n_experts, n_experts_used
+        n_groups = max(1, self.size("expert_group_count", 1, minimum=0))
+        n_groups_used = max(1, self.size("expert_group_used_count", n_groups, minimum=0))
+        if n_experts % n_groups or n_groups_used > n_groups:
+            raise self.wrong("expert_group_count", n_groups, f"a divisor of expert_count, at least {n_groups_used}")
+        if n_groups > 1 and (n_experts // n_groups < 2 or n_groups_used * (n_experts // n_groups) < n_experts_used):
+            raise self.wrong("expert_group_count", n_groups, f"groups that hold {n_experts_used} experts between them")
+        return MoESpec(
+            n_experts,
+            n_experts_used,
+            ffn_size or self.size("expert_feed_forward_length"),
+            shared_ffn_size,
+            scoring,
+            normalize,
+            scale,
+            n_groups,
+            n_groups_used,
+            weights_input,
+        )
 
-    def attention(self, hidden_size: int) -> AttentionSpec:
+    def scoring(self, default: Scoring) -> Scoring:
+        """Return how the router scores experts."""
+        number = self.size("expert_gating_func", 0, minimum=0)
+        if number == 0:
+            return default
+        if number not in _GATING_FUNCTIONS:
+            raise UnsupportedModelError(
+                f"{self.file_name}: {self.architecture}.expert_gating_func is {number}; this version knows "
+                "1 (softmax), 2 (sigmoid) and 3 (softmax of the chosen)"
+            )
+        return _GATING_FUNCTIONS[number]
+
+    def weights_scale(self) -> float:
+        """Return the factor of the chosen experts' weights; 0 in the file stands for none."""
+        return self.number("expert_weights_scale", 1.0) or 1.0
+
+    def attention(self, hidden_size: int, style: RopeStyle = "neox") -> AttentionSpec:
         """Read the keys of softmax attention that every architecture has."""
         n_heads = self.size("attention.head_count")
         # Some files give one number for each layer, 0 where a layer has no attention.
@@ -99,9 +164,21 @@ class Keys:
         if self.size("attention.value_length", head_dim) != head_dim:
             raise self.wrong("attention.value_length", self.size("attention.value_length"), f"{head_dim}, as for keys")
         scale = self.number("attention.scale", 0.0) or head_dim**-0.5
-        return AttentionSpec(n_heads, n_kv_heads, head_dim, scale, self.rope(head_dim))
+        return AttentionSpec(n_heads, n_kv_heads, head_dim, scale, self.rope(head_dim, style))
 
-    def rope(self, head_dim: int) -> RopeSpec:
+    def windows(self, n_layers: int, period: int) -> tuple[int, ...]:
+        """Return the sliding window of each layer, 0 for the last layer of every `period` (or as a key says)."""
+        window = self.size("attention.sliding_window", minimum=0)
+        pattern = "attention.sliding_window_pattern"
+        if self.is_array(pattern):
+            flags = self.flags(pattern)
+            if len(flags) < n_layers:
+                raise self.wrong(pattern, f"{len(flags)} values", f"one for each of {n_layers} layers")
+            return tuple(window if flag else 0 for flag in flags[:n_layers])
+        period = self.size(pattern, period)
+        return tuple(window if layer % period < period - 1 else 0 for layer in range(n_layers))
+
+    def rope(self, head_dim: int, style: RopeStyle = "neox", *, yarn_slope: float = 0.1) -> RopeSpec:
         """Read the keys of rotary position embedding."""
         n_rot = self.size("rope.dimension_count", head_dim)
         if n_rot % 2 or n_rot > head_dim:
@@ -122,11 +199,13 @@ class Keys:
         return RopeSpec(
             n_rot,
             freq_base,
+            style,
             tuple(sections),
             scaling,  # type: ignore[arg-type]
             factor,
             self.size("rope.scaling.original_context_length", self.size("context_length")),
             self.number("rope.scaling.attn_factor", 1.0) or 1.0,
+            yarn_slope,
         )
 
 
@@ -135,7 +214,8 @@ class Tensors:
 
     def __init__(self, model_file: ModelFile, prefix: str = "") -> None:
         self._file = model_file
-        self._prefix = prefix
+        self.file_name = model_file.name
+        self.prefix = prefix
 
     def block(self, layer: int) -> Tensors:
         """Return the tensors of one block, by their names inside it."""
@@ -143,7 +223,7 @@ class Tensors:
 
     def has(self, name: str) -> bool:
         """Return whether the file has the tensor."""
-        return self._prefix + name in self._file.tensors
+        return self.prefix + name in self._file.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, slowest dimension first."""
@@ -153,6 +233,14 @@ class Tensors:
         """Return a tensor that is used as float32 values."""
         info = self._checked(name, shape)
         return Vector(info.name, info.format, math.prod(shape))
+
+    def optional_vector(self, name: str, *shape: int) -> Vector | None:
+        """Return such a tensor, or None if the file does not have it."""
+        return self.vector(name, *shape) if self.has(name) else None
+
+    def shared_vector(self, name: str, *shape: int) -> Vector | None:
+        """Return a tensor that all blocks share (its name has no prefix), or None if the file does not have it."""
+        return Tensors(self._file).optional_vector(name, *shape)
 
     def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
         """Return a matrix that maps `n_cols` inputs to `n_rows` outputs."""
@@ -170,9 +258,9 @@ class Tensors:
         return self.vector(scale, size) if self.has(scale) else None
 
     def _find(self, name: str) -> TensorInfo:
-        info = self._file.tensors.get(self._prefix + name)
+        info = self._file.tensors.get(self.prefix + name)
         if info is None:
-            raise GGUFError(f"{self._file.name}: tensor {self._prefix + name} is missing")
+            raise GGUFError(f"{self._file.name}: tensor {self.prefix + name} is missing")
         return info
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -187,6 +275,16 @@ class Tensors:
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
+
+
+def split_values(vector: Vector, *sizes: int) -> list[Vector]:
+    """Take a vector apart into parts of those sizes that follow one another."""
+    assert sum(sizes) == vector.size
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        replace(vector, size=size, first=start, stored_size=vector.size)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
 
 
 def split_rows(weight: Weight, *sizes: int) -> list[Weight]:

@@ -1,22 +1,59 @@
-"""Parts that architectures share: projections, rotary frequencies, feed-forward networks, the output head."""
+"""Parts that architectures share: the frame of a decoder, attention, feed-forward networks, the output head.
+
+What a file may or may not have (biases, head norms, sinks, a shared expert, a dense layer in between) is decided by
+the tensors that it has; what an architecture fixes is a value in the `ModelSpec`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Gating, Graph, Scoring, Tensor, Weight
-from engine.model_spec import ModelSpec, RopeSpec
-from engine.models.binding import Tensors, split_rows
+from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight
+from engine.errors import GGUFError
+from engine.model_spec import AttentionSpec, ModelSpec, RopeSpec
+from engine.models.binding import Tensors, split_rows, split_values
+
+Mixer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
 
 _YARN_FAST, _YARN_SLOW = 32.0, 1.0  # turns over the trained context above / below which a pair is kept / stretched
+_ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
+_SCORINGS = {
+    "softmax": Scoring.SOFTMAX,
+    "sigmoid": Scoring.SIGMOID,
+    "softmax_of_chosen": Scoring.SOFTMAX_OF_CHOSEN,
+}
 
 
-def embed(graph: Graph, tensors: Tensors, spec: ModelSpec) -> Tensor:
-    """Look up the token embeddings."""
-    return graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
+# -- the frame -------------------------------------------------------------------------------------------------------
+
+
+def decoder(
+    spec: ModelSpec,
+    tensors: Tensors,
+    mixer: Mixer,
+    *,
+    ffn_norm: str = "ffn_norm.weight",
+    activation: Activation = Activation.SILU,
+) -> Graph:
+    """Record a pre-norm decoder: in every block a mixer of tokens, then a feed-forward network, each added to the stream.
+
+    `mixer(graph, x, block, spec, layer)` returns what the block's attention (or the like) adds.
+    """
+    graph = Graph()
+    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
+    for layer in range(spec.n_layers):
+        block = tensors.block(layer)
+        h = graph.rms_norm(x, block.vector("attn_norm.weight", spec.hidden_size), spec.norm_eps)
+        x = graph.add(x, scaled(graph, mixer(graph, h, block, spec, layer), spec.residual_scale))
+        h = graph.rms_norm(x, block.vector(ffn_norm, spec.hidden_size), spec.norm_eps)
+        x = feed_forward(graph, h, x, block, spec, activation)
+    output_head(graph, x, tensors, spec)
+    return graph
 
 
 def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec) -> None:
@@ -24,7 +61,53 @@ def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec) -> N
     x = graph.select_outputs(x)
     x = graph.rms_norm(x, tensors.vector("output_norm.weight", spec.hidden_size), spec.norm_eps)
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
-    graph.logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size))
+    logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size))
+    graph.logits = scaled(graph, logits, spec.logit_scale)
+
+
+def scaled(graph: Graph, x: Tensor, factor: float) -> Tensor:
+    """Multiply by a factor, unless it is 1."""
+    return x if factor == 1.0 else graph.scale(x, factor)
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+
+
+def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    """Attend: project, normalise heads if the file has their norms, rotate, look back, project."""
+    attention = spec.attention
+    assert isinstance(attention, AttentionSpec)
+    n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
+    q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
+    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
+    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
+    if not _of_layer(attention.unrotated_layers, layer):
+        q = rotate(graph, q, n_heads, attention.rope, block)
+        k = rotate(graph, k, n_kv_heads, attention.rope, block)
+    return attend(graph, q, k, v, block, spec, layer)
+
+
+def attend(
+    graph: Graph, q: Tensor, k: Tensor, v: Tensor, block: Tensors, spec: ModelSpec, layer: int, gate: Tensor | None = None
+) -> Tensor:
+    """Look back over the layer's keys and values, gate what is found if there is a gate, and project it."""
+    attention = spec.attention
+    assert isinstance(attention, AttentionSpec)
+    out = graph.attention(
+        q,
+        k,
+        v,
+        attention.n_heads,
+        attention.n_kv_heads,
+        attention.scale,
+        sinks=block.optional_vector("attn_sinks.weight", attention.n_heads),
+        window=int(_of_layer(attention.windows, layer)),
+        chunk=int(_of_layer(attention.chunks, layer)),
+    )
+    if gate is not None:
+        out = graph.gate(out, gate, Gating.SIGMOID)
+    weight = block.matrix("attn_output.weight", spec.hidden_size, attention.n_heads * attention.head_dim)
+    return graph.linear(out, weight, block.optional_vector("attn_output.bias", spec.hidden_size))
 
 
 def project_qkv(
@@ -33,13 +116,31 @@ def project_qkv(
     """Project to queries, keys and values, stored as three matrices or as one (`attn_qkv`: q, then k, then v)."""
     sizes = (q_size, kv_size, kv_size)
     weights: list[Weight]
+    biases: list[Vector | None]
     if block.has("attn_qkv.weight"):
         weights = split_rows(block.matrix("attn_qkv.weight", sum(sizes), hidden_size), *sizes)
+        bias = block.optional_vector("attn_qkv.bias", sum(sizes))
+        biases = [None] * 3 if bias is None else list(split_values(bias, *sizes))
     else:
-        names = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
-        weights = [block.matrix(name, size, hidden_size) for name, size in zip(names, sizes, strict=True)]
-    q, k, v = graph.linears(x, weights)
+        weights = [block.matrix(f"attn_{part}.weight", size, hidden_size) for part, size in zip("qkv", sizes, strict=True)]
+        biases = [block.optional_vector(f"attn_{part}.bias", size) for part, size in zip("qkv", sizes, strict=True)]
+    q, k, v = graph.linears(x, weights, biases)
     return q, k, v
+
+
+def normalize_heads(graph: Graph, x: Tensor, block: Tensors, name: str, head_dim: int, eps: float) -> Tensor:
+    """Normalise each head, or all heads together, by the size of the weight; without weight return x."""
+    if not block.has(name):
+        return x
+    size = math.prod(block.shape(name))
+    return graph.rms_norm(x, block.vector(name, x.width if size == x.width else head_dim), eps)
+
+
+def rotate(graph: Graph, x: Tensor, n_heads: int, rope: RopeSpec, block: Tensors) -> Tensor:
+    """Rotate the heads of x in place by their position."""
+    frequencies, magnitude = rope_frequencies(rope)
+    divisors = block.shared_vector("rope_freqs.weight", rope.n_rot // 2)
+    return graph.rope(x, n_heads, frequencies, _ROPE_STYLES[rope.style], magnitude, divisors)
 
 
 def rope_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
@@ -58,7 +159,7 @@ def rope_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
         low, high = max(0.0, math.floor(low)), min(rope.n_rot - 1.0, math.ceil(high))
         kept = 1.0 - np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0)
         frequencies *= (1.0 - kept) / rope.factor + kept
-        magnitude *= 1.0 + 0.1 * math.log(rope.factor)
+        magnitude *= 1.0 + rope.yarn_slope * math.log(rope.factor)
     if any(rope.sections):
         time, height, width = (*rope.sections, 0, 0, 0)[:3]
         place = pairs % sum(rope.sections)
@@ -73,40 +174,91 @@ def _yarn_pair(rope: RopeSpec, turns: float) -> float:
     return rope.n_rot * math.log(ratio) / (2 * math.log(rope.freq_base))
 
 
-def feed_forward(graph: Graph, x: Tensor, residual: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
+def _of_layer(values: tuple[int, ...], layer: int) -> int:
+    """Return a layer's value where each layer has one, else 0."""
+    return values[layer] if values else 0
+
+
+# -- feed-forward networks -------------------------------------------------------------------------------------------
+
+
+def feed_forward(
+    graph: Graph,
+    x: Tensor,
+    residual: Tensor,
+    block: Tensors,
+    spec: ModelSpec,
+    activation: Activation = Activation.SILU,
+) -> Tensor:
     """Add the feed-forward network of one block to the residual stream: mixture of experts, or dense if it has none."""
-    if not block.has("ffn_gate_inp.weight") and block.has("ffn_gate.weight"):
-        ffn_size = block.shape("ffn_gate.weight")[0]
-        gate, up = (block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in ("gate", "up"))
-        gated = graph.gate(*reversed(graph.linears(x, (gate, up))), Gating.SILU)
-        down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
-        return graph.add(residual, graph.linear(gated, down))
-    return mixture_of_experts(graph, x, residual, block, spec)
+    if block.has("ffn_gate_inp.weight"):
+        return mixture_of_experts(graph, x, residual, block, spec, activation)
+    ffn_size = block.shape("ffn_gate.weight")[0]
+    gate, up = (block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in ("gate", "up"))
+    gated = graph.gate(*reversed(graph.linears(x, (gate, up))), Gating.SILU)
+    down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
+    return graph.add(residual, scaled(graph, graph.linear(gated, down), spec.residual_scale))
 
 
-def mixture_of_experts(graph: Graph, x: Tensor, residual: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
+def mixture_of_experts(
+    graph: Graph, x: Tensor, residual: Tensor, block: Tensors, spec: ModelSpec, activation: Activation
+) -> Tensor:
     """Add routed experts and the shared expert to the residual stream.
 
-    out = residual + sum over chosen e of p_e / (sum of chosen p) * down_e(silu(gate_e x) * up_e x)
-                   + sigmoid(shared_gate . x) * down_s(silu(gate_s x) * up_s x),    p = softmax(router x)
+    out = residual + sum over chosen e of weight_e * down_e(act(gate_e x, up_e x))
+                   + sigmoid(shared_gate . x) * down_s(silu(gate_s x) * up_s x)
 
     Everything that reads x itself is one operation, so that the router, whose result is waited for, is not alone in it.
     """
     moe, hidden_size = spec.moe, spec.hidden_size
-    inputs = [block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)]
+    if not moe.n_experts:
+        raise GGUFError(f"{block.file_name}: has a router ({block.prefix}ffn_gate_inp.weight) but no expert_count")
+    inputs: dict[str, Weight] = {"router": block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)}
     if moe.shared_ffn_size:
-        inputs.append(block.matrix("ffn_gate_inp_shexp.weight", 1, hidden_size))
-        inputs += [block.matrix(f"ffn_{p}_shexp.weight", moe.shared_ffn_size, hidden_size) for p in ("gate", "up")]
-    router_logits, *rest = graph.linears(x, inputs)
+        if block.has("ffn_gate_inp_shexp.weight"):
+            inputs["shared_gate"] = block.matrix("ffn_gate_inp_shexp.weight", 1, hidden_size)
+        for part in ("gate", "up"):
+            inputs[part] = block.matrix(f"ffn_{part}_shexp.weight", moe.shared_ffn_size, hidden_size)
+    router_bias = block.optional_vector("ffn_gate_inp.bias", moe.n_experts)
+    projections = graph.linears(x, tuple(inputs.values()), [router_bias, *[None] * (len(inputs) - 1)])
+    projected = dict(zip(inputs, projections, strict=True))
 
-    routing = graph.router(router_logits, moe.n_experts_used, Scoring.SOFTMAX, normalize=True)
-    expert_out = graph.experts(x, routing, *expert_gate_up(block, spec), expert_down(block, spec))
-    if not rest:
-        return graph.combine(expert_out, routing, residual)
-    shared_gate, gate, up = rest
-    down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
-    shared = graph.linear(graph.gate(up, gate, Gating.SILU), down)
-    return graph.combine(expert_out, routing, residual, shared, shared_gate)
+    routing = graph.router(
+        projected["router"],
+        moe.n_experts_used,
+        _SCORINGS[moe.scoring],
+        moe.normalize,
+        block.optional_vector("exp_probs_b.bias", moe.n_experts),
+        moe.n_groups,
+        moe.n_groups_used,
+        moe.scale,
+    )
+    expert_in = graph.scale(x, 1.0, routing.weights) if moe.weights_input else x
+    expert_out = graph.experts(
+        expert_in,
+        routing,
+        *expert_gate_up(block, spec),
+        block.experts("ffn_down_exps.weight", moe.n_experts, hidden_size, moe.ffn_size),
+        (
+            block.optional_vector("ffn_gate_exps.bias", moe.n_experts, moe.ffn_size),
+            block.optional_vector("ffn_up_exps.bias", moe.n_experts, moe.ffn_size),
+            block.optional_vector("ffn_down_exps.bias", moe.n_experts, hidden_size),
+        ),
+        activation,
+    )
+    shared = None
+    if moe.shared_ffn_size:
+        down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
+        shared = graph.linear(graph.gate(projected["up"], projected["gate"], Gating.SILU), down)
+    return graph.combine(
+        expert_out,
+        routing,
+        residual,
+        shared,
+        projected.get("shared_gate"),
+        weighted=not moe.weights_input,
+        scale=spec.residual_scale,
+    )
 
 
 def expert_gate_up(block: Tensors, spec: ModelSpec) -> tuple[Weight, Weight]:
@@ -121,6 +273,16 @@ def expert_gate_up(block: Tensors, spec: ModelSpec) -> tuple[Weight, Weight]:
     )
 
 
-def expert_down(block: Tensors, spec: ModelSpec) -> Weight:
-    """Return the experts' down projection."""
-    return block.experts("ffn_down_exps.weight", spec.moe.n_experts, spec.hidden_size, spec.moe.ffn_size)
+def expert_ffn_size(tensors: Tensors, n_layers: int) -> int:
+    """Return the width of a routed expert as the first layer that has some stores it; 0 for a dense model."""
+    return _first_size(tensors, n_layers, "ffn_down_exps.weight", axis=-1)
+
+
+def shared_ffn_size(tensors: Tensors, n_layers: int) -> int:
+    """Return the width of the shared expert as the first layer that has one stores it; 0 if there is none."""
+    return _first_size(tensors, n_layers, "ffn_down_shexp.weight", axis=-1)
+
+
+def _first_size(tensors: Tensors, n_layers: int, name: str, axis: int) -> int:
+    blocks = (tensors.block(layer) for layer in range(n_layers))
+    return next((block.shape(name)[axis] for block in blocks if block.has(name)), 0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from engine.devices.graph import Gating, Graph, RopeStyle, Tensor
+from engine.devices.graph import Gating, Graph, Tensor
 from engine.errors import UnsupportedModelError
-from engine.model_spec import DeltaNetSpec, ModelSpec, MoESpec
+from engine.model_spec import AttentionSpec, DeltaNetSpec, ModelSpec, MoESpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import embed, feed_forward, output_head, project_qkv, rope_frequencies
+from engine.models.blocks import attend, decoder, normalize_heads, project_qkv, rotate
 
 _log = logging.getLogger("engine")
 _DT_BIAS, _DT_BIAS_UNUSUAL = "ssm_dt.bias", "ssm_dt"
@@ -16,19 +16,13 @@ _DT_BIAS, _DT_BIAS_UNUSUAL = "ssm_dt.bias", "ssm_dt"
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_blocks, n_mtp = keys.n_blocks(), keys.size("nextn_predict_layers", 0, minimum=0)
-    n_layers = n_blocks - n_mtp  # the blocks for multi-token prediction come last and are not run
-    if n_layers < 1:
-        raise keys.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
-    if n_mtp and not tensors.has("blk.0.attn_norm.weight"):
+    n_layers = keys.n_layers()
+    if keys.has("nextn_predict_layers") and not tensors.has("blk.0.attn_norm.weight"):
         raise UnsupportedModelError(
             f"{keys.file_name}: holds only the block for multi-token prediction (no blk.0.attn_norm.weight); "
             "open the file of the model itself"
         )
-    hidden_size = keys.size("embedding_length")
-    n_experts, n_experts_used = keys.experts()
-    ffn_size = keys.size("expert_feed_forward_length")
-    recurrent_layers = _recurrent_layers(keys, n_layers)
+    recurrent_layers = read_recurrent_layers(keys, n_layers)
     if any(tensors.has(f"blk.{i}.{_DT_BIAS_UNUSUAL}") for i, recurrent in enumerate(recurrent_layers) if recurrent):
         _log.warning(
             "%s: names its delta-net bias %s as converters other than llama.cpp's do; the order of value heads in "
@@ -36,6 +30,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             keys.file_name,
             _DT_BIAS_UNUSUAL,
         )
+    hidden_size = keys.size("embedding_length")
     return ModelSpec(
         architecture=keys.architecture,
         name=keys.name(),
@@ -45,13 +40,23 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         context_length=keys.size("context_length"),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         attention=keys.attention(hidden_size),
-        moe=MoESpec(n_experts, n_experts_used, ffn_size, keys.size("expert_shared_feed_forward_length", ffn_size)),
+        moe=_read_mixture(keys),
         recurrent_layers=recurrent_layers,
-        delta_net=_delta_net_spec(keys),
+        delta_net=read_delta_net(keys, grouped=False),
     )
 
 
-def _recurrent_layers(keys: Keys, n_layers: int) -> tuple[bool, ...]:
+def _read_mixture(keys: Keys) -> MoESpec:
+    if not keys.has("expert_count"):  # qwen35, the dense sibling
+        return MoESpec()
+    ffn_size = keys.size("expert_feed_forward_length")
+    return keys.mixture(
+        ffn_size=ffn_size, shared_ffn_size=keys.size("expert_shared_feed_forward_length", ffn_size, minimum=0)
+    )
+
+
+def read_recurrent_layers(keys: Keys, n_layers: int) -> tuple[bool, ...]:
+    """Return for each layer whether it is a delta net; by default all but every fourth."""
     if keys.has("attention.recurrent_layers"):
         flags = keys.flags("attention.recurrent_layers")
         if len(flags) < n_layers:
@@ -61,12 +66,14 @@ def _recurrent_layers(keys: Keys, n_layers: int) -> tuple[bool, ...]:
     return tuple((layer + 1) % interval != 0 for layer in range(n_layers))
 
 
-def _delta_net_spec(keys: Keys) -> DeltaNetSpec:
+def read_delta_net(keys: Keys, *, grouped: bool) -> DeltaNetSpec:
+    """Read the sizes of the delta net."""
     spec = DeltaNetSpec(
         n_k_heads=keys.size("ssm.group_count"),
         n_v_heads=keys.size("ssm.time_step_rank"),
         head_dim=keys.size("ssm.state_size"),
         kernel_size=keys.size("ssm.conv_kernel", minimum=2),
+        grouped=grouped,
     )
     if spec.n_v_heads % spec.n_k_heads:
         raise keys.wrong("ssm.time_step_rank", spec.n_v_heads, f"a multiple of ssm.group_count ({spec.n_k_heads})")
@@ -78,45 +85,33 @@ def _delta_net_spec(keys: Keys) -> DeltaNetSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = embed(graph, tensors, spec)
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = graph.rms_norm(x, block.vector("attn_norm.weight", spec.hidden_size), spec.norm_eps)
-        mixer = gated_delta_net if spec.recurrent_layers[layer] else gated_attention
-        x = graph.add(x, mixer(graph, h, block, spec))
-        h = graph.rms_norm(x, block.vector("post_attention_norm.weight", spec.hidden_size), spec.norm_eps)
-        x = feed_forward(graph, h, x, block, spec)
-    output_head(graph, x, tensors, spec)
-    return graph
+    return decoder(spec, tensors, _mix, ffn_norm="post_attention_norm.weight")
 
 
-def gated_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
+def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    if spec.recurrent_layers[layer]:
+        return gated_delta_net(graph, *_project(graph, x, block, spec), block, spec)
+    return gated_attention(graph, x, block, spec, layer)
+
+
+def gated_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
     """Attend, then gate every value: the query projection gives each head its query and, after it, its gate."""
     attention = spec.attention
+    assert isinstance(attention, AttentionSpec)
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     qg, k, v = project_qkv(graph, x, block, spec.hidden_size, 2 * n_heads * head_dim, n_kv_heads * head_dim)
     q, gate = graph.split_heads(qg, n_heads)
-    q = graph.rms_norm(q, block.vector("attn_q_norm.weight", head_dim), spec.norm_eps)
-    k = graph.rms_norm(k, block.vector("attn_k_norm.weight", head_dim), spec.norm_eps)
-    frequencies, magnitude = rope_frequencies(attention.rope)
-    q = graph.rope(q, n_heads, frequencies, RopeStyle.NEOX, magnitude)
-    k = graph.rope(k, n_kv_heads, frequencies, RopeStyle.NEOX, magnitude)
-    out = graph.attention(q, k, v, n_heads, n_kv_heads, attention.scale)
-    out = graph.gate(out, gate, Gating.SIGMOID)
-    return graph.linear(out, block.matrix("attn_output.weight", spec.hidden_size, n_heads * head_dim))
+    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
+    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
+    q = rotate(graph, q, n_heads, attention.rope, block)
+    k = rotate(graph, k, n_kv_heads, attention.rope, block)
+    return attend(graph, q, k, v, block, spec, layer, gate)
 
 
-def gated_delta_net(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
-    """Linear attention with a decaying state S, for each value head: https://arxiv.org/abs/2412.06464.
-
-    S = exp(a softplus(alpha + dt_bias)) S;  S += k (sigmoid(beta) (v - S^T k))^T;  out = S^T q
-
-    The file holds a = -exp(A_log), and value heads in an order that pairs head h with key head h mod n_k_heads.
-    """
+def _project(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> tuple[Tensor, ...]:
     net = spec.delta_net
     assert net is not None
-    qkv, z, beta, alpha = graph.linears(
+    return graph.linears(
         x,
         (
             block.matrix("attn_qkv.weight", net.n_channels, spec.hidden_size),
@@ -125,6 +120,19 @@ def gated_delta_net(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) ->
             block.matrix("ssm_alpha.weight", net.n_v_heads, spec.hidden_size),
         ),
     )
+
+
+def gated_delta_net(
+    graph: Graph, qkv: Tensor, z: Tensor, beta: Tensor, alpha: Tensor, block: Tensors, spec: ModelSpec
+) -> Tensor:
+    """Linear attention with a decaying state S, for each value head: https://arxiv.org/abs/2412.06464.
+
+    S = exp(a softplus(alpha + dt_bias)) S;  S += k (sigmoid(beta) (v - S^T k))^T;  out = S^T q
+
+    The file holds a = -exp(A_log). Which key head a value head is paired with: `DeltaNetSpec.grouped`.
+    """
+    net = spec.delta_net
+    assert net is not None
     kernel = block.vector("ssm_conv1d.weight", net.n_channels, net.kernel_size)
     qkv = graph.causal_conv(qkv, kernel, net.kernel_size)
     dt_bias = _DT_BIAS if block.has(_DT_BIAS) or not block.has(_DT_BIAS_UNUSUAL) else _DT_BIAS_UNUSUAL
@@ -138,7 +146,7 @@ def gated_delta_net(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) ->
         block.vector(dt_bias, net.n_v_heads),
         net.n_k_heads,
         net.n_v_heads,
-        grouped=False,
+        net.grouped,
         eps=spec.norm_eps,
     )
     out = graph.rms_norm(out, block.vector("ssm_norm.weight", net.head_dim), spec.norm_eps)

@@ -77,7 +77,7 @@ class Lowering:
         for cache in graph.kv_caches:
             offsets.append((cache, offset))
             offset += _kernels.kv_cache_bytes(
-                limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim
+                limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim, cache.value_dim
             )
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
         for state in graph.states:
@@ -118,14 +118,23 @@ class Lowering:
         flat = self.scratch.bytes[interval.offset : interval.offset + size * 4].view(dtype)
         return flat.reshape(self.limits.max_tokens, tensor.width)
 
-    def _vector(self, vector: Vector | None) -> int:
-        """Return the address of float32 values, converted once whatever the file stores; 0 for None."""
-        if vector is None:
-            return 0
+    def _values(self, vector: Vector) -> npt.NDArray[np.float32]:
+        """Return float32 values, converted once whatever the file stores."""
         values = self._vectors.get(vector.name)
         if values is None:
             raw = self._weights.array(vector.name).reshape(1, -1)
-            values = self._vectors[vector.name] = _kernels.dequantize(vector.format.ggml_type, raw, vector.size)
+            size = vector.stored_size or vector.size
+            values = self._vectors[vector.name] = _kernels.dequantize(vector.format.ggml_type, raw, size)
+        return values.reshape(-1)[vector.first : vector.first + vector.size]
+
+    def _vector(self, vector: Vector | None) -> int:
+        """Return the address of float32 values; 0 for None."""
+        return 0 if vector is None else int(self._values(vector).ctypes.data)
+
+    def _ones(self, size: int) -> int:
+        """Return the address of as many ones."""
+        values = np.ones(size, np.float32)
+        self._keep.append(values)
         return int(values.ctypes.data)
 
     def _matrix(self, weight: Weight) -> tuple[int, int]:
@@ -152,8 +161,8 @@ class Lowering:
         )
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
-        x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
-        size = op.weight.size
+        x, out, size = self._use(op.x), self._use(op.out), op.group_size
+        weight = self._vector(op.weight) or self._ones(size)
         self._calls.append(
             lambda: self.program.rms_norm(*x.at, weight, *out.at, op.x.width // size, size, op.eps, op.x.rows)
         )
@@ -188,6 +197,39 @@ class Lowering:
             )
         )
 
+    def _head_linear(self, op: ops.HeadLinear) -> None:
+        weight = op.weight
+        first, head_bytes = self._matrix(weight)
+        scales = None if weight.scale is None else self._vector(weight.scale)
+        out = self._use(op.out)
+        for head in range(weight.n_experts):
+            columns = op.x.columns(head * weight.n_cols, (head + 1) * weight.n_cols)
+            x = self._activations(columns, weight.format.activation)
+            self._record_head(op, x, out, first + head * head_bytes, scales and scales + 4 * head, head)
+
+    def _record_head(self, op: ops.HeadLinear, x: Place, out: Place, address: int, scale: int | None, head: int) -> None:
+        weight, rows = op.weight, op.x.rows
+        kind, n_rows = weight.format.ggml_type, weight.n_rows
+        self._calls.append(
+            lambda: self.program.linear(
+                *x.at,
+                weight.n_cols,
+                [(address, kind, n_rows, out.address + 4 * head * n_rows, out.stride, 0, scale or 0)],
+                rows,
+            )
+        )
+
+    def _scale(self, op: ops.Scale) -> None:
+        x, out = self._use(op.x), self._use(op.out)
+        by = self._use(op.by) if op.by else None
+        self._calls.append(
+            lambda: self.program.scale(*x.at, *(by.at if by else (0, 0)), *out.at, op.x.width, op.factor, op.x.rows)
+        )
+
+    def _scale_by_position(self, op: ops.ScaleByPosition) -> None:
+        x = self._use(op.x)
+        self._calls.append(lambda: self.program.scale_by_position(*x.at, op.x.width, op.period, op.slope))
+
     def _add(self, op: ops.Add) -> None:
         a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
         self._calls.append(lambda: self.program.add(*a.at, *b.at, *out.at, op.a.width, op.a.rows))
@@ -213,13 +255,28 @@ class Lowering:
                 *first.at,
                 *second.at,
                 op.n_heads,
-                op.head_dim,
+                op.first.width // op.n_heads,
+                op.second.width // op.n_heads,
+            )
+        )
+
+    def _join_heads(self, op: ops.JoinHeads) -> None:
+        first, second, out = self._use(op.first), self._use(op.second), self._use(op.out)
+        self._calls.append(
+            lambda: self.program.join_heads(
+                *first.at,
+                *second.at,
+                *out.at,
+                op.n_heads,
+                op.first.width // op.n_heads,
+                op.second.width // op.n_heads,
             )
         )
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        frequencies = np.ascontiguousarray(op.frequencies, np.float32)
+        divided = op.frequencies if op.divisors is None else op.frequencies / self._values(op.divisors)
+        frequencies = np.ascontiguousarray(divided, np.float32)
         self._keep.append(frequencies)
         self._calls.append(
             lambda: self.program.rope(
@@ -234,8 +291,12 @@ class Lowering:
         )
 
     def _attention(self, op: ops.Attention) -> None:
-        q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
+        # Values that are the first part of their keys are kept twice: keys lie transposed, so they cannot be shared.
         cache, limits = op.cache, self.limits
+        q, k, out = self._use(op.q), self._use(op.k), self._use(op.out)
+        v = self._use(op.v or op.k)
+        assert op.v is not None or cache.n_kv_heads == 1
+        sinks = self._vector(op.sinks)
         self._calls.append(
             lambda: self.program.attention(
                 *q.at,
@@ -248,7 +309,11 @@ class Lowering:
                 op.n_heads,
                 cache.n_kv_heads,
                 cache.head_dim,
+                cache.value_dim,
                 op.scale,
+                sinks,
+                op.window,
+                op.chunk,
             )
         )
 
@@ -315,8 +380,8 @@ class Lowering:
         x_up = self._activations(op.x, op.up.format.activation)
         ids, out = self._use(op.routing.ids), self._use(op.out)
         gate, up, down = (
-            (self._expert_table(weight), weight.format.ggml_type, self._vector(weight.scale))
-            for weight in (op.gate, op.up, op.down)
+            (self._expert_table(weight), weight.format.ggml_type, self._vector(weight.scale), self._vector(bias))
+            for weight, bias in ((op.gate, op.gate_bias), (op.up, op.up_bias), (op.down, op.down_bias))
         )
         self._calls.append(
             lambda: self.program.experts(
@@ -328,6 +393,7 @@ class Lowering:
                 gate,
                 up,
                 down,
+                op.activation,
                 op.x.width,
                 op.gate.n_rows,
                 *out.at,
@@ -342,13 +408,14 @@ class Lowering:
         self._calls.append(
             lambda: self.program.combine(
                 *expert_out.at,
-                weights.address,
+                weights.address if op.weighted else 0,
                 op.routing.ids.width,
                 *(shared.at if shared else (0, 0)),
                 *(shared_gate.at if shared_gate else (0, 0)),
                 *residual.at,
                 *out.at,
                 op.residual.width,
+                op.scale,
             )
         )
 
@@ -361,9 +428,13 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, ops.Operation], None]] = {
     ops.Embed: Lowering._embed,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,
+    ops.HeadLinear: Lowering._head_linear,
     ops.Add: Lowering._add,
+    ops.Scale: Lowering._scale,
+    ops.ScaleByPosition: Lowering._scale_by_position,
     ops.Gate: Lowering._gate,
     ops.SplitHeads: Lowering._split_heads,
+    ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,
     ops.Attention: Lowering._attention,
     ops.CausalConv: Lowering._causal_conv,

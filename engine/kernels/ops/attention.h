@@ -2,7 +2,7 @@
 //
 // One stated order, whoever computes what: positions are cut into chunks of ATTENTION_CHUNK from 0. Each chunk gives,
 // for each query, its largest score m, the sum l of exp(score - m), and the sum o of exp(score - m) * value; the chunks
-// are then merged in order. So neither the cut of a prompt nor the number of threads can change a bit.
+// are then merged in order, and a sink, which is a score without a value, after them. So neither the cut of a prompt nor the number of threads can change a bit.
 //
 // A long prompt is cut into tasks of a few tokens and one key/value head, which go through the chunks one after
 // another. A few tokens are cut into chunks instead; whoever finishes the last chunk of a query merges all.
@@ -54,8 +54,8 @@ static inline __attribute__((always_inline)) void score_group(const float *q, in
 // o_i[d] = sum over positions of weights[i][j] * value_j[d], from position 0 upwards, for sixteen columns.
 static inline __attribute__((always_inline)) void weigh_values(const float *weights, int stride, int n_q,
                                                                const uint8_t *values, int n_positions, int type,
-                                                               int head_dim, int d, attention_partial *out) {
-    const int64_t row_bytes = kv_value_row_bytes(type, head_dim);
+                                                               int value_dim, int d, attention_partial *out) {
+    const int64_t row_bytes = kv_value_row_bytes(type, value_dim);
     v16 sum[ATTENTION_TILE];
     for (int i = 0; i < n_q; i++)
         sum[i] = v16_set(0.0f);
@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) void weigh_values(const float *weig
         const uint8_t *row = values + j * row_bytes;
         const v16 v = kv_load(row, d, type);
         const float scale =
-            type == KV_Q8_0 ? f16_to_f32(((const uint16_t *)(row + kv_padded(head_dim)))[d / KV_BLOCK]) : 1.0f;
+            type == KV_Q8_0 ? f16_to_f32(((const uint16_t *)(row + kv_padded(value_dim)))[d / KV_BLOCK]) : 1.0f;
         for (int i = 0; i < n_q; i++) {
             const float weight = weights[(int64_t)i * stride + j];
             sum[i] = v16_fma(v16_set(type == KV_Q8_0 ? weight * scale : weight), v, sum[i]);
@@ -73,10 +73,12 @@ static inline __attribute__((always_inline)) void weigh_values(const float *weig
         v16_store(out->o[i] + d, sum[i]);
 }
 
-// Turns n_positions scores into exp(score - largest); returns through m and l.
-static inline void exponentials(float *scores, int n_positions, float *m, float *l) {
+// Turns n_positions scores into exp(score - largest), the first n_hidden into 0; returns through m and l.
+static inline void exponentials(float *scores, int n_hidden, int n_positions, float *m, float *l) {
     const int padded = kv_padded(n_positions);
     v16 largest = v16_set(-INFINITY), sum = v16_set(0.0f);
+    for (int j = 0; j < n_hidden; j++)
+        scores[j] = -INFINITY;
     for (int j = n_positions; j < padded; j++)
         scores[j] = -INFINITY;
     for (int j = 0; j < padded; j += KV_LANES)
@@ -85,6 +87,8 @@ static inline void exponentials(float *scores, int n_positions, float *m, float 
     const v16 shift = v16_set(*m);
     for (int j = 0; j < padded; j += KV_LANES)
         v16_store(scores + j, v16_exp(v16_sub(v16_load(scores + j), shift)));
+    for (int j = 0; j < n_hidden; j++)
+        scores[j] = 0.0f;
     for (int j = n_positions; j < padded; j++)
         scores[j] = 0.0f;
     for (int j = 0; j < padded; j += KV_LANES)
@@ -94,27 +98,42 @@ static inline void exponentials(float *scores, int n_positions, float *m, float 
 
 static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q,
                                                                   int n_q, int slot, int kv_head, int first,
-                                                                  int n_positions, int type, attention_partial *out) {
+                                                                  int n_hidden, int n_positions, int type,
+                                                                  attention_partial *out) {
     float scores[ATTENTION_TILE * ATTENTION_CHUNK];
-    const int head_dim = a->cache.head_dim;
+    const int head_dim = a->cache.head_dim, value_dim = a->cache.value_dim;
     const uint8_t *keys = kv_keys(&a->cache, slot, kv_head, first);
     const int64_t group_bytes = kv_key_group_bytes(type, head_dim);
     for (int j = 0; j < n_positions; j += KV_LANES)
         score_group(q, n_q, keys + j / KV_LANES * group_bytes, type, head_dim, a->scale, scores + j, ATTENTION_CHUNK);
     for (int i = 0; i < n_q; i++)
-        exponentials(scores + i * ATTENTION_CHUNK, n_positions, &out->m[i], &out->l[i]);
+        exponentials(scores + i * ATTENTION_CHUNK, n_hidden, n_positions, &out->m[i], &out->l[i]);
     const uint8_t *values = kv_values(&a->cache, slot, kv_head, first);
-    for (int d = 0; d < head_dim; d += KV_LANES)
-        weigh_values(scores, ATTENTION_CHUNK, n_q, values, n_positions, type, head_dim, d, out);
+    for (int d = 0; d < value_dim; d += KV_LANES)
+        weigh_values(scores, ATTENTION_CHUNK, n_q, values, n_positions, type, value_dim, d, out);
+}
+
+// What a token sees: positions from `first` on, in chunks from `chunk` to `end_chunk`, none of them empty.
+typedef struct {
+    int first, n_positions, chunk, end_chunk;
+} attention_view;
+
+static inline attention_view view_of(const attention_args *a, int position) {
+    int first = a->window && position >= a->window ? position + 1 - a->window : 0;
+    if (a->chunk && position / a->chunk * a->chunk > first)
+        first = position / a->chunk * a->chunk;
+    return (attention_view){first, position + 1, first / ATTENTION_CHUNK, attention_chunks(position + 1)};
 }
 
 // One chunk for n_q heads of one token that share keys and values. Written out for every tile size and cache type.
-static void attend_chunk(const attention_args *a, const float *q, int n_q, int slot, int kv_head, int first,
-                         int n_positions, attention_partial *out) {
+static void attend_chunk(const attention_args *a, const float *q, int n_q, int slot, int kv_head, attention_view view,
+                         int chunk, attention_partial *out) {
+    const int first = chunk * ATTENTION_CHUNK, n_hidden = view.first > first ? view.first - first : 0;
+    const int n_left = view.n_positions - first, n_positions = n_left < ATTENTION_CHUNK ? n_left : ATTENTION_CHUNK;
     switch (n_q * N_KV_TYPES + a->cache.type) {
 #define CASE(n, type)                                                                                                  \
     case n * N_KV_TYPES + type:                                                                                        \
-        attend_chunk_of(a, q, n, slot, kv_head, first, n_positions, type, out);                                        \
+        attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, type, out);                                        \
         break
         CASE(1, KV_F32);
         CASE(1, KV_F16);
@@ -143,51 +162,54 @@ static inline void merge_partial(float *m, float *l, float *o, float next_m, flo
         v16_store(o + d, v16_fma(v16_load(next_o + d), taking, v16_mul(v16_load(o + d), keeping)));
 }
 
-static inline void finish_attention(float *out, const float *o, float l, int n) {
+// Merges head's sink, if there are sinks, and writes o / l.
+static inline void finish_attention(const attention_args *a, int head, float *m, float *l_sum, float *o, float *out) {
+    static const float no_value[MAX_HEAD_DIM];
+    const int n = a->cache.value_dim;
     int d = 0;
+    if (a->sinks)
+        merge_partial(m, l_sum, o, a->sinks[head], 1.0f, no_value, kv_padded(n));
+    const float l = *l_sum;
     for (; d + 16 <= n; d += 16)
         v16_store(out + d, v16_div(v16_load(o + d), v16_set(l)));
     if (d < n)
         v16_store_first(out + d, v16_div(v16_load_first(o + d, n - d), v16_set(l)), n - d);
 }
 
-static inline int positions_in_chunk(int n_visible, int chunk) {
-    const int left = n_visible - chunk * ATTENTION_CHUNK;
-    return left < ATTENTION_CHUNK ? left : ATTENTION_CHUNK;
-}
-
 // -- many tokens: a task is one key/value head and a few tokens ----------------------------------------------------
 
 static void attend_token(const attention_args *a, const step_view *step, int token, int kv_head, int first) {
-    const int n_q = heads_in_tile(a, first), n = a->cache.head_dim, n_visible = step->positions[token] + 1;
+    const int n_q = heads_in_tile(a, first), n = a->cache.value_dim;
     const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
-    const float *q = a->q.at + token * a->q.stride + head * n;
+    const attention_view view = view_of(a, step->positions[token]);
+    const float *q = a->q.at + token * a->q.stride + head * a->cache.head_dim;
     attention_partial sum, next;
-    attend_chunk(a, q, n_q, step->slots[token], kv_head, 0, positions_in_chunk(n_visible, 0), &sum);
-    for (int chunk = 1; chunk < attention_chunks(n_visible); chunk++) {
-        attend_chunk(a, q, n_q, step->slots[token], kv_head, chunk * ATTENTION_CHUNK,
-                     positions_in_chunk(n_visible, chunk), &next);
+    attend_chunk(a, q, n_q, step->slots[token], kv_head, view, view.chunk, &sum);
+    for (int chunk = view.chunk + 1; chunk < view.end_chunk; chunk++) {
+        attend_chunk(a, q, n_q, step->slots[token], kv_head, view, chunk, &next);
         for (int i = 0; i < n_q; i++)
             merge_partial(&sum.m[i], &sum.l[i], sum.o[i], next.m[i], next.l[i], next.o[i], kv_padded(n));
     }
     for (int i = 0; i < n_q; i++)
-        finish_attention(a->out.at + token * a->out.stride + (head + i) * n, sum.o[i], sum.l[i], n);
+        finish_attention(a, head + i, &sum.m[i], &sum.l[i], sum.o[i],
+                         a->out.at + token * a->out.stride + (head + i) * n);
 }
 
 // -- few tokens: a task is one chunk of one tile of heads of one token ----------------------------------------------
 
 static void attend_split(const attention_args *a, const step_view *step, int token, int kv_head, int tile_index,
                          int chunk) {
-    const int first = tile_index * ATTENTION_TILE, n_q = heads_in_tile(a, first), n = a->cache.head_dim;
-    const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first, n_visible = step->positions[token] + 1;
-    const int n_chunks = attention_chunks(n_visible), most_chunks = attention_chunks(a->cache.context_length);
-    const float *q = a->q.at + token * a->q.stride + head * n;
+    const int first = tile_index * ATTENTION_TILE, n_q = heads_in_tile(a, first), n = a->cache.value_dim;
+    const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
+    const attention_view view = view_of(a, step->positions[token]);
+    const int n_chunks = view.end_chunk - view.chunk, most_chunks = attention_chunks(a->cache.context_length);
+    const float *q = a->q.at + token * a->q.stride + head * a->cache.head_dim;
+    float *out = a->out.at + token * a->out.stride + head * n;
     attention_partial result;
-    attend_chunk(a, q, n_q, step->slots[token], kv_head, chunk * ATTENTION_CHUNK, positions_in_chunk(n_visible, chunk),
-                 &result);
+    attend_chunk(a, q, n_q, step->slots[token], kv_head, view, view.chunk + chunk, &result);
     if (n_chunks == 1) {
         for (int i = 0; i < n_q; i++)
-            finish_attention(a->out.at + token * a->out.stride + (head + i) * n, result.o[i], result.l[i], n);
+            finish_attention(a, head + i, &result.m[i], &result.l[i], result.o[i], out + i * n);
         return;
     }
     const int64_t size = partial_size(n);
@@ -207,8 +229,13 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
         for (int next = 1; next < n_chunks; next++)
             merge_partial(&sum[0], &sum[1], sum + PARTIAL_HEADER, sum[next * size], sum[next * size + 1],
                           sum + next * size + PARTIAL_HEADER, kv_padded(n));
-        finish_attention(a->out.at + token * a->out.stride + (head + i) * n, sum + PARTIAL_HEADER, sum[1], n);
+        finish_attention(a, head + i, &sum[0], &sum[1], sum + PARTIAL_HEADER, out + i * n);
     }
+}
+
+static inline int chunks_of_token(const attention_args *a, const step_view *step, int token) {
+    const attention_view view = view_of(a, step->positions[token]);
+    return view.end_chunk - view.chunk;
 }
 
 static int attention_begin(const op_args *args, const worker *w) {
@@ -218,7 +245,7 @@ static int attention_begin(const op_args *args, const worker *w) {
         return (step->n_tokens + ATTENTION_TOKENS - 1) / ATTENTION_TOKENS * a->cache.n_kv_heads;
     int n_tasks = 0;
     for (int token = 0; token < step->n_tokens; token++)
-        n_tasks += attention_chunks(step->positions[token] + 1) * a->cache.n_kv_heads * tiles_of_group(a);
+        n_tasks += chunks_of_token(a, step, token) * a->cache.n_kv_heads * tiles_of_group(a);
     return n_tasks;
 }
 
@@ -237,7 +264,7 @@ static void attention_run(const op_args *args, const worker *w, int task) {
     }
     int token = 0;
     for (;; token++) {
-        const int tasks_of_token = attention_chunks(step->positions[token] + 1) * n_kv_heads * n_tiles;
+        const int tasks_of_token = chunks_of_token(a, step, token) * n_kv_heads * n_tiles;
         if (task < tasks_of_token)
             break;
         task -= tasks_of_token;

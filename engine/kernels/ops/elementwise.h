@@ -65,14 +65,52 @@ static void op_gate(const op_args *args, const step_view *step, tile t) {
     }
 }
 
+static void op_scale(const op_args *args, const step_view *step, tile t) {
+    const scale_args *a = &args->scale;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const float *x = row_of(a->x, row);
+        const v16 factor = v16_set(a->by.at ? a->factor * *row_of(a->by, row) : a->factor);
+        float *out = row_of(a->out, row);
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, v16_mul(v16_load(x + c), factor)),
+                    v16_store_first(out + c, v16_mul(v16_load_first(x + c, n_left), factor), n_left));
+    }
+}
+
+static void op_scale_by_position(const op_args *args, const step_view *step, tile t) {
+    const scale_by_position_args *a = &args->scale_by_position;
+    for (int row = t.row; row < t.row_end; row++) {
+        const int periods = (step->positions[row] + 1) / a->period;
+        const float factor = (float)(1.0 + (double)a->slope * log1p((double)periods));
+        for (int c = t.col; c < t.col_end; c++)
+            row_of(a->x, row)[c] *= factor;
+    }
+}
+
+// Columns are those of `first`.
 static void op_split_heads(const op_args *args, const step_view *step, tile t) {
-    const split_heads_args *a = &args->split_heads;
-    const size_t head_bytes = (size_t)a->head_dim * sizeof(float);
+    const heads_args *a = &args->heads;
     (void)step;
     for (int row = t.row; row < t.row_end; row++)
-        for (int c = t.col; c < t.col_end; c += a->head_dim) {
-            memcpy(row_of(a->first, row) + c, row_of(a->x, row) + 2 * c, head_bytes);
-            memcpy(row_of(a->second, row) + c, row_of(a->x, row) + 2 * c + a->head_dim, head_bytes);
+        for (int head = t.col / a->first_dim; head < t.col_end / a->first_dim; head++) {
+            const float *joined = row_of(a->joined, row) + (int64_t)head * (a->first_dim + a->second_dim);
+            memcpy(row_of(a->first, row) + head * a->first_dim, joined, (size_t)a->first_dim * sizeof(float));
+            memcpy(row_of(a->second, row) + head * a->second_dim, joined + a->first_dim,
+                   (size_t)a->second_dim * sizeof(float));
+        }
+}
+
+// Columns are those of `joined`.
+static void op_join_heads(const op_args *args, const step_view *step, tile t) {
+    const heads_args *a = &args->heads;
+    const int dim = a->first_dim + a->second_dim;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++)
+        for (int head = t.col / dim; head < t.col_end / dim; head++) {
+            float *joined = row_of(a->joined, row) + head * dim;
+            memcpy(joined, row_of(a->first, row) + head * a->first_dim, (size_t)a->first_dim * sizeof(float));
+            memcpy(joined + a->first_dim, row_of(a->second, row) + head * a->second_dim,
+                   (size_t)a->second_dim * sizeof(float));
         }
 }
 
@@ -107,12 +145,13 @@ static inline v16 combined(const combine_args *a, const float *expert_out, const
                            v16 shared_weight, const float *residual, int c, int n) {
     v16 sum = v16_set(0.0f);
     for (int rank = 0; rank < a->n_experts_used; rank++)
-        sum = v16_fma(v16_set(weights[rank]), v16_load_first(expert_out + (int64_t)rank * a->n_cols + c, n), sum);
+        sum = v16_fma(v16_set(weights ? weights[rank] : 1.0f),
+                      v16_load_first(expert_out + (int64_t)rank * a->n_cols + c, n), sum);
     if (shared) {
         const v16 value = v16_load_first(shared + c, n);
         sum = a->shared_gate.at ? v16_fma(shared_weight, value, sum) : v16_add(sum, value);
     }
-    return v16_add(v16_load_first(residual + c, n), sum);
+    return v16_add(v16_load_first(residual + c, n), v16_mul(v16_set(a->scale), sum));
 }
 
 static void op_combine(const op_args *args, const step_view *step, tile t) {
@@ -120,7 +159,7 @@ static void op_combine(const op_args *args, const step_view *step, tile t) {
     (void)step;
     for (int row = t.row; row < t.row_end; row++) {
         const float *expert_out = row_of(a->expert_out, row), *residual = row_of(a->residual, row);
-        const float *weights = a->weights + (int64_t)row * a->n_experts_used;
+        const float *weights = a->weights ? a->weights + (int64_t)row * a->n_experts_used : NULL;
         const float *shared = a->shared.at ? row_of(a->shared, row) : NULL;
         const v16 shared_weight = v16_set(a->shared_gate.at ? sigmoid_one(*row_of(a->shared_gate, row)) : 1.0f);
         float *out = row_of(a->out, row);

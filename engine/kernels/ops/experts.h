@@ -72,6 +72,23 @@ static inline const uint8_t *expert_rows(const expert_matrix *m, int expert, int
     return (const uint8_t *)(uintptr_t)m->table[expert] + row * m->row_bytes;
 }
 
+// y * scale + bias, each if there is one.
+static inline v16 scaled_and_biased(v16 y, const expert_matrix *m, int expert, int n_rows, int row, int n) {
+    if (m->scale)
+        y = v16_mul(y, v16_set(m->scale[expert]));
+    if (m->bias)
+        y = v16_add(y, v16_load_first(m->bias + (int64_t)expert * n_rows + row, n));
+    return y;
+}
+
+static inline v16 activated(v16 gate, v16 up, int activation) {
+    if (activation == ACTIVATE_SILU)
+        return v16_mul(v16_silu(gate), up);
+    const v16 limit = v16_set(7.0f), g = v16_min(gate, limit);
+    const v16 u = v16_max(v16_min(up, limit), v16_set(-7.0f));
+    return v16_mul(v16_mul(g, v16_sigmoid(v16_mul(v16_set(1.702f), g))), v16_add(u, v16_set(1.0f)));
+}
+
 static int experts_gate_up_begin(const op_args *args, const worker *w) {
     return experts_begin(&args->experts, w, args->experts.ffn_size);
 }
@@ -80,8 +97,6 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
     const experts_args *a = &args->experts;
     const experts_task t = experts_task_of(a, w, a->ffn_size, task);
     float gate[TOKENS_PER_CALL][ROWS_PER_TASK], up[TOKENS_PER_CALL][ROWS_PER_TASK];
-    const v16 gate_scale = v16_set(a->gate.scale ? a->gate.scale[t.expert] : 1.0f);
-    const v16 up_scale = v16_set(a->up.scale ? a->up.scale[t.expert] : 1.0f);
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
         const void *x_gate[TOKENS_PER_CALL], *x_up[TOKENS_PER_CALL];
@@ -100,9 +115,11 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             float *hidden = a->hidden + (int64_t)t.pairs[first + i] * a->ffn_size + t.row;
             for (int r = 0; r < t.n_rows; r += 16) {
                 const int n_left = t.n_rows - r < 16 ? t.n_rows - r : 16;
-                const v16 g = v16_mul(v16_load_first(gate[i] + r, n_left), gate_scale);
-                const v16 u = v16_mul(v16_load_first(up[i] + r, n_left), up_scale);
-                v16_store_first(hidden + r, v16_mul(v16_silu(g), u), n_left);
+                const v16 g = scaled_and_biased(v16_load_first(gate[i] + r, n_left), &a->gate, t.expert, a->ffn_size,
+                                                t.row + r, n_left);
+                const v16 u = scaled_and_biased(v16_load_first(up[i] + r, n_left), &a->up, t.expert, a->ffn_size,
+                                                t.row + r, n_left);
+                v16_store_first(hidden + r, activated(g, u, a->activation), n_left);
             }
         }
     }
@@ -138,10 +155,14 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
             y[i] = a->out.at + token * a->out.stride + (int64_t)rank * a->hidden_size + t.row;
         }
         a->down.matmul(expert_rows(&a->down, t.expert, t.row), a->down.row_bytes, t.n_rows, a->ffn_size, x, n, y);
-        if (a->down.scale)
+        if (a->down.scale || a->down.bias)
             for (int i = 0; i < n; i++)
-                for (int r = 0; r < t.n_rows; r++)
-                    y[i][r] *= a->down.scale[t.expert];
+                for (int r = 0; r < t.n_rows; r += 16) {
+                    const int n_left = t.n_rows - r < 16 ? t.n_rows - r : 16;
+                    const v16 value = v16_load_first(y[i] + r, n_left);
+                    v16_store_first(y[i] + r, scaled_and_biased(value, &a->down, t.expert, a->hidden_size, t.row + r, n_left),
+                                    n_left);
+                }
     }
 }
 

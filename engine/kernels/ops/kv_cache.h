@@ -37,7 +37,7 @@ static inline void kv_put(const float *x, int n, int type, uint8_t *out, int64_t
 static void op_kv_store(const op_args *args, const step_view *step, tile t) {
     const kv_store_args *a = &args->kv_store;
     const kv_cache *cache = &a->cache;
-    const int n = cache->head_dim, bytes = kv_element_bytes(cache->type);
+    const int n = a->is_value ? cache->value_dim : cache->head_dim, bytes = kv_element_bytes(cache->type);
     for (int row = t.row; row < t.row_end; row++)
         for (int head = t.col / n; head < t.col_end / n; head++) {
             const float *x = a->x.at + row * a->x.stride + head * n;

@@ -4,9 +4,9 @@
 // without any sum across lanes; values are stored row by row, so that sixteen columns are.
 //
 //     keys    [n_slots, n_kv_heads, context / 16, head_dim, 16]
-//     values  [n_slots, n_kv_heads, context, padded head_dim]
+//     values  [n_slots, n_kv_heads, context, padded value_dim]
 //
-// (context rounded up to 16, the padded head size too). Q8_0 holds int8 in those places and, after each [head_dim, 16] of
+// (context rounded up to 16, the padded value size too). Q8_0 holds int8 in those places and, after each [head_dim, 16] of
 // keys and each row of values, one f16 scale for each 32 values of a position: [blocks, 16] and [blocks].
 // x ~ d * q with d = f16(max |x| / 127), q = round(x / d), ties to even.
 #ifndef ENGINE_OPS_KV_LAYOUT_H
@@ -25,8 +25,8 @@ static inline int kv_padded(int n) { return (n + KV_LANES - 1) & ~(KV_LANES - 1)
 static inline int64_t kv_key_group_bytes(int type, int head_dim) {
     return (int64_t)KV_LANES * (head_dim * kv_element_bytes(type) + 2 * kv_scales(type, head_dim));
 }
-static inline int64_t kv_value_row_bytes(int type, int head_dim) {
-    return (int64_t)kv_padded(head_dim) * kv_element_bytes(type) + 2 * kv_scales(type, head_dim);
+static inline int64_t kv_value_row_bytes(int type, int value_dim) {
+    return (int64_t)kv_padded(value_dim) * kv_element_bytes(type) + 2 * kv_scales(type, value_dim);
 }
 
 // The sixteen keys that hold `position`.
@@ -39,12 +39,12 @@ static inline uint8_t *kv_keys(const kv_cache *cache, int slot, int kv_head, int
 static inline uint8_t *kv_values(const kv_cache *cache, int slot, int kv_head, int position) {
     const int64_t rows = kv_padded(cache->context_length);
     return cache->values + ((slot * (int64_t)cache->n_kv_heads + kv_head) * rows + position) *
-                               kv_value_row_bytes(cache->type, cache->head_dim);
+                               kv_value_row_bytes(cache->type, cache->value_dim);
 }
 
 // A stored partial result of attention: m and l, then o from PARTIAL_HEADER on.
 enum { PARTIAL_HEADER = 16 };
-static inline int64_t partial_size(int head_dim) { return PARTIAL_HEADER + kv_padded(head_dim); }
+static inline int64_t partial_size(int value_dim) { return PARTIAL_HEADER + kv_padded(value_dim); }
 static inline int attention_chunks(int n_positions) { return (n_positions + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK; }
 
 #endif

@@ -1,0 +1,106 @@
+"""DeepSeek V2 and V3, R1, Kimi K2, GLM-4.7-Flash: multi-head latent attention, shared and routed experts.
+
+Attention runs in the absorbed form: the cache keeps the latent vector and one rotated key part a token, and each head's
+query is taken into the latent space instead of every key out of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from engine.devices.graph import Graph, Tensor
+from engine.errors import UnsupportedModelError
+from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
+from engine.models.binding import Keys, Scoring, Tensors
+from engine.models.blocks import decoder, expert_ffn_size, rotate, shared_ffn_size
+
+_GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack the key for the sigmoid router
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters."""
+    n_layers = keys.n_layers()
+    return ModelSpec(
+        architecture=keys.architecture,
+        name=keys.name(),
+        n_layers=n_layers,
+        hidden_size=keys.size("embedding_length"),
+        n_vocab=tensors.shape("token_embd.weight")[0],
+        context_length=keys.size("context_length"),
+        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        attention=_read_attention(keys, tensors),
+        moe=_read_mixture(keys, tensors, n_layers),
+    )
+
+
+def _read_attention(keys: Keys, tensors: Tensors) -> LatentAttentionSpec:
+    if not keys.has("attention.key_length_mla") or not tensors.has("blk.0.attn_k_b.weight"):
+        raise UnsupportedModelError(
+            f"{keys.file_name}: keeps keys and values in one projection (attn_kv_b), as older files do; this version "
+            "needs attn_k_b and attn_v_b: convert the model again with a current llama.cpp"
+        )
+    rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
+    if head_dim <= rope_dim:
+        raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")
+    # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier, and then cosine and sine are not scaled.
+    yarn = keys.rope(rope_dim, "norm")
+    slope = 0.1
+    if keys.has("rope.scaling.yarn_log_multiplier"):
+        slope = keys.number("rope.scaling.yarn_log_multiplier")
+        yarn = keys.rope(rope_dim, "norm", yarn_slope=0.0)
+    stretch = 1.0 + slope * math.log(yarn.factor) if yarn.scaling == "yarn" else 1.0
+    return LatentAttentionSpec(
+        n_heads=keys.size("attention.head_count"),
+        query_rank=keys.size("attention.q_lora_rank", 0, minimum=0),
+        latent_dim=keys.size("attention.kv_lora_rank"),
+        rope_dim=rope_dim,
+        key_dim=head_dim - rope_dim,
+        value_dim=keys.size("attention.value_length_mla"),
+        scale=stretch**2 / math.sqrt(head_dim),
+        rope=yarn,
+    )
+
+
+def _read_mixture(keys: Keys, tensors: Tensors, n_layers: int) -> MoESpec:
+    is_glm_flash = n_layers in _GLM_FLASH_LAYERS and tensors.shape("token_embd.weight")[0] == _GLM_FLASH_VOCAB
+    default: Scoring = "sigmoid" if is_glm_flash else "softmax"
+    return keys.mixture(
+        ffn_size=expert_ffn_size(tensors, n_layers),
+        shared_ffn_size=shared_ffn_size(tensors, n_layers),
+        scoring=keys.scoring(default),
+        normalize=keys.flag("expert_weights_norm", False),
+        scale=keys.weights_scale(),
+    )
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    return decoder(spec, tensors, latent_attention)
+
+
+def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _layer: int) -> Tensor:
+    """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c."""
+    mla, hidden_size = spec.attention, spec.hidden_size
+    assert isinstance(mla, LatentAttentionSpec)
+    n_heads, latent_dim, rope_dim = mla.n_heads, mla.latent_dim, mla.rope_dim
+    query_size = n_heads * (mla.key_dim + rope_dim)
+    latent_weight = block.matrix("attn_kv_a_mqa.weight", latent_dim + rope_dim, hidden_size)
+    if mla.query_rank:
+        query_weight = block.matrix("attn_q_a.weight", mla.query_rank, hidden_size)
+        q, latent = graph.linears(x, (query_weight, latent_weight))
+        q = graph.rms_norm(q, block.vector("attn_q_a_norm.weight", mla.query_rank), spec.norm_eps)
+        q = graph.linear(q, block.matrix("attn_q_b.weight", query_size, mla.query_rank))
+    else:
+        q, latent = graph.linears(x, (block.matrix("attn_q.weight", query_size, hidden_size), latent_weight))
+    q, q_rope = graph.split_heads(q, n_heads, mla.key_dim)
+    q_rope = rotate(graph, q_rope, n_heads, mla.rope, block)
+    c, k_rope = graph.split_heads(latent, 1, latent_dim)
+    c = graph.rms_norm(c, block.vector("attn_kv_a_norm.weight", latent_dim), spec.norm_eps)
+    k_rope = rotate(graph, k_rope, 1, mla.rope, block)
+
+    q = graph.head_linear(q, block.experts("attn_k_b.weight", n_heads, latent_dim, mla.key_dim))
+    q = graph.join_heads(q, q_rope, n_heads)
+    k = graph.join_heads(c, k_rope, 1)
+    out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim)
+    out = graph.head_linear(out, block.experts("attn_v_b.weight", n_heads, mla.value_dim, latent_dim))
+    return graph.linear(out, block.matrix("attn_output.weight", hidden_size, n_heads * mla.value_dim))

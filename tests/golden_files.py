@@ -1,0 +1,50 @@
+"""Which golden files there are: tiny models of real architectures, with logits that llama.cpp computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+QWEN_FILES = (
+    "qwen35moe/qwen35moe-fusedgu-Q8_0",
+    "qwen35moe/qwen35moe-micro-F32",
+    "qwen35moe/qwen35moe-micro-MXFP4",
+    "qwen35moe/qwen35moe-micro-Q4_0",
+    "qwen35moe/qwen35moe-micro-Q8_0",
+    "qwen35moe/qwen35moe-mtp-Q8_0",
+    "qwen35moe/qwen35moe-wide-IQ4_XS",
+    "qwen35moe/qwen35moe-wide-Q2_K",
+    "qwen35moe/qwen35moe-wide-Q3_K_M",
+    "qwen35moe/qwen35moe-wide-Q4_K_M",
+    "qwen3moe/qwen3moe-micro-F16",
+    "qwen3moe/qwen3moe-micro-F32",
+    "qwen3moe/qwen3moe-micro-Q8_0",
+    "qwen3moe/qwen3moe-split-Q8_0",
+    "qwen3moe/qwen3moe-tied-BF16",
+    "qwen3moe/qwen3moe-wide-Q4_K_M",
+    "qwen3moe/qwen3moe-wide-Q5_K_M",
+)
+OTHER_FILES = (
+    "deepseek2/deepseek2-v2lite-micro-Q8_0",
+    "deepseek2/deepseek2-v3-micro-F32",
+    "deepseek2/deepseek2-v3-wide-Q4_K_M",
+    "glm4moe/glm4moe-micro-F32",
+    "glm4moe/glm4moe-wide-Q4_K_M",
+    "gpt-oss/gpt-oss-micro-F32",
+    "gpt-oss/gpt-oss-micro-MXFP4",
+    "gpt-oss/gpt-oss-wide-Q4_K_M",
+    "llama-moe/mixtral-micro-F32",
+    "llama-moe/mixtral-wide-Q4_K_M",
+    "olmoe/olmoe-micro-F32",
+    "olmoe/olmoe-wide-Q6_K",
+    "qwen2moe/qwen2moe-micro-F32",
+    "qwen2moe/qwen2moe-wide-Q4_K_M",
+    "qwen3next/qwen3next-micro-F32",
+    "qwen3next/qwen3next-wide-Q4_K_M",
+)
+ALL_FILES = QWEN_FILES + OTHER_FILES
+
+
+def model_path(references: Path) -> Path:
+    """The model that a file of references belongs to: one GGUF file, or the first of several."""
+    path = references.with_suffix(".gguf")
+    return path if path.exists() else next(references.parent.glob(references.stem + "-00001-of-*.gguf"))
