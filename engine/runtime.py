@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -114,7 +114,7 @@ class Engine:
             model_file,
             model.tensor_names,
             self.config.model.load,
-            (lambda done, total: progress("loading weights", done, total)) if progress else None,
+            progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
         )
         settings = self.config.engine
         self._limits = Limits(
@@ -235,7 +235,7 @@ class Engine:
         *,
         stream: Literal[True],
         progress: StepProgress | None = None,
-    ) -> Iterator[Chunk]: ...
+    ) -> Generator[Chunk, None, None]: ...
 
     def generate(
         self,
@@ -244,7 +244,7 @@ class Engine:
         *,
         stream: bool = False,
         progress: StepProgress | None = None,
-    ) -> Completion | Iterator[Chunk]:
+    ) -> Completion | Generator[Chunk, None, None]:
         """Answer a prompt.
 
         Args:
@@ -274,7 +274,7 @@ class Engine:
         assert last.completion is not None
         return last.completion
 
-    def _chunks(self, sequence: TextSequence, progress: StepProgress | None) -> Iterator[Chunk]:
+    def _chunks(self, sequence: TextSequence, progress: StepProgress | None) -> Generator[Chunk, None, None]:
         """Borrow a slot at the first `next`, so that an iterator which nobody reads holds none."""
         with self._turn():
             self._statistics = replace(self._statistics, n_requests=self._statistics.n_requests + 1)

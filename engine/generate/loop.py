@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -111,7 +111,7 @@ def generate(
     turn: Callable[[], AbstractContextManager[None]],
     record: Callable[[Usage, Timings], None],
     progress: Progress | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Yield an answer piece by piece, the last chunk with the whole of it.
 
     Every step is run inside `turn()`, which is left while the reader has a chunk. However the answer ends, by itself,
