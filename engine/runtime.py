@@ -6,10 +6,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal, overload
+from typing import Literal, TypeGuard, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +18,14 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
-from engine.devices.graph import Device, KVType, Limits, Program
+from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program
 from engine.devices.traffic import WeightTraffic, count_weights
 from engine.errors import ConfigError, DeviceError, RequestError
 from engine.generate import loop
-from engine.generate.forward import ForwardPass
+from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.loop import Chunk, Completion, Timings, Usage
 from engine.generate.sampling import Sampler
-from engine.generate.scheduler import SlotTable
+from engine.generate.scheduler import Lease, SlotTable
 from engine.generate.sequence import Sequence as TextSequence
 from engine.gguf import ModelFile, WeightMemory, open_model_file
 from engine.model_spec import ModelSpec
@@ -34,6 +34,7 @@ from engine.tokenizer import ChatTemplate, Tokenizer
 
 _log = logging.getLogger("engine")
 
+Level = Literal["scalar", "avx2", "avx512"]
 DEFAULT_CONTEXT = 8192  # tokens, for models trained for more
 
 Messages = Sequence[Mapping[str, object]]
@@ -209,12 +210,11 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self.tokenize(prompt, add_special=True)
-        if prompt and isinstance(prompt[0], Mapping):
+        if _is_messages(prompt):
             if self._template is None:
                 self._template = ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
-            text = self._template.render(list(prompt))  # type: ignore[arg-type]
-            return self.tokenize(text, parse_special=True)
-        return [int(token_id) for token_id in prompt]  # type: ignore[call-overload]
+            return self.tokenizer.encode_chat(self._template.render(prompt))
+        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # not messages, so ids
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -284,14 +284,31 @@ class Engine:
             self._forward, lease, self.tokenizer, sequence, sampler, self._turn, self._record, progress
         )
 
+    def new_sequence(self) -> TokenSequence:
+        """Return an empty sequence for the caller to feed; it takes one of [engine] n_sequences until it is closed."""
+        return TokenSequence(self._forward, self._slots.borrow((), reuse=False), self._turn)
+
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits of every token of a sequence that begins afresh, float32 [n_tokens, n_vocab].
 
         Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is too short.
         """
         _check_ids(token_ids, self.spec.n_vocab)
-        with self._slots.borrow(token_ids, reuse=False) as lease, self._turn():
-            return lease.extend(self._forward, token_ids, "all")
+        with self.new_sequence() as sequence:
+            return sequence.run(token_ids, "all")
+
+    def profile(self, token_ids: Sequence[int]) -> list[tuple[str, float]]:
+        """Run tokens as one step of a fresh sequence; return (operation, seconds) in the order they were run.
+
+        Raises `RequestError` for more tokens than [engine] max_batch_tokens, `DeviceError` if the device cannot tell.
+        """
+        _check_ids(token_ids, self.spec.n_vocab)
+        if not isinstance(self._program, ProfiledProgram):
+            raise DeviceError(f"{self._device.description}: this device cannot tell how long each operation takes")
+        ids = np.asarray(token_ids, np.int32)
+        with self._slots.borrow((), reuse=False) as lease, self._turn():
+            slots, last = np.full(len(ids), lease.slot, np.int32), np.array([len(ids) - 1], np.int32)
+            return self._program.profile(ids, np.arange(len(ids), dtype=np.int32), slots, last)
 
     @property
     def statistics(self) -> EngineStatistics:
@@ -330,6 +347,40 @@ class Engine:
         )
 
 
+class TokenSequence:
+    """A sequence in the caller's hands: tokens go in, logits come out. A context manager that gives its place back."""
+
+    def __init__(self, forward: ForwardPass, lease: Lease, turn: Callable[[], AbstractContextManager[None]]) -> None:
+        self._forward = forward
+        self._lease = lease
+        self._turn = turn
+
+    @property
+    def n_tokens(self) -> int:
+        """Return the tokens run so far."""
+        return self._lease.n_held
+
+    def run(self, token_ids: Sequence[int], outputs: Outputs = "last") -> npt.NDArray[np.float32]:
+        """Append tokens; return the logits of all of them, of the last one, or of none, float32 [n, n_vocab].
+
+        Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is full.
+        """
+        _check_ids(token_ids, self._forward.n_vocab)
+        with self._turn():
+            logits = self._lease.extend(self._forward, token_ids, outputs)
+            return logits if outputs == "all" else logits.copy()  # the others are a view into the program
+
+    def close(self) -> None:
+        """Give the place back."""
+        self._lease.close()
+
+    def __enter__(self) -> TokenSequence:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
 def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     """Return the settings with everything that was left to us replaced by what is used for this model and machine."""
     settings = config.engine
@@ -357,9 +408,9 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     )
 
 
-def _capped_level(cap: str) -> Literal["scalar", "avx2", "avx512"]:
+def _capped_level(cap: Level | Literal[""]) -> Level:
     """Return the best instruction-set level of this CPU that does not exceed `cap`."""
-    order = ("scalar", "avx2", "avx512")
+    order: tuple[Level, ...] = ("scalar", "avx2", "avx512")
     allowed = order[: order.index(cap) + 1] if cap else order
     return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
 
@@ -373,6 +424,10 @@ def _open_device(config: EngineConfig) -> tuple[Device, str]:
         )
     reason = "as set" if settings.device == "cpu" else "the only device of this version"
     return CPUDevice(settings.n_threads, settings.isa), reason
+
+
+def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:
+    return bool(len(prompt)) and isinstance(prompt[0], Mapping)
 
 
 def _check_ids(token_ids: Sequence[int], n_vocab: int) -> None:

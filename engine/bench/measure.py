@@ -81,9 +81,7 @@ def random_tokens(n: int, n_vocab: int) -> list[int]:
     return ids
 
 
-def summarise(
-    name: str, samples: Sequence[Sample], n_prompt: int, n_gen: int, token_bytes: int, note: str = ""
-) -> Row:
+def summarise(name: str, samples: Sequence[Sample], n_prompt: int, n_gen: int, token_bytes: int, note: str = "") -> Row:
     """Make a row of the runs of one kind."""
     return Row(
         name,

@@ -31,7 +31,7 @@ def measure_llama_cpp(
     Raises `RequestError` if the package is not installed, or cannot open the file.
     """
     api = import_llama_cpp()
-    quiet = api.llama_log_callback(lambda level, text, data: None)  # else it writes pages to standard error
+    quiet = api.llama_log_callback(lambda _level, _text, _data: None)  # else it writes pages to standard error
     api.llama_log_set(quiet, ctypes.c_void_p(0))
     api.llama_backend_init()
     model_params = api.llama_model_default_params()
@@ -85,7 +85,7 @@ def _version() -> str:
 
 
 def _run(api: ModuleType, context: Any, tokens: list[int], n_prompt: int, n_batch: int) -> Sample:
-    api.llama_memory_clear(api.llama_get_memory(context), False)  # noqa: FBT003 - a C function's argument
+    api.llama_memory_clear(api.llama_get_memory(context), False)
     start = time.perf_counter()
     for at in range(0, n_prompt, n_batch):
         _decode(api, context, tokens[at : min(at + n_batch, n_prompt)])

@@ -136,10 +136,12 @@ def to_csv(report: Report) -> str:
     )
     for row in report.rows:
         figures = [x for name in spreads for x in asdict(row)[name].values()]
-        facts = report.facts.values()
         writer.writerow(
-            [row.name, row.n_prompt, row.n_gen, *figures, row.ram_bytes, row.token_bytes, report.bandwidth, row.note]
-            + list(facts)
+            [
+                *(row.name, row.n_prompt, row.n_gen, *figures),
+                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note),
+                *report.facts.values(),
+            ]
         )
     return out.getvalue()
 

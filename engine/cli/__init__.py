@@ -1,1 +1,1 @@
-"""The command line: `main` has the commands, `options` what they share."""
+"""The command line: one module for each command, `options` and `terminal` for what they share."""

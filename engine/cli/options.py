@@ -1,4 +1,4 @@
-"""Options that commands share, and how they become settings. Every setting can be given; common ones have short names."""
+"""Options that commands share, and how they become settings. Common settings have names of their own."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = No
 
 
 def stop_texts(given: Sequence[str]) -> dict[str, object]:
-    """Return the setting for `--stop` options; escapes such as \\n are read."""
+    """Return the setting for `--stop` options, in which backslash-n and backslash-t stand for line end and tab."""
     if not given:
         return {}
     return {"sampling.stop": tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given)}

@@ -6,7 +6,15 @@ import logging
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 LONG_PROMPT = 256  # tokens from which on a bar is worth its line
 
@@ -52,6 +60,10 @@ class Bars:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
+    def steps(self, what: str, done: int, total: int) -> None:
+        """Show steps of a long measurement."""
+        self._show(what, done, total, is_bytes=False)
+
     def loading(self, what: str, done: int, total: int) -> None:
         """Show bytes; a callback for `Engine.open`."""
         self._show(what, done, total, is_bytes=True)
@@ -78,7 +90,7 @@ class Bars:
             self._task = self._bar.add_task(what, total=total)
             self._bar.start()
         assert self._task is not None
-        self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, completed=done, description=what)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -1,4 +1,4 @@
-"""Small commands around models: `info`, `synth`, `config`, and `bench`."""
+"""Small commands around models: `info`, `synth` and `config`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engine import bench
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_output, add_settings, read_settings
 from engine.cli.terminal import Bars
 from engine.data import tiny_model_path
@@ -22,10 +21,6 @@ from engine.models import load_model
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to the parser."""
-    parser = commands.add_parser("bench", help="measure speed", description=bench.DESCRIPTION)
-    bench.add_arguments(parser)
-    parser.set_defaults(execute=bench.execute)
-
     parser = commands.add_parser("info", help="tell what a model file holds", description="Tell what a model holds.")
     parser.add_argument("model", nargs="?", help="GGUF file or synthetic:NAME (default: the bundled tiny model)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -18,7 +18,7 @@ from engine.generate.scheduler import Lease
 from engine.generate.sequence import Sequence
 from engine.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def rate(logits: npt.NDArray[np.float32], token_id: int, n_top: int, tokenizer: 
     ids, values, log_sum = _kernels.log_probabilities(logits, n_top)
 
     def entry(token: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(token, tokenizer.decode([token], skip_special=False), logprob)
+        return TokenLogprob(token, tokenizer.token_bytes(token).decode(errors="replace"), logprob)
 
     top = tuple(entry(int(i), float(value)) for i, value in zip(ids, values, strict=True))
     return TokenLogprobs(entry(token_id, float(logits[token_id]) - log_sum), top)

@@ -75,7 +75,7 @@ class Lease:
 
     def __init__(self, table: SlotTable, slot: int, held: list[int]) -> None:
         self._table = table
-        self._slot = slot
+        self.slot = slot
         self._held = held
         self._is_torn = False
         self._is_open = True
@@ -95,7 +95,7 @@ class Lease:
         """Run tokens after those the slot holds; see `ForwardPass.run`."""
         assert self._is_open
         self._is_torn = True
-        logits = forward.run(self._slot, token_ids, len(self._held), outputs, progress)
+        logits = forward.run(self.slot, token_ids, len(self._held), outputs, progress)
         self._held.extend(token_ids)
         self._is_torn = False
         return logits
@@ -104,7 +104,7 @@ class Lease:
         """Give the slot back; what it holds stays for a sequence that begins the same."""
         if self._is_open:
             self._is_open = False
-            self._table.give_back(self._slot, is_torn=self._is_torn)
+            self._table.give_back(self.slot, is_torn=self._is_torn)
 
     def __enter__(self) -> Lease:
         return self
