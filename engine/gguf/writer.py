@@ -107,7 +107,9 @@ def encode_value(value: Value) -> bytes:
     if isinstance(value, bool):
         code = "?"
     elif isinstance(value, float):
-        code = "f" if np.float32(value) == value or math.isnan(value) else "d"
+        with np.errstate(over="ignore"):
+            is_exact = float(np.float32(value)) == value or math.isnan(value)
+        code = "f" if is_exact else "d"
     elif value >= 0:
         code = "I" if value < 1 << 32 else "Q"
     else:
