@@ -343,7 +343,7 @@ class Engine:
             f"{s.model}: {self.spec.n_layers} layers, {moe.n_experts_used} of {moe.n_experts} experts a token, "
             f"{s.file_bytes / 2**20:,.1f} MiB of weights ({self.config.model.load}); {s.device} ({device_reason}); "
             f"context {settings.context_length} x {settings.n_sequences}, {settings.kv_type} keys and values, "
-            f"{s.state_bytes / 2**20:,.1f} MiB; hot-expert cache off: {self._device.description} has no slots"
+            f"{s.state_bytes / 2**20:,.1f} MiB; hot-expert cache off: no GPU in use"
         )
 
 

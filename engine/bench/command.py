@@ -25,6 +25,7 @@ from engine.runtime import Engine
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
 the same run. Prompts and answers are fixed random tokens."""
+_FILE_WIDTH = 160  # columns, where the output is not a terminal
 BENCH_OPTIONS = {
     "bench.prompt_tokens": ("--prompt-tokens",),
     "bench.gen_tokens": ("--gen-tokens",),
@@ -58,7 +59,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         raise RequestError("--peer, --json and --csv go with the table of speeds, not with --kernels or --profile")
     for peer_name in args.peer:
         _check_peer(peer_name, config)
-    out = Console(file=sys.stdout, highlight=False, markup=False)
+    is_terminal = sys.stdout.isatty()
+    out = Console(highlight=False, markup=False, width=None if is_terminal else _FILE_WIDTH)
     with Bars(console, quiet=args.quiet) as bars:
         if args.kernels:
             _show_kernels(config, bars, out)
@@ -101,7 +103,7 @@ def _measure(config: EngineConfig, peer_names: list[str], bars: Bars) -> Report:
             "device": statistics.device,
             "runs": f"{reps} x each prompt + {n_gen} tokens; median (lowest-highest)",
         }
-        rows = measure.measure(engine, "all on the CPU", lengths, n_gen, reps, bars.steps)
+        rows = measure.measure(engine, "all on CPU", lengths, n_gen, reps, bars.steps)
     if peer_names:
         rows += peers.measure_llama_cpp(
             os.fspath(config.model.path or tiny_model_path()),

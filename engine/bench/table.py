@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -73,11 +74,15 @@ def _commit() -> str:
 # -- the columns: heading, text of a row (empty: nothing to say) -----------------------------------------------------
 
 
-def _spread(value: Spread, digits: int = 1) -> str:
-    text = f"{value.median:,.{digits}f}"
-    if value.low == value.high:
-        return text
-    return f"{text} ({value.low:,.{digits}f}-{value.high:,.{digits}f})"
+def _spread(value: Spread) -> str:
+    """Return the median and, below it, the lowest and the highest."""
+    text = _figure(value.median)
+    return text if value.low == value.high else f"{text}\n{_figure(value.low)}-{_figure(value.high)}"
+
+
+def _figure(value: float) -> str:
+    """Return a number with at least three digits that mean something."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
 
 def _milliseconds(value: Spread) -> Spread:
@@ -88,14 +93,14 @@ Column = tuple[str, Callable[[Row, float], str]]
 
 COLUMNS: tuple[Column, ...] = (
     ("", lambda row, _: row.name),
-    ("prompt", lambda row, _: str(row.n_prompt)),
-    ("prompt tok/s", lambda row, _: _spread(row.prompt_tok_s)),
-    ("first token ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
-    ("decode tok/s", lambda row, _: _spread(row.decode_tok_s)),
-    ("RAM GB", lambda row, _: f"{row.ram_bytes / 1e9:.2f}" if row.ram_bytes else ""),
-    ("GB a token", lambda row, _: f"{row.token_bytes / 1e9:.4g}" if row.token_bytes else ""),
-    ("GB/s", lambda row, _: f"{row.bandwidth / 1e9:.2f}" if row.token_bytes else ""),
-    ("of limit", lambda row, limit: f"{row.bandwidth / limit:.0%}" if row.token_bytes else ""),
+    ("tokens", lambda row, _: f"{row.n_prompt} + {row.n_gen}"),
+    ("prompt\ntok/s", lambda row, _: _spread(row.prompt_tok_s)),
+    ("first\ntoken ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
+    ("decode\ntok/s", lambda row, _: _spread(row.decode_tok_s)),
+    ("RAM\nGB", lambda row, _: _figure(row.ram_bytes / 1e9) if row.ram_bytes else ""),
+    ("GB a\ntoken", lambda row, _: _figure(row.token_bytes / 1e9) if row.token_bytes else ""),
+    ("GB/s", lambda row, _: _figure(row.bandwidth / 1e9) if row.token_bytes else ""),
+    ("of\nlimit", lambda row, limit: f"{row.bandwidth / limit:.0%}" if row.token_bytes else ""),
     ("", lambda row, _: row.note),
 )
 
@@ -108,10 +113,10 @@ def render(report: Report, console: Console) -> None:
     header.add_row("bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s read from RAM, measured now: the limit below")
     console.print(header)
 
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     filled = [c for c in COLUMNS if any(c[1](row, report.bandwidth) for row in report.rows)]
     for i, (heading, _) in enumerate(filled):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
     for row in report.rows:
         table.add_row(*(text(row, report.bandwidth) for _, text in filled))
     console.print(table)
