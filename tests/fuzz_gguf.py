@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.gguf_mutations import damage_bytes, damage_parts, exercise, small_models
+from gguf_mutations import damage_bytes, damage_parts, exercise, small_models
 
 SECONDS_A_FILE = 10
 MEMORY_BYTES = 4 << 30
