@@ -26,7 +26,9 @@ _QWEN3MOE = Geometry("qwen3moe", 1, 32, 2, 1, 16, 16, 1e4, 2, 1, 32, 0, 40, 64)
 _QWEN35MOE = Geometry("qwen35moe", 4, 32, 2, 1, 16, 8, 1e4, 2, 1, 32, 32, 40, 64, 4, 1, 2, 16, 4)
 
 INTERESTING = tuple(
-    n + d for n in (0, 1 << 8, 1 << 16, 1 << 31, 1 << 32, 1 << 40, 1 << 48, 1 << 61, 1 << 63, 1 << 64) for d in (-1, 0, 1)
+    n + d
+    for n in (0, 1 << 8, 1 << 16, 1 << 31, 1 << 32, 1 << 40, 1 << 48, 1 << 61, 1 << 63, 1 << 64)
+    for d in (-1, 0, 1)
 )
 VALUES: tuple[Value, ...] = (
     *(n for n in INTERESTING if -1 <= n < 1 << 64),
@@ -80,8 +82,8 @@ def damage_parts(rng: random.Random, parts: Parts) -> Parts:
             case 1 | 2 | 3:
                 values[rng.choice(list(values))] = rng.choice(VALUES)
             case 4:
-                values[rng.choice(("general.alignment", "split.count", "split.no", "split.tensors.count"))] = rng.choice(
-                    VALUES
+                values[rng.choice(("general.alignment", "split.count", "split.no", "split.tensors.count"))] = (
+                    rng.choice(VALUES)
                 )
             case 5:
                 tensors.pop(rng.randrange(len(tensors)))

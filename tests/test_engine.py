@@ -94,8 +94,10 @@ def test_log_probabilities(engine: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=3)
     answer = engine.generate(ids, params)
     logits = engine.logits(ids + list(answer.token_ids))[len(ids) - 1 : -1].astype(np.float64)
-    expected = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(
-        1, keepdims=True
+    expected = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
     )
     assert len(answer.logprobs) == 4
     for i, rated in enumerate(answer.logprobs):

@@ -116,9 +116,7 @@ def test_free_memory_is_known_and_plausible() -> None:
     ("limit", "expected"),
     [("max", None), ("1000", 1000 - 600 + 100 + 50), ("10", 0)],
 )
-def test_the_limit_of_a_container_counts(
-    monkeypatch: pytest.MonkeyPatch, limit: str, expected: int | None
-) -> None:
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, limit: str, expected: int | None) -> None:
     files = {
         "/proc/self/cgroup": "0::/a/b\n",
         "/sys/fs/cgroup/a/b/memory.max": limit + "\n",
