@@ -278,7 +278,7 @@ class EngineConfig:
             lines += ["", f"# {summary(table)}", f"[{name}]"]
             for key, spec in table_fields(table).items():
                 lines += [f"# {line}" for line in _wrapped(spec.doc + spec.environment_note)]
-                lines.append(f"{key} = {_toml_value(getattr(getattr(self, name), key))}")
+                lines.append(f"{key} = {to_toml(getattr(getattr(self, name), key))}")
         return "\n".join(lines) + "\n"
 
 
@@ -513,9 +513,10 @@ def _wrapped(text: str, width: int = 118) -> list[str]:
     return lines
 
 
-def _toml_value(value: object) -> str:
+def to_toml(value: object) -> str:
+    """Return a value as TOML writes it."""
     if isinstance(value, tuple):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
+        return f"[{', '.join(to_toml(item) for item in value)}]"
     return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in TOML and JSON
 
 

@@ -422,6 +422,9 @@ def _open_device(config: EngineConfig) -> tuple[Device, str]:
         raise DeviceError(
             f'engine.device is {settings.device!r}, and this version has no such device; set device = "cpu"'
         )
+    for key, wish in (("moe.hot_k", config.moe.hot_k), ("moe.n_cpu_moe", config.moe.n_cpu_moe + 1)):
+        if wish not in {0, "auto"}:
+            _log.warning("%s has no effect: there is no GPU in use", key)
     reason = "as set" if settings.device == "cpu" else "the only device of this version"
     return CPUDevice(settings.n_threads, settings.isa), reason
 

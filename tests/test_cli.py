@@ -84,6 +84,13 @@ def test_stop_and_special(expected: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "prompt 3 tokens" not in capsys.readouterr().err
 
 
+def test_run_in_chat_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-p", "x", "--chat", *GREEDY]) == 0
+    n_tokens = re.search(r"prompt (\d+) tokens", capsys.readouterr().err)
+    assert n_tokens is not None
+    assert int(n_tokens[1]) > 5  # the markup around it
+
+
 def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "my.toml"
     file.write_text("[sampling]\nmax_tokens = 2\ntemperature = 0\n[engine]\ncontext_length = 100\n")
@@ -115,8 +122,6 @@ def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFi
         (["run", "-p", "", *SMALL], 1, "the prompt is empty"),
         (["run", "-p", "x " * 500, *SMALL], 1, "the context holds 128"),
         (["run", "-p", "x", "--device", "cuda"], 1, "engine.device is 'cuda'"),
-        (["run", "-p", "x", "--chat", *SMALL], 1, "template"),
-        (["chat", str(tiny_model_path()), *SMALL], 1, "template"),
         (["info", "nothing.gguf"], 1, "nothing.gguf"),
         (["synth", "nothing", "out.gguf"], 2, "nothing"),
         (["config", "--kv-type", "q9"], 2, 'engine.kv_type is \'q9\'; expected one of "f32", "f16", "q8_0"'),

@@ -119,6 +119,14 @@ def test_stop_texts_end_the_answer(engine: Engine) -> None:
     assert answer.finish_reason == "stop"
 
 
+def test_messages_go_through_the_chat_template(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "hello<|im_end|>"}]
+    text = engine.detokenize(engine.prompt_ids(messages), skip_special=False)
+    assert "hello" in text
+    assert "<|im_start|>assistant" in text
+    assert engine.generate(messages, GREEDY).usage.n_prompt_tokens == len(engine.prompt_ids(messages))
+
+
 def test_default_sampling_is_that_of_the_settings() -> None:
     settings = EngineConfig(engine=EngineSettings(context_length=64), sampling=SamplingParams(max_tokens=3))
     with Engine.open(config=settings) as engine:
@@ -305,8 +313,8 @@ def test_requests_that_cannot_be_served(engine: Engine) -> None:
         engine.logits([])
     with pytest.raises(RequestError, match="context"):
         engine.logits([1] * 129)
-    with pytest.raises(TokenizerError, match="template"):
-        engine.generate([{"role": "user", "content": "hello"}], GREEDY)
+    with pytest.raises(TokenizerError, match="role"):
+        engine.generate([{"content": "hello"}], GREEDY)
     assert engine.generate(PROMPT, GREEDY).finish_reason == "length"  # still well
 
 

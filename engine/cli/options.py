@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
 
-from engine.config import TABLES, EngineConfig, table_fields
+from engine.config import TABLES, EngineConfig, table_fields, to_toml
 from engine.errors import ConfigError
 
 ENGINE_OPTIONS = {
@@ -26,7 +27,6 @@ SAMPLING_OPTIONS = {
     "sampling.repetition_penalty": ("--repetition-penalty",),
     "sampling.seed": ("-s", "--seed"),
 }
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,9 +43,21 @@ def add_settings(parser: argparse.ArgumentParser, options: dict[str, tuple[str, 
     for key, flags in options.items():
         table, _, name = key.partition(".")
         spec = table_fields(TABLES[table])[name]
-        meaning = spec.doc.replace("%", "%%")
-        metavar = _METAVARS.get(spec.kind, "VALUE")
-        group.add_argument(*flags, dest=key, metavar=metavar, help=f"{meaning} (default: {spec.default!r})")
+        meaning = spec.doc.replace("%", "%%").removesuffix(".")
+        metavar = _metavar(spec.kind)
+        group.add_argument(*flags, dest=key, metavar=metavar, help=f"{meaning} (default: {to_toml(spec.default)})")
+
+
+def _metavar(kind: Any) -> str:
+    """Return what stands for a value in help texts: its choices, or a letter for its type."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return "|".join(str(choice) for choice in get_args(kind) if choice)
+    if origin is tuple:
+        return f"{_metavar(get_args(kind)[0])},..."
+    if origin is not None:
+        return "|".join(_metavar(option) for option in get_args(kind))
+    return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
