@@ -5,6 +5,7 @@ Used by `test_gguf_mutations.py` with a fixed choice of damages, and by `fuzz_gg
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import EngineError
+from engine.errors import EngineError, GGUFError
 from engine.gguf.metadata import Metadata, Value
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile
@@ -172,7 +173,5 @@ def _read_metadata(metadata: Metadata) -> None:
     """Call every getter for every key: it answers or raises `GGUFError`."""
     for key in metadata:
         for getter in ("text", "integer", "number", "flag", "texts", "integers", "numbers", "flags"):
-            try:
+            with contextlib.suppress(GGUFError):
                 getattr(metadata, getter)(key)
-            except EngineError as error:
-                _kind(error)

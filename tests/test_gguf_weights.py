@@ -90,7 +90,7 @@ def test_says_when_the_system_refuses(file: GGUFFile, monkeypatch: pytest.Monkey
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(weights.mmap, "mmap", refuse)
-    with pytest.raises(DeviceError, match="gave no memory for .* Cannot allocate memory"):
+    with pytest.raises(DeviceError, match=r"gave no memory for .* Cannot allocate memory"):
         WeightMemory.load(file, file.tensors, "memory")
 
 

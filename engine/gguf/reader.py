@@ -32,7 +32,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 20
-MAX_NAME_BYTES = 1 << 16
+MAX_NAME_BYTES = 1 << 10  # the format allows 65,535; real names have less than 100, and messages show them
 MAX_DIMENSIONS = 4
 MAX_WEIGHTS = 1 << 48
 MAX_ALIGNMENT = 1 << 20
@@ -96,7 +96,10 @@ class _Header:
         n_bytes = self.unpack("Q", f"the length of {what}")
         if not 0 < n_bytes <= MAX_NAME_BYTES:
             self.fail(f"{what} is {n_bytes} bytes long; expected 1 to {MAX_NAME_BYTES}: the file is damaged")
-        return self.text(n_bytes, what)
+        name = self.text(n_bytes, what)
+        if not name.isprintable():
+            self.fail(f"{what} has characters that cannot be printed: {name!r}")
+        return name
 
     def text(self, n_bytes: int, what: str) -> str:
         try:

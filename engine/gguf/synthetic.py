@@ -149,7 +149,8 @@ RECIPES: dict[str, Recipe] = {
 _FALLBACK = {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
 
-def _choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: int) -> QuantFormat:
+def choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: int) -> QuantFormat:
+    """Return the format of a weight with rows of `n_cols`, in a layer of `n_layers` (0 for tensors of no layer)."""
     part = name.rsplit(".", 2)[-2]
     if part == "token_embd":
         chosen = recipe.embedding
@@ -253,7 +254,7 @@ def _tensor_infos(g: Geometry, recipe: Recipe) -> dict[str, TensorInfo]:
         if name.endswith(_FLOAT_PARTS):
             chosen = BY_NAME["F32"]
         else:
-            chosen = _choose_format(recipe, name, layer, g.n_layers, shape[-1])
+            chosen = choose_format(recipe, name, layer, g.n_layers, shape[-1])
         n_bytes = prod(shape[:-1]) * chosen.row_bytes(shape[-1])
         infos[name] = TensorInfo(name, chosen, shape, n_bytes)
     return infos

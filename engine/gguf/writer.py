@@ -20,6 +20,7 @@ from engine.gguf.weights import Progress
 
 VERSION = 3
 _TYPE_OF_CODE = {code: number for number, code in SCALARS.items()}
+_TYPE_OF_DTYPE = {np.dtype("<" + code): number for number, code in SCALARS.items()}
 
 
 def write_gguf(
@@ -100,9 +101,7 @@ def encode_value(value: Value) -> bytes:
         items = value if isinstance(value, list) else value.decode()
         return struct.pack("<IIQ", ARRAY, STRING, len(items)) + b"".join(map(_encode_text, items))
     if isinstance(value, np.ndarray):
-        kind = _TYPE_OF_CODE[
-            value.dtype.char if value.dtype.char not in "lL" else {"l": "q", "L": "Q"}[value.dtype.char]
-        ]
+        kind = _TYPE_OF_DTYPE[value.dtype]
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + value.tobytes()
     if isinstance(value, bool):
         code = "?"
