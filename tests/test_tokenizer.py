@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tokenizer_data import TINY, load_tiny, small
 from engine.errors import TokenizerError
 from engine.gguf import open_model_file
 from engine.tokenizer import Tokenizer
+from engine.tokenizer.merging import byte_of_character
 from engine.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 BYTE_LEVEL = [name for name in TINY if name != "tiny-spm"]
@@ -89,6 +92,77 @@ def test_stream_is_the_whole_text_in_whole_characters(name, data):
     if tokenizer.vocabulary.add_space_prefix and not continues:
         whole = whole.removeprefix(" ")
     assert tokenizer.decode(ids, skip_special=skip, continues=continues) == whole
+
+
+def merge(symbols: list[str], rank) -> list[str]:
+    """Merge the best pair, the leftmost of equals, until no pair has a rank: what both models do, said plainly."""
+    while True:
+        ranks = [rank(left, right) for left, right in pairwise(symbols)]
+        known = [r for r in ranks if r is not None]
+        if not known:
+            return symbols
+        at = ranks.index(min(known))
+        symbols = [*symbols[:at], symbols[at] + symbols[at + 1], *symbols[at + 2 :]]
+
+
+@given(text=st.text(alphabet="the inmo \n.\u00e9", max_size=30))
+def test_byte_level_merging_is_that_of_the_plain_algorithm(text):
+    tokenizer = tiny("tiny-olmo")
+    ranks = {tuple(pair.split(" ")): rank for rank, pair in enumerate(tokenizer.vocabulary.merges)}
+    character = {byte: c for c, byte in byte_of_character().items()}
+    expected = []
+    for piece in regex_pieces_gpt_2(text):
+        symbols = merge([character[byte] for byte in piece.encode()], lambda *pair: ranks.get(pair))
+        expected += [tokenizer.vocabulary.ids[symbol] for symbol in symbols]
+    assert tokenizer.encode(text) == expected
+
+
+def regex_pieces_gpt_2(text: str) -> list[str]:
+    """Cut a text without digits, apostrophes and underscores the way GPT-2 does, in Python's own dialect."""
+    return re.findall(r" ?[^\W\d_]+| ?[^\s\w]+|\s+(?!\S)|\s+", text)
+
+
+@given(text=st.text(alphabet="the inmo \n.\u00e9", max_size=30))
+def test_sentence_piece_merging_is_that_of_the_plain_algorithm(text):
+    tokenizer = tiny("tiny-spm")
+    vocabulary = tokenizer.vocabulary
+
+    def rank(left: str, right: str) -> float | None:
+        token_id = vocabulary.ids.get(left + right)
+        return None if token_id is None or tokenizer.is_control(token_id) else -vocabulary.scores[token_id]
+
+    expected = []
+    for symbol in merge(list("\u2581" + text.replace(" ", "\u2581")), rank) if text else []:
+        names = [symbol] if symbol in vocabulary.ids else [f"<0x{byte:02X}>" for byte in symbol.encode()]
+        expected += [vocabulary.ids[name] for name in names]
+    assert tokenizer.encode(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "It's 12345 ok!!", "It|'s| 12345| ok|!!"),
+        ("qwen2", "IT'S 123 a\n\n b", "IT|'S| |1|2|3| a|\n\n| b"),
+        ("qwen2", "e\u0301a", "e|\u0301a"),
+        ("qwen35", "e\u0301a", "e\u0301a"),
+        ("llama-bpe", "12345", "123|45"),
+        ("gpt-4o", "HelloWorld's 12345/\n", "Hello|World's| |123|45|/\n"),
+        ("tekken", "HelloWorld's 12", "Hello|World|'s| |1|2"),
+        ("kimi-k2", "Hello\u4e2d\u6587World1234", "Hello|\u4e2d\u6587|World|123|4"),
+        ("deepseek-v3", "a1234 \u4e2d\u3042!b", "a|123|4| |\u4e2d\u3042|!b"),
+        ("deepseek-coder", "a 12\n\n", "a| |1|2|\n|\n"),
+        ("deepseek-llm", "ab\u4e2d12!", "ab|\u4e2d|12|!"),
+        ("starcoder", "ab12", "ab|1|2"),
+        ("falcon", "a.1234", "a|.|123|4"),
+        ("bailingmoe", "we'Ll 12", "we|'Ll| |1|2"),
+        ("seed-coder", "a!\n12", "a|!|\n|1|2"),
+        ("chatglm-bpe", "1234", "123|4"),
+    ],
+)
+def test_texts_are_cut_the_way_of_each_family(pre, text, pieces):
+    tokenizer = Tokenizer.from_metadata(small(pre=pre))
+    cut = tokenizer._merging.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in cut] == pieces.split("|")
 
 
 @given(text=st.text(alphabet="<|im_startend>\u2581 ab", max_size=40))
