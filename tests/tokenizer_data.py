@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import GGUFError
-
-REQUIRED = object()
+from engine.tokenizer.merging import byte_of_character
 
 
 class MetadataDict(dict):
@@ -58,3 +57,18 @@ def load_tiny(name: str) -> dict[str, Any]:
     golden = json.loads(TINY[name].read_text(encoding="utf-8"))
     golden["metadata"] = MetadataDict(golden["metadata"])
     return golden
+
+
+def small(**changes) -> MetadataDict:
+    """Return a byte-level vocabulary of all bytes, "ab", and special tokens that overlap; `changes` without prefix."""
+    characters = sorted(byte_of_character(), key=byte_of_character().get)
+    special = {"<ab": 4, "ab>c": 4, "<x>": 3, "<x><y>": 3, "[PAD1]": 5, "[PAD2]": 5}
+    metadata = {
+        "model": "gpt2",
+        "pre": "qwen2",
+        "tokens": [*characters, "ab", *special],
+        "token_type": [*[1] * 257, *special.values()],
+        "merges": ["a b"],
+        "eos_token_id": 259,
+    }
+    return MetadataDict({f"tokenizer.ggml.{k}": v for k, v in (metadata | changes).items() if v is not None})

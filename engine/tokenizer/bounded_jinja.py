@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_SIZE = 1 << 24  # characters of one value, those of its items included
-MAX_ITEMS = 1 << 20  # items of one value, those of its items included
+MAX_ITEMS = 1 << 18  # items of one value, those of its items included
 MAX_WRITTEN = 1 << 26  # characters written in one rendering, also those that only go into a variable
 MAX_STEPS = 1 << 20  # of one rendering: loop rounds, calls, operators; large values count as several
 _MAX_INTEGER = 1 << 20  # as an argument: a width, a count

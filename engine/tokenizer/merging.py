@@ -9,7 +9,8 @@ There is no cache of the finished form: reading it back from its JSON takes long
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 
 import tokenizers
 from tokenizers import Regex
@@ -41,31 +42,34 @@ def byte_of_character() -> dict[str, int]:
 
 def _byte_level(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     assert vocabulary.pre is not None
-    merges = list(_split_merges(vocabulary))
-    ids = {text: i for text, i in vocabulary.ids.items() if not vocabulary.is_hidden(i)}
-    hidden = vocabulary.ids.keys() - ids.keys()
-    if hidden:
-        made = {part for left, right in merges for part in (left, right)} & hidden
-        made |= {left + right for left, right in merges} & hidden
-        ids |= {text: vocabulary.ids[text] for text in made}
+    merges = _split_merges(vocabulary.merges)
     try:
-        model = BPE(vocab=ids, merges=merges, ignore_merges=vocabulary.pre.ignore_merges)
+        try:
+            model = BPE(vocab=vocabulary.visible_ids(), merges=merges, ignore_merges=vocabulary.pre.ignore_merges)
+        except Exception:  # perhaps a merge makes a hidden token, which is then needed
+            model = BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=vocabulary.pre.ignore_merges)
     except Exception as error:
-        raise TokenizerError(_what_is_wrong(merges, ids) or f"the vocabulary cannot be used: {error}") from error
+        wrong = _what_is_wrong(merges, vocabulary.ids)
+        raise TokenizerError(wrong or f"the vocabulary cannot be used: {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
     cuts = [Split(Regex(pattern), behavior="isolated") for pattern in vocabulary.pre.patterns]
     tokenizer.pre_tokenizer = InOrder([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
     return tokenizer
 
 
-def _split_merges(vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
-    for rank, merge in enumerate(vocabulary.merges):
-        space = merge.find(" ", 1)
-        if space < 0:
-            raise TokenizerError(
-                f"tokenizer.ggml.merges entry {rank} is {merge!r}; expected two tokens with a space between them"
-            )
-        yield merge[:space], merge[space + 1 :]
+def _split_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the two tokens of each merge, which the first space that is not in front keeps apart."""
+    split = [(left, right) for left, _, right in map(str.partition, merges, itertools.repeat(" "))]
+    for rank, (left, right) in enumerate(split):
+        if not left or not right:
+            merge = merges[rank]
+            space = merge.find(" ", 1)
+            if space < 0:
+                raise TokenizerError(
+                    f"tokenizer.ggml.merges entry {rank} is {merge!r}; expected two tokens with a space between them"
+                )
+            split[rank] = merge[:space], merge[space + 1 :]
+    return split
 
 
 def _what_is_wrong(merges: list[tuple[str, str]], ids: dict[str, int]) -> str | None:
@@ -80,7 +84,7 @@ def _what_is_wrong(merges: list[tuple[str, str]], ids: dict[str, int]) -> str | 
 
 
 def _sentence_piece(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    ids = {text: i for text, i in vocabulary.ids.items() if not vocabulary.is_hidden(i)}
+    ids = vocabulary.visible_ids()
     unknown = None if vocabulary.unknown_id is None else vocabulary.tokens[vocabulary.unknown_id]
     if unknown is not None:
         ids[unknown] = vocabulary.ids[unknown]
