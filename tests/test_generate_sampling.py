@@ -100,7 +100,8 @@ def test_draws_follow_the_softmax():
 
 
 @pytest.mark.parametrize(
-    ("changes", "allowed"), [({"top_k": 1}, {3}), ({"top_p": 0.6}, {3}), ({"min_p": 0.3}, {2, 3}), ({}, {1, 2, 3})]
+    ("changes", "allowed"),
+    [({"top_k": 1}, {3}), ({"top_p": 0.6}, {3}), ({"top_p": 0.0}, {3}), ({"min_p": 0.3}, {2, 3}), ({}, {1, 2, 3})],
 )
 def test_what_may_be_drawn_is_cut_as_asked(changes, allowed):
     assert set(make(params(**changes), 300, flat_logits(_1=0.0, _2=1.0, _3=2.0))) == allowed

@@ -13,6 +13,7 @@ from engine.generate.sequence import Sequence
 from engine.tokenizer import Tokenizer
 
 _MASK = (1 << 64) - 1
+_SMALLEST_TOP_P = 2.0**-53  # what 0 means: the likeliest token alone
 
 
 class Sampler:
@@ -48,7 +49,7 @@ class Sampler:
             sequence.recent(params.penalty_window) if self._has_penalties else self._no_tokens,
             params.temperature,
             params.top_k,
-            params.top_p,
+            max(params.top_p, _SMALLEST_TOP_P),
             params.min_p,
             params.repetition_penalty,
             params.presence_penalty,
