@@ -299,6 +299,11 @@ def test_gpt_oss_channels_are_visible_and_end_is_no_end():
     assert with_tokens("<|end|>").eog_ids == {259, 263}
 
 
+def test_an_end_token_can_be_sampled_whatever_its_kind():
+    tokenizer = Tokenizer.from_metadata(small(eos_token_id=261))  # which the file calls unused
+    assert (tokenizer.eog_ids, tokenizer.unused_ids) == ({261}, {262})
+
+
 def test_minus_one_means_no_token():
     tokenizer = Tokenizer.from_metadata(small(eos_token_id=0xFFFFFFFF, bos_token_id=-1))
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.eog_ids) == (None, None, frozenset())

@@ -28,14 +28,17 @@ MAX_WRITTEN = 1 << 26  # characters written in one rendering, also those that on
 MAX_STEPS = 1 << 20  # of one rendering: loop rounds, calls, operators; large values count as several
 _MAX_INTEGER = 1 << 20  # as an argument: a width, a count
 _MAX_BITS = 1 << 12  # of an integer that a template works out
-_MAX_PRODUCT = 1 << 28  # of the sizes of two arguments that get multiplied
+_MAX_PRODUCT = 1 << 27  # of the sizes of two arguments that get multiplied
 
 _CHARACTERS_PER_STEP = 1 << 12
 _ITEMS_PER_STEP = 1 << 4
 
-# Methods of strings, and filters, whose result can be as large as the product of their arguments.
-_MULTIPLYING = frozenset({"replace", "join", "format", "format_map", "indent", "wordwrap", "tojson", "urlize"})
-_WIDE_FIELD = re.compile(r"\d{7}")
+# Methods of strings, and filters, whose result can be as large as the product of two arguments' sizes ...
+_MULTIPLYING = frozenset({"replace", "join", "format", "format_map", "indent", "wordwrap", "urlize"})
+# ... or of a size and a number.
+_WIDENING = frozenset({"indent", "expandtabs"})
+_FIELD_WIDTH = re.compile(r"\d+")
+_WIDTH_FROM_ARGUMENT = re.compile(r"%[-+ #0-9.]*\*|\{[^{}]*\{")
 
 
 class _Budget:
@@ -198,14 +201,23 @@ def _made(value: Any) -> Any:
 
 def _check_arguments(name: str, arguments: tuple[Any, ...]) -> None:
     """Refuse arguments of which something enormous would be made before `_made` could measure it."""
-    if any(isinstance(argument, int) and abs(argument) > _MAX_INTEGER for argument in arguments[1:]):
+    numbers = [abs(argument) for argument in arguments[1:] if isinstance(argument, int)]
+    if max(numbers, default=0) > _MAX_INTEGER:
         raise _too_large()
-    if name not in _MULTIPLYING:
-        return
-    if name.startswith("format") and isinstance(arguments[0], str) and _WIDE_FIELD.search(arguments[0]):
-        raise _too_large()
-    sizes = sorted(len(argument) for argument in arguments if isinstance(argument, (str, list, tuple)))
-    if len(sizes) > 1 and sizes[-1] * sizes[-2] > _MAX_PRODUCT:
+    sizes = [len(argument) for argument in arguments if isinstance(argument, (str, list, tuple))]
+    factors = sizes if name in _MULTIPLYING else []
+    if name in _WIDENING:
+        factors = sizes + numbers
+    elif name in ("format", "format_map") and isinstance(arguments[0], str):
+        pattern = arguments[0]
+        if _WIDTH_FROM_ARGUMENT.search(pattern):
+            raise TemplateRuntimeError("it takes the width of a field from an argument")
+        width = max((int(digits[:8]) for digits in _FIELD_WIDTH.findall(pattern)), default=0)
+        if width > _MAX_INTEGER:
+            raise _too_large()
+        factors = [*sizes, width]
+    factors.sort()
+    if len(factors) > 1 and factors[-1] * factors[-2] > _MAX_PRODUCT:
         raise _too_large()
 
 

@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError
 
 from engine.errors import GGUFError, TokenizerError
-from engine.tokenizer.bounded_jinja import BoundedEnvironment, Generation, fresh_budget
+from engine.tokenizer.bounded_jinja import MAX_SIZE, BoundedEnvironment, Generation, fresh_budget
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.tokenizer.vocabulary import TokenizerMetadata
 
 _KEY = "tokenizer.chat_template"
+_MAX_INDENT = 64
 _TOOL_USE = "tool_use"  # the name of the template that some files have for conversations with tools
 
 Message = Mapping[str, Any]
@@ -122,12 +123,21 @@ def _compile(source: str) -> Template:
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """Write JSON for a model, not for a web page: without Jinja's escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if max(len(part) if isinstance(part, str) else part or 0 for part in (indent, *(separators or ()))) > _MAX_INDENT:
+        raise TemplateError(f"it wants JSON with more than {_MAX_INDENT} characters of indent or separator")
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    parts, size = [], 0
+    for part in encoder.iterencode(value):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_SIZE:
+            raise TemplateError(f"it writes more than {MAX_SIZE} characters of JSON")
+    return "".join(parts)
 
 
 def _raise_exception(message: str) -> NoReturn:

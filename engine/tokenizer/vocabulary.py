@@ -180,7 +180,7 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         add_bos=metadata.flag(_PREFIX + "add_bos_token", pre.add_bos if pre else True) and special["bos"] is not None,
         add_eos=metadata.flag(_PREFIX + "add_eos_token", False) and special["eos"] is not None,
         eog_ids=frozenset(eog),
-        unused_ids=_unused(metadata, types),
+        unused_ids=_unused(metadata, types, eog),
     )
 
 
@@ -259,10 +259,9 @@ def _read_pre(metadata: TokenizerMetadata) -> str:
     return metadata.text(key)
 
 
-def _unused(metadata: TokenizerMetadata, types: list[int]) -> frozenset[int]:
+def _unused(metadata: TokenizerMetadata, types: list[int], eog: set[int]) -> frozenset[int]:
     key = _PREFIX + "suppress_tokens"
     suppressed = metadata.integers(key) if key in metadata else ()
     unused = int(TokenType.UNUSED)  # an enum member is slow to compare 250,000 times
-    return frozenset(i for i, kind in enumerate(types) if kind == unused).union(
-        i for i in suppressed if 0 <= i < len(types)
-    )
+    padding = {i for i, kind in enumerate(types) if kind == unused} - eog
+    return frozenset(padding.union(i for i in suppressed if 0 <= i < len(types)))
