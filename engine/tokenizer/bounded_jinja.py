@@ -8,6 +8,7 @@ filters, operators, literals) spends from one budget a rendering, and no value m
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
@@ -33,12 +34,12 @@ _MAX_PRODUCT = 1 << 27  # of the sizes of two arguments that get multiplied
 _CHARACTERS_PER_STEP = 1 << 12
 _ITEMS_PER_STEP = 1 << 4
 
-# Methods of strings, and filters, whose result can be as large as the product of two arguments' sizes ...
+# Filters and methods of strings whose result can be as large as the product of two arguments' sizes ...
 _MULTIPLYING = frozenset({"replace", "join", "format", "format_map", "indent", "wordwrap", "urlize"})
 # ... or of a size and a number.
 _WIDENING = frozenset({"indent", "expandtabs"})
-_FIELD_WIDTH = re.compile(r"\d+")
-_WIDTH_FROM_ARGUMENT = re.compile(r"%[-+ #0-9.]*\*|\{[^{}]*\{")
+_PERCENT_FIELD = re.compile(r"%(?:\([^()]*\))?[-+ #0]*(\*|\d*)\.?(\*|\d*)")
+_BRACE_FIELD = re.compile(r"\{[^{}]*:[^{}\d]*(\d*)[^{}\d]*(\d*)[^{}]*(\{?)")
 
 
 class _Budget:
@@ -95,6 +96,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Call a function, macro or method for the template."""
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # `str.format` comes wrapped
         if isinstance(owner, str):
+            if obj.__name__ in ("format", "format_map"):
+                _check_fields(_BRACE_FIELD, owner.replace("{{", ""))
             _check_arguments(obj.__name__, (owner, *args, *kwargs.values()))
         return _made(super().call(context, obj, *args, **kwargs))
 
@@ -108,7 +111,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if left.bit_length() * right > _MAX_BITS:
                 raise _too_large()
         elif operator == "%" and isinstance(left, str):
-            _check_arguments("format", (left, *(right if isinstance(right, tuple) else (right,))))
+            _check_fields(_PERCENT_FIELD, left)
+            _check_arguments("format", (left, right))
         return _made(super().call_binop(context, operator, left, right))
 
     def from_string(self, source: str | nodes.Template, *args: Any, **kwargs: Any) -> Template:
@@ -173,11 +177,15 @@ def _too_large() -> TemplateRuntimeError:
 
 def _made(value: Any) -> Any:
     """Pay for a value the template made, and return it."""
-    if isinstance(value, int):
-        _budget.get().spend(1)
-        if value.bit_length() > _MAX_BITS:
-            raise _too_large()
-        return value
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise _too_large()
+    n_characters, n_items = _size(value)
+    _budget.get().spend(1 + n_characters // _CHARACTERS_PER_STEP + n_items // _ITEMS_PER_STEP)
+    return value
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """Return the characters and items in a value, or refuse it as too large."""
     n_characters = n_items = 0
     todo = [value]
     while todo:
@@ -195,8 +203,7 @@ def _made(value: Any) -> Any:
             raise TemplateRuntimeError("it puts a namespace into a list or mapping")
     if n_characters > MAX_SIZE:
         raise _too_large()
-    _budget.get().spend(1 + n_characters // _CHARACTERS_PER_STEP + n_items // _ITEMS_PER_STEP)
-    return value
+    return n_characters, n_items
 
 
 def _check_arguments(name: str, arguments: tuple[Any, ...]) -> None:
@@ -204,27 +211,33 @@ def _check_arguments(name: str, arguments: tuple[Any, ...]) -> None:
     numbers = [abs(argument) for argument in arguments[1:] if isinstance(argument, int)]
     if max(numbers, default=0) > _MAX_INTEGER:
         raise _too_large()
-    sizes = [len(argument) for argument in arguments if isinstance(argument, (str, list, tuple))]
-    factors = sizes if name in _MULTIPLYING else []
+    factors = []
+    if name in _MULTIPLYING or name in _WIDENING:
+        factors += [sum(_size(argument)) for argument in arguments]
     if name in _WIDENING:
-        factors = sizes + numbers
-    elif name in ("format", "format_map") and isinstance(arguments[0], str):
-        pattern = arguments[0]
-        if _WIDTH_FROM_ARGUMENT.search(pattern):
-            raise TemplateRuntimeError("it takes the width of a field from an argument")
-        width = max((int(digits[:8]) for digits in _FIELD_WIDTH.findall(pattern)), default=0)
-        if width > _MAX_INTEGER:
-            raise _too_large()
-        factors = [*sizes, width]
+        factors += numbers
     factors.sort()
     if len(factors) > 1 and factors[-1] * factors[-2] > _MAX_PRODUCT:
         raise _too_large()
+
+
+def _check_fields(field: re.Pattern[str], pattern: str) -> None:
+    """Refuse a pattern whose fields are wide, all in all, or get their width from an argument."""
+    width = 0
+    for part in itertools.chain.from_iterable(field.findall(pattern)):
+        if part in ("*", "{"):
+            raise TemplateRuntimeError("it takes the width of a field from an argument")
+        width += int(part[:8] or 0)
+        if width > _MAX_INTEGER:
+            raise _too_large()
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # which keeps Jinja's mark on filters that want the context in front
     def bounded(*args: Any, **kwargs: Any) -> Any:
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
+        if name == "format":
+            _check_fields(_PERCENT_FIELD, str(args[0]))
         _check_arguments(name, (*args[first:], *kwargs.values()))
         return _made(function(*args, **kwargs))
 
