@@ -89,7 +89,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(finalize=_written, **options)
         self.filters = {name: _bounded(name, function) for name, function in {**self.filters, **filters}.items()}
         self.filters |= {"_rounds": _rounds, "_text": _text, "_made": _made}
-        self.globals |= variables
+        self.globals |= {"namespace": _Namespace, **variables}
         del self.globals["lipsum"]
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +124,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         _Counting(self).visit(source)
         return super()._generate(source, *args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """Variables that can change; as text it hides them, since they may have grown after anybody measured it."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
 
 
 class Generation(Extension):
@@ -199,8 +206,6 @@ def _size(value: Any) -> tuple[int, int]:
             todo.extend(part)
             if isinstance(part, dict):
                 todo.extend(part.values())
-        elif isinstance(part, Namespace) and part is not value:  # could hide any amount of items
-            raise TemplateRuntimeError("it puts a namespace into a list or mapping")
     if n_characters > MAX_SIZE:
         raise _too_large()
     return n_characters, n_items
