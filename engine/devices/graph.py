@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -686,6 +686,21 @@ class Program(Protocol):
 
     def close(self) -> None:
         """Free all memory."""
+        ...
+
+
+@runtime_checkable
+class ProfiledProgram(Protocol):
+    """A program that can tell where the time of a step goes."""
+
+    def profile(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> list[tuple[str, float]]:
+        """Run one step as `Program.run` does; return (operation, seconds) in order."""
         ...
 
 

@@ -1,0 +1,43 @@
+"""`python -m engine`: run, chat, bench and the small tools around them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from engine.bench import command as bench
+from engine.cli import chat, run, tools
+from engine.cli.command import run as run_command
+from engine.cli.options import Parser
+
+_EPILOG = """\
+examples:
+  python -m engine run -p "def main():"                  continue a text with the bundled tiny model
+  python -m engine run model.gguf -p - < prompt.txt      read the prompt from standard input
+  python -m engine chat model.gguf -c 8192               talk to a model
+  python -m engine bench -m model.gguf                   measure tokens a second
+  python -m engine config > my.toml                      every setting, with comments
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each command leaves its function in `execute`."""
+    parser = Parser(
+        prog="python -m engine",
+        description="Run mixture-of-experts models from GGUF files.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (run, chat, bench, tools):
+        module.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    return run_command(make_parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

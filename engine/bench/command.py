@@ -1,0 +1,167 @@
+"""The bench command: what is asked for, measured in turn, shown and written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.bench import kernels, limits, measure, peers
+from engine.bench.table import Report, machine_facts, render, to_csv, to_json, write_file
+from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
+from engine.cli.terminal import Bars
+from engine.config import EngineConfig
+from engine.data import tiny_model_path
+from engine.errors import RequestError
+from engine.gguf.synthetic import PREFIX
+from engine.machine import last_level_cache_bytes, n_physical_cores
+from engine.runtime import Engine
+
+DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
+the same run. Prompts and answers are fixed random tokens."""
+_FILE_WIDTH = 160  # columns, where the output is not a terminal
+BENCH_OPTIONS = {
+    "bench.prompt_tokens": ("--prompt-tokens",),
+    "bench.gen_tokens": ("--gen-tokens",),
+    "bench.reps": ("--reps",),
+}
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bench` to the parser of all commands."""
+    add_arguments(commands.add_parser("bench", help="measure speed", description=DESCRIPTION))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options, and what to do with them."""
+    parser.add_argument("-m", "--model", metavar="MODEL", help="GGUF file or synthetic:NAME (default: the bundled one)")
+    parser.add_argument("--peer", action="append", default=[], choices=peers.PEERS, help="measure it on the same file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kernels", action="store_true", help="measure every weight format at every instruction set")
+    what.add_argument("--profile", action="store_true", help="show where the time of a prompt and of a token goes")
+    add_settings(parser, BENCH_OPTIONS | ENGINE_OPTIONS)
+    add_common(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace, console: Console) -> int:
+    """Measure what is asked for."""
+    config = _with_context(read_settings(args))
+    if (args.kernels or args.profile) and (args.peer or args.json or args.csv):
+        raise RequestError("--peer, --json and --csv go with the table of speeds, not with --kernels or --profile")
+    for peer_name in args.peer:
+        _check_peer(peer_name, config)
+    is_terminal = sys.stdout.isatty()
+    out = Console(highlight=False, markup=False, width=None if is_terminal else _FILE_WIDTH)
+    with Bars(console, quiet=args.quiet) as bars:
+        if args.kernels:
+            _show_kernels(config, bars, out)
+        elif args.profile:
+            _show_profile(config, bars, out)
+        else:
+            report = _measure(config, args.peer, bars)
+            render(report, out)
+            if args.json:
+                write_file(args.json, to_json(report))
+            if args.csv:
+                write_file(args.csv, to_csv(report))
+    return 0
+
+
+def _with_context(config: EngineConfig) -> EngineConfig:
+    """Return the settings with a context that holds the longest run, if none was set."""
+    needed = max(config.bench.prompt_tokens) + config.bench.gen_tokens
+    settings = config.engine
+    return replace(config, engine=replace(settings, context_length=settings.context_length or needed))
+
+
+def _check_peer(name: str, config: EngineConfig) -> None:
+    if config.model.path.startswith(PREFIX):
+        raise RequestError(
+            f"--peer {name} needs a file, and {config.model.path} is made in memory; write it with "
+            "`python -m engine synth` and measure the file"
+        )
+    peers.import_llama_cpp()
+
+
+def _measure(config: EngineConfig, peer_names: list[str], bars: Bars) -> Report:
+    settings = config.bench
+    lengths, n_gen, reps = settings.prompt_tokens, settings.gen_tokens, settings.reps
+    with Engine.open(config=config, progress=bars.loading) as engine:
+        used, statistics = engine.config.engine, engine.statistics
+        facts = machine_facts() | {
+            "model": f"{statistics.model}, {statistics.file_bytes / 1e9:.3g} GB ({config.model.load})",
+            "formats": statistics.weights.quant_mix,
+            "device": statistics.device,
+            "runs": f"{reps} x each prompt + {n_gen} tokens; median (lowest-highest)",
+        }
+        rows = measure.measure(engine, "all on CPU", lengths, n_gen, reps, bars.steps)
+    if peer_names:
+        rows += peers.measure_llama_cpp(
+            os.fspath(config.model.path or tiny_model_path()),
+            prompt_lengths=lengths,
+            n_gen=n_gen,
+            reps=reps,
+            n_threads=used.n_threads,
+            n_batch=used.max_batch_tokens,
+            token_bytes=statistics.weights.token_bytes,
+            progress=bars.steps,
+        )
+    notes = []
+    if statistics.file_bytes < 4 * last_level_cache_bytes():
+        notes.append("The weights are small against this CPU's caches, so the share of the limit says little.")
+    bandwidth = limits.read_bandwidth(used.n_threads, settings.bandwidth_mb << 20)
+    return Report(facts, bandwidth, rows, notes)
+
+
+def _show_kernels(config: EngineConfig, bars: Bars, out: Console) -> None:
+    n_threads = config.engine.n_threads or n_physical_cores()
+    bandwidth = limits.read_bandwidth(n_threads, config.bench.bandwidth_mb << 20)
+    speeds = kernels.measure_kernels(n_threads, bars.steps)
+    for key, value in machine_facts().items():
+        out.print(f"{key}: {value}")
+    out.print(
+        f"One token times {kernels.N_ROWS} x {kernels.N_COLS}, {n_threads} threads; GB/s of weights, and the share of "
+        f"the {bandwidth / 1e9:.1f} GB/s read from RAM in this run. * = no vector code of its own at this level."
+    )
+    table = Table()
+    by_format: dict[str, dict[str, str]] = defaultdict(dict)
+    for speed in speeds:
+        mark = "" if speed.is_fast else " *"
+        by_format[speed.format][speed.isa] = f"{speed.bytes_s / 1e9:.2f} ({speed.bytes_s / bandwidth:.0%}){mark}"
+    levels = list(dict.fromkeys(speed.isa for speed in speeds))
+    table.add_column("format")
+    for level in levels:
+        table.add_column(level, justify="right")
+    for name, cells in by_format.items():
+        table.add_row(name, *(cells[level] for level in levels))
+    out.print(table)
+
+
+def _show_profile(config: EngineConfig, bars: Bars, out: Console) -> None:
+    """Print the operations of a prompt and of one token after it, the slowest kind first."""
+    with Engine.open(config=config, progress=bars.loading) as engine:
+        n_prompt = min(max(config.bench.prompt_tokens), engine.config.engine.max_batch_tokens)
+        for title, n_tokens in ((f"prompt of {n_prompt} tokens", n_prompt), ("one token", 1)):
+            tokens = measure.random_tokens(n_tokens, engine.spec.n_vocab)
+            engine.profile(tokens)  # first use of pages
+            times: dict[str, list[float]] = defaultdict(list)
+            for name, seconds in engine.profile(tokens):
+                times[name].append(seconds)
+            total = sum(map(sum, times.values()))
+            table = Table(title=f"{title}: {total * 1e3:.3f} ms", title_justify="left")
+            for heading in ("operation", "calls", "ms", "us a call", "share"):
+                table.add_column(heading, justify="left" if heading == "operation" else "right")
+            for name, seconds_of in sorted(times.items(), key=lambda item: -sum(item[1])):
+                spent = sum(seconds_of)
+                a_call = spent / len(seconds_of) * 1e6
+                table.add_row(name, str(len(seconds_of)), f"{spent * 1e3:.3f}", f"{a_call:.1f}", f"{spent / total:.0%}")
+            out.print(table)

@@ -1,0 +1,166 @@
+"""A bench report: for people as a table, for programs as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine import machine
+from engine.bench.measure import Row, Spread
+from engine.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything one bench run found.
+
+    Attributes:
+        facts: of machine, program and model, for the header; in reading order.
+        bandwidth: read bandwidth of the RAM in bytes a second, measured in the same run.
+        rows: one for each way of running and prompt length.
+        notes: what a reader must know.
+    """
+
+    facts: dict[str, str]
+    bandwidth: float
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+def machine_facts() -> dict[str, str]:
+    """Return what this machine and program are."""
+    try:
+        version = metadata.version("hot-experts")
+    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        version = "not installed"
+    facts = {
+        "machine": f"{machine.cpu_name()}, {machine.n_physical_cores()} cores, {machine.ram_bytes() / 1e9:.0f} GB RAM",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "version": version,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    commit = _commit()
+    if commit:
+        facts["commit"] = commit
+    return facts
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, marked if there are changes; empty if it is none."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return ""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git: the report is only a little poorer
+        return ""
+
+
+# -- the columns: heading, text of a row (empty: nothing to say) -----------------------------------------------------
+
+
+def _spread(value: Spread) -> str:
+    """Return the median and, below it, the lowest and the highest."""
+    text = _figure(value.median)
+    return text if value.low == value.high else f"{text}\n{_figure(value.low)}-{_figure(value.high)}"
+
+
+def _figure(value: float) -> str:
+    """Return a number with at least three digits that mean something."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def _milliseconds(value: Spread) -> Spread:
+    return Spread(value.median * 1e3, value.low * 1e3, value.high * 1e3)
+
+
+Column = tuple[str, Callable[[Row, float], str]]
+
+COLUMNS: tuple[Column, ...] = (
+    ("", lambda row, _: row.name),
+    ("tokens", lambda row, _: f"{row.n_prompt} + {row.n_gen}"),
+    ("prompt\ntok/s", lambda row, _: _spread(row.prompt_tok_s)),
+    ("first\ntoken ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
+    ("decode\ntok/s", lambda row, _: _spread(row.decode_tok_s)),
+    ("RAM\nGB", lambda row, _: _figure(row.ram_bytes / 1e9) if row.ram_bytes else ""),
+    ("GB a\ntoken", lambda row, _: _figure(row.token_bytes / 1e9) if row.token_bytes else ""),
+    ("GB/s", lambda row, _: _figure(row.bandwidth / 1e9) if row.token_bytes else ""),
+    ("of\nlimit", lambda row, limit: f"{row.bandwidth / limit:.0%}" if row.token_bytes else ""),
+    ("", lambda row, _: row.note),
+)
+
+
+def render(report: Report, console: Console) -> None:
+    """Print the report. Columns that say nothing in any row are left out."""
+    header = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in report.facts.items():
+        header.add_row(key, value)
+    header.add_row("bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s read from RAM, measured now: the limit below")
+    console.print(header)
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    filled = [c for c in COLUMNS if any(c[1](row, report.bandwidth) for row in report.rows)]
+    for i, (heading, _) in enumerate(filled):
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(*(text(row, report.bandwidth) for _, text in filled))
+    console.print(table)
+    for note in report.notes:
+        console.print(note)
+
+
+def to_json(report: Report) -> str:
+    """Return the report with every figure."""
+    return json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
+
+
+def to_csv(report: Report) -> str:
+    """Return one line for each row, figures in base units."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    spreads = ("prompt_tok_s", "first_token_s", "decode_tok_s")
+    writer.writerow(
+        ["name", "n_prompt", "n_gen"]
+        + [f"{name}{end}" for name in spreads for end in ("", "_low", "_high")]
+        + ["ram_bytes", "token_bytes", "read_bandwidth", "note", *report.facts]
+    )
+    for row in report.rows:
+        figures = [x for name in spreads for x in asdict(row)[name].values()]
+        writer.writerow(
+            [
+                *(row.name, row.n_prompt, row.n_gen, *figures),
+                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note),
+                *report.facts.values(),
+            ]
+        )
+    return out.getvalue()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raise `RequestError` if it cannot be written."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,41 @@
+"""Runs a command: every error becomes one line and an exit code.
+
+Exit codes: 0 done; 1 the model, the machine or the request is at fault; 2 the command line or the settings are;
+130 stopped by Ctrl-C; 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from engine.cli.terminal import error_console, start_logging, stop_logging
+from engine.errors import ConfigError, EngineError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+
+
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse a command line and call the function that its command left in `execute`; return the exit code."""
+    args = parser.parse_args(argv)
+    console = error_console()
+    handler = start_logging(console, quiet=args.quiet, debug=args.debug)
+    try:
+        code: int = args.execute(args, console)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more when it ends; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except EngineError as error:
+        if args.debug:
+            raise
+        console.print(f"error: {error}")
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
+    finally:
+        stop_logging(handler)
+    return code

@@ -1,0 +1,107 @@
+"""Options that commands share, and how they become settings. Common settings have names of their own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from engine.config import TABLES, EngineConfig, table_fields, to_toml
+from engine.errors import ConfigError
+
+ENGINE_OPTIONS = {
+    "engine.device": ("--device",),
+    "engine.n_threads": ("-t", "--threads"),
+    "engine.context_length": ("-c", "--context"),
+    "engine.kv_type": ("--kv-type",),
+    "model.load": ("--load",),
+    "moe.hot_k": ("--hot-k",),
+    "moe.n_cpu_moe": ("--n-cpu-moe",),
+}
+SAMPLING_OPTIONS = {
+    "sampling.max_tokens": ("-n", "--max-tokens"),
+    "sampling.temperature": ("--temperature",),
+    "sampling.top_k": ("--top-k",),
+    "sampling.top_p": ("--top-p",),
+    "sampling.min_p": ("--min-p",),
+    "sampling.repetition_penalty": ("--repetition-penalty",),
+    "sampling.seed": ("-s", "--seed"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, with exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Print the problem and leave."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, options: dict[str, tuple[str, ...]]) -> None:
+    """Add short names of settings, "table.key": flags."""
+    group = parser.add_argument_group("settings")
+    for key, flags in options.items():
+        table, _, name = key.partition(".")
+        spec = table_fields(TABLES[table])[name]
+        meaning = spec.doc.replace("%", "%%").removesuffix(".")
+        metavar = _metavar(spec.kind)
+        group.add_argument(*flags, dest=key, metavar=metavar, help=f"{meaning} (default: {to_toml(spec.default)})")
+
+
+def _metavar(kind: Any) -> str:
+    """Return what stands for a value in help texts: its choices, or a letter for its type."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return "|".join(str(choice) for choice in get_args(kind) if choice)
+    if origin is tuple:
+        return f"{_metavar(get_args(kind)[0])},..."
+    if origin is not None:
+        return "|".join(_metavar(option) for option in get_args(kind))
+    return {int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that opens a model."""
+    group = parser.add_argument_group("more settings")
+    group.add_argument("--config", metavar="FILE", help="read settings from a TOML file (see configs/default.toml)")
+    group.add_argument(
+        "--set",
+        dest="set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help="give any setting, for example --set engine.max_batch_tokens=256; wins over file and environment",
+    )
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add what says how much is told."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
+    group.add_argument("--debug", action="store_true", help="log details, and show where an error comes from")
+
+
+def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = None) -> EngineConfig:
+    """Make the settings of a parsed command line.
+
+    Raises `ConfigError` for a wrong value, naming the option's setting.
+    """
+    overrides: dict[str, object] = {}
+    for assignment in args.set:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected TABLE.KEY=VALUE")
+        overrides[key.strip()] = value.strip()
+    overrides |= {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    if getattr(args, "model", None):
+        overrides["model.path"] = args.model
+    overrides |= extra or {}
+    return EngineConfig.load(args.config, overrides)
+
+
+def stop_texts(given: Sequence[str]) -> dict[str, object]:
+    """Return the setting for `--stop` options, in which backslash-n and backslash-t stand for line end and tab."""
+    if not given:
+        return {}
+    return {"sampling.stop": tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given)}

@@ -1,0 +1,69 @@
+"""Counts the weights of a forward pass and the bytes of them that one token has to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from engine.devices import graph as ops
+from engine.devices.graph import Graph, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTraffic:
+    """Weights in bytes; the limit of decode speed is memory bandwidth over `token_bytes`.
+
+    Attributes:
+        dense_bytes: matrices that every token reads whole.
+        expert_bytes: all routed experts.
+        chosen_bytes: the routed experts that one token uses.
+        expert_layers: MoE layers.
+        by_format: bytes of all matrices by format name, the largest share first.
+    """
+
+    dense_bytes: int
+    expert_bytes: int
+    chosen_bytes: int
+    expert_layers: int
+    by_format: dict[str, int]
+
+    @property
+    def token_bytes(self) -> int:
+        """Return the bytes of weights that making one token reads."""
+        return self.dense_bytes + self.chosen_bytes
+
+    @property
+    def quant_mix(self) -> str:
+        """Return the formats and their shares for people."""
+        total = sum(self.by_format.values())
+        return ", ".join(f"{name} {n_bytes / total:.0%}" for name, n_bytes in self.by_format.items())
+
+
+def count_weights(graph: Graph) -> WeightTraffic:
+    """Walk a recorded forward pass; vectors (norms, biases) are left out: they are less than a thousandth."""
+    dense = experts = layers = 0
+    chosen = 0.0
+    by_format: Counter[str] = Counter()
+    seen: set[tuple[str, int]] = set()
+    for operation in graph.operations:
+        if isinstance(operation, ops.Linear):
+            dense += sum(weight.n_bytes for weight in operation.weights)
+            _add(by_format, seen, operation.weights)
+        elif isinstance(operation, ops.Experts):
+            stacks = (operation.gate, operation.up, operation.down)
+            n_bytes = sum(weight.n_bytes for weight in stacks)
+            layers += 1
+            experts += n_bytes
+            chosen += n_bytes * operation.routing.ids.width / operation.routing.n_experts
+            _add(by_format, seen, stacks)
+        elif isinstance(operation, ops.Embed):
+            dense += operation.table.format.row_bytes(operation.table.n_cols)
+            _add(by_format, seen, (operation.table,))
+    return WeightTraffic(dense, experts, int(chosen), layers, dict(by_format.most_common()))
+
+
+def _add(by_format: Counter[str], seen: set[tuple[str, int]], weights: tuple[Weight, ...]) -> None:
+    for weight in weights:
+        if (weight.name, weight.first_row) not in seen:  # an embedding table may be the output matrix too
+            seen.add((weight.name, weight.first_row))
+            by_format[weight.format.name] += weight.n_bytes

@@ -1,0 +1,1 @@
+"""Makes text: sequences, sampling, slots, and the loop that runs the model."""

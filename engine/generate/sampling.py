@@ -1,0 +1,85 @@
+"""Chooses the next token from the logits; what is drawn depends on the seed and the token's place alone."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels
+from engine.config import SamplingParams
+from engine.generate.sequence import Sequence
+from engine.tokenizer import Tokenizer
+
+_MASK = (1 << 64) - 1
+_SMALLEST_TOP_P = 2.0**-53  # what 0 means: the likeliest token alone
+
+
+class Sampler:
+    """Chooses the tokens of one sequence.
+
+    Attributes:
+        seed: of the random numbers: the one asked for, or a new one.
+    """
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.seed = secrets.randbits(63) if params.seed < 0 else params.seed
+        self._params = params
+        self._n_vocab = tokenizer.n_vocab
+        self._never = np.array(sorted(tokenizer.unused_ids), np.intp)
+        self._allowed = np.zeros(0, np.float32)
+        self._has_penalties = (
+            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        )
+        self._no_tokens = np.zeros(0, np.int32)
+
+    def choose(self, logits: npt.NDArray[np.float32], sequence: Sequence) -> int:
+        """Return the id of the token that follows `sequence`.
+
+        Args:
+            logits: float32 [n_vocab or more], not changed; a model may have logits for ids that are no tokens.
+            sequence: the tokens so far.
+        """
+        params, logits = self._params, self._without_unused(logits)
+        if params.temperature == 0 and not self._has_penalties:
+            return _kernels.argmax(logits)
+        return _kernels.sample(
+            logits,
+            sequence.recent(params.penalty_window) if self._has_penalties else self._no_tokens,
+            params.temperature,
+            params.top_k,
+            max(params.top_p, _SMALLEST_TOP_P),
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            uniform(self.seed, len(sequence.token_ids)),
+        )
+
+    def _without_unused(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        logits = logits[: self._n_vocab]
+        if not len(self._never):
+            return logits
+        if len(self._allowed) != len(logits):
+            self._allowed = np.empty(len(logits), np.float32)
+        self._allowed[:] = logits
+        self._allowed[self._never] = -np.inf
+        return self._allowed
+
+
+def uniform(seed: int, step: int) -> float:
+    """Return the random number in [0, 1) of one step: a function of its arguments, so that no state is kept.
+
+    SplitMix64: output `step` of the generator that starts at a scrambled seed (neighbouring seeds have nothing in
+    common). It has 24 bits, so that it is the same number, below 1, in float32.
+    """
+    return (_mix(_mix(seed) + 0x9E3779B97F4A7C15 * (step + 1)) >> 40) * 2.0**-24
+
+
+def _mix(x: int) -> int:
+    """Return a 64-bit integer in which every bit depends on all of x."""
+    x &= _MASK
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,442 @@
+"""The engine as a whole: opens a model file on a device and answers prompts. The only module that knows every part."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Literal, TypeGuard, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels, machine
+from engine.config import EngineConfig, SamplingParams
+from engine.data import tiny_model_path
+from engine.devices.cpu import CPUDevice
+from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program
+from engine.devices.traffic import WeightTraffic, count_weights
+from engine.errors import ConfigError, DeviceError, RequestError
+from engine.generate import loop
+from engine.generate.forward import ForwardPass, Outputs
+from engine.generate.loop import Chunk, Completion, Timings, Usage
+from engine.generate.sampling import Sampler
+from engine.generate.scheduler import Lease, SlotTable
+from engine.generate.sequence import Sequence as TextSequence
+from engine.gguf import ModelFile, WeightMemory, open_model_file
+from engine.model_spec import ModelSpec
+from engine.models import load_model
+from engine.tokenizer import ChatTemplate, Tokenizer
+
+_log = logging.getLogger("engine")
+
+Level = Literal["scalar", "avx2", "avx512"]
+DEFAULT_CONTEXT = 8192  # tokens, for models trained for more
+
+Messages = Sequence[Mapping[str, object]]
+Prompt = str | Sequence[int] | Messages
+OpenProgress = Callable[[str, int, int], None]  # what is being done, done so far, in all
+StepProgress = Callable[[int, int], None]  # tokens done, tokens in all
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """What an engine is and what it has done since it was opened.
+
+    Attributes:
+        model: its name and architecture, for people.
+        device: where it runs, for people.
+        weights: bytes of weights, and how many of them a token reads.
+        file_bytes: all tensors that are used, in the file's form.
+        state_bytes: keys, values and recurrent states of all sequences.
+        scratch_bytes: intermediate results.
+        n_requests: answers begun.
+        n_prompt_tokens: prompt tokens that were run.
+        n_reused_tokens: prompt tokens that were held already.
+        n_decode_tokens: tokens made after the first of each answer.
+        prompt_s, decode_s: seconds those took.
+    """
+
+    model: str
+    device: str
+    weights: WeightTraffic
+    file_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+    n_requests: int = 0
+    n_prompt_tokens: int = 0
+    n_reused_tokens: int = 0
+    n_decode_tokens: int = 0
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Return prompt tokens a second, 0 before the first."""
+        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Return generated tokens a second, 0 before the first."""
+        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def ram_bytes(self) -> int:
+        """Return the bytes of weights, states and intermediate results together."""
+        return self.file_bytes + self.state_bytes + self.scratch_bytes
+
+
+class Engine:
+    """A model on a device, ready to answer. A context manager; close it to free its memory.
+
+    Any thread may call any method. Steps are run one at a time: calls from several threads take turns, token by token,
+    as long as there are sequences to spare ([engine] n_sequences), and wait for one another beyond that.
+
+    Attributes:
+        config: the settings in use, with every "auto" and 0 replaced by what was chosen.
+        spec: the model's hyper-parameters.
+        tokenizer: text to token ids and back.
+    """
+
+    def __init__(self, model_file: ModelFile, config: EngineConfig, progress: OpenProgress | None = None) -> None:
+        """Open a model file that is open already; the engine closes it. `Engine.open` is the usual way."""
+        self._file = model_file
+        model = load_model(model_file)
+        self.spec: ModelSpec = model.spec
+        self.config = resolve(config, model.spec)
+        self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
+        self._template: ChatTemplate | None = None
+        self._device, reason = _open_device(self.config)
+        self._weights = WeightMemory.load(
+            model_file,
+            model.tensor_names,
+            self.config.model.load,
+            progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
+        )
+        settings = self.config.engine
+        self._limits = Limits(
+            settings.max_batch_tokens,
+            settings.n_sequences,
+            settings.context_length,
+            KVType[settings.kv_type.upper()],
+        )
+        try:
+            self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
+        except BaseException:
+            self._weights.close()
+            raise
+        self._forward = ForwardPass(self._program, self._limits, self.spec.n_vocab)
+        self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
+        self._lock = threading.RLock()
+        self._is_open = True
+        self._statistics = EngineStatistics(
+            f"{self.spec.name} ({self.spec.architecture})",
+            self._device.description,
+            count_weights(model.graph),
+            sum(model_file.tensors[name].n_bytes for name in model.tensor_names),
+            self._program.state_bytes,
+            self._program.scratch_bytes,
+        )
+        _log.info("%s", self._first_line(reason))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        config: EngineConfig | None = None,
+        *,
+        progress: OpenProgress | None = None,
+    ) -> Engine:
+        """Open a model.
+
+        Args:
+            path: a GGUF file or "synthetic:NAME"; None for the one in `config`, which by default is the small trained
+                model that comes with the package.
+            config: settings; None for the defaults and the environment.
+            progress: called with (what, done, total) while weights are loaded.
+
+        Raises:
+            GGUFError: for a file that is damaged.
+            UnsupportedModelError: for a model we do not run.
+            DeviceError: for a device that is not there or has too little memory.
+        """
+        config = config if config is not None else EngineConfig.load()
+        model_file = open_model_file(path or config.model.path or tiny_model_path())
+        try:
+            return cls(model_file, config, progress)
+        except BaseException:
+            model_file.close()
+            raise
+
+    def close(self) -> None:
+        """Free all memory. An answer that is still being streamed ends with an error at its next token."""
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                self._program.close()
+                self._weights.close()
+                self._file.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: any text.
+            add_special: add the tokens that the model wants around a text, such as BOS.
+            parse_special: read control tokens that are spelled out in the text (`<|im_start|>`) as such.
+        """
+        return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Return the text of token ids, without control tokens unless they are asked for."""
+        return self.tokenizer.decode(token_ids, skip_special=skip_special)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt: a text, chat messages (put through the model's template), or ids.
+
+        Raises `TokenizerError` for messages if the model has no chat template or it refuses them.
+        """
+        if isinstance(prompt, str):
+            return self.tokenize(prompt, add_special=True)
+        if _is_messages(prompt):
+            if self._template is None:
+                self._template = ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
+            return self.tokenizer.encode_chat(self._template.render(prompt))
+        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # not messages, so ids
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[False] = False,
+        progress: StepProgress | None = None,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        progress: StepProgress | None = None,
+    ) -> Generator[Chunk, None, None]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        progress: StepProgress | None = None,
+    ) -> Completion | Generator[Chunk, None, None]:
+        """Answer a prompt.
+
+        Args:
+            prompt: a text to continue, chat messages such as `[{"role": "user", "content": "Hello"}]`, or token ids.
+            params: how tokens are chosen; None for the [sampling] settings.
+            stream: return an iterator of pieces instead of the whole answer. Close it to stop early.
+            progress: called with (tokens done, tokens in all) while the prompt is run.
+
+        Raises:
+            RequestError: for an empty prompt, or one that leaves no room in the context.
+            TokenizerError: for messages, if the model has no chat template or it refuses them.
+        """
+        params, token_ids = params or self.config.sampling, self.prompt_ids(prompt)
+        context_length = self._limits.context_length
+        _check_ids(token_ids, self.spec.n_vocab)
+        if len(token_ids) > context_length:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens and the context holds {context_length}; "
+                "shorten it or raise [engine] context_length"
+            )
+        room = context_length - len(token_ids) + 1  # the last token that is chosen is never run and needs no place
+        params = replace(params, max_tokens=min(params.max_tokens or room, room))
+        chunks = self._chunks(TextSequence(self.tokenizer, params, token_ids), progress)
+        if stream:
+            return chunks
+        *_, last = chunks
+        assert last.completion is not None
+        return last.completion
+
+    def _chunks(self, sequence: TextSequence, progress: StepProgress | None) -> Generator[Chunk, None, None]:
+        """Borrow a slot at the first `next`, so that an iterator which nobody reads holds none."""
+        with self._turn():
+            self._statistics = replace(self._statistics, n_requests=self._statistics.n_requests + 1)
+        lease = self._slots.borrow(sequence.prompt_ids)
+        sampler = Sampler(sequence.params, self.tokenizer)
+        yield from loop.generate(
+            self._forward, lease, self.tokenizer, sequence, sampler, self._turn, self._record, progress
+        )
+
+    def new_sequence(self) -> TokenSequence:
+        """Return an empty sequence for the caller to feed; it takes one of [engine] n_sequences until it is closed."""
+        return TokenSequence(self._forward, self._slots.borrow((), reuse=False), self._turn)
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the logits of every token of a sequence that begins afresh, float32 [n_tokens, n_vocab].
+
+        Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is too short.
+        """
+        _check_ids(token_ids, self.spec.n_vocab)
+        with self.new_sequence() as sequence:
+            return sequence.run(token_ids, "all")
+
+    def profile(self, token_ids: Sequence[int]) -> list[tuple[str, float]]:
+        """Run tokens as one step of a fresh sequence; return (operation, seconds) in the order they were run.
+
+        Raises `RequestError` for more tokens than [engine] max_batch_tokens, `DeviceError` if the device cannot tell.
+        """
+        _check_ids(token_ids, self.spec.n_vocab)
+        if not isinstance(self._program, ProfiledProgram):
+            raise DeviceError(f"{self._device.description}: this device cannot tell how long each operation takes")
+        ids = np.asarray(token_ids, np.int32)
+        with self._slots.borrow((), reuse=False) as lease, self._turn():
+            slots, last = np.full(len(ids), lease.slot, np.int32), np.array([len(ids) - 1], np.int32)
+            return self._program.profile(ids, np.arange(len(ids), dtype=np.int32), slots, last)
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """Return what the engine is and what it has done so far."""
+        with self._lock:
+            return self._statistics
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for this thread's turn to run a step."""
+        with self._lock:
+            if not self._is_open:
+                raise RequestError("the engine is closed; open it again")
+            yield
+
+    def _record(self, usage: Usage, timings: Timings) -> None:
+        with self._lock:
+            s = self._statistics
+            self._statistics = replace(
+                s,
+                n_prompt_tokens=s.n_prompt_tokens + timings.n_prompt_tokens,
+                n_reused_tokens=s.n_reused_tokens + usage.n_reused_tokens,
+                n_decode_tokens=s.n_decode_tokens + timings.n_decode_tokens,
+                prompt_s=s.prompt_s + timings.prompt_s,
+                decode_s=s.decode_s + timings.decode_s,
+            )
+
+    def _first_line(self, device_reason: str) -> str:
+        """Say what is used and why, in one line."""
+        s, settings, moe = self._statistics, self.config.engine, self.spec.moe
+        return (
+            f"{s.model}: {self.spec.n_layers} layers, {moe.n_experts_used} of {moe.n_experts} experts a token, "
+            f"{s.file_bytes / 2**20:,.1f} MiB of weights ({self.config.model.load}); {s.device} ({device_reason}); "
+            f"context {settings.context_length} x {settings.n_sequences}, {settings.kv_type} keys and values, "
+            f"{s.state_bytes / 2**20:,.1f} MiB; hot-expert cache off: no GPU in use"
+        )
+
+
+class TokenSequence:
+    """A sequence in the caller's hands: tokens go in, logits come out. A context manager that gives its place back."""
+
+    def __init__(self, forward: ForwardPass, lease: Lease, turn: Callable[[], AbstractContextManager[None]]) -> None:
+        self._forward = forward
+        self._lease = lease
+        self._turn = turn
+
+    @property
+    def n_tokens(self) -> int:
+        """Return the tokens run so far."""
+        return self._lease.n_held
+
+    def run(self, token_ids: Sequence[int], outputs: Outputs = "last") -> npt.NDArray[np.float32]:
+        """Append tokens; return the logits of all of them, of the last one, or of none, float32 [n, n_vocab].
+
+        Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is full.
+        """
+        _check_ids(token_ids, self._forward.n_vocab)
+        with self._turn():
+            logits = self._lease.extend(self._forward, token_ids, outputs)
+            return logits if outputs == "all" else logits.copy()  # the others are a view into the program
+
+    def close(self) -> None:
+        """Give the place back."""
+        self._lease.close()
+
+    def __enter__(self) -> TokenSequence:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
+    """Return the settings with everything that was left to us replaced by what is used for this model and machine."""
+    settings = config.engine
+    context_length = settings.context_length or min(spec.context_length, DEFAULT_CONTEXT)
+    if context_length > spec.context_length:
+        _log.warning(
+            "context_length %d is more than the %d tokens the model was trained for; text beyond that will be poor",
+            context_length,
+            spec.context_length,
+        )
+    if settings.kv_type == "q8_0" and spec.attention.head_dim % 32:
+        raise ConfigError(
+            f"engine.kv_type is 'q8_0', which needs heads of a multiple of 32 values; this model's have "
+            f'{spec.attention.head_dim}; set kv_type = "f16"'
+        )
+    return replace(
+        config,
+        engine=replace(
+            settings,
+            n_threads=settings.n_threads or machine.n_physical_cores(),
+            isa=_capped_level(settings.isa),
+            context_length=context_length,
+            max_batch_tokens=min(settings.max_batch_tokens, context_length),
+        ),
+    )
+
+
+def _capped_level(cap: Level | Literal[""]) -> Level:
+    """Return the best instruction-set level of this CPU that does not exceed `cap`."""
+    order: tuple[Level, ...] = ("scalar", "avx2", "avx512")
+    allowed = order[: order.index(cap) + 1] if cap else order
+    return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
+
+
+def _open_device(config: EngineConfig) -> tuple[Device, str]:
+    """Open the device that the settings ask for; return it and why it is this one."""
+    settings = config.engine
+    if settings.device in {"cuda", "emulated"}:
+        raise DeviceError(
+            f'engine.device is {settings.device!r}, and this version has no such device; set device = "cpu"'
+        )
+    for key, wish in (("moe.hot_k", config.moe.hot_k), ("moe.n_cpu_moe", config.moe.n_cpu_moe + 1)):
+        if wish not in {0, "auto"}:
+            _log.warning("%s has no effect: there is no GPU in use", key)
+    reason = "as set" if settings.device == "cpu" else "the only device of this version"
+    return CPUDevice(settings.n_threads, settings.isa), reason
+
+
+def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:
+    return bool(len(prompt)) and isinstance(prompt[0], Mapping)
+
+
+def _check_ids(token_ids: Sequence[int], n_vocab: int) -> None:
+    if not len(token_ids):
+        raise RequestError("the prompt is empty; give at least one token")
+    ids = np.asarray(token_ids)
+    if ids.min() < 0 or ids.max() >= n_vocab:
+        wrong = int(ids[(ids < 0) | (ids >= n_vocab)][0])
+        raise RequestError(f"token id {wrong} is not in the vocabulary; expected 0 to {n_vocab - 1}")

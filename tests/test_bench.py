@@ -1,0 +1,244 @@
+"""The bench: its report, its files, its other modes. What the figures are is for people to judge."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engine.bench.__main__ import main
+from engine.bench.kernels import KernelSpeed
+from engine.bench.measure import Row, Sample, Spread, random_tokens, summarise
+from engine.bench.peers import import_llama_cpp, measure_llama_cpp
+from engine.bench.table import Report, render, to_csv, to_json, write_file
+from engine.data import tiny_model_path
+from engine.devices.traffic import count_weights
+from engine.errors import RequestError
+from engine.gguf import open_model_file
+from engine.models import load_model
+
+QUICK = ["-q", "-t", "1", "--gen-tokens", "2", "--reps", "2", "--set", "bench.bandwidth_mb=16"]
+ROWS = [
+    Row(
+        "all on CPU", 128, 64, Spread(100.0, 90.0, 110.0), Spread(1.25, 1.2, 1.3), Spread(10.0, 9.0, 11.0), 10**9, 10**9
+    ),
+    Row(
+        "a peer",
+        128,
+        64,
+        Spread(50.0, 50.0, 50.0),
+        Spread(2.5, 2.5, 2.5),
+        Spread(5.0, 5.0, 5.0),
+        0,
+        0,
+        "a note, quoted",
+    ),
+]
+REPORT = Report({"machine": "a machine", "model": "a model"}, 20e9, ROWS, ["mind this"])
+
+
+def shown(report: Report) -> str:
+    out = io.StringIO()
+    render(report, Console(file=out, width=160, highlight=False, markup=False))
+    return out.getvalue()
+
+
+def test_figures_of_a_row() -> None:
+    samples = [Sample(prompt_s=2.0, first_token_s=2.5, decode_s=4.0), Sample(1.0, 1.5, 8.0), Sample(4.0, 4.5, 2.0)]
+    row = summarise("x", samples, n_prompt=8, n_gen=16, token_bytes=1000)
+    assert row.prompt_tok_s == Spread(4.0, 2.0, 8.0)
+    assert row.first_token_s == Spread(2.5, 1.5, 4.5)
+    assert row.decode_tok_s == Spread(4.0, 2.0, 8.0)
+    assert row.bandwidth == 4000
+    assert row.ram_bytes > 0
+
+
+def test_the_table_shows_median_spread_and_share() -> None:
+    text = shown(REPORT)
+    for part in (
+        "a machine",
+        "20.0 GB/s",
+        "all on CPU",
+        "128 + 64",
+        "90-110",
+        "1250",
+        "50%",
+        "a note, quoted",
+        "mind this",
+    ):
+        assert part.replace("1250", "1,250") in text
+    # What no row can say has no column; nothing stands for it.
+    bare = shown(Report({}, 20e9, ROWS[1:]))
+    assert "limit" not in bare.partition("tokens")[2]
+    assert "GB/s" not in bare.partition("tokens")[2]
+
+
+def test_files_hold_every_figure(tmp_path: Path) -> None:
+    data = json.loads(to_json(REPORT))
+    assert data["bandwidth"] == 20e9
+    assert data["rows"][0]["decode_tok_s"] == {"median": 10.0, "low": 9.0, "high": 11.0}
+    first, second = csv.DictReader(io.StringIO(to_csv(REPORT)))
+    assert first["decode_tok_s_low"] == "9.0"
+    assert first["machine"] == "a machine"
+    assert second["note"] == "a note, quoted"
+
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    write_file(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(RequestError, match="cannot be written"):
+        write_file(tmp_path / "nowhere" / "out.json", "x")
+    path.with_name("folder").mkdir()
+    with pytest.raises(RequestError, match="cannot be written"):
+        write_file(tmp_path / "folder", "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out.json"]
+
+
+def test_random_tokens_are_the_same_for_everybody() -> None:
+    assert random_tokens(5, 100) == random_tokens(9, 100)[:5]
+    assert all(0 <= token < 7 for token in random_tokens(100, 7))
+
+
+def test_bench_of_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "o.json"), "--csv", str(tmp_path / "o.csv")]
+    assert main([*QUICK, "--prompt-tokens", "4,9", *files]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for part in ("tiny-moe (qwen35moe)", "Q4_K", "1 thread", "4 + 2", "9 + 2", "commit"):
+        assert part in out
+    data = json.loads((tmp_path / "o.json").read_text())
+    assert [row["n_prompt"] for row in data["rows"]] == [4, 9]
+    model_file = open_model_file(tiny_model_path())
+    assert data["rows"][0]["token_bytes"] == count_weights(load_model(model_file).graph).token_bytes
+    for row in data["rows"]:
+        for name in ("prompt_tok_s", "first_token_s", "decode_tok_s"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+    assert data["bandwidth"] > 0
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == 3
+
+
+def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--profile", "--prompt-tokens", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "prompt of 8 tokens" in out
+    assert "one token" in out
+    assert "experts" in out
+
+
+def test_kernels_shows_every_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = [KernelSpeed("Q4_K", "scalar", 1e9, is_fast=False), KernelSpeed("Q4_K", "avx2", 9e9, is_fast=True)]
+    monkeypatch.setattr("engine.bench.kernels.measure_kernels", lambda n_threads, progress: speeds)
+    monkeypatch.setattr("engine.bench.limits.read_bandwidth", lambda n_threads, n_bytes: 10e9)
+    assert main([*QUICK, "--kernels"]) == 0
+    out = capsys.readouterr().out
+    assert "1.00 (10%) *" in out
+    assert "9.00 (90%)" in out
+    assert "9.00 (90%) *" not in out
+
+
+def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("engine.bench.kernels")
+    monkeypatch.setattr(kernels, "FORMATS", [f for f in kernels.FORMATS if f.name in {"Q8_0", "F32"}])
+    monkeypatch.setattr(kernels, "N_ROWS", 64)
+    monkeypatch.setattr(kernels, "_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1 << 16)
+    steps: list[tuple[str, int, int]] = []
+    speeds = kernels.measure_kernels(1, lambda *step: steps.append(step))
+    assert {speed.format for speed in speeds} == {"Q8_0", "F32"}
+    assert all(speed.bytes_s > 0 for speed in speeds)
+    assert steps[-1][1] == steps[-1][2] == len(speeds)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--reps", "0"], 2, "bench.reps"),
+        (["--prompt-tokens", "1,x"], 2, "bench.prompt_tokens"),
+        (["--kernels", "--json", "x.json"], 1, "--json"),
+        (["-m", "nothing.gguf"], 1, "nothing.gguf"),
+        (["-m", "synthetic:tiny", "--peer", "llama.cpp"], 1, "python -m engine synth"),
+        (["--prompt-tokens", "50", "-c", "40"], 1, "context"),
+    ],
+)
+def test_errors(argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-q", *argv]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+# -- the peer --------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
+    with pytest.raises(RequestError, match="pip install"):
+        import_llama_cpp()
+    assert main([*QUICK, "--peer", "llama.cpp"]) == 1
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_a_peer_is_fed_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = fake_llama_cpp()
+    package = types.ModuleType("llama_cpp")
+    package.__version__ = "9.9"
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", api)
+    rows = measure_llama_cpp(
+        "file.gguf",
+        prompt_lengths=[5, 3],
+        n_gen=2,
+        reps=2,
+        n_threads=1,
+        n_batch=4,
+        token_bytes=77,
+        progress=lambda *_: None,
+    )
+    assert [row.n_prompt for row in rows] == [5, 3]
+    assert rows[0].note == "llama-cpp-python 9.9"
+    assert rows[0].token_bytes == 77
+    a, b = random_tokens(7, 50), random_tokens(5, 50)
+    one_round = [a[:4], a[4:5], a[5:6], a[6:], b[:3], b[3:4], b[4:]]
+    assert api.decoded[-14:] == one_round * 2
+    assert api.freed == ["context", "model"]
+    api.model_opens = False
+    with pytest.raises(RequestError, match=r"cannot open file\.gguf"):
+        measure_llama_cpp(
+            "file.gguf",
+            prompt_lengths=[5],
+            n_gen=2,
+            reps=1,
+            n_threads=1,
+            n_batch=4,
+            token_bytes=0,
+            progress=lambda *_: None,
+        )
+
+
+def fake_llama_cpp() -> types.ModuleType:
+    """The part of llama-cpp-python's low-level module that is used."""
+    api = types.ModuleType("llama_cpp.llama_cpp")
+    api.decoded, api.freed, api.model_opens = [], [], True
+    api.llama_token = importlib.import_module("ctypes").c_int32
+    api.llama_log_callback = lambda function: function
+    for name in ("llama_log_set", "llama_backend_init", "llama_memory_clear", "llama_get_logits_ith"):
+        setattr(api, name, lambda *_: None)
+    api.llama_model_default_params = api.llama_context_default_params = types.SimpleNamespace
+    api.llama_model_load_from_file = lambda path, params: "model" if api.model_opens else None
+    api.llama_init_from_model = lambda model, params: "context"
+    api.llama_model_get_vocab = api.llama_get_memory = lambda owner: owner
+    api.llama_vocab_n_tokens = lambda vocab: 50
+    api.llama_batch_get_one = lambda tokens, n: list(tokens)[:n]
+    api.llama_decode = lambda context, tokens: api.decoded.append(tokens) or 0
+    api.llama_free = api.llama_model_free = api.freed.append
+    return api

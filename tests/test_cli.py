@@ -1,0 +1,277 @@
+"""The command line as a user meets it: output, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.__main__ import main
+from engine.cli.terminal import Bars, error_console
+from engine.data import tiny_model_path
+from engine.gguf import open_model_file
+from engine.models import load_model
+
+REPO = Path(__file__).resolve().parent.parent
+SMALL = ["-c", "128", "-t", "1", "--set", "engine.max_batch_tokens=32"]
+GREEDY = ["--temperature", "0", "-n", "8", *SMALL]
+
+
+def command(*args: str, stdin: str | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "engine", *args],
+        cwd=REPO,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """What the bundled model says to the prompt of these tests."""
+    settings = EngineConfig.load(overrides={"engine.context_length": 128, "engine.n_threads": 1})
+    with Engine.open(config=settings) as engine:
+        return engine.generate("def main():", SamplingParams(temperature=0.0, max_tokens=8)).text
+
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_text_alone_on_standard_output(expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-p", "def main():", *GREEDY]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected + "\n"
+    first, last = err.splitlines()
+    assert first.startswith("tiny-moe (qwen35moe)")
+    assert re.fullmatch(r"prompt 4 tokens, .* tok/s; answer 8 tokens, .* tok/s; ended by length; seed \d+", last)
+
+
+def test_quiet_run_prints_nothing_else(expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tiny_model_path()), "-q", "--echo", "-p", "def main():", *GREEDY]) == 0
+    assert capsys.readouterr() == (f"def main():{expected}\n", "")
+
+
+def test_prompt_from_standard_input(
+    expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def main():"))
+    assert main(["run", "-q", "-p", "-", *GREEDY]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["run", "-q", "-p", "-", *GREEDY]) == 1
+    assert capsys.readouterr().err == "error: standard input is empty; give a prompt\n"
+
+
+def test_stop_and_special(expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = expected[4:6]
+    assert main(["run", "-q", "-p", "def main():", "--stop", stop, *GREEDY]) == 0
+    assert capsys.readouterr().out == expected[: expected.index(stop)] + "\n"
+    assert main(["run", "-p", "a<|endoftext|>b", "--special", *GREEDY]) == 0
+    assert "prompt 3 tokens" in capsys.readouterr().err
+    assert main(["run", "-p", "a<|endoftext|>b", *GREEDY]) == 0
+    assert "prompt 3 tokens" not in capsys.readouterr().err
+
+
+def test_run_in_chat_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-p", "x", "--chat", *GREEDY]) == 0
+    n_tokens = re.search(r"prompt (\d+) tokens", capsys.readouterr().err)
+    assert n_tokens is not None
+    assert int(n_tokens[1]) > 5  # the markup around it
+
+
+def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("[sampling]\nmax_tokens = 2\ntemperature = 0\n[engine]\ncontext_length = 100\n")
+    assert main(["run", "-p", "x", "--config", str(file)]) == 0
+    err = capsys.readouterr().err
+    assert "context 100" in err
+    assert "answer 2 tokens" in err
+    assert main(["run", "-p", "x", "--config", str(file), "-n", "3", "--set", "engine.context_length = 90"]) == 0
+    err = capsys.readouterr().err
+    assert "context 90" in err
+    assert "answer 3 tokens" in err
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["run", "-p", "x", "-t", "-3"], 2, "setting engine.n_threads: engine.n_threads is '-3'"),
+        (["run", "-p", "x", "--set", "engine.threads=1"], 2, "unknown key engine.threads; did you mean n_threads?"),
+        (["run", "-p", "x", "--set", "nonsense"], 2, "--set nonsense: expected TABLE.KEY=VALUE"),
+        (["run", "-p", "x", "--top-p", "7"], 2, "sampling.top_p is '7'; expected a number from 0 to 1"),
+        (["run", "-p", "x", "--config", "nothing.toml"], 2, "nothing.toml: cannot be read"),
+        (["run", "-p", "x", "--device", "cpu", "--hot-k", "44"], 2, "moe.hot_k is 44 and engine.device is 'cpu'"),
+        (["run", "nothing.gguf", "-p", "x"], 1, "nothing.gguf"),
+        (["run", str(REPO / "setup.py"), "-p", "x"], 1, "setup.py"),
+        (["run", "synthetic:nothing", "-p", "x"], 2, "nothing"),
+        (["run", "-p", "", *SMALL], 1, "the prompt is empty"),
+        (["run", "-p", "x " * 500, *SMALL], 1, "the context holds 128"),
+        (["run", "-p", "x", "--device", "cuda"], 1, "engine.device is 'cuda'"),
+        (["info", "nothing.gguf"], 1, "nothing.gguf"),
+        (["synth", "nothing", "out.gguf"], 2, "nothing"),
+        (["config", "--kv-type", "q9"], 2, 'engine.kv_type is \'q9\'; expected one of "f32", "f16", "q8_0"'),
+    ],
+)
+def test_an_error_is_one_line_and_a_code(
+    argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argv[0], "-q", *argv[1:]]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "COMMAND"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["run"], "-p/--prompt"),
+        (["run", "-p"], "expected one argument"),
+        (["run", "-p", "x", "--nothing"], "--nothing"),
+        (["chat"], "model"),
+        (["synth", "tiny"], "OUT.gguf"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert "--help" in err
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    process = command("run", "nothing.gguf", "-p", "x", "--debug")
+    assert "Traceback" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["run"], ["chat"], ["bench"], ["info"], ["synth"], ["config"]])
+def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*argv, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: python -m engine" in out
+    assert argv or all(name in out for name in ("run", "chat", "bench", "info", "synth", "config", "examples:"))
+
+
+# -- signals and pipes -----------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_with_its_code_and_no_traceback() -> None:
+    process = command("run", "-p", "def main():", "-n", "900", "--set", "sampling.ignore_eos=true")
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # it is writing
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "error" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = command("run", "-q", "-p", "def main():", "-n", "900", "--set", "sampling.ignore_eos=true")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+# -- the small commands ----------------------------------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["info", str(tiny_model_path()), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["architecture"] == "qwen35moe"
+    assert facts["parameters"] == 27_159_328
+    assert facts["experts"] == 56
+    assert 0 < facts["bytes_a_token_reads"] < facts["weight_bytes"]
+    assert "27,159,328" in shown
+
+
+def test_synth_writes_a_model_that_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "made.gguf"
+    assert main(["synth", "tiny:layers=2", str(path)]) == 0
+    assert f"wrote {path}" in capsys.readouterr().err
+    model_file = open_model_file(path)
+    assert load_model(model_file).spec.n_layers == 2
+    model_file.close()
+    assert main(["synth", "tiny:layers=2", str(path)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["synth", "synthetic:tiny:layers=1", str(path), "--force"]) == 0
+    assert load_model(open_model_file(path)).spec.n_layers == 1
+
+
+def test_config_prints_a_file_that_means_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "-t", "3", "--set", "sampling.stop=['a']"]) == 0
+    path = tmp_path / "printed.toml"
+    path.write_text(capsys.readouterr().out)
+    settings = EngineConfig.load(path, environ={})
+    assert settings.engine.n_threads == 3
+    assert settings.sampling.stop == ("a",)
+
+
+def test_chat_talks_in_turns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.runtime.ChatTemplate", PlainTemplate)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n/reset\nthird\n/exit\nnever\n"))
+    PlainTemplate.seen.clear()
+    assert main(["chat", str(tiny_model_path()), "--system", "be short", *GREEDY]) == 0
+    out, err = capsys.readouterr()
+    contents = [[message["content"] for message in messages] for messages in PlainTemplate.seen[1:]]
+    assert contents[0] == ["be short", "first"]
+    assert contents[1][:2] == ["be short", "first"]
+    assert contents[1][3] == "second"
+    assert contents[1][2] in out
+    assert contents[2] == ["be short", "third"]
+    assert len(contents) == 3
+    assert err.count("tok/s") == 6
+    assert "/reset" in err
+
+
+class PlainTemplate:
+    """A chat template for a model that has none: the messages, a line each."""
+
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def from_metadata(cls, metadata, tokenizer) -> PlainTemplate:
+        return cls()
+
+    def render(self, messages) -> str:
+        self.seen.append([dict(message) for message in messages])
+        return "\n".join(message["content"] for message in messages)
+
+
+def test_bars_are_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bars(error_console()) as bars:
+        bars.loading("loading", 1, 10)
+        bars.prompt(100, 1000)
+    assert capsys.readouterr().err == ""
