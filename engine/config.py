@@ -1,61 +1,21 @@
-"""Settings: one frozen dataclass for each TOML table, and one strict parser for all of them.
+"""Settings: one frozen dataclass for each TOML table.
 
 Where a value comes from, the later one winning: the dataclass's default, the TOML file, the environment, the command
-line. Every value is checked where it enters, so that an error names the file (or variable, or option), the key, what
-was found and what was expected. What a field means stands in its class's docstring and nowhere else: the comments of
-`configs/default.toml` and the help texts are made from it.
+line. What a field means stands in its class's docstring and nowhere else: the comments of `configs/default.toml` and
+the help texts are made from it.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
-import math
 import os
-import re
-import sys
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from engine.errors import ConfigError, EngineError, RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-T = TypeVar("T")
-
-_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def setting(default: T, *, low: float | None = None, high: float | None = None, env: str = "") -> T:
-    """Declare a field: default, range of a number (both ends included), environment variable that sets it."""
-    made: T = field(default=default, metadata={"low": low, "high": high, "env": env})
-    return made
-
-
-class Table:
-    """Base of the dataclasses below: checks every field when an object is made."""
-
-    table: ClassVar[str]
-    error: ClassVar[type[EngineError]] = ConfigError  # what a bad value raises
-
-    def __post_init__(self) -> None:
-        for name, spec in table_fields(type(self)).items():
-            found = getattr(self, name)
-            if not spec.accepts(found):
-                raise self.error(f"{self.table}.{name} is {found!r}; expected {spec.expected}")
-        self.check()
-
-    def check(self) -> None:
-        """Raise `error` for values that do not fit together."""
+from engine.tables import Table, parse_bytes, read_tables, setting, summary, table_fields, to_toml
 
 
 @dataclass(frozen=True)
@@ -67,12 +27,14 @@ class ModelSettings(Table):
             weights; "" = the small trained model that comes with the package.
         load: "mmap" leaves the weights in the file's pages (opens at once; the first pass reads the disk), "memory"
             copies them into huge pages (takes as much RAM as the file is big; steady speed from then on).
+        chat_template: a Jinja file to use instead of the chat template in the model file; "" = none.
     """
 
     table: ClassVar[str] = "model"
 
     path: str = ""
     load: Literal["mmap", "memory"] = "mmap"
+    chat_template: str = ""
 
 
 @dataclass(frozen=True)
@@ -256,13 +218,9 @@ class EngineConfig:
         Raises:
             ConfigError: naming file, key, what was found and what was expected.
         """
-        given: dict[str, dict[str, _Given]] = {name: {} for name in TABLES}
-        if path is not None:
-            _take_file(given, Path(path))
-        _take_environment(given, os.environ if environ is None else environ)
-        for key, value in (overrides or {}).items():
-            _take_override(given, key, value)
-        tables: dict[str, Any] = {name: _make_table(table, given[name]) for name, table in TABLES.items()}
+        tables: dict[str, Any] = read_tables(
+            TABLES, None if path is None else Path(path), os.environ if environ is None else environ, overrides or {}
+        )
         try:
             return cls(**tables)
         except ConfigError as error:
@@ -277,7 +235,8 @@ class EngineConfig:
         for name, table in TABLES.items():
             lines += ["", f"# {summary(table)}", f"[{name}]"]
             for key, spec in table_fields(table).items():
-                lines += [f"# {line}" for line in _wrapped(spec.doc + spec.environment_note)]
+                note = f" Environment: {spec.env}." if spec.env else ""
+                lines += textwrap.wrap(spec.doc + note, 118, initial_indent="# ", subsequent_indent="# ")
                 lines.append(f"{key} = {to_toml(getattr(getattr(self, name), key))}")
         return "\n".join(lines) + "\n"
 
@@ -285,240 +244,3 @@ class EngineConfig:
 TABLES: dict[str, type[Table]] = {
     t.table: t for t in (ModelSettings, EngineSettings, MoESettings, SamplingParams, BenchSettings)
 }
-
-
-# -- what a field may hold -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class FieldSpec:
-    """One key of a table: its type, range, default, environment variable and meaning."""
-
-    key: str
-    kind: Any
-    default: object
-    low: float | None
-    high: float | None
-    env: str
-    doc: str
-
-    def accepts(self, value: object) -> bool:
-        """Return whether a value has the field's type and is in its range."""
-        return self._fits(self.kind, value)
-
-    def _fits(self, kind: Any, value: object) -> bool:
-        origin = typing.get_origin(kind)
-        if origin is Literal:
-            return any(value == choice and type(value) is type(choice) for choice in typing.get_args(kind))
-        if origin in {typing.Union, types.UnionType}:
-            return any(self._fits(option, value) for option in typing.get_args(kind))
-        if origin is tuple:
-            return isinstance(value, tuple) and all(self._fits(typing.get_args(kind)[0], item) for item in value)
-        if kind is float:
-            return type(value) in {int, float} and math.isfinite(value) and self._in_range(value)  # type: ignore[arg-type]
-        if kind is int:
-            return type(value) is int and self._in_range(value)  # a bool is no number here
-        return type(value) is kind
-
-    def _in_range(self, value: float) -> bool:
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-
-    @property
-    def expected(self) -> str:
-        """Return, for an error message, what the field may hold."""
-        return self._describe(self.kind)
-
-    def _describe(self, kind: Any) -> str:
-        origin = typing.get_origin(kind)
-        if origin is Literal:
-            choices = [json.dumps(choice) for choice in typing.get_args(kind)]
-            return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
-        if origin in {typing.Union, types.UnionType}:
-            return " or ".join(self._describe(option) for option in typing.get_args(kind))
-        if origin is tuple:
-            return f"a list, each item {self._describe(typing.get_args(kind)[0])}"
-        if kind in {int, float}:
-            name = "an integer" if kind is int else "a number"
-            return name if self.low is None else f"{name} from {self.low:g} to {_plain(self.high)}"
-        return {str: "a string", bool: "true or false"}[kind]
-
-    @property
-    def environment_note(self) -> str:
-        """Return a sentence about the environment variable, empty if there is none."""
-        return f" Environment: {self.env}." if self.env else ""
-
-
-_fields_of: dict[type[Table], dict[str, FieldSpec]] = {}
-
-
-def table_fields(table: type[Table]) -> dict[str, FieldSpec]:
-    """Return the fields of a table by key, in order."""
-    if table not in _fields_of:
-        hints, docs = typing.get_type_hints(table), _documented(table)
-        _fields_of[table] = {
-            f.name: FieldSpec(
-                f.name,
-                hints[f.name],
-                f.default,
-                f.metadata.get("low"),
-                f.metadata.get("high"),
-                f.metadata.get("env", ""),
-                docs.get(f.name, ""),
-            )
-            for f in fields(table)  # type: ignore[arg-type]
-        }
-    return _fields_of[table]
-
-
-def summary(table: type[Table]) -> str:
-    """Return the first line of a table's docstring."""
-    return (inspect.getdoc(table) or "").partition("\n")[0]
-
-
-def _documented(table: type[Table]) -> dict[str, str]:
-    """Take the "Attributes:" section of a docstring apart: text by field name."""
-    docs: dict[str, str] = {}
-    key = ""
-    for line in (inspect.getdoc(table) or "").partition("Attributes:\n")[2].splitlines():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            key = start[1]
-            docs[key] = start[2]
-        elif line.strip():
-            docs[key] += " " + line.strip()
-    return docs
-
-
-def parse_bytes(text: str, key: str) -> int:
-    """Read a size such as "22.2GB" or "24 GiB" (powers of 1000 and of 1024); raise `ConfigError` naming `key`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _BYTE_UNITS[match[2].upper()]) if match else 0
-    if not size:
-        raise ConfigError(f'{key} is {text!r}; expected a size above 0 such as "22.2GB" or "800 MiB"')
-    return size
-
-
-# -- taking values in ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A value that is set somewhere; `origin` says where, for error messages. Text is still to be read as a type."""
-
-    value: object
-    origin: str
-    is_text: bool = False
-
-
-def _take_file(given: dict[str, dict[str, _Given]], path: Path) -> None:
-    text = ""
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); expected a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        n_lines = max(1, len(text.splitlines()))
-        problem = str(error).replace("at end of document", f"at line {n_lines}, the end of the file")
-        raise ConfigError(f"{path}: is not valid TOML: {problem}") from None
-    for name, table in document.items():
-        if name not in TABLES:
-            kind = f"table [{name}]" if isinstance(table, dict) else f"key {name} outside of a table"
-            raise ConfigError(f"{path}: unknown {kind}; {_known(name, TABLES, 'tables')}")
-        if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name} is {table!r}; expected a table, [{name}]")
-        for key, value in table.items():
-            _check_key(name, key, str(path))
-            given[name][key] = _Given(tuple(value) if isinstance(value, list) else value, str(path))
-
-
-def _take_environment(given: dict[str, dict[str, _Given]], environ: Mapping[str, str]) -> None:
-    for name, table in TABLES.items():
-        for key, spec in table_fields(table).items():
-            if spec.env and spec.env in environ:
-                given[name][key] = _Given(environ[spec.env], f"environment variable {spec.env}", is_text=True)
-
-
-def _take_override(given: dict[str, dict[str, _Given]], key: str, value: object) -> None:
-    name, _, short = key.partition(".")
-    origin = f"setting {key}"
-    if name not in TABLES or not short:
-        raise ConfigError(f'{origin}: unknown; expected "table.key"; {_known(name, TABLES, "tables")}')
-    _check_key(name, short, origin)
-    given[name][short] = _Given(value, origin, is_text=isinstance(value, str))
-
-
-def _check_key(name: str, key: str, origin: str) -> None:
-    known = table_fields(TABLES[name])
-    if key in known:
-        return
-    elsewhere = [other for other, table in TABLES.items() if key in table_fields(table)]
-    hint = f"it belongs in [{elsewhere[0]}]" if elsewhere else _known(key, known, "keys")
-    raise ConfigError(f"{origin}: unknown key {name}.{key}; {hint}")
-
-
-def _known(found: str, names: Iterable[str], what: str) -> str:
-    close = difflib.get_close_matches(found, list(names), 1)
-    return f"did you mean {close[0]}?" if close else f"the {what} are {', '.join(names)}"
-
-
-def _make_table(table: type[Table], given: dict[str, _Given]) -> Table:
-    values: dict[str, object] = {}
-    for key, spec in table_fields(table).items():
-        if key in given:
-            values[key] = _read(table.table, spec, given[key])
-    try:
-        return table(**values)
-    except EngineError as error:  # values that are each right, but not together
-        origins = dict.fromkeys(g.origin for g in given.values())
-        raise ConfigError(f"{', '.join(origins)}: {error}") from None
-
-
-def _read(table: str, spec: FieldSpec, given: _Given) -> object:
-    candidates: list[object] = [given.value]
-    if given.is_text:
-        candidates = [*_as_toml(str(given.value)), given.value]
-    for value in candidates:
-        if spec.accepts(value):
-            return float(value) if spec.kind is float else value  # type: ignore[arg-type]
-    shown = list(given.value) if isinstance(given.value, tuple) else given.value
-    raise ConfigError(f"{given.origin}: {table}.{spec.key} is {shown!r}; expected {spec.expected}")
-
-
-def _as_toml(text: str) -> list[object]:
-    """Return the value that a text is in TOML, as a list of one; empty if it is none. "1, 2" is a list too."""
-    found: list[object] = []
-    for candidate in (text, f"[{text}]"):
-        try:
-            document = tomllib.loads(f"value = {candidate}")
-        except tomllib.TOMLDecodeError:
-            continue
-        if list(document) == ["value"]:
-            value = document["value"]
-            found.append(tuple(value) if isinstance(value, list) else value)
-    return found
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _wrapped(text: str, width: int = 118) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
-
-
-def to_toml(value: object) -> str:
-    """Return a value as TOML writes it."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(to_toml(item) for item in value)}]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in TOML and JSON
-
-
-def _plain(value: float | None) -> str:
-    return f"{int(value)}" if value is not None and value == int(value) else f"{value:g}"

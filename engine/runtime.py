@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeGuard, overload
 
@@ -109,7 +111,6 @@ class Engine:
         self.spec: ModelSpec = model.spec
         self.config = resolve(config, model.spec)
         self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
-        self._template: ChatTemplate | None = None
         self._device, reason = _open_device(self.config)
         self._weights = WeightMemory.load(
             model_file,
@@ -211,10 +212,19 @@ class Engine:
         if isinstance(prompt, str):
             return self.tokenize(prompt, add_special=True)
         if _is_messages(prompt):
-            if self._template is None:
-                self._template = ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
-            return self.tokenizer.encode_chat(self._template.render(prompt))
+            return self.tokenizer.encode_chat(self._chat_template.render(prompt))
         return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # not messages, so ids
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        path = self.config.model.chat_template
+        if not path:
+            return ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
+        try:
+            source = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"model.chat_template is {path!r}, which cannot be read: {error}") from None
+        return ChatTemplate(source, self.tokenizer)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -276,10 +286,10 @@ class Engine:
 
     def _chunks(self, sequence: TextSequence, progress: StepProgress | None) -> Generator[Chunk, None, None]:
         """Borrow a slot at the first `next`, so that an iterator which nobody reads holds none."""
+        sampler = Sampler(sequence.params, self.tokenizer)
         with self._turn():
             self._statistics = replace(self._statistics, n_requests=self._statistics.n_requests + 1)
         lease = self._slots.borrow(sequence.prompt_ids)
-        sampler = Sampler(sequence.params, self.tokenizer)
         yield from loop.generate(
             self._forward, lease, self.tokenizer, sequence, sampler, self._turn, self._record, progress
         )

@@ -17,10 +17,9 @@ from engine.config import (
     ModelSettings,
     MoESettings,
     SamplingParams,
-    parse_bytes,
-    table_fields,
 )
 from engine.errors import ConfigError, RequestError
+from engine.tables import parse_bytes, table_fields
 
 REPO = Path(__file__).resolve().parent.parent
 

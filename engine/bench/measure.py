@@ -100,7 +100,7 @@ def measure(
     engine: Engine, name: str, prompt_lengths: Sequence[int], n_gen: int, reps: int, progress: Progress
 ) -> list[Row]:
     """Time an engine; return a row for each prompt length, in the order given."""
-    _run(engine, _WARM_UP, _WARM_UP)  # first use of threads and pages
+    _run(engine, min(_WARM_UP, prompt_lengths[0]), min(_WARM_UP, n_gen))  # first use of threads and pages
     samples: dict[int, list[Sample]] = {n: [] for n in prompt_lengths}
     total, done = reps * len(prompt_lengths), 0
     for _ in range(reps):  # repetitions go round, so that a slow minute of the machine does not hit one length alone

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from engine.config import TABLES, EngineConfig, table_fields, to_toml
+from engine.config import TABLES, EngineConfig
 from engine.errors import ConfigError
+from engine.tables import table_fields, to_toml
 
 ENGINE_OPTIONS = {
     "engine.device": ("--device",),
@@ -15,6 +16,7 @@ ENGINE_OPTIONS = {
     "engine.context_length": ("-c", "--context"),
     "engine.kv_type": ("--kv-type",),
     "model.load": ("--load",),
+    "model.chat_template": ("--chat-template",),
     "moe.hot_k": ("--hot-k",),
     "moe.n_cpu_moe": ("--n-cpu-moe",),
 }

@@ -168,4 +168,5 @@ def rate(logits: npt.NDArray[np.float32], token_id: int, n_top: int, tokenizer: 
         return TokenLogprob(token, tokenizer.token_bytes(token).decode(errors="replace"), logprob)
 
     top = tuple(entry(int(i), float(value)) for i, value in zip(ids, values, strict=True))
-    return TokenLogprobs(entry(token_id, float(logits[token_id]) - log_sum), top)
+    logprob = np.float32(float(logits[token_id]) - log_sum)  # as exact as those in `values`
+    return TokenLogprobs(entry(token_id, float(logprob)), top)
