@@ -40,7 +40,9 @@ class _Choices:
 class DecayedCounts:
     """Counts that are forgotten exponentially: a choice `half_life` tokens ago weighs half of one made now."""
 
-    def __init__(self, n_layers: int, n_experts: int, half_life: float) -> None:
+    def __init__(self, n_layers: int, n_experts: int, half_life: float, weight: float = 1.0) -> None:
+        """Start with no heat; `weight` is what a choice made now adds."""
+        self._weight = np.float32(weight)
         self._decay = np.float32(0.5 ** (1.0 / half_life))
         self._counts = np.zeros((n_layers, n_experts + 1), np.float32)
         self._choices = _Choices(n_layers, n_experts)
@@ -49,7 +51,25 @@ class DecayedCounts:
     def observe(self, chosen: Chosen) -> None:
         """Forget a little and count one token's choices."""
         self._counts *= self._decay
-        self._counts.reshape(-1)[self._choices.places(chosen)] += 1
+        self._counts.reshape(-1)[self._choices.places(chosen)] += self._weight
+
+
+class TwoSpeedCounts:
+    """Decayed counts that forget at two speeds, averaged: the slow part knows the topic, the fast part what is new.
+
+    A choice made now adds 1, as in `DecayedCounts`, so margins mean the same.
+    """
+
+    def __init__(self, n_layers: int, n_experts: int, slow: float, fast: float, fast_share: float) -> None:
+        self._slow = DecayedCounts(n_layers, n_experts, slow, weight=1.0 - fast_share)
+        self._fast = DecayedCounts(n_layers, n_experts, fast, weight=fast_share)
+        self.heat: Heat = self._slow.heat + self._fast.heat
+
+    def observe(self, chosen: Chosen) -> None:
+        """Forget a little and count one token's choices."""
+        self._slow.observe(chosen)
+        self._fast.observe(chosen)
+        np.add(self._slow.heat, self._fast.heat, out=self.heat)
 
 
 class WindowCounts:
@@ -103,3 +123,11 @@ class CountOverAge:
         self._uses.reshape(-1)[places] += 1
         self._last.reshape(-1)[places] = self._now
         np.divide(self._uses[:, :-1], self._now + 1 - self._last[:, :-1], out=self.heat)
+
+
+def count_choices(ids: Chosen, n_experts: int) -> Heat:
+    """Count choices: ids [n_tokens, n_layers, n_experts_used] -> float32 [n_layers, n_experts]."""
+    n_layers = ids.shape[1]
+    places = np.minimum(ids, n_experts).astype(np.intp) + (np.arange(n_layers) * (n_experts + 1))[:, None]
+    counts = np.bincount(places.reshape(-1), minlength=n_layers * (n_experts + 1))
+    return counts.reshape(n_layers, n_experts + 1)[:, :-1].astype(np.float32)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.experts.policy import UNLIMITED, swap_for_hotter
+from engine.experts.swaps import UNLIMITED, swap_for_hotter
 from engine.experts.tracker import CountOverAge, DecayedCounts, LastUse, WindowCounts
 
 N_LAYERS, N_EXPERTS, N_USED = 3, 7, 2

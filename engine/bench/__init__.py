@@ -1,0 +1,1 @@
+"""Measures: tok/s tables, limits, cache replay, plans."""
