@@ -1,9 +1,9 @@
 """Cache policies by name. Each is a small object: a tracker, and a rule that turns its heat into swaps.
 
 A policy knows nothing of devices, bytes or time. After each token it is told what the routers chose (`observe`), and
-is then asked, once a token, which swaps it wants (`plan`), the most wanted first. Whoever asks cuts the list to its budget, which is
-harmless: the policy sees from the residents it is given next time what was really done. The same calls in the same
-order give the same swaps.
+is then asked, once a token, which swaps it wants (`plan`), the most wanted first. Whoever asks cuts the list to its
+budget, which is harmless: the policy sees from the residents it is given next time what was really done. The same
+calls in the same order give the same swaps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from engine.experts.tracker import (
     DecayedCounts,
     Heat,
     LastUse,
+    Places,
     Tracker,
     TwoSpeedCounts,
     WindowCounts,
@@ -118,7 +119,8 @@ class _DemandCache:
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        self._used = np.zeros((tracker.heat.shape[0], tracker.heat.shape[1] + 1), bool)
+        self._places = Places(*tracker.heat.shape)
+        self._used = np.zeros(tracker.heat.shape, bool)
 
     @property
     def heat(self) -> Heat:
@@ -129,11 +131,11 @@ class _DemandCache:
         """Take in one token."""
         self._tracker.observe(chosen)
         self._used[:] = False
-        np.put_along_axis(self._used, np.minimum(chosen, self._used.shape[1] - 1).astype(np.intp), True, axis=1)
+        self._used.reshape(-1)[self._places.of(chosen)] = True
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:  # noqa: ARG002
         """Return a swap for every expert of the last token that is not resident."""
-        return swap_for_hotter(self.heat, resident, n_slots, margin=-np.inf, candidates=self._used[:, :-1])
+        return swap_for_hotter(self.heat, resident, n_slots, margin=-np.inf, candidates=self._used)
 
 
 class LRU(_DemandCache):
@@ -175,7 +177,10 @@ class Adaptive:
 
     The swaps of a layer with a twin are decided on what the twin has just chosen for the very token, if `ahead` tells:
     an expert that is about to be chosen with probability p gets `twin_bonus` * p on top of its counts. Such a lead is
-    gone after the token if the guess was wrong, so these layers ask for a wider margin.
+    gone after the token if the guess was wrong, so these layers ask for more of it; and as they make more of a copy
+    than other layers do, those leave them room by asking for more, too.
+
+    Margins are multiples of `break_even`: the choices that a load has to turn from misses into hits to pay for itself.
     """
 
     def __init__(
@@ -187,16 +192,19 @@ class Adaptive:
         fast_half_life: float = 16.0,
         fast_share: float = 2 / 3,
         interval: int = 1,
+        break_even: float = 1.0,
         margin: float = 1.25,
         max_swaps: int = 1,
-        twin_bonus: float = 3.0,
-        twin_margin: float = 1.75,
+        twin_bonus: float = 3.5,
+        twin_margin: float = 2.0,
         twin_swaps: int = 2,
+        beside_twins_margin: float = 1.6,
     ) -> None:
         self._tracker = TwoSpeedCounts(n_layers, n_experts, slow_half_life, fast_half_life, fast_share)
         self.twins = Twins(n_layers, n_experts)
-        self._interval, self._margin, self._max_swaps = interval, margin, max_swaps
-        self._twin_bonus, self._twin_margin, self._twin_swaps = twin_bonus, twin_margin, twin_swaps
+        self._interval, self._margin, self._max_swaps = interval, margin * break_even, max_swaps
+        self._twin_bonus, self._twin_margin, self._twin_swaps = twin_bonus, twin_margin * break_even, twin_swaps
+        self._beside_twins_margin = beside_twins_margin * break_even
         self._calls = 0
 
     @property
@@ -210,7 +218,7 @@ class Adaptive:
         self.twins.observe(chosen)
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
-        """Return the swaps that pay, widest lead first."""
+        """Return the swaps that pay, widest lead first, at every `interval`-th call."""
         self._calls += 1
         if self._calls % self._interval:
             return NO_SWAPS
@@ -220,11 +228,11 @@ class Adaptive:
             return swaps.widest_first()
         heat = self.heat.copy()
         heat[twins] += np.float32(self._twin_bonus) * self.twins.foretell(ahead)
-        margin = np.full(len(heat), self._margin, np.float32)
+        margin = np.full(len(heat), self._beside_twins_margin, np.float32)
         margin[twins] = self._twin_margin
-        max_swaps = max(self._max_swaps, self._twin_swaps)
-        swaps = swap_for_hotter(heat, resident, n_slots, margin=margin, max_swaps=max_swaps)
-        return swaps.widest_first()
+        max_swaps = np.full(len(heat), self._max_swaps)
+        max_swaps[twins] = self._twin_swaps
+        return swap_for_hotter(heat, resident, n_slots, margin=margin, max_swaps=max_swaps).widest_first()
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from engine.experts.policy import Policy
 from engine.experts.swaps import Ids, Swaps, hottest, swap_for_hotter
 from engine.experts.trace import Trace
-from engine.experts.tracker import Heat
+from engine.experts.tracker import Heat, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def replay(
         policy: fresh, for the trace's layers and experts.
         n_slots: slots of each layer.
         ahead: let swaps be made between the layers of one token.
-        swap_bytes: bytes that may be copied for each token; what one token leaves over serves the next one.
+        swap_bytes: bytes that may be copied for each token; what one leaves over serves the next, up to as much again.
         expert_bytes: int64 [n_layers], the size of an expert; one byte each if left out.
         progress: called with the number of tokens played, about a hundred times.
     """
@@ -89,12 +89,10 @@ def replay(
     for chosen in ids[:n_prompt]:
         policy.observe(chosen)
     resident = hottest(trace.counts(0, n_prompt), n_slots) if n_prompt else np.zeros(policy.heat.shape, bool)
-    # One more column, always empty, takes the choices that were not recorded.
-    table = np.zeros((trace.n_layers, trace.n_experts + 1), bool)
-    table[:, :-1] = resident
-    resident, flat = table[:, :-1], table.reshape(-1)
-    starts = (np.arange(trace.n_layers) * (trace.n_experts + 1))[:, None]
-    places = np.minimum(ids[n_prompt:], trace.n_experts) + starts
+    flat = resident.reshape(-1)
+    recorded = ids[n_prompt:] < trace.n_experts
+    all_recorded = bool(recorded.all())
+    places = np.minimum(ids[n_prompt:], trace.n_experts - 1) + (np.arange(trace.n_layers) * trace.n_experts)[:, None]
     hits = np.zeros(trace.n_layers, np.int64)
     loads = np.zeros(trace.n_layers, np.int64)
     hits_over_time = np.zeros(n_tokens, np.int64)
@@ -104,7 +102,7 @@ def replay(
     for t in range(n_tokens):
         chosen = ids[n_prompt + t]
         if t or ahead:
-            allowance = min(allowance + swap_bytes, max(swap_bytes, most))
+            allowance = min(allowance + swap_bytes, 2 * max(swap_bytes, most))
             swaps = policy.plan(resident, n_slots, chosen if ahead else None)
             if len(swaps) and swap_bytes != np.inf:
                 swaps = swaps.within(sizes, allowance)
@@ -113,13 +111,12 @@ def replay(
                 swaps.apply(resident)
                 np.add.at(loads, swaps.layers, 1)
                 loads_over_time[t] = len(swaps)
-        found = np.count_nonzero(flat[places[t]], axis=1)
-        hits += found
-        hits_over_time[t] = found.sum()
+        found = flat[places[t]] if all_recorded else flat[places[t]] & recorded[t]
+        hits += found.sum(1)
+        hits_over_time[t] = np.count_nonzero(found)
         policy.observe(chosen)
         if progress and not t % hundredth:
             progress(t)
-    recorded = ids[n_prompt:] < trace.n_experts
     return Replay(
         n_tokens,
         hits,
@@ -141,24 +138,24 @@ class Clairvoyant:
     def __init__(self, trace: Trace, *, bypass: bool = True) -> None:
         self._next = _next_uses(trace.ids, trace.n_experts)
         self._bypass = bypass
-        self._table = np.zeros((trace.n_layers, trace.n_experts + 1), np.float32)
-        self._used = np.zeros(self._table.shape, bool)
-        self._last = trace.n_tokens
-        self._now = 0
-        self.heat: Heat = self._table[:, :-1]
+        self._places = Places(trace.n_layers, trace.n_experts)
+        self._known = trace.ids < trace.n_experts
+        self._last, self._now = trace.n_tokens, 0
+        self.heat: Heat = np.zeros((trace.n_layers, trace.n_experts), np.float32)
+        self._used = np.zeros(self.heat.shape, bool)
 
     def observe(self, chosen: npt.NDArray[np.integer]) -> None:
         """Note when each chosen expert is used again."""
-        places = np.minimum(chosen, self.heat.shape[1]).astype(np.intp)
-        np.put_along_axis(self._table, places, self._last - self._next[self._now], axis=1)
+        places = self._places.of(chosen)
+        self.heat.reshape(-1)[places] = self._last - self._next[self._now][self._known[self._now]]
         self._used[:] = False
-        np.put_along_axis(self._used, places, True, axis=1)
+        self._used.reshape(-1)[places] = True
         self._now += 1
 
     def plan(self, resident: npt.NDArray[np.bool_], n_slots: Ids, ahead: object = None) -> Swaps:  # noqa: ARG002
         """Return the swaps among the experts just used."""
         margin = 0.0 if self._bypass else -np.inf
-        return swap_for_hotter(self.heat, resident, n_slots, margin=margin, candidates=self._used[:, :-1])
+        return swap_for_hotter(self.heat, resident, n_slots, margin=margin, candidates=self._used)
 
 
 def _next_uses(ids: npt.NDArray[np.uint16], n_experts: int) -> npt.NDArray[np.float32]:

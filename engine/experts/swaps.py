@@ -75,46 +75,50 @@ def swap_for_hotter(
     n_slots: Ids,
     *,
     margin: float | npt.NDArray[np.float32] = 0.0,
-    max_swaps: int = UNLIMITED,
+    max_swaps: int | Ids = UNLIMITED,
     candidates: Resident | None = None,
 ) -> Swaps:
-    """Return the swaps that bring the hottest experts in, at most `max_swaps` a layer.
+    """Return the swaps that bring the hottest experts in. Free slots are filled at once, the others by few swaps.
 
     Args:
         heat: float32 [n_layers, n_experts], 0 or more.
-        resident: bool of the same shape: who is in a slot.
+        resident: bool of the same shape: who is in a slot; no more of a layer than it has slots.
         n_slots: slots of each layer; free ones are filled with experts of any heat above 0.
         margin: lead in heat that a newcomer needs over the coldest resident, of all layers or float32 [n_layers];
             a lead that is no more than the margin never swaps. Minus infinity swaps every candidate in.
-        max_swaps: of each layer.
+        max_swaps: that replace an expert, at most, of each layer: one number for all or [n_layers].
         candidates: experts that may be loaded; None for all.
     """
-    away = resident * _FAR
+    away = np.multiply(resident, _FAR, dtype=np.float32)
     inside = heat + (_FAR - away)
     outside = heat - away if candidates is None else np.where(candidates & ~resident, heat, -_FAR)
-    free = n_slots - np.count_nonzero(resident, axis=1)
-    any_free = bool((free > 0).any())
+    any_free = np.count_nonzero(resident) < n_slots.sum()
+    free = n_slots - np.count_nonzero(resident, axis=1) if any_free else n_slots
     rows = np.arange(len(heat))
     rounds: list[Swaps] = []
-    for _ in range(min(max_swaps, int(n_slots.max(initial=0)))):
+    left = np.array(np.broadcast_to(max_swaps, len(heat)))
+    for _ in range(int(n_slots.max(initial=0)) if any_free else int(min(left.max(initial=0), n_slots.max(initial=0)))):
         loads, evicts = outside.argmax(1), inside.argmin(1)
         newcomer, coldest = outside[rows, loads], inside[rows, evicts]
         leads = newcomer - coldest
-        wanted = leads > margin
-        wanted &= (newcomer > -_FAR / 2) & (coldest < _FAR / 2)
+        wanted = (leads > margin) & (newcomer >= 0) & (coldest < _FAR / 2) & (left > 0)
         if any_free:
             has_room = free > 0
             wanted = np.where(has_room, newcomer > 0, wanted)
-            leads = np.where(has_room, newcomer, leads)
-            evicts = np.where(has_room, -1, evicts)
+            leads, evicts = np.where(has_room, newcomer, leads), np.where(has_room, -1, evicts)
             free -= wanted & has_room
-        layers = np.flatnonzero(wanted)
+            left += wanted & has_room
+        left -= wanted
+        layers = wanted.nonzero()[0]
         if not len(layers):
             break
         found = Swaps(layers, loads[layers], evicts[layers], leads[layers])
         outside[layers, found.loads] = -_FAR
-        full = found.evicts >= 0
-        inside[layers[full], found.evicts[full]] = _FAR
+        if any_free:
+            full = found.evicts >= 0
+            inside[layers[full], found.evicts[full]] = _FAR
+        else:
+            inside[layers, found.evicts] = _FAR
         rounds.append(found)
     if len(rounds) < 2:
         return rounds[0] if rounds else NO_SWAPS

@@ -1,7 +1,8 @@
 """Recorded routing: which experts every token of a run went to, as a file that replay, profiles and tests read.
 
 The file is an npz with `ids` (uint16 [tokens, layers, n_experts_used], best rank first, 65535 where nothing was
-recorded), `phase` (uint8 [tokens]; 0 prompt, 1 answer; all prompt if left out), and `meta` (JSON text with `n_experts` at least).
+recorded), `phase` (uint8 [tokens]; 0 prompt, 1 answer; all prompt if left out), and `meta` (JSON text with
+`n_experts` at least).
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ class Trace:
     @property
     def n_layers(self) -> int:
         """Return the number of MoE layers."""
-        return self.ids.shape[1]
+        return int(self.ids.shape[1])
 
     @property
     def n_experts_used(self) -> int:
         """Return the experts a token uses in each layer."""
-        return self.ids.shape[2]
+        return int(self.ids.shape[2])
 
     @property
     def n_prompt(self) -> int:
@@ -75,6 +76,9 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace. Raises `ConfigError` that names the file if it is missing, damaged or not a trace."""
     path = Path(path)
     try:
+        if not zipfile.is_zipfile(path):
+            path.open("rb").close()
+            raise ConfigError(f"{path}: is not a routing trace (an npz file)")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("ids", "phase", "meta", "n_experts") if name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.experts.tracker import Chosen, Heat, count_choices
 
@@ -84,7 +83,8 @@ class Twins:
         n_choices = np.maximum(n_tokens * n_ranks, 1.0)
         share = self._both / n_choices
         # Choices of *different* tokens that agree: what popularity alone gives, without the token they have in common.
-        chance = (np.einsum("ae,be->ab", self._counts, self._counts) - self._both) / np.maximum(n_choices * (n_tokens - 1.0), 1.0)
+        by_popularity = np.einsum("ae,be->ab", self._counts, self._counts) - self._both
+        chance = by_popularity / np.maximum(n_choices * (n_tokens - 1.0), 1.0)
         excess = share - chance
         error = np.sqrt(np.clip(chance * (1.0 - chance), 0.01, None) / n_choices)
         accepted = self._pairs & (n_tokens >= 2) & (excess > np.maximum(LEAST_EXCESS, N_STANDARD_ERRORS * error))
