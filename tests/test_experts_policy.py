@@ -1,83 +1,179 @@
-"""Trackers and the swap rule against the plainest code that says the same."""
+"""Policies by name, twin layers, and the swaps they ask for."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.experts.policy import UNLIMITED, swap_for_hotter
-from engine.experts.tracker import CountOverAge, DecayedCounts, LastUse, WindowCounts
+from engine.errors import ConfigError
+from engine.experts.policy import POLICIES, make_policy
+from engine.experts.swaps import Swaps, hottest
+from engine.experts.twins import Twins
 
-N_LAYERS, N_EXPERTS, N_USED = 3, 7, 2
+N_LAYERS, N_EXPERTS, N_USED = 6, 12, 3
 
 
-@st.composite
-def routings(draw) -> np.ndarray:
-    """[n_tokens, n_layers, n_used]; now and then "not known"."""
-    seed, n_tokens = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 12))
+def routing(seed: int, n_tokens: int, n_layers: int = N_LAYERS, n_experts: int = N_EXPERTS, n_used: int = N_USED):
+    """Skewed choices, [n_tokens, n_layers, n_used] in uint16: each layer has its own favourites."""
     rng = np.random.default_rng(seed)
-    chosen = np.stack([[rng.permutation(N_EXPERTS)[:N_USED] for _ in range(N_LAYERS)] for _ in range(n_tokens)])
-    chosen[rng.random(n_tokens) < 0.1] = 65535
-    return chosen.astype(np.uint16)
+    taste = rng.normal(0, 1.5, (n_layers, n_experts))
+    scores = taste + rng.gumbel(size=(n_tokens, n_layers, n_experts))
+    return np.argsort(-scores, axis=2)[:, :, :n_used].astype(np.uint16)
 
 
-def uses(routing: np.ndarray, layer: int, expert: int) -> list[int]:
-    return [t for t, chosen in enumerate(routing) if expert in chosen[layer]]
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), slots=st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS))
+def test_swaps_can_always_be_made_and_are_the_same_again(name: str, seed: int, slots: list[int]) -> None:
+    n_slots = np.array(slots)
+    chosen = routing(seed, 30)
+    runs = []
+    for _ in range(2):
+        policy = make_policy(name, N_LAYERS, N_EXPERTS)
+        resident = np.zeros((N_LAYERS, N_EXPERTS), bool)
+        asked = []
+        for token in chosen:
+            policy.observe(token)
+            before = resident.copy()
+            swaps = policy.plan(resident, n_slots)
+            assert np.array_equal(resident, before)
+            assert not resident[swaps.layers, swaps.loads].any()
+            full = swaps.evicts >= 0
+            assert resident[swaps.layers[full], swaps.evicts[full]].all()
+            swaps.apply(resident)
+            assert (resident.sum(1) == before.sum(1) + np.bincount(swaps.layers[~full], minlength=N_LAYERS)).all()
+            assert (resident.sum(1) <= n_slots).all()
+            asked.append((swaps.layers.tolist(), swaps.loads.tolist(), swaps.evicts.tolist()))
+        runs.append(asked)
+    assert runs[0] == runs[1]
+
+
+def test_lru_keeps_the_most_recent() -> None:
+    policy = make_policy("lru", 1, 10)
+    resident = np.zeros((1, 10), bool)
+    for expert in (1, 2, 3, 1, 4):
+        policy.observe(np.array([[expert]]))
+        policy.plan(resident, np.array([3])).apply(resident)
+    assert np.flatnonzero(resident[0]).tolist() == [1, 3, 4]
+
+
+def test_window_topk_acts_at_its_interval_only() -> None:
+    policy = make_policy("window_topk:interval=4,window=8", 1, 10)
+    resident = np.zeros((1, 10), bool)
+    acted = []
+    for t in range(12):
+        policy.observe(np.array([[t // 4]]))
+        swaps = policy.plan(resident, np.array([1]))
+        swaps.apply(resident)
+        acted.append(len(swaps))
+    # The second time 0 and 1 were chosen as often, and equal heat does not swap; the third time 0 has left the window.
+    assert acted == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert np.flatnonzero(resident[0]).tolist() == [1]
+
+
+def test_static_fills_free_slots_and_then_never_swaps() -> None:
+    policy = make_policy("static", 1, 10)
+    resident = hottest(np.eye(1, 10, dtype=np.float32), np.array([1]))
+    for expert in (5, 5, 6, 7, 7, 7):
+        policy.observe(np.array([[expert]]))
+        policy.plan(resident, np.array([2])).apply(resident)
+    assert np.flatnonzero(resident[0]).tolist() == [0, 5]
 
 
 @pytest.mark.parametrize(
-    ("tracker", "heat"),
+    ("text", "says"),
     [
-        (lambda: DecayedCounts(N_LAYERS, N_EXPERTS, 4.0), lambda used, n: sum(0.5 ** ((n - 1 - t) / 4) for t in used)),
-        (lambda: WindowCounts(N_LAYERS, N_EXPERTS, 5), lambda used, n: sum(t >= n - 5 for t in used)),
-        (lambda: LastUse(N_LAYERS, N_EXPERTS), lambda used, n: max(used, default=-1) + 1),
-        (lambda: CountOverAge(N_LAYERS, N_EXPERTS), lambda used, n: len(used) / (n - used[-1]) if used else 0),
+        ("mru", "adaptive, decayed"),
+        ("lru:half_life=3", "no setting 'half_life'"),
+        ("decayed:half_lief=3", "half_life, interval, margin, max_swaps"),
+        ("decayed:half_life=soon", "'soon' is not a number"),
+        ("decayed:half_life=0", "too small"),
+        ("decayed:margin=nan", "too small"),
+        ("window_topk:interval=1.5", "not a whole number"),
+        ("window_topk:interval=0", "too small"),
+        ("decayed:margin=-1", "too small"),
     ],
-    ids=["decayed", "window", "last use", "count over age"],
 )
-@given(routing=routings())
-def test_heat_is_its_definition(tracker, heat, routing: np.ndarray) -> None:
-    tracked = tracker()
-    for chosen in routing:
-        tracked.observe(chosen)
-    expected = [[heat(uses(routing, la, e), len(routing)) for e in range(N_EXPERTS)] for la in range(N_LAYERS)]
-    np.testing.assert_allclose(tracked.heat, expected, rtol=1e-5)
+def test_a_wrong_policy_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make_policy(text, 2, 4)
 
 
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    slots=st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS),
-    margin=st.sampled_from([0.0, 1.0, 2.0]),
-    max_swaps=st.sampled_from([1, 2, UNLIMITED]),
-)
-def test_swaps_are_those_of_a_plain_loop(seed: int, slots: list[int], margin: float, max_swaps: int) -> None:
+def twin_routing(seed: int, n_tokens: int, agreement: float, n_layers: int = 24, lag: int = 12):
+    """Layers `lag` and up repeat the choices of layer l - lag with some probability, rank by rank."""
+    chosen = routing(seed, n_tokens, n_layers, 64, 6)
+    rng = np.random.default_rng(seed + 1)
+    for token in chosen:
+        for layer in range(lag, n_layers):
+            copied = [e for e in token[layer - lag] if rng.random() < agreement]
+            rest = [e for e in token[layer] if e not in copied]
+            token[layer] = (copied + rest)[:6]
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_twins_are_found_and_others_are_not_taken_for_twins(seed: int) -> None:
+    twins = Twins(24, 64)
+    for token in twin_routing(seed, 64, 0.7):
+        twins.observe(token)
+    assert twins.of.tolist() == [-1] * 12 + list(range(12))
+    assert np.all(twins.confidence[12:].mean(1) > 0.5)
+    strangers = Twins(24, 64)
+    for token in routing(seed, 200, 24, 64, 6):
+        strangers.observe(token)
+    assert not len(strangers.layers)
+
+
+def test_layers_with_the_same_favourites_are_not_twins() -> None:
+    """Popularity alone makes these agree; for the same token they agree no more than for different ones."""
+    rng = np.random.default_rng(5)
+    taste = np.tile(rng.normal(0, 2.5, 64), (24, 1))
+    scores = taste + rng.gumbel(size=(200, 24, 64))
+    twins = Twins(24, 64)
+    for token in np.argsort(-scores, axis=2)[:, :, :6]:
+        twins.observe(token)
+    assert not len(twins.layers)
+
+
+def test_what_is_not_recorded_counts_for_nothing() -> None:
+    twins, blank = Twins(8, 16), np.full((8, 4), 65535, np.uint16)
+    for _ in range(64):
+        twins.observe(blank)
+    assert not len(twins.layers)
+    for token in twin_routing(0, 64, 0.9, n_layers=8, lag=4)[:, :, :4] % 16:
+        twins.observe(token)
+    assert twins.foretell(blank).sum() == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swaps_of_a_layer_do_not_depend_on_later_layers_of_the_token(seed: int) -> None:
+    """With `ahead` a layer is decided before it runs: nothing that comes after its twin may matter."""
+    chosen = twin_routing(seed, 80, 0.8)
+    policy = make_policy("adaptive", 24, 64)
+    n_slots = np.full(24, 10)
+    for token in chosen[:-1]:
+        policy.observe(token)
+    resident = hottest(policy.heat, n_slots)
+    resident = np.roll(resident, 3, axis=1)
     rng = np.random.default_rng(seed)
-    heat = rng.integers(0, 6, (N_LAYERS, N_EXPERTS)).astype(np.float32)
-    resident = np.zeros((N_LAYERS, N_EXPERTS), bool)
-    for layer, n in enumerate(slots):
-        resident[layer, rng.permutation(N_EXPERTS)[: rng.integers(0, n + 1)]] = True
-    before = resident.copy()
-    swaps = swap_for_hotter(heat, resident, np.array(slots), margin=margin, max_swaps=max_swaps)
-    assert np.array_equal(resident, before)
 
-    found = {layer: [] for layer in range(N_LAYERS)}
-    for layer, load, evict in zip(swaps.layers, swaps.loads, swaps.evicts, strict=True):
-        found[layer].append((load, evict))
-    for layer in range(N_LAYERS):
-        inside, expected = set(np.flatnonzero(resident[layer])), []
-        outside = set(range(N_EXPERTS)) - inside
-        n_free = slots[layer] - len(inside)
-        while len(expected) < max_swaps and outside and slots[layer]:
-            load = min(outside, key=lambda e: (-heat[layer, e], e))
-            evict = -1 if n_free else min(inside, key=lambda e: (heat[layer, e], e), default=None)
-            if evict is None or not (
-                heat[layer, load] > 0 if n_free else heat[layer, load] - heat[layer, evict] > margin
-            ):
-                break
-            expected.append((load, evict))
-            outside.remove(load)
-            n_free -= bool(n_free)
-            inside.discard(evict)
-        assert found[layer] == expected
+    def of_layer(swaps: Swaps, layer: int) -> list[tuple[int, int]]:
+        mine = swaps.pick(swaps.layers == layer)
+        return list(zip(mine.loads.tolist(), mine.evicts.tolist(), strict=True))
+
+    full = policy.plan(resident, n_slots, chosen[-1])
+    assert len(full)
+    for layer in range(24):
+        masked = chosen[-1].copy()
+        first_unknown = max(layer - 4 + 1, 0)
+        masked[first_unknown:] = rng.integers(0, 64, masked[first_unknown:].shape)
+        assert of_layer(policy.plan(resident, n_slots, masked), layer) == of_layer(full, layer)
+
+
+def test_a_budget_cuts_the_list_where_its_bytes_end() -> None:
+    swaps = Swaps(np.array([0, 1, 0]), np.array([1, 2, 3]), np.array([4, 5, -1]), np.array([1.0, 3.0, 2.0], np.float32))
+    sizes = np.array([10, 7])
+    assert swaps.widest_first().loads.tolist() == [2, 3, 1]
+    assert [len(swaps.within(sizes, n)) for n in (9, 10, 16, 17, 26, 27)] == [0, 1, 1, 2, 2, 3]

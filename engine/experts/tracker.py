@@ -26,30 +26,54 @@ class Tracker(Protocol):
         ...
 
 
-class _Choices:
-    """Flat places of chosen experts in an array [n_layers, n_experts + 1]; the last column takes what is not known."""
+class Places:
+    """Turns chosen experts into places of a flat array [n_layers * n_experts], without those that are not known."""
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
-        self.n_experts = n_experts
-        self._starts = (np.arange(n_layers) * (n_experts + 1))[:, None]
+        self._n_experts = n_experts
+        self._starts = (np.arange(n_layers) * n_experts)[:, None]
 
-    def places(self, chosen: Chosen) -> npt.NDArray[np.intp]:
-        return (np.minimum(chosen, self.n_experts) + self._starts).reshape(-1)
+    def of(self, chosen: Chosen) -> npt.NDArray[np.intp]:
+        """Return the places of ids [n_layers, n_experts_used], flat."""
+        places = chosen + self._starts
+        if chosen.max() >= self._n_experts:
+            known: npt.NDArray[np.intp] = places[chosen < self._n_experts]
+            return known
+        return places.reshape(-1)
 
 
 class DecayedCounts:
     """Counts that are forgotten exponentially: a choice `half_life` tokens ago weighs half of one made now."""
 
-    def __init__(self, n_layers: int, n_experts: int, half_life: float) -> None:
+    def __init__(self, n_layers: int, n_experts: int, half_life: float, weight: float = 1.0) -> None:
+        """Start with no heat; `weight` is what a choice made now adds."""
+        self._weight = np.float32(weight)
         self._decay = np.float32(0.5 ** (1.0 / half_life))
-        self._counts = np.zeros((n_layers, n_experts + 1), np.float32)
-        self._choices = _Choices(n_layers, n_experts)
-        self.heat: Heat = self._counts[:, :-1]
+        self._places = Places(n_layers, n_experts)
+        self.heat: Heat = np.zeros((n_layers, n_experts), np.float32)
 
     def observe(self, chosen: Chosen) -> None:
         """Forget a little and count one token's choices."""
-        self._counts *= self._decay
-        self._counts.reshape(-1)[self._choices.places(chosen)] += 1
+        self.heat *= self._decay
+        self.heat.reshape(-1)[self._places.of(chosen)] += self._weight
+
+
+class TwoSpeedCounts:
+    """Decayed counts that forget at two speeds, averaged: the slow part knows the topic, the fast part what is new.
+
+    A choice made now adds 1, as in `DecayedCounts`, so margins mean the same.
+    """
+
+    def __init__(self, n_layers: int, n_experts: int, slow: float, fast: float, fast_share: float) -> None:
+        self._slow = DecayedCounts(n_layers, n_experts, slow, weight=1.0 - fast_share)
+        self._fast = DecayedCounts(n_layers, n_experts, fast, weight=fast_share)
+        self.heat: Heat = self._slow.heat + self._fast.heat
+
+    def observe(self, chosen: Chosen) -> None:
+        """Forget a little and count one token's choices."""
+        self._slow.observe(chosen)
+        self._fast.observe(chosen)
+        np.add(self._slow.heat, self._fast.heat, out=self.heat)
 
 
 class WindowCounts:
@@ -58,13 +82,12 @@ class WindowCounts:
     def __init__(self, n_layers: int, n_experts: int, window: int) -> None:
         self._window = window
         self._recent: deque[npt.NDArray[np.intp]] = deque()
-        self._counts = np.zeros((n_layers, n_experts + 1), np.float32)
-        self._choices = _Choices(n_layers, n_experts)
-        self.heat: Heat = self._counts[:, :-1]
+        self._places = Places(n_layers, n_experts)
+        self.heat: Heat = np.zeros((n_layers, n_experts), np.float32)
 
     def observe(self, chosen: Chosen) -> None:
         """Count one token's choices and take the oldest back."""
-        counts, places = self._counts.reshape(-1), self._choices.places(chosen)
+        counts, places = self.heat.reshape(-1), self._places.of(chosen)
         counts[places] += 1
         self._recent.append(places)
         if len(self._recent) > self._window:
@@ -75,31 +98,37 @@ class LastUse:
     """The number of the token that used an expert last."""
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
-        self._last = np.zeros((n_layers, n_experts + 1), np.float32)
-        self._choices = _Choices(n_layers, n_experts)
+        self._places = Places(n_layers, n_experts)
         self._now = 0
-        self.heat: Heat = self._last[:, :-1]
+        self.heat: Heat = np.zeros((n_layers, n_experts), np.float32)
 
     def observe(self, chosen: Chosen) -> None:
         """Note the token's number at each of its experts."""
         self._now += 1
-        self._last.reshape(-1)[self._choices.places(chosen)] = self._now
+        self.heat.reshape(-1)[self._places.of(chosen)] = self._now
 
 
 class CountOverAge:
     """All uses of an expert so far, divided by the tokens since the last one."""
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
-        self._uses = np.zeros((n_layers, n_experts + 1), np.float32)
-        self._last = np.zeros((n_layers, n_experts + 1), np.float32)
-        self._choices = _Choices(n_layers, n_experts)
+        self._uses = np.zeros((n_layers, n_experts), np.float32)
+        self._last = np.zeros((n_layers, n_experts), np.float32)
+        self._places = Places(n_layers, n_experts)
         self._now = 0
-        self.heat: Heat = self._uses[:, :-1].copy()
+        self.heat: Heat = self._uses.copy()
 
     def observe(self, chosen: Chosen) -> None:
         """Count one token's choices."""
         self._now += 1
-        places = self._choices.places(chosen)
+        places = self._places.of(chosen)
         self._uses.reshape(-1)[places] += 1
         self._last.reshape(-1)[places] = self._now
-        np.divide(self._uses[:, :-1], self._now + 1 - self._last[:, :-1], out=self.heat)
+        np.divide(self._uses, self._now + 1 - self._last, out=self.heat)
+
+
+def count_choices(ids: Chosen, n_experts: int) -> Heat:
+    """Count choices: ids [n_tokens, n_layers, n_experts_used] -> float32 [n_layers, n_experts]."""
+    n_layers = ids.shape[1]
+    places = (ids + (np.arange(n_layers) * n_experts)[:, None])[ids < n_experts]
+    return np.bincount(places, minlength=n_layers * n_experts).reshape(n_layers, n_experts).astype(np.float32)

@@ -1,0 +1,86 @@
+"""Pictures of bench results. Needs matplotlib, which is an optional extra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.bench.replay import Study
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5A5A5A")
+SMOOTHING = 32  # tokens in a moving average
+
+
+def figure(n_rows: int, n_columns: int, height: float) -> tuple[Any, Any]:
+    """Return a new figure and its axes [n_rows, n_columns]; raise `ConfigError` if matplotlib is missing."""
+    try:
+        import matplotlib as mpl  # noqa: PLC0415 - optional
+    except ImportError:
+        raise ConfigError("plots need matplotlib; install it with: pip install 'hot-experts[plot]'") from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - optional
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=(11, height * n_rows), squeeze=False, layout="constrained")
+    return fig, axes
+
+
+def save(fig: Any, path: str | Path) -> None:
+    """Write a figure as PNG, SVG or PDF, by the file's ending; raise `ConfigError` if that is not possible."""
+    try:
+        fig.savefig(path, dpi=140)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the plot cannot be written: {error}") from error
+
+
+def moving_rate(hits: npt.NDArray[np.int64], choices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the hit rate of the last `SMOOTHING` tokens at each token."""
+    total_hits = np.concatenate([[0], np.cumsum(hits)])
+    total = np.concatenate([[0], np.cumsum(choices)])
+    stop = np.arange(1, len(total))
+    start = np.maximum(stop - SMOOTHING, 0)
+    rate: npt.NDArray[np.float64] = (total_hits[stop] - total_hits[start]) / np.maximum(total[stop] - total[start], 1)
+    return rate
+
+
+def plot_replays(studies: Sequence[Study], path: str | Path) -> None:
+    """Draw, for each trace, hit rates over time, and hit rate against what it costs to copy."""
+    fig, axes = figure(len(studies), 2, 3.4)
+    for (over_time, against_loads), found in zip(axes, studies, strict=True):
+        policies = [row for row in found.rows if not row.is_bound]
+        for i, row in enumerate(policies):
+            played, colour = found.replays[row.policy], COLOURS[i % len(COLOURS)]
+            rate = moving_rate(played.hits_over_time, played.choices_over_time)
+            over_time.plot(np.arange(len(rate)), 100 * rate, color=colour, linewidth=1.4, label=row.policy)
+            against_loads.scatter(row.loads_per_layer, 100 * row.hit_rate, color=colour, s=36, zorder=3)
+        for row in found.rows:
+            if row.is_bound:
+                against_loads.axhline(100 * row.hit_rate, color="0.6", linewidth=0.8, linestyle="--")
+                against_loads.annotate(
+                    row.policy,
+                    (1.0, 100 * row.hit_rate),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="right",
+                    color="0.4",
+                )
+        over_time.set_title(found.trace.name, loc="left", fontweight="bold")
+        over_time.set_xlabel(f"token of the answer (mean of the last {SMOOTHING})")
+        over_time.set_ylabel("hits, % of choices")
+        against_loads.set_xlabel("experts loaded, per token and layer")
+        against_loads.set_ylabel("hits, % of choices")
+        against_loads.margins(y=0.15)
+        for axis in (over_time, against_loads):
+            axis.grid(alpha=0.25)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
+    save(fig, path)

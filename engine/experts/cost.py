@@ -1,0 +1,51 @@
+"""What a swap costs and what it may cost: the one model that policies, budget and predictions share.
+
+A miss reads an expert from RAM. A hit reads it from VRAM instead. A load reads it from RAM, too, and sends it over
+PCIe, where it disturbs nobody as long as it takes less than its share of the token. So, in time per byte, a load pays
+if it turns at least `break_even` misses into hits:
+
+    break_even * (1 / ram - 1 / vram) = 1 / ram
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidths:
+    """Measured speeds of a machine, in bytes a second: reading RAM, copying RAM to VRAM, reading VRAM."""
+
+    ram: float
+    pcie: float
+    vram: float
+
+    @property
+    def break_even(self) -> float:
+        """Return how many misses a load must turn into hits to pay for itself; infinite if it never does."""
+        gain = 1.0 / self.ram - 1.0 / self.vram
+        return 1.0 / (self.ram * gain) if gain > 0 else math.inf
+
+
+class SwapBudget:
+    """Bytes that may be copied for each token: what PCIe moves in a share of the token's time.
+
+    What is not used is kept for the next tokens, up to as much as one token gets, and to one expert at least: so a
+    slow link still swaps now and then, and a pause is never followed by a burst.
+    """
+
+    def __init__(self, bytes_per_s: float, largest_expert: int, share: float = 0.5) -> None:
+        """Start with nothing saved; `largest_expert` in bytes."""
+        self._rate, self._largest = bytes_per_s * share, float(largest_expert)
+        self.allowance = 0.0
+
+    def grant(self, token_s: float) -> None:
+        """Add what one token of that many seconds earns."""
+        earned = self._rate * token_s
+        self.allowance = min(self.allowance + earned, max(2 * earned, self._largest))
+
+    def spend(self, n_bytes: int) -> None:
+        """Take off what was copied."""
+        assert n_bytes <= self.allowance
+        self.allowance -= n_bytes

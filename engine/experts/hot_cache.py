@@ -1,0 +1,222 @@
+"""The hot-expert cache as one object: told what was routed, it swaps, counts, and explains itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.slots import SlotDevice
+from engine.experts.cost import SwapBudget
+from engine.experts.policy import Policy
+from engine.experts.slots import SlotTable
+from engine.experts.swapper import Swapper
+from engine.experts.swaps import NO_SWAPS, Swaps, hottest
+from engine.experts.tracker import Heat, count_choices
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """Counts since the cache was made or last reset.
+
+    Attributes:
+        n_tokens: that used the cache; those of bypassed prompts are not among them.
+        hits: int64 [n_layers], choices served from slots.
+        choices: int64 [n_layers].
+        n_loads: experts copied into slots.
+        loaded_bytes: their bytes.
+        n_failures: copies that failed.
+    """
+
+    n_tokens: int
+    hits: npt.NDArray[np.int64]
+    choices: npt.NDArray[np.int64]
+    n_loads: int
+    loaded_bytes: int
+    n_failures: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Return the share of choices served from slots."""
+        return float(self.hits.sum() / max(int(self.choices.sum()), 1))
+
+
+class HotCache:
+    """Keeps the experts that are chosen most in the slots of a device.
+
+    At each token boundary, `observe` is given the routing of the step that has just run, then `step` moves swaps on.
+    Neither changes what is computed, only where.
+    """
+
+    def __init__(
+        self,
+        device: SlotDevice,
+        table: SlotTable,
+        policy: Policy,
+        budget: SwapBudget,
+        *,
+        bypass_n_tokens: int = 32,
+        prompt_seeds_heat: bool = True,
+        max_in_flight: int = 64,
+    ) -> None:
+        """Start with the slots of `table` free.
+
+        Args:
+            device: has the slots.
+            table: belongs to this cache from now on.
+            policy: fresh, or with heat from a profile.
+            budget: of bytes a token.
+            bypass_n_tokens: steps of this many tokens or more stream their experts past the cache.
+            prompt_seeds_heat: whether the tokens of such steps count as heat; the first of them fills the slots anyway.
+            max_in_flight: swaps under way at most.
+        """
+        self._device, self.table, self.policy, self._budget = device, table, policy, budget
+        self._bypass_n_tokens, self._prompt_seeds_heat = bypass_n_tokens, prompt_seeds_heat
+        self._swapper = Swapper(device, table, max_in_flight)
+        self._n_experts = table.held.shape[1]
+        self._to_fill = NO_SWAPS
+        self._interrupted = False
+        self._used = False
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Start to count afresh."""
+        self._n_tokens = 0
+        self._hits = np.zeros(len(self.table.n_slots), np.int64)
+        self._choices = np.zeros(len(self.table.n_slots), np.int64)
+        self._loads_before = (self._swapper.n_loads, self._swapper.n_bytes, self._swapper.n_failures)
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        """Return the counts so far."""
+        loads, n_bytes, failures = self._loads_before
+        return CacheStatistics(
+            self._n_tokens,
+            self._hits.copy(),
+            self._choices.copy(),
+            self._swapper.n_loads - loads,
+            self._swapper.n_bytes - n_bytes,
+            self._swapper.n_failures - failures,
+        )
+
+    def observe(self, routing: npt.NDArray[np.integer]) -> None:
+        """Take in the step that has just run, before `step`; routing: ids [n_layers, n_tokens, n_experts_used]."""
+        n_tokens = routing.shape[1]
+        tokens = routing.transpose(1, 0, 2)
+        if n_tokens >= self._bypass_n_tokens:
+            if not self._used:
+                self.fill(count_choices(tokens, self._n_experts))
+            if self._prompt_seeds_heat:
+                for chosen in tokens:
+                    self.policy.observe(chosen)
+            return
+        self._used = True
+        self._n_tokens += n_tokens
+        layers = np.arange(routing.shape[0])[:, None, None]
+        self._hits += self.table.ready[layers, routing].sum((1, 2))
+        self._choices += routing[0].size
+        for chosen in tokens:
+            self.policy.observe(chosen)
+
+    def fill(self, heat: Heat, wait: bool = False) -> None:
+        """Give free slots to the hottest experts, hottest first; heat: float32 [n_layers, n_experts].
+
+        For a prompt's counts or a saved profile. No budget holds it back: there is nothing in the slots yet. Without
+        `wait` the copies go on while tokens are made, as many at a time as may be in flight.
+        """
+        if self._interrupted:
+            self.recover()
+        wanted = hottest(heat, self.table.n_slots) & (heat > 0)
+        layers, experts = np.nonzero(wanted & ~self.table.held)
+        leads = heat[layers, experts].astype(np.float32)
+        self._to_fill = Swaps(layers, experts, np.full(len(layers), -1), leads).widest_first()
+        self._advance(self._take_to_fill())
+        while wait and len(self._to_fill):
+            self._swapper.drain()
+            self._advance(self._take_to_fill())
+        if wait:
+            self._swapper.drain()
+
+    def _take_to_fill(self) -> Swaps:
+        """Return the next loads of a first fill, as many as there is room for."""
+        swaps, n = self._to_fill, self._swapper.room
+        if not len(swaps):
+            return NO_SWAPS
+        if self._swapper.stopped:
+            self._to_fill = NO_SWAPS
+            return NO_SWAPS
+        self._to_fill = swaps.pick(slice(n, None))
+        return swaps.pick(slice(0, n))
+
+    def step(self, token_s: float) -> int:
+        """Move swaps on and begin new ones; call between two tokens. Return how many were begun.
+
+        token_s: the time the last token took, which earns the next copies their budget.
+        """
+        if self._interrupted:
+            self.recover()
+        self._advance(NO_SWAPS)
+        self._budget.grant(token_s)
+        if len(self._to_fill):
+            return self._advance(self._take_to_fill())
+        if not self._used or not self._swapper.room:
+            return 0
+        swaps = self.policy.plan(self.table.held, self.table.n_slots)
+        # A victim that is itself still on its way cannot make room yet.
+        swaps = swaps.pick((swaps.evicts < 0) | self.table.ready[swaps.layers, swaps.evicts])
+        swaps = swaps.within(self.table.expert_bytes, self._budget.allowance).pick(slice(0, self._swapper.room))
+        self._budget.spend(int(self.table.expert_bytes[swaps.layers].sum()))
+        return self._advance(swaps)
+
+    def _advance(self, swaps: Swaps) -> int:
+        """Begin with swaps and move all on. An interrupt in here leaves a note for the next call."""
+        try:
+            n = self._swapper.submit(swaps)
+            self._swapper.poll()
+        except BaseException:
+            self._interrupted = True
+            raise
+        return n
+
+    def recover(self) -> None:
+        """Make slots, table and device agree again after an interrupt; done by itself at the next step."""
+        self._swapper.recover()
+        self._to_fill = NO_SWAPS
+        self._interrupted = False
+
+    def close(self) -> None:
+        """Wait until nothing is being copied any more."""
+        if self._interrupted:
+            self.recover()
+        self._swapper.drain()
+
+    def describe(self) -> str:
+        """Return one line: what the cache holds and earns, or why it does not."""
+        n_slots = self.table.n_slots
+        if not n_slots.any():
+            return "hot-expert cache off: no layer has a slot (hot_k is 0, or no VRAM is left for one)"
+        if self._swapper.stopped:
+            return f"hot-expert cache frozen: {self._swapper.stopped}"
+        low, high = int(n_slots.min()), int(n_slots.max())
+        each = f"{low}" if low == high else f"{low} to {high}"
+        share = float(n_slots.mean()) / self._n_experts
+        text = f"hot-expert cache: {each} of {self._n_experts} experts in each of {len(n_slots)} layers ({share:.0%}, "
+        text += f"{self.table.n_bytes / 1e9:.2f} GB)"
+        if self._n_tokens:
+            found = self.statistics
+            text += f", {found.hit_rate:.0%} hits, {found.n_loads / found.n_tokens:.1f} swaps a token"
+        return text
+
+
+def why_useless(break_even: float, n_slots: npt.NDArray[np.integer], n_experts_used: int) -> str | None:
+    """Return why a cache with these slots could not pay, with what to change, or None if it may."""
+    if math.isinf(break_even):
+        return "the device's memory is not faster than RAM, so a load never pays; set hot_k = 0"
+    if n_slots.any() and n_slots.max() < n_experts_used:
+        return (
+            f"{int(n_slots.max())} slots a layer hold less than one token's {n_experts_used} experts; "
+            "give it more VRAM (hot_k, vram_budget) or set hot_k = 0"
+        )
+    return None

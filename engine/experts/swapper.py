@@ -1,0 +1,144 @@
+"""The swapper: the only one who moves expert bytes. It starts copies, watches them, and tells the device who is where.
+
+A swap goes through three hands, at any pace the device likes: the victim is unpublished and its slot fenced off; when
+the fence is passed, the copy is started; when the copy is done, the newcomer is published. A copy that fails costs
+its slot's contents and nothing else: the expert is computed from RAM, as it was before.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from engine.devices.slots import SlotDevice, Ticket
+from engine.errors import DeviceError
+from engine.experts.slots import SlotState, SlotTable
+from engine.experts.swaps import Swaps
+
+log = logging.getLogger(__name__)
+
+FAILURES_IN_A_ROW = 3  # after which no more copies are tried
+
+
+@dataclass(slots=True)
+class _Swap:
+    """A swap under way: its slot, and what it waits for (the fence first, then the copy)."""
+
+    layer: int
+    expert: int
+    slot: int
+    ticket: Ticket
+    copying: bool = False
+
+
+class Swapper:
+    """Carries out swaps, at most `max_in_flight` at a time.
+
+    Attributes:
+        n_loads: experts that reached their slot.
+        n_bytes: their bytes.
+        n_failures: copies that failed.
+        stopped: why no more swaps are made, or None.
+    """
+
+    def __init__(self, device: SlotDevice, table: SlotTable, max_in_flight: int = 64) -> None:
+        self._device, self._table, self._max_in_flight = device, table, max_in_flight
+        self._swaps: list[_Swap] = []
+        self._failures_in_a_row = 0
+        self.n_loads = self.n_bytes = self.n_failures = 0
+        self.stopped: str | None = None
+
+    @property
+    def room(self) -> int:
+        """Return how many more swaps may be submitted now."""
+        return 0 if self.stopped else self._max_in_flight - len(self._swaps)
+
+    @property
+    def in_flight(self) -> int:
+        """Return the swaps under way."""
+        return len(self._swaps)
+
+    def submit(self, swaps: Swaps) -> int:
+        """Begin with swaps, in their order, as far as there is room; return how many.
+
+        A swap whose victim is not ready (it is still on its way) is left out.
+        """
+        table, device = self._table, self._device
+        begun: list[_Swap] = []
+        for layer, expert, evict in zip(
+            swaps.layers.tolist(), swaps.loads.tolist(), swaps.evicts.tolist(), strict=True
+        ):
+            if len(begun) >= self.room:
+                break
+            if evict >= 0:
+                if not table.ready[layer, evict]:
+                    continue
+                device.publish(layer, evict, -1)
+            begun.append(_Swap(layer, expert, table.reserve(layer, expert, evict), None))
+        if begun:
+            fence = device.fence()  # one for all: it comes after every publish above
+            for swap in begun:
+                swap.ticket = fence
+            self._swaps += begun
+        return len(begun)
+
+    def poll(self) -> None:
+        """Take every swap as far as it goes without waiting."""
+        waiting: list[_Swap] = []
+        for swap in self._swaps:
+            try:
+                if self._advance(swap):
+                    continue
+            except DeviceError as error:
+                self._fail(swap, error)
+                continue
+            waiting.append(swap)
+        self._swaps = waiting
+
+    def _advance(self, swap: _Swap) -> bool:
+        """Return whether the swap is over."""
+        device, table = self._device, self._table
+        if not device.is_done(swap.ticket):
+            return False
+        if not swap.copying:
+            if self.stopped:
+                table.release(swap.layer, swap.slot)
+                return True
+            table.load(swap.layer, swap.slot)
+            swap.ticket = device.copy_expert(swap.layer, swap.expert, swap.slot)
+            swap.copying = True
+            if not device.is_done(swap.ticket):
+                return False
+        table.make_ready(swap.layer, swap.slot)
+        device.publish(swap.layer, swap.expert, swap.slot)
+        self.n_loads += 1
+        self.n_bytes += int(table.expert_bytes[swap.layer])
+        self._failures_in_a_row = 0
+        return True
+
+    def _fail(self, swap: _Swap, error: DeviceError) -> None:
+        self._table.release(swap.layer, swap.slot)
+        self.n_failures += 1
+        self._failures_in_a_row += 1
+        if self.n_failures == 1:
+            log.warning("expert %d of layer %d could not be copied into its slot: %s", swap.expert, swap.layer, error)
+        if self._failures_in_a_row >= FAILURES_IN_A_ROW and not self.stopped:
+            self.stopped = f"{FAILURES_IN_A_ROW} copies in a row failed: {error}"
+            log.warning("the expert cache swaps no more; %s", self.stopped)
+
+    def drain(self) -> None:
+        """Wait until no swap is under way."""
+        while self._swaps:
+            self._device.wait_all()
+            self.poll()
+
+    def recover(self) -> None:
+        """Bring table and device in line after an interrupt, at any point of any call; swaps under way are dropped."""
+        self._device.wait_all()
+        self._swaps = []
+        self._table.rebuild()
+        for layer in range(len(self._table.n_slots)):
+            for expert in range(self._table.held.shape[1]):
+                slot = self._table.slot_of(layer, expert)
+                ready = slot >= 0 and self._table.slot(layer, slot).state is SlotState.READY
+                self._device.publish(layer, expert, slot if ready else -1)

@@ -1,0 +1,91 @@
+"""A device with slots that only keeps books, and refuses whatever a real one could not survive."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.errors import DeviceError
+
+
+class Work:
+    """A copy or a step: done when the device says so."""
+
+    def __init__(self, what: tuple) -> None:
+        self.what, self.done, self.failed = what, False, False
+
+
+class FakeSlots:
+    """Checks the rule of slots: read only after the copy into them, overwritten only after the last reader.
+
+    Steps and copies finish in any order that the random generator likes; copies fail with probability `failing`.
+    """
+
+    def __init__(self, n_layers: int, n_experts: int, seed: int, failing: float = 0.0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.failing = failing
+        self.where = np.full((n_layers, n_experts), -1)  # what was published
+        self.contents: dict[tuple[int, int], int] = {}  # (layer, slot) -> expert whose bytes are whole
+        self.steps: list[Work] = []  # started and not done, with the slots they read
+        self.copies: list[Work] = []
+        self.n_copies = 0
+        self.n_calls = 0
+
+    def copy_expert(self, layer: int, expert: int, slot: int) -> Work:
+        self.n_calls += 1
+        assert not (self.where[layer] == slot).any(), "a slot is overwritten while it is published"
+        assert not any((layer, slot) in step.what for step in self.steps), "a slot is overwritten while a step reads it"
+        assert not any(copy.what[:2] == (layer, slot) for copy in self.copies), "two copies into one slot"
+        self.contents.pop((layer, slot), None)
+        if self.rng.random() < self.failing / 2:
+            raise DeviceError("copy cannot be started")
+        copy = Work((layer, slot, expert))
+        self.copies.append(copy)
+        self.n_copies += 1
+        return copy
+
+    def fence(self) -> Work:
+        self.n_calls += 1
+        return Work((list(self.steps),))
+
+    def is_done(self, ticket: Work) -> bool:
+        self.n_calls += 1
+        if ticket.failed:
+            raise DeviceError("copy was lost")
+        if isinstance(ticket.what[0], list):
+            return all(step.done for step in ticket.what[0])
+        return ticket.done
+
+    def publish(self, layer: int, expert: int, slot: int) -> None:
+        self.n_calls += 1
+        if slot >= 0:
+            assert self.contents.get((layer, slot)) == expert, "an expert is published before its copy is done"
+        self.where[layer, expert] = slot
+
+    def wait_all(self) -> None:
+        self.n_calls += 1
+        self.finish(1.0)
+
+    # -- what the outside world does --------------------------------------------------------------------------------
+
+    def start_step(self, chosen: np.ndarray) -> list[bool]:
+        """Start a step that reads these experts ([n_layers, n_used]); return which of them come from slots."""
+        slots = [(layer, int(self.where[layer, e])) for layer, row in enumerate(chosen) for e in row]
+        for (layer, slot), expert in zip(slots, chosen.reshape(-1), strict=True):
+            assert slot < 0 or self.contents[layer, slot] == expert, "a step reads another expert's bytes"
+        self.steps.append(Work(tuple(s for s in slots if s[1] >= 0)))
+        return [slot >= 0 for _, slot in slots]
+
+    def finish(self, share: float) -> None:
+        """Let some of the work end, in random order."""
+        for queue in (self.steps, self.copies):
+            for work in list(queue):
+                if self.rng.random() >= share:
+                    continue
+                queue.remove(work)
+                if queue is self.copies and self.rng.random() < self.failing / 2:
+                    work.failed = True
+                    continue
+                work.done = True
+                if queue is self.copies:
+                    layer, slot, expert = work.what
+                    self.contents[layer, slot] = expert

@@ -1,0 +1,281 @@
+"""Slot table, swapper and the cache as a whole, on a device that finishes its work in any order and sometimes fails."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import numpy as np
+import pytest
+from fake_slots import FakeSlots
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.experts import hot_cache as hot_cache_module
+from engine.experts import slots as slots_module
+from engine.experts import swapper as swapper_module
+from engine.experts.cost import Bandwidths, SwapBudget
+from engine.experts.hot_cache import HotCache, why_useless
+from engine.experts.policy import make_policy
+from engine.experts.slots import SlotState, SlotTable, slots_that_fit
+from engine.experts.swapper import FAILURES_IN_A_ROW, Swapper
+from engine.experts.swaps import Swaps, hottest
+
+N_LAYERS, N_EXPERTS, N_USED = 4, 10, 3
+SIZES = np.array([100, 100, 150, 150])
+
+
+def make_cache(
+    slots: list[int], seed: int, policy: str = "adaptive", failing: float = 0.0, rate: float = 1e9, **options
+) -> tuple[HotCache, FakeSlots]:
+    device = FakeSlots(N_LAYERS, N_EXPERTS, seed, failing)
+    table = SlotTable(np.array(slots), N_EXPERTS, SIZES)
+    budget = SwapBudget(rate, int(SIZES.max()))
+    return HotCache(device, table, make_policy(policy, N_LAYERS, N_EXPERTS), budget, **options), device
+
+
+def tokens(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Skewed routing of one step: [n_layers, n, n_used]."""
+    scores = np.linspace(2, 0, N_EXPERTS) + rng.gumbel(size=(N_LAYERS, n, N_EXPERTS))
+    return np.argsort(-scores, axis=2)[:, :, :N_USED]
+
+
+def check(cache: HotCache, device: FakeSlots) -> None:
+    cache.table.check_integrity()
+    assert np.array_equal(device.where >= 0, cache.table.ready)
+    for layer, expert in zip(*np.nonzero(cache.table.ready), strict=True):
+        assert device.where[layer, expert] == cache.table.slot_of(layer, expert)
+
+
+many_slots = st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=many_slots,
+    seed=st.integers(0, 2**32 - 1),
+    policy=st.sampled_from(["adaptive", "decayed:margin=0", "lru", "lfru", "static", "window_topk:interval=3"]),
+    failing=st.sampled_from([0.0, 0.2, 0.9]),
+    pace=st.sampled_from([0.1, 0.5, 1.0]),
+    in_flight=st.integers(1, 9),
+)
+def test_no_slot_is_read_too_early_or_overwritten_too_soon(slots, seed, policy, failing, pace, in_flight) -> None:
+    """The fake device asserts both; here we check the books around it, and that hits are counted as they happened."""
+    cache, device = make_cache(slots, seed, policy, failing, max_in_flight=in_flight, bypass_n_tokens=8)
+    rng = np.random.default_rng(seed)
+    served = 0
+    for i in range(25):
+        routing = tokens(rng, 8 if i == 0 else 1)
+        if i:
+            served += sum(device.start_step(routing[:, 0]))
+        cache.observe(routing)
+        device.finish(pace)
+        cache.step(1.0)
+        check(cache, device)
+        assert len(device.copies) <= in_flight
+    assert cache.statistics.hits.sum() == served
+    cache.close()
+    check(cache, device)
+    assert not device.copies
+    found = cache.statistics
+    assert found.n_loads + found.n_failures >= device.n_copies
+    assert found.n_tokens == 24
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th line that is run in the modules under test, once."""
+
+    FILES = tuple(module.__file__ for module in (hot_cache_module, slots_module, swapper_module))
+
+    def __init__(self, at_line: int) -> None:
+        self.at_line, self.n_lines, self.raised = at_line, 0, False
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        if event == "line":
+            self.n_lines += 1
+            if self.n_lines == self.at_line:
+                self.raised = True
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self):
+        self.previous = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.previous)
+
+
+@settings(max_examples=80, deadline=None)
+@given(slots=many_slots, seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 3000))
+def test_an_interrupt_at_any_line_leaves_a_cache_that_goes_on(slots, seed, at_line) -> None:
+    cache, device = make_cache(slots, seed, "lru", bypass_n_tokens=8)
+    rng = np.random.default_rng(seed)
+    interrupter = Interrupter(at_line)
+    for i in range(12):
+        routing = tokens(rng, 8 if i == 0 else 1)
+        if i:
+            device.start_step(routing[:, 0])
+        device.finish(0.6)
+        try:
+            with interrupter:
+                cache.observe(routing)
+                cache.step(1.0)
+        except KeyboardInterrupt:
+            cache.step(1.0)
+        check(cache, device)
+    assert interrupter.raised == (interrupter.n_lines >= at_line)
+    cache.close()
+    check(cache, device)
+
+
+def test_a_failed_copy_costs_one_warning_and_three_in_a_row_stop_the_swaps(caplog) -> None:
+    cache, device = make_cache([5] * N_LAYERS, 0, "lru", failing=2.0)
+    rng = np.random.default_rng(0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(10):
+            cache.observe(tokens(rng, 1))
+            device.finish(1.0)
+            cache.step(1.0)
+            check(cache, device)
+    assert len(caplog.records) == 2
+    assert "could not be copied" in caplog.records[0].message
+    assert "swaps no more" in caplog.records[1].message
+    assert cache.statistics.n_failures >= FAILURES_IN_A_ROW
+    assert cache.statistics.n_loads == 0
+    assert "frozen" in cache.describe()
+    calls = device.n_calls
+    cache.observe(tokens(rng, 1))
+    cache.step(1.0)
+    assert device.n_calls == calls
+
+
+def test_a_victim_stays_readable_until_the_step_that_reads_it_is_done() -> None:
+    device = FakeSlots(1, 4, 0)
+    table = SlotTable(np.array([1]), 4, np.array([8]))
+    swapper = Swapper(device, table)
+
+    def swap(load: int, evict: int) -> Swaps:
+        return Swaps(np.array([0]), np.array([load]), np.array([evict]), np.ones(1, np.float32))
+
+    swapper.submit(swap(2, -1))
+    swapper.poll()
+    device.finish(1.0)
+    swapper.poll()
+    assert device.start_step(np.array([[2]])) == [True]
+    swapper.submit(swap(3, 2))
+    swapper.poll()
+    assert table.slot(0, 0).state is SlotState.RETIRING
+    assert device.n_copies == 1
+    assert device.start_step(np.array([[2]])) == [False]
+    device.finish(1.0)
+    swapper.poll()
+    assert table.slot(0, 0).state is SlotState.LOADING
+    assert device.start_step(np.array([[3]])) == [False]
+    device.finish(1.0)
+    swapper.poll()
+    assert device.start_step(np.array([[3]])) == [True]
+
+
+def test_the_first_prompt_fills_the_slots_and_later_ones_evict_nothing() -> None:
+    cache, device = make_cache([3] * N_LAYERS, 1, bypass_n_tokens=16)
+    rng = np.random.default_rng(1)
+    prompt = tokens(rng, 64)
+    cache.observe(prompt)
+    for _ in range(5):
+        device.finish(1.0)
+        cache.step(0.0)  # a first fill needs no budget
+    counts = np.stack([np.bincount(row.reshape(-1), minlength=N_EXPERTS) for row in prompt])
+    wanted = hottest(counts.astype(np.float32), np.full(N_LAYERS, 3))
+    assert np.array_equal(cache.table.ready, wanted)
+    assert cache.statistics.choices.sum() == 0
+    cache.observe(tokens(rng, 1))
+    copies = device.n_copies
+    cache.observe(N_EXPERTS - 1 - tokens(rng, 64))
+    assert device.n_copies == copies
+
+
+@pytest.mark.parametrize("seeds", [True, False])
+def test_whether_a_prompt_counts_as_heat_is_a_switch(seeds: bool) -> None:
+    cache, _ = make_cache([3] * N_LAYERS, 1, bypass_n_tokens=16, prompt_seeds_heat=seeds)
+    cache.observe(tokens(np.random.default_rng(0), 32))
+    assert bool(cache.policy.heat.any()) is seeds
+
+
+def test_a_budget_holds_swaps_back_and_what_is_left_is_kept() -> None:
+    budget = SwapBudget(1000.0, 150, share=0.5)
+    budget.grant(0.1)
+    assert budget.allowance == 50
+    for _ in range(10):
+        budget.grant(0.1)
+    assert budget.allowance == 150  # one expert, however slow the link is
+    budget.spend(150)
+    budget.grant(1.0)
+    budget.grant(1.0)
+    budget.grant(1.0)
+    assert budget.allowance == 1000  # two tokens' worth, no burst after a pause
+    cache, device = make_cache([3] * N_LAYERS, 1, "lru", rate=100.0)
+    rng = np.random.default_rng(1)
+    for n in range(1, 40):
+        cache.observe(tokens(rng, 1))
+        device.finish(1.0)
+        cache.step(1.0)
+        assert cache.statistics.loaded_bytes <= 50 * n + 150
+    assert cache.statistics.loaded_bytes >= 1500
+
+
+def test_break_even_follows_from_the_bandwidths() -> None:
+    assert Bandwidths(65e9, 25e9, 1008e9).break_even == pytest.approx(1.0689, abs=1e-4)
+    assert Bandwidths(50e9, 25e9, 100e9).break_even == pytest.approx(2.0)
+    assert why_useless(Bandwidths(65e9, 25e9, 60e9).break_even, np.array([4]), 2) is not None
+    assert "less than one token's 8" in why_useless(1.1, np.array([6, 7]), 8)
+    assert why_useless(1.1, np.array([8, 7]), 8) is None
+
+
+@given(
+    n_bytes=st.integers(0, 10_000),
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6),
+    most=st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_slots_fit_and_no_layer_could_have_one_more(n_bytes: int, sizes: list[int], most: int | None) -> None:
+    expert_bytes = np.array(sizes)
+    n_slots = slots_that_fit(n_bytes, expert_bytes, N_EXPERTS, most)
+    limit = N_EXPERTS if most is None else min(most, N_EXPERTS)
+    rest = n_bytes - (n_slots * expert_bytes).sum()
+    assert rest >= 0
+    assert n_slots.max() <= limit
+    assert n_slots.max() - n_slots.min() <= 1
+    even = n_slots.min()
+    assert all(n > even or n == limit or size > rest for n, size in zip(n_slots, sizes, strict=True))
+
+
+def test_one_line_says_what_the_cache_does() -> None:
+    cache, device = make_cache([3, 3, 4, 4], 1, bypass_n_tokens=16)
+    assert cache.describe() == "hot-expert cache: 3 to 4 of 10 experts in each of 4 layers (35%, 0.00 GB)"
+    cache.observe(tokens(np.random.default_rng(0), 1))
+    assert cache.describe().endswith("0% hits, 0.0 swaps a token")
+    off, _ = make_cache([0] * N_LAYERS, 1)
+    assert off.describe().startswith("hot-expert cache off: no layer has a slot")
+    off.observe(tokens(np.random.default_rng(0), 40))
+    off.observe(tokens(np.random.default_rng(0), 1))
+    assert off.step(1.0) == 0
+    assert not device.copies
+
+
+def test_statistics_can_start_afresh() -> None:
+    cache, device = make_cache([5] * N_LAYERS, 3, "lru")
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        cache.observe(tokens(rng, 1))
+        device.finish(1.0)
+        cache.step(1.0)
+    before = cache.statistics
+    assert before.n_tokens == 5
+    assert before.n_loads > 0
+    assert before.loaded_bytes >= 100 * before.n_loads
+    cache.reset_statistics()
+    after = cache.statistics
+    assert (after.n_tokens, after.n_loads, after.loaded_bytes, int(after.choices.sum())) == (0, 0, 0, 0)
