@@ -115,25 +115,25 @@ PTX void st_release_sys(unsigned *p, unsigned v) {
 
 // --- float16 and bfloat16, rounded to nearest even; NaN becomes 0x7fff ---
 
-PTX float f16_to_f32(unsigned short bits) {
-    float v;
-    asm("cvt.f32.f16 %0,%1;" : "=f"(v) : "h"(bits));
-    return v;
+PTX float half_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0,%1;" : "=f"(value) : "h"(bits));
+    return value;
 }
-PTX unsigned short f32_to_f16(float v) {
+PTX unsigned short float_to_half(float value) {
     unsigned short bits;
-    asm("cvt.rn.f16.f32 %0,%1;" : "=h"(bits) : "f"(v));
+    asm("cvt.rn.f16.f32 %0,%1;" : "=h"(bits) : "f"(value));
     return bits;
 }
-PTX unsigned f32_to_f16x2(float lo, float hi) {
+// Two in one register, as the mma fragments hold them.
+PTX unsigned floats_to_half2(float lo, float hi) {
     unsigned bits;
     asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(bits) : "f"(hi), "f"(lo));
     return bits;
 }
-PTX float bf16_to_f32(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
-PTX unsigned short f32_to_bf16(float v) {
+PTX unsigned short float_to_bfloat16(float value) {
     unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(bits) : "f"(v));
+    asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(bits) : "f"(value));
     return bits;
 }
 

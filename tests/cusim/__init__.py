@@ -1,7 +1,8 @@
 """CUDA kernels and the CUDA driver on a CPU, for tests: see README.md beside this file."""
 
 from .abi import KernelError
-from .build import BuildError, kernel_library, missing_requirement
+from .build import BuildError, missing_requirement
+from .driver import StandInCompiler, StandInDriver, environment, image, stand_in_driver
 from .launch import Module, Pointers, SanitizerError
 
 __all__ = [
@@ -10,6 +11,10 @@ __all__ = [
     "Module",
     "Pointers",
     "SanitizerError",
-    "kernel_library",
+    "StandInCompiler",
+    "StandInDriver",
+    "environment",
+    "image",
     "missing_requirement",
+    "stand_in_driver",
 ]

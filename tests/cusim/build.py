@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -102,20 +103,29 @@ def runtime_library(mode: str) -> Path:
 
     def build(target: Path) -> None:
         common = ["-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden"]
-        run(["g++", *common, *RUNTIME_FLAGS[mode], *sources, "-ldl", f"-Wl,-soname,{target.name}", "-o", target])
+        run(["g++", *common, *RUNTIME_FLAGS[mode], *sources, "-ldl", f"-Wl,-soname,{target.name},-z,nodelete", "-o", target])
 
     return cached(f"libcusim-{mode}", ".so", (), build)
 
 
 def driver_library() -> Path:
-    """Build the stand-in libcuda.so.1, or find it built. It loads the runtime along with the first module."""
+    """Build the stand-in driver, or find it built; return .../libcuda.so.1.
+
+    It has no kernel runtime of its own: every module brings one.
+    """
 
     def build(target: Path) -> None:
         sources = sorted((HERE / "driver").glob("*.cpp"))
         common = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
         run(["g++", *common, *sources, "-ldl", "-Wl,-soname,libcuda.so.1", "-o", target])
 
-    return cached("libcuda", ".so.1", (), build)
+    library = cached("libcuda", ".so.1", (), build)
+    folder = library.with_suffix("").with_suffix("")  # where a process finds it by its name, with LD_LIBRARY_PATH
+    folder.mkdir(exist_ok=True)
+    link = folder / "libcuda.so.1"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(library)
+    return link
 
 
 def include_closure(source: Path, folders: Sequence[Path]) -> dict[Path, str]:
