@@ -115,25 +115,25 @@ PTX void st_release_sys(unsigned *p, unsigned v) {
 
 // --- float16 and bfloat16, rounded to nearest even; NaN becomes 0x7fff ---
 
-PTX float half_to_float(unsigned short bits) {
-    float value;
-    asm("cvt.f32.f16 %0,%1;" : "=f"(value) : "h"(bits));
-    return value;
+PTX float f16_to_f32(unsigned short bits) {
+    float v;
+    asm("cvt.f32.f16 %0,%1;" : "=f"(v) : "h"(bits));
+    return v;
 }
-PTX unsigned short float_to_half(float value) {
+PTX unsigned short f32_to_f16(float v) {
     unsigned short bits;
-    asm("cvt.rn.f16.f32 %0,%1;" : "=h"(bits) : "f"(value));
+    asm("cvt.rn.f16.f32 %0,%1;" : "=h"(bits) : "f"(v));
     return bits;
 }
-// Two in one register, as the mma fragments hold them.
-PTX unsigned floats_to_half2(float lo, float hi) {
+PTX unsigned f32_to_f16x2(float lo, float hi) {
     unsigned bits;
     asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(bits) : "f"(hi), "f"(lo));
     return bits;
 }
-PTX unsigned short float_to_bfloat16(float value) {
+PTX float bf16_to_f32(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+PTX unsigned short f32_to_bf16(float v) {
     unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(bits) : "f"(value));
+    asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(bits) : "f"(v));
     return bits;
 }
 

@@ -162,9 +162,10 @@ static inline unsigned ld_acquire_sys(const unsigned *p) {
 static inline void st_release_sys(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 
 // --- float16 and bfloat16 ---
-static inline float half_to_float(unsigned short bits) { return cusim_half_to_float(bits); }
-static inline unsigned short float_to_half(float value) { return cusim_float_to_half(value); }
-static inline unsigned floats_to_half2(float lo, float hi) {
+static inline float f16_to_f32(unsigned short bits) { return cusim_half_to_float(bits); }
+static inline unsigned short f32_to_f16(float v) { return cusim_float_to_half(v); }
+static inline unsigned f32_to_f16x2(float lo, float hi) {
     return cusim_float_to_half(lo) | (unsigned)cusim_float_to_half(hi) << 16;
 }
-static inline unsigned short float_to_bfloat16(float value) { return cusim_float_to_bfloat16(value); }
+static inline float bf16_to_f32(unsigned short bits) { return cusim_bfloat16_to_float(bits); }
+static inline unsigned short f32_to_bf16(float v) { return cusim_float_to_bfloat16(v); }
