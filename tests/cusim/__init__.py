@@ -3,7 +3,7 @@
 from .abi import KernelError
 from .build import BuildError, missing_requirement
 from .driver import StandInCompiler, StandInDriver, environment, image, stand_in_driver
-from .launch import Module, Pointers, SanitizerError
+from .launch import Module, Pointers, SanitizerError, run_every_way
 
 __all__ = [
     "BuildError",
@@ -16,5 +16,6 @@ __all__ = [
     "environment",
     "image",
     "missing_requirement",
+    "run_every_way",
     "stand_in_driver",
 ]

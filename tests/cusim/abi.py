@@ -71,16 +71,12 @@ class Library:
 
 def _image(name: str, index: int, size: int, kind: str, value: object) -> bytes:
     """Return the bytes of one argument."""
-    wanted = {"p": int, "i": int, "f": (int, float), "s": bytes}[kind]
-    try:
-        if not isinstance(value, wanted):
-            raise TypeError(f"expected {wanted}")
-        if kind == "f":
+    match kind, value:
+        case (("p" | "i"), int()) if -(1 << (8 * size - 1)) <= value < 1 << 8 * size:
+            return value.to_bytes(size, "little", signed=value < 0)
+        case "f", (int() | float()):
             return struct.pack("f" if size == 4 else "d", value)
-        if kind == "s":
-            if len(value) != size:
-                raise ValueError(f"a struct of {size} bytes is expected, not {len(value)}")
+        case "s", bytes() if len(value) == size:
             return value
-        return value.to_bytes(size, "little", signed=value < 0)
-    except (TypeError, ValueError, OverflowError, struct.error) as e:
-        raise KernelError(f"{name}: argument {index} ({value!r}) does not fit the parameter: {e}") from e
+    meaning = {"p": "a pointer", "i": "an integer", "f": "a floating-point number", "s": "a struct"}[kind]
+    raise KernelError(f"{name}: argument {index}, {value!r}, is not {meaning} of {size} bytes")

@@ -1,8 +1,7 @@
 """The process in which kernels run under AddressSanitizer and UBSan: libasan must be loaded before anything else.
 
-Reads pickled requests from standard input, answers on standard output. Every array gets an allocation of its own, as
-exact as those of cudaMalloc are not, so the first byte past its end is out of bounds. A violation ends the process with
-a report on standard error.
+Reads pickled requests from standard input, answers on standard output. Every array gets an allocation of its own, so
+the first byte past its end is out of bounds. A violation ends the process with a report on standard error.
 """
 
 from __future__ import annotations
@@ -10,59 +9,102 @@ from __future__ import annotations
 import ctypes
 import pickle
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from abi import KernelError, Library
+from .abi import KernelError, Library
 
 ALIGNMENT = 256  # of cudaMalloc
 
 libc = ctypes.CDLL(None)
+libraries: dict[str, Library] = {}
 
 
-def allocate(data: bytes) -> int:
+@dataclass
+class Address:
+    """A place in a buffer of the request."""
+
+    buffer: int
+    offset: int
+
+
+@dataclass
+class Image:
+    """Bytes, and the positions in them that hold addresses."""
+
+    data: bytes
+    addresses: dict[int, Address]
+
+
+@dataclass
+class Request:
+    """A launch; `values` are numbers, `Address`es and, for structs, `Image`s."""
+
+    library: str
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    values: list
+    shared_bytes: int
+    order: str
+    seed: int
+    buffers: list[Image]
+    written: set[int]  # the buffers whose contents go back
+
+
+def allocate(n_bytes: int) -> int:
     p = ctypes.c_void_p()
-    if libc.posix_memalign(ctypes.byref(p), ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(len(data))):
-        raise MemoryError
-    ctypes.memmove(p.value, data, len(data))
+    if libc.posix_memalign(ctypes.byref(p), ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(n_bytes)):
+        raise MemoryError(f"{n_bytes} bytes for a kernel's argument")
     return p.value
 
 
-def serve(request: dict) -> tuple[str | None, list[bytes]]:
-    buffers = [allocate(data) for data in request["buffers"]]
+def serve(request: Request) -> tuple[str | None, dict[int, bytes]]:
+    """Run the launch; return the error or None, and the written buffers."""
+    starts = [allocate(len(image.data)) for image in request.buffers]
 
-    def resolve(value: object) -> object:
-        match value:
-            case ("buffer", int(index), int(offset)):
-                return buffers[index] + offset
-            case _:
-                return value
+    def at(address: Address) -> int:
+        return starts[address.buffer] + address.offset
 
-    tables = []
-    for entries in request["tables"]:
-        tables.append(allocate(b"".join(resolve(e).to_bytes(8, "little") for e in entries)))
-    values = [tables[v[1]] if isinstance(v, tuple) and v[0] == "table" else resolve(v) for v in request["values"]]
-    library = libraries.setdefault(request["library"], Library(request["library"]))
-    error = None
+    def relocated(image: Image) -> bytes:
+        data = bytearray(image.data)
+        for position, address in image.addresses.items():
+            data[position : position + 8] = at(address).to_bytes(8, "little")
+        return bytes(data)
+
+    def value(v: object) -> object:
+        return at(v) if isinstance(v, Address) else relocated(v) if isinstance(v, Image) else v
+
+    def content(index: int) -> bytes:
+        image = request.buffers[index]
+        data = bytearray(ctypes.string_at(starts[index], len(image.data)))
+        for position, address in image.addresses.items():  # the sender knows its own addresses only
+            if data[position : position + 8] == at(address).to_bytes(8, "little"):
+                data[position : position + 8] = image.data[position : position + 8]
+        return bytes(data)
+
+    for start, image in zip(starts, request.buffers, strict=True):
+        ctypes.memmove(start, relocated(image), len(image.data))
+    if request.library not in libraries:
+        libraries[request.library] = Library(request.library)
+    library, error = libraries[request.library], None
     try:
-        library.configure(request["order"], request["seed"])
-        library.launch(request["name"], request["grid"], request["block"], values, request["shared_bytes"])
+        library.configure(request.order, request.seed)
+        values = [value(v) for v in request.values]
+        library.launch(request.name, request.grid, request.block, values, request.shared_bytes)
     except KernelError as e:
         error = str(e)
-    results = [
-        ctypes.string_at(buffers[i], len(data)) if i in request["written"] else b""
-        for i, data in enumerate(request["buffers"])
-    ]
-    for address in (*buffers, *tables):
-        libc.free(ctypes.c_void_p(address))
+    results = {i: content(i) for i in request.written}
+    for start in starts:
+        libc.free(ctypes.c_void_p(start))
     return error, results
 
 
-libraries: dict[str, Library] = {}
-while True:
-    try:
-        request = pickle.load(sys.stdin.buffer)
-    except EOFError:
-        break
-    pickle.dump(serve(request), sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+def main() -> None:
+    """Serve requests until the sender closes the pipe."""
+    while True:
+        try:
+            request = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(serve(request), sys.stdout.buffer)
+        sys.stdout.buffer.flush()

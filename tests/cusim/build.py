@@ -103,7 +103,18 @@ def runtime_library(mode: str) -> Path:
 
     def build(target: Path) -> None:
         common = ["-std=c++17", "-O2", "-g", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden"]
-        run(["g++", *common, *RUNTIME_FLAGS[mode], *sources, "-ldl", f"-Wl,-soname,{target.name},-z,nodelete", "-o", target])
+        run(
+            [
+                "g++",
+                *common,
+                *RUNTIME_FLAGS[mode],
+                *sources,
+                "-ldl",
+                f"-Wl,-soname,{target.name},-z,nodelete",
+                "-o",
+                target,
+            ]
+        )
 
     return cached(f"libcusim-{mode}", ".so", (), build)
 

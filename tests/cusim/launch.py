@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import os
 import pickle
 import subprocess
@@ -15,6 +17,7 @@ import numpy as np
 
 from . import build
 from .abi import KernelError, Library
+from .asan_worker import Address, Image, Request
 
 Dim = int | tuple[int, ...]
 
@@ -27,7 +30,8 @@ class Pointers:
     """A table of device pointers as a kernel argument: the addresses of arrays, 0 for None."""
 
     def __init__(self, arrays: Sequence[np.ndarray | None]) -> None:
-        self.arrays = list(arrays)
+        self.arrays = [a for a in arrays if a is not None]
+        self.table = np.array([0 if a is None else a.ctypes.data for a in arrays], np.int64)
 
 
 class Module:
@@ -47,18 +51,8 @@ class Module:
         include: Sequence[Path] = (),
     ) -> None:
         self.mode = mode
-        path = build.kernel_library(
-            Path(source), mode, defines=defines, expressions=expressions, include=include
-        )
-        self.path = path
-        self._library = Library(str(path)) if mode != "asan" else None
-
-    @property
-    def kernels(self) -> list[str]:
-        """The names of the kernels, template instances by their expressions."""
-        if self._library is None:
-            raise ValueError("an asan module is loaded in its worker only")
-        return list(self._library.kernels)
+        self.path = build.kernel_library(Path(source), mode, defines=defines, expressions=expressions, include=include)
+        self._library = Library(str(self.path)) if mode != "asan" else None
 
     def launch(
         self,
@@ -67,6 +61,7 @@ class Module:
         block: Dim,
         *args: object,
         shared_bytes: int = 0,
+        memory: Sequence[np.ndarray] = (),
         order: str = "forward",
         seed: int = 1,
     ) -> None:
@@ -76,8 +71,11 @@ class Module:
             name: Kernel, or template expression as given to the module.
             grid: Blocks, up to three sides.
             block: Threads of a block, up to three sides.
-            args: C-contiguous arrays and `Pointers` for pointers, None for a null pointer, numbers, bytes for structs.
+            args: C-contiguous arrays and `Pointers` for pointers, None for a null pointer; numbers, ctypes values and
+                structs, bytes for a struct.
             shared_bytes: Dynamic shared memory.
+            memory: Arrays that the kernel reaches by their address only: in an integer argument, a struct, or an array
+                of 64-bit integers. The asan build, which copies arrays to another process, needs to know them.
             order: forward, reverse or random: in which threads and blocks run.
             seed: Of the random order.
 
@@ -85,17 +83,55 @@ class Module:
             KernelError: The kernel or the launch broke a rule.
             SanitizerError: In asan mode, the kernel broke a rule of memory or arithmetic.
         """
-        dims = [_three(side) for side in (grid, block)]
+        dims = _three(grid), _three(block)
+        values = [_plain(arg) for arg in args]
+        for array in (v for v in values if isinstance(v, np.ndarray)):
+            if not array.flags.c_contiguous:
+                raise KernelError(f"{name}: an array of shape {array.shape} is not C-contiguous")
         if self._library is None:
-            _worker().launch(str(self.path), name, dims, args, shared_bytes, order, seed)
+            reachable = [*memory, *(a for arg in args if isinstance(arg, Pointers) for a in arg.arrays)]
+            _worker().launch(str(self.path), name, dims, values, shared_bytes, reachable, order, seed)
             return
-        keep: list[np.ndarray] = []
-        values = [_value(arg, keep) for arg in args]
         self._library.configure(order, seed)
         try:
-            self._library.launch(name, *dims, values, shared_bytes)
+            addresses = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
+            self._library.launch(name, *dims, addresses, shared_bytes)
         except KernelError as e:
             raise KernelError(build.name_places(str(e))) from None
+
+
+def run_every_way(
+    source: Path | str,
+    name: str,
+    grid: Dim,
+    block: Dim,
+    *args: object,
+    shared_bytes: int = 0,
+    memory: Sequence[np.ndarray] = (),
+    modes: Sequence[str] = build.MODES,
+    seeds: Sequence[int] = (1, 2, 3),
+    **options,
+) -> None:
+    """Run a kernel in all builds and orders; arrays hold the result, and every way must have given the same bits.
+
+    Takes what `Module` and `Module.launch` take. Arrays that are not writeable are taken for inputs.
+    """
+    arrays = [a for arg in args for a in ([arg] if isinstance(arg, np.ndarray) else getattr(arg, "arrays", []))]
+    written = [a for a in (*arrays, *memory) if a.flags.writeable]
+    before = [a.copy() for a in written]
+    expected: list[np.ndarray] | None = None
+    ways = [("fast", order, 1) for order in ("forward", "reverse")] + [("fast", "random", seed) for seed in seeds]
+    ways += [(mode, "forward", 1) for mode in modes if mode != "fast"]
+    for mode, order, seed in ways:
+        for array, content in zip(written, before, strict=True):
+            array[...] = content
+        module = Module(source, mode, **options)
+        module.launch(name, grid, block, *args, shared_bytes=shared_bytes, memory=memory, order=order, seed=seed)
+        if expected is None:
+            expected = [a.copy() for a in written]
+        for array, content in zip(written, expected, strict=True):
+            if array.tobytes() != content.tobytes():
+                raise AssertionError(f"{name} gave other bits in the {mode} build, order {order}, seed {seed}")
 
 
 def _three(sides: Dim) -> tuple[int, int, int]:
@@ -104,131 +140,123 @@ def _three(sides: Dim) -> tuple[int, int, int]:
 
 
 def _plain(arg: object) -> object:
-    """Return numpy scalars as Python numbers, None as the null address, everything else as it is."""
-    if arg is None:
-        return 0
-    return arg.item() if isinstance(arg, np.generic) else arg
-
-
-def _check_array(array: np.ndarray) -> None:
-    if not array.flags.c_contiguous:
-        raise KernelError(f"an array of shape {array.shape} is not C-contiguous")
-
-
-def _value(arg: object, keep: list[np.ndarray]) -> object:
+    """Return an argument as an array, a Python number or the bytes of a struct."""
     match arg:
-        case np.ndarray():
-            _check_array(arg)
-            return arg.ctypes.data
+        case None:
+            return 0
         case Pointers():
-            table = np.array([0 if a is None else _value(a, keep) for a in arg.arrays], np.int64)
-            keep.append(table)
-            return table.ctypes.data
+            return arg.table
+        case np.generic():
+            return arg.item()
+        case ctypes.Structure():
+            return bytes(arg)
+        case ctypes._SimpleCData():
+            return arg.value or 0  # a null c_void_p is None
         case _:
-            return _plain(arg)
+            return arg
+
+
+class _Memory:
+    """The arrays of one request, and where an address lies in them."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        spans = {(a.ctypes.data, a.nbytes): a for a in arrays}
+        self.arrays = [spans[key] for key in sorted(spans)]
+        self._starts = np.array([start for start, _ in sorted(spans)], np.uint64)
+        self._ends = np.array([start + n for start, n in sorted(spans)], np.uint64)
+        if (self._starts[1:] < self._ends[:-1]).any():
+            raise KernelError("arguments that overlap without being the same array cannot run in the asan build")
+
+    def find(self, addresses: np.ndarray) -> dict[int, Address]:
+        """Return those of the addresses that lie in an array, by their index."""
+        owner = np.searchsorted(self._starts, addresses, side="right") - 1
+        inside = np.flatnonzero((owner >= 0) & (addresses < self._ends[owner])) if len(self._starts) else []
+        return {int(i): Address(int(owner[i]), int(addresses[i] - self._starts[owner[i]])) for i in inside}
+
+    def image(self, data: bytes, *, may_hold_addresses: bool = True) -> Image:
+        words = np.frombuffer(data, np.uint64, len(data) // 8 if may_hold_addresses else 0)
+        return Image(data, {8 * i: address for i, address in self.find(words).items()})
+
+    def value(self, value: object) -> object:
+        match value:
+            case np.ndarray():
+                return Address(self.find(np.array([value.ctypes.data], np.uint64))[0].buffer, 0) if value.size else 0
+            case bytes():
+                return self.image(value)
+            case int() if value > 0:
+                return self.find(np.array([value], np.uint64)).get(0, value)
+            case _:
+                return value
 
 
 class _Worker:
     """Owns the sanitizer's process."""
 
     def __init__(self) -> None:
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         environment = os.environ | {
+            "PYTHONPATH": str(build.HERE.parent),
             "LD_PRELOAD": build.asan_library(),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has to the end
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(build.HERE / "asan_worker.py")],
+            [sys.executable, "-c", "from cusim.asan_worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=environment,
         )
 
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+    def close(self) -> str:
+        """End the process; return what it wrote to standard error."""
+        with contextlib.suppress(BrokenPipeError):  # a request that it never read
+            self._process.stdin.close()
         self._process.stdout.close()
-        self._stderr.close()
+        self._process.wait()
+        self._stderr.seek(0)
+        with self._stderr:
+            return self._stderr.read().decode(errors="replace")
 
     def launch(
-        self, library: str, name: str, dims: Sequence[tuple], args: Sequence[object], shared_bytes: int, order: str, seed: int
+        self,
+        library: str,
+        name: str,
+        dims: tuple,
+        values: Sequence[object],
+        shared_bytes: int,
+        reachable: Sequence[np.ndarray],
+        order: str,
+        seed: int,
     ) -> None:
-        arrays: dict[tuple[int, int], tuple[int, np.ndarray]] = {}  # by address and size: one buffer each
-
-        def buffer(array: np.ndarray) -> tuple:
-            _check_array(array)
-            index, _ = arrays.setdefault((array.ctypes.data, array.nbytes), (len(arrays), array))
-            return "buffer", index, 0
-
-        tables, values = [], []
-        for arg in args:
-            match arg:
-                case np.ndarray():
-                    values.append(buffer(arg))
-                case Pointers():
-                    values.append(("table", len(tables)))
-                    tables.append([0 if a is None else buffer(a) for a in arg.arrays])
-                case _:
-                    values.append(_plain(arg))
-        in_order = [array for _, array in sorted(arrays.values(), key=lambda pair: pair[0])]
-        _check_no_overlap(in_order)
-        request = {
-            "library": library,
-            "name": name,
-            "grid": dims[0],
-            "block": dims[1],
-            "buffers": [array.tobytes() for array in in_order],
-            "written": {i for i, array in enumerate(in_order) if array.flags.writeable},
-            "tables": tables,
-            "values": values,
-            "shared_bytes": shared_bytes,
-            "order": order,
-            "seed": seed,
-        }
+        memory = _Memory([a for a in (*values, *reachable) if isinstance(a, np.ndarray) and a.size])
+        images = [memory.image(a.tobytes(), may_hold_addresses=a.dtype.itemsize == 8) for a in memory.arrays]
+        written = {i for i, a in enumerate(memory.arrays) if a.flags.writeable}
+        plain = [memory.value(v) for v in values]
+        request = Request(library, name, *dims, plain, shared_bytes, order, seed, images, written)
         try:
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
             error, results = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError):
-            raise SanitizerError(f"{name}:\n{self._report()}") from None
-        for array, data in zip(in_order, results, strict=True):
-            if array.flags.writeable:
-                array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+            _workers.clear()
+            raise SanitizerError(f"{name}:\n{self.close()}") from None
+        for i, data in results.items():
+            memory.arrays[i].reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
         if error:
             raise KernelError(error)
 
-    def _report(self) -> str:
-        global _current  # noqa: PLW0603
-        _current = None
-        self._process.wait()
-        self._stderr.seek(0)
-        report = self._stderr.read().decode(errors="replace")
-        self._process.stdin = None
-        self._process.stdout.close()
-        self._stderr.close()
-        return report
 
-
-def _check_no_overlap(arrays: Sequence[np.ndarray]) -> None:
-    spans = sorted((a.ctypes.data, a.nbytes) for a in arrays if a.nbytes)
-    for (start, n_bytes), (following, _) in zip(spans, spans[1:], strict=False):
-        if start + n_bytes > following:
-            raise KernelError("arguments that overlap without being the same array cannot run in the asan build")
-
-
-_current: _Worker | None = None
+_workers: list[_Worker] = []  # one at most: a process is started when needed, and again after a violation
 
 
 def _worker() -> _Worker:
-    global _current  # noqa: PLW0603
-    if _current is None:
-        _current = _Worker()
-    return _current
+    if not _workers:
+        _workers.append(_Worker())
+    return _workers[0]
 
 
 @atexit.register
 def _close_worker() -> None:
-    if _current is not None:
-        _current.close()
+    for worker in _workers:
+        worker.close()
