@@ -1,0 +1,47 @@
+// Q4_0, Q4_1, Q5_0, Q5_1: 32 weights of 4 or 5 bits with one scale, and with an offset or a minimum.
+#ifndef ENGINE_FORMATS_Q4_0_H
+#define ENGINE_FORMATS_Q4_0_H
+
+#include "../integer_block.h"
+
+// Nibbles of 16 bytes: low halves first. `high` gives each weight its fifth bit, `offset` is taken off.
+static inline void unpack_nibbles_32(const uint8_t *qs, uint32_t high, int offset, int8_t *q) {
+    for (int i = 0; i < 16; i++) {
+        q[i] = (int8_t)(((qs[i] & 15) | (high >> i & 1) << 4) - offset);
+        q[i + 16] = (int8_t)((qs[i] >> 4 | (high >> (i + 16) & 1) << 4) - offset);
+    }
+}
+
+static inline void unpack_Q4_0(const void *block, integer_block *out) {
+    const block_Q4_0 *b = block;
+    unpack_nibbles_32(b->qs, 0, 8, out->q);
+    set_sub_blocks(out->scale, 0, 32, 1);
+    out->d = f16_to_f32(b->d);
+}
+
+static inline void unpack_Q4_1(const void *block, integer_block *out) {
+    const block_Q4_1 *b = block;
+    unpack_nibbles_32(b->qs, 0, 0, out->q);
+    set_sub_blocks(out->scale, 0, 32, 1);
+    set_sub_blocks(out->min, 0, 32, 1);
+    out->d = f16_to_f32(b->d);
+    out->min_d = f16_to_f32(b->m);
+}
+
+static inline void unpack_Q5_0(const void *block, integer_block *out) {
+    const block_Q5_0 *b = block;
+    unpack_nibbles_32(b->qs, b->qh, 16, out->q);
+    set_sub_blocks(out->scale, 0, 32, 1);
+    out->d = f16_to_f32(b->d);
+}
+
+static inline void unpack_Q5_1(const void *block, integer_block *out) {
+    const block_Q5_1 *b = block;
+    unpack_nibbles_32(b->qs, b->qh, 0, out->q);
+    set_sub_blocks(out->scale, 0, 32, 1);
+    set_sub_blocks(out->min, 0, 32, 1);
+    out->d = f16_to_f32(b->d);
+    out->min_d = f16_to_f32(b->m);
+}
+
+#endif

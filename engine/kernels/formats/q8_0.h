@@ -1,0 +1,16 @@
+// Q8_0: 32 weights of 8 bits with one scale.
+#ifndef ENGINE_FORMATS_Q8_0_H
+#define ENGINE_FORMATS_Q8_0_H
+
+#include "../integer_block.h"
+
+#include <string.h>
+
+static inline void unpack_Q8_0(const void *block, integer_block *out) {
+    const block_Q8_0 *b = block;
+    memcpy(out->q, b->qs, sizeof b->qs);
+    set_sub_blocks(out->scale, 0, 32, 1);
+    out->d = f16_to_f32(b->d);
+}
+
+#endif

@@ -1,0 +1,127 @@
+// Matrix products in the canonical arithmetic, for any format, from its unpack, load or expand function.
+//
+// These are the plain definitions: they say what every faster version computes. The functions are inlined into one
+// instance a format, so that the function arguments cost nothing.
+#ifndef ENGINE_MATMUL_H
+#define ENGINE_MATMUL_H
+
+#include "activations.h"
+#include "integer_block.h"
+#include "simd.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+typedef void unpack_fn(const void *block, integer_block *out);
+typedef void expand_fn(const void *block, float *out);
+typedef v16 load_fn(const uint8_t *weights);
+
+// One row: a single chain of one fused multiply-add a block (two with minimums), blocks in order.
+ALWAYS_INLINE float dot_integer(unpack_fn unpack, int block_size, int block_bytes, int has_min, const uint8_t *w,
+                                int n_cols, activation_row x) {
+    float acc = 0.0f;
+    for (int b = 0; b < n_cols / block_size; b++) {
+        integer_block block;
+        const int8_t *q = x.q + (int64_t)b * block_size;
+        const int16_t *sums = x.sums + (int64_t)b * (block_size / 16);
+        int32_t isum = 0, imin = 0;
+        unpack(w + (int64_t)b * block_bytes, &block);
+        for (int u = 0; u < block_size / 16; u++) {
+            int32_t dot = 0;
+            for (int i = 16 * u; i < 16 * u + 16; i++)
+                dot += block.q[i] * q[i];
+            isum += block.scale[u] * dot;
+            if (has_min)
+                imin += block.min[u] * sums[u];
+        }
+        acc = fmaf(block.d * x.d[b], (float)isum, acc);
+        if (has_min)
+            acc = fmaf(block.min_d * x.d[b], (float)imin, acc);
+    }
+    return acc;
+}
+
+ALWAYS_INLINE void matmul_integer(unpack_fn unpack, int block_size, int block_bytes, int has_min, int activation,
+                                  const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x,
+                                  int n_x, float *const *y) {
+    for (int t = 0; t < n_x; t++) {
+        const activation_row row = activation_view(x[t], activation, n_cols);
+        for (int r = 0; r < n_rows; r++)
+            y[t][r] = dot_integer(unpack, block_size, block_bytes, has_min, w + r * row_bytes, n_cols, row);
+    }
+}
+
+ALWAYS_INLINE void dequantize_integer(unpack_fn unpack, int block_size, int block_bytes, int has_min, const uint8_t *w,
+                                      float *out, int n_cols) {
+    for (int b = 0; b < n_cols / block_size; b++) {
+        integer_block block;
+        unpack(w + (int64_t)b * block_bytes, &block);
+        for (int i = 0; i < block_size; i++) {
+            const float value = block.d * (float)block.scale[i / 16] * (float)block.q[i];
+            out[(int64_t)b * block_size + i] = has_min ? value + block.min_d * (float)block.min[i / 16] : value;
+        }
+    }
+}
+
+// Float formats: sixteen chains, chain i takes the weights i, i + 16, ...; then the tree of v16_sum.
+ALWAYS_INLINE void matmul_float(load_fn load, int weight_bytes, const uint8_t *w, int64_t row_bytes, int n_rows,
+                                int n_cols, const void *const *x, int n_x, float *const *y) {
+    const int tail = n_cols % 16, whole = n_cols - tail;
+    for (int r = 0; r < n_rows; r++) {
+        const uint8_t *row = w + r * row_bytes;
+        uint8_t padded[64] = {0};
+        memcpy(padded, row + (int64_t)whole * weight_bytes, (size_t)(tail * weight_bytes));
+        for (int t = 0; t < n_x; t++) {
+            const float *values = x[t];
+            v16 acc = v16_set(0.0f);
+            for (int i = 0; i < whole; i += 16)
+                acc = v16_fma(load(row + (int64_t)i * weight_bytes), v16_load(values + i), acc);
+            if (tail)
+                acc = v16_fma(load(padded), v16_load_first(values + whole, tail), acc);
+            y[t][r] = v16_sum(acc);
+        }
+    }
+}
+
+ALWAYS_INLINE void dequantize_float(load_fn load, int weight_bytes, const uint8_t *w, float *out, int n_cols) {
+    const int tail = n_cols % 16, whole = n_cols - tail;
+    for (int i = 0; i < whole; i += 16)
+        v16_store(out + i, load(w + (int64_t)i * weight_bytes));
+    if (tail) {
+        uint8_t padded[64] = {0};
+        memcpy(padded, w + (int64_t)whole * weight_bytes, (size_t)(tail * weight_bytes));
+        v16_store_first(out + whole, load(padded), tail);
+    }
+}
+
+// Formats that are made float32 a block at a time.
+ALWAYS_INLINE void matmul_expanded(expand_fn expand, int block_size, int block_bytes, const uint8_t *w,
+                                   int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x,
+                                   float *const *y) {
+    enum { TOKENS = 16 }; // that share one expansion of a block
+    for (int r = 0; r < n_rows; r++)
+        for (int first = 0; first < n_x; first += TOKENS) {
+            const int n = n_x - first < TOKENS ? n_x - first : TOKENS;
+            v16 acc[TOKENS];
+            for (int t = 0; t < n; t++)
+                acc[t] = v16_set(0.0f);
+            for (int b = 0; b < n_cols / block_size; b++) {
+                _Alignas(64) float weights[256];
+                expand(w + r * row_bytes + (int64_t)b * block_bytes, weights);
+                for (int t = 0; t < n; t++) {
+                    const float *values = (const float *)x[first + t] + (int64_t)b * block_size;
+                    for (int i = 0; i < block_size; i += 16)
+                        acc[t] = v16_fma(v16_load(weights + i), v16_load(values + i), acc[t]);
+                }
+            }
+            for (int t = 0; t < n; t++)
+                y[first + t][r] = v16_sum(acc[t]);
+        }
+}
+
+ALWAYS_INLINE void dequantize_expanded(expand_fn expand, int block_size, int block_bytes, const uint8_t *w, float *out,
+                                       int n_cols) {
+    for (int b = 0; b < n_cols / block_size; b++)
+        expand(w + (int64_t)b * block_bytes, out + (int64_t)b * block_size);
+}
+
+#endif
