@@ -24,6 +24,7 @@ typedef unsigned long long uint64_t;
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
 
 DEVICE int64_t round_up_64(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
