@@ -28,9 +28,9 @@ struct Side {
 #if KV_TYPE == 0
         return ((const float *)values)[row * HEAD_DIM + i];
 #elif KV_TYPE == 1
-        return half_to_float(((const uint16_t *)values)[row * HEAD_DIM + i]);
+        return f16_to_f32(((const uint16_t *)values)[row * HEAD_DIM + i]);
 #else
-        return half_to_float(scales[row * N_SCALES + i / 32]) * (float)((const int8_t *)values)[row * HEAD_DIM + i];
+        return f16_to_f32(scales[row * N_SCALES + i / 32]) * (float)((const int8_t *)values)[row * HEAD_DIM + i];
 #endif
     }
 };
@@ -60,7 +60,7 @@ store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, uin
         ((float *)out.values)[row * HEAD_DIM + i] = value;
 #elif KV_TYPE == 1
     if (i < HEAD_DIM)
-        ((uint16_t *)out.values)[row * HEAD_DIM + i] = float_to_half(value);
+        ((uint16_t *)out.values)[row * HEAD_DIM + i] = f32_to_f16(value);
 #else
     const float amax = warp_max(fabsf(value));
     const float ratio = amax > 0.0f ? __fdiv_rn(127.0f, amax) : 0.0f;
@@ -68,7 +68,7 @@ store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, uin
         ((int8_t *)out.values)[row * HEAD_DIM + i] =
             (int8_t)__float2int_rn(fminf(fmaxf(rintf(value * ratio), -127.0f), 127.0f));
     if (i % 32 == 0)
-        out.scales[row * N_SCALES + i / 32] = float_to_half(__fdiv_rn(amax, 127.0f));
+        out.scales[row * N_SCALES + i / 32] = f32_to_f16(__fdiv_rn(amax, 127.0f));
 #endif
 }
 
@@ -77,15 +77,17 @@ struct Part {
     float largest, sum;
 };
 
-// Grid: (n_kv_heads, n_parts, tokens). values: float [tokens, n_heads, n_parts, HEAD_DIM]; parts: [tokens, n_heads, n_parts].
+// Grid: (n_kv_heads, n_parts, tokens from `first_token` on). values: float [grid tokens, n_heads, n_parts, HEAD_DIM];
+// parts: [grid tokens, n_heads, n_parts].
 KERNEL(THREADS)
 attend(const float *q, int64_t q_stride, uint8_t *cache, const int *positions, const int *slots, int n_slots,
-       int context_length, int n_kv_heads, float scale, float *values, Part *parts, const int *n_tokens) {
+       int context_length, int n_kv_heads, float scale, float *values, Part *parts, int first_token,
+       const int *n_tokens) {
     __shared__ float queries[GROUP][HEAD_DIM];
     __shared__ float scores[GROUP][TILE]; // of a tile; then their exponentials
     __shared__ float rescale[GROUP];      // of what was added up before the tile
     __shared__ Part totals[GROUP];
-    const int kv_head = blockIdx.x, part = blockIdx.y, n_parts = gridDim.y, token = blockIdx.z;
+    const int kv_head = blockIdx.x, part = blockIdx.y, n_parts = gridDim.y, token = first_token + blockIdx.z;
     if (token >= *n_tokens)
         return;
     const int n_positions = positions[token] + 1, slot = slots[token];
@@ -131,6 +133,7 @@ attend(const float *q, int64_t q_stride, uint8_t *cache, const int *positions, c
             const float e = lane < n ? exp_canonical(score - largest) : 0.0f;
             const float sum = warp_sum(e);
             scores[g][lane] = e;
+            __syncwarp(); // all have read the old total
             if (lane == 0) {
                 rescale[g] = exp_canonical(before.largest - largest);
                 totals[g] = {largest, __fmaf_rn(before.sum, exp_canonical(before.largest - largest), sum)};
@@ -154,7 +157,7 @@ attend(const float *q, int64_t q_stride, uint8_t *cache, const int *positions, c
         __syncthreads();
     }
 
-    const int64_t head = ((int64_t)token * n_kv_heads + kv_head) * GROUP;
+    const int64_t head = ((int64_t)blockIdx.z * n_kv_heads + kv_head) * GROUP;
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
         const int64_t at = (head + g) * n_parts + part;
@@ -167,13 +170,14 @@ attend(const float *q, int64_t q_stride, uint8_t *cache, const int *positions, c
     }
 }
 
-// Grid: (n_heads, tokens). out: float32 rows of n_heads * HEAD_DIM.
+// Grid: (n_heads, tokens from `first_token` on). out: float32 rows of n_heads * HEAD_DIM.
 KERNEL(THREADS)
-merge_parts(const float *values, const Part *parts, int n_parts, float *out, int64_t out_stride, const int *n_tokens) {
-    const int head = blockIdx.x, token = blockIdx.y;
+merge_parts(const float *values, const Part *parts, int n_parts, float *out, int64_t out_stride, int first_token,
+            const int *n_tokens) {
+    const int head = blockIdx.x, token = first_token + blockIdx.y;
     if (token >= *n_tokens)
         return;
-    const int64_t first = ((int64_t)token * gridDim.x + head) * n_parts;
+    const int64_t first = ((int64_t)blockIdx.y * gridDim.x + head) * n_parts;
     float largest = NEVER;
     for (int i = 0; i < n_parts; i++)
         largest = fmaxf(largest, parts[first + i].largest);

@@ -52,8 +52,6 @@ DEVICE float block_sum(float value, float *partial) {
     return value;
 }
 
-DEVICE float bfloat16_to_float(uint16_t bits) { return __uint_as_float((unsigned)bits << 16); }
-
 // exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder.
 DEVICE float exp_canonical(float x) {
     x = fminf(fmaxf(x, -87.0f), 88.0f);

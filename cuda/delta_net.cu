@@ -1,56 +1,19 @@
-// The recurrent layers: causal convolution and the gated delta rule, token after token.
-//
-// Tokens of one sequence stand together and in order; a token at position 0 starts its sequence with a zero state. The
-// state of a sequence is read once and written once for all its tokens in the step.
-#include "common.cuh"
-
-// Depthwise causal convolution over time, then SiLU. weight [n_channels, KERNEL_SIZE]; state [n_slots, KERNEL_SIZE - 1,
-// n_channels], oldest first. Compiled for KERNEL_SIZE. Grid: (ceil(n_channels / 256)); a thread takes a channel.
-KERNEL(256)
-causal_conv(const float *x, int64_t x_stride, const float *weight, float *state, float *out, int64_t out_stride,
-            int n_channels, const int *positions, const int *slots, const int *n_tokens) {
-    constexpr int BEFORE = KERNEL_SIZE - 1;
-    const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
-    if (channel >= n_channels)
-        return;
-    float w[KERNEL_SIZE], past[BEFORE];
-#pragma unroll
-    for (int j = 0; j < KERNEL_SIZE; j++)
-        w[j] = weight[channel * KERNEL_SIZE + j];
-    for (int t = 0; t < n; t++) {
-        float *kept = state + (int64_t)slots[t] * BEFORE * n_channels + channel;
-        if (t == 0 || slots[t] != slots[t - 1] || positions[t] == 0)
-#pragma unroll
-            for (int j = 0; j < BEFORE; j++)
-                past[j] = positions[t] == 0 ? 0.0f : kept[j * n_channels];
-        const float now = x[t * x_stride + channel];
-        float acc = 0.0f;
-#pragma unroll
-        for (int j = 0; j < BEFORE; j++)
-            acc = __fmaf_rn(past[j], w[j], acc);
-        acc = __fmaf_rn(now, w[BEFORE], acc);
-        out[t * out_stride + channel] = silu(acc);
-#pragma unroll
-        for (int j = 0; j + 1 < BEFORE; j++)
-            past[j] = past[j + 1];
-        past[BEFORE - 1] = now;
-        if (t + 1 == n || slots[t + 1] != slots[t])
-#pragma unroll
-            for (int j = 0; j < BEFORE; j++)
-                kept[j * n_channels] = past[j];
-    }
-}
-
-// log(1 + exp(x)) without overflow.
-DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
-
-// Gated delta rule. For each value head, with q and k of its key head L2-normalised and q divided by sqrt(K_DIM):
+// The gated delta rule, token after token. For each value head, with q and k of its key head L2-normalised and q divided
+// by sqrt(K_DIM):
 //
 //     S = exp(a softplus(alpha + dt_bias)) S;  S += (sigmoid(beta) (v - S k)) k^T;  out = S q
 //
 // Value head h has key head h / (n_v_heads / n_k_heads) if `is_grouped`, else h % n_k_heads. state
-// [n_slots, n_v_heads, V_DIM, K_DIM]. Compiled for K_DIM (up to 256) and V_DIM. Rows of S do not know each other.
-// Grid: (n_v_heads, ceil(V_DIM / 8)); a block is 8 warps, a warp has one row of S in its registers.
+// [n_slots, n_v_heads, V_DIM, K_DIM]. Tokens of one sequence stand together and in order; one at position 0 starts its
+// sequence with a zero state. The state of a sequence is read once and written once for all its tokens in the step.
+//
+// Compiled for K_DIM (up to 256) and V_DIM. Rows of S do not know each other. Grid: (n_v_heads, ceil(V_DIM / 8)); a block
+// is 8 warps, a warp has one row of S in its registers.
+#include "common.cuh"
+
+// log(1 + exp(x)) without overflow.
+DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
 KERNEL(256)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, float *state, float *out,

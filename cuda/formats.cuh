@@ -40,7 +40,7 @@ template <int ALIGNMENT> DEVICE void load_16_bytes(const uint8_t *p, unsigned (&
     }
 }
 
-DEVICE float load_half(const uint8_t *p) { return half_to_float(*(const uint16_t *)p); }
+DEVICE float load_half(const uint8_t *p) { return f16_to_f32(*(const uint16_t *)p); }
 
 // -- four bytes in a word ---------------------------------------------------------------------------------------------
 
@@ -401,7 +401,7 @@ struct IQ1_S : IntegerFormat<256, 50, 2, false> {
 struct IQ1_M : IntegerFormat<256, 56, 4, false> {
     SCALE { // the half float is spread over the top nibbles of four words
         const uint16_t *w = (const uint16_t *)(b + 48);
-        return half_to_float((uint16_t)(w[0] >> 12 | w[1] >> 12 << 4 | w[2] >> 12 << 8 | w[3] >> 12 << 12)) * 0.125f;
+        return f16_to_f32((uint16_t)(w[0] >> 12 | w[1] >> 12 << 4 | w[2] >> 12 << 8 | w[3] >> 12 << 12)) * 0.125f;
     }
     UNPACK {
 #pragma unroll
@@ -438,7 +438,7 @@ struct F16 : FloatFormat<1, 2> {
 };
 
 struct BF16 : FloatFormat<1, 2> {
-    VALUE { return bfloat16_to_float(*(const uint16_t *)b); }
+    VALUE { return bf16_to_f32(*(const uint16_t *)b); }
 };
 
 // Base-3 digits: byte * 3^k, modulo 256, times 3 / 256 is digit k; minus one.

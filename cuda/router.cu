@@ -25,6 +25,7 @@ DEVICE int take_best(const float *values, int *taken, int n) {
         if (other > best || (other == best && other_index < index))
             best = other, index = other_index;
     }
+    __syncwarp(); // all have looked
     if (threadIdx.x == 0)
         taken[index] = 1;
     __syncwarp();

@@ -45,7 +45,9 @@ def bindings() -> ModuleType:
     try:
         from cuda.bindings import driver  # noqa: PLC0415
     except ImportError as error:
-        raise DeviceError(f"the package cuda-python cannot be imported ({error}); pip install 'cuda-python<13'") from None
+        raise DeviceError(
+            f"the package cuda-python cannot be imported ({error}); pip install 'cuda-python<13'"
+        ) from None
     return driver  # type: ignore[no-any-return]
 
 
