@@ -83,7 +83,7 @@ class ExpertMatrix(NamedTuple):
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 - the way of ctypes
+    _fields_ = [
         ("weights", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -96,11 +96,11 @@ class _Matrix(ctypes.Structure):
 
 
 class _Matrices(ctypes.Structure):
-    _fields_ = [("list", _Matrix * MAX_MATRICES), ("n", ctypes.c_int32), ("unused", ctypes.c_int32)]  # noqa: RUF012
+    _fields_ = [("list", _Matrix * MAX_MATRICES), ("n", ctypes.c_int32), ("unused", ctypes.c_int32)]
 
 
 class _ExpertMatrix(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("slots", ctypes.c_void_p),
         ("slot_bytes", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),

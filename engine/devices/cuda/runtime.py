@@ -39,9 +39,8 @@ class PinnedMemory:
         flags = bindings().CU_MEMHOSTALLOC_DEVICEMAP | bindings().CU_MEMHOSTALLOC_PORTABLE
         self._pointer = call("cuMemHostAlloc", max(n_bytes, 1), flags)
         self.n_bytes = n_bytes
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(
-            (ctypes.c_uint8 * n_bytes).from_address(int(self._pointer)), np.uint8
-        )
+        view = (ctypes.c_uint8 * n_bytes).from_address(int(self._pointer))
+        self.bytes: npt.NDArray[np.uint8] = np.ctypeslib.as_array(view)
         self.bytes[:] = 0
         self.address = int(self.bytes.ctypes.data)
         self.device_address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
@@ -241,7 +240,7 @@ def close_all(items: Sequence[DeviceMemory | PinnedMemory | Stream | Graph | Eve
     for item in items:
         try:
             item.close()
-        except DeviceError as error:
+        except DeviceError as error:  # noqa: PERF203 - all must be tried
             failure = failure or error
     if failure is not None:
         raise failure
