@@ -2,6 +2,7 @@
 #ifndef ENGINE_QUANT_LEVEL_H
 #define ENGINE_QUANT_LEVEL_H
 
+#include "decode.h"
 #include "formats/float32.h"
 #include "formats/iq1.h"
 #include "formats/iq2.h"
@@ -15,16 +16,43 @@
 #include "matmul.h"
 #include "quantize.h"
 
+#include <stddef.h>
+
 #define MATMUL_ARGUMENTS                                                                                               \
     const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x, float *const *y
 
+#define INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                              \
+    static void dequantize_##NAME(const uint8_t *w, float *out, int n_cols) {                                          \
+        dequantize_integer(unpack_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, HAS_MIN, w, out, n_cols);             \
+    }
+
+// A format without vector code.
 #define INTEGER_FORMAT(NAME, HAS_MIN, ACTIVATION)                                                                      \
+    INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
         matmul_integer(unpack_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, HAS_MIN, ACTIVATION_##ACTIVATION, w,      \
                        row_bytes, n_rows, n_cols, x, n_x, y);                                                          \
-    }                                                                                                                  \
-    static void dequantize_##NAME(const uint8_t *w, float *out, int n_cols) {                                          \
-        dequantize_integer(unpack_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, HAS_MIN, w, out, n_cols);             \
+    }
+
+#if defined(__AVX2__)
+#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, OFFSET, SCALES, D, MIN_D)                                     \
+    INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
+    static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
+        const vector_format f = {NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, SUB_BLOCK, HAS_MIN, ACTIVATION_##ACTIVATION, SIGNED,      \
+                                 OFFSET, chunk_##NAME, SCALES, D, MIN_D};                                              \
+        matmul_decode(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                     \
+    }
+#else
+#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, OFFSET, SCALES, D, MIN_D) INTEGER_FORMAT(NAME, HAS_MIN, ACTIVATION)
+#endif
+
+#define D_AT(NAME)                                                                                                     \
+    static inline __m128 d_##NAME(const uint8_t *const blocks[4]) {                                                    \
+        return halves_of_4(blocks, offsetof(block_##NAME, d));                                                         \
+    }
+#define MIN_AT(NAME, FIELD, SIGN)                                                                                      \
+    static inline __m128 min_d_##NAME(const uint8_t *const blocks[4]) {                                                \
+        return _mm_xor_ps(halves_of_4(blocks, offsetof(block_##NAME, FIELD)), _mm_set1_ps(SIGN));                      \
     }
 
 #define FLOAT_FORMAT(NAME)                                                                                             \
@@ -44,6 +72,11 @@
         dequantize_expanded(expand_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, w, out, n_cols);                     \
     }
 
+#if defined(__AVX2__)
+D_AT(Q4_0) D_AT(Q4_1) D_AT(Q5_0) D_AT(Q5_1) D_AT(Q8_0) D_AT(IQ4_NL) D_AT(Q2_K) D_AT(Q3_K) D_AT(Q4_K) D_AT(Q5_K) D_AT(Q6_K) D_AT(IQ4_XS)
+MIN_AT(Q4_1, m, 0.0f) MIN_AT(Q5_1, m, 0.0f) MIN_AT(Q2_K, dmin, -0.0f) MIN_AT(Q4_K, dmin, -0.0f) MIN_AT(Q5_K, dmin, -0.0f)
+#endif
+
 FLOAT_FORMAT(F32)
 FLOAT_FORMAT(F16)
 FLOAT_FORMAT(BF16)
@@ -52,19 +85,19 @@ EXPANDED_FORMAT(TQ2_0)
 EXPANDED_FORMAT(NVFP4)
 EXPANDED_FORMAT(Q1_0)
 EXPANDED_FORMAT(Q2_0)
-INTEGER_FORMAT(Q4_0, 0, Q8_32)
-INTEGER_FORMAT(Q4_1, 1, Q8_32)
-INTEGER_FORMAT(Q5_0, 0, Q8_32)
-INTEGER_FORMAT(Q5_1, 1, Q8_32)
-INTEGER_FORMAT(Q8_0, 0, Q8_32)
-INTEGER_FORMAT(IQ4_NL, 0, Q8_32)
-INTEGER_FORMAT(MXFP4, 0, Q8_32)
-INTEGER_FORMAT(Q2_K, 1, Q8_256)
-INTEGER_FORMAT(Q3_K, 0, Q8_256)
-INTEGER_FORMAT(Q4_K, 1, Q8_256)
-INTEGER_FORMAT(Q5_K, 1, Q8_256)
-INTEGER_FORMAT(Q6_K, 0, Q8_256)
-INTEGER_FORMAT(IQ4_XS, 0, Q8_256)
+VECTOR_FORMAT(Q4_0, 32, 0, Q8_32, 0, 8, NULL, d_Q4_0, NULL)
+VECTOR_FORMAT(Q4_1, 32, 1, Q8_32, 0, 0, NULL, d_Q4_1, min_d_Q4_1)
+VECTOR_FORMAT(Q5_0, 32, 0, Q8_32, 0, 16, NULL, d_Q5_0, NULL)
+VECTOR_FORMAT(Q5_1, 32, 1, Q8_32, 0, 0, NULL, d_Q5_1, min_d_Q5_1)
+VECTOR_FORMAT(Q8_0, 32, 0, Q8_32, 1, 0, NULL, d_Q8_0, NULL)
+VECTOR_FORMAT(IQ4_NL, 32, 0, Q8_32, 1, 0, NULL, d_IQ4_NL, NULL)
+VECTOR_FORMAT(MXFP4, 32, 0, Q8_32, 0, 12, NULL, d_MXFP4, NULL)
+VECTOR_FORMAT(Q2_K, 16, 1, Q8_256, 0, 0, scales_Q2_K, d_Q2_K, min_d_Q2_K)
+VECTOR_FORMAT(Q3_K, 16, 0, Q8_256, 0, 4, scales_Q3_K, d_Q3_K, NULL)
+VECTOR_FORMAT(Q4_K, 32, 1, Q8_256, 0, 0, scales_Q4_K, d_Q4_K, min_d_Q4_K)
+VECTOR_FORMAT(Q5_K, 32, 1, Q8_256, 0, 0, scales_Q5_K, d_Q5_K, min_d_Q5_K)
+VECTOR_FORMAT(Q6_K, 16, 0, Q8_256, 0, 32, scales_Q6_K, d_Q6_K, NULL)
+VECTOR_FORMAT(IQ4_XS, 32, 0, Q8_256, 1, 0, scales_IQ4_XS, d_IQ4_XS, NULL)
 INTEGER_FORMAT(IQ2_XXS, 0, Q8_256)
 INTEGER_FORMAT(IQ2_XS, 0, Q8_256)
 INTEGER_FORMAT(IQ2_S, 0, Q8_256)
@@ -79,7 +112,7 @@ static const quant_table level_quant = {
     .matmul = {EACH_FORMAT(MATMUL_ENTRY)},
     .is_fast = {0},
     .dequantize_row = {EACH_FORMAT(DEQUANTIZE_ENTRY)},
-    .quantize_row = {quantize_row_F32, quantize_row_Q8_256, quantize_row_Q8_32},
+    .quantize = {quantize_F32, quantize_Q8_256, quantize_Q8_32},
 };
 
 #endif

@@ -23,13 +23,13 @@ static inline v16 v16_abs(v16 a) { return v16_max(a, v16_sub(v16_set(0.0f), a));
 
 // d = amax / 127, q = x * (127 / amax) rounded to nearest even. A NaN counts as nothing in amax and becomes -127; an
 // infinity makes d infinite.
-static inline void quantize_row_q8(const float *x, void *out, int n_cols, int activation) {
+static inline void quantize_q8(const float *x, void *out, int n_cols, int first, int end, int activation) {
     const int group = activation_group(activation);
     const activation_row row = activation_view(out, activation, n_cols);
     int8_t *q = (int8_t *)row.q;
     float *d = (float *)row.d;
     int16_t *sums = (int16_t *)row.sums;
-    for (int g = 0; g < n_cols / group; g++) {
+    for (int g = first / group; g < end / group; g++) {
         const float *values = x + (int64_t)g * group;
         v16 largest = v16_set(0.0f);
         for (int i = 0; i < group; i += 16)
@@ -49,14 +49,15 @@ static inline void quantize_row_q8(const float *x, void *out, int n_cols, int ac
     }
 }
 
-static void quantize_row_F32(const float *x, void *out, int n_cols) {
-    memcpy(out, x, (size_t)n_cols * sizeof(float));
+static void quantize_F32(const float *x, void *out, int n_cols, int first, int end) {
+    (void)n_cols;
+    memcpy((float *)out + first, x + first, (size_t)(end - first) * sizeof(float));
 }
-static void quantize_row_Q8_256(const float *x, void *out, int n_cols) {
-    quantize_row_q8(x, out, n_cols, ACTIVATION_Q8_256);
+static void quantize_Q8_256(const float *x, void *out, int n_cols, int first, int end) {
+    quantize_q8(x, out, n_cols, first, end, ACTIVATION_Q8_256);
 }
-static void quantize_row_Q8_32(const float *x, void *out, int n_cols) {
-    quantize_row_q8(x, out, n_cols, ACTIVATION_Q8_32);
+static void quantize_Q8_32(const float *x, void *out, int n_cols, int first, int end) {
+    quantize_q8(x, out, n_cols, first, end, ACTIVATION_Q8_32);
 }
 
 #endif

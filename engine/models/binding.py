@@ -18,6 +18,7 @@ class Keys:
 
     def __init__(self, model_file: ModelFile, architecture: str) -> None:
         self._metadata = model_file.metadata
+        self._n_tensors = len(model_file.tensors)
         self.file_name = model_file.name
         self.architecture = architecture
 
@@ -69,6 +70,13 @@ class Keys:
     def wrong(self, key: str, found: object, expected: str) -> GGUFError:
         """Make the error for a value that makes no sense."""
         return GGUFError(f"{self.file_name}: {self.architecture}.{key} is {found}; expected {expected}")
+
+    def n_blocks(self) -> int:
+        """Return the number of blocks, which each have tensors."""
+        n_blocks = self.size("block_count")
+        if n_blocks > self._n_tensors:
+            raise self.wrong("block_count", n_blocks, f"at most {self._n_tensors}, the number of tensors")
+        return n_blocks
 
     def experts(self) -> tuple[int, int]:
         """Return the number of routed experts in a layer, and how many of them a token uses."""

@@ -16,7 +16,7 @@ _DT_BIAS, _DT_BIAS_UNUSUAL = "ssm_dt.bias", "ssm_dt"
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_blocks, n_mtp = keys.size("block_count"), keys.size("nextn_predict_layers", 0, minimum=0)
+    n_blocks, n_mtp = keys.n_blocks(), keys.size("nextn_predict_layers", 0, minimum=0)
     n_layers = n_blocks - n_mtp  # the blocks for multi-token prediction come last and are not run
     if n_layers < 1:
         raise keys.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")

@@ -10,7 +10,7 @@ from engine.models.blocks import embed, feed_forward, output_head, project_qkv, 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_layers, hidden_size = keys.size("block_count"), keys.size("embedding_length")
+    n_layers, hidden_size = keys.n_blocks(), keys.size("embedding_length")
     n_experts, n_experts_used = keys.experts()
     # Old converters wrote the width of all chosen experts together.
     ffn_size = keys.size("expert_feed_forward_length", keys.size("feed_forward_length", 0, minimum=0) // n_experts_used)

@@ -3,6 +3,9 @@
 #define ENGINE_FORMATS_IQ4_H
 
 #include "../integer_block.h"
+#include "../isimd.h"
+
+#include <string.h>
 
 static const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 static const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; // twice E2M1
@@ -42,5 +45,47 @@ static inline void unpack_IQ4_XS(const void *block, integer_block *out) {
     }
     out->d = f16_to_f32(b->d);
 }
+
+#if defined(__AVX2__)
+static inline __m256i table_32(const uint8_t *qs, const int8_t *table) {
+    return _mm256_shuffle_epi8(load_128_twice(table), nibbles_32(qs));
+}
+
+static inline __m256i chunk_IQ4_NL(const void *block, int k) {
+    (void)k;
+    return table_32(((const block_IQ4_NL *)block)->qs, iq4_values);
+}
+
+static inline __m256i chunk_MXFP4(const void *block, int k) {
+    static const int8_t shifted[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; // mxfp4_values + 12
+    (void)k;
+    return table_32(((const block_MXFP4 *)block)->qs, shifted);
+}
+
+static inline __m128 d_MXFP4(const uint8_t *const blocks[4]) {
+    const uint32_t packed = *blocks[0] | *blocks[1] << 8 | *blocks[2] << 16 | (uint32_t)*blocks[3] << 24;
+    const __m128i e = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)packed));
+    const __m128i normal = _mm_slli_epi32(_mm_sub_epi32(e, _mm_set1_epi32(1)), 23);
+    const __m128i subnormal = _mm_sllv_epi32(_mm_set1_epi32(0x200000), e);
+    return _mm_castsi128_ps(_mm_blendv_epi8(normal, subnormal, _mm_cmplt_epi32(e, _mm_set1_epi32(2))));
+}
+
+static inline __m256i chunk_IQ4_XS(const void *block, int k) {
+    return table_32(((const block_IQ4_XS *)block)->qs + 16 * k, iq4_values);
+}
+
+static inline __m256i scales_IQ4_XS(const void *block, __m256i *mins) {
+    const block_IQ4_XS *b = block;
+    int32_t packed_low;
+    (void)mins;
+    memcpy(&packed_low, b->scales_l, 4);
+    const __m256i steps = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i low = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(packed_low), steps), _mm256_set1_epi32(15));
+    const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(b->scales_h), _mm256_srli_epi32(steps, 1));
+    const __m256i scale = _mm256_or_si256(low, _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4));
+    const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(centred, centred), 0x88); // all eight in each half
+}
+#endif
 
 #endif

@@ -3,6 +3,7 @@
 #define ENGINE_FORMATS_Q2_K_H
 
 #include "../integer_block.h"
+#include "../isimd.h"
 
 // The 2-bit part of both: half h of the block is 32 bytes, whose bit pairs j hold weights 128 h + 32 j + 0..31.
 static inline int two_bits_of(const uint8_t *qs, int i) { return qs[i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3; }
@@ -35,5 +36,36 @@ static inline void unpack_Q3_K(const void *block, integer_block *out) {
         out->scale[u] = (int16_t)q3_k_scale(b->scales, u);
     out->d = f16_to_f32(b->d);
 }
+
+#if defined(__AVX2__)
+static inline __m256i two_bits_32(const uint8_t *qs, int k) {
+    return _mm256_and_si256(_mm256_srli_epi16(load_256(qs + k / 4 * 32), k % 4 * 2), _mm256_set1_epi8(3));
+}
+
+static inline __m256i chunk_Q2_K(const void *block, int k) { return two_bits_32(((const block_Q2_K *)block)->qs, k); }
+
+static inline __m256i scales_Q2_K(const void *block, __m256i *mins) {
+    const __m256i packed = _mm256_cvtepu8_epi16(load_128(((const block_Q2_K *)block)->scales));
+    *mins = _mm256_srli_epi16(packed, 4);
+    return _mm256_and_si256(packed, _mm256_set1_epi16(15));
+}
+
+static inline __m256i chunk_Q3_K(const void *block, int k) {
+    const block_Q3_K *b = block;
+    const __m256i high = _mm256_and_si256(load_256(b->hmask), _mm256_set1_epi8((char)(1 << k)));
+    return _mm256_or_si256(two_bits_32(b->qs, k), k < 2 ? _mm256_slli_epi16(high, 2 - k) : _mm256_srli_epi16(high, k - 2));
+}
+
+static inline __m256i scales_Q3_K(const void *block, __m256i *mins) {
+    const __m128i end = load_128((const uint8_t *)block + 94); // two bytes before the scales, to stay inside the block
+    const __m128i low = _mm_shuffle_epi8(end, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
+    const __m128i high = _mm_shuffle_epi8(end, _mm_set1_epi32(0x0d0c0b0a));
+    const __m128i low_bits = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 4, 4)), _mm_set1_epi8(15));
+    const __m128i high_bits = _mm_and_si128(_mm_srlv_epi32(high, _mm_setr_epi32(0, 2, 4, 6)), _mm_set1_epi8(3));
+    const __m128i scales = _mm_or_si128(low_bits, _mm_slli_epi16(high_bits, 4));
+    (void)mins;
+    return _mm256_cvtepi8_epi16(_mm_sub_epi8(scales, _mm_set1_epi8(32)));
+}
+#endif
 
 #endif

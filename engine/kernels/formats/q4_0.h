@@ -3,6 +3,7 @@
 #define ENGINE_FORMATS_Q4_0_H
 
 #include "../integer_block.h"
+#include "../isimd.h"
 
 // Nibbles of 16 bytes: low halves first. `high` gives each weight its fifth bit, `offset` is taken off.
 static inline void unpack_nibbles_32(const uint8_t *qs, uint32_t high, int offset, int8_t *q) {
@@ -43,5 +44,34 @@ static inline void unpack_Q5_1(const void *block, integer_block *out) {
     out->d = f16_to_f32(b->d);
     out->min_d = f16_to_f32(b->m);
 }
+
+#if defined(__AVX2__)
+// 16 in each byte whose bit is set.
+static inline __m256i fifth_bits_32(uint32_t bits) {
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte_of);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of), _mm256_set1_epi8(16));
+}
+
+static inline __m256i chunk_Q4_0(const void *block, int k) {
+    (void)k;
+    return nibbles_32(((const block_Q4_0 *)block)->qs);
+}
+static inline __m256i chunk_Q4_1(const void *block, int k) {
+    (void)k;
+    return nibbles_32(((const block_Q4_1 *)block)->qs);
+}
+static inline __m256i chunk_Q5_0(const void *block, int k) {
+    const block_Q5_0 *b = block;
+    (void)k;
+    return _mm256_or_si256(nibbles_32(b->qs), fifth_bits_32(b->qh));
+}
+static inline __m256i chunk_Q5_1(const void *block, int k) {
+    const block_Q5_1 *b = block;
+    (void)k;
+    return _mm256_or_si256(nibbles_32(b->qs), fifth_bits_32(b->qh));
+}
+#endif
 
 #endif

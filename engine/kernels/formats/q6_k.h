@@ -3,6 +3,7 @@
 #define ENGINE_FORMATS_Q6_K_H
 
 #include "../integer_block.h"
+#include "../isimd.h"
 
 // Half h of the block: 64 bytes of low nibbles (bytes 0-63 low halves: weights 0-63; high halves: 64-127) and 32 bytes of
 // high bit pairs (pair j: weights 32 j + 0..31).
@@ -18,5 +19,21 @@ static inline void unpack_Q6_K(const void *block, integer_block *out) {
         out->scale[u] = b->scales[u];
     out->d = f16_to_f32(b->d);
 }
+
+#if defined(__AVX2__)
+static inline __m256i chunk_Q6_K(const void *block, int k) {
+    const block_Q6_K *b = block;
+    const int half = k / 4, j = k % 4;
+    const __m256i packed = load_256(b->ql + 64 * half + 32 * (j % 2));
+    const __m256i low = _mm256_and_si256(j / 2 ? _mm256_srli_epi16(packed, 4) : packed, _mm256_set1_epi8(15));
+    const __m256i pairs = _mm256_and_si256(load_256(b->qh + 32 * half), _mm256_set1_epi8((char)(3 << 2 * j)));
+    return _mm256_or_si256(low, j < 3 ? _mm256_slli_epi16(pairs, 4 - 2 * j) : _mm256_srli_epi16(pairs, 2));
+}
+
+static inline __m256i scales_Q6_K(const void *block, __m256i *mins) {
+    (void)mins;
+    return _mm256_cvtepi8_epi16(load_128(((const block_Q6_K *)block)->scales));
+}
+#endif
 
 #endif

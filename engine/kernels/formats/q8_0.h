@@ -3,6 +3,7 @@
 #define ENGINE_FORMATS_Q8_0_H
 
 #include "../integer_block.h"
+#include "../isimd.h"
 
 #include <string.h>
 
@@ -12,5 +13,12 @@ static inline void unpack_Q8_0(const void *block, integer_block *out) {
     set_sub_blocks(out->scale, 0, 32, 1);
     out->d = f16_to_f32(b->d);
 }
+
+#if defined(__AVX2__)
+static inline __m256i chunk_Q8_0(const void *block, int k) {
+    (void)k;
+    return load_256(((const block_Q8_0 *)block)->qs);
+}
+#endif
 
 #endif

@@ -1,0 +1,1001 @@
+"""The C boundary. What everything does is said in `_kernels.pyi`; here arguments are checked and C is called."""
+
+import numpy as np
+
+cimport numpy as cnp
+from cpython.bytes cimport PyBytes_AS_STRING
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libcpp cimport bool as c_bool
+
+
+cdef extern from "kernels/table.h" nogil:
+    enum:
+        N_GGML_TYPES
+        ACTIVATION_F32
+        N_ACTIVATIONS
+
+    ctypedef void (*matmul_fn)(const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x,
+                               int n_x, float *const *y)
+    ctypedef void (*quantize_fn)(const float *x, void *row, int n_cols, int first, int end)
+    ctypedef void (*dequantize_fn)(const uint8_t *w, float *out, int n_cols)
+    ctypedef struct quant_table:
+        matmul_fn *matmul
+        uint8_t *is_fast
+        dequantize_fn *dequantize_row
+        quantize_fn *quantize
+    ctypedef struct kernel_table:
+        const char *name
+        const quant_table *quant
+    ctypedef struct format_facts_t "format_facts":
+        int block_size, block_bytes, activation
+    const format_facts_t *engine_formats
+    const kernel_table *engine_kernels(const char *isa)
+    int engine_levels(const char **names)
+    int64_t engine_activation_bytes(int activation, int n_cols)
+
+
+cdef extern from "kernels/grids.h":
+    int engine_set_grid(const char *name, const int8_t *values, size_t n_bytes)
+
+
+cdef extern from "kernels/ops.h":
+    enum:
+        _ROWS_TOKENS "ROWS_TOKENS"
+        _ROWS_OUTPUTS "ROWS_OUTPUTS"
+        _GATE_SIGMOID "GATE_SIGMOID"
+        _GATE_SILU "GATE_SILU"
+        _ROPE_NEOX "ROPE_NEOX"
+        _ROPE_NORM "ROPE_NORM"
+        _SCORE_SOFTMAX "SCORE_SOFTMAX"
+        _SCORE_SIGMOID "SCORE_SIGMOID"
+        _SCORE_SOFTMAX_TOPK "SCORE_SOFTMAX_TOPK"
+        _KV_F32 "KV_F32"
+        _KV_F16 "KV_F16"
+        _KV_Q8_0 "KV_Q8_0"
+        MAX_EXPERTS
+        MAX_HEAD_DIM
+        MAX_CONV_KERNEL
+        MAX_LINEAR_WEIGHTS
+        TOKENS_PER_CALL
+
+    ctypedef struct matrix:
+        float *at
+        int64_t stride
+    ctypedef struct embed_args:
+        const uint8_t *table
+        int n_cols
+        matrix out
+        float scale
+    ctypedef struct rms_norm_args:
+        matrix x, out
+        const float *weight
+        int group_size
+        float eps
+    ctypedef struct quantize_args:
+        matrix x
+        uint8_t *out
+        int n_cols, activation
+    ctypedef struct add_args:
+        matrix a, b, out
+    ctypedef struct gate_args:
+        matrix x, gate, out
+        int kind
+    ctypedef struct split_heads_args:
+        matrix x, first, second
+        int head_dim
+    ctypedef struct rope_args:
+        matrix x
+        int head_dim, n_pairs, style
+    ctypedef struct select_outputs_args:
+        matrix x, out
+        int n_cols
+    ctypedef struct combine_args:
+        matrix expert_out, shared, shared_gate, residual, out
+        const float *weights
+        int n_experts_used, n_cols
+    ctypedef struct causal_conv_args:
+        matrix x, out
+        const float *weight
+        float *state
+        int n_channels, kernel_size
+    ctypedef struct delta_net_args:
+        const float *q
+        const float *k
+        const float *v
+        int64_t qkv_stride
+        matrix beta, alpha, out
+        const float *a
+        const float *dt_bias
+        float *state
+        int n_k_heads, n_v_heads, k_dim, v_dim
+        c_bool grouped
+        float eps
+    ctypedef struct router_args:
+        matrix logits
+        const float *bias
+        int32_t *ids
+        float *weights
+        int n_experts, n_experts_used, scoring, n_groups, n_groups_used
+        c_bool normalize
+        float scale
+    ctypedef struct kv_cache:
+        uint8_t *keys
+        uint8_t *values
+        int type, context_length, n_kv_heads, head_dim
+    ctypedef struct attention_args:
+        matrix q, out
+        kv_cache cache
+        int n_heads
+        float scale
+    ctypedef struct linear_weight:
+        const uint8_t *weight
+        int64_t row_bytes
+        matmul_fn matmul
+        int n_rows
+        matrix out
+        const float *bias
+        const float *scale
+    ctypedef struct linear_args:
+        const uint8_t *x
+        int64_t x_row_bytes
+        int n_cols, n_weights, rows
+        linear_weight *weights
+    ctypedef struct expert_matrix:
+        const int64_t *table
+        int64_t row_bytes
+        matmul_fn matmul
+        const float *scale
+    ctypedef struct experts_args:
+        const uint8_t *x_gate
+        const uint8_t *x_up
+        int64_t x_gate_row_bytes, x_up_row_bytes
+        const int32_t *ids
+        int n_experts, n_experts_used, hidden_size, ffn_size
+        expert_matrix gate, up, down
+        matrix out
+
+    int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim)
+    int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim)
+
+
+cdef extern from "kernels/program.h" nogil:
+    ctypedef struct program:
+        pass
+    ctypedef struct program_step:
+        int n_tokens, n_outputs
+        const int32_t *token_ids
+        const int32_t *positions
+        const int32_t *slots
+        const int32_t *output_rows
+    ctypedef enum step_error:
+        STEP_FITS
+        STEP_N_TOKENS
+        STEP_N_OUTPUTS
+        STEP_TOKEN_ID
+        STEP_POSITION
+        STEP_SLOT
+        STEP_SEQUENCE
+        STEP_OUTPUT_ROW
+    program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads)
+    void program_free(program *p)
+    int program_length(const program *p)
+    int program_embed(program *p, int ggml_type, embed_args args, int n_vocab)
+    int program_rms_norm(program *p, rms_norm_args args, int n_groups, int rows)
+    int program_quantize(program *p, quantize_args args, int rows)
+    int program_linear(program *p, linear_args args)
+    int program_add(program *p, add_args args, int n_cols, int rows)
+    int program_gate(program *p, gate_args args, int n_cols, int rows)
+    int program_split_heads(program *p, split_heads_args args, int n_heads)
+    int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads)
+    int program_attention(program *p, attention_args args, matrix k, matrix v)
+    int program_causal_conv(program *p, causal_conv_args args)
+    int program_delta_net(program *p, delta_net_args args)
+    int program_router(program *p, router_args args)
+    int program_experts(program *p, experts_args args, int down_activation)
+    int program_combine(program *p, combine_args args)
+    int program_select_outputs(program *p, select_outputs_args args)
+    step_error program_check(const program *p, const program_step *step, int *detail)
+    void program_run(program *p, const program_step *step, double *seconds)
+    int program_n_groups(const program *p)
+    void program_group_name(const program *p, int group, char *name, size_t n_bytes)
+    int program_n_vocab(const program *p)
+    int program_context_length(const program *p)
+
+
+cdef extern from "kernels/memory.h" nogil:
+    void c_parallel_copy "parallel_copy"(const void *src, void *dst, int64_t n_bytes, int n_threads)
+    double c_read_bandwidth "read_bandwidth"(const kernel_table *kernels, const uint8_t *data, int64_t n_bytes,
+                                             int n_threads, int repeats)
+
+
+cdef extern from "kernels/sampling.h" nogil:
+    ctypedef struct sampling_params:
+        double temperature, top_p, min_p
+        double repetition_penalty, presence_penalty, frequency_penalty
+        int top_k
+    int largest_logit(const float *logits, int n)
+    int sample_token(const float *logits, int n, const int32_t *recent, int n_recent, const sampling_params *params,
+                     double uniform)
+    int best_log_probabilities(const float *logits, int n, int n_top, int32_t *ids, float *values, double *log_sum)
+
+
+cnp.import_array()
+
+ROWS_TOKENS = _ROWS_TOKENS
+ROWS_OUTPUTS = _ROWS_OUTPUTS
+GATE_SIGMOID = _GATE_SIGMOID
+GATE_SILU = _GATE_SILU
+ROPE_NEOX = _ROPE_NEOX
+ROPE_NORM = _ROPE_NORM
+SCORE_SOFTMAX = _SCORE_SOFTMAX
+SCORE_SIGMOID = _SCORE_SIGMOID
+SCORE_SOFTMAX_TOPK = _SCORE_SOFTMAX_TOPK
+KV_F32 = _KV_F32
+KV_F16 = _KV_F16
+KV_Q8_0 = _KV_Q8_0
+
+cdef enum:
+    MAX_THREADS = 1024
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+cdef int need(condition, str message) except -1:
+    if not condition:
+        raise ValueError(message)
+    return 0
+
+
+cdef int need_at_least(str name, int64_t value, int64_t least) except -1:
+    return need(value >= least, f"{name} is {value}; expected at least {least}")
+
+
+cdef int need_one_of(str name, int value, int n) except -1:
+    return need(0 <= value < n, f"{name} is {value}; expected 0 to {n - 1}")
+
+
+cdef const format_facts_t *need_format(int ggml_type) except NULL:
+    if not 0 <= ggml_type < N_GGML_TYPES or engine_formats[ggml_type].block_size == 0:
+        raise ValueError(f"{ggml_type} is not the ggml type of a weight format that is known here")
+    return &engine_formats[ggml_type]
+
+
+cdef int64_t need_row_bytes(int ggml_type, int64_t n_cols) except -1:
+    """The bytes of a row of weights."""
+    cdef const format_facts_t *facts = need_format(ggml_type)
+    need_at_least("n_cols", n_cols, 1)
+    if n_cols % facts.block_size:
+        raise ValueError(f"a row of {n_cols} weights is not whole blocks of {facts.block_size} (ggml type {ggml_type})")
+    return n_cols // facts.block_size * facts.block_bytes
+
+
+cdef int need_activation(int activation, int64_t n_cols) except -1:
+    need_one_of("activation", activation, N_ACTIVATIONS)
+    need_at_least("n_cols", n_cols, 1)
+    cdef int group = 1 if activation == ACTIVATION_F32 else 256 if activation == 1 else 32
+    return need(n_cols % group == 0, f"{n_cols} values are not whole groups of {group}")
+
+
+cdef const kernel_table *need_kernels(isa) except NULL:
+    cdef const kernel_table *kernels
+    cdef bytes name
+    if isa is None:
+        kernels = engine_kernels(NULL)
+    else:
+        name = isa.encode()
+        kernels = engine_kernels(PyBytes_AS_STRING(name))
+    if kernels == NULL:
+        raise ValueError(f"this CPU has no instruction-set level {isa!r}; it has {', '.join(isa_levels())}")
+    return kernels
+
+
+cdef int need_threads(int n_threads) except -1:
+    return need(1 <= n_threads <= MAX_THREADS, f"n_threads is {n_threads}; expected 1 to {MAX_THREADS}")
+
+
+cdef matrix need_matrix(str name, uintptr_t address, int64_t stride, int64_t n_cols):
+    need_at_least(f"the width of {name}", n_cols, 1)
+    need(address and address % 4 == 0, f"the address of {name} is {address:#x}; expected one of float32 values")
+    need(stride >= n_cols, f"the stride of {name} is {stride}; expected at least its width {n_cols}")
+    return matrix(<float *> address, stride)
+
+
+cdef void *need_address(str name, uintptr_t address) except NULL:
+    need(address != 0, f"the address of {name} is 0")
+    return <void *> address
+
+
+cdef int recorded(int status) except -1:
+    if status:
+        raise MemoryError("no memory for another operation")
+    return 0
+
+
+# -- instruction-set levels ------------------------------------------------------------------------------------------
+
+
+def isa_levels():
+    cdef const char *names[3]
+    cdef int i, n = engine_levels(names)
+    return [names[i].decode() for i in range(n)]
+
+
+def format_facts(int ggml_type):
+    if not 0 <= ggml_type < N_GGML_TYPES or engine_formats[ggml_type].block_size == 0:
+        return None
+    facts = engine_formats[ggml_type]
+    return facts.block_size, facts.block_bytes, facts.activation
+
+
+def fast_formats(str isa):
+    cdef const quant_table *quant = need_kernels(isa).quant
+    cdef int i
+    return [i for i in range(N_GGML_TYPES) if quant.is_fast[i]]
+
+
+def set_grids(dict grids):
+    cdef const int8_t[::1] values
+    for name, grid in grids.items():
+        values = np.ascontiguousarray(grid, np.int8).reshape(-1)
+        if engine_set_grid(name.encode(), &values[0], values.shape[0]):
+            raise ValueError(f"{name} has no grid of {values.shape[0]} bytes")
+
+
+# -- single kernels --------------------------------------------------------------------------------------------------
+
+
+def dequantize(int ggml_type, const uint8_t[:, ::1] raw, int n_cols):
+    cdef int64_t row_bytes = need_row_bytes(ggml_type, n_cols)
+    need(raw.shape[1] == row_bytes, f"raw has {raw.shape[1]} bytes a row; {n_cols} weights take {row_bytes}")
+    cdef int64_t i, n_rows = raw.shape[0]
+    out = np.empty((n_rows, n_cols), np.float32)
+    cdef float[:, ::1] values = out
+    cdef dequantize_fn convert = engine_kernels(NULL).quant.dequantize_row[ggml_type]
+    with nogil:
+        for i in range(n_rows):
+            convert(&raw[i, 0], &values[i, 0], n_cols)
+    return out
+
+
+def activation_bytes(int activation, int n_cols):
+    need_activation(activation, n_cols)
+    return engine_activation_bytes(activation, n_cols)
+
+
+def quantize_activations(const float[:, ::1] x, int activation, isa=None):
+    cdef int64_t i, n_rows = x.shape[0]
+    cdef int n_cols = x.shape[1]
+    need_activation(activation, n_cols)
+    cdef quantize_fn convert = need_kernels(isa).quant.quantize[activation]
+    out = np.zeros((n_rows, engine_activation_bytes(activation, n_cols)), np.uint8)
+    cdef uint8_t[:, ::1] rows = out
+    with nogil:
+        for i in range(n_rows):
+            convert(&x[i, 0], &rows[i, 0], n_cols, 0, n_cols)
+    return out
+
+
+def matmul(int ggml_type, const uint8_t[:, ::1] weight, const float[:, ::1] x, int n_threads=1, isa=None):
+    cdef int n_rows = weight.shape[0], n_tokens = x.shape[0], n_cols = x.shape[1]
+    cdef int64_t row_bytes = need_row_bytes(ggml_type, n_cols)
+    need(weight.shape[1] == row_bytes, f"weight has {weight.shape[1]} bytes a row; {n_cols} weights take {row_bytes}")
+    out = np.empty((n_tokens, n_rows), np.float32)
+    if out.size == 0:
+        return out
+    cdef float[:, ::1] values = out
+    cdef int activation = engine_formats[ggml_type].activation
+    cdef const uint8_t[:, ::1] rows
+    if activation == ACTIVATION_F32:
+        rows = np.asarray(x).view(np.uint8)
+    else:
+        rows = quantize_activations(x, activation, isa)
+    cdef Program runner = Program(n_tokens, 1, n_threads, isa)
+    runner.linear(
+        <uintptr_t> &rows[0, 0],
+        rows.shape[1],
+        n_cols,
+        [(<uintptr_t> &weight[0, 0], ggml_type, n_rows, <uintptr_t> &values[0, 0], n_rows, 0, 0)],
+        _ROWS_TOKENS,
+    )
+    step = Step(n_tokens)
+    step.n_tokens = n_tokens
+    step.positions[:] = range(n_tokens)
+    runner.run(step)
+    return out
+
+
+def parallel_copy(uintptr_t src, uintptr_t dst, int64_t n_bytes, int n_threads):
+    need_threads(n_threads)
+    need_at_least("n_bytes", n_bytes, 0)
+    need(n_bytes == 0 or (src and dst), "src and dst must be addresses")
+    with nogil:
+        c_parallel_copy(<const void *> src, <void *> dst, n_bytes, n_threads)
+
+
+def read_bandwidth(const uint8_t[::1] buffer, int n_threads, int repeats):
+    need_threads(n_threads)
+    need_at_least("repeats", repeats, 1)
+    need_at_least("the length of buffer", buffer.shape[0], 1)
+    cdef const kernel_table *kernels = engine_kernels(NULL)
+    cdef double best
+    with nogil:
+        best = c_read_bandwidth(kernels, &buffer[0], buffer.shape[0], n_threads, repeats)
+    return best
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def argmax(const float[::1] logits):
+    need_at_least("the number of logits", logits.shape[0], 1)
+    return largest_logit(&logits[0], logits.shape[0])
+
+
+def sample(
+    const float[::1] logits,
+    const int32_t[::1] recent,
+    double temperature,
+    int top_k,
+    double top_p,
+    double min_p,
+    double repetition_penalty,
+    double presence_penalty,
+    double frequency_penalty,
+    double uniform,
+):
+    need_at_least("the number of logits", logits.shape[0], 1)
+    need(temperature >= 0, f"temperature is {temperature}; expected 0 (greedy) or more")
+    need_at_least("top_k", top_k, 0)
+    need(0 < top_p <= 1, f"top_p is {top_p}; expected a number above 0, up to 1")
+    need(0 <= min_p <= 1, f"min_p is {min_p}; expected 0 to 1")
+    need(repetition_penalty > 0, f"repetition_penalty is {repetition_penalty}; expected a number above 0")
+    need(abs(presence_penalty) < np.inf and abs(frequency_penalty) < np.inf, "the penalties must be finite")
+    need(0 <= uniform < 1, f"uniform is {uniform}; expected a number from 0 to below 1")
+    cdef sampling_params params = sampling_params(
+        temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_k
+    )
+    cdef const int32_t *ids = &recent[0] if recent.shape[0] else NULL
+    cdef int token
+    with nogil:
+        token = sample_token(&logits[0], logits.shape[0], ids, recent.shape[0], &params, uniform)
+    if token < 0:
+        raise MemoryError("no memory to sample a token")
+    return token
+
+
+def log_probabilities(const float[::1] logits, int n_top):
+    need(0 <= n_top <= logits.shape[0], f"n_top is {n_top}; expected 0 to {logits.shape[0]}")
+    need_at_least("the number of logits", logits.shape[0], 1)
+    ids, values = np.empty(max(n_top, 1), np.int32), np.empty(max(n_top, 1), np.float32)
+    cdef int32_t[::1] id_view = ids
+    cdef float[::1] value_view = values
+    cdef double log_sum
+    if best_log_probabilities(&logits[0], logits.shape[0], n_top, &id_view[0], &value_view[0], &log_sum):
+        raise MemoryError("no memory to sort logits")
+    return ids[:n_top], values[:n_top], log_sum
+
+
+# -- the recorded program --------------------------------------------------------------------------------------------
+
+
+cdef class Step:
+    cdef readonly object token_ids, positions, slots, output_rows
+    cdef public int n_tokens, n_outputs
+    cdef int32_t[::1] _token_ids, _positions, _slots, _output_rows
+
+    def __init__(self, int max_tokens):
+        need_at_least("max_tokens", max_tokens, 1)
+        self.token_ids, self.positions, self.slots, self.output_rows = np.zeros((4, max_tokens), np.int32)
+        self._token_ids, self._positions = self.token_ids, self.positions
+        self._slots, self._output_rows = self.slots, self.output_rows
+
+
+cdef class Program:
+    cdef program *_program
+    cdef readonly int n_threads
+    cdef readonly str isa
+    cdef int _max_tokens, _n_slots
+    cdef bint _is_running
+
+    def __init__(self, int max_tokens, int n_slots, int n_threads, isa=None):
+        need(self._program == NULL, "a program is made once")
+        need_at_least("max_tokens", max_tokens, 1)
+        need_at_least("n_slots", n_slots, 1)
+        need_threads(n_threads)
+        cdef const kernel_table *kernels = need_kernels(isa)
+        self._program = program_create(kernels, max_tokens, n_slots, n_threads)
+        if self._program == NULL:
+            raise MemoryError("no memory for a program")
+        self.n_threads, self.isa = n_threads, kernels.name.decode()
+        self._max_tokens, self._n_slots = max_tokens, n_slots
+
+    def __dealloc__(self):
+        program_free(self._program)
+
+    def __len__(self):
+        return program_length(self._program)
+
+    cdef program_step _checked(self, Step step) except *:
+        """The step for C. Raises ValueError if it does not fit what was recorded."""
+        need(not self._is_running, "this program is running in another thread; make one for each thread")
+        need(
+            step.n_tokens <= len(step.token_ids) and step.n_outputs <= len(step.output_rows),
+            f"{step.n_tokens} tokens and {step.n_outputs} outputs in a step made for {len(step.token_ids)}",
+        )
+        cdef program_step view = program_step(
+            step.n_tokens,
+            step.n_outputs,
+            &step._token_ids[0],
+            &step._positions[0],
+            &step._slots[0],
+            &step._output_rows[0],
+        )
+        cdef int at
+        cdef step_error error = program_check(self._program, &view, &at)
+        if error == STEP_N_TOKENS:
+            raise ValueError(f"a step of {at} tokens; this program takes 1 to {self._max_tokens}")
+        if error == STEP_N_OUTPUTS:
+            raise ValueError(f"{at} outputs of {step.n_tokens} tokens")
+        if error == STEP_TOKEN_ID:
+            n_vocab = program_n_vocab(self._program)
+            raise ValueError(f"token {at} has the id {step._token_ids[at]}; the vocabulary has 0 to {n_vocab - 1}")
+        if error == STEP_POSITION:
+            context_length = program_context_length(self._program)
+            raise ValueError(f"token {at} is at position {step._positions[at]}; the context has {context_length}")
+        if error == STEP_SLOT:
+            raise ValueError(f"token {at} is in slot {step._slots[at]}; this program has {self._n_slots}")
+        if error == STEP_SEQUENCE:
+            raise ValueError(
+                f"token {at} (slot {step._slots[at]}, position {step._positions[at]}) does not follow the token before "
+                "it; the tokens of one sequence must stand together and in order"
+            )
+        if error == STEP_OUTPUT_ROW:
+            raise ValueError(
+                f"output {at} is row {step._output_rows[at]}; expected rows of the {step.n_tokens} tokens, rising"
+            )
+        return view
+
+    def run(self, Step step):
+        cdef program_step view = self._checked(step)
+        self._is_running = True
+        with nogil:
+            program_run(self._program, &view, NULL)
+        self._is_running = False
+
+    def profile(self, Step step):
+        cdef program_step view = self._checked(step)
+        cdef int i, n = program_n_groups(self._program)
+        cdef double *seconds = <double *> malloc((n + 1) * sizeof(double))
+        cdef char name[256]
+        if seconds == NULL:
+            raise MemoryError("no memory for a profile")
+        self._is_running = True
+        with nogil:
+            program_run(self._program, &view, seconds)
+        self._is_running = False
+        result = []
+        for i in range(n):
+            program_group_name(self._program, i, name, sizeof(name))
+            result.append((name.decode(), seconds[i]))
+        free(seconds)
+        return result
+
+    def embed(
+        self, uintptr_t table, int ggml_type, int n_vocab, int n_cols, uintptr_t out, int64_t out_stride, float scale
+    ):
+        need_row_bytes(ggml_type, n_cols)
+        need_at_least("n_vocab", n_vocab, 1)
+        cdef embed_args args
+        args.table = <const uint8_t *> need_address("table", table)
+        args.n_cols = n_cols
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.scale = scale
+        recorded(program_embed(self._program, ggml_type, args, n_vocab))
+
+    def rms_norm(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t weight,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_groups,
+        int group_size,
+        float eps,
+        int rows,
+    ):
+        need_at_least("n_groups", n_groups, 1)
+        need_at_least("group_size", group_size, 1)
+        need_one_of("rows", rows, 2)
+        cdef rms_norm_args args
+        args.x = need_matrix("x", x, x_stride, n_groups * <int64_t> group_size)
+        args.weight = <const float *> need_address("weight", weight)
+        args.out = need_matrix("out", out, out_stride, n_groups * <int64_t> group_size)
+        args.group_size = group_size
+        args.eps = eps
+        recorded(program_rms_norm(self._program, args, n_groups, rows))
+
+    def quantize(self, uintptr_t x, int64_t x_stride, int n_cols, int activation, uintptr_t out, int rows):
+        need_activation(activation, n_cols)
+        need_one_of("rows", rows, 2)
+        cdef quantize_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.out = <uint8_t *> need_address("out", out)
+        args.n_cols = n_cols
+        args.activation = activation
+        recorded(program_quantize(self._program, args, rows))
+
+    def linear(self, uintptr_t x, int64_t x_row_bytes, int n_cols, weights, int rows):
+        need_one_of("rows", rows, 2)
+        need(
+            0 < len(weights) <= MAX_LINEAR_WEIGHTS,
+            f"{len(weights)} matrices in one operation; expected 1 to {MAX_LINEAR_WEIGHTS}",
+        )
+        cdef linear_args args
+        cdef linear_weight *entry
+        cdef int activation = -1, i
+        args.x = <const uint8_t *> need_address("x", x)
+        args.x_row_bytes = x_row_bytes
+        args.n_cols = n_cols
+        args.rows = rows
+        args.n_weights = len(weights)
+        for i, (address, ggml_type, n_rows, out, out_stride, bias, scale) in enumerate(weights):
+            entry = &args.weights[i]
+            entry.row_bytes = need_row_bytes(ggml_type, n_cols)
+            if i > 0 and engine_formats[<int> ggml_type].activation != activation:
+                raise ValueError("the formats of one operation must take activations in the same form")
+            activation = engine_formats[<int> ggml_type].activation
+            need_at_least("n_rows", n_rows, 1)
+            entry.weight = <const uint8_t *> need_address("a weight", address)
+            entry.matmul = engine_kernels(self.isa.encode()).quant.matmul[<int> ggml_type]
+            entry.n_rows = n_rows
+            entry.out = need_matrix("out", out, out_stride, n_rows)
+            entry.bias = <const float *> <uintptr_t> bias
+            entry.scale = <const float *> <uintptr_t> scale
+        need_at_least("x_row_bytes", x_row_bytes, need_x_bytes(activation, n_cols))
+        recorded(program_linear(self._program, args))
+
+    def add(
+        self,
+        uintptr_t a,
+        int64_t a_stride,
+        uintptr_t b,
+        int64_t b_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_cols,
+        int rows,
+    ):
+        need_one_of("rows", rows, 2)
+        cdef add_args args
+        args.a = need_matrix("a", a, a_stride, n_cols)
+        args.b = need_matrix("b", b, b_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        recorded(program_add(self._program, args, n_cols, rows))
+
+    def gate(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t gate,
+        int64_t gate_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_cols,
+        int kind,
+        int rows,
+    ):
+        need_one_of("rows", rows, 2)
+        need_one_of("kind", kind, 2)
+        cdef gate_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.gate = need_matrix("gate", gate, gate_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.kind = kind
+        recorded(program_gate(self._program, args, n_cols, rows))
+
+    def split_heads(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t first,
+        int64_t first_stride,
+        uintptr_t second,
+        int64_t second_stride,
+        int n_heads,
+        int head_dim,
+    ):
+        need_at_least("n_heads", n_heads, 1)
+        need_at_least("head_dim", head_dim, 1)
+        cdef int64_t width = n_heads * <int64_t> head_dim
+        cdef split_heads_args args
+        args.x = need_matrix("x", x, x_stride, 2 * width)
+        args.first = need_matrix("first", first, first_stride, width)
+        args.second = need_matrix("second", second, second_stride, width)
+        args.head_dim = head_dim
+        recorded(program_split_heads(self._program, args, n_heads))
+
+    def rope(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t frequencies,
+        int n_heads,
+        int head_dim,
+        int n_rot,
+        int style,
+        float magnitude,
+    ):
+        need_at_least("n_heads", n_heads, 1)
+        need(0 < n_rot <= head_dim and n_rot % 2 == 0, f"n_rot is {n_rot}; expected an even number up to {head_dim}")
+        need_one_of("style", style, 2)
+        cdef rope_args args
+        args.x = need_matrix("x", x, x_stride, n_heads * <int64_t> head_dim)
+        args.head_dim = head_dim
+        args.n_pairs = n_rot // 2
+        args.style = style
+        cdef const float *values = <const float *> need_address("frequencies", frequencies)
+        recorded(program_rope(self._program, args, values, magnitude, n_heads))
+
+    def attention(
+        self,
+        uintptr_t q,
+        int64_t q_stride,
+        uintptr_t k,
+        int64_t k_stride,
+        uintptr_t v,
+        int64_t v_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        uintptr_t cache,
+        int cache_type,
+        int context_length,
+        int n_heads,
+        int n_kv_heads,
+        int head_dim,
+        float scale,
+    ):
+        need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim)
+        need(
+            n_heads > 0 and n_heads % n_kv_heads == 0,
+            f"{n_heads} heads cannot share {n_kv_heads} key/value heads evenly",
+        )
+        cdef int64_t width = n_heads * <int64_t> head_dim, kv_width = n_kv_heads * <int64_t> head_dim
+        cdef attention_args args
+        args.q = need_matrix("q", q, q_stride, width)
+        args.out = need_matrix("out", out, out_stride, width)
+        args.cache.keys = <uint8_t *> need_address("cache", cache)
+        args.cache.values = args.cache.keys + kv_key_bytes(
+            cache_type, self._n_slots, context_length, n_kv_heads, head_dim
+        )
+        args.cache.type = cache_type
+        args.cache.context_length = context_length
+        args.cache.n_kv_heads = n_kv_heads
+        args.cache.head_dim = head_dim
+        args.n_heads = n_heads
+        args.scale = scale
+        cdef matrix keys = need_matrix("k", k, k_stride, kv_width), values = need_matrix("v", v, v_stride, kv_width)
+        recorded(program_attention(self._program, args, keys, values))
+
+    def causal_conv(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t weight,
+        uintptr_t state,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_channels,
+        int kernel_size,
+    ):
+        need(
+            2 <= kernel_size <= MAX_CONV_KERNEL, f"kernel_size is {kernel_size}; expected 2 to {MAX_CONV_KERNEL}"
+        )
+        cdef causal_conv_args args
+        args.x = need_matrix("x", x, x_stride, n_channels)
+        args.out = need_matrix("out", out, out_stride, n_channels)
+        args.weight = <const float *> need_address("weight", weight)
+        args.state = <float *> need_address("state", state)
+        args.n_channels = n_channels
+        args.kernel_size = kernel_size
+        recorded(program_causal_conv(self._program, args))
+
+    def delta_net(
+        self,
+        uintptr_t q,
+        uintptr_t k,
+        uintptr_t v,
+        int64_t qkv_stride,
+        uintptr_t beta,
+        int64_t beta_stride,
+        uintptr_t alpha,
+        int64_t alpha_stride,
+        uintptr_t a,
+        uintptr_t dt_bias,
+        uintptr_t state,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_k_heads,
+        int n_v_heads,
+        int k_dim,
+        int v_dim,
+        c_bool grouped,
+        float eps,
+    ):
+        need(
+            n_k_heads > 0 and n_v_heads > 0 and n_v_heads % n_k_heads == 0,
+            f"{n_v_heads} value heads cannot share {n_k_heads} key heads evenly",
+        )
+        need(0 < k_dim <= MAX_HEAD_DIM, f"k_dim is {k_dim}; expected 1 to {MAX_HEAD_DIM}")
+        cdef int64_t key_size = n_k_heads * <int64_t> k_dim, value_size = n_v_heads * <int64_t> v_dim
+        cdef delta_net_args args
+        args.q = need_matrix("q", q, qkv_stride, key_size).at
+        args.k = need_matrix("k", k, qkv_stride, key_size).at
+        args.v = need_matrix("v", v, qkv_stride, value_size).at
+        args.qkv_stride = qkv_stride
+        args.beta = need_matrix("beta", beta, beta_stride, n_v_heads)
+        args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads)
+        args.out = need_matrix("out", out, out_stride, value_size)
+        args.a = <const float *> need_address("a", a)
+        args.dt_bias = <const float *> need_address("dt_bias", dt_bias)
+        args.state = <float *> need_address("state", state)
+        args.n_k_heads = n_k_heads
+        args.n_v_heads = n_v_heads
+        args.k_dim = k_dim
+        args.v_dim = v_dim
+        args.grouped = grouped
+        args.eps = eps
+        recorded(program_delta_net(self._program, args))
+
+    def router(
+        self,
+        uintptr_t logits,
+        int64_t logits_stride,
+        uintptr_t bias,
+        uintptr_t ids,
+        uintptr_t weights,
+        int n_experts,
+        int n_experts_used,
+        int scoring,
+        int n_groups,
+        int n_groups_used,
+        c_bool normalize,
+        float scale,
+    ):
+        need_experts(n_experts, n_experts_used)
+        need_one_of("scoring", scoring, 3)
+        if n_groups > 1:
+            need(n_experts % n_groups == 0, f"{n_experts} experts cannot be {n_groups} groups of one size")
+            need(
+                0 < n_groups_used <= n_groups, f"{n_groups_used} groups of {n_groups} are used; expected 1 to {n_groups}"
+            )
+        cdef router_args args
+        args.logits = need_matrix("logits", logits, logits_stride, n_experts)
+        args.bias = <const float *> bias
+        args.ids = <int32_t *> need_address("ids", ids)
+        args.weights = <float *> need_address("weights", weights)
+        args.n_experts = n_experts
+        args.n_experts_used = n_experts_used
+        args.scoring = scoring
+        args.n_groups = n_groups
+        args.n_groups_used = n_groups_used
+        args.normalize = normalize
+        args.scale = scale
+        recorded(program_router(self._program, args))
+
+    cdef expert_matrix _expert_matrix(self, str name, entry, int n_cols, uintptr_t x, int64_t x_row_bytes) except *:
+        cdef uintptr_t table, scale
+        cdef int ggml_type
+        table, ggml_type, scale = entry
+        cdef expert_matrix m
+        m.row_bytes = need_row_bytes(ggml_type, n_cols)
+        m.table = <const int64_t *> need_address(f"the {name} table", table)
+        m.matmul = engine_kernels(self.isa.encode()).quant.matmul[ggml_type]
+        m.scale = <const float *> scale
+        if x:
+            need_at_least(
+                f"the row bytes of x for {name}",
+                x_row_bytes,
+                need_x_bytes(engine_formats[ggml_type].activation, n_cols),
+            )
+        return m
+
+    def experts(
+        self,
+        uintptr_t x_gate,
+        int64_t x_gate_row_bytes,
+        uintptr_t x_up,
+        int64_t x_up_row_bytes,
+        uintptr_t ids,
+        int n_experts,
+        int n_experts_used,
+        gate,
+        up,
+        down,
+        int hidden_size,
+        int ffn_size,
+        uintptr_t out,
+        int64_t out_stride,
+    ):
+        need_experts(n_experts, n_experts_used)
+        cdef experts_args args
+        args.x_gate = <const uint8_t *> need_address("x_gate", x_gate)
+        args.x_gate_row_bytes = x_gate_row_bytes
+        args.x_up = <const uint8_t *> need_address("x_up", x_up)
+        args.x_up_row_bytes = x_up_row_bytes
+        args.ids = <const int32_t *> need_address("ids", ids)
+        args.n_experts = n_experts
+        args.n_experts_used = n_experts_used
+        args.hidden_size = hidden_size
+        args.ffn_size = ffn_size
+        args.gate = self._expert_matrix("gate", gate, hidden_size, x_gate, x_gate_row_bytes)
+        args.up = self._expert_matrix("up", up, hidden_size, x_up, x_up_row_bytes)
+        args.down = self._expert_matrix("down", down, ffn_size, 0, 0)
+        args.out = need_matrix("out", out, out_stride, n_experts_used * <int64_t> hidden_size)
+        cdef int down_type = down[1]
+        recorded(program_experts(self._program, args, engine_formats[down_type].activation))
+
+    def combine(
+        self,
+        uintptr_t expert_out,
+        int64_t expert_out_stride,
+        uintptr_t weights,
+        int n_experts_used,
+        uintptr_t shared,
+        int64_t shared_stride,
+        uintptr_t shared_gate,
+        int64_t shared_gate_stride,
+        uintptr_t residual,
+        int64_t residual_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_cols,
+    ):
+        need_at_least("n_experts_used", n_experts_used, 1)
+        need(shared or not shared_gate, "a shared gate needs a shared expert")
+        cdef combine_args args
+        args.expert_out = need_matrix("expert_out", expert_out, expert_out_stride, n_experts_used * <int64_t> n_cols)
+        args.weights = <const float *> need_address("weights", weights)
+        args.n_experts_used = n_experts_used
+        args.shared = need_matrix("shared", shared, shared_stride, n_cols) if shared else matrix(NULL, 0)
+        args.shared_gate = need_matrix("shared_gate", shared_gate, shared_gate_stride, 1) if shared_gate else matrix(NULL, 0)
+        args.residual = need_matrix("residual", residual, residual_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.n_cols = n_cols
+        recorded(program_combine(self._program, args))
+
+    def select_outputs(self, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int n_cols):
+        cdef select_outputs_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.n_cols = n_cols
+        recorded(program_select_outputs(self._program, args))
+
+
+cdef int64_t need_x_bytes(int activation, int n_cols) except -1:
+    """The bytes of an activation row; plain float32 rows need not be padded."""
+    return 4 * <int64_t> n_cols if activation == ACTIVATION_F32 else engine_activation_bytes(activation, n_cols)
+
+
+cdef int need_experts(int n_experts, int n_experts_used) except -1:
+    need(0 < n_experts <= MAX_EXPERTS, f"{n_experts} experts; expected 1 to {MAX_EXPERTS}")
+    return need(
+        0 < n_experts_used <= n_experts, f"{n_experts_used} experts of {n_experts} are used; expected 1 to {n_experts}"
+    )
+
+
+cdef int need_cache(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim) except -1:
+    need_one_of("cache_type", cache_type, 3)
+    need_at_least("n_slots", n_slots, 1)
+    need_at_least("context_length", context_length, 1)
+    need_at_least("n_kv_heads", n_kv_heads, 1)
+    return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
+
+
+def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim):
+    need_cache(cache_type, n_slots, context_length, n_kv_heads, head_dim)
+    return kv_key_bytes(cache_type, n_slots, context_length, n_kv_heads, head_dim) + kv_value_bytes(
+        cache_type, n_slots, context_length, n_kv_heads, head_dim
+    )

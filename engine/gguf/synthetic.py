@@ -1,0 +1,451 @@
+"""Made-up models: the published shape of a real one, with random weights that are made straight in memory.
+
+A model of 75 GB is there in half a minute, without a download, to see how fast a machine would run the real one. The
+text it writes is nonsense, and its routers have no favourites: a cache of hot experts must be measured with recorded
+routing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data import tiny_model_path
+from engine.errors import ConfigError
+from engine.gguf.metadata import Metadata, Value
+from engine.gguf.model_file import TensorInfo
+from engine.gguf.reader import GGUFFile
+from engine.quants.formats import BY_NAME, QuantFormat
+
+PREFIX = "synthetic:"
+DEFAULT_RECIPE = "q4_k_m"
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of a model. Delta-net fields are 0 where every layer has softmax attention."""
+
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_rot: int
+    rope_theta: float
+    n_experts: int
+    n_experts_used: int
+    expert_ffn_size: int
+    shared_ffn_size: int
+    n_vocab: int
+    context_length: int
+    attention_interval: int = 1  # every so many layers one has softmax attention
+    n_k_heads: int = 0
+    n_v_heads: int = 0
+    delta_head_dim: int = 0
+    conv_kernel: int = 0
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Return whether a layer is a delta net."""
+        return (layer + 1) % self.attention_interval != 0
+
+
+GEOMETRIES: dict[str, Geometry] = {
+    "qwen3.5-122b-a10b": Geometry(
+        "qwen35moe", 48, 3072, 32, 2, 256, 64, 1e7, 256, 8, 1024, 1024, 248320, 262144, 4, 16, 64, 128, 4
+    ),
+    "qwen3.5-35b-a3b": Geometry(
+        "qwen35moe", 40, 2048, 16, 2, 256, 64, 1e7, 256, 8, 512, 512, 248320, 262144, 4, 16, 32, 128, 4
+    ),
+    "qwen3-235b-a22b": Geometry("qwen3moe", 94, 4096, 64, 4, 128, 128, 1e6, 128, 8, 1536, 0, 151936, 40960),
+    "qwen3-30b-a3b": Geometry("qwen3moe", 48, 2048, 32, 4, 128, 128, 1e6, 128, 8, 768, 0, 151936, 40960),
+    "tiny": Geometry("qwen35moe", 4, 256, 4, 2, 64, 16, 1e4, 16, 4, 256, 256, 4096, 4096, 4, 4, 8, 32, 4),
+}
+
+
+# -- mixtures of formats ---------------------------------------------------------------------------------------------
+
+Choice = Callable[[int, int], str]  # (layer, n_layers) -> format name
+
+
+def _always(name: str) -> Choice:
+    return lambda _layer, _n_layers: name
+
+
+def _more_bits(better: str, usual: str) -> Choice:
+    """Choose the better format in the first and last eighth of the layers and in every third one between."""
+
+    def choose(layer: int, n_layers: int) -> str:
+        eighth = n_layers // 8
+        is_better = layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+        return better if is_better else usual
+
+    return choose
+
+
+def _first(count: int, better: str, usual: str) -> Choice:
+    return lambda layer, _n_layers: better if layer < count else usual
+
+
+def _first_part(divisor: int, better: str, usual: str) -> Choice:
+    return lambda layer, n_layers: better if layer < n_layers // divisor else usual
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which format each weight gets, after the rules of llama-quantize; norms, routers and the like stay F32.
+
+    Attributes:
+        file_type: number of the mixture in `general.file_type`.
+        usual: for all matrices not named below.
+        embedding, output: for the two tables of the vocabulary.
+        value: for `attn_v` and `attn_qkv`, the down projections and `attn_output`.
+        down: for all down projections.
+        attn_output: for the output projection of attention.
+        experts: for the routed experts, whatever the others say; empty for no exception.
+    """
+
+    file_type: int
+    usual: str
+    embedding: str
+    output: str
+    value: Choice
+    down: Choice
+    attn_output: str
+    experts: str = ""
+
+
+def _uniform(file_type: int, name: str) -> Recipe:
+    return Recipe(file_type, name, name, name, _always(name), _always(name), name)
+
+
+_Q4_K_M = Recipe(15, "Q4_K", "Q4_K", "Q6_K", _more_bits("Q6_K", "Q4_K"), _more_bits("Q6_K", "Q4_K"), "Q4_K")
+
+RECIPES: dict[str, Recipe] = {
+    "q3_k_m": Recipe(12, "Q3_K", "Q3_K", "Q6_K", _first(2, "Q5_K", "Q4_K"), _first_part(16, "Q5_K", "Q4_K"), "Q4_K"),
+    "q4_k_s": Recipe(14, "Q4_K", "Q4_K", "Q6_K", _first(4, "Q5_K", "Q4_K"), _first_part(8, "Q5_K", "Q4_K"), "Q4_K"),
+    "q4_k_m": _Q4_K_M,
+    "q4_k_l": replace(_Q4_K_M, embedding="Q8_0", output="Q8_0"),
+    "q5_k_m": Recipe(17, "Q5_K", "Q5_K", "Q6_K", _more_bits("Q6_K", "Q5_K"), _more_bits("Q6_K", "Q5_K"), "Q5_K"),
+    "q6_k": _uniform(18, "Q6_K"),
+    "q8_0": _uniform(7, "Q8_0"),
+    "iq4_xs": Recipe(30, "IQ4_XS", "IQ4_XS", "Q6_K", _always("Q5_K"), _first_part(8, "Q5_K", "IQ4_XS"), "IQ4_XS"),
+    "mxfp4": replace(_uniform(38, "Q8_0"), experts="MXFP4"),
+    "f16": _uniform(1, "F16"),
+}
+
+# Formats whose blocks are longer than a row give way to ones with short blocks.
+_FALLBACK = {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+
+
+def _choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: int) -> QuantFormat:
+    part = name.rsplit(".", 2)[-2]
+    if part == "token_embd":
+        chosen = recipe.embedding
+    elif part == "output":
+        chosen = recipe.output
+    elif recipe.experts and part.endswith("_exps"):
+        chosen = recipe.experts
+    elif part in {"attn_v", "attn_qkv"}:
+        chosen = recipe.value(layer, n_layers)
+    elif part.startswith("ffn_down"):
+        chosen = recipe.down(layer, n_layers)
+    elif part == "attn_output":
+        chosen = recipe.attn_output
+    else:
+        chosen = recipe.usual
+    if n_cols % BY_NAME[chosen].block_size:
+        chosen = _FALLBACK.get(chosen, chosen)
+    return BY_NAME[chosen if n_cols % BY_NAME[chosen].block_size == 0 else "F16"]
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+
+Parts = list[tuple[str, tuple[int, ...]]]  # names inside a block, and shapes, slowest dimension first
+
+# F32 in every recipe. Those not named in `_fill_vector` are random matrices like any other.
+_FLOAT_PARTS = (
+    "norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "ssm_conv1d.weight",
+    "ssm_a",
+    "ssm_dt.bias",
+)
+
+
+def _shapes(g: Geometry) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Yield name, layer and shape of all tensors, in the order of the file."""
+    yield "token_embd.weight", 0, (g.n_vocab, g.hidden_size)
+    for layer in range(g.n_layers):
+        parts: Parts = [("attn_norm.weight", (g.hidden_size,))]
+        parts += _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g)
+        parts += _feed_forward_shapes(g)
+        for part, shape in parts:
+            yield f"blk.{layer}.{part}", layer, shape
+    yield "output_norm.weight", 0, (g.hidden_size,)
+    yield "output.weight", 0, (g.n_vocab, g.hidden_size)
+
+
+def _attention_shapes(g: Geometry) -> Parts:
+    query_parts = 2 if g.architecture == "qwen35moe" else 1  # a gate beside every query
+    n_q, n_kv = g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim
+    return [
+        ("attn_q.weight", (query_parts * n_q, g.hidden_size)),
+        ("attn_k.weight", (n_kv, g.hidden_size)),
+        ("attn_v.weight", (n_kv, g.hidden_size)),
+        ("attn_q_norm.weight", (g.head_dim,)),
+        ("attn_k_norm.weight", (g.head_dim,)),
+        ("attn_output.weight", (g.hidden_size, n_q)),
+    ]
+
+
+def _delta_net_shapes(g: Geometry) -> Parts:
+    value_size = g.n_v_heads * g.delta_head_dim
+    n_channels = 2 * g.n_k_heads * g.delta_head_dim + value_size
+    return [
+        ("attn_qkv.weight", (n_channels, g.hidden_size)),
+        ("attn_gate.weight", (value_size, g.hidden_size)),
+        ("ssm_beta.weight", (g.n_v_heads, g.hidden_size)),
+        ("ssm_alpha.weight", (g.n_v_heads, g.hidden_size)),
+        ("ssm_conv1d.weight", (n_channels, g.conv_kernel)),
+        ("ssm_dt.bias", (g.n_v_heads,)),
+        ("ssm_a", (g.n_v_heads,)),
+        ("ssm_norm.weight", (g.delta_head_dim,)),
+        ("ssm_out.weight", (g.hidden_size, value_size)),
+    ]
+
+
+def _feed_forward_shapes(g: Geometry) -> Parts:
+    norm = "post_attention_norm.weight" if g.architecture == "qwen35moe" else "ffn_norm.weight"
+    up, down = (g.expert_ffn_size, g.hidden_size), (g.hidden_size, g.expert_ffn_size)
+    parts: Parts = [
+        (norm, (g.hidden_size,)),
+        ("ffn_gate_inp.weight", (g.n_experts, g.hidden_size)),
+        ("ffn_gate_exps.weight", (g.n_experts, *up)),
+        ("ffn_up_exps.weight", (g.n_experts, *up)),
+        ("ffn_down_exps.weight", (g.n_experts, *down)),
+    ]
+    if g.shared_ffn_size:
+        parts += [
+            ("ffn_gate_inp_shexp.weight", (g.hidden_size,)),
+            ("ffn_gate_shexp.weight", (g.shared_ffn_size, g.hidden_size)),
+            ("ffn_up_shexp.weight", (g.shared_ffn_size, g.hidden_size)),
+            ("ffn_down_shexp.weight", (g.hidden_size, g.shared_ffn_size)),
+        ]
+    return parts
+
+
+def _tensor_infos(g: Geometry, recipe: Recipe) -> dict[str, TensorInfo]:
+    infos = {}
+    for name, layer, shape in _shapes(g):
+        if name.endswith(_FLOAT_PARTS):
+            chosen = BY_NAME["F32"]
+        else:
+            chosen = _choose_format(recipe, name, layer, g.n_layers, shape[-1])
+        n_bytes = prod(shape[:-1]) * chosen.row_bytes(shape[-1])
+        infos[name] = TensorInfo(name, chosen, shape, n_bytes)
+    return infos
+
+
+# -- metadata --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _tiny_tokenizer() -> dict[str, Value]:
+    """Return the tokenizer keys of the bundled model."""
+    with GGUFFile.open(tiny_model_path()) as file:
+        values = {key: file.metadata.value(key) for key in file.metadata if key.startswith("tokenizer.")}
+        for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+            values[key] = file.metadata.texts(key)
+        return values
+
+
+def _tokenizer_values(n_vocab: int) -> dict[str, Value]:
+    """Return a small tokenizer that works, its vocabulary filled up with entries that no text has."""
+    values = dict(_tiny_tokenizer())
+    tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    assert isinstance(tokens, list)
+    assert isinstance(types, np.ndarray)
+    unused = 5
+    padding = range(len(tokens), n_vocab)
+    values["tokenizer.ggml.tokens"] = tokens + [f"[PAD{i}]" for i in padding]
+    values["tokenizer.ggml.token_type"] = np.concatenate([types, np.full(len(padding), unused, np.int32)])
+    return values
+
+
+def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value]:
+    def float32(value: float) -> float:
+        return float(np.float32(value))
+
+    keys: dict[str, Value] = {
+        "block_count": g.n_layers,
+        "context_length": g.context_length,
+        "embedding_length": g.hidden_size,
+        "attention.head_count": g.n_heads,
+        "attention.head_count_kv": g.n_kv_heads,
+        "attention.key_length": g.head_dim,
+        "attention.value_length": g.head_dim,
+        "attention.layer_norm_rms_epsilon": float32(1e-6),
+        "rope.freq_base": float32(g.rope_theta),
+        "expert_count": g.n_experts,
+        "expert_used_count": g.n_experts_used,
+        "expert_feed_forward_length": g.expert_ffn_size,
+    }
+    if g.architecture == "qwen35moe":
+        n_pairs = g.n_rot // 2  # dealt to time, height and width in turn; text has the same position in all
+        keys |= {
+            "rope.dimension_count": g.n_rot,
+            "rope.dimension_sections": np.array([(n_pairs + 2) // 3, (n_pairs + 1) // 3, n_pairs // 3, 0], np.int32),
+            "expert_shared_feed_forward_length": g.shared_ffn_size,
+            "ssm.conv_kernel": g.conv_kernel,
+            "ssm.state_size": g.delta_head_dim,
+            "ssm.group_count": g.n_k_heads,
+            "ssm.time_step_rank": g.n_v_heads,
+            "ssm.inner_size": g.n_v_heads * g.delta_head_dim,
+            "full_attention_interval": g.attention_interval,
+        }
+    else:
+        keys["feed_forward_length"] = 3 * g.hidden_size  # of a dense layer, which there is none of
+    return {
+        "general.architecture": g.architecture,
+        "general.type": "model",
+        "general.name": title,
+        "general.file_type": recipe.file_type,
+        "general.quantization_version": 2,
+        **{f"{g.architecture}.{key}": value for key, value in keys.items()},
+        **_tokenizer_values(g.n_vocab),
+    }
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+class SyntheticModel:
+    """A `ModelFile` that makes its weights when they are read: the same bytes for the same name, options and seed."""
+
+    def __init__(self, name: str, geometry: Geometry, recipe: Recipe, seed: int) -> None:
+        self.name = name
+        self.geometry = geometry
+        self.seed = seed
+        self.metadata = Metadata(name, _metadata_values(name.removeprefix(PREFIX), geometry, recipe))
+        self.tensors = _tensor_infos(geometry, recipe)
+
+    @classmethod
+    def open(cls, name: str) -> SyntheticModel:
+        """Make a model from a name like `synthetic:qwen3.5-35b-a3b@q4_k_m:layers=8,seed=1`.
+
+        Options: `layers`, `experts`, `used` (experts of a token), `vocab`, `context` and `seed`.
+
+        Raises `ConfigError` for a name that does not say this.
+        """
+        shape_name, recipe_name, options = _parse(name)
+        geometry = _look_up(name, "model", shape_name, GEOMETRIES)
+        recipe = _look_up(name, "quantisation", recipe_name, RECIPES)
+        seed = options.pop("seed", 0)
+        geometry = replace(geometry, **{_OPTIONS[key]: value for key, value in options.items()})  # type: ignore[arg-type]
+        _check(name, geometry)
+        return cls(name, geometry, recipe, seed)
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(info.n_bytes for info in self.tensors.values())
+
+    def mapped(self, name: str) -> None:
+        """Return None: there is no file."""
+
+    def read(self, name: str, out: npt.NDArray[np.uint8], n_threads: int, progress: Callable[[int], None]) -> None:
+        """Make the weights of a tensor."""
+        info = self.tensors[name]
+        seed = int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest(), "little")
+        if not _fill_vector(info, out, seed):
+            from engine import _kernels  # noqa: PLC0415
+
+            rows = out.reshape(-1, info.format.row_bytes(info.shape[-1]))
+            _kernels.fill_random_blocks(info.format.ggml_type, rows, info.shape[-1], seed, n_threads)
+        progress(info.n_bytes)
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+
+def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> bool:
+    """Fill a tensor whose values must have a certain size for the model to stay sane; return whether it is one."""
+    random = np.random.default_rng(seed)
+    values = out.view(np.float32) if info.format.name == "F32" else None
+    if info.name.endswith("norm.weight"):
+        drawn = 1 + 0.1 * random.standard_normal(info.shape)
+    elif info.name.endswith("ssm_a"):  # decay rates, as these layers are initialised for training
+        drawn = -random.uniform(1, 16, info.shape)
+    elif info.name.endswith("ssm_dt.bias"):  # softplus of it is a time step from 0.001 to 0.1
+        step = np.exp(random.uniform(np.log(1e-3), np.log(1e-1), info.shape))
+        drawn = step + np.log(-np.expm1(-step))
+    else:
+        return False
+    assert values is not None
+    values[:] = drawn
+    return True
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+_OPTIONS = {
+    "layers": "n_layers",
+    "experts": "n_experts",
+    "used": "n_experts_used",
+    "vocab": "n_vocab",
+    "context": "context_length",
+}
+_FORM = "synthetic:<model>[@<quantisation>][:<option>=<number>,...]"
+
+
+def _parse(name: str) -> tuple[str, str, dict[str, int]]:
+    head, _, tail = name.removeprefix(PREFIX).partition(":")
+    shape_name, _, recipe_name = head.partition("@")
+    options: dict[str, int] = {}
+    for item in filter(None, tail.split(",")):
+        key, _, number = (part.strip() for part in item.partition("="))
+        if key not in {*_OPTIONS, "seed"}:
+            raise ConfigError(f"{name}: unknown option {key!r}; expected {', '.join([*_OPTIONS, 'seed'])} ({_FORM})")
+        if not number.isascii() or not number.isdigit() or len(number) > 9:
+            raise ConfigError(f"{name}: option {key} is {number!r}; expected a number below a billion")
+        if key in options:
+            raise ConfigError(f"{name}: option {key} is given twice")
+        options[key] = int(number)
+    return shape_name.strip(), recipe_name.strip() or DEFAULT_RECIPE, options
+
+
+_T = TypeVar("_T")
+
+
+def _look_up(name: str, what: str, wanted: str, table: dict[str, _T]) -> _T:
+    if wanted.lower() in table:
+        return table[wanted.lower()]
+    close = difflib.get_close_matches(wanted.lower(), table, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"{name}: there is no {what} {wanted!r}, only {', '.join(table)}{hint}")
+
+
+def _check(name: str, g: Geometry) -> None:
+    smallest_vocab = len(_tokenizer_values(0)["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    for option, value, low, high in (
+        ("layers", g.n_layers, 1, 1000),
+        ("experts", g.n_experts, 1, 4096),
+        ("used", g.n_experts_used, 1, g.n_experts),
+        ("vocab", g.n_vocab, smallest_vocab, 1_000_000),
+        ("context", g.context_length, 1, 10_000_000),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"{name}: {option} is {value}; expected {low} to {high}")

@@ -1,0 +1,162 @@
+"""The weights of a model in RAM: mapped from the file, or in memory of our own."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import DeviceError
+from engine.gguf.model_file import ModelFile
+
+Mode = Literal["mmap", "memory"]
+Progress = Callable[[int, int], None]
+
+# Tensors begin at pages: a part of one can then be pinned for a GPU, or given back, without touching its neighbours.
+_ALIGNMENT = 4096
+_HUGE_PAGE = 2 << 20
+
+
+class WeightMemory:
+    """Holds the bytes of some tensors. Implements `devices.graph.WeightAccess`."""
+
+    def __init__(self, arrays: dict[str, npt.NDArray[np.uint8]], mode: Mode) -> None:
+        """Take over arrays that `load` has filled."""
+        self._arrays = arrays
+        self.mode = mode
+
+    @classmethod
+    def load(
+        cls,
+        model_file: ModelFile,
+        tensor_names: Iterable[str],
+        mode: Mode,
+        *,
+        n_threads: int = 0,
+        progress: Progress | None = None,
+    ) -> WeightMemory:
+        """Bring tensors into RAM.
+
+        Args:
+            model_file: where they come from; it may be closed afterwards.
+            tensor_names: which ones.
+            mode: "mmap" maps the file: nothing is read now, the system reads pages when they are first used, and may
+                drop them again. "memory" reads everything into anonymous memory in huge pages: slower to start, then
+                steady. A made-up model has no file to map and is always made in memory.
+            n_threads: that read or make weights; 0 for one for each CPU, at most 16.
+            progress: called with (bytes done, bytes in all) now and then.
+
+        Raises:
+            DeviceError: if there is not enough free RAM.
+            GGUFError: if the disk fails.
+        """
+        infos = [model_file.tensors[name] for name in dict.fromkeys(tensor_names)]
+        total = sum(info.n_bytes for info in infos)
+        if mode == "mmap":
+            views = {info.name: model_file.mapped(info.name) for info in infos}
+            mapped = {name: view for name, view in views.items() if view is not None}
+            if len(mapped) == len(views):
+                if progress is not None:
+                    progress(total, total)
+                return cls(mapped, "mmap")
+
+        offsets, needed = [], 0
+        for info in infos:
+            offsets.append(needed)
+            needed += -(-info.n_bytes // _ALIGNMENT) * _ALIGNMENT
+        memory = _allocate(model_file.name, needed)
+        n_threads = n_threads or min(os.cpu_count() or 1, 16)
+        done = 0
+
+        def advance(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            if progress is not None:
+                progress(done, total)
+
+        arrays = {}
+        for info, offset in zip(infos, offsets, strict=True):
+            array = memory[offset : offset + info.n_bytes]
+            model_file.read(info.name, array, n_threads, advance)
+            array.flags.writeable = False
+            arrays[info.name] = array
+        return cls(arrays, "memory")
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the bytes of all tensors held."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def array(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a tensor, flat and read-only, valid until this is closed."""
+        return self._arrays[name]
+
+    def close(self) -> None:
+        """Let go of the memory; it is freed when no array of it is held any more."""
+        self._arrays = {}
+
+    def __enter__(self) -> WeightMemory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _allocate(name: str, n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return anonymous memory that begins at a page, in huge pages where the system has them."""
+    available = available_memory()
+    if available is not None and n_bytes > available:
+        raise DeviceError(
+            f"{name}: the weights need {n_bytes / 1e9:.1f} GB of RAM, and {available / 1e9:.1f} GB are free; close "
+            'other programs, choose a smaller quantisation, or let the system page the file (load = "mmap")'
+        )
+    try:
+        memory = mmap.mmap(-1, max(n_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise DeviceError(
+            f"{name}: the system gave no memory for {n_bytes / 1e9:.1f} GB of weights: {error.strerror}"
+        ) from None
+    if n_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, n_bytes)
+
+
+def available_memory() -> int | None:
+    """Return the bytes of RAM free for us in the system and in our control group (a container); None if unknown."""
+    found = [n for n in (_system_memory(), _control_group_memory()) if n is not None]
+    return min(found, default=None)
+
+
+def _system_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _control_group_memory() -> int | None:
+    """Return what is left of the limit of a container (control groups version 2); file cache counts as free."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        path = next(line[3:] for line in groups if line.startswith("0::"))
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        limit = (folder / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    except (OSError, StopIteration, ValueError, KeyError):  # another version, or not mounted: no limit that we can see
+        return None

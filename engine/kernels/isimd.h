@@ -1,0 +1,89 @@
+// Integer vectors of 256 bits for the weight kernels: exact sums of 8-bit products.
+//
+// The AVX-512 level keeps this width for single tokens, where memory is the limit, and gains VNNI's fused dot products;
+// its batches use full registers (tile.h). Integer sums are exact, so lanes and instructions never show in the result.
+#ifndef ENGINE_ISIMD_H
+#define ENGINE_ISIMD_H
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#include <stdint.h>
+
+static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
+static inline __m128i load_128(const void *p) { return _mm_loadu_si128(p); }
+static inline __m256i load_128_twice(const void *p) { return _mm256_broadcastsi128_si256(load_128(p)); }
+
+// Nibbles of 16 bytes: low halves first.
+static inline __m256i nibbles_32(const uint8_t *packed) {
+    const __m256i shifted = _mm256_srlv_epi64(load_128_twice(packed), _mm256_setr_epi64x(0, 0, 4, 4));
+    return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+}
+
+// acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1], int16 to int32.
+static inline __m256i add_dot_i16(__m256i acc, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__)
+    return _mm256_dpwssd_epi32(acc, a, b);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+#endif
+}
+
+// Sums of two neighbouring products to int16: exact while 2 * 127 * max(u) fits, that is u <= 129.
+static inline __m256i dot_pairs_u8(__m256i u, __m256i s) { return _mm256_maddubs_epi16(u, s); }
+
+// Sums of four neighbouring products to int32, with u <= 129.
+static inline __m256i dot_fours_u8(__m256i u, __m256i s) {
+#if defined(__AVX512VNNI__)
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s);
+#else
+    return _mm256_madd_epi16(dot_pairs_u8(u, s), _mm256_set1_epi16(1));
+#endif
+}
+
+// Four vectors to one: lane r is the sum of the eight lanes of a_r. Blends run on more ports than shuffles, so each step
+// gathers by blending and needs one shuffle.
+static inline __m128i sum_lanes_of_4(__m256i a0, __m256i a1, __m256i a2, __m256i a3) {
+    const __m256i even_01 = _mm256_blend_epi32(a0, a1, 0xaa), odd_01 = _mm256_blend_epi32(a1, a0, 0xaa);
+    const __m256i even_23 = _mm256_blend_epi32(a2, a3, 0xaa), odd_23 = _mm256_blend_epi32(a3, a2, 0xaa);
+    const __m256i s01 = _mm256_add_epi32(even_01, _mm256_shuffle_epi32(odd_01, 0xb1));
+    const __m256i s23 = _mm256_add_epi32(even_23, _mm256_shuffle_epi32(odd_23, 0xb1));
+    const __m256i low = _mm256_blend_epi32(s01, s23, 0xcc), high = _mm256_blend_epi32(s23, s01, 0xcc);
+    const __m256i sums = _mm256_add_epi32(low, _mm256_shuffle_epi32(high, 0x4e));
+    return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+}
+
+// The same for vectors of four lanes.
+static inline __m128i sum_lanes_of_4_halves(__m128i a0, __m128i a1, __m128i a2, __m128i a3) {
+    const __m128i s01 = _mm_add_epi32(_mm_blend_epi32(a0, a1, 0xa), _mm_shuffle_epi32(_mm_blend_epi32(a1, a0, 0xa), 0xb1));
+    const __m128i s23 = _mm_add_epi32(_mm_blend_epi32(a2, a3, 0xa), _mm_shuffle_epi32(_mm_blend_epi32(a3, a2, 0xa), 0xb1));
+    return _mm_add_epi32(_mm_blend_epi32(s01, s23, 0xc), _mm_shuffle_epi32(_mm_blend_epi32(s23, s01, 0xc), 0x4e));
+}
+
+// The half float at `offset` of each of four blocks, put together by the scalar units.
+static inline __m128 halves_of_4(const uint8_t *const w[4], int offset) {
+    uint64_t halves = 0;
+    for (int r = 0; r < 4; r++) {
+        uint16_t half;
+        __builtin_memcpy(&half, w[r] + offset, 2);
+        halves |= (uint64_t)half << 16 * r;
+    }
+    return _mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)halves));
+}
+
+// Two int16 scales spread over the products of a chunk of 32 weights: the first over the lower half. `scales` holds the
+// eight scales of this half of the block in each of its halves.
+static inline __m256i spread_two_scales(__m256i scales, int first) {
+    const int low = (2 * first + 1) * 256 + 2 * first, high = low + 0x0202;
+    return _mm256_shuffle_epi8(scales, _mm256_setr_m128i(_mm_set1_epi16((short)low), _mm_set1_epi16((short)high)));
+}
+
+// One int16 scale spread over all products.
+static inline __m256i spread_scale(__m256i scales, int index) {
+    return _mm256_shuffle_epi8(scales, _mm256_set1_epi16((short)((2 * index + 1) * 256 + 2 * index)));
+}
+
+static inline __m256i low_half_twice(__m256i a) { return _mm256_permute2x128_si256(a, a, 0x00); }
+static inline __m256i high_half_twice(__m256i a) { return _mm256_permute2x128_si256(a, a, 0x11); }
+
+#endif
+#endif

@@ -1,0 +1,17 @@
+// Sizes of caches, for those who give them memory.
+#include "ops/kv_layout.h"
+
+static int64_t whole_lines(int64_t n_bytes) { return (n_bytes + 63) & ~(int64_t)63; }
+
+int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim) {
+    const int64_t groups = (int64_t)n_slots * n_kv_heads * (kv_padded(context_length) / KV_LANES);
+    return whole_lines(groups * kv_key_group_bytes(type, head_dim));
+}
+
+int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim) {
+    return whole_lines((int64_t)n_slots * n_kv_heads * kv_padded(context_length) * kv_value_row_bytes(type, head_dim));
+}
+
+int64_t attention_partial_bytes(int n_heads, const kv_cache *cache) {
+    return (int64_t)n_heads * attention_chunks(cache->context_length) * partial_size(cache->head_dim) * 4;
+}

@@ -1,0 +1,251 @@
+// The operations of a forward pass, as each instruction-set level offers them.
+//
+// A *tile operation* works on any rectangle of rows and columns: columns are cut only at multiples of its unit (a head,
+// a whole row), so any number of threads may share it, and several may run one after another on the same rectangle
+// while it is in cache. A *task operation* (a product with weights, attention) says how many tasks a step has.
+// Neither cut changes a bit: every output is computed whole by one call.
+#ifndef ENGINE_OPS_H
+#define ENGINE_OPS_H
+
+#include "table.h"
+#include "team.h"
+
+#include <stdbool.h>
+
+enum { ROWS_TOKENS, ROWS_OUTPUTS };
+enum { GATE_SIGMOID, GATE_SILU };
+enum { ROPE_NEOX, ROPE_NORM };
+enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
+enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
+
+enum {
+    MAX_EXPERTS = 1024,
+    MAX_HEAD_DIM = 512,
+    MAX_CONV_KERNEL = 16,
+    MAX_LINEAR_WEIGHTS = 8,
+    TOKENS_PER_CALL = 64,     // activation rows that one call of a matmul_fn gets at most
+    ROWS_PER_TASK = 64,       // weight rows of one task at most
+    ATTENTION_CHUNK = 256,    // positions that share one softmax before partial results are merged
+    ATTENTION_TILE = 4,       // heads that read a chunk of keys and values together
+    SPLIT_ATTENTION_TOKENS = 8, // up to so many tokens, chunks are tasks of their own
+    ATTENTION_TOKENS = 8,     // tokens of a task otherwise
+};
+
+// Tokens of one sequence, which stand together.
+typedef struct {
+    int first, end, slot;
+} token_run;
+
+typedef struct {
+    int n_tokens, n_outputs, n_runs;
+    const int32_t *token_ids, *positions, *slots, *output_rows;
+    const token_run *runs; // never across a token at position 0 but the first
+} step_view;
+
+typedef struct {
+    int row, row_end, col, col_end;
+} tile;
+
+// Float32 rows, `stride` elements apart.
+typedef struct {
+    float *at;
+    int64_t stride;
+} matrix;
+
+typedef struct {
+    const uint8_t *table;
+    int64_t row_bytes;
+    void (*dequantize_row)(const uint8_t *w, float *out, int n_cols);
+    int n_cols;
+    matrix out;
+    float scale;
+} embed_args;
+
+typedef struct {
+    matrix x, out;
+    const float *weight;
+    int group_size;
+    float eps;
+} rms_norm_args;
+
+typedef struct {
+    matrix x;
+    uint8_t *out;
+    int64_t out_row_bytes;
+    int n_cols, activation;
+    quantize_fn quantize;
+} quantize_args;
+
+typedef struct {
+    matrix a, b, out;
+} add_args;
+
+typedef struct {
+    matrix x, gate, out;
+    int kind;
+} gate_args;
+
+typedef struct {
+    matrix x, first, second;
+    int head_dim;
+} split_heads_args;
+
+// Cosines, then sines, of every pair: [max_tokens, 2, n_pairs].
+typedef struct {
+    float *table;
+    const float *frequencies;
+    int n_pairs;
+    float magnitude;
+} rope_table_args;
+
+typedef struct {
+    matrix x;
+    const float *table;
+    int head_dim, n_pairs, style;
+} rope_args;
+
+typedef struct {
+    matrix x, out;
+    int n_cols;
+} select_outputs_args;
+
+typedef struct {
+    matrix expert_out, shared, shared_gate, residual, out; // shared.at, shared_gate.at may be NULL
+    const float *weights;                                  // [max_tokens, n_experts_used]
+    int n_experts_used, n_cols;
+} combine_args;
+
+typedef struct {
+    matrix x, out;
+    const float *weight; // [kernel_size, n_channels]: transposed when it was recorded
+    float *state;        // [n_slots, kernel_size - 1, n_channels]
+    int n_channels, kernel_size;
+} causal_conv_args;
+
+typedef struct {
+    const float *q, *k, *v;
+    int64_t qkv_stride;
+    matrix beta, alpha, out;
+    const float *a, *dt_bias;
+    float *state; // [n_slots, n_v_heads, k_dim, v_dim]
+    int n_k_heads, n_v_heads, k_dim, v_dim;
+    bool grouped;
+    float eps;
+} delta_net_args;
+
+typedef struct {
+    matrix logits;
+    const float *bias; // or NULL
+    int32_t *ids;      // both [max_tokens, n_experts_used]
+    float *weights;
+    int n_experts, n_experts_used, scoring, n_groups, n_groups_used;
+    bool normalize;
+    float scale;
+} router_args;
+
+// One layer's keys or values; layout in ops/kv_cache.h.
+typedef struct {
+    uint8_t *keys, *values;
+    int type, context_length, n_kv_heads, head_dim;
+} kv_cache;
+
+typedef struct {
+    matrix x;
+    kv_cache cache;
+    bool is_value;
+} kv_store_args;
+
+typedef struct {
+    matrix q, out;
+    kv_cache cache;
+    int n_heads;
+    float scale;
+    float *partials;         // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
+    padded_counter *n_done;  // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
+} attention_args;
+
+typedef struct {
+    const uint8_t *weight;
+    int64_t row_bytes;
+    matmul_fn matmul;
+    int n_rows;
+    matrix out;
+    const float *bias, *scale; // or NULL
+} linear_weight;
+
+typedef struct {
+    const uint8_t *x;
+    int64_t x_row_bytes;
+    int n_cols, n_weights, rows;
+    linear_weight weights[MAX_LINEAR_WEIGHTS];
+} linear_args;
+
+typedef struct {
+    const int64_t *table; // [n_experts] addresses of the experts' first rows
+    int64_t row_bytes;
+    matmul_fn matmul;
+    const float *scale; // [n_experts] or NULL
+} expert_matrix;
+
+// Shared by the parts of one experts operation. A pair is a token and a rank: row t * n_experts_used + rank.
+typedef struct {
+    const uint8_t *x_gate, *x_up;
+    int64_t x_gate_row_bytes, x_up_row_bytes;
+    const int32_t *ids; // [max_tokens, n_experts_used]; -1: computed elsewhere
+    int n_experts, n_experts_used, hidden_size, ffn_size;
+    expert_matrix gate, up, down;
+    float *hidden;             // [pairs, ffn_size]
+    uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32
+    int64_t hidden_row_bytes;
+    quantize_fn quantize; // NULL if down takes float32
+    matrix out;
+} experts_args;
+
+typedef union {
+    embed_args embed;
+    rms_norm_args rms_norm;
+    quantize_args quantize;
+    add_args add;
+    gate_args gate;
+    split_heads_args split_heads;
+    rope_table_args rope_table;
+    rope_args rope;
+    select_outputs_args select_outputs;
+    combine_args combine;
+    causal_conv_args causal_conv;
+    delta_net_args delta_net;
+    router_args router;
+    kv_store_args kv_store;
+    attention_args attention;
+    linear_args linear;
+    experts_args experts;
+} op_args;
+
+// One thread of the team that runs a step.
+typedef struct {
+    const step_view *step;
+    int n_threads;
+    int32_t *scratch; // of this thread alone; see program_scratch
+} worker;
+
+typedef void (*tile_fn)(const op_args *args, const step_view *step, tile t);
+
+typedef struct {
+    int (*begin)(const op_args *args, const worker *w); // returns the number of tasks; called by every thread
+    void (*run)(const op_args *args, const worker *w, int task);
+} task_fns;
+
+typedef struct ops_table {
+    tile_fn embed, rms_norm, quantize, add, gate, split_heads, rope_table, rope, select_outputs, combine, causal_conv,
+        delta_net, router, kv_store;
+    task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
+    float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads every byte once; for measuring bandwidth
+} ops_table;
+
+// kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of one
+// token over a whole context.
+int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
+int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
+int64_t attention_partial_bytes(int n_heads, const kv_cache *cache);
+
+#endif

@@ -1,0 +1,248 @@
+// Causal attention over a cache.
+//
+// One stated order, whoever computes what: positions are cut into chunks of ATTENTION_CHUNK from 0. Each chunk gives,
+// for each query, its largest score m, the sum l of exp(score - m), and the sum o of exp(score - m) * value; the chunks
+// are then merged in order. So neither the cut of a prompt nor the number of threads can change a bit.
+//
+// A long prompt is cut into tasks of a few tokens and one key/value head, which go through the chunks one after
+// another. A few tokens are cut into chunks instead; whoever finishes the last chunk of a query merges all.
+#ifndef ENGINE_OPS_ATTENTION_H
+#define ENGINE_OPS_ATTENTION_H
+
+#include "../vmath.h"
+#include "kv_cache.h"
+
+typedef struct {
+    float m[ATTENTION_TILE], l[ATTENTION_TILE];
+    float o[ATTENTION_TILE][MAX_HEAD_DIM];
+} attention_partial;
+
+static inline int heads_in_tile(const attention_args *a, int first) {
+    const int left = a->n_heads / a->cache.n_kv_heads - first;
+    return left < ATTENTION_TILE ? left : ATTENTION_TILE;
+}
+static inline int tiles_of_group(const attention_args *a) {
+    return (a->n_heads / a->cache.n_kv_heads + ATTENTION_TILE - 1) / ATTENTION_TILE;
+}
+
+// scores[i][j] = scale * (q_i . k_j) for n_q queries, which follow one another, and one group of sixteen keys. Chains of 32 products, then their sums.
+static inline __attribute__((always_inline)) void score_group(const float *q, int n_q, const uint8_t *keys,
+                                                              int type, int head_dim, float scale, float *scores,
+                                                              int stride) {
+    v16 total[ATTENTION_TILE];
+    const uint16_t *scales = (const uint16_t *)(keys + (int64_t)head_dim * KV_LANES * kv_element_bytes(type));
+    for (int i = 0; i < n_q; i++)
+        total[i] = v16_set(0.0f);
+    for (int block = 0; block * KV_BLOCK < head_dim; block++) {
+        const int end = (block + 1) * KV_BLOCK < head_dim ? (block + 1) * KV_BLOCK : head_dim;
+        v16 sum[ATTENTION_TILE];
+        for (int i = 0; i < n_q; i++)
+            sum[i] = v16_set(0.0f);
+        for (int d = block * KV_BLOCK; d < end; d++) {
+            const v16 k = kv_load(keys, (int64_t)d * KV_LANES, type);
+            for (int i = 0; i < n_q; i++)
+                sum[i] = v16_fma(v16_set(q[i * head_dim + d]), k, sum[i]);
+        }
+        for (int i = 0; i < n_q; i++)
+            total[i] = type == KV_Q8_0 ? v16_fma(v16_from_f16(scales + block * KV_LANES), sum[i], total[i])
+                                       : v16_add(total[i], sum[i]);
+    }
+    for (int i = 0; i < n_q; i++)
+        v16_store(scores + (int64_t)i * stride, v16_mul(total[i], v16_set(scale)));
+}
+
+// o_i[d] = sum over positions of weights[i][j] * value_j[d], from position 0 upwards, for sixteen columns.
+static inline __attribute__((always_inline)) void weigh_values(const float *weights, int stride, int n_q,
+                                                               const uint8_t *values, int n_positions, int type,
+                                                               int head_dim, int d, attention_partial *out) {
+    const int64_t row_bytes = kv_value_row_bytes(type, head_dim);
+    v16 sum[ATTENTION_TILE];
+    for (int i = 0; i < n_q; i++)
+        sum[i] = v16_set(0.0f);
+    for (int j = 0; j < n_positions; j++) {
+        const uint8_t *row = values + j * row_bytes;
+        const v16 v = kv_load(row, d, type);
+        const float scale =
+            type == KV_Q8_0 ? f16_to_f32(((const uint16_t *)(row + kv_padded(head_dim)))[d / KV_BLOCK]) : 1.0f;
+        for (int i = 0; i < n_q; i++) {
+            const float weight = weights[(int64_t)i * stride + j];
+            sum[i] = v16_fma(v16_set(type == KV_Q8_0 ? weight * scale : weight), v, sum[i]);
+        }
+    }
+    for (int i = 0; i < n_q; i++)
+        v16_store(out->o[i] + d, sum[i]);
+}
+
+// Turns n_positions scores into exp(score - largest); returns through m and l.
+static inline void exponentials(float *scores, int n_positions, float *m, float *l) {
+    const int padded = kv_padded(n_positions);
+    v16 largest = v16_set(-INFINITY), sum = v16_set(0.0f);
+    for (int j = n_positions; j < padded; j++)
+        scores[j] = -INFINITY;
+    for (int j = 0; j < padded; j += KV_LANES)
+        largest = v16_max(v16_load(scores + j), largest);
+    *m = v16_largest(largest);
+    const v16 shift = v16_set(*m);
+    for (int j = 0; j < padded; j += KV_LANES)
+        v16_store(scores + j, v16_exp(v16_sub(v16_load(scores + j), shift)));
+    for (int j = n_positions; j < padded; j++)
+        scores[j] = 0.0f;
+    for (int j = 0; j < padded; j += KV_LANES)
+        sum = v16_add(sum, v16_load(scores + j));
+    *l = v16_sum(sum);
+}
+
+static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q,
+                                                                  int n_q, int slot, int kv_head, int first,
+                                                                  int n_positions, int type, attention_partial *out) {
+    float scores[ATTENTION_TILE * ATTENTION_CHUNK];
+    const int head_dim = a->cache.head_dim;
+    const uint8_t *keys = kv_keys(&a->cache, slot, kv_head, first);
+    const int64_t group_bytes = kv_key_group_bytes(type, head_dim);
+    for (int j = 0; j < n_positions; j += KV_LANES)
+        score_group(q, n_q, keys + j / KV_LANES * group_bytes, type, head_dim, a->scale, scores + j, ATTENTION_CHUNK);
+    for (int i = 0; i < n_q; i++)
+        exponentials(scores + i * ATTENTION_CHUNK, n_positions, &out->m[i], &out->l[i]);
+    const uint8_t *values = kv_values(&a->cache, slot, kv_head, first);
+    for (int d = 0; d < head_dim; d += KV_LANES)
+        weigh_values(scores, ATTENTION_CHUNK, n_q, values, n_positions, type, head_dim, d, out);
+}
+
+// One chunk for n_q heads of one token that share keys and values. Written out for every tile size and cache type.
+static void attend_chunk(const attention_args *a, const float *q, int n_q, int slot, int kv_head, int first,
+                         int n_positions, attention_partial *out) {
+    switch (n_q * N_KV_TYPES + a->cache.type) {
+#define CASE(n, type)                                                                                                  \
+    case n * N_KV_TYPES + type:                                                                                        \
+        attend_chunk_of(a, q, n, slot, kv_head, first, n_positions, type, out);                                        \
+        break
+        CASE(1, KV_F32);
+        CASE(1, KV_F16);
+        CASE(1, KV_Q8_0);
+        CASE(2, KV_F32);
+        CASE(2, KV_F16);
+        CASE(2, KV_Q8_0);
+        CASE(3, KV_F32);
+        CASE(3, KV_F16);
+        CASE(3, KV_Q8_0);
+        CASE(4, KV_F32);
+        CASE(4, KV_F16);
+        CASE(4, KV_Q8_0);
+#undef CASE
+    }
+}
+
+// (m, l, o) <- (m, l, o) merged with the next chunk's result; o has room for a multiple of 16.
+static inline void merge_partial(float *m, float *l, float *o, float next_m, float next_l, const float *next_o, int n) {
+    const float largest = next_m > *m ? next_m : *m;
+    const float keep = exp_one(*m - largest), take = exp_one(next_m - largest);
+    const v16 keeping = v16_set(keep), taking = v16_set(take);
+    *m = largest;
+    *l = fmaf(next_l, take, *l * keep);
+    for (int d = 0; d < n; d += 16)
+        v16_store(o + d, v16_fma(v16_load(next_o + d), taking, v16_mul(v16_load(o + d), keeping)));
+}
+
+static inline void finish_attention(float *out, const float *o, float l, int n) {
+    int d = 0;
+    for (; d + 16 <= n; d += 16)
+        v16_store(out + d, v16_div(v16_load(o + d), v16_set(l)));
+    if (d < n)
+        v16_store_first(out + d, v16_div(v16_load_first(o + d, n - d), v16_set(l)), n - d);
+}
+
+static inline int positions_in_chunk(int n_visible, int chunk) {
+    const int left = n_visible - chunk * ATTENTION_CHUNK;
+    return left < ATTENTION_CHUNK ? left : ATTENTION_CHUNK;
+}
+
+// -- many tokens: a task is one key/value head and a few tokens ----------------------------------------------------
+
+static void attend_token(const attention_args *a, const step_view *step, int token, int kv_head, int first) {
+    const int n_q = heads_in_tile(a, first), n = a->cache.head_dim, n_visible = step->positions[token] + 1;
+    const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
+    const float *q = a->q.at + token * a->q.stride + head * n;
+    attention_partial sum, next;
+    attend_chunk(a, q, n_q, step->slots[token], kv_head, 0, positions_in_chunk(n_visible, 0), &sum);
+    for (int chunk = 1; chunk < attention_chunks(n_visible); chunk++) {
+        attend_chunk(a, q, n_q, step->slots[token], kv_head, chunk * ATTENTION_CHUNK,
+                     positions_in_chunk(n_visible, chunk), &next);
+        for (int i = 0; i < n_q; i++)
+            merge_partial(&sum.m[i], &sum.l[i], sum.o[i], next.m[i], next.l[i], next.o[i], kv_padded(n));
+    }
+    for (int i = 0; i < n_q; i++)
+        finish_attention(a->out.at + token * a->out.stride + (head + i) * n, sum.o[i], sum.l[i], n);
+}
+
+// -- few tokens: a task is one chunk of one tile of heads of one token ----------------------------------------------
+
+static void attend_split(const attention_args *a, const step_view *step, int token, int kv_head, int tile_index,
+                         int chunk) {
+    const int first = tile_index * ATTENTION_TILE, n_q = heads_in_tile(a, first), n = a->cache.head_dim;
+    const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first, n_visible = step->positions[token] + 1;
+    const int n_chunks = attention_chunks(n_visible), most_chunks = attention_chunks(a->cache.context_length);
+    const float *q = a->q.at + token * a->q.stride + head * n;
+    attention_partial result;
+    attend_chunk(a, q, n_q, step->slots[token], kv_head, chunk * ATTENTION_CHUNK, positions_in_chunk(n_visible, chunk),
+                 &result);
+    if (n_chunks == 1) {
+        for (int i = 0; i < n_q; i++)
+            finish_attention(a->out.at + token * a->out.stride + (head + i) * n, result.o[i], result.l[i], n);
+        return;
+    }
+    const int64_t size = partial_size(n);
+    float *stored = a->partials + ((int64_t)token * a->n_heads + head) * most_chunks * size;
+    for (int i = 0; i < n_q; i++) {
+        float *own = stored + ((int64_t)i * most_chunks + chunk) * size;
+        own[0] = result.m[i];
+        own[1] = result.l[i];
+        memcpy(own + PARTIAL_HEADER, result.o[i], (size_t)kv_padded(n) * sizeof(float));
+    }
+    atomic_int *n_done = &a->n_done[(token * a->cache.n_kv_heads + kv_head) * tiles_of_group(a) + tile_index].value;
+    if (atomic_fetch_add_explicit(n_done, 1, memory_order_acq_rel) != n_chunks - 1)
+        return;
+    atomic_store_explicit(n_done, 0, memory_order_relaxed); // ready for the next attention; a barrier lies between
+    for (int i = 0; i < n_q; i++) {
+        float *sum = stored + (int64_t)i * most_chunks * size;
+        for (int next = 1; next < n_chunks; next++)
+            merge_partial(&sum[0], &sum[1], sum + PARTIAL_HEADER, sum[next * size], sum[next * size + 1],
+                          sum + next * size + PARTIAL_HEADER, kv_padded(n));
+        finish_attention(a->out.at + token * a->out.stride + (head + i) * n, sum + PARTIAL_HEADER, sum[1], n);
+    }
+}
+
+static int attention_begin(const op_args *args, const worker *w) {
+    const attention_args *a = &args->attention;
+    const step_view *step = w->step;
+    if (step->n_tokens > SPLIT_ATTENTION_TOKENS)
+        return (step->n_tokens + ATTENTION_TOKENS - 1) / ATTENTION_TOKENS * a->cache.n_kv_heads;
+    int n_tasks = 0;
+    for (int token = 0; token < step->n_tokens; token++)
+        n_tasks += attention_chunks(step->positions[token] + 1) * a->cache.n_kv_heads * tiles_of_group(a);
+    return n_tasks;
+}
+
+static void attention_run(const op_args *args, const worker *w, int task) {
+    const attention_args *a = &args->attention;
+    const step_view *step = w->step;
+    const int n_kv_heads = a->cache.n_kv_heads, n_tiles = tiles_of_group(a);
+    if (step->n_tokens > SPLIT_ATTENTION_TOKENS) { // the last tokens see most: they go first, so that threads end together
+        const int n_blocks = (step->n_tokens + ATTENTION_TOKENS - 1) / ATTENTION_TOKENS;
+        const int first = (n_blocks - 1 - task / n_kv_heads) * ATTENTION_TOKENS;
+        const int end = first + ATTENTION_TOKENS < step->n_tokens ? first + ATTENTION_TOKENS : step->n_tokens;
+        for (int tile_index = 0; tile_index < n_tiles; tile_index++)
+            for (int token = first; token < end; token++)
+                attend_token(a, step, token, task % n_kv_heads, tile_index * ATTENTION_TILE);
+        return;
+    }
+    int token = 0;
+    for (;; token++) {
+        const int tasks_of_token = attention_chunks(step->positions[token] + 1) * n_kv_heads * n_tiles;
+        if (task < tasks_of_token)
+            break;
+        task -= tasks_of_token;
+    }
+    attend_split(a, step, token, task / n_tiles % n_kv_heads, task % n_tiles, task / n_tiles / n_kv_heads);
+}
+
+#endif

@@ -1,0 +1,135 @@
+// Operations that treat every row, or every column, alone.
+#ifndef ENGINE_OPS_ELEMENTWISE_H
+#define ENGINE_OPS_ELEMENTWISE_H
+
+#include "../ops.h"
+#include "../vmath.h"
+
+static inline float *row_of(matrix m, int row) { return m.at + row * m.stride; }
+
+// Runs `body` for every v16 of columns [first, end), then `tail` for what is left.
+#define FOR_COLUMNS(c, first, end, body, tail)                                                                         \
+    do {                                                                                                               \
+        int c = (first);                                                                                               \
+        for (; c + 16 <= (end); c += 16)                                                                               \
+            body;                                                                                                      \
+        if (c < (end)) {                                                                                               \
+            const int n_left = (end) - c;                                                                              \
+            tail;                                                                                                      \
+        }                                                                                                              \
+    } while (0)
+
+static void op_embed(const op_args *args, const step_view *step, tile t) {
+    const embed_args *a = &args->embed;
+    for (int row = t.row; row < t.row_end; row++) {
+        float *out = row_of(a->out, row);
+        a->dequantize_row(a->table + step->token_ids[row] * a->row_bytes, out, a->n_cols);
+        if (a->scale != 1.0f)
+            for (int c = 0; c < a->n_cols; c++)
+                out[c] *= a->scale;
+    }
+}
+
+static void op_quantize(const op_args *args, const step_view *step, tile t) {
+    const quantize_args *a = &args->quantize;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++)
+        a->quantize(row_of(a->x, row), a->out + row * a->out_row_bytes, a->n_cols, t.col, t.col_end);
+}
+
+static void op_add(const op_args *args, const step_view *step, tile t) {
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const float *a = row_of(args->add.a, row), *b = row_of(args->add.b, row);
+        float *out = row_of(args->add.out, row);
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, v16_add(v16_load(a + c), v16_load(b + c))),
+                    v16_store_first(out + c, v16_add(v16_load_first(a + c, n_left), v16_load_first(b + c, n_left)),
+                                    n_left));
+    }
+}
+
+static inline v16 gated(v16 x, v16 gate, int kind) {
+    return v16_mul(x, kind == GATE_SILU ? v16_silu(gate) : v16_sigmoid(gate));
+}
+
+static void op_gate(const op_args *args, const step_view *step, tile t) {
+    const int kind = args->gate.kind;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const float *x = row_of(args->gate.x, row), *gate = row_of(args->gate.gate, row);
+        float *out = row_of(args->gate.out, row);
+        FOR_COLUMNS(
+            c, t.col, t.col_end, v16_store(out + c, gated(v16_load(x + c), v16_load(gate + c), kind)),
+            v16_store_first(out + c, gated(v16_load_first(x + c, n_left), v16_load_first(gate + c, n_left), kind),
+                            n_left));
+    }
+}
+
+static void op_split_heads(const op_args *args, const step_view *step, tile t) {
+    const split_heads_args *a = &args->split_heads;
+    const size_t head_bytes = (size_t)a->head_dim * sizeof(float);
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++)
+        for (int c = t.col; c < t.col_end; c += a->head_dim) {
+            memcpy(row_of(a->first, row) + c, row_of(a->x, row) + 2 * c, head_bytes);
+            memcpy(row_of(a->second, row) + c, row_of(a->x, row) + 2 * c + a->head_dim, head_bytes);
+        }
+}
+
+static void op_select_outputs(const op_args *args, const step_view *step, tile t) {
+    const select_outputs_args *a = &args->select_outputs;
+    for (int row = t.row; row < t.row_end; row++)
+        memcpy(row_of(a->out, row), row_of(a->x, step->output_rows[row]), (size_t)a->n_cols * sizeof(float));
+}
+
+// Groups of columns (a head, or the whole row) are normalised one by one.
+static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
+    const rms_norm_args *a = &args->rms_norm;
+    const int n = a->group_size;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++)
+        for (int group = t.col; group < t.col_end; group += n) {
+            const float *x = row_of(a->x, row) + group;
+            float *out = row_of(a->out, row) + group;
+            const float mean = dot_f32(x, x, n) / (float)n;
+            const v16 factor = v16_set(1.0f / sqrtf(mean + a->eps));
+            FOR_COLUMNS(c, 0, n,
+                        v16_store(out + c, v16_mul(v16_mul(v16_load(x + c), factor), v16_load(a->weight + c))),
+                        v16_store_first(out + c,
+                                        v16_mul(v16_mul(v16_load_first(x + c, n_left), factor),
+                                                v16_load_first(a->weight + c, n_left)),
+                                        n_left));
+        }
+}
+
+// Ranks one after another from rank 0, then the shared expert, then the residual stream: one stated order.
+static inline v16 combined(const combine_args *a, const float *expert_out, const float *weights, const float *shared,
+                           v16 shared_weight, const float *residual, int c, int n) {
+    v16 sum = v16_set(0.0f);
+    for (int rank = 0; rank < a->n_experts_used; rank++)
+        sum = v16_fma(v16_set(weights[rank]), v16_load_first(expert_out + (int64_t)rank * a->n_cols + c, n), sum);
+    if (shared) {
+        const v16 value = v16_load_first(shared + c, n);
+        sum = a->shared_gate.at ? v16_fma(shared_weight, value, sum) : v16_add(sum, value);
+    }
+    return v16_add(v16_load_first(residual + c, n), sum);
+}
+
+static void op_combine(const op_args *args, const step_view *step, tile t) {
+    const combine_args *a = &args->combine;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const float *expert_out = row_of(a->expert_out, row), *residual = row_of(a->residual, row);
+        const float *weights = a->weights + (int64_t)row * a->n_experts_used;
+        const float *shared = a->shared.at ? row_of(a->shared, row) : NULL;
+        const v16 shared_weight = v16_set(a->shared_gate.at ? sigmoid_one(*row_of(a->shared_gate, row)) : 1.0f);
+        float *out = row_of(a->out, row);
+        FOR_COLUMNS(
+            c, t.col, t.col_end,
+            v16_store(out + c, combined(a, expert_out, weights, shared, shared_weight, residual, c, 16)),
+            v16_store_first(out + c, combined(a, expert_out, weights, shared, shared_weight, residual, c, n_left),
+                            n_left));
+    }
+}
+
+#endif

@@ -1,0 +1,43 @@
+// The operations of one instruction-set level; included by level.h only.
+#include "ops.h"
+#include "simd.h"
+
+#include "ops/attention.h"
+#include "ops/delta_net.h"
+#include "ops/elementwise.h"
+#include "ops/experts.h"
+#include "ops/kv_cache.h"
+#include "ops/linear.h"
+#include "ops/rope.h"
+#include "ops/router.h"
+
+static float read_all(const uint8_t *bytes, int64_t n_bytes) {
+    v16 sums[4] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
+    for (int64_t i = 0; i + 256 <= n_bytes; i += 256)
+        for (int j = 0; j < 4; j++)
+            sums[j] = v16_max(v16_load((const float *)(bytes + i + 64 * j)), sums[j]);
+    return v16_sum(v16_add(v16_add(sums[0], sums[1]), v16_add(sums[2], sums[3])));
+}
+
+static const ops_table level_ops = {
+    .embed = op_embed,
+    .rms_norm = op_rms_norm,
+    .quantize = op_quantize,
+    .add = op_add,
+    .gate = op_gate,
+    .split_heads = op_split_heads,
+    .rope_table = op_rope_table,
+    .rope = op_rope,
+    .select_outputs = op_select_outputs,
+    .combine = op_combine,
+    .causal_conv = op_causal_conv,
+    .delta_net = op_delta_net,
+    .router = op_router,
+    .kv_store = op_kv_store,
+    .linear = {linear_begin, linear_run},
+    .attention = {attention_begin, attention_run},
+    .experts_gate_up = {experts_gate_up_begin, experts_gate_up_run},
+    .experts_quantize = {experts_quantize_begin, experts_quantize_run},
+    .experts_down = {experts_down_begin, experts_down_run},
+    .read_all = read_all,
+};

@@ -1,0 +1,660 @@
+#include "program.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { MAX_ACCESSES = 12, TASKS_PER_THREAD = 4, MIN_TASK_COLUMNS = 512 };
+
+// Memory that an operation touches: n_rows rows, n_bytes of each. In a tile operation that cuts columns, column c is
+// the bytes from c * column_bytes on; 0 if every tile may touch all of it.
+typedef struct {
+    uintptr_t address;
+    int64_t row_bytes, n_rows, n_bytes, column_bytes;
+    bool writes;
+} memory_access;
+
+typedef struct {
+    const char *name;
+    op_args args;
+    tile_fn run_tile;      // NULL for a task operation
+    const task_fns *tasks; // NULL for a tile operation
+    int rows;              // tile operations: ROWS_TOKENS or ROWS_OUTPUTS
+    int width, unit;       // columns, and where they may be cut
+    bool is_cheap;         // not worth a barrier to be shared by several threads
+    bool in_order;         // a tile takes all rows
+    int n_accesses;
+    memory_access accesses[MAX_ACCESSES];
+    int next; // the next operation of its group, or -1
+} operation;
+
+// Tile operations that are run one after another on each tile, or one task operation.
+typedef struct {
+    int first, last, unit;
+    bool in_order, starts_phase;
+} group;
+
+struct program {
+    const kernel_table *kernels;
+    int max_tokens, n_slots, n_threads;
+    int n_operations, n_groups, phase; // phase: the first group after the last barrier
+    operation *operations;
+    group *groups;
+    padded_counter *next_task; // one for each group
+    void **blocks;             // memory to free
+    int n_blocks;
+
+    int n_vocab, context_length, n_scratch; // n_scratch: int32 values that a thread needs
+    int32_t **scratch;                      // [n_threads]
+    token_run *runs;                        // [max_tokens]
+    uint8_t *is_used;                       // [n_slots], for the check of a step
+    int n_rope_tables;
+    rope_table_args *rope_tables;
+    int64_t hidden_bytes, hidden_quantized_bytes, partial_bytes, n_done_bytes;
+    uint8_t *hidden, *hidden_quantized, *partials, *n_done; // shared by all operations of that kind
+    team_barrier barrier;
+};
+
+static int smaller(int a, int b) { return a < b ? a : b; }
+static int larger(int a, int b) { return a > b ? a : b; }
+
+// -- memory ----------------------------------------------------------------------------------------------------------
+
+// Zeroed memory in whole cache lines that lives as long as the program; NULL if there is none.
+static void *allocate(program *p, int64_t n_bytes) {
+    const size_t size = ((size_t)n_bytes + 2 * CACHE_LINE - 1) / (2 * CACHE_LINE) * (2 * CACHE_LINE);
+    void **blocks = realloc(p->blocks, (size_t)(p->n_blocks + 1) * sizeof *blocks);
+    if (!blocks)
+        return NULL;
+    p->blocks = blocks;
+    void *block = aligned_alloc(2 * CACHE_LINE, size ? size : 2 * CACHE_LINE);
+    if (block) {
+        memset(block, 0, size);
+        blocks[p->n_blocks++] = block;
+    }
+    return block;
+}
+
+// Memory that all operations of one kind share, since they never run at the same time: made anew when it is too small.
+static uint8_t *shared_memory(program *p, uint8_t **memory, int64_t *n_bytes, int64_t needed) {
+    if (needed > *n_bytes) {
+        uint8_t *larger = allocate(p, needed);
+        if (!larger)
+            return NULL;
+        *memory = larger;
+        *n_bytes = needed;
+    }
+    return *memory;
+}
+
+static int reserve_scratch(program *p, int64_t n_values) {
+    if (n_values <= p->n_scratch)
+        return 0;
+    for (int i = 0; i < p->n_threads; i++)
+        if (!(p->scratch[i] = allocate(p, n_values * (int64_t)sizeof(int32_t))))
+            return -1;
+    p->n_scratch = (int)n_values;
+    return 0;
+}
+
+program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads) {
+    program *p = calloc(1, sizeof *p);
+    if (!p)
+        return NULL;
+    p->kernels = kernels;
+    p->max_tokens = max_tokens;
+    p->n_slots = n_slots;
+    p->n_threads = n_threads;
+    p->context_length = INT32_MAX;
+    p->scratch = allocate(p, n_threads * (int64_t)sizeof *p->scratch);
+    p->runs = allocate(p, max_tokens * (int64_t)sizeof *p->runs);
+    p->is_used = allocate(p, n_slots);
+    if (!p->scratch || !p->runs || !p->is_used) {
+        program_free(p);
+        return NULL;
+    }
+    return p;
+}
+
+void program_free(program *p) {
+    if (!p)
+        return;
+    for (int i = 0; i < p->n_blocks; i++)
+        free(p->blocks[i]);
+    free(p->blocks);
+    free(p->operations);
+    free(p->groups);
+    free(p->next_task);
+    free(p->rope_tables);
+    free(p);
+}
+
+int program_length(const program *p) { return p->n_operations; }
+int program_n_groups(const program *p) { return p->n_groups; }
+int program_n_vocab(const program *p) { return p->n_vocab; }
+int program_context_length(const program *p) { return p->context_length; }
+
+void program_group_name(const program *p, int group, char *name, size_t n_bytes) {
+    size_t length = 0;
+    name[0] = '\0';
+    for (int i = p->groups[group].first; i >= 0; i = p->operations[i].next) {
+        const char *own = p->operations[i].name;
+        const size_t own_length = strlen(own);
+        if (length + own_length + 2 > n_bytes)
+            return;
+        if (length)
+            name[length++] = '+';
+        memcpy(name + length, own, own_length + 1);
+        length += own_length;
+    }
+}
+
+// -- recording: what touches what ------------------------------------------------------------------------------------
+
+static bool may_overlap(const memory_access *a, const memory_access *b) {
+    const uintptr_t a_end = a->address + (uintptr_t)((a->n_rows - 1) * a->row_bytes + a->n_bytes);
+    const uintptr_t b_end = b->address + (uintptr_t)((b->n_rows - 1) * b->row_bytes + b->n_bytes);
+    if (a->address >= b_end || b->address >= a_end)
+        return false;
+    if (a->row_bytes != b->row_bytes || a->row_bytes == 0)
+        return true;
+    // columns of the same rows: disjoint if b's begin after a's and end before a's next row
+    int64_t from = (int64_t)(b->address - a->address) % a->row_bytes;
+    from += from < 0 ? a->row_bytes : 0;
+    return from < a->n_bytes || from + b->n_bytes > a->row_bytes;
+}
+
+static bool in_same_tiles(const memory_access *a, const memory_access *b) {
+    return a->address == b->address && a->row_bytes == b->row_bytes && a->column_bytes == b->column_bytes &&
+           a->column_bytes > 0;
+}
+
+typedef enum { INDEPENDENT, TIED_BY_TILE, TIED } tie;
+
+static tie tie_between(const operation *a, const operation *b) {
+    tie found = INDEPENDENT;
+    for (int i = 0; i < a->n_accesses; i++)
+        for (int j = 0; j < b->n_accesses; j++) {
+            const memory_access *x = &a->accesses[i], *y = &b->accesses[j];
+            if ((!x->writes && !y->writes) || !may_overlap(x, y))
+                continue;
+            if (!in_same_tiles(x, y))
+                return TIED;
+            found = TIED_BY_TILE;
+        }
+    return found;
+}
+
+static bool can_follow(const program *p, const group *g, const operation *op) {
+    const operation *first = &p->operations[g->first];
+    if (!op->run_tile || !first->run_tile || op->rows != first->rows || op->width != first->width)
+        return false;
+    const int unit = op->unit > g->unit ? op->unit : g->unit;
+    if (unit % op->unit || unit % g->unit || (op->in_order && !g->in_order))
+        return false;
+    if (op->unit < unit && !op->is_cheap)
+        return false;
+    for (int i = g->first; i >= 0; i = p->operations[i].next)
+        if (p->operations[i].unit < unit && !p->operations[i].is_cheap)
+            return false;
+    return true;
+}
+
+static int record(program *p, operation op) {
+    operation *operations = realloc(p->operations, (size_t)(p->n_operations + 1) * sizeof *operations);
+    if (!operations)
+        return -1;
+    p->operations = operations;
+    group *groups = realloc(p->groups, (size_t)(p->n_groups + 1) * sizeof *groups);
+    if (!groups)
+        return -1;
+    p->groups = groups;
+
+    int n_tied = 0, tied_group = -1;
+    bool can_fuse = true;
+    for (int g = p->phase; g < p->n_groups; g++)
+        for (int i = groups[g].first; i >= 0; i = operations[i].next) {
+            const tie between = tie_between(&operations[i], &op);
+            if (between == INDEPENDENT)
+                continue;
+            can_fuse = can_fuse && between == TIED_BY_TILE;
+            n_tied += g != tied_group;
+            tied_group = g;
+        }
+    const int index = p->n_operations++;
+    op.next = -1;
+    operations[index] = op;
+    if (n_tied == 1 && can_fuse && can_follow(p, &groups[tied_group], &op)) {
+        group *g = &groups[tied_group];
+        operations[g->last].next = index;
+        g->last = index;
+        g->unit = op.unit > g->unit ? op.unit : g->unit;
+        return 0;
+    }
+    padded_counter *counters = aligned_alloc(_Alignof(padded_counter), (size_t)(p->n_groups + 1) * sizeof *counters);
+    if (!counters)
+        return -1;
+    free(p->next_task);
+    p->next_task = counters;
+    groups[p->n_groups] = (group){index, index, op.unit, op.in_order, n_tied > 0};
+    if (n_tied > 0)
+        p->phase = p->n_groups;
+    p->n_groups++;
+    return 0;
+}
+
+enum { READS, WRITES };
+
+// Adds memory of the step's rows; column_bytes as in memory_access.
+static void touch_rows(const program *p, operation *op, int mode, const void *address, int64_t row_bytes,
+                       int64_t n_bytes, int64_t column_bytes) {
+    op->accesses[op->n_accesses++] =
+        (memory_access){(uintptr_t)address, row_bytes, p->max_tokens, n_bytes, column_bytes, mode == WRITES};
+}
+
+// The same for float32 rows whose column c belongs to the operation's column c.
+static void touch(const program *p, operation *op, int mode, matrix m) {
+    touch_rows(p, op, mode, m.at, m.stride * (int64_t)sizeof(float), op->width * (int64_t)sizeof(float), sizeof(float));
+}
+
+// The same for float32 rows of n_cols that any tile may touch.
+static void touch_whole(const program *p, operation *op, int mode, matrix m, int64_t n_cols) {
+    touch_rows(p, op, mode, m.at, m.stride * (int64_t)sizeof(float), n_cols * (int64_t)sizeof(float), 0);
+}
+
+static void touch_block(operation *op, int mode, const void *address, int64_t n_bytes) {
+    op->accesses[op->n_accesses++] = (memory_access){(uintptr_t)address, 0, 1, n_bytes, 0, mode == WRITES};
+}
+
+// -- recording: the operations ---------------------------------------------------------------------------------------
+
+enum { FLOATS_OF_LINE = CACHE_LINE / 4 };
+
+int program_embed(program *p, int ggml_type, embed_args args, int n_vocab) {
+    operation op = {.name = "embed", .run_tile = p->kernels->ops->embed, .width = args.n_cols, .unit = args.n_cols};
+    args.dequantize_row = p->kernels->quant->dequantize_row[ggml_type];
+    args.row_bytes = (int64_t)args.n_cols / engine_formats[ggml_type].block_size * engine_formats[ggml_type].block_bytes;
+    op.args.embed = args;
+    p->n_vocab = p->n_vocab ? smaller(p->n_vocab, n_vocab) : n_vocab;
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_rms_norm(program *p, rms_norm_args args, int n_groups, int rows) {
+    operation op = {.name = "rms_norm",
+                    .args.rms_norm = args,
+                    .run_tile = p->kernels->ops->rms_norm,
+                    .rows = rows,
+                    .width = n_groups * args.group_size,
+                    .unit = args.group_size,
+                    .is_cheap = true};
+    touch(p, &op, READS, args.x);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_quantize(program *p, quantize_args args, int rows) {
+    operation op = {.name = "quantize",
+                    .run_tile = p->kernels->ops->quantize,
+                    .rows = rows,
+                    .width = args.n_cols,
+                    .unit = args.activation == ACTIVATION_Q8_256 ? 256 : 32,
+                    .is_cheap = true};
+    args.quantize = p->kernels->quant->quantize[args.activation];
+    args.out_row_bytes = engine_activation_bytes(args.activation, args.n_cols);
+    op.args.quantize = args;
+    touch(p, &op, READS, args.x);
+    touch_rows(p, &op, WRITES, args.out, args.out_row_bytes, args.out_row_bytes, 0);
+    return record(p, op);
+}
+
+int program_linear(program *p, linear_args args) {
+    operation op = {.name = "linear", .tasks = &p->kernels->ops->linear};
+    touch_rows(p, &op, READS, args.x, args.x_row_bytes, args.x_row_bytes, 0);
+    for (int i = 0; i < args.n_weights; i++)
+        touch_whole(p, &op, WRITES, args.weights[i].out, args.weights[i].n_rows);
+    op.args.linear = args;
+    return record(p, op);
+}
+
+int program_add(program *p, add_args args, int n_cols, int rows) {
+    operation op = {.name = "add",
+                    .args.add = args,
+                    .run_tile = p->kernels->ops->add,
+                    .rows = rows,
+                    .width = n_cols,
+                    .unit = FLOATS_OF_LINE,
+                    .is_cheap = true};
+    touch(p, &op, READS, args.a);
+    touch(p, &op, READS, args.b);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_gate(program *p, gate_args args, int n_cols, int rows) {
+    operation op = {.name = "gate",
+                    .args.gate = args,
+                    .run_tile = p->kernels->ops->gate,
+                    .rows = rows,
+                    .width = n_cols,
+                    .unit = FLOATS_OF_LINE};
+    touch(p, &op, READS, args.x);
+    touch(p, &op, READS, args.gate);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_split_heads(program *p, split_heads_args args, int n_heads) {
+    operation op = {.name = "split_heads",
+                    .args.split_heads = args,
+                    .run_tile = p->kernels->ops->split_heads,
+                    .width = n_heads * args.head_dim,
+                    .unit = args.head_dim,
+                    .is_cheap = true};
+    touch_rows(p, &op, READS, args.x.at, args.x.stride * (int64_t)sizeof(float), 2 * op.width * (int64_t)sizeof(float),
+               2 * sizeof(float));
+    touch(p, &op, WRITES, args.first);
+    touch(p, &op, WRITES, args.second);
+    return record(p, op);
+}
+
+// The cosines and sines of a step are computed once, however many layers rotate with them.
+static const float *rope_table(program *p, int n_pairs, const float *frequencies, float magnitude) {
+    for (int i = 0; i < p->n_rope_tables; i++) {
+        const rope_table_args *known = &p->rope_tables[i];
+        if (known->n_pairs == n_pairs && known->magnitude == magnitude &&
+            !memcmp(known->frequencies, frequencies, (size_t)n_pairs * sizeof(float)))
+            return known->table;
+    }
+    rope_table_args *tables = realloc(p->rope_tables, (size_t)(p->n_rope_tables + 1) * sizeof *tables);
+    if (!tables)
+        return NULL;
+    p->rope_tables = tables;
+    const int64_t row_bytes = 2 * n_pairs * (int64_t)sizeof(float);
+    float *table = allocate(p, p->max_tokens * row_bytes), *own = allocate(p, row_bytes / 2);
+    if (!table || !own)
+        return NULL;
+    memcpy(own, frequencies, (size_t)n_pairs * sizeof(float));
+    operation op = {.name = "rope_table",
+                    .args.rope_table = {table, own, n_pairs, magnitude},
+                    .run_tile = p->kernels->ops->rope_table,
+                    .width = 1,
+                    .unit = 1};
+    touch_rows(p, &op, WRITES, table, row_bytes, row_bytes, 0);
+    tables[p->n_rope_tables++] = op.args.rope_table;
+    return record(p, op) ? NULL : table;
+}
+
+int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads) {
+    args.table = rope_table(p, args.n_pairs, frequencies, magnitude);
+    if (!args.table)
+        return -1;
+    const int64_t table_bytes = 2 * args.n_pairs * (int64_t)sizeof(float);
+    operation op = {.name = "rope",
+                    .args.rope = args,
+                    .run_tile = p->kernels->ops->rope,
+                    .width = n_heads * args.head_dim,
+                    .unit = args.head_dim,
+                    .is_cheap = true};
+    touch(p, &op, WRITES, args.x);
+    touch_rows(p, &op, READS, args.table, table_bytes, table_bytes, 0);
+    return record(p, op);
+}
+
+static int record_kv_store(program *p, kv_cache cache, matrix x, bool is_value) {
+    operation op = {.name = is_value ? "store_values" : "store_keys",
+                    .args.kv_store = {x, cache, is_value},
+                    .run_tile = p->kernels->ops->kv_store,
+                    .width = cache.n_kv_heads * cache.head_dim,
+                    .unit = cache.head_dim,
+                    .is_cheap = true};
+    touch(p, &op, READS, x);
+    touch_block(&op, WRITES, is_value ? cache.values : cache.keys, 1);
+    return record(p, op);
+}
+
+int program_attention(program *p, attention_args args, matrix k, matrix v) {
+    const kv_cache cache = args.cache;
+    const int n_tiles = (args.n_heads / cache.n_kv_heads + ATTENTION_TILE - 1) / ATTENTION_TILE;
+    if (record_kv_store(p, cache, k, false) || record_kv_store(p, cache, v, true))
+        return -1;
+    args.partials =
+        (float *)shared_memory(p, &p->partials, &p->partial_bytes,
+                               SPLIT_ATTENTION_TOKENS * attention_partial_bytes(args.n_heads, &args.cache));
+    args.n_done = (padded_counter *)shared_memory(
+        p, &p->n_done, &p->n_done_bytes,
+        SPLIT_ATTENTION_TOKENS * cache.n_kv_heads * n_tiles * (int64_t)sizeof(padded_counter));
+    if (!args.partials || !args.n_done)
+        return -1;
+    p->context_length = smaller(p->context_length, cache.context_length);
+    operation op = {.name = "attention", .args.attention = args, .tasks = &p->kernels->ops->attention};
+    const int64_t width = args.n_heads * (int64_t)cache.head_dim;
+    touch_whole(p, &op, READS, args.q, width);
+    touch_whole(p, &op, WRITES, args.out, width);
+    touch_block(&op, READS, cache.keys, 1);
+    touch_block(&op, READS, cache.values, 1);
+    touch_block(&op, WRITES, args.partials, 1);
+    return record(p, op);
+}
+
+int program_causal_conv(program *p, causal_conv_args args) {
+    float *transposed = allocate(p, args.n_channels * (int64_t)args.kernel_size * (int64_t)sizeof(float));
+    if (!transposed)
+        return -1;
+    for (int j = 0; j < args.kernel_size; j++)
+        for (int c = 0; c < args.n_channels; c++)
+            transposed[(int64_t)j * args.n_channels + c] = args.weight[(int64_t)c * args.kernel_size + j];
+    args.weight = transposed;
+    operation op = {.name = "causal_conv",
+                    .args.causal_conv = args,
+                    .run_tile = p->kernels->ops->causal_conv,
+                    .width = args.n_channels,
+                    .unit = FLOATS_OF_LINE,
+                    .in_order = true};
+    touch(p, &op, READS, args.x);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_delta_net(program *p, delta_net_args args) {
+    operation op = {.name = "delta_net",
+                    .args.delta_net = args,
+                    .run_tile = p->kernels->ops->delta_net,
+                    .width = args.n_v_heads * args.v_dim,
+                    .unit = args.v_dim,
+                    .in_order = true};
+    const int64_t key_size = args.n_k_heads * (int64_t)args.k_dim;
+    touch_whole(p, &op, READS, (matrix){(float *)args.q, args.qkv_stride}, key_size);
+    touch_whole(p, &op, READS, (matrix){(float *)args.k, args.qkv_stride}, key_size);
+    touch(p, &op, READS, (matrix){(float *)args.v, args.qkv_stride});
+    touch_whole(p, &op, READS, args.beta, args.n_v_heads);
+    touch_whole(p, &op, READS, args.alpha, args.n_v_heads);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_router(program *p, router_args args) {
+    operation op = {.name = "router",
+                    .args.router = args,
+                    .run_tile = p->kernels->ops->router,
+                    .width = args.n_experts,
+                    .unit = args.n_experts};
+    const int64_t row_bytes = args.n_experts_used * (int64_t)sizeof(float);
+    touch(p, &op, READS, args.logits);
+    touch_rows(p, &op, WRITES, args.ids, row_bytes, row_bytes, 0);
+    touch_rows(p, &op, WRITES, args.weights, row_bytes, row_bytes, 0);
+    return record(p, op);
+}
+
+int program_experts(program *p, experts_args args, int down_activation) {
+    const int64_t n_pairs = p->max_tokens * (int64_t)args.n_experts_used;
+    const int64_t float_bytes = args.ffn_size * (int64_t)sizeof(float);
+    const int64_t ids_row_bytes = args.n_experts_used * (int64_t)sizeof(int32_t);
+    args.hidden = (float *)shared_memory(p, &p->hidden, &p->hidden_bytes, n_pairs * float_bytes);
+    if (!args.hidden || reserve_scratch(p, 2 + 2 * (int64_t)args.n_experts + n_pairs))
+        return -1;
+    args.hidden_quantized = (uint8_t *)args.hidden;
+    args.hidden_row_bytes = float_bytes;
+    if (down_activation != ACTIVATION_F32) {
+        args.hidden_row_bytes = engine_activation_bytes(down_activation, args.ffn_size);
+        args.hidden_quantized = shared_memory(p, &p->hidden_quantized, &p->hidden_quantized_bytes,
+                                              n_pairs * args.hidden_row_bytes);
+        args.quantize = p->kernels->quant->quantize[down_activation];
+        if (!args.hidden_quantized)
+            return -1;
+    }
+
+    operation gate_up = {.name = "experts_gate_up", .args.experts = args, .tasks = &p->kernels->ops->experts_gate_up};
+    touch_rows(p, &gate_up, READS, args.x_gate, args.x_gate_row_bytes, args.x_gate_row_bytes, 0);
+    touch_rows(p, &gate_up, READS, args.x_up, args.x_up_row_bytes, args.x_up_row_bytes, 0);
+    touch_rows(p, &gate_up, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
+    touch_block(&gate_up, WRITES, args.hidden, n_pairs * float_bytes);
+
+    operation quantize = {.name = "experts_quantize", .args.experts = args, .tasks = &p->kernels->ops->experts_quantize};
+    touch_rows(p, &quantize, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
+    touch_block(&quantize, READS, args.hidden, n_pairs * float_bytes);
+    touch_block(&quantize, WRITES, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
+
+    operation down = {.name = "experts_down", .args.experts = args, .tasks = &p->kernels->ops->experts_down};
+    touch_rows(p, &down, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
+    touch_block(&down, READS, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
+    touch_whole(p, &down, WRITES, args.out, args.n_experts_used * (int64_t)args.hidden_size);
+
+    if (record(p, gate_up) || (args.quantize && record(p, quantize)))
+        return -1;
+    return record(p, down);
+}
+
+int program_combine(program *p, combine_args args) {
+    operation op = {.name = "combine",
+                    .args.combine = args,
+                    .run_tile = p->kernels->ops->combine,
+                    .width = args.n_cols,
+                    .unit = FLOATS_OF_LINE};
+    const int64_t weights_row_bytes = args.n_experts_used * (int64_t)sizeof(float);
+    touch_whole(p, &op, READS, args.expert_out, args.n_experts_used * (int64_t)args.n_cols);
+    touch_rows(p, &op, READS, args.weights, weights_row_bytes, weights_row_bytes, 0);
+    if (args.shared.at)
+        touch(p, &op, READS, args.shared);
+    if (args.shared_gate.at)
+        touch_whole(p, &op, READS, args.shared_gate, 1);
+    touch(p, &op, READS, args.residual);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_select_outputs(program *p, select_outputs_args args) {
+    operation op = {.name = "select_outputs",
+                    .args.select_outputs = args,
+                    .run_tile = p->kernels->ops->select_outputs,
+                    .rows = ROWS_OUTPUTS,
+                    .width = args.n_cols,
+                    .unit = args.n_cols};
+    touch_whole(p, &op, READS, args.x, args.n_cols);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+// -- running ---------------------------------------------------------------------------------------------------------
+
+step_error program_check(const program *p, const program_step *step, int *detail) {
+    if ((*detail = step->n_tokens) < 1 || step->n_tokens > p->max_tokens)
+        return STEP_N_TOKENS;
+    if ((*detail = step->n_outputs) < 0 || step->n_outputs > step->n_tokens)
+        return STEP_N_OUTPUTS;
+    memset(p->is_used, 0, (size_t)p->n_slots);
+    for (int i = 0; i < step->n_tokens; i++) {
+        const int slot = step->slots[i];
+        *detail = i;
+        if (p->n_vocab && (step->token_ids[i] < 0 || step->token_ids[i] >= p->n_vocab))
+            return STEP_TOKEN_ID;
+        if (step->positions[i] < 0 || step->positions[i] >= p->context_length)
+            return STEP_POSITION;
+        if (slot < 0 || slot >= p->n_slots)
+            return STEP_SLOT;
+        const bool continues = i > 0 && step->slots[i - 1] == slot;
+        if (continues ? step->positions[i] != step->positions[i - 1] + 1 : p->is_used[slot])
+            return STEP_SEQUENCE;
+        p->is_used[slot] = 1;
+    }
+    for (int i = 0; i < step->n_outputs; i++) {
+        *detail = i;
+        if (step->output_rows[i] < (i ? step->output_rows[i - 1] + 1 : 0) || step->output_rows[i] >= step->n_tokens)
+            return STEP_OUTPUT_ROW;
+    }
+    return STEP_FITS;
+}
+
+// Rows and columns are cut so that there are some tasks for each thread, but none that is over in no time.
+static void run_tiles(const program *p, const group *g, const worker *w, atomic_int *next_task) {
+    const operation *first = &p->operations[g->first];
+    const int n_rows = first->rows == ROWS_TOKENS ? w->step->n_tokens : w->step->n_outputs;
+    const int n_units = (first->width + g->unit - 1) / g->unit, most_tasks = TASKS_PER_THREAD * w->n_threads;
+    int n_row_tasks = 1, n_col_tasks = 1;
+    if (g->in_order)
+        n_col_tasks = smaller(n_units, most_tasks);
+    else if (n_rows < 2 * w->n_threads)
+        n_col_tasks = smaller(smaller(n_units, w->n_threads), larger(1, first->width / MIN_TASK_COLUMNS));
+    if (!g->in_order)
+        n_row_tasks = smaller(n_rows, larger(1, most_tasks / n_col_tasks));
+    for (int task; (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_row_tasks * n_col_tasks;) {
+        const int64_t row_task = task / n_col_tasks, col_task = task % n_col_tasks;
+        const tile t = {(int)(n_rows * row_task / n_row_tasks), (int)(n_rows * (row_task + 1) / n_row_tasks),
+                        (int)(n_units * col_task / n_col_tasks) * g->unit,
+                        smaller((int)(n_units * (col_task + 1) / n_col_tasks) * g->unit, first->width)};
+        for (int i = g->first; i >= 0; i = p->operations[i].next)
+            p->operations[i].run_tile(&p->operations[i].args, w->step, t);
+    }
+}
+
+static void run_group(const program *p, int index, const worker *w) {
+    const group *g = &p->groups[index];
+    const operation *op = &p->operations[g->first];
+    atomic_int *next_task = &p->next_task[index].value;
+    if (op->run_tile) {
+        run_tiles(p, g, w, next_task);
+        return;
+    }
+    const int n_tasks = op->tasks->begin(&op->args, w);
+    for (int task; (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_tasks;)
+        op->tasks->run(&op->args, w, task);
+}
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+void program_run(program *p, const program_step *step, double *seconds) {
+    step_view view = {step->n_tokens, step->n_outputs,   0,      step->token_ids,
+                      step->positions, step->slots, step->output_rows, p->runs};
+    for (int i = 0; i < step->n_tokens; i++) {
+        if (i == 0 || step->slots[i] != step->slots[i - 1])
+            p->runs[view.n_runs++] = (token_run){i, i, step->slots[i]};
+        p->runs[view.n_runs - 1].end = i + 1;
+    }
+    for (int g = 0; g < p->n_groups; g++)
+        atomic_store_explicit(&p->next_task[g].value, 0, memory_order_relaxed);
+
+#pragma omp parallel num_threads(p->n_threads)
+    {
+        const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
+        const worker w = {&view, n_threads, p->scratch[thread]};
+        double before = seconds_now();
+        for (int g = 0; g < p->n_groups; g++) {
+            if (p->groups[g].starts_phase && !seconds)
+                team_meet(&p->barrier, n_threads);
+            run_group(p, g, &w);
+            if (seconds) {
+                team_meet(&p->barrier, n_threads);
+                if (thread == 0) {
+                    const double now = seconds_now();
+                    seconds[g] = now - before;
+                    before = now;
+                }
+            }
+        }
+    }
+}

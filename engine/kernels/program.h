@@ -1,0 +1,70 @@
+// A program: operations recorded once, with fixed addresses, and run by a team of threads for every step.
+//
+// The threads start together once a run and meet at barriers. A barrier stands only where an operation reads or
+// overwrites what an operation since the last barrier wrote (or overwrites what one reads). A tile operation whose only
+// such ties are to rows and columns of the same tile is fused instead: it runs right behind its predecessor, tile by
+// tile. So a forward pass recorded one small operation at a time needs few barriers, whoever wrote the model.
+#ifndef ENGINE_PROGRAM_H
+#define ENGINE_PROGRAM_H
+
+#include "ops.h"
+#include "table.h"
+
+#include <stddef.h>
+
+typedef struct program program;
+
+// Returns NULL without memory.
+program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads);
+void program_free(program *p);
+int program_length(const program *p); // operations recorded
+
+// Each records one operation. They return 0, or -1 without memory; arguments are checked by the caller.
+int program_embed(program *p, int ggml_type, embed_args args, int n_vocab);
+int program_rms_norm(program *p, rms_norm_args args, int n_groups, int rows);
+int program_quantize(program *p, quantize_args args, int rows);
+int program_linear(program *p, linear_args args);
+int program_add(program *p, add_args args, int n_cols, int rows);
+int program_gate(program *p, gate_args args, int n_cols, int rows);
+int program_split_heads(program *p, split_heads_args args, int n_heads);
+int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads);
+int program_attention(program *p, attention_args args, matrix k, matrix v);
+int program_causal_conv(program *p, causal_conv_args args);
+int program_delta_net(program *p, delta_net_args args);
+int program_router(program *p, router_args args);
+int program_experts(program *p, experts_args args, int down_activation);
+int program_combine(program *p, combine_args args);
+int program_select_outputs(program *p, select_outputs_args args);
+
+typedef struct {
+    int n_tokens, n_outputs;
+    const int32_t *token_ids, *positions, *slots, *output_rows;
+} program_step;
+
+typedef enum {
+    STEP_FITS,
+    STEP_N_TOKENS,   // detail: the number
+    STEP_N_OUTPUTS,  // detail: the number
+    STEP_TOKEN_ID,   // detail of these: the place in the array
+    STEP_POSITION,
+    STEP_SLOT,
+    STEP_SEQUENCE, // tokens of one sequence do not stand together, or their positions do not follow
+    STEP_OUTPUT_ROW,
+} step_error;
+
+// Checks a step against what was recorded. `detail` gets what the error is about.
+step_error program_check(const program *p, const program_step *step, int *detail);
+
+// Runs everything. The step must have passed `program_check`. If `seconds` is not NULL it gets the time of each group
+// of fused operations, with a barrier after each.
+void program_run(program *p, const program_step *step, double *seconds);
+
+int program_n_groups(const program *p);
+// Writes the names of the fused operations of a group, joined by "+".
+void program_group_name(const program *p, int group, char *name, size_t n_bytes);
+
+// What the check compares with, for messages.
+int program_n_vocab(const program *p);
+int program_context_length(const program *p);
+
+#endif

@@ -1,0 +1,43 @@
+// A barrier for threads that meet every few microseconds: it spins, and gives the core away only after a while, so that
+// more threads than cores still get on.
+#ifndef ENGINE_TEAM_H
+#define ENGINE_TEAM_H
+
+#include <sched.h>
+#include <stdatomic.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define CPU_PAUSE() __builtin_ia32_pause()
+#else
+#define CPU_PAUSE() atomic_signal_fence(memory_order_seq_cst)
+#endif
+
+enum { CACHE_LINE = 64, SPINS_BEFORE_YIELD = 2000 };
+
+// A counter with two cache lines of its own (prefetchers fetch lines in pairs).
+typedef struct {
+    _Alignas(2 * CACHE_LINE) atomic_int value;
+} padded_counter;
+
+typedef struct {
+    padded_counter arrived, generation;
+} team_barrier;
+
+// Returns when all n_threads have called it; what they wrote before is visible after.
+static inline void team_meet(team_barrier *barrier, int n_threads) {
+    if (n_threads == 1)
+        return;
+    const int generation = atomic_load_explicit(&barrier->generation.value, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&barrier->arrived.value, 1, memory_order_acq_rel) == n_threads - 1) {
+        atomic_store_explicit(&barrier->arrived.value, 0, memory_order_relaxed);
+        atomic_store_explicit(&barrier->generation.value, generation + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&barrier->generation.value, memory_order_acquire) == generation; spins++)
+        if (spins < SPINS_BEFORE_YIELD)
+            CPU_PAUSE();
+        else
+            sched_yield();
+}
+
+#endif

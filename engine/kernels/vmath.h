@@ -1,0 +1,53 @@
+// exp, sigmoid and SiLU on sixteen floats: one polynomial, the same bits everywhere.
+#ifndef ENGINE_VMATH_H
+#define ENGINE_VMATH_H
+
+#include "simd.h"
+
+// e^x for x clamped to [-87, 88]; a few units in the last place. Cephes' expf: n = round(x / ln 2), a polynomial on
+// the rest, times 2^n. The two constants of the second step are ln 2 in two parts, so that n * ln 2 is nearly exact.
+static inline v16 v16_exp(v16 x) {
+    x = v16_min(v16_max(x, v16_set(-87.0f)), v16_set(88.0f));
+    const v16 n = v16_round(v16_mul(x, v16_set(0x1.715476p+0f)));
+    v16 r = v16_fma(n, v16_set(-0.693359375f), x);
+    r = v16_fma(n, v16_set(2.12194440e-4f), r);
+    v16 p = v16_set(1.9875691500e-4f);
+    p = v16_fma(p, r, v16_set(1.3981999507e-3f));
+    p = v16_fma(p, r, v16_set(8.3334519073e-3f));
+    p = v16_fma(p, r, v16_set(4.1665795894e-2f));
+    p = v16_fma(p, r, v16_set(1.6666665459e-1f));
+    p = v16_fma(p, r, v16_set(5.0000001201e-1f));
+    const v16 y = v16_add(v16_fma(p, v16_mul(r, r), r), v16_set(1.0f));
+    return v16_scale_by_power(y, n);
+}
+
+static inline v16 v16_neg(v16 x) { return v16_sub(v16_set(-0.0f), x); }
+
+static inline v16 v16_sigmoid(v16 x) {
+    const v16 one = v16_set(1.0f);
+    return v16_div(one, v16_add(one, v16_exp(v16_neg(x))));
+}
+
+static inline v16 v16_silu(v16 x) { return v16_div(x, v16_add(v16_set(1.0f), v16_exp(v16_neg(x)))); }
+
+static inline float first_lane(v16 x) {
+    float t[16];
+    v16_store(t, x);
+    return t[0];
+}
+
+static inline float exp_one(float x) { return first_lane(v16_exp(v16_set(x))); }
+static inline float sigmoid_one(float x) { return first_lane(v16_sigmoid(v16_set(x))); }
+
+// The sum of n products, in the order of the canonical arithmetic for float formats: sixteen chains, then a tree.
+static inline float dot_f32(const float *a, const float *b, int n) {
+    v16 sum = v16_set(0.0f);
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        sum = v16_fma(v16_load(a + i), v16_load(b + i), sum);
+    if (i < n)
+        sum = v16_fma(v16_load_first(a + i, n - i), v16_load_first(b + i, n - i), sum);
+    return v16_sum(sum);
+}
+
+#endif
