@@ -96,17 +96,24 @@ rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int6
 }
 
 // out = residual + (sum over ranks of weight * expert_out, one fma a rank from rank 0 on, + sigmoid(shared_gate) * shared).
-// `shared` and `shared_gate` may be null (none; ungated). In place on residual allowed.
+// `shared` and `shared_gate` may be null (none; ungated). In place on residual allowed. `answers` (or null: every expert
+// has a slot) is host memory, laid out like expert_out without gaps, that holds the experts without a slot.
 KERNEL(THREADS)
-combine(const float *expert_out, int64_t expert_out_stride, const float *weights, int n_used, const float *shared,
-        int64_t shared_stride, const float *shared_gate, int64_t shared_gate_stride, const float *residual,
-        int64_t residual_stride, float *out, int64_t out_stride, int n_cols, const int *n_rows) {
+combine(const float *expert_out, int64_t expert_out_stride, const float *answers, const int *ids, const int *slots,
+        const float *weights, int n_used, const float *shared, int64_t shared_stride, const float *shared_gate,
+        int64_t shared_gate_stride, const float *residual, int64_t residual_stride, float *out, int64_t out_stride,
+        int n_cols, const int *n_rows) {
     const int row = blockIdx.y, col = column();
     if (row >= *n_rows || col >= n_cols)
         return;
     float acc = 0.0f;
-    for (int rank = 0; rank < n_used; rank++)
-        acc = __fmaf_rn(weights[row * n_used + rank], expert_out[row * expert_out_stride + (int64_t)rank * n_cols + col], acc);
+    for (int rank = 0; rank < n_used; rank++) {
+        const int choice = row * n_used + rank;
+        const float value = answers && slots[ids[choice]] < 0
+                                ? __ldcv(answers + (int64_t)choice * n_cols + col)
+                                : expert_out[row * expert_out_stride + (int64_t)rank * n_cols + col];
+        acc = __fmaf_rn(weights[choice], value, acc);
+    }
     if (shared) {
         const float value = shared[row * shared_stride + col];
         acc = shared_gate ? __fmaf_rn(sigmoid(shared_gate[row * shared_gate_stride]), value, acc) : acc + value;

@@ -378,6 +378,9 @@ def rope(
 
 def combine(
     expert_out: Rows,
+    answers: int,
+    ids: int,
+    expert_slots: int,
     weights: int,
     n_used: int,
     shared: Rows | None,
@@ -387,13 +390,16 @@ def combine(
     n_cols: int,
     count: Count,
 ) -> Launch:
-    """Add experts in rank order, the shared expert and the residual stream."""
+    """Add experts in rank order, the shared expert and the residual stream; `answers` is 0 if all experts have slots."""
     nothing = Rows(0, 0)
     return _elementwise(
         "combine",
         n_cols,
         count,
         *_at(expert_out),
+        _pointer(answers),
+        _pointer(ids),
+        _pointer(expert_slots),
         _pointer(weights),
         _int(n_used),
         *_at(shared or nothing),
@@ -620,3 +626,62 @@ def delta_net(
             _pointer(count.address),
         ),
     )
+
+
+# -- misses -----------------------------------------------------------------------------------------------------------
+
+
+class Exchange(NamedTuple):
+    """Device addresses of the memory shared with the CPU; see `handshake.cu`."""
+
+    missing_ids: int
+    x: int
+    answers: int
+    requested: int
+    answered: int
+    abandoned: int
+    step: int  # in device memory, as is n_misses
+    n_misses: int
+    n_layers: int
+
+
+def publish_misses(
+    ids: int, slots: int, n_used: int, x: Rows, hidden_size: int, exchange: Exchange, layer: int, count: Count
+) -> Launch:
+    """Ask the CPU for the experts that have no slot."""
+    return Launch(
+        "handshake.cu",
+        "publish_misses",
+        (),
+        (1, 1, 1),
+        512,
+        (
+            _pointer(ids),
+            _pointer(slots),
+            _int(n_used),
+            *_at(x),
+            _int(hidden_size),
+            _pointer(exchange.missing_ids),
+            _pointer(exchange.x),
+            _pointer(exchange.requested),
+            _pointer(exchange.step),
+            _int(layer),
+            _int(exchange.n_layers),
+            _pointer(exchange.n_misses),
+            _pointer(count.address),
+        ),
+    )
+
+
+def await_answer(exchange: Exchange, layer: int) -> Launch:
+    """Wait for the CPU's answer, if anything was asked."""
+    words = (exchange.answered, exchange.abandoned, exchange.step)
+    numbers = (_int(layer), _int(exchange.n_layers))
+    arguments = (*map(_pointer, words), *numbers, _pointer(exchange.n_misses))
+    return Launch("handshake.cu", "await_answer", (), (1, 1, 1), 1, arguments)
+
+
+def publish_end(exchange: Exchange) -> Launch:
+    """Tell the CPU that the step is over."""
+    arguments = (_pointer(exchange.requested), _pointer(exchange.step), _int(exchange.n_layers))
+    return Launch("handshake.cu", "publish_end", (), (1, 1, 1), 1, arguments)
