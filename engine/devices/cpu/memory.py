@@ -12,7 +12,6 @@ from engine.devices.intervals import ALIGNMENT, Interval, plan_offsets
 __all__ = ["ALIGNMENT", "Arena", "Interval", "plan_offsets"]
 
 
-
 class Arena:
     """Anonymous memory: zero at first, committed when touched, in huge pages where the system allows."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -113,6 +112,7 @@ class CUDAProgram:
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
         self._misses: MissServer | None = None
+        self._graphs: dict[int, Graph] = {}
         self._step_number = 0
         self._n_tokens = 0
         self._routing_rows = 1
@@ -129,9 +129,7 @@ class CUDAProgram:
             if not lowering.all_resident:
                 self._misses = MissServer(lowering, weights, n_threads)
                 exchange = self._misses.exchange(self._memory.address, lowering)
-            self._graphs = {
-                most: self._capture(most, exchange, progress) for most in sorted({1, limits.max_tokens})
-            }
+            self._graphs = {most: self._capture(most, exchange, progress) for most in sorted({1, limits.max_tokens})}
         except BaseException:
             self.close()
             raise
@@ -225,11 +223,10 @@ class CUDAProgram:
     def close(self) -> None:
         """Free all memory."""
         self._context.make_current()
-        graphs: Sequence[Graph] = list(getattr(self, "_graphs", {}).values())
-        self._graphs: dict[int, Graph] = {}
         misses, self._misses = self._misses, None
-        owned, self._owned = self._owned, []
-        close_all([*graphs, *reversed(owned)])
+        owned, self._owned = [*self._owned, *self._graphs.values()], []
+        self._graphs.clear()
+        close_all(owned[::-1])
         if misses is not None:
             misses.close()
 

@@ -390,7 +390,7 @@ def combine(
     n_cols: int,
     count: Count,
 ) -> Launch:
-    """Add experts in rank order, the shared expert and the residual stream; `answers` is 0 if all experts have slots."""
+    """Add experts in rank order, shared expert and residual stream; `answers` is 0 if all experts have slots."""
     nothing = Rows(0, 0)
     return _elementwise(
         "combine",

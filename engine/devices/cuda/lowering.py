@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,15 +75,32 @@ class ExpertLayer:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One list of launches under construction: for steps of at most `most` rows."""
+    """One list of launches under construction: for steps of at most `most` rows.
 
+    Attributes:
+        lowering: where everything lies in the device allocation.
+        most: rows.
+        base: address of the allocation.
+        exchange: memory shared with the CPU, None if all experts have slots.
+    """
+
+    lowering: Lowering
     most: int
-    base: int  # address of the device allocation
+    base: int
     exchange: Exchange | None
 
-    def count(self, lowering: Lowering, rows: ops.Rows) -> Count:
+    def count(self, rows: ops.Rows) -> Count:
         """Return how many rows an operation has."""
-        return Count(self.base + lowering.step.n_rows[rows], self.most)
+        return Count(self.base + self.lowering.step.n_rows[rows], self.most)
+
+    def rows(self, place: Place) -> Rows:
+        """Return the rows of a tensor."""
+        start = self.base + self.lowering.scratch + place.interval.offset
+        return Rows(start + place.offset, place.stride)
+
+    def at(self, offset: int | None) -> int:
+        """Return the address of something that may not exist: 0 then."""
+        return 0 if offset is None else self.base + offset
 
 
 class StepLayout:
@@ -134,14 +152,14 @@ class Lowering:
         assert graph.logits is not None
         self._intervals[graph.logits.buffer].last = len(graph.operations)
         self.scratch_bytes = plan_offsets(list(self._intervals.values()))
-        self._scratch = self.layout.reserve(self.scratch_bytes)
-        self.logits = self._scratch + self._intervals[graph.logits.buffer].offset
+        self.scratch = self.layout.reserve(self.scratch_bytes)
+        self.logits = self.scratch + self._intervals[graph.logits.buffer].offset
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
-        made = Pass(most, base, exchange)
+        made = Pass(self, most, base, exchange)
         launches = [launch for call in self._calls for launch in call(made)]
         if exchange is not None:
             launches.append(kernels.publish_end(exchange))
@@ -159,9 +177,7 @@ class Lowering:
 
     def _cache(self, cache: ops.KVCache, address: int) -> Cache:
         limits = self.limits
-        return Cache(
-            address, limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim
-        )
+        return Cache(address, limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim)
 
     def _interval(self, key: object, n_bytes: int) -> Interval:
         interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
@@ -177,9 +193,6 @@ class Lowering:
         """Reserve memory for the operation at hand only."""
         return Place(self._interval(object(), n_bytes), 0, 0)
 
-    def _rows(self, place: Place, base: int) -> Rows:
-        return Rows(base + self._scratch + place.interval.offset + place.offset, place.stride)
-
     def _activations(self, x: Tensor, activation: Activation) -> Place:
         """Say where x lies in the form that a weight format takes, after recording the conversion if there is none."""
         if activation == Activation.F32:
@@ -194,7 +207,12 @@ class Lowering:
             self._calls.append(
                 lambda p: [
                     kernels.quantize(
-                        self._rows(source, p.base), width, activation, self._rows(converted, p.base), 1, p.count(self, rows)
+                        p.rows(source),
+                        width,
+                        activation,
+                        p.rows(converted),
+                        1,
+                        p.count(rows),
                     )
                 ]
             )
@@ -241,10 +259,10 @@ class Lowering:
                     p.base + self.step.token_ids,
                     table.n_rows,
                     table.n_cols,
-                    _address(p, grid),
-                    self._rows(out, p.base),
+                    p.at(grid),
+                    p.rows(out),
                     op.scale,
-                    p.count(self, op.out.rows),
+                    p.count(op.out.rows),
                 )
             ]
         )
@@ -254,13 +272,13 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.rms_norm(
-                    self._rows(x, p.base),
-                    _address(p, weight),
-                    self._rows(out, p.base),
+                    p.rows(x),
+                    p.at(weight),
+                    p.rows(out),
                     op.x.width // size,
                     size,
                     op.eps,
-                    p.count(self, op.x.rows),
+                    p.count(op.x.rows),
                 )
             ]
         )
@@ -274,9 +292,7 @@ class Lowering:
             for first in range(0, len(members), kernels.MAX_MATRICES):
                 self._linear_launch(op, weight_format, members[first : first + kernels.MAX_MATRICES], outs)
 
-    def _linear_launch(
-        self, op: ops.Linear, weight_format: QuantFormat, members: list[int], outs: list[Place]
-    ) -> None:
+    def _linear_launch(self, op: ops.Linear, weight_format: QuantFormat, members: list[int], outs: list[Place]) -> None:
         x, grid = self._activations(op.x, weight_format.activation), self._grid(weight_format)
         parts = [
             (
@@ -291,35 +307,27 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.linear(
-                    self._rows(x, p.base),
+                    p.rows(x),
                     op.x.width,
                     weight_format,
                     [
-                        Matrix(p.base + matrix, n, self._rows(out, p.base), _address(p, bias), _address(p, scale))
+                        Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale))
                         for matrix, n, out, bias, scale in parts
                     ],
-                    _address(p, grid),
-                    p.count(self, op.x.rows),
+                    p.at(grid),
+                    p.count(op.x.rows),
                 )
             ]
         )
 
     def _add(self, op: ops.Add) -> None:
         a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
-        self._calls.append(
-            lambda p: [
-                kernels.add(*(self._rows(t, p.base) for t in (a, b, out)), op.a.width, p.count(self, op.a.rows))
-            ]
-        )
+        self._calls.append(lambda p: [kernels.add(p.rows(a), p.rows(b), p.rows(out), op.a.width, p.count(op.a.rows))])
 
     def _gate(self, op: ops.Gate) -> None:
         x, by, out = self._use(op.x), self._use(op.gate), self._use(op.out)
         self._calls.append(
-            lambda p: [
-                kernels.gate(
-                    *(self._rows(t, p.base) for t in (x, by, out)), op.x.width, op.gating, p.count(self, op.x.rows)
-                )
-            ]
+            lambda p: [kernels.gate(p.rows(x), p.rows(by), p.rows(out), op.x.width, op.gating, p.count(op.x.rows))]
         )
 
     def _split_heads(self, op: ops.SplitHeads) -> None:
@@ -327,10 +335,12 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.split_heads(
-                    *(self._rows(t, p.base) for t in (x, first, second)),
+                    p.rows(x),
+                    p.rows(first),
+                    p.rows(second),
                     op.n_heads,
                     op.head_dim,
-                    p.count(self, op.x.rows),
+                    p.count(op.x.rows),
                 )
             ]
         )
@@ -341,7 +351,7 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.rope(
-                    self._rows(x, p.base),
+                    p.rows(x),
                     p.base + self.step.positions,
                     p.base + frequencies,
                     op.n_heads,
@@ -349,7 +359,7 @@ class Lowering:
                     2 * len(values),
                     op.style,
                     op.magnitude,
-                    p.count(self, op.x.rows),
+                    p.count(op.x.rows),
                 )
             ]
         )
@@ -360,15 +370,18 @@ class Lowering:
         values, parts = (self._temporary(n_bytes) for n_bytes in sizes)
         self._calls.append(
             lambda p: kernels.attention(
-                *(self._rows(t, p.base) for t in (q, k, v, out)),
+                p.rows(q),
+                p.rows(k),
+                p.rows(v),
+                p.rows(out),
                 self._cache(op.cache, p.base + self._offsets[op.cache]),
                 op.n_heads,
                 op.scale,
-                self._rows(values, p.base).address,
-                self._rows(parts, p.base).address,
+                p.rows(values).address,
+                p.rows(parts).address,
                 p.base + self.step.positions,
                 p.base + self.step.slots,
-                p.count(self, op.q.rows),
+                p.count(op.q.rows),
             )
         )
 
@@ -377,15 +390,15 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.causal_conv(
-                    self._rows(x, p.base),
-                    _address(p, weight),
+                    p.rows(x),
+                    p.at(weight),
                     p.base + self._offsets[op.state],
-                    self._rows(out, p.base),
+                    p.rows(out),
                     op.x.width,
                     op.kernel_size,
                     p.base + self.step.positions,
                     p.base + self.step.slots,
-                    p.count(self, op.x.rows),
+                    p.count(op.x.rows),
                 )
             ]
         )
@@ -398,14 +411,16 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.delta_net(
-                    *(self._rows(t, p.base).address for t in (q, k, v)),
+                    p.rows(q).address,
+                    p.rows(k).address,
+                    p.rows(v).address,
                     q.stride,
-                    self._rows(beta, p.base),
-                    self._rows(alpha, p.base),
-                    _address(p, a),
-                    _address(p, dt_bias),
+                    p.rows(beta),
+                    p.rows(alpha),
+                    p.at(a),
+                    p.at(dt_bias),
                     p.base + self._offsets[op.state],
-                    self._rows(out, p.base),
+                    p.rows(out),
                     op.n_k_heads,
                     op.n_v_heads,
                     op.k.width // op.n_k_heads,
@@ -414,7 +429,7 @@ class Lowering:
                     op.eps,
                     p.base + self.step.positions,
                     p.base + self.step.slots,
-                    p.count(self, op.q.rows),
+                    p.count(op.q.rows),
                 )
             ]
         )
@@ -435,10 +450,10 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.router(
-                    self._rows(logits, p.base),
-                    _address(p, bias),
+                    p.rows(logits),
+                    p.at(bias),
                     self._ids(op.out, p),
-                    self._rows(weights, p.base).address,
+                    p.rows(weights).address,
                     op.out.n_experts,
                     op.out.ids.width,
                     op.scoring,
@@ -446,7 +461,7 @@ class Lowering:
                     op.n_groups_used,
                     op.normalize,
                     op.scale,
-                    p.count(self, op.logits.rows),
+                    p.count(op.logits.rows),
                 )
             ]
         )
@@ -478,17 +493,15 @@ class Lowering:
         number = len(self.expert_layers) - 1
 
         def launches(p: Pass) -> Iterable[Launch]:
-            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(self, op.x.rows)
+            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
             gate, up, down = (
-                ExpertMatrix(p.base + offset, slot_bytes, weight.format, _address(p, scale))
+                ExpertMatrix(p.base + offset, slot_bytes, weight.format, p.at(scale))
                 for offset, slot_bytes, weight, scale in zip(
                     layer.slots, layer.slot_bytes, matrices, scales, strict=True
                 )
             )
             if p.exchange is not None:  # before our own share, so that both work at the same time
-                yield kernels.publish_misses(
-                    ids, slots, n_used, self._rows(x, p.base), hidden_size, p.exchange, number, count
-                )
+                yield kernels.publish_misses(ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, count)
             if self.n_expert_slots == 0:
                 return
             yield kernels.expert_gate_up(
@@ -497,28 +510,26 @@ class Lowering:
                 n_used,
                 gate,
                 up,
-                self._rows(x_gate, p.base),
-                self._rows(x_up, p.base),
+                p.rows(x_gate),
+                p.rows(x_up),
                 hidden_size,
                 ffn_size,
-                self._rows(h, p.base).address,
-                (_address(p, grids[0]), _address(p, grids[1])),
+                p.rows(h).address,
+                (p.at(grids[0]), p.at(grids[1])),
                 count,
             )
             if activation != Activation.F32:
-                yield kernels.quantize(
-                    self._rows(h, p.base), ffn_size, activation, self._rows(h_in_form, p.base), n_used, count
-                )
+                yield kernels.quantize(p.rows(h), ffn_size, activation, p.rows(h_in_form), n_used, count)
             yield kernels.expert_down(
                 ids,
                 slots,
                 n_used,
                 down,
-                self._rows(h_in_form, p.base),
+                p.rows(h_in_form),
                 hidden_size,
                 ffn_size,
-                self._rows(out, p.base),
-                _address(p, grids[2]),
+                p.rows(out),
+                p.at(grids[2]),
                 count,
             )
 
@@ -535,18 +546,18 @@ class Lowering:
             if p.exchange is not None:
                 yield kernels.await_answer(p.exchange, number)
             yield kernels.combine(
-                self._rows(expert_out, p.base),
+                p.rows(expert_out),
                 p.exchange.answers if p.exchange is not None else 0,
                 self._ids(op.routing, p),
                 self._slots(op.routing, p),
-                self._rows(weights, p.base).address,
+                p.rows(weights).address,
                 op.routing.ids.width,
-                self._rows(shared, p.base) if shared else None,
-                self._rows(shared_gate, p.base) if shared_gate else None,
-                self._rows(residual, p.base),
-                self._rows(out, p.base),
+                p.rows(shared) if shared else None,
+                p.rows(shared_gate) if shared_gate else None,
+                p.rows(residual),
+                p.rows(out),
                 op.residual.width,
-                p.count(self, op.residual.rows),
+                p.count(op.residual.rows),
             )
 
         self._calls.append(launches)
@@ -556,22 +567,17 @@ class Lowering:
         self._calls.append(
             lambda p: [
                 kernels.select_outputs(
-                    self._rows(x, p.base),
+                    p.rows(x),
                     p.base + self.step.output_rows,
-                    self._rows(out, p.base),
+                    p.rows(out),
                     op.x.width,
-                    p.count(self, op.out.rows),
+                    p.count(op.out.rows),
                 )
             ]
         )
 
 
-def _address(p: Pass, offset: int | None) -> int:
-    """Return the address of something that may not exist: 0 then."""
-    return 0 if offset is None else p.base + offset
-
-
-_LOWER: dict[type[ops.Operation], Callable[[Lowering, ops.Operation], None]] = {
+_LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Embed: Lowering._embed,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,

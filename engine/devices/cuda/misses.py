@@ -127,9 +127,7 @@ class MissServer:
         entries = []
         for i, weight in enumerate(layer.weights):
             array = weights.array(weight.name)
-            table = np.array(
-                [layer.expert(array, i, e).ctypes.data for e in range(layer.routing.n_experts)], np.int64
-            )
+            table = np.array([layer.expert(array, i, e).ctypes.data for e in range(layer.routing.n_experts)], np.int64)
             self._keep.append(table)
             scale = 0
             if weight.scale is not None:
