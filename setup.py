@@ -11,6 +11,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("engine/kernels")
 HEADERS = sorted(str(p) for p in KERNELS.rglob("*.h"))
@@ -44,6 +45,15 @@ libraries = [
     for level, flags in LEVELS.items()
 ]
 
+
+class BuildWithLevels(build_ext):
+    """Builds the levels' libraries first; `build` alone would, but not `build_ext --inplace`."""
+
+    def run(self) -> None:
+        self.run_command("build_clib")
+        super().run()
+
+
 extension = Extension(
     "engine._kernels",
     ["engine/_kernels.pyx", *sorted(str(p) for p in KERNELS.glob("*.c") if not p.name.startswith("level_"))],
@@ -55,6 +65,7 @@ extension = Extension(
 )
 
 setup(
+    cmdclass={"build_ext": BuildWithLevels},
     libraries=libraries,
     ext_modules=cythonize(
         [extension],

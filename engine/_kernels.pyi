@@ -127,7 +127,8 @@ class Program:
     """Operations recorded once and run by one nogil call; sizes other than the number of tokens are fixed.
 
     The tokens of one sequence stand together and in order. A step may hold several sequences.
-    Every method but `run` records one operation that starts when the ones before it are done.
+    The recording methods add one operation each, which sees what the ones before it wrote. They raise `ValueError` for
+    sizes that do not fit together; addresses are taken on trust.
     """
 
     n_threads: int
@@ -141,7 +142,10 @@ class Program:
         """Return the number of operations recorded."""
 
     def profile(self, step: Step) -> list[tuple[str, float]]:
-        """Run once and return (operation, seconds) in order, measured on the first thread with a barrier after each."""
+        """Run once and return (operations, seconds) in order, measured on the first thread with a barrier after each.
+
+        Operations that are run as one, tile by tile, come as one entry, their names joined by "+".
+        """
 
     def embed(
         self, table: int, ggml_type: int, n_vocab: int, n_cols: int, out: int, out_stride: int, scale: float
@@ -244,7 +248,7 @@ class Program:
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
-        `cache` is K then V, each [n_slots, context_length, n_kv_heads, head_dim] in `cache_type` (`kv_cache_bytes`).
+        `cache` has `kv_cache_bytes` bytes; how they lie is said in `kernels/ops/kv_layout.h`.
         Online softmax over fixed blocks of positions, so no n x n matrix and the same bits however the prompt is cut.
         """
 
@@ -287,7 +291,7 @@ class Program:
 
         beta = sigmoid(beta), decay = exp(a * softplus(alpha + dt_bias)), both [n_v_heads].
         v head h uses k head h // (n_v_heads / n_k_heads) if `grouped`, else h % n_k_heads.
-        state float32 [n_slots, n_v_heads, v_dim, k_dim].
+        state float32 [n_slots, n_v_heads, k_dim, v_dim].
         """
 
     def router(
@@ -319,9 +323,9 @@ class Program:
         ids: int,
         n_experts: int,
         n_experts_used: int,
-        gate: tuple[int, int, int, int],
-        up: tuple[int, int, int, int],
-        down: tuple[int, int, int, int],
+        gate: tuple[int, int, int],
+        up: tuple[int, int, int],
+        down: tuple[int, int, int],
         hidden_size: int,
         ffn_size: int,
         out: int,
@@ -329,10 +333,12 @@ class Program:
     ) -> None:
         """Gated FFN of the chosen experts: out[t, rank] = down_e(silu(gate_e x[t]) * (up_e x[t])), not yet weighted.
 
-        Each matrix is (address, ggml_type, bytes from one expert to the next, scale or 0); gate and up have `ffn_size`
-        rows of `hidden_size`, down the reverse; scale is float32 [n_experts]. `x_gate` and `x_up` hold the same activations
-        in the forms the two formats take. out is float32 [max_tokens, n_experts_used, hidden_size], rows `out_stride` apart.
-        All selected experts and both halves are one job; with several tokens they are grouped by expert.
+        Each matrix is (table, ggml_type, scale or 0): the table, int64 [n_experts], holds the address of each expert's
+        first row and is read in every run; scale is float32 [n_experts]. gate and up have `ffn_size` rows of
+        `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.
+        ids is int32 [max_tokens, n_experts_used]; out is float32 [max_tokens, n_experts_used, hidden_size], rows
+        `out_stride` apart. An id outside 0 to n_experts - 1 (by convention -1) means "computed elsewhere": its part of
+        out is not touched. With several tokens the work is grouped by expert, each weight row read once for all.
         """
 
     def combine(

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-cimport numpy as cnp
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -219,8 +218,6 @@ cdef extern from "kernels/sampling.h" nogil:
                      double uniform)
     int best_log_probabilities(const float *logits, int n, int n_top, int32_t *ids, float *values, double *log_sum)
 
-
-cnp.import_array()
 
 ROWS_TOKENS = _ROWS_TOKENS
 ROWS_OUTPUTS = _ROWS_OUTPUTS

@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,14 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden_path(data: Path, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Where a golden file lies: the small copies of `tests/data/golden` if they have it, else the full set."""
+
+    def find(name: str) -> Path:
+        copy = data / "golden" / name
+        return copy if copy.exists() else request.getfixturevalue("shared") / "golden" / name
+
+    return find

@@ -44,9 +44,12 @@ class ModelRunner:
         return np.concatenate(parts)
 
     def experts(self, token_ids: list[int]) -> np.ndarray:
-        """Chosen experts, [n_moe_layers, n_tokens, n_experts_used]; all tokens in one step."""
-        self.forward.run(0, token_ids, 0, "last")
-        return self.program.routing()
+        """Chosen experts, [n_moe_layers, n_tokens, n_experts_used]."""
+        steps = []
+        for start in range(0, len(token_ids), self.forward.limits.max_tokens):
+            self.forward.run(0, token_ids[start : start + self.forward.limits.max_tokens], start, "none")
+            steps.append(self.program.routing())
+        return np.concatenate(steps, axis=1)
 
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         logits = self.forward.run(0, prompt, 0)

@@ -55,7 +55,7 @@ typedef struct {
 typedef struct {
     const uint8_t *table;
     int64_t row_bytes;
-    void (*dequantize_row)(const uint8_t *w, float *out, int n_cols);
+    dequantize_fn dequantize_row;
     int n_cols;
     matrix out;
     float scale;

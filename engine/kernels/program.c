@@ -99,9 +99,10 @@ static int reserve_scratch(program *p, int64_t n_values) {
 }
 
 program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads) {
-    program *p = calloc(1, sizeof *p);
+    program *p = aligned_alloc(_Alignof(program), sizeof *p);
     if (!p)
         return NULL;
+    memset(p, 0, sizeof *p);
     p->kernels = kernels;
     p->max_tokens = max_tokens;
     p->n_slots = n_slots;
@@ -496,6 +497,7 @@ int program_experts(program *p, experts_args args, int down_activation) {
         return -1;
     args.hidden_quantized = (uint8_t *)args.hidden;
     args.hidden_row_bytes = float_bytes;
+    args.quantize = NULL;
     if (down_activation != ACTIVATION_F32) {
         args.hidden_row_bytes = engine_activation_bytes(down_activation, args.ffn_size);
         args.hidden_quantized = shared_memory(p, &p->hidden_quantized, &p->hidden_quantized_bytes,

@@ -29,7 +29,7 @@ static void sift_down(candidate *heap, int n, int parent) {
 
 // A heap with the best candidate on top: most draws look at a few of a hundred thousand, so sorting all would be waste.
 static candidate *make_heap(const float *logits, int n) {
-    candidate *heap = malloc((size_t)n * sizeof *heap);
+    candidate *heap = malloc((size_t)n * sizeof *heap); // n is at least 1
     if (!heap)
         return NULL;
     for (int i = 0; i < n; i++)

@@ -15,6 +15,8 @@ enum { ACTIVATION_F32, ACTIVATION_Q8_256, ACTIVATION_Q8_32, N_ACTIVATIONS };
 typedef void (*matmul_fn)(const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x,
                           float *const *y);
 
+typedef void (*dequantize_fn)(const uint8_t *w, float *out, int n_cols);
+
 // Turns the values from `first` to `end` (whole groups) of a row of n_cols into their places in an activation row.
 typedef void (*quantize_fn)(const float *x, void *row, int n_cols, int first, int end);
 
@@ -22,7 +24,7 @@ typedef void (*quantize_fn)(const float *x, void *row, int n_cols, int first, in
 typedef struct {
     matmul_fn matmul[N_GGML_TYPES];
     uint8_t is_fast[N_GGML_TYPES]; // has vector code of its own on this level
-    void (*dequantize_row[N_GGML_TYPES])(const uint8_t *w, float *out, int n_cols);
+    dequantize_fn dequantize_row[N_GGML_TYPES];
     quantize_fn quantize[N_ACTIVATIONS];
 } quant_table;
 

@@ -134,6 +134,13 @@ class Lowering:
         base = int(self._weights.array(weight.name).ctypes.data)
         return base + weight.first_row * row_bytes, (weight.stored_rows or weight.n_rows) * row_bytes
 
+    def _expert_table(self, weight: Weight) -> int:
+        """Return the address of a table that holds, for each expert, the address of its first row."""
+        first, expert_bytes = self._matrix(weight)
+        table = first + expert_bytes * np.arange(weight.n_experts, dtype=np.int64)
+        self._keep.append(table)
+        return int(table.ctypes.data)
+
     # -- operations --------------------------------------------------------------------------------------------------
 
     def _embed(self, op: ops.Embed) -> None:
@@ -156,11 +163,11 @@ class Lowering:
         for i, weight in enumerate(op.weights):
             by_form.setdefault(weight.format.activation, []).append(i)
         outs = [self._use(out) for out in op.outs]
-        for activation, members in by_form.items():
-            self._linear_in_form(op, activation, members, outs)
+        inputs = [self._activations(op.x, activation) for activation in by_form]  # all before the first product
+        for x, members in zip(inputs, by_form.values(), strict=True):
+            self._linear_in_form(op, x, members, outs)
 
-    def _linear_in_form(self, op: ops.Linear, activation: Activation, members: list[int], outs: list[Place]) -> None:
-        x = self._activations(op.x, activation)
+    def _linear_in_form(self, op: ops.Linear, x: Place, members: list[int], outs: list[Place]) -> None:
         entries = [
             (
                 self._matrix(op.weights[i])[0],
@@ -308,9 +315,8 @@ class Lowering:
         x_up = self._activations(op.x, op.up.format.activation)
         ids, out = self._use(op.routing.ids), self._use(op.out)
         gate, up, down = (
-            (address, weight.format.ggml_type, expert_bytes, self._vector(weight.scale))
+            (self._expert_table(weight), weight.format.ggml_type, self._vector(weight.scale))
             for weight in (op.gate, op.up, op.down)
-            for address, expert_bytes in (self._matrix(weight),)
         )
         self._calls.append(
             lambda: self.program.experts(
