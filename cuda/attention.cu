@@ -62,13 +62,12 @@ store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, uin
     if (i < HEAD_DIM)
         ((uint16_t *)out.values)[row * HEAD_DIM + i] = f32_to_f16(value);
 #else
-    const float amax = warp_max(fabsf(value));
-    const float ratio = amax > 0.0f ? __fdiv_rn(127.0f, amax) : 0.0f;
-    if (i < HEAD_DIM)
-        ((int8_t *)out.values)[row * HEAD_DIM + i] =
-            (int8_t)__float2int_rn(fminf(fmaxf(rintf(value * ratio), -127.0f), 127.0f));
+    const uint16_t stored = f32_to_f16(__fdiv_rn(warp_max(fabsf(value)), 127.0f));
+    const float d = f16_to_f32(stored), q = d > 0.0f ? rintf(__fdiv_rn(value, d)) : 0.0f;
+    if (i < HEAD_DIM) // a NaN becomes -127
+        ((int8_t *)out.values)[row * HEAD_DIM + i] = (int8_t)__float2int_rn(fminf(fmaxf(q, -127.0f), 127.0f));
     if (i % 32 == 0)
-        out.scales[row * N_SCALES + i / 32] = f32_to_f16(__fdiv_rn(amax, 127.0f));
+        out.scales[row * N_SCALES + i / 32] = stored;
 #endif
 }
 

@@ -179,8 +179,9 @@ class CUDAProgram:
         if n_outputs != 1:
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
 
+        number, self._step_number = self._step_number, (self._step_number + 1) & 0x7FFFFFFF
         if self._misses is not None:
-            self._misses.begin(self._step_number, n)
+            self._misses.begin(number, n)
         try:
             self._graphs[most].launch(self._stream)
             if n_outputs:
@@ -192,10 +193,8 @@ class CUDAProgram:
             if self._misses is not None:
                 self._misses.abandon()
             raise
-        finally:
-            self._step_number = (self._step_number + 1) & 0x7FFFFFFF
-            if self._misses is not None:
-                self._misses.end()
+        if self._misses is not None:
+            self._misses.end()
         self._n_tokens, self._routing_rows = n, most
         return logits
 

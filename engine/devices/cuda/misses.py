@@ -54,6 +54,7 @@ class MissServer:
         self._error: BaseException | None = None
         self._wanted = threading.Condition()
         self._step_number: int | None = None
+        self._last_request = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="expert-misses", daemon=True)
         self._thread.start()
@@ -79,6 +80,7 @@ class MissServer:
             self._error = None
             self._abandoned[0] = 0
             self._step.n_tokens = n_tokens
+            self._last_request = int(self._requested[0])  # before the launch: the first request may come at once
             self._step_number = step_number
             self._wanted.notify()
 
@@ -176,7 +178,7 @@ class MissServer:
 
     def _answer_step(self, number: int) -> None:
         first = number * (self._n_layers + 1) + 1
-        last = int(self._requested[0])
+        last = self._last_request
         while True:
             request = self._await_request(last)
             layer = (request - first) & 0xFFFFFFFF
