@@ -480,8 +480,7 @@ struct NVFP4 : FloatFormat<64, 36> {
                             : exponent   ? __uint_as_float((unsigned)(exponent - 8 + 127) << 23 | (unsigned)mantissa << 20)
                                          : (float)mantissa * 0x1p-10f;
         const int nibble = b[4 + i / 16 * 8 + i % 8] >> (i % 16 < 8 ? 0 : 4) & 15;
-        const float value = (float)codes[nibble & 7];
-        return scale * (nibble & 8 ? -value : value);
+        return scale * (float)(nibble & 8 ? -codes[nibble & 7] : codes[nibble & 7]);
     }
 };
 
