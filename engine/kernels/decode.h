@@ -18,7 +18,7 @@ typedef __m128 d_fn(const uint8_t *const blocks[4]);
 
 typedef struct {
     int block_size, block_bytes, sub_block, has_min, activation;
-    int is_signed, offset;
+    int is_signed, largest, offset; // largest u, for unsigned ones
     chunk_fn *chunk;
     scales_fn *scales; // of 256-blocks
     d_fn *d, *min_d;
@@ -48,13 +48,13 @@ ALWAYS_INLINE __m128i sums_of_4_blocks_256(vector_format f, const uint8_t *const
                 f.sub_block == 32 ? spread_scale(scales, k) : spread_two_scales(k < 4 ? low : high, k % 4 * 2);
             acc = add_dot_i16(acc, dot_pairs(f, f.chunk(blocks[r], k), load_256(x + 32 * k)), scale);
         }
-        if (f.offset)
-            acc = _mm256_sub_epi32(acc,
-                                   _mm256_mullo_epi32(_mm256_madd_epi16(scales, sums_16), _mm256_set1_epi32(f.offset)));
-        dots[r] = acc;
+        const __m256i offsets = f.has_min ? mins : scales; // what the sums of activations are multiplied by
         min_dots[r] = f.sub_block == 32
-                          ? _mm256_castsi128_si256(_mm_madd_epi16(_mm256_castsi256_si128(mins), sums_32))
-                          : _mm256_madd_epi16(mins, sums_16);
+                          ? _mm256_zextsi128_si256(_mm_madd_epi16(_mm256_castsi256_si128(offsets), sums_32))
+                          : _mm256_madd_epi16(offsets, sums_16);
+        if (f.offset)
+            acc = _mm256_sub_epi32(acc, _mm256_mullo_epi32(min_dots[r], _mm256_set1_epi32(f.offset)));
+        dots[r] = acc;
     }
     if (f.has_min && f.sub_block == 32)
         *min_sums = sum_lanes_of_4_halves(_mm256_castsi256_si128(min_dots[0]), _mm256_castsi256_si128(min_dots[1]),

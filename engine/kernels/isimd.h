@@ -28,6 +28,39 @@ static inline __m256i add_dot_i16(__m256i acc, __m256i a, __m256i b) {
 #endif
 }
 
+// All ones in each byte whose bit is set.
+static inline __m256i bytes_of_bits(uint32_t bits) {
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte_of);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
+}
+
+// Magnitudes, negative where a bit is set.
+static inline __m256i apply_signs(__m256i magnitudes, uint32_t signs) {
+    return _mm256_sign_epi8(magnitudes, _mm256_or_si256(bytes_of_bits(signs), _mm256_set1_epi8(1)));
+}
+
+// Eight bytes from each of four addresses.
+static inline __m256i load_8_from_each_of_4(const int8_t *a, const int8_t *b, const int8_t *c, const int8_t *d) {
+    int64_t values[4];
+    __builtin_memcpy(&values[0], a, 8);
+    __builtin_memcpy(&values[1], b, 8);
+    __builtin_memcpy(&values[2], c, 8);
+    __builtin_memcpy(&values[3], d, 8);
+    return _mm256_setr_epi64x(values[0], values[1], values[2], values[3]);
+}
+
+// Eight small int32, one a sub-block of 32, as int16, all in each half.
+static inline __m256i scales_from_i32(__m256i scales) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(scales, scales), 0x88);
+}
+
+// 2 * scale + 1, in lanes of 16 bits.
+static inline __m256i odd_scales(__m256i scales) {
+    return _mm256_add_epi16(_mm256_add_epi16(scales, scales), _mm256_set1_epi16(1));
+}
+
 // Sums of two neighbouring products to int16: exact while 2 * 127 * max(u) fits, that is u <= 129.
 static inline __m256i dot_pairs_u8(__m256i u, __m256i s) { return _mm256_maddubs_epi16(u, s); }
 

@@ -5,6 +5,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
+#include "../isimd.h"
 
 static inline void set_shifted_iq1(int8_t *q, int index, int shift) {
     for (int i = 0; i < 8; i++)
@@ -23,6 +24,11 @@ static inline void unpack_IQ1_S(const void *block, integer_block *out) {
 }
 
 // The half-float scale is spread over the top nibbles of the four scale words.
+static inline float d_of_iq1_m(const block_IQ1_M *b) {
+    const int d = b->scales[0] >> 12 | b->scales[1] >> 12 << 4 | b->scales[2] >> 12 << 8 | b->scales[3] >> 12 << 12;
+    return f16_to_f32((uint16_t)d) * 0.125f;
+}
+
 static inline void unpack_IQ1_M(const void *block, integer_block *out) {
     const block_IQ1_M *b = block;
     for (int o = 0; o < 32; o++) {
@@ -31,8 +37,62 @@ static inline void unpack_IQ1_M(const void *block, integer_block *out) {
     }
     for (int u = 0; u < 16; u++)
         out->scale[u] = (int16_t)(2 * (b->scales[u / 4] >> 3 * (u % 4) & 7) + 1);
-    const int d = b->scales[0] >> 12 | b->scales[1] >> 12 << 4 | b->scales[2] >> 12 << 8 | b->scales[3] >> 12 << 12;
-    out->d = f16_to_f32((uint16_t)d) * 0.125f;
+    out->d = d_of_iq1_m(b);
 }
+
+#if defined(__AVX2__)
+// 8 g + shift + 9, from 0 to 18; `shifts` holds shift + 9 for each weight.
+static inline __m256i chunk_of_iq1(const int index[4], __m256i shifts) {
+    const __m256i points = load_8_from_each_of_4(engine_grid_iq1[index[0]], engine_grid_iq1[index[1]],
+                                                 engine_grid_iq1[index[2]], engine_grid_iq1[index[3]]);
+    const __m256i eightfold = _mm256_and_si256(_mm256_slli_epi16(points, 3), _mm256_set1_epi8((char)0xf8));
+    return _mm256_add_epi8(eightfold, shifts);
+}
+
+static inline __m256i chunk_IQ1_S(const void *block, int k) {
+    const block_IQ1_S *b = block;
+    int index[4];
+    for (int o = 0; o < 4; o++)
+        index[o] = b->qs[4 * k + o] | (b->qh[k] >> 3 * o & 7) << 8;
+    return chunk_of_iq1(index, _mm256_set1_epi8((char)(b->qh[k] & 0x8000 ? 8 : 10)));
+}
+
+static inline __m256i scales_IQ1_S(const void *block, __m256i *mins) {
+    const __m256i high = load_128_twice(((const block_IQ1_S *)block)->qh);
+    (void)mins;
+    return odd_scales(_mm256_and_si256(_mm256_srli_epi16(high, 12), _mm256_set1_epi16(7)));
+}
+
+static inline __m256i chunk_IQ1_M(const void *block, int k) {
+    const block_IQ1_M *b = block;
+    int index[4];
+    int64_t shifts[4];
+    for (int o = 0; o < 4; o++) {
+        const int high = b->qh[2 * k + o / 2] >> 4 * (o % 2);
+        index[o] = b->qs[4 * k + o] | (high & 7) << 8;
+        shifts[o] = high & 8 ? 0x0808080808080808 : 0x0a0a0a0a0a0a0a0a;
+    }
+    return chunk_of_iq1(index, _mm256_setr_epi64x(shifts[0], shifts[1], shifts[2], shifts[3]));
+}
+
+// Four scales of 3 bits in each of four words: each is moved to the top of its 12 bits, then down.
+static inline __m256i scales_IQ1_M(const void *block, __m256i *mins) {
+    uint64_t words;
+    __builtin_memcpy(&words, ((const block_IQ1_M *)block)->scales, 8);
+    const __m256i spread =
+        _mm256_shuffle_epi8(_mm256_set1_epi64x((int64_t)words), _mm256_setr_epi64x(0x0100010001000100, 0x0302030203020302,
+                                                                                   0x0504050405040504, 0x0706070607060706));
+    const __m256i raised = _mm256_mullo_epi16(spread, _mm256_set1_epi64x(0x0001000800400200));
+    (void)mins;
+    return odd_scales(_mm256_and_si256(_mm256_srli_epi16(raised, 9), _mm256_set1_epi16(7)));
+}
+
+static inline __m128 d_IQ1_M(const uint8_t *const blocks[4]) {
+    float d[4];
+    for (int r = 0; r < 4; r++)
+        d[r] = d_of_iq1_m((const void *)blocks[r]);
+    return _mm_loadu_ps(d);
+}
+#endif
 
 #endif

@@ -4,9 +4,19 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
+#include "../isimd.h"
 
-// The eighth sign makes the number of minus signs even.
-static inline unsigned signs_of_7_bits(unsigned index) { return index | (unsigned)__builtin_parity(index) << 7; }
+// Signs from a 7-bit index: the eighth makes the number of minus signs even.
+static const uint8_t signs_of_7_bits[128] = {
+    0x00, 0x81, 0x82, 0x03, 0x84, 0x05, 0x06, 0x87, 0x88, 0x09, 0x0a, 0x8b, 0x0c, 0x8d, 0x8e, 0x0f,
+    0x90, 0x11, 0x12, 0x93, 0x14, 0x95, 0x96, 0x17, 0x18, 0x99, 0x9a, 0x1b, 0x9c, 0x1d, 0x1e, 0x9f,
+    0xa0, 0x21, 0x22, 0xa3, 0x24, 0xa5, 0xa6, 0x27, 0x28, 0xa9, 0xaa, 0x2b, 0xac, 0x2d, 0x2e, 0xaf,
+    0x30, 0xb1, 0xb2, 0x33, 0xb4, 0x35, 0x36, 0xb7, 0xb8, 0x39, 0x3a, 0xbb, 0x3c, 0xbd, 0xbe, 0x3f,
+    0xc0, 0x41, 0x42, 0xc3, 0x44, 0xc5, 0xc6, 0x47, 0x48, 0xc9, 0xca, 0x4b, 0xcc, 0x4d, 0x4e, 0xcf,
+    0x50, 0xd1, 0xd2, 0x53, 0xd4, 0x55, 0x56, 0xd7, 0xd8, 0x59, 0x5a, 0xdb, 0x5c, 0xdd, 0xde, 0x5f,
+    0x60, 0xe1, 0xe2, 0x63, 0xe4, 0x65, 0x66, 0xe7, 0xe8, 0x69, 0x6a, 0xeb, 0x6c, 0xed, 0xee, 0x6f,
+    0xf0, 0x71, 0x72, 0xf3, 0x74, 0xf5, 0xf6, 0x77, 0x78, 0xf9, 0xfa, 0x7b, 0xfc, 0x7d, 0x7e, 0xff,
+};
 
 // Copies n magnitudes, negative where bit i of `signs` is set.
 static inline void set_signed(int8_t *q, const int8_t *magnitudes, unsigned signs, int n) {
@@ -20,7 +30,7 @@ static inline void unpack_IQ2_XXS(const void *block, integer_block *out) {
         const uint32_t a = b->group[s].signs_scale;
         for (int o = 0; o < 4; o++)
             set_signed(out->q + 32 * s + 8 * o, engine_grid_iq2_xxs[b->group[s].index[o]],
-                       signs_of_7_bits(a >> 7 * o & 127), 8);
+                       signs_of_7_bits[a >> 7 * o & 127], 8);
         set_sub_blocks(out->scale, s, 32, 2 * (int)(a >> 28) + 1);
     }
     out->d = f16_to_f32(b->d) * 0.125f;
@@ -29,7 +39,7 @@ static inline void unpack_IQ2_XXS(const void *block, integer_block *out) {
 static inline void unpack_IQ2_XS(const void *block, integer_block *out) {
     const block_IQ2_XS *b = block;
     for (int o = 0; o < 32; o++)
-        set_signed(out->q + 8 * o, engine_grid_iq2_xs[b->qs[o] & 511], signs_of_7_bits(b->qs[o] >> 9), 8);
+        set_signed(out->q + 8 * o, engine_grid_iq2_xs[b->qs[o] & 511], signs_of_7_bits[b->qs[o] >> 9], 8);
     for (int u = 0; u < 16; u++)
         out->scale[u] = (int16_t)(2 * (b->scales[u / 2] >> 4 * (u % 2) & 15) + 1);
     out->d = f16_to_f32(b->d) * 0.125f;
@@ -45,5 +55,70 @@ static inline void unpack_IQ2_S(const void *block, integer_block *out) {
         out->scale[u] = (int16_t)(2 * (b->scales[u / 2] >> 4 * (u % 2) & 15) + 1);
     out->d = f16_to_f32(b->d) * 0.125f;
 }
+
+#if defined(__AVX2__)
+// Four 7-bit sign indexes to 32 signs.
+static inline uint32_t signs_of_28_bits(uint32_t indexes) {
+    uint32_t signs = 0;
+    for (int o = 0; o < 4; o++)
+        signs |= (uint32_t)signs_of_7_bits[indexes >> 7 * o & 127] << 8 * o;
+    return signs;
+}
+
+static inline __m256i chunk_IQ2_XXS(const void *block, int k) {
+    const block_IQ2_XXS *b = block;
+    const uint8_t *index = b->group[k].index;
+    return apply_signs(load_8_from_each_of_4(engine_grid_iq2_xxs[index[0]], engine_grid_iq2_xxs[index[1]],
+                                             engine_grid_iq2_xxs[index[2]], engine_grid_iq2_xxs[index[3]]),
+                       signs_of_28_bits(b->group[k].signs_scale));
+}
+
+static inline __m256i scales_IQ2_XXS(const void *block, __m256i *mins) {
+    const block_IQ2_XXS *b = block;
+    const __m256 low = _mm256_castsi256_ps(load_256(&b->group[0])), high = _mm256_castsi256_ps(load_256(&b->group[4]));
+    const __m256i words = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd)); // odd ones: signs and scale
+    (void)mins;
+    return odd_scales(scales_from_i32(_mm256_srli_epi32(_mm256_permute4x64_epi64(words, 0xd8), 28)));
+}
+
+static inline __m256i chunk_IQ2_XS(const void *block, int k) {
+    const block_IQ2_XS *b = block;
+    const int8_t *points[4];
+    uint32_t signs = 0;
+    for (int o = 0; o < 4; o++) {
+        const unsigned v = b->qs[4 * k + o];
+        points[o] = engine_grid_iq2_xs[v & 511];
+        signs |= (uint32_t)signs_of_7_bits[v >> 9] << 8 * o;
+    }
+    return apply_signs(load_8_from_each_of_4(points[0], points[1], points[2], points[3]), signs);
+}
+
+// Sixteen nibbles.
+static inline __m256i odd_scales_of_nibbles(const uint8_t *scales) {
+    const __m128i packed = _mm_loadl_epi64((const void *)scales);
+    const __m128i bytes = _mm_and_si128(_mm_unpacklo_epi8(packed, _mm_srli_epi16(packed, 4)), _mm_set1_epi8(15));
+    return odd_scales(_mm256_cvtepu8_epi16(bytes));
+}
+
+static inline __m256i scales_IQ2_XS(const void *block, __m256i *mins) {
+    (void)mins;
+    return odd_scales_of_nibbles(((const block_IQ2_XS *)block)->scales);
+}
+
+static inline __m256i chunk_IQ2_S(const void *block, int k) {
+    const block_IQ2_S *b = block;
+    const int8_t *points[4];
+    uint32_t signs;
+    for (int o = 0; o < 4; o++)
+        points[o] = engine_grid_iq2_s[b->qs[4 * k + o] | (b->qh[k] >> 2 * o & 3) << 8];
+    __builtin_memcpy(&signs, b->signs + 4 * k, 4);
+    return apply_signs(load_8_from_each_of_4(points[0], points[1], points[2], points[3]), signs);
+}
+
+static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {
+    (void)mins;
+    return odd_scales_of_nibbles(((const block_IQ2_S *)block)->scales);
+}
+#endif
 
 #endif

@@ -84,7 +84,7 @@ static inline __m256i scales_IQ4_XS(const void *block, __m256i *mins) {
     const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(b->scales_h), _mm256_srli_epi32(steps, 1));
     const __m256i scale = _mm256_or_si256(low, _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4));
     const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32));
-    return _mm256_permute4x64_epi64(_mm256_packs_epi32(centred, centred), 0x88); // all eight in each half
+    return scales_from_i32(centred);
 }
 #endif
 

@@ -46,12 +46,8 @@ static inline void unpack_Q5_1(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-// 16 in each byte whose bit is set.
 static inline __m256i fifth_bits_32(uint32_t bits) {
-    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
-    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte_of);
-    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of), _mm256_set1_epi8(16));
+    return _mm256_and_si256(bytes_of_bits(bits), _mm256_set1_epi8(16));
 }
 
 static inline __m256i chunk_Q4_0(const void *block, int k) {
