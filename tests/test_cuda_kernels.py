@@ -63,9 +63,7 @@ def test_activations_have_the_bits_of_the_cpu(activation: Activation, n_cols: in
     expected = _kernels.quantize_activations(x, activation)
     for order, seed in SCHEDULES:
         out = aligned(np.zeros_like(expected))
-        launch = kernels.quantize(
-            emulator.rows(x), n_cols, activation, emulator.byte_rows(out), 1, emulator.count(3)
-        )
+        launch = kernels.quantize(emulator.rows(x), n_cols, activation, emulator.byte_rows(out), 1, emulator.count(3))
         emulator.run(launch, order, seed)
         assert (out == expected).all()
 
@@ -179,9 +177,7 @@ def test_experts_have_the_bits_of_the_cpu(
             launch = kernels.quantize(emulator.rows(h), ffn_size, down.activation, h_rows, n_used, count)
             emulator.run(launch, order, seed)
         emulator.run(
-            kernels.expert_down(
-                *common, matrices[2], h_rows, hidden_size, ffn_size, emulator.rows(out), 0, count
-            ),
+            kernels.expert_down(*common, matrices[2], h_rows, hidden_size, ffn_size, emulator.rows(out), 0, count),
             order,
             seed,
         )
@@ -281,7 +277,9 @@ def test_elementwise_operations(mode: str) -> None:
         assert same_bits(picked, x[chosen])
         weight = rng.standard_normal(100).astype(F32)
         emulator.run(
-            kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), 3, 100, 1e-6, count), order, seed
+            kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), 3, 100, 1e-6, count),
+            order,
+            seed,
         )
         groups = x.reshape(n_rows, 3, 100).astype(np.float64)
         expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * weight
@@ -320,7 +318,10 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool) 
     expert_out, answers = (rng.standard_normal((n_tokens, n_used, n_cols)).astype(F32) for _ in range(2))
     residual, shared = (rng.standard_normal((n_tokens, n_cols)).astype(F32) for _ in range(2))
     weights, shared_gate = rng.random((n_tokens, n_used)).astype(F32), rng.standard_normal((n_tokens, 1)).astype(F32)
-    ids, slots = rng.integers(0, 8, (n_tokens, n_used)).astype(np.int32), np.array([0, -1, 2, -1, 3, 1, -1, -1], np.int32)
+    ids, slots = (
+        rng.integers(0, 8, (n_tokens, n_used)).astype(np.int32),
+        np.array([0, -1, 2, -1, 3, 1, -1, -1], np.int32),
+    )
     out = np.zeros_like(residual)
     emulator.run(
         kernels.combine(
@@ -418,9 +419,7 @@ def test_router(
         (KVType.F32, 16, 2, 1, "asan", 1e-5),
     ],
 )
-def test_attention(
-    kv_type: KVType, head_dim: int, group: int, n_kv_heads: int, mode: str, tolerance: float
-) -> None:
+def test_attention(kv_type: KVType, head_dim: int, group: int, n_kv_heads: int, mode: str, tolerance: float) -> None:
     """Of tokens at several positions, one of them early, in a cache that holds NaN where nothing was stored."""
     rng, emulator = np.random.default_rng(7), Emulator(mode)
     n_slots, context_length, n_kept = 2, 200, 150
@@ -455,7 +454,8 @@ def test_attention(
     expected = []
     for token, position in enumerate(positions):
         keys, vals = (
-            side[: position + 1].reshape(-1, n_kv_heads, head_dim).repeat(group, 1).astype(np.float64) for side in (k, v)
+            side[: position + 1].reshape(-1, n_kv_heads, head_dim).repeat(group, 1).astype(np.float64)
+            for side in (k, v)
         )
         scores = np.einsum("hd,phd->hp", q[token].reshape(n_heads, head_dim), keys) * scale
         p = np.exp(scores - scores.max(-1, keepdims=True))

@@ -13,6 +13,7 @@ from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
+from engine.devices.cuda.swaps import Swaps
 from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, WeightAccess
 from engine.errors import DeviceError, RequestError
@@ -207,17 +208,18 @@ class CUDAProgram:
         self._stream.synchronize()
         return ids[:, : self._n_tokens]
 
-    def load_expert(self, layer: int, expert: int, slot: int, stream: Stream | None = None) -> None:
-        """Queue the copies of one expert's weights to a slot of its layer.
-
-        No step that runs meanwhile may read the slot: its old expert must have been taken out of `expert_table` before.
-        """
-        stream = stream or self._stream
-        experts = self._lowering.expert_layers[layer]
-        for i, weight in enumerate(experts.weights):
-            source = experts.expert(self._weights.array(weight.name), i, expert)
-            to = self._memory.address + experts.slots[i] + slot * experts.slot_bytes[i]
-            stream.upload(to, int(source.ctypes.data), source.nbytes)
+    def swaps(self, n_buffers: int = 2, n_threads: int = 1) -> Swaps:
+        """Return what moves experts into slots between steps; close it before the program."""
+        self._context.make_current()
+        return Swaps(
+            self._context,
+            self._lowering,
+            self._weights,
+            self._memory.address,
+            self.expert_table,
+            n_buffers,
+            n_threads,
+        )
 
     def close(self) -> None:
         """Free all memory."""
@@ -244,7 +246,10 @@ class CUDAProgram:
         self.expert_table[:] = -1
         for layer, experts in enumerate(lowering.expert_layers):
             for expert in range(min(lowering.n_expert_slots, experts.routing.n_experts)):
-                self.load_expert(layer, expert, expert)
+                for i, weight in enumerate(experts.weights):
+                    source = experts.expert(self._weights.array(weight.name), i, expert)
+                    to = base + experts.slots[i] + expert * experts.slot_bytes[i]
+                    stream.upload(to, int(source.ctypes.data), source.nbytes)
                 self.expert_table[layer, expert] = expert
         stream.synchronize()
         lowering.uploads.clear()

@@ -126,31 +126,36 @@ class MissServer:
                 rows = self._zeros(limits.max_tokens * row_bytes)
                 program.quantize(x, hidden_size, hidden_size, activation, rows, _kernels.ROWS_TOKENS)
                 forms[activation] = (rows, row_bytes)
-        entries = []
-        for i, weight in enumerate(layer.weights):
-            array = weights.array(weight.name)
-            table = np.array([layer.expert(array, i, e).ctypes.data for e in range(layer.routing.n_experts)], np.int64)
-            self._keep.append(table)
-            scale = 0
-            if weight.scale is not None:
-                raw = weights.array(weight.scale.name).reshape(1, -1)
-                values = _kernels.dequantize(weight.scale.format.ggml_type, raw, weight.scale.size)
-                self._keep.append(values)
-                scale = int(values.ctypes.data)
-            entries.append((int(table.ctypes.data), weight.format.ggml_type, scale))
+        gate_entry, up_entry, down_entry = (self._entry(layer, i, weights) for i in range(3))
         program.experts(
             *forms[gate.format.activation],
             *forms[up.format.activation],
             ids,
             layer.routing.n_experts,
             n_used,
-            *entries,
+            gate_entry,
+            up_entry,
+            down_entry,
             hidden_size,
             gate.n_rows,
             answers,
             n_used * hidden_size,
         )
         return lambda: program.run(self._step)
+
+    def _entry(self, layer: ExpertLayer, matrix: int, weights: WeightAccess) -> tuple[int, int, int]:
+        """Return one matrix of a layer's experts, as `_kernels.Program.experts` takes it."""
+        weight = layer.weights[matrix]
+        array = weights.array(weight.name)
+        experts = (layer.expert(array, matrix, e) for e in range(layer.routing.n_experts))
+        table = np.array([expert.ctypes.data for expert in experts], np.int64)
+        self._keep.append(table)
+        if weight.scale is None:
+            return int(table.ctypes.data), weight.format.ggml_type, 0
+        raw = weights.array(weight.scale.name).reshape(1, -1)
+        scale = _kernels.dequantize(weight.scale.format.ggml_type, raw, weight.scale.size)
+        self._keep.append(scale)
+        return int(table.ctypes.data), weight.format.ggml_type, int(scale.ctypes.data)
 
     def _zeros(self, n_bytes: int) -> int:
         memory = np.zeros(n_bytes + _LINE, np.uint8)
