@@ -1,0 +1,86 @@
+// What all kernels share: fixed-width names, warp sums, and the functions of the canonical arithmetic.
+//
+// Bits matter here. Contraction is off (`--fmad=false`), so a multiply-add is one rounding exactly where `__fmaf_rn`
+// is written; division and square root are IEEE.
+#pragma once
+
+#ifdef __CUDACC_RTC__ // NVRTC has no <stdint.h>
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
+#include <stdint.h>
+#endif
+
+#include "ptx.cuh"
+
+#define DEVICE static __device__ __forceinline__
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
+
+DEVICE int64_t round_up_64(int64_t n) { return (n + 63) & ~(int64_t)63; }
+
+DEVICE float warp_sum(float value) {
+    for (int step = WARP / 2; step; step /= 2)
+        value += __shfl_xor_sync(ALL_LANES, value, step);
+    return value;
+}
+
+DEVICE float warp_max(float value) {
+    for (int step = WARP / 2; step; step /= 2)
+        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step));
+    return value;
+}
+
+// The sum over a block of whole warps, for every thread. `partial` is shared, one value for each warp.
+DEVICE float block_sum(float value, float *partial) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0)
+        partial[threadIdx.x / WARP] = value;
+    __syncthreads();
+    value = 0.0f;
+    for (int i = 0; i < (int)blockDim.x / WARP; i++)
+        value += partial[i];
+    return value;
+}
+
+// exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder.
+DEVICE float exp_canonical(float x) {
+    x = fminf(fmaxf(x, -87.0f), 88.0f);
+    const float n = rintf(x * 0x1.715476p+0f);
+    float r = __fmaf_rn(n, -0.693359375f, x);
+    r = __fmaf_rn(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = __fmaf_rn(p, r, 1.3981999507e-3f);
+    p = __fmaf_rn(p, r, 8.3334519073e-3f);
+    p = __fmaf_rn(p, r, 4.1665795894e-2f);
+    p = __fmaf_rn(p, r, 1.6666665459e-1f);
+    p = __fmaf_rn(p, r, 5.0000001201e-1f);
+    const float y = __fmaf_rn(p, r * r, r) + 1.0f;
+    return y * __int_as_float(((int)n + 127) << 23);
+}
+
+DEVICE float sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + exp_canonical(-x)); }
+
+DEVICE float silu(float x) { return __fdiv_rn(x, 1.0f + exp_canonical(-x)); }
+
+// Views into one activation row; layout as in `engine/kernels/activations.h`: int8 q[n_cols], float d for each group of
+// `group` values, int16 sums of q over 16 values, each part from a multiple of 64 bytes on.
+struct Activation {
+    int8_t *q;
+    float *d;
+    int16_t *sums;
+};
+
+DEVICE Activation activation_view(uint8_t *row, int group, int n_cols) {
+    uint8_t *d = row + round_up_64(n_cols);
+    return {(int8_t *)row, (float *)d, (int16_t *)(d + round_up_64(n_cols / group * (int64_t)sizeof(float)))};
+}

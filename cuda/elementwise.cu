@@ -1,0 +1,122 @@
+// The small operations between the matrix products. Matrices are float32, row-major, `*_stride` values from row to row.
+// Row t exists if t < *n_rows; the grids are as large as the largest step and the blocks of missing rows return.
+#include "common.cuh"
+
+constexpr int THREADS = 256;
+
+// Column of an element-wise operation. Grid: (ceil(n_cols / 256), rows).
+DEVICE int column() { return blockIdx.x * THREADS + threadIdx.x; }
+
+// out = a + b; in place allowed.
+KERNEL(THREADS)
+add(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *out, int64_t out_stride, int n_cols,
+    const int *n_rows) {
+    const int row = blockIdx.y, col = column();
+    if (row < *n_rows && col < n_cols)
+        out[row * out_stride + col] = a[row * a_stride + col] + b[row * b_stride + col];
+}
+
+// out = x * silu(gate) if `is_silu`, else x * sigmoid(gate); in place allowed.
+KERNEL(THREADS)
+gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, float *out, int64_t out_stride,
+     int n_cols, int is_silu, const int *n_rows) {
+    const int row = blockIdx.y, col = column();
+    if (row >= *n_rows || col >= n_cols)
+        return;
+    const float g = gate[row * gate_stride + col];
+    out[row * out_stride + col] = x[row * x_stride + col] * (is_silu ? silu(g) : sigmoid(g));
+}
+
+// Rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`. Grid: over the
+// columns of x.
+KERNEL(THREADS)
+split_heads(const float *x, int64_t x_stride, float *first, int64_t first_stride, float *second, int64_t second_stride,
+            int n_heads, int head_dim, const int *n_rows) {
+    const int row = blockIdx.y, col = column();
+    if (row >= *n_rows || col >= 2 * n_heads * head_dim)
+        return;
+    const int head = col / (2 * head_dim), i = col % (2 * head_dim);
+    const float value = x[row * x_stride + col];
+    if (i < head_dim)
+        first[row * first_stride + head * head_dim + i] = value;
+    else
+        second[row * second_stride + head * head_dim + i - head_dim] = value;
+}
+
+// out[i] = x[output_rows[i]]
+KERNEL(THREADS)
+select_outputs(const float *x, int64_t x_stride, const int *output_rows, float *out, int64_t out_stride, int n_cols,
+               const int *n_outputs) {
+    const int row = blockIdx.y, col = column();
+    if (row < *n_outputs && col < n_cols)
+        out[row * out_stride + col] = x[output_rows[row] * x_stride + col];
+}
+
+// Rotates, in place, the first n_rot values of each head: pairs (i, i + n_rot / 2), or (2i, 2i + 1) if `is_adjacent`, by
+// position * frequencies[i]; cosine and sine times `magnitude`. Grid: (ceil(n_heads * n_rot / 2 / 256), rows).
+KERNEL(THREADS)
+rope(float *x, int64_t x_stride, const int *positions, const float *frequencies, int n_heads, int head_dim, int n_rot,
+     int is_adjacent, float magnitude, const int *n_rows) {
+    const int row = blockIdx.y, n_pairs = n_rot / 2, head = column() / n_pairs, i = column() % n_pairs;
+    if (row >= *n_rows || head >= n_heads)
+        return;
+    // The angle is kept as a float and what rounding it lost, which for long contexts is not small.
+    const float position = (float)positions[row], angle = position * frequencies[i];
+    const float lost = __fmaf_rn(position, frequencies[i], -angle);
+    float c = cosf(angle), s = sinf(angle);
+    const float c_rounded = c;
+    c = __fmaf_rn(-s, lost, c) * magnitude;
+    s = __fmaf_rn(c_rounded, lost, s) * magnitude;
+
+    float *values = x + row * x_stride + head * head_dim;
+    float *first = values + (is_adjacent ? 2 * i : i), *second = values + (is_adjacent ? 2 * i + 1 : i + n_pairs);
+    const float a = *first, b = *second;
+    *first = __fmaf_rn(a, c, -b * s);
+    *second = __fmaf_rn(a, s, b * c);
+}
+
+// out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns; in place allowed.
+// Grid: (groups, rows); a block of whole warps takes one group.
+KERNEL(THREADS)
+rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride, int group_size,
+         float eps, const int *n_rows) {
+    __shared__ float partial[THREADS / WARP];
+    const int row = blockIdx.y;
+    if (row >= *n_rows)
+        return;
+    const float *values = x + row * x_stride + blockIdx.x * group_size;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < group_size; i += blockDim.x)
+        sum = __fmaf_rn(values[i], values[i], sum);
+    const float mean = __fdiv_rn(block_sum(sum, partial), (float)group_size);
+    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
+    float *result = out + row * out_stride + blockIdx.x * group_size;
+    for (int i = threadIdx.x; i < group_size; i += blockDim.x)
+        result[i] = values[i] * factor * weight[i];
+}
+
+// out = residual + (sum over ranks of weight * expert_out, one fma a rank from rank 0 on, + sigmoid(shared_gate) * shared).
+// `shared` and `shared_gate` may be null (none; ungated). In place on residual allowed. `answers` (or null: every expert
+// has a slot) is host memory, laid out like expert_out without gaps, that holds the experts without a slot.
+KERNEL(THREADS)
+combine(const float *expert_out, int64_t expert_out_stride, const float *answers, const int *ids, const int *slots,
+        const float *weights, int n_used, const float *shared, int64_t shared_stride, const float *shared_gate,
+        int64_t shared_gate_stride, const float *residual, int64_t residual_stride, float *out, int64_t out_stride,
+        int n_cols, const int *n_rows) {
+    const int row = blockIdx.y, col = column();
+    if (row >= *n_rows || col >= n_cols)
+        return;
+    float acc = 0.0f;
+    for (int rank = 0; rank < n_used; rank++) {
+        const int choice = row * n_used + rank;
+        const float value = answers && slots[ids[choice]] < 0
+                                ? __ldcv(answers + (int64_t)choice * n_cols + col)
+                                : expert_out[row * expert_out_stride + (int64_t)rank * n_cols + col];
+        acc = __fmaf_rn(weights[choice], value, acc);
+    }
+    if (shared) {
+        const float value = shared[row * shared_stride + col];
+        acc = shared_gate ? __fmaf_rn(sigmoid(shared_gate[row * shared_gate_stride]), value, acc) : acc + value;
+    }
+    out[row * out_stride + col] = residual[row * residual_stride + col] + acc;
+}

@@ -1,0 +1,18 @@
+// What both halves of the experts' feed-forward network share: where the matrices of the resident experts lie.
+#pragma once
+
+#include "rows.cuh"
+
+// One matrix of every slot.
+struct ExpertMatrix {
+    const uint8_t *slots; // the matrix in slot 0
+    int64_t slot_bytes;   // from one slot to the next
+    int64_t row_bytes;
+    const float *scale; // [n_experts] or null
+};
+
+// The slot of the expert with that place in the ids of all tokens, or -1: no slot, or an id below 0.
+DEVICE int slot_of(const int *ids, const int *slots, int choice) {
+    const int expert = ids[choice];
+    return expert < 0 ? -1 : slots[expert];
+}

@@ -1,0 +1,503 @@
+// How each weight format is stored, and nothing else: the kernels are written once, over these structs.
+//
+// Integer formats (`INTEGER` true). A block is taken apart 32 weights at a time:
+//
+//     weight i of part s = d(block) * scale[i / 16] * q[i] + min_d(block) * min[i / 16]
+//
+// with q as int8, four to a word. `min_d` and `min` mean something only where HAS_MIN. Blocks are read where they lie,
+// so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be.
+//
+// Float formats are read as float32 values, one at a time, exactly.
+#pragma once
+
+#include "common.cuh"
+
+struct Part {
+    int q[8];
+    int scale[2];
+    int min[2];
+};
+
+// -- reading bytes ----------------------------------------------------------------------------------------------------
+
+template <int ALIGNMENT> DEVICE unsigned load_word(const uint8_t *p) {
+    if constexpr (ALIGNMENT >= 4)
+        return *(const unsigned *)p;
+    else if constexpr (ALIGNMENT == 2)
+        return ((const uint16_t *)p)[0] | (unsigned)((const uint16_t *)p)[1] << 16;
+    else
+        return p[0] | p[1] << 8 | p[2] << 16 | (unsigned)p[3] << 24;
+}
+
+template <int ALIGNMENT> DEVICE void load_16_bytes(const uint8_t *p, unsigned (&words)[4]) {
+    if constexpr (ALIGNMENT >= 16) {
+        const uint4 v = *(const uint4 *)p;
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            words[i] = load_word<ALIGNMENT>(p + 4 * i);
+    }
+}
+
+DEVICE float load_half(const uint8_t *p) { return f16_to_f32(*(const uint16_t *)p); }
+
+// -- four bytes in a word ---------------------------------------------------------------------------------------------
+
+constexpr unsigned ONES = 0x01010101u;
+
+// Bytes below 128, each minus k (below 128): no borrow crosses a byte once the top bits are set.
+DEVICE unsigned bytes_minus(unsigned bytes, unsigned k) { return ((bytes | 0x80808080u) - k * ONES) ^ 0x80808080u; }
+
+// Bit i of the lowest four to byte i, as 0 or 1.
+DEVICE unsigned spread_bits(unsigned bits) { return (bits & 15) * 0x00204081u & ONES; }
+
+// Magnitudes above 0, negative where bit i is set.
+DEVICE unsigned with_signs(unsigned magnitudes, unsigned bits) {
+    const unsigned negative = spread_bits(bits);
+    return (magnitudes ^ negative * 255u) + negative;
+}
+
+// The eighth sign makes the number of minus signs even.
+DEVICE unsigned signs_of_7_bits(unsigned index) { return index | (unsigned)(__popc(index) & 1) << 7; }
+
+// Nibbles 0..3 of `packed` replaced by entries of a table of 16 bytes.
+DEVICE unsigned look_up_4(unsigned packed, const unsigned (&table)[4]) {
+    const unsigned low = __byte_perm(table[0], table[1], packed & 0x7777), high = __byte_perm(table[2], table[3], packed & 0x7777);
+    return __byte_perm(low, high, 0x3210 | (packed & 0x8888) >> 1);
+}
+
+// Low nibbles of a word's bytes to q[k], high nibbles to q[k + 4], through the table.
+DEVICE void look_up_8(unsigned word, const unsigned (&table)[4], Part &part, int k) {
+    const unsigned first = look_up_4(word & 0xffff, table), second = look_up_4(word >> 16, table);
+    part.q[k] = (int)__byte_perm(first, second, 0x6420);
+    part.q[k + 4] = (int)__byte_perm(first, second, 0x7531);
+}
+
+DEVICE void set_both(int (&values)[2], int value) { values[0] = values[1] = value; }
+
+// -- blocks of 32 -----------------------------------------------------------------------------------------------------
+
+template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN> struct IntegerFormat {
+    static constexpr bool INTEGER = true, HAS_MIN = MIN;
+    static constexpr int BLOCK = BLOCK_SIZE, BYTES = N_BYTES, ALIGNMENT = ALIGN;
+    static __device__ __forceinline__ float d(const uint8_t *block) { return load_half(block); }
+    static __device__ __forceinline__ float min_d(const uint8_t *) { return 0.0f; }
+};
+
+#define UNPACK static __device__ __forceinline__ void unpack(const uint8_t *b, int s, const int8_t *grid, Part &part)
+#define SCALE static __device__ __forceinline__ float d(const uint8_t *b)
+#define MIN_SCALE static __device__ __forceinline__ float min_d(const uint8_t *b)
+
+// Nibbles of 16 bytes: the low ones are weights 0..15, the high ones 16..31.
+template <int ALIGNMENT> DEVICE void unpack_nibbles(const uint8_t *p, Part &part) {
+    unsigned words[4];
+    load_16_bytes<ALIGNMENT>(p, words);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        part.q[k] = (int)(words[k] & 0x0f0f0f0fu);
+        part.q[k + 4] = (int)(words[k] >> 4 & 0x0f0f0f0fu);
+    }
+}
+
+// Bit i of `high` becomes bit 4 of weight i.
+DEVICE void add_fifth_bits(unsigned high, Part &part) {
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        part.q[k] |= (int)(spread_bits(high >> 4 * k) << 4);
+}
+
+DEVICE void subtract(Part &part, unsigned k) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        part.q[i] = (int)bytes_minus((unsigned)part.q[i], k);
+}
+
+struct Q4_0 : IntegerFormat<32, 18, 2, false> {
+    UNPACK {
+        unpack_nibbles<2>(b + 2, part);
+        subtract(part, 8);
+        set_both(part.scale, 1);
+    }
+};
+
+struct Q4_1 : IntegerFormat<32, 20, 4, true> {
+    MIN_SCALE { return load_half(b + 2); }
+    UNPACK {
+        unpack_nibbles<4>(b + 4, part);
+        set_both(part.scale, 1);
+        set_both(part.min, 1);
+    }
+};
+
+struct Q5_0 : IntegerFormat<32, 22, 2, false> {
+    UNPACK {
+        unpack_nibbles<2>(b + 6, part);
+        add_fifth_bits(load_word<2>(b + 2), part);
+        subtract(part, 16);
+        set_both(part.scale, 1);
+    }
+};
+
+struct Q5_1 : IntegerFormat<32, 24, 4, true> {
+    MIN_SCALE { return load_half(b + 2); }
+    UNPACK {
+        unpack_nibbles<4>(b + 8, part);
+        add_fifth_bits(load_word<4>(b + 4), part);
+        set_both(part.scale, 1);
+        set_both(part.min, 1);
+    }
+};
+
+struct Q8_0 : IntegerFormat<32, 34, 2, false> {
+    UNPACK {
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            part.q[k] = (int)load_word<2>(b + 2 + 4 * k);
+        set_both(part.scale, 1);
+    }
+};
+
+// -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113
+DEVICE void unpack_iq4(const unsigned (&words)[4], Part &part) {
+    const unsigned table[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        look_up_8(words[k], table, part, k);
+}
+
+struct IQ4_NL : IntegerFormat<32, 18, 2, false> {
+    UNPACK {
+        unsigned words[4];
+        load_16_bytes<2>(b + 2, words);
+        unpack_iq4(words, part);
+        set_both(part.scale, 1);
+    }
+};
+
+struct MXFP4 : IntegerFormat<32, 17, 1, false> {
+    // 2^(e - 128), which is subnormal for the two smallest codes
+    SCALE { return __uint_as_float(b[0] >= 2 ? (unsigned)(b[0] - 1) << 23 : 0x200000u << b[0]); }
+    UNPACK {
+        // 0 1 2 3 4 6 8 12 and the same with a minus sign: twice the E2M1 numbers
+        const unsigned table[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
+        unsigned words[4];
+        load_16_bytes<1>(b + 1, words);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            look_up_8(words[k], table, part, k);
+        set_both(part.scale, 1);
+    }
+};
+
+// -- K formats: blocks of 256 -----------------------------------------------------------------------------------------
+
+// Two bits of 32 bytes, from `shift` on.
+template <int ALIGNMENT> DEVICE void unpack_crumbs(const uint8_t *p, int shift, Part &part) {
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        part.q[k] = (int)(load_word<ALIGNMENT>(p + 4 * k) >> shift & 0x03030303u);
+}
+
+struct Q2_K : IntegerFormat<256, 84, 4, true> {
+    SCALE { return load_half(b + 80); }
+    MIN_SCALE { return -load_half(b + 82); }
+    UNPACK {
+        unpack_crumbs<4>(b + 16 + 32 * (s / 4), 2 * (s % 4), part);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int packed = b[2 * s + half];
+            part.scale[half] = packed & 15;
+            part.min[half] = packed >> 4;
+        }
+    }
+};
+
+struct Q3_K : IntegerFormat<256, 110, 2, false> {
+    SCALE { return load_half(b + 108); }
+    UNPACK {
+        unpack_crumbs<2>(b + 32 + 32 * (s / 4), 2 * (s % 4), part);
+#pragma unroll
+        for (int k = 0; k < 8; k++) // the mask says where 4 is *not* subtracted
+            part.q[k] |= (int)((load_word<2>(b + 4 * k) >> s & ONES) << 2);
+        subtract(part, 4);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int u = 2 * s + half;
+            const int low = b[96 + u % 8] >> (u < 8 ? 0 : 4) & 15, high = b[104 + u % 4] >> 2 * (u / 4) & 3;
+            part.scale[half] = (low | high << 4) - 32;
+        }
+    }
+};
+
+// Six-bit scale and minimum of sub-block s, packed in 12 bytes.
+DEVICE void unpack_scale_min(const uint8_t *packed, int s, Part &part) {
+    int scale, min;
+    if (s < 4) {
+        scale = packed[s] & 63;
+        min = packed[s + 4] & 63;
+    } else {
+        scale = (packed[s + 4] & 15) | packed[s - 4] >> 6 << 4;
+        min = packed[s + 4] >> 4 | packed[s] >> 6 << 4;
+    }
+    set_both(part.scale, scale);
+    set_both(part.min, min);
+}
+
+// The 32 low or high nibbles of sub-block s; sub-blocks lie in pairs in 32 bytes.
+template <int ALIGNMENT> DEVICE void unpack_nibble_pair(const uint8_t *p, int s, Part &part) {
+    const int shift = 4 * (s % 2);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        unsigned words[4];
+        load_16_bytes<ALIGNMENT>(p + 32 * (s / 2) + 16 * half, words);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            part.q[4 * half + k] = (int)(words[k] >> shift & 0x0f0f0f0fu);
+    }
+}
+
+struct Q4_K : IntegerFormat<256, 144, 16, true> {
+    MIN_SCALE { return -load_half(b + 2); }
+    UNPACK {
+        unpack_nibble_pair<16>(b + 16, s, part);
+        unpack_scale_min(b + 4, s, part);
+    }
+};
+
+struct Q5_K : IntegerFormat<256, 176, 16, true> {
+    MIN_SCALE { return -load_half(b + 2); }
+    UNPACK {
+        unpack_nibble_pair<16>(b + 48, s, part);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            unsigned words[4];
+            load_16_bytes<16>(b + 16 + 16 * half, words);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                part.q[4 * half + k] |= (int)((words[k] >> s & ONES) << 4);
+        }
+        unpack_scale_min(b + 4, s, part);
+    }
+};
+
+struct Q6_K : IntegerFormat<256, 210, 2, false> {
+    SCALE { return load_half(b + 208); }
+    UNPACK {
+        const uint8_t *low = b + 64 * (s / 4) + 32 * (s % 2), *high = b + 128 + 32 * (s / 4);
+        const int low_shift = s % 4 < 2 ? 0 : 4, high_shift = 2 * (s % 4);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            part.q[k] = (int)(load_word<2>(low + 4 * k) >> low_shift & 0x0f0f0f0fu |
+                              (load_word<2>(high + 4 * k) >> high_shift & 0x03030303u) << 4);
+        subtract(part, 32);
+        part.scale[0] = (int8_t)b[192 + 2 * s];
+        part.scale[1] = (int8_t)b[193 + 2 * s];
+    }
+};
+
+// -- IQ formats: blocks of 256 ----------------------------------------------------------------------------------------
+
+struct IQ4_XS : IntegerFormat<256, 136, 8, false> {
+    UNPACK {
+        unsigned words[4];
+        load_16_bytes<8>(b + 8 + 16 * s, words);
+        unpack_iq4(words, part);
+        const int low = b[4 + s / 2] >> 4 * (s % 2) & 15, high = *(const uint16_t *)(b + 2) >> 2 * s & 3;
+        set_both(part.scale, (low | high << 4) - 32);
+    }
+};
+
+// Eight magnitudes of a grid with their signs to q[2 o] and q[2 o + 1].
+DEVICE void set_octet(Part &part, int o, const int8_t *grid, unsigned index, unsigned signs) {
+    const uint2 magnitudes = ((const uint2 *)grid)[index];
+    part.q[2 * o] = (int)with_signs(magnitudes.x, signs);
+    part.q[2 * o + 1] = (int)with_signs(magnitudes.y, signs >> 4);
+}
+
+template <int N_BYTES> struct IQ2Format : IntegerFormat<256, N_BYTES, 2, false> {
+    SCALE { return load_half(b) * 0.125f; }
+};
+
+// Scales of IQ2_XS and IQ2_S: a nibble for each 16 weights.
+DEVICE void set_odd_scales(Part &part, int packed) {
+    part.scale[0] = 2 * (packed & 15) + 1;
+    part.scale[1] = 2 * (packed >> 4) + 1;
+}
+
+struct IQ2_XXS : IQ2Format<66> {
+    UNPACK {
+        const uint8_t *group = b + 2 + 8 * s;
+        const unsigned signs = load_word<2>(group + 4);
+#pragma unroll
+        for (int o = 0; o < 4; o++)
+            set_octet(part, o, grid, group[o], signs_of_7_bits(signs >> 7 * o & 127));
+        set_both(part.scale, 2 * (int)(signs >> 28) + 1);
+    }
+};
+
+struct IQ2_XS : IQ2Format<74> {
+    UNPACK {
+        const uint16_t *codes = (const uint16_t *)(b + 2) + 4 * s;
+#pragma unroll
+        for (int o = 0; o < 4; o++)
+            set_octet(part, o, grid, codes[o] & 511, signs_of_7_bits(codes[o] >> 9));
+        set_odd_scales(part, b[66 + s]);
+    }
+};
+
+struct IQ2_S : IQ2Format<82> {
+    UNPACK {
+#pragma unroll
+        for (int o = 0; o < 4; o++)
+            set_octet(part, o, grid, b[2 + 4 * s + o] | (b[66 + s] >> 2 * o & 3) << 8, b[34 + 4 * s + o]);
+        set_odd_scales(part, b[74 + s]);
+    }
+};
+
+struct IQ3_XXS : IntegerFormat<256, 98, 2, false> {
+    SCALE { return load_half(b) * 0.25f; }
+    UNPACK {
+        const unsigned signs = load_word<2>(b + 66 + 4 * s);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const unsigned octet_signs = signs_of_7_bits(signs >> 7 * (k / 2) & 127);
+            part.q[k] = (int)with_signs(((const unsigned *)grid)[b[2 + 8 * s + k]], octet_signs >> 4 * (k % 2));
+        }
+        set_both(part.scale, 2 * (int)(signs >> 28) + 1);
+    }
+};
+
+struct IQ3_S : IntegerFormat<256, 110, 2, false> {
+    UNPACK {
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const unsigned index = b[2 + 8 * s + k] | (b[66 + s] >> k & 1) << 8;
+            part.q[k] = (int)with_signs(((const unsigned *)grid)[index], b[74 + 4 * s + k / 2] >> 4 * (k % 2));
+        }
+        set_both(part.scale, 2 * (b[106 + s / 2] >> 4 * (s % 2) & 15) + 1);
+    }
+};
+
+// Eight grid values g in {-1, 0, 1} as 8 g + 1, or 8 g - 1 if `is_minus`.
+DEVICE void set_shifted(Part &part, int o, const int8_t *grid, unsigned index, bool is_minus) {
+    const uint2 g = ((const uint2 *)grid)[index];
+    const unsigned shift = is_minus ? 0u - ONES : ONES;
+    part.q[2 * o] = (int)(((g.x << 3 & 0xf8f8f8f8u) ^ 0x80808080u) + shift ^ 0x80808080u);
+    part.q[2 * o + 1] = (int)(((g.y << 3 & 0xf8f8f8f8u) ^ 0x80808080u) + shift ^ 0x80808080u);
+}
+
+struct IQ1_S : IntegerFormat<256, 50, 2, false> {
+    SCALE { return load_half(b) * 0.125f; }
+    UNPACK {
+        const unsigned h = *(const uint16_t *)(b + 34 + 2 * s);
+#pragma unroll
+        for (int o = 0; o < 4; o++)
+            set_shifted(part, o, grid, b[2 + 4 * s + o] | (h >> 3 * o & 7) << 8, h & 0x8000);
+        set_both(part.scale, 2 * (int)(h >> 12 & 7) + 1);
+    }
+};
+
+struct IQ1_M : IntegerFormat<256, 56, 4, false> {
+    SCALE { // the half float is spread over the top nibbles of four words
+        const uint16_t *w = (const uint16_t *)(b + 48);
+        return f16_to_f32((uint16_t)(w[0] >> 12 | w[1] >> 12 << 4 | w[2] >> 12 << 8 | w[3] >> 12 << 12)) * 0.125f;
+    }
+    UNPACK {
+#pragma unroll
+        for (int o = 0; o < 4; o++) {
+            const unsigned h = b[32 + 2 * s + o / 2] >> 4 * (o % 2);
+            set_shifted(part, o, grid, b[4 * s + o] | (h & 7) << 8, h & 8);
+        }
+        const unsigned scales = ((const uint16_t *)(b + 48))[s / 2] >> 6 * (s % 2);
+        part.scale[0] = 2 * (int)(scales & 7) + 1;
+        part.scale[1] = 2 * (int)(scales >> 3 & 7) + 1;
+    }
+};
+
+#undef UNPACK
+#undef SCALE
+#undef MIN_SCALE
+
+// -- float formats ----------------------------------------------------------------------------------------------------
+
+template <int BLOCK_SIZE, int N_BYTES> struct FloatFormat {
+    static constexpr bool INTEGER = false;
+    static constexpr int BLOCK = BLOCK_SIZE, BYTES = N_BYTES;
+};
+
+// Weight i of a block.
+#define VALUE static __device__ __forceinline__ float value(const uint8_t *b, int i)
+
+struct F32 : FloatFormat<1, 4> {
+    VALUE { return *(const float *)b; }
+};
+
+struct F16 : FloatFormat<1, 2> {
+    VALUE { return load_half(b); }
+};
+
+struct BF16 : FloatFormat<1, 2> {
+    VALUE { return bf16_to_f32(*(const uint16_t *)b); }
+};
+
+// Base-3 digits: byte * 3^k, modulo 256, times 3 / 256 is digit k; minus one.
+struct TQ1_0 : FloatFormat<256, 54> {
+    VALUE {
+        const int powers[5] = {1, 3, 9, 27, 81};
+        int byte, digit;
+        if (i < 160)
+            byte = b[i % 32], digit = i / 32;
+        else if (i < 240)
+            byte = b[32 + i % 16], digit = (i - 160) / 16;
+        else
+            byte = b[48 + i % 4], digit = (i - 240) / 4;
+        return load_half(b + 52) * (float)(((byte * powers[digit] & 255) * 3 >> 8) - 1);
+    }
+};
+
+struct TQ2_0 : FloatFormat<256, 66> {
+    VALUE { return load_half(b + 64) * (float)((b[i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3) - 1); }
+};
+
+struct Q1_0 : FloatFormat<128, 18> {
+    VALUE {
+        const float d = load_half(b);
+        return b[2 + i / 8] >> i % 8 & 1 ? d : -d;
+    }
+};
+
+struct Q2_0 : FloatFormat<64, 18> {
+    VALUE { return load_half(b) * (float)((b[2 + i / 4] >> 2 * (i % 4) & 3) - 1); }
+};
+
+struct NVFP4 : FloatFormat<64, 36> {
+    VALUE {
+        const int codes[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+        const int code = b[i / 16], exponent = code >> 3 & 15, mantissa = code & 7;
+        // half an unsigned E4M3 number
+        const float scale = code == 0x7f ? 0.0f
+                            : exponent   ? __uint_as_float((unsigned)(exponent - 8 + 127) << 23 | (unsigned)mantissa << 20)
+                                         : (float)mantissa * 0x1p-10f;
+        const int nibble = b[4 + i / 16 * 8 + i % 8] >> (i % 16 < 8 ? 0 : 4) & 15;
+        return scale * (float)(nibble & 8 ? -codes[nibble & 7] : codes[nibble & 7]);
+    }
+};
+
+#undef VALUE
+
+// One weight of a row as a float32 value, whatever the format.
+template <class Format> DEVICE float weight_value(const uint8_t *row, int col, const int8_t *grid) {
+    const uint8_t *block = row + (int64_t)(col / Format::BLOCK) * Format::BYTES;
+    const int i = col % Format::BLOCK;
+    if constexpr (Format::INTEGER) {
+        Part part;
+        Format::unpack(block, i / 32, grid, part);
+        const int k = i % 32;
+        const int q = (int8_t)((unsigned)part.q[k / 4] >> 8 * (k % 4));
+        const float value = Format::d(block) * (float)(part.scale[k / 16] * q);
+        return Format::HAS_MIN ? value + Format::min_d(block) * (float)part.min[k / 16] : value;
+    } else {
+        return Format::value(block, i);
+    }
+}

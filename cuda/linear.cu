@@ -1,0 +1,63 @@
+// Several matrices of one format times the same activations: out[t][r] = (W_m[r] . x[t]) * scale + bias[r].
+//
+// Compiled for FORMAT (a struct of formats.cuh) and N_TOKENS (tokens that share one reading of the weights).
+// Grid: (row blocks of all matrices, groups of N_TOKENS tokens); a block is 4 warps of `rows_per_warp` rows each.
+// x: activation rows in the form of the format, or float32 rows for float formats, `x_row_bytes` apart.
+#include "rows.cuh"
+
+constexpr int N_WARPS = 4;
+constexpr int MAX_MATRICES = 8;
+constexpr int MAX_ROWS = 16; // of a warp
+
+struct Matrix {
+    const uint8_t *weights;
+    float *out;
+    const float *bias;  // [n_rows] or null
+    const float *scale; // [1] or null
+    int n_rows;
+    int out_stride;
+    int first_block; // of the grid
+    int unused;
+};
+
+struct Matrices {
+    Matrix list[MAX_MATRICES];
+    int n;
+    int unused;
+};
+
+KERNEL(N_WARPS *WARP)
+linear(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_bytes, int n_cols, const int8_t *grid,
+       int rows_per_warp, const int *n_tokens) {
+    using Dots = RowDots<FORMAT, N_TOKENS>;
+    __shared__ typename Dots::Scratch scratch[N_WARPS];
+    __shared__ float results[N_WARPS][MAX_ROWS * N_TOKENS];
+
+    const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;
+    if (first_token >= n)
+        return;
+    int m = 0;
+    while (m + 1 < matrices.n && (int)blockIdx.x >= matrices.list[m + 1].first_block)
+        m++;
+    const Matrix &matrix = matrices.list[m];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int first_row = (((int)blockIdx.x - matrix.first_block) * N_WARPS + warp) * rows_per_warp;
+    const int n_rows = min(rows_per_warp, matrix.n_rows - first_row);
+    if (n_rows <= 0)
+        return;
+
+    const Tokens<N_TOKENS> tokens(x, x_row_bytes, first_token, n);
+    Dots::run(matrix.weights + first_row * row_bytes, row_bytes, n_rows, n_cols, tokens, grid, scratch[warp],
+              results[warp]);
+    for (int i = lane; i < n_rows * N_TOKENS; i += WARP) {
+        const int row = first_row + i / N_TOKENS, token = first_token + i % N_TOKENS;
+        if (token >= n)
+            continue;
+        float value = results[warp][i];
+        if (matrix.scale)
+            value *= *matrix.scale;
+        if (matrix.bias)
+            value += matrix.bias[row];
+        matrix.out[(int64_t)token * matrix.out_stride + row] = value;
+    }
+}

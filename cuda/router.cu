@@ -1,0 +1,109 @@
+// Chooses experts: ids and weights [tokens, n_used], falling score, ties to the lower id.
+//
+// scoring: 0 softmax over all experts, 1 a sigmoid for each, 2 softmax over the chosen ones only. `bias` (or null) is
+// added to the scores for choosing only. With groups (n_groups > 1), only the experts of the best `n_groups_used` groups
+// can be chosen; a group is as good as its two best experts together. `normalize` divides the weights by their sum, or
+// by 2^-14 if that is smaller; then they are multiplied by `scale`.
+//
+// A warp takes one token. Grid: (1, tokens). Dynamic shared memory: four bytes for each of 3 * n_experts + 2 * n_groups.
+#include "common.cuh"
+
+
+// The index of the largest of n shared values that are not taken, the lowest one on a tie; NaN counts as the smallest.
+// Takes it, for every lane. Some value must be left.
+DEVICE int take_best(const float *values, int *taken, int n) {
+    float best = NEVER;
+    int index = n;
+    for (int i = threadIdx.x; i < n; i += WARP)
+        if (!taken[i] && (index == n || values[i] > best)) {
+            best = values[i] > NEVER ? values[i] : NEVER;
+            index = i;
+        }
+    for (int step = WARP / 2; step; step /= 2) {
+        const float other = __shfl_xor_sync(ALL_LANES, best, step);
+        const int other_index = __shfl_xor_sync(ALL_LANES, index, step);
+        if (other > best || (other == best && other_index < index))
+            best = other, index = other_index;
+    }
+    __syncwarp(); // all have looked
+    if (threadIdx.x == 0)
+        taken[index] = 1;
+    __syncwarp();
+    return index;
+}
+
+KERNEL(WARP)
+router(const float *logits, int64_t logits_stride, const float *bias, int *ids, float *weights, int n_experts,
+       int n_used, int scoring, int n_groups, int n_groups_used, int normalize, float scale, const int *n_tokens) {
+    extern __shared__ float shared[];
+    float *scores = shared, *choices = scores + n_experts, *groups = choices + n_experts;
+    int *taken = (int *)(groups + n_groups), *groups_taken = taken + n_experts;
+    const int token = blockIdx.y, lane = threadIdx.x;
+    if (token >= *n_tokens)
+        return;
+    const float *x = logits + token * logits_stride;
+
+    float largest = NEVER, sum = 0.0f;
+    for (int i = lane; i < n_experts; i += WARP)
+        largest = fmaxf(largest, x[i]);
+    largest = warp_max(largest);
+    for (int i = lane; i < n_experts; i += WARP) {
+        scores[i] = scoring == 0 ? exp_canonical(x[i] - largest) : scoring == 1 ? sigmoid(x[i]) : x[i];
+        sum += scores[i];
+    }
+    sum = warp_sum(sum);
+    for (int i = lane; i < n_experts; i += WARP) {
+        if (scoring == 0)
+            scores[i] = __fdiv_rn(scores[i], sum);
+        choices[i] = bias ? scores[i] + bias[i] : scores[i];
+        taken[i] = 0;
+    }
+    __syncwarp();
+
+    if (n_groups > 1) {
+        const int size = n_experts / n_groups;
+        for (int g = lane; g < n_groups; g += WARP) {
+            float first = NEVER, second = NEVER;
+            for (int i = g * size; i < (g + 1) * size; i++)
+                if (choices[i] > first)
+                    second = first, first = choices[i];
+                else if (choices[i] > second)
+                    second = choices[i];
+            groups[g] = size > 1 ? first + second : first;
+            groups_taken[g] = 0;
+        }
+        __syncwarp();
+        for (int k = 0; k < n_groups_used; k++)
+            take_best(groups, groups_taken, n_groups);
+        for (int i = lane; i < n_experts; i += WARP)
+            if (!groups_taken[i / size])
+                choices[i] = NEVER;
+        __syncwarp();
+    }
+
+    float total = 0.0f, first_score = 0.0f;
+    for (int rank = 0; rank < n_used; rank++) {
+        const int id = take_best(choices, taken, n_experts);
+        float weight = scores[id];
+        if (scoring == 2) { // the first is the largest
+            first_score = rank ? first_score : weight;
+            weight = exp_canonical(weight - first_score);
+        }
+        total += weight;
+        if (lane == 0) {
+            ids[token * n_used + rank] = id;
+            weights[token * n_used + rank] = weight;
+        }
+    }
+    __syncwarp();
+    const float softmax_sum = scoring == 2 ? total : 1.0f;
+    const float divisor = normalize ? fmaxf(__fdiv_rn(total, softmax_sum), 0x1p-14f) : 1.0f;
+    for (int rank = lane; rank < n_used; rank += WARP) {
+        float weight = weights[token * n_used + rank];
+        if (scoring == 2)
+            weight = __fdiv_rn(weight, softmax_sum);
+        if (normalize)
+            weight = __fdiv_rn(weight, divisor);
+        weights[token * n_used + rank] = weight * scale;
+    }
+}

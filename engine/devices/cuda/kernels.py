@@ -1,0 +1,687 @@
+"""Every kernel launch: which file, specialised how, with which grid and arguments.
+
+A function here checks what its kernel assumes and returns a `Launch`; nothing runs. Addresses are device addresses as
+integers; a `Rows` is a matrix of float32 rows. `count` says how many rows exist: the number is read from device memory
+by the kernel, so that one recorded launch serves every step, and the grid is made for the most there can be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.quants.formats import Activation, QuantFormat
+
+WARP = 32
+N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
+MAX_MATRICES = 8  # `linear.cu`
+MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
+PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`
+
+_PER_ROW, _COLUMNS = 256, 256
+_ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
+
+ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        source: file in `cuda/`.
+        kernel: name in the file.
+        definitions: how the file is specialised.
+        grid, block: blocks and threads.
+        arguments: ctypes values in the order of the kernel's parameters.
+        shared_bytes: dynamic shared memory.
+    """
+
+    source: str
+    kernel: str
+    definitions: tuple[str, ...]
+    grid: tuple[int, int, int]
+    block: int
+    arguments: tuple[Any, ...]
+    shared_bytes: int = 0
+
+
+class Rows(NamedTuple):
+    """Float32 rows (or activation rows, then in bytes): address of the first value, and from one row to the next."""
+
+    address: int
+    stride: int
+
+
+class Count(NamedTuple):
+    """Rows of an operation: the device address of the number (int32), and the most there can be."""
+
+    address: int
+    most: int
+
+
+class Matrix(NamedTuple):
+    """One of the matrices of `linear`. bias is float32 [n_rows] or 0, scale float32 [1] or 0."""
+
+    address: int
+    n_rows: int
+    out: Rows
+    bias: int = 0
+    scale: int = 0
+
+
+class ExpertMatrix(NamedTuple):
+    """One matrix of every expert slot: address in slot 0, bytes from slot to slot, scale float32 [n_experts] or 0."""
+
+    address: int
+    slot_bytes: int
+    format: QuantFormat
+    scale: int = 0
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("weights", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("n_rows", ctypes.c_int32),
+        ("out_stride", ctypes.c_int32),
+        ("first_block", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    ]
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = [("list", _Matrix * MAX_MATRICES), ("n", ctypes.c_int32), ("unused", ctypes.c_int32)]
+
+
+class _ExpertMatrix(ctypes.Structure):
+    _fields_ = [
+        ("slots", ctypes.c_void_p),
+        ("slot_bytes", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+    ]
+
+
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+def _at(rows: Rows) -> tuple[Any, Any]:
+    return _pointer(rows.address), _long(rows.stride)
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def alignment(weight_format: QuantFormat) -> int:
+    """Return what the address of a matrix of that format must be a multiple of."""
+    return ALIGNMENT.get(weight_format.name, 2)
+
+
+def rows_per_warp(n_rows: int, row_bytes: int) -> int:
+    """Return how many rows a warp takes, one after the other: more where rows are short, so that set-up is shared."""
+    return max(1, min(16, 4096 // row_bytes, n_rows // (4 * N_WARPS)))
+
+
+# -- matrix products --------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(activation: Activation, n_cols: int) -> int:
+    """Return the bytes of an activation row; layout in `common.cuh`, the same as on the CPU."""
+    if activation == Activation.F32:
+        return _blocks(4 * n_cols, 64) * 64
+    group = 256 if activation == Activation.Q8_256 else 32
+    return sum(_blocks(n, 64) * 64 for n in (n_cols, n_cols // group * 4, n_cols // 16 * 2))
+
+
+def quantize(x: Rows, n_cols: int, activation: Activation, out: Rows, rows_per_token: int, count: Count) -> Launch:
+    """Put float32 rows into the form of an integer format; `out.stride` is in bytes."""
+    assert activation != Activation.F32
+    group = 256 if activation == Activation.Q8_256 else 32
+    assert n_cols % group == 0
+    assert out.address % 64 == 0
+    assert out.stride % 64 == 0
+    return Launch(
+        "quantize.cu",
+        "quantize",
+        (f"GROUP={group}",),
+        (_blocks(n_cols, 1024), count.most * rows_per_token, 1),
+        4 * WARP,
+        (*_at(x), _int(n_cols), *_at(out), _int(rows_per_token), _pointer(count.address)),
+    )
+
+
+def linear(
+    x: Rows, n_cols: int, weight_format: QuantFormat, matrices: Sequence[Matrix], grid: int, count: Count
+) -> Launch:
+    """Multiply several matrices of one format with the same activation rows; `x.stride` is in bytes."""
+    assert 0 < len(matrices) <= MAX_MATRICES
+    assert all(m.address % alignment(weight_format) == 0 for m in matrices)
+    n_tokens = next(n for n in (1, 2, 4, MAX_TOKENS_AT_ONCE) if n >= min(count.most, MAX_TOKENS_AT_ONCE))
+    row_bytes = weight_format.row_bytes(n_cols)
+    per_warp = min(rows_per_warp(m.n_rows, row_bytes) for m in matrices)
+    packed, first_block = _Matrices(n=len(matrices)), 0
+    for i, m in enumerate(matrices):
+        packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
+        first_block += _blocks(m.n_rows, N_WARPS * per_warp)
+    return Launch(
+        "linear.cu",
+        "linear",
+        (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}"),
+        (first_block, _blocks(count.most, n_tokens), 1),
+        N_WARPS * WARP,
+        (
+            packed,
+            _long(row_bytes),
+            *_at(x),
+            _int(n_cols),
+            _pointer(grid),
+            _int(per_warp),
+            _pointer(count.address),
+        ),
+    )
+
+
+def expert_gate_up(
+    ids: int,
+    slots: int,
+    n_used: int,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    x_gate: Rows,
+    x_up: Rows,
+    hidden_size: int,
+    ffn_size: int,
+    h: int,
+    grids: tuple[int, int],
+    count: Count,
+) -> Launch:
+    """First half of the resident experts; h is float32 [tokens * n_used, ffn_size], activation strides in bytes."""
+    per_warp = rows_per_warp(ffn_size, gate.format.row_bytes(hidden_size))
+    return Launch(
+        "expert_gate_up.cu",
+        "expert_gate_up",
+        (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}"),
+        (_blocks(ffn_size, N_WARPS * per_warp), count.most * n_used, 1),
+        N_WARPS * WARP,
+        (
+            _pointer(ids),
+            _pointer(slots),
+            _int(n_used),
+            _expert_matrix(gate, hidden_size),
+            _expert_matrix(up, hidden_size),
+            *_at(x_gate),
+            *_at(x_up),
+            _int(hidden_size),
+            _int(ffn_size),
+            _pointer(h),
+            _pointer(grids[0]),
+            _pointer(grids[1]),
+            _int(per_warp),
+            _pointer(count.address),
+        ),
+    )
+
+
+def expert_down(
+    ids: int,
+    slots: int,
+    n_used: int,
+    down: ExpertMatrix,
+    h: Rows,
+    hidden_size: int,
+    ffn_size: int,
+    out: Rows,
+    grid: int,
+    count: Count,
+) -> Launch:
+    """Second half of the resident experts; `h` holds activation rows, its stride is in bytes."""
+    per_warp = rows_per_warp(hidden_size, down.format.row_bytes(ffn_size))
+    return Launch(
+        "expert_down.cu",
+        "expert_down",
+        (f"DOWN_FORMAT={down.format.name}",),
+        (_blocks(hidden_size, N_WARPS * per_warp), count.most * n_used, 1),
+        N_WARPS * WARP,
+        (
+            _pointer(ids),
+            _pointer(slots),
+            _int(n_used),
+            _expert_matrix(down, ffn_size),
+            *_at(h),
+            _int(hidden_size),
+            _int(ffn_size),
+            *_at(out),
+            _pointer(grid),
+            _int(per_warp),
+            _pointer(count.address),
+        ),
+    )
+
+
+def _expert_matrix(matrix: ExpertMatrix, n_cols: int) -> _ExpertMatrix:
+    assert matrix.address % alignment(matrix.format) == 0
+    assert matrix.slot_bytes % alignment(matrix.format) == 0
+    return _ExpertMatrix(matrix.address, matrix.slot_bytes, matrix.format.row_bytes(n_cols), matrix.scale)
+
+
+# -- small operations -------------------------------------------------------------------------------------------------
+
+
+def _elementwise(kernel: str, n_cols: int, count: Count, *arguments: Any) -> Launch:
+    grid = (_blocks(n_cols, _COLUMNS), count.most, 1)
+    return Launch("elementwise.cu", kernel, (), grid, _COLUMNS, (*arguments, _pointer(count.address)))
+
+
+def embed(
+    table: int,
+    weight_format: QuantFormat,
+    token_ids: int,
+    n_vocab: int,
+    n_cols: int,
+    grid: int,
+    out: Rows,
+    scale: float,
+    count: Count,
+) -> Launch:
+    """Look up rows of the embedding table."""
+    assert table % alignment(weight_format) == 0
+    return Launch(
+        "embed.cu",
+        "embed",
+        (f"FORMAT={weight_format.name}",),
+        (_blocks(n_cols, _COLUMNS), count.most, 1),
+        _COLUMNS,
+        (
+            _pointer(table),
+            _long(weight_format.row_bytes(n_cols)),
+            _pointer(token_ids),
+            _int(n_vocab),
+            _int(n_cols),
+            _pointer(grid),
+            *_at(out),
+            _float(scale),
+            _pointer(count.address),
+        ),
+    )
+
+
+def rms_norm(x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count) -> Launch:
+    """Normalise each group of columns."""
+    threads = min(_PER_ROW, _blocks(group_size, WARP) * WARP)
+    return Launch(
+        "elementwise.cu",
+        "rms_norm",
+        (),
+        (n_groups, count.most, 1),
+        threads,
+        (*_at(x), _pointer(weight), *_at(out), _int(group_size), _float(eps), _pointer(count.address)),
+    )
+
+
+def add(a: Rows, b: Rows, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Add."""
+    return _elementwise("add", n_cols, count, *_at(a), *_at(b), *_at(out), _int(n_cols))
+
+
+def gate(x: Rows, by: Rows, out: Rows, n_cols: int, gating: Gating, count: Count) -> Launch:
+    """Multiply by the sigmoid or SiLU of a gate."""
+    is_silu = _int(gating == Gating.SILU)
+    return _elementwise("gate", n_cols, count, *_at(x), *_at(by), *_at(out), _int(n_cols), is_silu)
+
+
+def split_heads(x: Rows, first: Rows, second: Rows, n_heads: int, head_dim: int, count: Count) -> Launch:
+    """Take apart rows that hold two parts for each head in turn."""
+    sizes = (_int(n_heads), _int(head_dim))
+    return _elementwise("split_heads", 2 * n_heads * head_dim, count, *_at(x), *_at(first), *_at(second), *sizes)
+
+
+def select_outputs(x: Rows, output_rows: int, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Keep the wanted rows."""
+    return _elementwise("select_outputs", n_cols, count, *_at(x), _pointer(output_rows), *_at(out), _int(n_cols))
+
+
+def rope(
+    x: Rows,
+    positions: int,
+    frequencies: int,
+    n_heads: int,
+    head_dim: int,
+    n_rot: int,
+    style: RopeStyle,
+    magnitude: float,
+    count: Count,
+) -> Launch:
+    """Rotate the first `n_rot` values of each head in place."""
+    assert n_rot % 2 == 0
+    assert n_rot <= head_dim
+    return _elementwise(
+        "rope",
+        n_heads * n_rot // 2,
+        count,
+        *_at(x),
+        _pointer(positions),
+        _pointer(frequencies),
+        _int(n_heads),
+        _int(head_dim),
+        _int(n_rot),
+        _int(style == RopeStyle.NORM),
+        _float(magnitude),
+    )
+
+
+def combine(
+    expert_out: Rows,
+    answers: int,
+    ids: int,
+    expert_slots: int,
+    weights: int,
+    n_used: int,
+    shared: Rows | None,
+    shared_gate: Rows | None,
+    residual: Rows,
+    out: Rows,
+    n_cols: int,
+    count: Count,
+) -> Launch:
+    """Add experts in rank order, shared expert and residual stream; `answers` is 0 if all experts have slots."""
+    nothing = Rows(0, 0)
+    return _elementwise(
+        "combine",
+        n_cols,
+        count,
+        *_at(expert_out),
+        _pointer(answers),
+        _pointer(ids),
+        _pointer(expert_slots),
+        _pointer(weights),
+        _int(n_used),
+        *_at(shared or nothing),
+        *_at(shared_gate or nothing),
+        *_at(residual),
+        *_at(out),
+        _int(n_cols),
+    )
+
+
+def router(
+    logits: Rows,
+    bias: int,
+    ids: int,
+    weights: int,
+    n_experts: int,
+    n_used: int,
+    scoring: Scoring,
+    n_groups: int,
+    n_groups_used: int,
+    normalize: bool,
+    scale: float,
+    count: Count,
+) -> Launch:
+    """Choose experts."""
+    assert n_used <= n_experts
+    assert n_experts % n_groups == 0
+    assert n_groups == 1 or n_used <= n_experts // n_groups * n_groups_used
+    shared_bytes = 4 * (3 * n_experts + 2 * n_groups)
+    assert shared_bytes <= 48 << 10
+    return Launch(
+        "router.cu",
+        "router",
+        (),
+        (1, count.most, 1),
+        WARP,
+        (
+            *_at(logits),
+            _pointer(bias),
+            _pointer(ids),
+            _pointer(weights),
+            _int(n_experts),
+            _int(n_used),
+            _int(scoring),
+            _int(n_groups),
+            _int(n_groups_used),
+            _int(normalize),
+            _float(scale),
+            _pointer(count.address),
+        ),
+        shared_bytes,
+    )
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer; layout in `attention.cu`."""
+
+    address: int
+    type: KVType
+    n_slots: int
+    context_length: int
+    n_kv_heads: int
+    head_dim: int
+
+
+def kv_cache_bytes(cache: Cache) -> int:
+    """Return the bytes of a layer's cache (its address does not matter)."""
+    n_heads = 2 * cache.n_slots * cache.context_length * cache.n_kv_heads
+    if cache.type == KVType.Q8_0:
+        return n_heads * (cache.head_dim + 2 * _blocks(cache.head_dim, 32))
+    return n_heads * cache.head_dim * (4 if cache.type == KVType.F32 else 2)
+
+
+def n_attention_parts(cache: Cache) -> int:
+    """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
+    return max(1, min(_blocks(256, cache.n_kv_heads), _blocks(cache.context_length, 32)))
+
+
+def attention_scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
+    """Return the bytes of the parts' values, and of their sums."""
+    n_parts = min(max_tokens, _ATTENTION_TOKENS) * n_heads * n_attention_parts(cache)
+    return n_parts * cache.head_dim * 4, n_parts * 8
+
+
+def attention(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    out: Rows,
+    cache: Cache,
+    n_heads: int,
+    scale: float,
+    values: int,
+    parts: int,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> list[Launch]:
+    """Store the new keys and values; then, for some tokens at a time, attend over the parts and merge them."""
+    n_parts = n_attention_parts(cache)
+    assert n_heads % cache.n_kv_heads == 0
+    assert 0 < cache.head_dim <= 256
+    definitions = (
+        f"KV_TYPE={int(cache.type)}",
+        f"HEAD_DIM={cache.head_dim}",
+        f"GROUP={n_heads // cache.n_kv_heads}",
+    )
+    places = (
+        _pointer(cache.address),
+        _pointer(positions),
+        _pointer(slots),
+        _int(cache.n_slots),
+        _int(cache.context_length),
+        _int(cache.n_kv_heads),
+    )
+
+    def launch(kernel: str, grid: tuple[int, int, int], block: int, *arguments: Any) -> Launch:
+        return Launch("attention.cu", kernel, definitions, grid, block, (*arguments, _pointer(count.address)))
+
+    launches = [
+        launch(
+            "store_kv",
+            (cache.n_kv_heads, count.most, 2),
+            _blocks(cache.head_dim, WARP) * WARP,
+            *_at(k),
+            *_at(v),
+            *places,
+        )
+    ]
+    scratch = (_pointer(values), _pointer(parts))
+    for first in range(0, count.most, _ATTENTION_TOKENS):
+        n, begin = min(_ATTENTION_TOKENS, count.most - first), _int(first)
+        grid = (cache.n_kv_heads, n_parts, n)
+        launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *scratch, begin))
+        merged = launch("merge_parts", (n_heads, n, 1), 4 * WARP, *scratch, _int(n_parts), *_at(out), begin)
+        launches.append(merged)
+    return launches
+
+
+# -- recurrent layers -------------------------------------------------------------------------------------------------
+
+
+def causal_conv(
+    x: Rows,
+    weight: int,
+    state: int,
+    out: Rows,
+    n_channels: int,
+    kernel_size: int,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> Launch:
+    """Convolve over time, then SiLU."""
+    assert kernel_size >= 2
+    return Launch(
+        "causal_conv.cu",
+        "causal_conv",
+        (f"KERNEL_SIZE={kernel_size}",),
+        (_blocks(n_channels, _COLUMNS), 1, 1),
+        _COLUMNS,
+        (
+            *_at(x),
+            _pointer(weight),
+            _pointer(state),
+            *_at(out),
+            _int(n_channels),
+            _pointer(positions),
+            _pointer(slots),
+            _pointer(count.address),
+        ),
+    )
+
+
+def delta_net(
+    q: int,
+    k: int,
+    v: int,
+    qkv_stride: int,
+    beta: Rows,
+    alpha: Rows,
+    a: int,
+    dt_bias: int,
+    state: int,
+    out: Rows,
+    n_k_heads: int,
+    n_v_heads: int,
+    k_dim: int,
+    v_dim: int,
+    grouped: bool,
+    eps: float,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> Launch:
+    """Run the gated delta rule."""
+    assert n_v_heads % n_k_heads == 0
+    assert k_dim <= 256
+    return Launch(
+        "delta_net.cu",
+        "delta_net",
+        (f"K_DIM={k_dim}", f"V_DIM={v_dim}"),
+        (n_v_heads, _blocks(v_dim, 8), 1),
+        8 * WARP,
+        (
+            _pointer(q),
+            _pointer(k),
+            _pointer(v),
+            _long(qkv_stride),
+            *_at(beta),
+            *_at(alpha),
+            _pointer(a),
+            _pointer(dt_bias),
+            _pointer(state),
+            *_at(out),
+            _int(n_k_heads),
+            _int(grouped),
+            _float(eps),
+            _pointer(positions),
+            _pointer(slots),
+            _pointer(count.address),
+        ),
+    )
+
+
+# -- misses -----------------------------------------------------------------------------------------------------------
+
+
+class Exchange(NamedTuple):
+    """Device addresses of the memory shared with the CPU; see `handshake.cu`."""
+
+    missing_ids: int
+    x: int
+    answers: int
+    requested: int
+    answered: int
+    abandoned: int
+    step: int  # in device memory, as is n_misses
+    n_misses: int
+    n_layers: int
+
+
+def publish_misses(
+    ids: int, slots: int, n_used: int, x: Rows, hidden_size: int, exchange: Exchange, layer: int, count: Count
+) -> Launch:
+    """Ask the CPU for the experts that have no slot."""
+    return Launch(
+        "handshake.cu",
+        "publish_misses",
+        (),
+        (1, 1, 1),
+        512,
+        (
+            _pointer(ids),
+            _pointer(slots),
+            _int(n_used),
+            *_at(x),
+            _int(hidden_size),
+            _pointer(exchange.missing_ids),
+            _pointer(exchange.x),
+            _pointer(exchange.requested),
+            _pointer(exchange.step),
+            _int(layer),
+            _int(exchange.n_layers),
+            _pointer(exchange.n_misses),
+            _pointer(count.address),
+        ),
+    )
+
+
+def await_answer(exchange: Exchange, layer: int) -> Launch:
+    """Wait for the CPU's answer, if anything was asked."""
+    words = (exchange.answered, exchange.abandoned, exchange.step)
+    numbers = (_int(layer), _int(exchange.n_layers))
+    arguments = (*map(_pointer, words), *numbers, _pointer(exchange.n_misses))
+    return Launch("handshake.cu", "await_answer", (), (1, 1, 1), 1, arguments)
+
+
+def publish_end(exchange: Exchange) -> Launch:
+    """Tell the CPU that the step is over."""
+    arguments = (_pointer(exchange.requested), _pointer(exchange.step), _int(exchange.n_layers))
+    return Launch("handshake.cu", "publish_end", (), (1, 1, 1), 1, arguments)

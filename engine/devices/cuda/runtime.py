@@ -1,0 +1,246 @@
+"""A GPU made ready: its context, memory, compiled kernels, streams and graphs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.cuda.driver import GPU, DriverCallError, bindings, call
+from engine.devices.cuda.jit import Compiler, NVRTCCompiler, Progress
+from engine.devices.cuda.kernels import Launch
+from engine.errors import DeviceError
+
+_WRONG_IMAGE = {"CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX"}
+_DEFAULT_SHARED_BYTES = 48 << 10  # more must be asked for
+
+
+class DeviceMemory:
+    """One allocation on the device, freed by `close`."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.address = int(call("cuMemAlloc", max(n_bytes, 1)))
+
+    def close(self) -> None:
+        """Free it; the device waits for all work first."""
+        if self.address:
+            address, self.address = self.address, 0
+            call("cuMemFree", address)
+
+
+class PinnedMemory:
+    """Host memory that the device reads and writes in place; `bytes` is our view of it. Zero at first."""
+
+    def __init__(self, n_bytes: int) -> None:
+        flags = bindings().CU_MEMHOSTALLOC_DEVICEMAP | bindings().CU_MEMHOSTALLOC_PORTABLE
+        self._pointer = call("cuMemHostAlloc", max(n_bytes, 1), flags)
+        self.n_bytes = n_bytes
+        view = (ctypes.c_uint8 * n_bytes).from_address(int(self._pointer))
+        self.bytes: npt.NDArray[np.uint8] = np.ctypeslib.as_array(view)
+        self.bytes[:] = 0
+        self.address = int(self.bytes.ctypes.data)
+        self.device_address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
+
+    def close(self) -> None:
+        """Free it; views of `bytes` must not be used after that."""
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            call("cuMemFreeHost", pointer)
+
+
+class Context:
+    """The device, opened. Every thread that uses it calls `make_current` first."""
+
+    def __init__(self, gpu: GPU, compiler: Compiler | None = None) -> None:
+        self.gpu = gpu
+        self.compiler = compiler or NVRTCCompiler(gpu.arch)
+        self._device = call("cuDeviceGet", gpu.index)
+        self._context = call("cuDevicePrimaryCtxRetain", self._device)
+        self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._functions: dict[tuple[str, tuple[str, ...], str], Any] = {}
+        self.make_current()
+
+    def make_current(self) -> None:
+        """Use the device from the calling thread."""
+        call("cuCtxSetCurrent", self._context)
+
+    def close(self) -> None:
+        """Give the device back; its streams, graphs and memory must be closed before."""
+        for module in self._modules.values():
+            call("cuModuleUnload", module)
+        self._modules.clear()
+        self._functions.clear()
+        if self._context is not None:
+            self._context = None
+            call("cuDevicePrimaryCtxRelease", self._device)
+
+    def free_bytes(self) -> int:
+        """Return how much device memory is free."""
+        return int(call("cuMemGetInfo")[0])
+
+    # -- kernels -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, launches: Iterable[Launch], progress: Progress | None = None) -> None:
+        """Compile and load everything that the launches need."""
+        wanted = list(dict.fromkeys((launch.source, launch.definitions) for launch in launches))
+        for done, (source, definitions) in enumerate(wanted):
+            if progress is not None:
+                progress(source, done, len(wanted))
+            self._module(source, definitions)
+        if progress is not None:
+            progress("", len(wanted), len(wanted))
+
+    def function(self, launch: Launch) -> Any:
+        """Return the handle of the launch's kernel."""
+        key = (launch.source, launch.definitions, launch.kernel)
+        found = self._functions.get(key)
+        if found is None:
+            module = self._module(launch.source, launch.definitions)
+            found = self._functions[key] = call("cuModuleGetFunction", module, launch.kernel.encode())
+            if launch.shared_bytes > _DEFAULT_SHARED_BYTES:
+                attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                call("cuFuncSetAttribute", found, attribute, launch.shared_bytes)
+        return found
+
+    def _module(self, source: str, definitions: tuple[str, ...]) -> Any:
+        module = self._modules.get((source, definitions))
+        if module is None:
+            try:
+                module = call("cuModuleLoadData", self.compiler.compile(source, definitions))
+            except DriverCallError as error:
+                if error.name not in _WRONG_IMAGE or not isinstance(self.compiler, NVRTCCompiler):
+                    raise
+                self.compiler.forget(source, definitions)  # a damaged cache entry: compile once more
+                module = call("cuModuleLoadData", self.compiler.compile(source, definitions))
+            self._modules[source, definitions] = module
+        return module
+
+
+class Stream:
+    """A queue of work on the device. It does not wait for others, nor for the default stream."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.handle = call("cuStreamCreate", bindings().CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    def launch(self, launch: Launch) -> None:
+        """Queue a kernel."""
+        arguments = launch.arguments
+        packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        call(
+            "cuLaunchKernel",
+            self.context.function(launch),
+            *launch.grid,
+            launch.block,
+            1,
+            1,
+            launch.shared_bytes,
+            self.handle,
+            ctypes.addressof(packed),
+            0,
+        )
+
+    def upload(self, device: int, host: int, n_bytes: int) -> None:
+        """Queue a copy to the device; from pinned memory it runs beside the host, else it is done on return."""
+        call("cuMemcpyHtoDAsync", device, host, n_bytes, self.handle)
+
+    def download(self, host: int, device: int, n_bytes: int) -> None:
+        """Queue a copy to the host."""
+        call("cuMemcpyDtoHAsync", host, device, n_bytes, self.handle)
+
+    def fill(self, device: int, value: int, n_bytes: int) -> None:
+        """Queue setting bytes."""
+        call("cuMemsetD8Async", device, value, n_bytes, self.handle)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Return as a graph what `work` queues here, without running it."""
+        mode = bindings().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call("cuStreamBeginCapture", self.handle, mode)
+        try:
+            work()
+        finally:
+            graph = call("cuStreamEndCapture", self.handle)
+        return Graph(graph)
+
+    def synchronize(self) -> None:
+        """Wait until everything queued is done."""
+        call("cuStreamSynchronize", self.handle)
+
+    def is_idle(self) -> bool:
+        """Return whether everything queued is done; raise `DeviceError` if something failed."""
+        try:
+            call("cuStreamQuery", self.handle)
+        except DriverCallError as error:
+            if error.name == "CUDA_ERROR_NOT_READY":
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        """Destroy the stream after its work."""
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
+            call("cuStreamDestroy", handle)
+
+
+class Graph:
+    """Recorded work, launched as one."""
+
+    def __init__(self, graph: Any) -> None:
+        try:
+            self._executable = call("cuGraphInstantiate", graph, 0)
+        finally:
+            call("cuGraphDestroy", graph)
+
+    def launch(self, stream: Stream) -> None:
+        """Queue one run."""
+        call("cuGraphLaunch", self._executable, stream.handle)
+
+    def close(self) -> None:
+        """Destroy the graph; no run may be under way."""
+        if self._executable is not None:
+            executable, self._executable = self._executable, None
+            call("cuGraphExecDestroy", executable)
+
+
+class Event:
+    """A mark in a stream."""
+
+    def __init__(self) -> None:
+        self.handle = call("cuEventCreate", bindings().CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+    def record(self, stream: Stream) -> None:
+        """Mark what is queued now."""
+        call("cuEventRecord", self.handle, stream.handle)
+
+    def is_done(self) -> bool:
+        """Return whether everything before the mark is done."""
+        try:
+            call("cuEventQuery", self.handle)
+        except DriverCallError as error:
+            if error.name == "CUDA_ERROR_NOT_READY":
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        """Destroy it."""
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
+            call("cuEventDestroy", handle)
+
+
+def close_all(items: Sequence[DeviceMemory | PinnedMemory | Stream | Graph | Event]) -> None:
+    """Close everything, also after one of them failed; raise the first failure at the end."""
+    failure: DeviceError | None = None
+    for item in items:
+        try:
+            item.close()
+        except DeviceError as error:  # noqa: PERF203 - all must be tried
+            failure = failure or error
+    if failure is not None:
+        raise failure

@@ -1,0 +1,67 @@
+"""Runs launches of `engine.devices.cuda.kernels` in the kernel emulator, on numpy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+import numpy as np
+from cusim import Module
+
+from engine.devices.cuda.kernels import PADDING, Count, Launch, Rows
+from tests.cusim.build import KERNEL_SOURCES
+
+SCHEDULES = (("forward", 1), ("reverse", 1), ("random", 7))
+
+
+class Emulator:
+    """Launches kernels in one build mode; keeps the arrays whose addresses it has handed out."""
+
+    def __init__(self, mode: str = "fast") -> None:
+        self.mode = mode
+        self._arrays: dict[int, np.ndarray] = {}
+
+    def at(self, array: np.ndarray) -> int:
+        """The address of an array, which may be given to a launch."""
+        self._arrays[array.ctypes.data] = array
+        return array.ctypes.data
+
+    def rows(self, array: np.ndarray) -> Rows:
+        """A matrix of four-byte values."""
+        return Rows(self.at(array), array.strides[0] // 4)
+
+    def byte_rows(self, array: np.ndarray) -> Rows:
+        """A matrix of bytes."""
+        return Rows(self.at(array), array.strides[0])
+
+    def count(self, n: int, most: int | None = None) -> Count:
+        return Count(self.at(np.array([n], np.int32)), n + 1 if most is None else most)
+
+    def run(self, launches: Launch | Iterable[Launch], order: str = "forward", seed: int = 1) -> None:
+        for launch in [launches] if isinstance(launches, Launch) else launches:
+            module = Module(KERNEL_SOURCES / launch.source, self.mode, defines=launch.definitions)
+            arguments = [self._argument(a) for a in launch.arguments]
+            shared = {"shared_bytes": launch.shared_bytes, "order": order, "seed": seed}
+            module.launch(launch.kernel, launch.grid, launch.block, *arguments, **shared)
+
+    def _argument(self, argument: object) -> object:
+        if isinstance(argument, ctypes.Structure):
+            return bytes(argument)
+        value = argument.value  # type: ignore[attr-defined]
+        if isinstance(argument, ctypes.c_void_p):
+            return self._arrays[value] if value in self._arrays else value or 0
+        return value
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins at a multiple of 256 bytes and has the bytes around it that weight matrices need."""
+    memory = np.full(array.nbytes + 512 + PADDING, 0xFF, np.uint8)
+    start = -memory.ctypes.data % 256 + 256 * (-memory.ctypes.data % 256 < PADDING)
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two float32 arrays are equal bit by bit."""
+    return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())

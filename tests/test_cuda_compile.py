@@ -1,0 +1,109 @@
+"""The run-time compiler and its cache, without a GPU: every kernel for every supported architecture."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.devices.cuda import jit
+from engine.errors import DeviceError
+from engine.quants.formats import FORMATS
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python and NVRTC")
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+KERNELS = [
+    ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1")),
+    ("linear.cu", ("FORMAT=Q6_K", "N_TOKENS=8")),
+    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1")),
+    ("quantize.cu", ("GROUP=256",)),
+    ("quantize.cu", ("GROUP=32",)),
+    ("expert_gate_up.cu", ("GATE_FORMAT=Q4_K", "UP_FORMAT=Q4_K")),
+    ("expert_down.cu", ("DOWN_FORMAT=Q6_K",)),
+    ("embed.cu", ("FORMAT=Q8_0",)),
+    ("elementwise.cu", ()),
+    ("router.cu", ()),
+    ("attention.cu", ("KV_TYPE=2", "HEAD_DIM=256", "GROUP=8")),
+    ("causal_conv.cu", ("KERNEL_SIZE=4",)),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=128")),
+    ("handshake.cu", ()),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles(arch: str, tmp_path: Path) -> None:
+    compiler = jit.NVRTCCompiler(arch, tmp_path)
+    for source, definitions in KERNELS:
+        assert compiler.compile(source, definitions).startswith(b"\x7fELF")
+
+
+def test_every_kernel_file_is_among_them() -> None:
+    assert {path.name for path in jit.sources().glob("*.cu")} == {source for source, _ in KERNELS}
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
+def test_every_format_compiles(weight_format, tmp_path: Path) -> None:
+    compiler = jit.NVRTCCompiler("sm_89", tmp_path)
+    assert compiler.compile("linear.cu", (f"FORMAT={weight_format.name}", "N_TOKENS=1"))
+
+
+def test_the_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch) -> None:
+    definitions = ("GROUP=32",)
+    first = jit.NVRTCCompiler("sm_89", tmp_path).compile("quantize.cu", definitions)
+    again = jit.NVRTCCompiler("sm_89", tmp_path)
+    monkeypatch.setattr(again, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert again.compile("quantize.cu", definitions) == first
+
+
+def test_a_changed_header_or_definition_is_another_entry(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for path in jit.sources().glob("*.cu*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(jit, "sources", lambda: folder)
+    compiler = jit.NVRTCCompiler("sm_89", tmp_path)
+    before = compiler._cache_path("quantize.cu", ("GROUP=32",))
+    assert compiler._cache_path("quantize.cu", ("GROUP=256",)) != before
+    (folder / "ptx.cuh").write_text((folder / "ptx.cuh").read_text() + "\n")  # included by what it includes
+    assert compiler._cache_path("quantize.cu", ("GROUP=32",)) != before
+
+
+def test_a_forgotten_entry_is_compiled_again(tmp_path: Path) -> None:
+    compiler = jit.NVRTCCompiler("sm_89", tmp_path)
+    good = compiler.compile("quantize.cu", ("GROUP=32",))
+    path = compiler._cache_path("quantize.cu", ("GROUP=32",))
+    path.write_bytes(b"damaged")
+    assert compiler.compile("quantize.cu", ("GROUP=32",)) == b"damaged"
+    compiler.forget("quantize.cu", ("GROUP=32",))
+    assert compiler.compile("quantize.cu", ("GROUP=32",)) == good
+
+
+def test_a_compile_error_shows_the_compilers_words(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"cuda/quantize\.cu \(GROUP=nonsense\) does not compile(.|\n)*nonsense"):
+        jit.NVRTCCompiler("sm_89", tmp_path).compile("quantize.cu", ("GROUP=nonsense",))
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, caplog) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert jit.NVRTCCompiler("sm_89", blocked / "below").compile("quantize.cu", ("GROUP=32",))
+    assert "cannot be kept" in caplog.text
+
+
+def test_the_cache_follows_xdg(monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert jit.cache_folder() == Path("/somewhere/hot-experts/cubin")
+
+
+def test_without_a_driver_the_reason_is_one_line() -> None:
+    """In a process of its own, since this one may have loaded the stand-in driver."""
+    code = "from engine.devices.cuda import probe\ntry: probe()\nexcept Exception as e: print(type(e).__name__, e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("this machine has a GPU")
+    assert done.stdout.startswith("DeviceError")
+    assert "driver" in done.stdout
+    assert done.stdout.count("\n") == 1

@@ -1,0 +1,541 @@
+"""Every CUDA kernel against the CPU's (bits, where the arithmetic is canonical) or plain numpy, in the emulator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
+
+from engine import _kernels
+from engine.devices.cuda import kernels
+from engine.devices.cuda.kernels import Cache, ExpertMatrix, Matrix, Rows
+from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.quants import install_grids
+from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
+from engine.quants.grids import GRID_NAMES, load_grid
+from tests.cusim import missing_requirement
+
+pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+install_grids()
+F32 = np.float32
+
+
+def random_weights(weight_format: QuantFormat, n_rows: int, n_cols: int, seed: int = 0) -> np.ndarray:
+    """Random bytes, so every code of the format, but for blocks whose scales make values that are not of this world."""
+    rng, size = np.random.default_rng(seed), weight_format.block_size
+    blocks = np.zeros((n_rows * n_cols // size, weight_format.block_bytes), np.uint8)
+    wrong = np.ones(len(blocks), bool)
+    while wrong.any():
+        blocks[wrong] = rng.integers(0, 256, (int(wrong.sum()), weight_format.block_bytes), np.uint8)
+        with np.errstate(invalid="ignore"):
+            values = _kernels.dequantize(weight_format.ggml_type, blocks, size)
+            wrong = ~(np.abs(values).max(-1) < 100)
+    return blocks.reshape(n_rows, -1)
+
+
+def grid_of(weight_format: QuantFormat) -> np.ndarray | None:
+    name = "IQ1_S" if weight_format.name == "IQ1_M" else weight_format.name
+    return load_grid(name) if name in GRID_NAMES else None
+
+
+def activations(x: np.ndarray, activation: Activation) -> np.ndarray:
+    """Activation rows, as bytes."""
+    if activation == Activation.F32:
+        return aligned(np.ascontiguousarray(x)).view(np.uint8)
+    return aligned(_kernels.quantize_activations(np.ascontiguousarray(x), activation))
+
+
+def awkward_columns(weight_format: QuantFormat) -> int:
+    """Several chunks of blocks, the last one not full; for float formats a tail of less than 16."""
+    return {1: 333, 32: 32 * 37, 256: 256 * 11}.get(weight_format.block_size, weight_format.block_size * 3)
+
+
+# -- matrix products --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("activation", "n_cols"), [(Activation.Q8_256, 2304), (Activation.Q8_32, 1120)])
+@pytest.mark.parametrize("mode", ["fast", "race"])
+def test_activations_have_the_bits_of_the_cpu(activation: Activation, n_cols: int, mode: str) -> None:
+    rng, emulator = np.random.default_rng(0), Emulator(mode)
+    x = (rng.standard_normal((3, n_cols)) * 10.0 ** rng.integers(-3, 3, (3, 1))).astype(F32)
+    x[0, :256] = 0
+    x[1, 5], x[1, 300], x[2, 40] = np.nan, np.inf, 1e-42
+    expected = _kernels.quantize_activations(x, activation)
+    for order, seed in SCHEDULES:
+        out = aligned(np.zeros_like(expected))
+        launch = kernels.quantize(emulator.rows(x), n_cols, activation, emulator.byte_rows(out), 1, emulator.count(3))
+        emulator.run(launch, order, seed)
+        assert (out == expected).all()
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_linear_has_the_bits_of_the_cpu(weight_format: QuantFormat, n_tokens: int) -> None:
+    check_linear(weight_format, n_tokens, "fast")
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ2_S", "MXFP4", "F16"])
+def test_linear_has_no_races(name: str) -> None:
+    check_linear(BY_NAME[name], 3, "race")
+
+
+def test_linear_takes_many_tokens_in_groups() -> None:
+    check_linear(BY_NAME["Q5_K"], 11, "fast")
+
+
+def check_linear(weight_format: QuantFormat, n_tokens: int, mode: str) -> None:
+    rng, emulator, n_cols = np.random.default_rng(1), Emulator(mode), awkward_columns(weight_format)
+    sizes = (37, 5)
+    weights = aligned(random_weights(weight_format, sum(sizes), n_cols))
+    x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
+    bias, scale = rng.standard_normal(sizes[1]).astype(F32), np.array([0.37], F32)
+    expected = _kernels.matmul(weight_format.ggml_type, weights, x)
+    rows, grid = activations(x, weight_format.activation), grid_of(weight_format)
+    for order, seed in SCHEDULES:
+        first, second = (np.full((n_tokens, n), np.nan, F32) for n in sizes)
+        address = emulator.at(weights)
+        matrices = [
+            Matrix(address, sizes[0], emulator.rows(first)),
+            Matrix(
+                address + sizes[0] * weights.shape[1],
+                sizes[1],
+                emulator.rows(second),
+                emulator.at(bias),
+                emulator.at(scale),
+            ),
+        ]
+        count = emulator.count(n_tokens, 1 if n_tokens == 1 else None)
+        x_rows, grid_address = emulator.byte_rows(rows), emulator.at(grid) if grid is not None else 0
+        emulator.run(kernels.linear(x_rows, n_cols, weight_format, matrices, grid_address, count), order, seed)
+        assert same_bits(first, np.ascontiguousarray(expected[:, : sizes[0]]))
+        assert same_bits(second, expected[:, sizes[0] :] * scale + bias)
+
+
+@pytest.mark.parametrize(
+    ("formats", "hidden_size", "ffn_size", "mode"),
+    [
+        (("Q4_K", "Q4_K", "Q6_K"), 512, 256, "fast"),
+        (("Q8_0", "Q8_0", "Q4_0"), 96, 64, "fast"),
+        (("F32", "F16", "F32"), 40, 24, "fast"),
+        (("MXFP4", "Q4_K", "Q5_0"), 256, 96, "race"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_experts_have_the_bits_of_the_cpu(
+    formats: tuple[str, str, str], hidden_size: int, ffn_size: int, mode: str
+) -> None:
+    """Through slots in another order, with one expert that has none and one id that is not asked for."""
+    n_experts, n_used, n_tokens = 6, 3, 2
+    rng, emulator = np.random.default_rng(2), Emulator(mode)
+    gate, up, down = (BY_NAME[name] for name in formats)
+    x = rng.standard_normal((n_tokens, hidden_size)).astype(F32)
+    ids = np.array([[5, 0, 2], [2, -1, 3]], np.int32)
+    slots = np.array([4, 1, 0, -1, 2, 5], np.int32)
+    scale = rng.random(n_experts).astype(F32)
+    shapes = ((gate, ffn_size, hidden_size), (up, ffn_size, hidden_size), (down, hidden_size, ffn_size))
+    stacks = [
+        aligned(random_weights(f, n_experts * rows, cols, seed=i).reshape(n_experts, rows, -1))
+        for i, (f, rows, cols) in enumerate(shapes)
+    ]
+    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale)
+
+    in_slots = [aligned(np.zeros_like(stack)) for stack in stacks]
+    for stack, placed in zip(stacks, in_slots, strict=True):
+        for expert, slot in enumerate(slots):
+            if slot >= 0:
+                placed[slot] = stack[expert]
+    matrices = [
+        ExpertMatrix(emulator.at(placed), placed.strides[0], f, emulator.at(scale) if i == 0 else 0)
+        for i, (placed, f) in enumerate(zip(in_slots, (gate, up, down), strict=True))
+    ]
+    x_gate, x_up = (activations(x, f.activation) for f in (gate, up))
+    for order, seed in SCHEDULES:
+        h = np.full((n_tokens * n_used, ffn_size), np.nan, F32)
+        out = np.full((n_tokens, n_used * hidden_size), 7, F32)
+        common = (emulator.at(ids), emulator.at(slots), n_used)
+        count = emulator.count(n_tokens)
+        emulator.run(
+            kernels.expert_gate_up(
+                *common,
+                *matrices[:2],
+                emulator.byte_rows(x_gate),
+                emulator.byte_rows(x_up),
+                hidden_size,
+                ffn_size,
+                emulator.at(h),
+                (0, 0),
+                count,
+            ),
+            order,
+            seed,
+        )
+        if down.activation == Activation.F32:
+            h_rows = Rows(emulator.at(h), ffn_size * 4)
+        else:
+            h_form = aligned(np.zeros((len(h), kernels.activation_bytes(down.activation, ffn_size)), np.uint8))
+            h_rows = emulator.byte_rows(h_form)
+            launch = kernels.quantize(emulator.rows(h), ffn_size, down.activation, h_rows, n_used, count)
+            emulator.run(launch, order, seed)
+        emulator.run(
+            kernels.expert_down(*common, matrices[2], h_rows, hidden_size, ffn_size, emulator.rows(out), 0, count),
+            order,
+            seed,
+        )
+        found = out.reshape(n_tokens, n_used, hidden_size)
+        elsewhere = (ids < 0) | (slots[ids] < 0)
+        assert (found[elsewhere] == 7).all()
+        assert same_bits(found[~elsewhere], expected[~elsewhere])
+
+
+def cpu_experts(
+    x: np.ndarray, ids: np.ndarray, stacks: list[np.ndarray], formats: tuple[QuantFormat, ...], gate_scale: np.ndarray
+) -> np.ndarray:
+    """What the CPU's operation makes of the same experts, float32 [n_tokens, n_used, hidden_size]."""
+    n_tokens, hidden_size = x.shape
+    n_experts, ffn_size, _ = stacks[0].shape
+    program = _kernels.Program(n_tokens, 1, 1)
+    forms = [activations(x, f.activation) for f in formats[:2]]
+    tables = [np.array([expert.ctypes.data for expert in stack], np.int64) for stack in stacks]
+    out = np.zeros((n_tokens, ids.shape[1], hidden_size), F32)
+    entries = [
+        (t.ctypes.data, f.ggml_type, gate_scale.ctypes.data if i == 0 else 0)
+        for i, (t, f) in enumerate(zip(tables, formats, strict=True))
+    ]
+    program.experts(
+        forms[0].ctypes.data,
+        forms[0].strides[0],
+        forms[1].ctypes.data,
+        forms[1].strides[0],
+        ids.ctypes.data,
+        n_experts,
+        ids.shape[1],
+        *entries,
+        hidden_size,
+        ffn_size,
+        out.ctypes.data,
+        out.strides[0] // 4,
+    )
+    step = _kernels.Step(n_tokens)
+    step.positions[:] = np.arange(n_tokens)
+    step.n_tokens = n_tokens
+    program.run(step)
+    return out
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F32", "IQ3_S", "TQ1_0", "Q4_1", "NVFP4"])
+def test_embedding_is_the_dequantised_row(name: str) -> None:
+    emulator, weight_format = Emulator(), BY_NAME[name]
+    n_cols = max(96, weight_format.block_size * 2)
+    table, grid = random_weights(weight_format, 9, n_cols), grid_of(weight_format)
+    ids, out = np.array([8, 0, 5], np.int32), np.zeros((3, n_cols), F32)
+    emulator.run(
+        kernels.embed(
+            emulator.at(aligned(table)),
+            weight_format,
+            emulator.at(ids),
+            9,
+            n_cols,
+            emulator.at(grid) if grid is not None else 0,
+            emulator.rows(out),
+            1.0,
+            emulator.count(3),
+        )
+    )
+    assert same_bits(out, _kernels.dequantize(weight_format.ggml_type, table, n_cols)[ids])
+
+
+# -- small operations -------------------------------------------------------------------------------------------------
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+def test_elementwise_operations(mode: str) -> None:
+    rng, emulator = np.random.default_rng(3), Emulator(mode)
+    n_rows, n_cols = 3, 300
+    x, y = (rng.standard_normal((n_rows, n_cols)).astype(F32) for _ in range(2))
+    count = emulator.count(n_rows)
+    for order, seed in SCHEDULES:
+        out = np.zeros_like(x)
+        emulator.run(kernels.add(emulator.rows(x), emulator.rows(y), emulator.rows(out), n_cols, count), order, seed)
+        assert same_bits(out, x + y)
+        for gating in Gating:
+            rows = (emulator.rows(x), emulator.rows(y), emulator.rows(out))
+            emulator.run(kernels.gate(*rows, n_cols, gating, count), order, seed)
+            assert out == pytest.approx(x * sigmoid(y) * (y if gating == Gating.SILU else 1), rel=1e-5, abs=1e-6)
+        first, second = (np.zeros((n_rows, n_cols // 2), F32) for _ in range(2))
+        rows = (emulator.rows(x), emulator.rows(first), emulator.rows(second))
+        emulator.run(kernels.split_heads(*rows, 3, 50, count), order, seed)
+        parts = x.reshape(n_rows, 3, 2, 50)
+        assert same_bits(first, parts[:, :, 0].reshape(n_rows, -1))
+        assert same_bits(second, parts[:, :, 1].reshape(n_rows, -1))
+        chosen, picked = np.array([2, 0], np.int32), np.zeros((2, n_cols), F32)
+        rows = (emulator.rows(x), emulator.at(chosen), emulator.rows(picked))
+        emulator.run(kernels.select_outputs(*rows, n_cols, emulator.count(2)), order, seed)
+        assert same_bits(picked, x[chosen])
+        weight = rng.standard_normal(100).astype(F32)
+        emulator.run(
+            kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), 3, 100, 1e-6, count),
+            order,
+            seed,
+        )
+        groups = x.reshape(n_rows, 3, 100).astype(np.float64)
+        expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * weight
+        assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("style", RopeStyle)
+def test_rope_is_accurate_at_long_positions(style: RopeStyle) -> None:
+    rng, emulator = np.random.default_rng(4), Emulator()
+    n_heads, head_dim, n_rot = 6, 50, 40
+    x = rng.standard_normal((3, n_heads * head_dim)).astype(F32)
+    positions, magnitude = np.array([0, 7, 130_001], np.int32), 1.5
+    frequencies = (1e6 ** (-np.arange(n_rot // 2) / (n_rot // 2))).astype(F32)
+    heads = x.reshape(3, n_heads, head_dim).astype(np.float64)
+    angle = positions[:, None, None] * frequencies.astype(np.float64)
+    cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
+    half = n_rot // 2
+    first, second = (
+        (slice(0, half), slice(half, n_rot)) if style == RopeStyle.NEOX else (slice(0, n_rot, 2), slice(1, n_rot, 2))
+    )
+    a, b = heads[..., first].copy(), heads[..., second].copy()
+    heads[..., first], heads[..., second] = a * cos - b * sin, a * sin + b * cos
+    sizes = (n_heads, head_dim, n_rot)
+    launch = kernels.rope(
+        emulator.rows(x), emulator.at(positions), emulator.at(frequencies), *sizes, style, magnitude, emulator.count(3)
+    )
+    emulator.run(launch)
+    assert x == pytest.approx(heads.reshape(3, -1), abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race"])
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool) -> None:
+    rng, emulator = np.random.default_rng(5), Emulator(mode)
+    n_tokens, n_used, n_cols = 3, 4, 70
+    expert_out, answers = (rng.standard_normal((n_tokens, n_used, n_cols)).astype(F32) for _ in range(2))
+    residual, shared = (rng.standard_normal((n_tokens, n_cols)).astype(F32) for _ in range(2))
+    weights, shared_gate = rng.random((n_tokens, n_used)).astype(F32), rng.standard_normal((n_tokens, 1)).astype(F32)
+    ids, slots = (
+        rng.integers(0, 8, (n_tokens, n_used)).astype(np.int32),
+        np.array([0, -1, 2, -1, 3, 1, -1, -1], np.int32),
+    )
+    out = np.zeros_like(residual)
+    emulator.run(
+        kernels.combine(
+            Rows(emulator.at(expert_out), n_used * n_cols),
+            emulator.at(answers),
+            emulator.at(ids),
+            emulator.at(slots),
+            emulator.at(weights),
+            n_used,
+            emulator.rows(shared) if has_shared else None,
+            emulator.rows(shared_gate) if has_shared else None,
+            emulator.rows(residual),
+            emulator.rows(out),
+            n_cols,
+            emulator.count(n_tokens),
+        )
+    )
+    values = np.where((slots[ids] < 0)[..., None], answers, expert_out)
+    expected = residual + np.einsum("trh,tr->th", values, weights) + has_shared * shared * sigmoid(shared_gate)
+    assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(
+    ("n_experts", "n_groups", "n_groups_used", "scoring", "normalize", "has_bias"),
+    [
+        (128, 1, 1, Scoring.SOFTMAX, True, False),
+        (64, 8, 3, Scoring.SIGMOID, True, True),
+        (32, 1, 1, Scoring.SOFTMAX_OF_CHOSEN, False, False),
+        (40, 4, 2, Scoring.SOFTMAX, False, True),
+        (8, 1, 1, Scoring.SOFTMAX, True, False),
+    ],
+)
+def test_router(
+    mode: str, n_experts: int, n_groups: int, n_groups_used: int, scoring: Scoring, normalize: bool, has_bias: bool
+) -> None:
+    rng, emulator = np.random.default_rng(6), Emulator(mode)
+    n_tokens, n_used = 3, 6
+    logits = rng.standard_normal((n_tokens, n_experts)).astype(F32)
+    logits[0, 3] = logits[0, 5] = 4.0  # a tie goes to the lower id
+    bias = (rng.random(n_experts) * 0.1).astype(F32)
+    ids, weights = np.zeros((n_tokens, n_used), np.int32), np.zeros((n_tokens, n_used), F32)
+
+    def run(order: str = "forward", seed: int = 1) -> None:
+        launch = kernels.router(
+            emulator.rows(logits),
+            emulator.at(bias) if has_bias else 0,
+            emulator.at(ids),
+            emulator.at(weights),
+            n_experts,
+            n_used,
+            scoring,
+            n_groups,
+            n_groups_used,
+            normalize,
+            2.5,
+            emulator.count(n_tokens),
+        )
+        emulator.run(launch, order, seed)
+
+    x = logits.astype(np.float64)
+    softmax = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    scores = {Scoring.SOFTMAX: softmax, Scoring.SIGMOID: sigmoid(x)}.get(scoring, x)
+    choice = scores + bias * has_bias
+    if n_groups > 1:
+        groups = choice.reshape(n_tokens, n_groups, -1)
+        rank = np.argsort(np.argsort(-np.sort(groups, -1)[..., -2:].sum(-1), -1, kind="stable"), -1, kind="stable")
+        choice = np.where((rank < n_groups_used)[..., None], groups, -np.inf).reshape(choice.shape)
+    expected_ids = np.argsort(-choice, -1, kind="stable")[:, :n_used]
+    expected = np.take_along_axis(scores, expected_ids, -1)
+    if scoring == Scoring.SOFTMAX_OF_CHOSEN:
+        expected = np.exp(expected) / np.exp(expected).sum(-1, keepdims=True)
+    if normalize:
+        expected /= expected.sum(-1, keepdims=True)
+    for order, seed in SCHEDULES:
+        run(order, seed)
+        assert (ids == expected_ids).all()
+        assert weights == pytest.approx(expected * 2.5, rel=1e-5)
+
+    logits[:] = np.nan  # whatever the weights are then, the ids must be ids, each once
+    run()
+    assert all(len(set(row)) == n_used and min(row) >= 0 and max(row) < n_experts for row in ids.tolist())
+
+
+# -- attention and recurrent layers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "head_dim", "group", "n_kv_heads", "mode", "tolerance"),
+    [
+        (KVType.F32, 64, 4, 2, "fast", 1e-5),
+        (KVType.F16, 128, 1, 2, "fast", 2e-3),
+        (KVType.Q8_0, 256, 8, 1, "fast", 3e-2),
+        (KVType.Q8_0, 40, 3, 2, "race", 3e-2),
+        (KVType.F32, 16, 2, 1, "asan", 1e-5),
+    ],
+)
+def test_attention(kv_type: KVType, head_dim: int, group: int, n_kv_heads: int, mode: str, tolerance: float) -> None:
+    """Of tokens at several positions, one of them early, in a cache that holds NaN where nothing was stored."""
+    rng, emulator = np.random.default_rng(7), Emulator(mode)
+    n_slots, context_length, n_kept = 2, 200, 150
+    n_heads, scale = n_kv_heads * group, head_dim**-0.5
+    cache = Cache(0, kv_type, n_slots, context_length, n_kv_heads, head_dim)
+    memory = np.full(kernels.kv_cache_bytes(cache), 0xFF, np.uint8)
+    cache = cache._replace(address=emulator.at(memory))
+    k, v = (rng.standard_normal((n_kept, n_kv_heads * head_dim)).astype(F32) for _ in range(2))
+    all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
+    positions = np.array([149, 33, *range(60, 68)], np.int32)  # more tokens than attend at the same time
+    n_tokens = len(positions)
+    q = rng.standard_normal((n_tokens, n_heads * head_dim)).astype(F32)
+    value_bytes, part_bytes = kernels.attention_scratch_bytes(cache, n_heads, n_tokens)
+    values, parts = np.full(value_bytes // 4, np.nan, F32), np.full(part_bytes // 4, np.nan, F32)
+
+    def launches(q: np.ndarray, at: np.ndarray, out: np.ndarray, n: int) -> list[kernels.Launch]:
+        return kernels.attention(
+            emulator.rows(q),
+            emulator.rows(k),
+            emulator.rows(v),
+            emulator.rows(out),
+            cache,
+            n_heads,
+            scale,
+            emulator.at(values),
+            emulator.at(parts),
+            emulator.at(at),
+            emulator.at(slots),
+            emulator.count(n, n),
+        )
+
+    expected = []
+    for token, position in enumerate(positions):
+        keys, vals = (
+            side[: position + 1].reshape(-1, n_kv_heads, head_dim).repeat(group, 1).astype(np.float64)
+            for side in (k, v)
+        )
+        scores = np.einsum("hd,phd->hp", q[token].reshape(n_heads, head_dim), keys) * scale
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        expected.append(np.einsum("hp,phd->hd", p / p.sum(-1, keepdims=True), vals).ravel())
+    for order, seed in SCHEDULES:
+        out = np.zeros_like(q)
+        store = launches(q, all_positions, out, n_kept)[0]
+        emulator.run([store, *launches(q, positions, out, n_tokens)[1:]], order, seed)
+        assert out == pytest.approx(np.stack(expected), abs=tolerance * 4)
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "mode"),
+    [(128, 128, 2, 4, False, "fast"), (16, 24, 1, 2, True, "race")],
+)
+def test_recurrent_layers(k_dim: int, v_dim: int, n_k_heads: int, n_v_heads: int, grouped: bool, mode: str) -> None:
+    """Two sequences in one step: one goes on from its state, the other begins."""
+    rng, emulator = np.random.default_rng(8), Emulator(mode)
+    n_tokens, positions, slots = 5, np.array([4, 5, 0, 1, 2], np.int32), np.array([1, 1, 0, 0, 0], np.int32)
+    n_k, n_v = n_k_heads * k_dim, n_v_heads * v_dim
+    n_channels, kernel_size, eps = 2 * n_k + n_v, 4, 1e-6
+    x = rng.standard_normal((n_tokens, n_channels)).astype(F32)
+    weight = rng.standard_normal((n_channels, kernel_size)).astype(F32)
+    old_conv = rng.standard_normal((2, kernel_size - 1, n_channels)).astype(F32)
+    old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
+    beta, alpha = (rng.standard_normal((n_tokens, n_v_heads)).astype(F32) for _ in range(2))
+    a, dt_bias = -np.exp(rng.standard_normal(n_v_heads)).astype(F32), rng.standard_normal(n_v_heads).astype(F32)
+
+    expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
+    for slot, first, end in ((1, 0, 2), (0, 2, 5)):
+        before = old_conv[slot] if positions[first] else np.zeros_like(old_conv[slot])
+        seen = np.concatenate([before, x[first:end]])
+        y = sum(seen[j : j + end - first] * weight[:, j] for j in range(kernel_size))
+        expected_conv[first:end] = y * sigmoid(y)
+        new_conv[slot] = seen[len(seen) - kernel_size + 1 :]
+
+    q, k = (x[:, i * n_k : (i + 1) * n_k].reshape(n_tokens, n_k_heads, k_dim).astype(np.float64) for i in (0, 1))
+    q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + eps) for t in (q, k))
+    v = x[:, 2 * n_k :].reshape(n_tokens, n_v_heads, v_dim)
+    key_head = np.arange(n_v_heads) // (n_v_heads // n_k_heads) if grouped else np.arange(n_v_heads) % n_k_heads
+    decay = np.exp(a * np.logaddexp(0, alpha + dt_bias))
+    new_state = old_state.astype(np.float64)
+    new_state[0] = 0
+    expected = []
+    for t in range(n_tokens):
+        state = new_state[slots[t]] * decay[t, :, None, None]
+        error = v[t] - np.einsum("hvk,hk->hv", state, k[t, key_head])
+        state = state + np.einsum("hv,hk->hvk", sigmoid(beta[t])[:, None] * error, k[t, key_head])
+        new_state[slots[t]] = state
+        expected.append(np.einsum("hvk,hk->hv", state, q[t, key_head]).ravel() / np.sqrt(k_dim))
+
+    places = (emulator.at(positions), emulator.at(slots), emulator.count(n_tokens))
+    for order, seed in SCHEDULES:
+        conv, out = old_conv.copy(), np.zeros_like(x)
+        rows = (emulator.rows(x), emulator.at(weight), emulator.at(conv), emulator.rows(out))
+        emulator.run(kernels.causal_conv(*rows, n_channels, kernel_size, *places), order, seed)
+        assert out == pytest.approx(expected_conv, rel=1e-5, abs=1e-5)
+        assert same_bits(conv, new_conv)
+
+        state, out = old_state.copy(), np.zeros((n_tokens, n_v), F32)
+        qkv = emulator.rows(x)
+        launch = kernels.delta_net(
+            qkv.address,
+            qkv.address + 4 * n_k,
+            qkv.address + 8 * n_k,
+            qkv.stride,
+            emulator.rows(beta),
+            emulator.rows(alpha),
+            emulator.at(a),
+            emulator.at(dt_bias),
+            emulator.at(state),
+            emulator.rows(out),
+            n_k_heads,
+            n_v_heads,
+            k_dim,
+            v_dim,
+            grouped,
+            eps,
+            *places,
+        )
+        emulator.run(launch, order, seed)
+        assert out == pytest.approx(np.stack(expected), rel=1e-4, abs=1e-5)
+        assert state == pytest.approx(new_state, rel=1e-4, abs=1e-5)
