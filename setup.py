@@ -50,6 +50,7 @@ class BuildWithLevels(build_ext):
     """Builds the levels' libraries first; `build` alone would, but not `build_ext --inplace`."""
 
     def run(self) -> None:
+        """Build the libraries, then the extension."""
         self.run_command("build_clib")
         super().run()
 

@@ -409,5 +409,7 @@ class Program:
     def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:
         """out[i] = x[output_rows[i]]: from here on only the wanted rows."""
 
-def kv_cache_bytes(cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int, value_dim: int) -> int:
+def kv_cache_bytes(
+    cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int, value_dim: int
+) -> int:
     """Return the bytes of one layer's K and V cache."""

@@ -936,7 +936,8 @@ cdef class Program:
         if n_groups > 1:
             need(n_experts % n_groups == 0, f"{n_experts} experts cannot be {n_groups} groups of one size")
             need(
-                0 < n_groups_used <= n_groups, f"{n_groups_used} groups of {n_groups} are used; expected 1 to {n_groups}"
+                0 < n_groups_used <= n_groups,
+                f"{n_groups_used} groups of {n_groups} are used; expected 1 to {n_groups}",
             )
         cdef router_args args
         args.logits = need_matrix("logits", logits, logits_stride, n_experts)
@@ -1033,7 +1034,9 @@ cdef class Program:
         args.n_experts_used = n_experts_used
         args.scale = scale
         args.shared = need_matrix("shared", shared, shared_stride, n_cols) if shared else matrix(NULL, 0)
-        args.shared_gate = need_matrix("shared_gate", shared_gate, shared_gate_stride, 1) if shared_gate else matrix(NULL, 0)
+        args.shared_gate = matrix(NULL, 0)
+        if shared_gate:
+            args.shared_gate = need_matrix("shared_gate", shared_gate, shared_gate_stride, 1)
         args.residual = need_matrix("residual", residual, residual_stride, n_cols)
         args.out = need_matrix("out", out, out_stride, n_cols)
         args.n_cols = n_cols

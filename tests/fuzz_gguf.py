@@ -1,8 +1,8 @@
 """Damages small model files at random and opens them, until time is up: `python tests/fuzz_gguf.py --seconds 600`.
 
 Anything but success or an `EngineError` is a finding: the file is kept, and the exit code is 1. Memory is limited, and
-a file that takes long is a finding too. If C code crashes, Python says where, and the file is the last one in the folder
-for temporary files. Not part of the test suite; `test_gguf_mutations.py` is its short, fixed form.
+a file that takes long is a finding too. If C code crashes, Python says where, and the file is the last one in the
+folder for temporary files. Not part of the test suite; `test_gguf_mutations.py` is its short, fixed form.
 """
 
 from __future__ import annotations

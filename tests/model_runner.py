@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from engine.gguf.reader import GGUFFile
-from engine.gguf.weights import WeightMemory
 
 from engine.devices.cpu import CPUDevice
 from engine.devices.graph import KVType, Limits
 from engine.generate.forward import ForwardPass
+from engine.gguf.reader import GGUFFile
+from engine.gguf.weights import WeightMemory
 from engine.models import load_model
 
 

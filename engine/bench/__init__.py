@@ -1,1 +1,1 @@
-"""Measures: tokens a second and how near they are to the limit, kernels, cache replays, and the same on other programs."""
+"""Measures: tokens a second, how near they are to the limit, kernels, cache replays, and other programs on the same."""

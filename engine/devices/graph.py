@@ -307,7 +307,7 @@ class Attention(Operation):
     """Append k and v to the cache, then causal grouped-query attention over it.
 
     A token at position p sees the positions from max(0, p - window + 1), or from p rounded down to a multiple of
-    `chunk`, to p; 0 sets no limit. `sinks` has one logit for each head, which takes part in the softmax without a value.
+    `chunk`, to p; 0 sets no limit. `sinks` has one logit for each head, which is part of the softmax but has no value.
     """
 
     q: Tensor
@@ -433,7 +433,7 @@ class Graph:
         return out
 
     def rms_norm(self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0) -> Tensor:
-        """Normalise each group of columns as long as the weight (a row, or one head); `group_size` where there is none."""
+        """Normalise each group of columns, as long as the weight (a row, or one head) or `group_size` if it is None."""
         group_size = weight.size if weight else group_size
         assert x.width % group_size == 0
         out = self._new(x.width, x.rows)

@@ -4,7 +4,8 @@
 //
 //     int8  q[n_cols]            at 0; in [-127, 127]
 //     float d[n_cols / g]        at the next multiple of 64: x ~ d * q
-//     int16 sums[n_cols / 16]    at the next multiple of 64: sums of q over 16 values, for formats with a minimum or offset
+//     int16 sums[n_cols / 16]    at the next multiple of 64: sums of q over 16 values, for formats with a minimum or
+//     offset
 //
 // padded to a multiple of 64 bytes. An F32 row is the float32 values themselves.
 #ifndef ENGINE_ACTIVATIONS_H

@@ -68,7 +68,11 @@ BLOCK(Q4_K, uint16_t d, dmin; uint8_t scales[12]; uint8_t qs[128];);
 BLOCK(Q5_K, uint16_t d, dmin; uint8_t scales[12]; uint8_t qh[32]; uint8_t qs[128];);
 BLOCK(Q6_K, uint8_t ql[128]; uint8_t qh[64]; int8_t scales[16]; uint16_t d;);
 BLOCK(IQ4_XS, uint16_t d, scales_h; uint8_t scales_l[4]; uint8_t qs[128];);
-BLOCK(IQ2_XXS, uint16_t d; struct __attribute__((packed)) { uint8_t index[4]; uint32_t signs_scale; } group[8];);
+BLOCK(
+    IQ2_XXS, uint16_t d; struct __attribute__((packed)) {
+        uint8_t index[4];
+        uint32_t signs_scale;
+    } group[8];);
 BLOCK(IQ2_XS, uint16_t d; uint16_t qs[32]; uint8_t scales[8];);
 BLOCK(IQ2_S, uint16_t d; uint8_t qs[32]; uint8_t signs[32]; uint8_t qh[8]; uint8_t scales[8];);
 BLOCK(IQ3_XXS, uint16_t d; uint8_t qs[64]; uint32_t signs_scale[8];);

@@ -1,9 +1,9 @@
 // Products with few tokens on vector levels: four weight rows at a time against one activation row.
 //
 // A format gives `chunk(block, k)`, 32 weights as bytes u, and for 256-blocks `scales(block, &mins)`. The weights are
-// u - offset with u <= 129, or u itself where `is_signed`. Scales are sixteen int16, one for 16 weights, or (`sub_block`
-// 32) eight in each half; minimums likewise sixteen, or eight in the lower half. Four rows share the activation loads,
-// and give the horizontal sums and the chain of fused multiply-adds four lanes to work on.
+// u - offset with u <= 129, or u itself where `is_signed`. Scales are sixteen int16, one for 16 weights, or
+// (`sub_block` 32) eight in each half; minimums likewise sixteen, or eight in the lower half. Four rows share the
+// activation loads, and give the horizontal sums and the chain of fused multiply-adds four lanes to work on.
 #ifndef ENGINE_DECODE_H
 #define ENGINE_DECODE_H
 

@@ -2,7 +2,8 @@
 //
 // weight i = d * scale[i / 16] * q[i] + min_d * min[i / 16]
 //
-// with `min_d` and `min` unused by formats without minimum. Formats whose sub-blocks are longer than 16 repeat the scale.
+// with `min_d` and `min` unused by formats without minimum. Formats whose sub-blocks are longer than 16 repeat the
+// scale.
 #ifndef ENGINE_INTEGER_BLOCK_H
 #define ENGINE_INTEGER_BLOCK_H
 

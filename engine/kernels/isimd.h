@@ -44,8 +44,8 @@ static inline __m256i apply_signs(__m256i magnitudes, uint32_t signs) {
 // The same from four 7-bit indexes, one a 32-bit lane: bit 7 is their parity.
 static inline __m256i apply_signs_of_7_bits(__m256i magnitudes, __m128i indexes) {
     const __m128i folded = _mm_and_si128(_mm_xor_si128(indexes, _mm_srli_epi32(indexes, 4)), _mm_set1_epi32(15));
-    const __m128i parity = _mm_shuffle_epi8(
-        _mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0), folded);
+    const __m128i parity =
+        _mm_shuffle_epi8(_mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0), folded);
     const __m256i signs = _mm256_broadcastsi128_si256(_mm_or_si128(indexes, parity));
     const __m256i byte_of = _mm256_setr_epi64x(0, 0x0404040404040404, 0x0808080808080808, 0x0c0c0c0c0c0c0c0c);
     const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
@@ -92,8 +92,8 @@ static inline __m256i dot_fours_u8(__m256i u, __m256i s) {
 #endif
 }
 
-// Four vectors to one: lane r is the sum of the eight lanes of a_r. Blends run on more ports than shuffles, so each step
-// gathers by blending and needs one shuffle.
+// Four vectors to one: lane r is the sum of the eight lanes of a_r. Blends run on more ports than shuffles, so each
+// step gathers by blending and needs one shuffle.
 static inline __m128i sum_lanes_of_4(__m256i a0, __m256i a1, __m256i a2, __m256i a3) {
     const __m256i even_01 = _mm256_blend_epi32(a0, a1, 0xaa), odd_01 = _mm256_blend_epi32(a1, a0, 0xaa);
     const __m256i even_23 = _mm256_blend_epi32(a2, a3, 0xaa), odd_23 = _mm256_blend_epi32(a3, a2, 0xaa);
@@ -106,8 +106,10 @@ static inline __m128i sum_lanes_of_4(__m256i a0, __m256i a1, __m256i a2, __m256i
 
 // The same for vectors of four lanes.
 static inline __m128i sum_lanes_of_4_halves(__m128i a0, __m128i a1, __m128i a2, __m128i a3) {
-    const __m128i s01 = _mm_add_epi32(_mm_blend_epi32(a0, a1, 0xa), _mm_shuffle_epi32(_mm_blend_epi32(a1, a0, 0xa), 0xb1));
-    const __m128i s23 = _mm_add_epi32(_mm_blend_epi32(a2, a3, 0xa), _mm_shuffle_epi32(_mm_blend_epi32(a3, a2, 0xa), 0xb1));
+    const __m128i s01 =
+        _mm_add_epi32(_mm_blend_epi32(a0, a1, 0xa), _mm_shuffle_epi32(_mm_blend_epi32(a1, a0, 0xa), 0xb1));
+    const __m128i s23 =
+        _mm_add_epi32(_mm_blend_epi32(a2, a3, 0xa), _mm_shuffle_epi32(_mm_blend_epi32(a3, a2, 0xa), 0xb1));
     return _mm_add_epi32(_mm_blend_epi32(s01, s23, 0xc), _mm_shuffle_epi32(_mm_blend_epi32(s23, s01, 0xc), 0x4e));
 }
 

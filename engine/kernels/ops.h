@@ -24,12 +24,12 @@ enum {
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
     MAX_LINEAR_WEIGHTS = 8,
-    TOKENS_PER_CALL = 64,     // activation rows that one call of a matmul_fn gets at most
-    ROWS_PER_TASK = 64,       // weight rows of one task at most
-    ATTENTION_CHUNK = 256,    // positions that share one softmax before partial results are merged
-    ATTENTION_TILE = 4,       // heads that read a chunk of keys and values together
+    TOKENS_PER_CALL = 64,       // activation rows that one call of a matmul_fn gets at most
+    ROWS_PER_TASK = 64,         // weight rows of one task at most
+    ATTENTION_CHUNK = 256,      // positions that share one softmax before partial results are merged
+    ATTENTION_TILE = 4,         // heads that read a chunk of keys and values together
     SPLIT_ATTENTION_TOKENS = 8, // up to so many tokens, chunks are tasks of their own
-    ATTENTION_TOKENS = 8,     // tokens of a task otherwise
+    ATTENTION_TOKENS = 8,       // tokens of a task otherwise
 };
 
 // Tokens of one sequence, which stand together.
@@ -172,11 +172,11 @@ typedef struct {
 typedef struct {
     matrix q, out;
     kv_cache cache;
-    const float *sinks; // [n_heads], or NULL
+    const float *sinks;         // [n_heads], or NULL
     int n_heads, window, chunk; // window, chunk: 0 for no limit
     float scale;
-    float *partials;         // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
-    padded_counter *n_done;  // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
+    float *partials;        // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
+    padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
 } attention_args;
 
 typedef struct {
@@ -253,14 +253,14 @@ typedef struct {
 } task_fns;
 
 typedef struct ops_table {
-    tile_fn embed, rms_norm, quantize, add, scale, scale_by_position, gate, split_heads, join_heads, rope_table, rope, select_outputs, combine, causal_conv,
-        delta_net, router, kv_store;
+    tile_fn embed, rms_norm, quantize, add, scale, scale_by_position, gate, split_heads, join_heads, rope_table, rope,
+        select_outputs, combine, causal_conv, delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads every byte once; for measuring bandwidth
 } ops_table;
 
-// kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of one
-// token over a whole context.
+// kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of
+// one token over a whole context.
 int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
 int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int value_dim);
 int64_t attention_partial_bytes(int n_heads, const kv_cache *cache);

@@ -275,7 +275,8 @@ enum { FLOATS_OF_LINE = CACHE_LINE / 4 };
 int program_embed(program *p, int ggml_type, embed_args args, int n_vocab) {
     operation op = {.name = "embed", .run_tile = p->kernels->ops->embed, .width = args.n_cols, .unit = args.n_cols};
     args.dequantize_row = p->kernels->quant->dequantize_row[ggml_type];
-    args.row_bytes = (int64_t)args.n_cols / engine_formats[ggml_type].block_size * engine_formats[ggml_type].block_bytes;
+    args.row_bytes =
+        (int64_t)args.n_cols / engine_formats[ggml_type].block_size * engine_formats[ggml_type].block_bytes;
     op.args.embed = args;
     p->n_vocab = p->n_vocab ? smaller(p->n_vocab, n_vocab) : n_vocab;
     touch(p, &op, WRITES, args.out);
@@ -464,12 +465,11 @@ int program_attention(program *p, attention_args args, matrix k, matrix v) {
     const int n_tiles = (args.n_heads / cache.n_kv_heads + ATTENTION_TILE - 1) / ATTENTION_TILE;
     if (record_kv_store(p, cache, k, false) || record_kv_store(p, cache, v, true))
         return -1;
-    args.partials =
-        (float *)shared_memory(p, &p->partials, &p->partial_bytes,
-                               SPLIT_ATTENTION_TOKENS * attention_partial_bytes(args.n_heads, &args.cache));
-    args.n_done = (padded_counter *)shared_memory(
-        p, &p->n_done, &p->n_done_bytes,
-        SPLIT_ATTENTION_TOKENS * cache.n_kv_heads * n_tiles * (int64_t)sizeof(padded_counter));
+    args.partials = (float *)shared_memory(p, &p->partials, &p->partial_bytes,
+                                           SPLIT_ATTENTION_TOKENS * attention_partial_bytes(args.n_heads, &args.cache));
+    args.n_done = (padded_counter *)shared_memory(p, &p->n_done, &p->n_done_bytes,
+                                                  SPLIT_ATTENTION_TOKENS * cache.n_kv_heads * n_tiles *
+                                                      (int64_t)sizeof(padded_counter));
     if (!args.partials || !args.n_done)
         return -1;
     p->context_length = smaller(p->context_length, cache.context_length);
@@ -543,8 +543,8 @@ int program_experts(program *p, experts_args args, int down_activation) {
     args.quantize = NULL;
     if (down_activation != ACTIVATION_F32) {
         args.hidden_row_bytes = engine_activation_bytes(down_activation, args.ffn_size);
-        args.hidden_quantized = shared_memory(p, &p->hidden_quantized, &p->hidden_quantized_bytes,
-                                              n_pairs * args.hidden_row_bytes);
+        args.hidden_quantized =
+            shared_memory(p, &p->hidden_quantized, &p->hidden_quantized_bytes, n_pairs * args.hidden_row_bytes);
         args.quantize = p->kernels->quant->quantize[down_activation];
         if (!args.hidden_quantized)
             return -1;
@@ -556,7 +556,8 @@ int program_experts(program *p, experts_args args, int down_activation) {
     touch_rows(p, &gate_up, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
     touch_block(&gate_up, WRITES, args.hidden, n_pairs * float_bytes);
 
-    operation quantize = {.name = "experts_quantize", .args.experts = args, .tasks = &p->kernels->ops->experts_quantize};
+    operation quantize = {
+        .name = "experts_quantize", .args.experts = args, .tasks = &p->kernels->ops->experts_quantize};
     touch_rows(p, &quantize, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
     touch_block(&quantize, READS, args.hidden, n_pairs * float_bytes);
     touch_block(&quantize, WRITES, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
@@ -644,7 +645,8 @@ static void run_tiles(const program *p, const group *g, const worker *w, atomic_
         n_col_tasks = smaller(smaller(n_units, w->n_threads), larger(1, first->width / MIN_TASK_COLUMNS));
     if (!g->in_order)
         n_row_tasks = smaller(n_rows, larger(1, most_tasks / n_col_tasks));
-    for (int task; (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_row_tasks * n_col_tasks;) {
+    for (int task;
+         (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_row_tasks * n_col_tasks;) {
         const int64_t row_task = task / n_col_tasks, col_task = task % n_col_tasks;
         const tile t = {(int)(n_rows * row_task / n_row_tasks), (int)(n_rows * (row_task + 1) / n_row_tasks),
                         (int)(n_units * col_task / n_col_tasks) * g->unit,
@@ -674,8 +676,8 @@ static double seconds_now(void) {
 }
 
 void program_run(program *p, const program_step *step, double *seconds) {
-    step_view view = {step->n_tokens, step->n_outputs,   0,      step->token_ids,
-                      step->positions, step->slots, step->output_rows, p->runs};
+    step_view view = {step->n_tokens, step->n_outputs,   0,      step->token_ids, step->positions,
+                      step->slots,    step->output_rows, p->runs};
     for (int i = 0; i < step->n_tokens; i++) {
         if (i == 0 || step->slots[i] != step->slots[i - 1])
             p->runs[view.n_runs++] = (token_run){i, i, step->slots[i]};

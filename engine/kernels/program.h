@@ -46,9 +46,9 @@ typedef struct {
 
 typedef enum {
     STEP_FITS,
-    STEP_N_TOKENS,   // detail: the number
-    STEP_N_OUTPUTS,  // detail: the number
-    STEP_TOKEN_ID,   // detail of these: the place in the array
+    STEP_N_TOKENS,  // detail: the number
+    STEP_N_OUTPUTS, // detail: the number
+    STEP_TOKEN_ID,  // detail of these: the place in the array
     STEP_POSITION,
     STEP_SLOT,
     STEP_SEQUENCE, // tokens of one sequence do not stand together, or their positions do not follow

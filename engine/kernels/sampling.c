@@ -11,9 +11,7 @@ typedef struct {
     int32_t id;
 } candidate;
 
-static bool comes_before(candidate a, candidate b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
-}
+static bool comes_before(candidate a, candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
 static void sift_down(candidate *heap, int n, int parent) {
     const candidate moved = heap[parent];

@@ -71,7 +71,8 @@ static inline v16 v16_scale_by_power(v16 a, v16 n) {
     return (v16){v8_scale_by_power_(a.lo, n.lo), v8_scale_by_power_(a.hi, n.hi)};
 }
 static inline v16 v16_from_f16(const uint16_t *p) {
-    return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
+    return (v16){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
+                 _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
 }
 static inline v16 v16_from_i8(const int8_t *p) {
     return (v16){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))),

@@ -34,7 +34,9 @@ static inline float_lanes lanes_to_float(lanes a) { return _mm512_cvtepi32_ps(a)
 static inline float_lanes float_lanes_load(const float *p) { return _mm512_load_ps(p); }
 static inline void float_lanes_store(float *p, float_lanes a) { _mm512_store_ps(p, a); }
 static inline float_lanes float_lanes_scale(float_lanes a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
-static inline float_lanes float_lanes_fma(float_lanes a, float_lanes b, float_lanes c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float_lanes float_lanes_fma(float_lanes a, float_lanes b, float_lanes c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
 #else
 typedef __m256i lanes;
 typedef __m256 float_lanes;
@@ -57,10 +59,13 @@ static inline float_lanes lanes_to_float(lanes a) { return _mm256_cvtepi32_ps(a)
 static inline float_lanes float_lanes_load(const float *p) { return _mm256_load_ps(p); }
 static inline void float_lanes_store(float *p, float_lanes a) { _mm256_store_ps(p, a); }
 static inline float_lanes float_lanes_scale(float_lanes a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
-static inline float_lanes float_lanes_fma(float_lanes a, float_lanes b, float_lanes c) { return _mm256_fmadd_ps(a, b, c); }
+static inline float_lanes float_lanes_fma(float_lanes a, float_lanes b, float_lanes c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
 #endif
 
-// Keeps a running sum in its register: the compiler would regroup the additions of an unrolled loop into a tree, and spill.
+// Keeps a running sum in its register: the compiler would regroup the additions of an unrolled loop into a tree, and
+// spill.
 #define KEEP_IN_REGISTER(a) __asm__("" : "+v"(a))
 
 enum {
@@ -78,7 +83,7 @@ typedef struct {
         _Alignas(64) uint8_t bytes[TILE_COLS / 4][TILE_ROWS][4];
         _Alignas(64) int16_t words[TILE_COLS / 2][TILE_ROWS][2];
     };
-    _Alignas(64) int32_t scales[N_SUB_BLOCKS][TILE_ROWS]; // as lanes_widen takes them
+    _Alignas(64) int32_t scales[N_SUB_BLOCKS][TILE_ROWS];      // as lanes_widen takes them
     _Alignas(64) int16_t mins[N_SUB_BLOCKS / 2][TILE_ROWS][2]; // minimums, or offset * scale
     _Alignas(64) float d[TILE_COLS / 32][TILE_ROWS], min_d[TILE_COLS / 32][TILE_ROWS];
 } weight_tile;
@@ -139,7 +144,8 @@ ALWAYS_INLINE __m256i one_a_sub_block(vector_format f, __m256i values) {
     return _mm256_unpacklo_epi16(spread, spread);
 }
 
-ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uint8_t *block, unpacked_rows *out, int r) {
+ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uint8_t *block, unpacked_rows *out,
+                                  int r) {
     __m256i mins = _mm256_setzero_si256();
     const __m256i scales = one_a_sub_block(f, f.scales(block, &mins));
     if (layout.words) {
@@ -172,7 +178,8 @@ ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uin
     if (f.has_min)
         _mm256_store_si256((__m256i *)out->mins[r], one_a_sub_block(f, mins));
     else if (layout.offset)
-        _mm256_store_si256((__m256i *)out->mins[r], _mm256_mullo_epi16(scales, _mm256_set1_epi16((short)layout.offset)));
+        _mm256_store_si256((__m256i *)out->mins[r],
+                           _mm256_mullo_epi16(scales, _mm256_set1_epi16((short)layout.offset)));
 }
 
 ALWAYS_INLINE void unpack_row_32(vector_format f, tile_layout layout, const uint8_t *block, unpacked_rows *out, int r,
@@ -250,9 +257,10 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
 #pragma GCC unroll 8
         for (int t = 0; t < n; t++)
             for (int i = 0; i < f.block_size; i += 16)
-                _mm256_store_si256((void *)(wide[t] + i), _mm256_cvtepi8_epi16(load_128(x[t].q + group * f.block_size + i)));
+                _mm256_store_si256((void *)(wide[t] + i),
+                                   _mm256_cvtepi8_epi16(load_128(x[t].q + group * f.block_size + i)));
         for (int pair = 0; pair < f.block_size / 2; pair++) {
-            const int16_t(*weights)[2] = tile->words[block * (f.block_size / 2) + pair];
+            const int16_t (*weights)[2] = tile->words[block * (f.block_size / 2) + pair];
 #pragma GCC unroll 8
             for (int t = 0; t < n; t++) {
                 const lanes values = lanes_set_4_bytes(wide[t] + 2 * pair);
@@ -273,7 +281,7 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
                     parts[t][v] = lanes_zero();
 #pragma GCC unroll 8
             for (int quad = first; quad < first + layout.group; quad++) {
-                const uint8_t(*weights)[4] = tile->bytes[block * n_quads + quad];
+                const uint8_t (*weights)[4] = tile->bytes[block * n_quads + quad];
 #pragma GCC unroll 8
                 for (int t = 0; t < n; t++) {
                     const lanes values = lanes_set_4_bytes(x[t].q + group * f.block_size + 4 * quad);
@@ -288,9 +296,9 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
             for (int v = 0; v < TILE_VECTORS; v++)
 #pragma GCC unroll 8
                 for (int t = 0; t < n; t++)
-                    sums[t][v] = f.block_size == 32
-                                     ? lanes_widen_unscaled(sums[t][v], parts[t][v])
-                                     : lanes_widen(sums[t][v], parts[t][v], lanes_load(&tile->scales[first / 4][v * N_LANES]));
+                    sums[t][v] = f.block_size == 32 ? lanes_widen_unscaled(sums[t][v], parts[t][v])
+                                                    : lanes_widen(sums[t][v], parts[t][v],
+                                                                  lanes_load(&tile->scales[first / 4][v * N_LANES]));
         }
     }
     if (f.has_min || (layout.offset && !layout.words)) {
@@ -304,7 +312,8 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
                     total = lanes_set((x_sums[0] + x_sums[1]) * (f.has_min ? 1 : layout.offset));
                 else
                     for (int u = 0; u < N_SUB_BLOCKS / 2; u++)
-                        total = lanes_add_dot_i16(total, lanes_load(tile->mins[u][v * N_LANES]), lanes_set_4_bytes(x_sums + 2 * u));
+                        total = lanes_add_dot_i16(total, lanes_load(tile->mins[u][v * N_LANES]),
+                                                  lanes_set_4_bytes(x_sums + 2 * u));
                 min_sums[t][v] = total;
             }
         }
@@ -319,7 +328,8 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
             if (layout.offset && !layout.words)
                 sum = lanes_sub(sum, min_sums[t][v]);
             float_lanes total = float_lanes_load(acc[t] + r);
-            total = float_lanes_fma(float_lanes_scale(float_lanes_load(tile->d[block] + r), d_x), lanes_to_float(sum), total);
+            total = float_lanes_fma(float_lanes_scale(float_lanes_load(tile->d[block] + r), d_x), lanes_to_float(sum),
+                                    total);
             if (f.has_min)
                 total = float_lanes_fma(float_lanes_scale(float_lanes_load(tile->min_d[block] + r), d_x),
                                         lanes_to_float(min_sums[t][v]), total);

@@ -40,7 +40,7 @@ def decoder(
     ffn_norm: str = "ffn_norm.weight",
     activation: Activation = Activation.SILU,
 ) -> Graph:
-    """Record a pre-norm decoder: in every block a mixer of tokens, then a feed-forward network, each added to the stream.
+    """Record a pre-norm decoder: in each block a mixer of tokens, then a feed-forward network, added to the stream.
 
     `mixer(graph, x, block, spec, layer)` returns what the block's attention (or the like) adds.
     """
@@ -88,7 +88,14 @@ def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, lay
 
 
 def attend(
-    graph: Graph, q: Tensor, k: Tensor, v: Tensor, block: Tensors, spec: ModelSpec, layer: int, gate: Tensor | None = None
+    graph: Graph,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: Tensors,
+    spec: ModelSpec,
+    layer: int,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Look back over the layer's keys and values, gate what is found if there is a gate, and project it."""
     attention = spec.attention
@@ -122,8 +129,9 @@ def project_qkv(
         bias = block.optional_vector("attn_qkv.bias", sum(sizes))
         biases = [None] * 3 if bias is None else list(split_values(bias, *sizes))
     else:
-        weights = [block.matrix(f"attn_{part}.weight", size, hidden_size) for part, size in zip("qkv", sizes, strict=True)]
-        biases = [block.optional_vector(f"attn_{part}.bias", size) for part, size in zip("qkv", sizes, strict=True)]
+        parts = list(zip(("attn_q", "attn_k", "attn_v"), sizes, strict=True))
+        weights = [block.matrix(f"{part}.weight", size, hidden_size) for part, size in parts]
+        biases = [block.optional_vector(f"{part}.bias", size) for part, size in parts]
     q, k, v = graph.linears(x, weights, biases)
     return q, k, v
 
@@ -194,8 +202,9 @@ def feed_forward(
     if block.has("ffn_gate_inp.weight"):
         return mixture_of_experts(graph, x, residual, block, spec, activation)
     ffn_size = block.shape("ffn_gate.weight")[0]
-    gate, up = (block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in ("gate", "up"))
-    gated = graph.gate(*reversed(graph.linears(x, (gate, up))), Gating.SILU)
+    weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in ("gate", "up")]
+    gate, up = graph.linears(x, weights)
+    gated = graph.gate(up, gate, Gating.SILU)
     down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
     return graph.add(residual, scaled(graph, graph.linear(gated, down), spec.residual_scale))
 

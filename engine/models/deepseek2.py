@@ -42,7 +42,7 @@ def _read_attention(keys: Keys, tensors: Tensors) -> LatentAttentionSpec:
     rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
     if head_dim <= rope_dim:
         raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")
-    # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier, and then cosine and sine are not scaled.
+    # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier; then cosine and sine are not scaled.
     yarn = keys.rope(rope_dim, "norm")
     slope = 0.1
     if keys.has("rope.scaling.yarn_log_multiplier"):

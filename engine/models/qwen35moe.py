@@ -108,10 +108,10 @@ def gated_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, la
     return attend(graph, q, k, v, block, spec, layer, gate)
 
 
-def _project(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> tuple[Tensor, ...]:
+def _project(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     net = spec.delta_net
     assert net is not None
-    return graph.linears(
+    qkv, z, beta, alpha = graph.linears(
         x,
         (
             block.matrix("attn_qkv.weight", net.n_channels, spec.hidden_size),
@@ -120,6 +120,7 @@ def _project(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> tuple[
             block.matrix("ssm_alpha.weight", net.n_v_heads, spec.hidden_size),
         ),
     )
+    return qkv, z, beta, alpha
 
 
 def gated_delta_net(

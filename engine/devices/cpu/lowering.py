@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from engine.devices import graph as ops
 from engine.devices.cpu.memory import ALIGNMENT, Arena, Interval, plan_offsets
 from engine.devices.graph import Graph, Limits, Tensor, Vector, Weight, WeightAccess
 from engine.quants.formats import Activation
+
+Value = TypeVar("Value", np.float32, np.int32)
 
 
 @dataclass(slots=True)
@@ -112,7 +115,7 @@ class Lowering:
             self._calls.append(lambda: self.program.quantize(*source.at, width, activation, converted.address, rows))
         return converted
 
-    def _view(self, tensor: Tensor, dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+    def _view(self, tensor: Tensor, dtype: type[Value]) -> npt.NDArray[Value]:
         interval = self._intervals[tensor.buffer]
         size = self.limits.max_tokens * tensor.width
         flat = self.scratch.bytes[interval.offset : interval.offset + size * 4].view(dtype)
@@ -207,7 +210,9 @@ class Lowering:
             x = self._activations(columns, weight.format.activation)
             self._record_head(op, x, out, first + head * head_bytes, scales and scales + 4 * head, head)
 
-    def _record_head(self, op: ops.HeadLinear, x: Place, out: Place, address: int, scale: int | None, head: int) -> None:
+    def _record_head(
+        self, op: ops.HeadLinear, x: Place, out: Place, address: int, scale: int | None, head: int
+    ) -> None:
         weight, rows = op.weight, op.x.rows
         kind, n_rows = weight.format.ggml_type, weight.n_rows
         self._calls.append(
@@ -424,7 +429,7 @@ class Lowering:
         self._calls.append(lambda: self.program.select_outputs(*x.at, *out.at, op.x.width))
 
 
-_LOWER: dict[type[ops.Operation], Callable[[Lowering, ops.Operation], None]] = {
+_LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Embed: Lowering._embed,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,

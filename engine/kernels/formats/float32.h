@@ -14,9 +14,7 @@ static inline v16 load_F16(const uint8_t *w) { return v16_from_f16((const void *
 static inline v16 load_BF16(const uint8_t *w) { return v16_from_bf16((const void *)w); }
 
 // Base-3 digits: byte * 3^k, modulo 256, times 3 / 256 is digit k; minus one.
-static inline float tq1_0_digit(uint8_t packed, int power) {
-    return (float)(((uint8_t)(packed * power) * 3 >> 8) - 1);
-}
+static inline float tq1_0_digit(uint8_t packed, int power) { return (float)(((uint8_t)(packed * power) * 3 >> 8) - 1); }
 
 static inline void expand_TQ1_0(const void *block, float *out) {
     static const int powers[5] = {1, 3, 9, 27, 81};

@@ -75,9 +75,9 @@ static inline __m256i chunk_IQ1_M(const void *block, int k) {
 static inline __m256i scales_IQ1_M(const void *block, __m256i *mins) {
     uint64_t words;
     __builtin_memcpy(&words, ((const block_IQ1_M *)block)->scales, 8);
-    const __m256i spread =
-        _mm256_shuffle_epi8(_mm256_set1_epi64x((int64_t)words), _mm256_setr_epi64x(0x0100010001000100, 0x0302030203020302,
-                                                                                   0x0504050405040504, 0x0706070607060706));
+    const __m256i spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi64x((int64_t)words),
+        _mm256_setr_epi64x(0x0100010001000100, 0x0302030203020302, 0x0504050405040504, 0x0706070607060706));
     const __m256i raised = _mm256_mullo_epi16(spread, _mm256_set1_epi64x(0x0001000800400200));
     (void)mins;
     return odd_scales(_mm256_and_si256(_mm256_srli_epi16(raised, 9), _mm256_set1_epi16(7)));

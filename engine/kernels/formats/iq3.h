@@ -31,9 +31,7 @@ static inline void unpack_IQ3_S(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-static inline __m256i widen_8_bytes(const uint8_t *p) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
-}
+static inline __m256i widen_8_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
 
 static inline __m256i chunk_IQ3_XXS(const void *block, int k) {
     const block_IQ3_XXS *b = block;

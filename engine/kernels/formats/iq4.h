@@ -80,7 +80,8 @@ static inline __m256i scales_IQ4_XS(const void *block, __m256i *mins) {
     (void)mins;
     memcpy(&packed_low, b->scales_l, 4);
     const __m256i steps = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    const __m256i low = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(packed_low), steps), _mm256_set1_epi32(15));
+    const __m256i low =
+        _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(packed_low), steps), _mm256_set1_epi32(15));
     const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(b->scales_h), _mm256_srli_epi32(steps, 1));
     const __m256i scale = _mm256_or_si256(low, _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4));
     const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32));

@@ -53,7 +53,8 @@ static inline __m256i scales_Q2_K(const void *block, __m256i *mins) {
 static inline __m256i chunk_Q3_K(const void *block, int k) {
     const block_Q3_K *b = block;
     const __m256i high = _mm256_and_si256(load_256(b->hmask), _mm256_set1_epi8((char)(1 << k)));
-    return _mm256_or_si256(two_bits_32(b->qs, k), k < 2 ? _mm256_slli_epi16(high, 2 - k) : _mm256_srli_epi16(high, k - 2));
+    return _mm256_or_si256(two_bits_32(b->qs, k),
+                           k < 2 ? _mm256_slli_epi16(high, 2 - k) : _mm256_srli_epi16(high, k - 2));
 }
 
 static inline __m256i scales_Q3_K(const void *block, __m256i *mins) {

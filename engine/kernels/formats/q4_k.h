@@ -47,7 +47,8 @@ static inline __m256i nibbles_of_k(const uint8_t *qs, int k) {
 static inline __m256i scales_of_q4_k(const void *block, __m256i *mins) {
     const __m128i head = load_128(block);
     const __m128i low = _mm_shuffle_epi8(head, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
-    const __m128i high = _mm_shuffle_epi8(head, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+    const __m128i high =
+        _mm_shuffle_epi8(head, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
     const __m128i low_bits = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)),
                                            _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f));
     const __m128i high_bits = _mm_and_si128(_mm_srli_epi16(high, 2), _mm_set1_epi8(0x30));
@@ -57,18 +58,15 @@ static inline __m256i scales_of_q4_k(const void *block, __m256i *mins) {
 }
 
 static inline __m256i chunk_Q4_K(const void *block, int k) { return nibbles_of_k(((const block_Q4_K *)block)->qs, k); }
-static inline __m256i scales_Q4_K(const void *block, __m256i *mins) {
-    return scales_of_q4_k(block, mins);
-}
+static inline __m256i scales_Q4_K(const void *block, __m256i *mins) { return scales_of_q4_k(block, mins); }
 
 static inline __m256i chunk_Q5_K(const void *block, int k) {
     const block_Q5_K *b = block;
     const __m256i high = _mm256_and_si256(load_256(b->qh), _mm256_set1_epi8((char)(1 << k)));
-    return _mm256_or_si256(nibbles_of_k(b->qs, k), k < 4 ? _mm256_slli_epi16(high, 4 - k) : _mm256_srli_epi16(high, k - 4));
+    return _mm256_or_si256(nibbles_of_k(b->qs, k),
+                           k < 4 ? _mm256_slli_epi16(high, 4 - k) : _mm256_srli_epi16(high, k - 4));
 }
-static inline __m256i scales_Q5_K(const void *block, __m256i *mins) {
-    return scales_of_q4_k(block, mins);
-}
+static inline __m256i scales_Q5_K(const void *block, __m256i *mins) { return scales_of_q4_k(block, mins); }
 #endif
 
 #endif

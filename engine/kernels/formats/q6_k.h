@@ -5,8 +5,8 @@
 #include "../integer_block.h"
 #include "../isimd.h"
 
-// Half h of the block: 64 bytes of low nibbles (bytes 0-63 low halves: weights 0-63; high halves: 64-127) and 32 bytes of
-// high bit pairs (pair j: weights 32 j + 0..31).
+// Half h of the block: 64 bytes of low nibbles (bytes 0-63 low halves: weights 0-63; high halves: 64-127) and 32 bytes
+// of high bit pairs (pair j: weights 32 j + 0..31).
 static inline void unpack_Q6_K(const void *block, integer_block *out) {
     const block_Q6_K *b = block;
     for (int i = 0; i < 256; i++) {

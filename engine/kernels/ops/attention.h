@@ -2,7 +2,8 @@
 //
 // One stated order, whoever computes what: positions are cut into chunks of ATTENTION_CHUNK from 0. Each chunk gives,
 // for each query, its largest score m, the sum l of exp(score - m), and the sum o of exp(score - m) * value; the chunks
-// are then merged in order, and a sink, which is a score without a value, after them. So neither the cut of a prompt nor the number of threads can change a bit.
+// are then merged in order, and a sink, which is a score without a value, after them. So neither the cut of a prompt
+// nor the number of threads can change a bit.
 //
 // A long prompt is cut into tasks of a few tokens and one key/value head, which go through the chunks one after
 // another. A few tokens are cut into chunks instead; whoever finishes the last chunk of a query merges all.
@@ -25,10 +26,10 @@ static inline int tiles_of_group(const attention_args *a) {
     return (a->n_heads / a->cache.n_kv_heads + ATTENTION_TILE - 1) / ATTENTION_TILE;
 }
 
-// scores[i][j] = scale * (q_i . k_j) for n_q queries, which follow one another, and one group of sixteen keys. Chains of 32 products, then their sums.
-static inline __attribute__((always_inline)) void score_group(const float *q, int n_q, const uint8_t *keys,
-                                                              int type, int head_dim, float scale, float *scores,
-                                                              int stride) {
+// scores[i][j] = scale * (q_i . k_j) for n_q queries, which follow one another, and one group of sixteen keys. Chains
+// of 32 products, then their sums.
+static inline __attribute__((always_inline)) void score_group(const float *q, int n_q, const uint8_t *keys, int type,
+                                                              int head_dim, float scale, float *scores, int stride) {
     v16 total[ATTENTION_TILE];
     const uint16_t *scales = (const uint16_t *)(keys + (int64_t)head_dim * KV_LANES * kv_element_bytes(type));
     for (int i = 0; i < n_q; i++)
@@ -96,10 +97,9 @@ static inline void exponentials(float *scores, int n_hidden, int n_positions, fl
     *l = v16_sum(sum);
 }
 
-static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q,
-                                                                  int n_q, int slot, int kv_head, int first,
-                                                                  int n_hidden, int n_positions, int type,
-                                                                  attention_partial *out) {
+static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q, int n_q,
+                                                                  int slot, int kv_head, int first, int n_hidden,
+                                                                  int n_positions, int type, attention_partial *out) {
     float scores[ATTENTION_TILE * ATTENTION_CHUNK];
     const int head_dim = a->cache.head_dim, value_dim = a->cache.value_dim;
     const uint8_t *keys = kv_keys(&a->cache, slot, kv_head, first);
@@ -132,8 +132,8 @@ static void attend_chunk(const attention_args *a, const float *q, int n_q, int s
     const int n_left = view.n_positions - first, n_positions = n_left < ATTENTION_CHUNK ? n_left : ATTENTION_CHUNK;
     switch (n_q * N_KV_TYPES + a->cache.type) {
 #define CASE(n, type)                                                                                                  \
-    case n * N_KV_TYPES + type:                                                                                        \
-        attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, type, out);                                        \
+    case n *N_KV_TYPES + type:                                                                                         \
+        attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, type, out);                              \
         break
         CASE(1, KV_F32);
         CASE(1, KV_F16);
@@ -253,7 +253,8 @@ static void attention_run(const op_args *args, const worker *w, int task) {
     const attention_args *a = &args->attention;
     const step_view *step = w->step;
     const int n_kv_heads = a->cache.n_kv_heads, n_tiles = tiles_of_group(a);
-    if (step->n_tokens > SPLIT_ATTENTION_TOKENS) { // the last tokens see most: they go first, so that threads end together
+    if (step->n_tokens >
+        SPLIT_ATTENTION_TOKENS) { // the last tokens see most: they go first, so that threads end together
         const int n_blocks = (step->n_tokens + ATTENTION_TOKENS - 1) / ATTENTION_TOKENS;
         const int first = (n_blocks - 1 - task / n_kv_heads) * ATTENTION_TOKENS;
         const int end = first + ATTENTION_TOKENS < step->n_tokens ? first + ATTENTION_TOKENS : step->n_tokens;

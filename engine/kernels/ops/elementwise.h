@@ -42,9 +42,9 @@ static void op_add(const op_args *args, const step_view *step, tile t) {
     for (int row = t.row; row < t.row_end; row++) {
         const float *a = row_of(args->add.a, row), *b = row_of(args->add.b, row);
         float *out = row_of(args->add.out, row);
-        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, v16_add(v16_load(a + c), v16_load(b + c))),
-                    v16_store_first(out + c, v16_add(v16_load_first(a + c, n_left), v16_load_first(b + c, n_left)),
-                                    n_left));
+        FOR_COLUMNS(
+            c, t.col, t.col_end, v16_store(out + c, v16_add(v16_load(a + c), v16_load(b + c))),
+            v16_store_first(out + c, v16_add(v16_load_first(a + c, n_left), v16_load_first(b + c, n_left)), n_left));
     }
 }
 
@@ -58,10 +58,9 @@ static void op_gate(const op_args *args, const step_view *step, tile t) {
     for (int row = t.row; row < t.row_end; row++) {
         const float *x = row_of(args->gate.x, row), *gate = row_of(args->gate.gate, row);
         float *out = row_of(args->gate.out, row);
-        FOR_COLUMNS(
-            c, t.col, t.col_end, v16_store(out + c, gated(v16_load(x + c), v16_load(gate + c), kind)),
-            v16_store_first(out + c, gated(v16_load_first(x + c, n_left), v16_load_first(gate + c, n_left), kind),
-                            n_left));
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, gated(v16_load(x + c), v16_load(gate + c), kind)),
+                    v16_store_first(
+                        out + c, gated(v16_load_first(x + c, n_left), v16_load_first(gate + c, n_left), kind), n_left));
     }
 }
 
@@ -131,8 +130,7 @@ static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
             float *out = row_of(a->out, row) + group;
             const float mean = dot_f32(x, x, n) / (float)n;
             const v16 factor = v16_set(1.0f / sqrtf(mean + a->eps));
-            FOR_COLUMNS(c, 0, n,
-                        v16_store(out + c, v16_mul(v16_mul(v16_load(x + c), factor), v16_load(a->weight + c))),
+            FOR_COLUMNS(c, 0, n, v16_store(out + c, v16_mul(v16_mul(v16_load(x + c), factor), v16_load(a->weight + c))),
                         v16_store_first(out + c,
                                         v16_mul(v16_mul(v16_load_first(x + c, n_left), factor),
                                                 v16_load_first(a->weight + c, n_left)),
@@ -163,11 +161,10 @@ static void op_combine(const op_args *args, const step_view *step, tile t) {
         const float *shared = a->shared.at ? row_of(a->shared, row) : NULL;
         const v16 shared_weight = v16_set(a->shared_gate.at ? sigmoid_one(*row_of(a->shared_gate, row)) : 1.0f);
         float *out = row_of(a->out, row);
-        FOR_COLUMNS(
-            c, t.col, t.col_end,
-            v16_store(out + c, combined(a, expert_out, weights, shared, shared_weight, residual, c, 16)),
-            v16_store_first(out + c, combined(a, expert_out, weights, shared, shared_weight, residual, c, n_left),
-                            n_left));
+        FOR_COLUMNS(c, t.col, t.col_end,
+                    v16_store(out + c, combined(a, expert_out, weights, shared, shared_weight, residual, c, 16)),
+                    v16_store_first(
+                        out + c, combined(a, expert_out, weights, shared, shared_weight, residual, c, n_left), n_left));
     }
 }
 

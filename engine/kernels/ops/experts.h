@@ -160,7 +160,8 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
                 for (int r = 0; r < t.n_rows; r += 16) {
                     const int n_left = t.n_rows - r < 16 ? t.n_rows - r : 16;
                     const v16 value = v16_load_first(y[i] + r, n_left);
-                    v16_store_first(y[i] + r, scaled_and_biased(value, &a->down, t.expert, a->hidden_size, t.row + r, n_left),
+                    v16_store_first(y[i] + r,
+                                    scaled_and_biased(value, &a->down, t.expert, a->hidden_size, t.row + r, n_left),
                                     n_left);
                 }
     }

@@ -6,9 +6,9 @@
 //     keys    [n_slots, n_kv_heads, context / 16, head_dim, 16]
 //     values  [n_slots, n_kv_heads, context, padded value_dim]
 //
-// (context rounded up to 16, the padded value size too). Q8_0 holds int8 in those places and, after each [head_dim, 16] of
-// keys and each row of values, one f16 scale for each 32 values of a position: [blocks, 16] and [blocks].
-// x ~ d * q with d = f16(max |x| / 127), q = round(x / d), ties to even.
+// (context rounded up to 16, the padded value size too). Q8_0 holds int8 in those places and, after each [head_dim, 16]
+// of keys and each row of values, one f16 scale for each 32 values of a position: [blocks, 16] and [blocks]. x ~ d * q
+// with d = f16(max |x| / 127), q = round(x / d), ties to even.
 #ifndef ENGINE_OPS_KV_LAYOUT_H
 #define ENGINE_OPS_KV_LAYOUT_H
 

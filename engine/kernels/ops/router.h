@@ -41,8 +41,8 @@ static inline int index_of_largest(const float *x, int n) {
     return index;
 }
 
-// Finds the `n_wanted` largest of n values, best first, the lower index on a tie; `x` has room for a multiple of 16 and is
-// used up. NaN and -inf come after every number.
+// Finds the `n_wanted` largest of n values, best first, the lower index on a tie; `x` has room for a multiple of 16 and
+// is used up. NaN and -inf come after every number.
 static inline void largest_first(float *x, int n, int n_wanted, int32_t *indices) {
     const int padded = (n + 15) & ~15;
     for (int i = 0; i < n; i++)
