@@ -28,9 +28,9 @@ $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	$(PY) -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-dev: $(VENV)/.installed-test
+$(VENV)/.installed-dev: $(VENV)/bin/python $(SOURCES)
 	$(PY) -m pip install --quiet --editable '.[test,dev]'
-	@touch $@
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
 
 install: $(VENV)/.installed ## make a virtual environment and install the engine in it
 

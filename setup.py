@@ -7,10 +7,12 @@ on every level.
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("engine/kernels")
@@ -46,6 +48,16 @@ libraries = [
 ]
 
 
+class BuildInParallel(build_clib):
+    """Compiles the levels at the same time: they are most of the work."""
+
+    def build_libraries(self, libraries: list) -> None:
+        """Build each library in a thread of its own."""
+        build_one = super().build_libraries
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda library: build_one([library]), libraries))
+
+
 class BuildWithLevels(build_ext):
     """Builds the levels' libraries first; `build` alone would, but not `build_ext --inplace`."""
 
@@ -66,7 +78,7 @@ extension = Extension(
 )
 
 setup(
-    cmdclass={"build_ext": BuildWithLevels},
+    cmdclass={"build_clib": BuildInParallel, "build_ext": BuildWithLevels},
     libraries=libraries,
     ext_modules=cythonize(
         [extension],
