@@ -409,6 +409,26 @@ class Program:
     def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:
         """out[i] = x[output_rows[i]]: from here on only the wanted rows."""
 
+class RequestServer:
+    """Runs the program of a layer whenever another processor asks for it, through memory that both see.
+
+    A request is a uint32 that counts up: `first` + i asks for layer i, a larger one ends the step; layers may be left
+    out. Whoever asks writes the number last, and finds it in `answered` when all it asked for is written.
+    """
+
+    def __init__(self, programs: Sequence[Program], requested: int, answered: int, abandoned: int) -> None:
+        """Serve these layers, in order, through three addresses of uint32, each on a cache line of its own.
+
+        `abandoned` is not 0 once the other side has given up. Raises `ValueError` for programs that do not fit together.
+        """
+
+    def run(self, step: Step, first: int, last: int, timeout_s: float) -> bool:
+        """Serve until the step is over, without the GIL and with one team of threads; False if it was abandoned.
+
+        `last` is what `requested` held before the step began. Raises `TimeoutError` if a request takes too long to
+        come, and `ValueError` for a step that does not fit the programs.
+        """
+
 def kv_cache_bytes(
     cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int, value_dim: int
 ) -> int:

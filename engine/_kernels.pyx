@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libcpp cimport bool as c_bool
 
@@ -211,6 +211,17 @@ cdef extern from "kernels/program.h" nogil:
     int program_select_outputs(program *p, select_outputs_args args)
     step_error program_check(const program *p, const program_step *step, int *detail)
     void program_run(program *p, const program_step *step, double *seconds)
+    ctypedef struct exchange:
+        const uint32_t *requested
+        uint32_t *answered
+        const uint32_t *abandoned
+        uint32_t first, last
+        double timeout_s
+    ctypedef enum serve_result:
+        SERVE_DONE
+        SERVE_TIMED_OUT
+        SERVE_ABANDONED
+    serve_result program_serve(program *const *layers, int n_layers, const program_step *step, const exchange *e)
     int program_n_groups(const program *p)
     void program_group_name(const program *p, int group, char *name, size_t n_bytes)
     int program_n_vocab(const program *p)
@@ -1094,6 +1105,48 @@ cdef int need_cache(
     need_at_least("n_kv_heads", n_kv_heads, 1)
     need(0 < value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 1 to {MAX_HEAD_DIM}")
     return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
+
+
+cdef class RequestServer:
+    cdef list _programs
+    cdef program **_layers
+    cdef exchange _exchange
+
+    def __init__(self, programs, uintptr_t requested, uintptr_t answered, uintptr_t abandoned):
+        need(self._layers == NULL, "a server is made once")
+        self._programs = list(programs)
+        need_at_least("the number of programs", len(self._programs), 1)
+        cdef Program first = self._programs[0]
+        self._layers = <program **> malloc(len(self._programs) * sizeof(program *))
+        if self._layers == NULL:
+            raise MemoryError("no memory for a server")
+        cdef Program layer
+        for i, layer in enumerate(self._programs):
+            need(layer.n_threads == first.n_threads, "the programs of a server have the same number of threads")
+            self._layers[i] = layer._program
+        self._exchange.requested = <const uint32_t *> need_address("requested", requested)
+        self._exchange.answered = <uint32_t *> need_address("answered", answered)
+        self._exchange.abandoned = <const uint32_t *> need_address("abandoned", abandoned)
+
+    def __dealloc__(self):
+        free(self._layers)
+
+    def run(self, Step step, uint32_t first, uint32_t last, double timeout_s):
+        cdef Program layer
+        cdef program_step view
+        cdef int n_layers = len(self._programs)
+        for layer in self._programs:
+            view = layer._checked(step)
+        self._exchange.first, self._exchange.last, self._exchange.timeout_s = first, last, timeout_s
+        cdef serve_result result
+        with nogil:
+            result = program_serve(self._layers, n_layers, &view, &self._exchange)
+        if result == SERVE_TIMED_OUT:
+            raise TimeoutError(
+                f"no request for {timeout_s:g} s; the last was {self._exchange.requested[0]}, "
+                f"answered {self._exchange.answered[0]}"
+            )
+        return result == SERVE_DONE
 
 
 def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim):

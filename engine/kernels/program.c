@@ -675,7 +675,7 @@ static double seconds_now(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-void program_run(program *p, const program_step *step, double *seconds) {
+static step_view view_step(program *p, const program_step *step) {
     step_view view = {step->n_tokens, step->n_outputs,   0,      step->token_ids, step->positions,
                       step->slots,    step->output_rows, p->runs};
     for (int i = 0; i < step->n_tokens; i++) {
@@ -683,8 +683,17 @@ void program_run(program *p, const program_step *step, double *seconds) {
             p->runs[view.n_runs++] = (token_run){i, i, step->slots[i]};
         p->runs[view.n_runs - 1].end = i + 1;
     }
+    return view;
+}
+
+static void hand_out_all_tasks(program *p) {
     for (int g = 0; g < p->n_groups; g++)
         atomic_store_explicit(&p->next_task[g].value, 0, memory_order_relaxed);
+}
+
+void program_run(program *p, const program_step *step, double *seconds) {
+    const step_view view = view_step(p, step);
+    hand_out_all_tasks(p);
 
 #pragma omp parallel num_threads(p->n_threads)
     {
@@ -705,4 +714,64 @@ void program_run(program *p, const program_step *step, double *seconds) {
             }
         }
     }
+}
+
+// -- serving requests ------------------------------------------------------------------------------------------------
+
+enum { POLLS_PER_CLOCK = 1024 };
+
+// Waits for the next request and returns its layer; n_layers if the step is over, -1 if `*result` says why not.
+static int await_request(const exchange *e, uint32_t last, int n_layers, serve_result *result) {
+    const double start = seconds_now();
+    for (uint32_t polls = 1;; polls++) {
+        const uint32_t request = __atomic_load_n(e->requested, __ATOMIC_ACQUIRE);
+        if (request != last) {
+            const uint32_t layer = request - e->first;
+            return layer < (uint32_t)n_layers ? (int)layer : n_layers;
+        }
+        if (polls % POLLS_PER_CLOCK == 0) {
+            *result = __atomic_load_n(e->abandoned, __ATOMIC_ACQUIRE) ? SERVE_ABANDONED
+                      : seconds_now() - start > e->timeout_s          ? SERVE_TIMED_OUT
+                                                                      : SERVE_DONE;
+            if (*result != SERVE_DONE)
+                return -1;
+        }
+        CPU_PAUSE();
+    }
+}
+
+serve_result program_serve(program *const *layers, int n_layers, const program_step *step, const exchange *e) {
+    program *leader = layers[0];
+    const step_view view = view_step(leader, step);
+    serve_result result = SERVE_DONE;
+    int layer = 0; // written by the first thread between two meetings, read by all after the second
+
+#pragma omp parallel num_threads(leader->n_threads)
+    {
+        const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
+        uint32_t last = e->last;
+        for (;;) {
+            if (thread == 0) {
+                layer = await_request(e, last, n_layers, &result);
+                if (layer >= 0 && layer < n_layers)
+                    hand_out_all_tasks(layers[layer]);
+            }
+            team_meet(&leader->barrier, n_threads);
+            if (layer < 0 || layer == n_layers)
+                break;
+            program *p = layers[layer];
+            const worker w = {&view, n_threads, p->scratch[thread]};
+            for (int g = 0; g < p->n_groups; g++) {
+                if (p->groups[g].starts_phase)
+                    team_meet(&leader->barrier, n_threads);
+                run_group(p, g, &w);
+            }
+            team_meet(&leader->barrier, n_threads);
+            if (thread == 0) {
+                last = e->first + (uint32_t)layer;
+                __atomic_store_n(e->answered, last, __ATOMIC_RELEASE);
+            }
+        }
+    }
+    return result;
 }

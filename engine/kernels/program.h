@@ -62,6 +62,22 @@ step_error program_check(const program *p, const program_step *step, int *detail
 // of fused operations, with a barrier after each.
 void program_run(program *p, const program_step *step, double *seconds);
 
+// Requests from another processor, through memory that both see. A request is a number: `first` and up for the layers
+// in order, what is past the last layer for the end of the step. Numbers may be left out.
+typedef struct {
+    const uint32_t *requested; // the newest request
+    uint32_t *answered;        // gets its number when everything it asked for is written
+    const uint32_t *abandoned; // not 0: the other side has given up
+    uint32_t first, last;      // `last`: what `requested` held before the step began
+    double timeout_s;          // for one request
+} exchange;
+
+typedef enum { SERVE_DONE, SERVE_TIMED_OUT, SERVE_ABANDONED } serve_result;
+
+// Runs the program of each layer that is requested until the step is over, with one team for the whole step. All
+// programs have the same number of threads, and the step must have passed `program_check` for each.
+serve_result program_serve(program *const *layers, int n_layers, const program_step *step, const exchange *e);
+
 int program_n_groups(const program *p);
 // Writes the names of the fused operations of a group, joined by "+".
 void program_group_name(const program *p, int group, char *name, size_t n_bytes);

@@ -1,0 +1,91 @@
+"""Layers that are run at another processor's request, which a Python thread plays here."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from engine import _kernels
+
+WIDTH, MAX_TOKENS = 48, 3
+
+
+class Layers:
+    """Programs that each multiply their own rows, and the three words they are asked through."""
+
+    def __init__(self, n_layers: int, n_threads: int) -> None:
+        self.flags = np.zeros((3, 16), np.uint32)
+        self.x = np.arange(1, n_layers * MAX_TOKENS * WIDTH + 1, dtype=np.float32).reshape(n_layers, MAX_TOKENS, WIDTH)
+        self.out = np.zeros_like(self.x)
+        self.programs = [_kernels.Program(MAX_TOKENS, 1, n_threads) for _ in range(n_layers)]
+        for i, program in enumerate(self.programs):
+            x, out = int(self.x[i].ctypes.data), int(self.out[i].ctypes.data)
+            program.scale(x, WIDTH, 0, 0, out, WIDTH, WIDTH, 2.0 + i, _kernels.ROWS_TOKENS)
+        self.server = _kernels.RequestServer(self.programs, *(int(flag.ctypes.data) for flag in self.flags))
+        self.step = _kernels.Step(MAX_TOKENS)
+        self.step.n_tokens = MAX_TOKENS
+        self.step.positions[:] = np.arange(MAX_TOKENS)
+
+    def ask(self, numbers: list[int], *, must_answer: int) -> None:
+        """Make requests one after another, each when the one before was answered; the last `must_answer` are not."""
+        for i, number in enumerate(numbers):
+            self.flags[0, 0] = number
+            end = time.monotonic() + 20
+            while i < must_answer and self.flags[1, 0] != number:
+                assert time.monotonic() < end
+                time.sleep(0)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("first", [1, 2**32 - 2], ids=["small numbers", "numbers that wrap"])
+def test_layers_are_run_when_asked_for(n_threads: int, first: int) -> None:
+    layers = Layers(4, n_threads)
+    asked = [0, 1, 3]  # layer 2 has no request
+    numbers = [(first + layer) % 2**32 for layer in (*asked, 4)]
+    thread = threading.Thread(target=layers.ask, args=(numbers,), kwargs={"must_answer": len(asked)})
+    thread.start()
+    assert layers.server.run(layers.step, first, 0, 20.0)
+    thread.join()
+    for layer in range(4):
+        expected = layers.x[layer] * (2.0 + layer) if layer in asked else 0.0
+        np.testing.assert_array_equal(layers.out[layer], expected)
+
+
+def test_a_request_from_before_the_step_is_not_served_again() -> None:
+    layers = Layers(2, 2)
+    layers.flags[0, 0] = 7
+    thread = threading.Thread(target=lambda: (time.sleep(0.05), layers.ask([13], must_answer=0)))
+    thread.start()
+    assert layers.server.run(layers.step, 11, 7, 20.0)
+    thread.join()
+    assert not layers.out.any()
+
+
+def test_no_request_in_time_is_an_error() -> None:
+    layers = Layers(1, 2)
+    layers.flags[:2, 0] = 5, 4
+    with pytest.raises(TimeoutError, match=r"no request for 0.01 s; the last was 5, answered 4"):
+        layers.server.run(layers.step, 6, 5, 0.01)
+
+
+def test_an_abandoned_step_ends() -> None:
+    layers = Layers(1, 2)
+    layers.flags[2, 0] = 1
+    assert not layers.server.run(layers.step, 1, 0, 20.0)
+
+
+def test_programs_and_steps_that_do_not_fit_are_refused() -> None:
+    layers = Layers(1, 2)
+    address = int(layers.flags.ctypes.data)
+    with pytest.raises(ValueError, match="number of programs"):
+        _kernels.RequestServer([], address, address, address)
+    with pytest.raises(ValueError, match="address of answered is 0"):
+        _kernels.RequestServer(layers.programs, address, 0, address)
+    with pytest.raises(ValueError, match="same number of threads"):
+        _kernels.RequestServer([*layers.programs, _kernels.Program(1, 1, 1)], address, address, address)
+    layers.step.n_tokens = MAX_TOKENS + 1
+    with pytest.raises(ValueError, match="tokens"):
+        layers.server.run(layers.step, 1, 0, 1.0)
