@@ -9,24 +9,6 @@ if it turns at least `break_even` misses into hits:
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Bandwidths:
-    """Measured speeds of a machine, in bytes a second: reading RAM, copying RAM to VRAM, reading VRAM."""
-
-    ram: float
-    pcie: float
-    vram: float
-
-    @property
-    def break_even(self) -> float:
-        """Return how many misses a load must turn into hits to pay for itself; infinite if it never does."""
-        gain = 1.0 / self.ram - 1.0 / self.vram
-        return 1.0 / (self.ram * gain) if gain > 0 else math.inf
-
 
 class SwapBudget:
     """Bytes that may be copied for each token: what PCIe moves in a share of the token's time.

@@ -46,6 +46,12 @@ class CacheStatistics:
 class HotCache:
     """Keeps the experts that are chosen most in the slots of a device.
 
+    Attributes:
+        table: who is in which slot.
+        policy: decides who should be.
+        counts: int64 [n_layers, n_experts], all choices since the start, for a profile.
+        n_counted: the tokens that made them.
+
     At each token boundary, `observe` is given the routing of the step that has just run, then `step` moves swaps on.
     Neither changes what is computed, only where.
     """
@@ -76,6 +82,8 @@ class HotCache:
         self._bypass_n_tokens, self._prompt_seeds_heat = bypass_n_tokens, prompt_seeds_heat
         self._swapper = Swapper(device, table, max_in_flight)
         self._n_experts = table.held.shape[1]
+        self.counts = np.zeros(table.held.shape, np.int64)
+        self.n_counted = 0
         self._to_fill = NO_SWAPS
         self._interrupted = False
         self._used = False
@@ -105,9 +113,12 @@ class HotCache:
         """Take in the step that has just run, before `step`; routing: ids [n_layers, n_tokens, n_experts_used]."""
         n_tokens = routing.shape[1]
         tokens = routing.transpose(1, 0, 2)
+        counts = count_choices(tokens, self._n_experts)
+        self.counts += counts.astype(np.int64)
+        self.n_counted += n_tokens
         if n_tokens >= self._bypass_n_tokens:
             if not self._used:
-                self.fill(count_choices(tokens, self._n_experts))
+                self.fill(counts)
             if self._prompt_seeds_heat:
                 for chosen in tokens:
                     self.policy.observe(chosen)
@@ -128,8 +139,9 @@ class HotCache:
         """
         if self._interrupted:
             self.recover()
-        wanted = hottest(heat, self.table.n_slots) & (heat > 0)
-        layers, experts = np.nonzero(wanted & ~self.table.held)
+        held = self.table.held
+        outside = np.where(held, np.float32(0), heat)
+        layers, experts = np.nonzero(hottest(outside, self.table.n_slots - held.sum(1)) & (outside > 0))
         leads = heat[layers, experts].astype(np.float32)
         self._to_fill = Swaps(layers, experts, np.full(len(layers), -1), leads).widest_first()
         self._advance(self._take_to_fill())
