@@ -201,7 +201,9 @@ class EmulatedSettings(Table):
         pcie_bandwidth: GB/s of copies from RAM to the GPU.
         handshake_us: what it costs to have the CPU compute some experts of a layer.
         layer_us: what a layer costs the GPU beside reading weights.
-        seed: of the chance in `adversarial`.
+        routing: "own" = the model's; "made-up" = the cache and the clock see a made-up process instead, as random
+            weights (synthetic models) have no favourite experts. What is computed stays the same.
+        seed: of made-up routing, and of the chance in `adversarial`.
         adversarial: copies end in any order and late, to test that nobody relies on theirs; the text stays the same.
     """
 
@@ -213,6 +215,7 @@ class EmulatedSettings(Table):
     pcie_bandwidth: float = setting(25.0, low=0.001, high=1e6)
     handshake_us: float = setting(6.0, low=0.0, high=1e6)
     layer_us: float = setting(30.0, low=0.0, high=1e6)
+    routing: Literal["own", "made-up"] = "own"
     seed: int = setting(0, low=0, high=(1 << 63) - 1)
     adversarial: bool = False
 
