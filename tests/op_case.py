@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ class Case:
         """The results of all tokens, in steps that end at `cuts`."""
         n = self.n_tokens
         bounds = [0, *cuts, n]
-        max_tokens = max(end - first for first, end in zip(bounds, bounds[1:], strict=False))
+        max_tokens = max(end - first for first, end in itertools.pairwise(bounds))
         memory, at = {}, SimpleNamespace()
         for name, (width, dtype) in {
             **{name: (x.shape[1], x.dtype.type) for name, x in self.inputs.items()},
@@ -72,7 +73,7 @@ class Case:
         positions = np.array([self.start + np.count_nonzero(slots[:i] == s) for i, s in enumerate(slots)], np.int32)
         step = _kernels.Step(max_tokens)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self.results}
-        for first, end in zip(bounds, bounds[1:], strict=False):
+        for first, end in itertools.pairwise(bounds):
             size = end - first
             for name, (_, dtype) in self.outputs.items():
                 memory[name][:] = UNTOUCHED[dtype]

@@ -381,7 +381,7 @@ def test_experts(seed: int, n: int, geometry, n_used: int, activation: int, extr
 # -- the choice of experts ---------------------------------------------------------------------------------------------
 
 
-def route(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, scale):  # noqa: ANN001
+def route(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, scale):
     """The router by its definition, in float64; returns ids and weights."""
     scores = {k.SCORE_SOFTMAX: softmax, k.SCORE_SIGMOID: sigmoid}.get(scoring, f64)(logits)
     choice = scores + (0 if bias is None else f64(bias))
@@ -399,7 +399,7 @@ def route(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, sca
     return ids, weights * scale
 
 
-def run_router(logits, bias, n_used, scoring, n_groups=1, n_groups_used=1, normalize=True, scale=1.0) -> Case:  # noqa: ANN001
+def run_router(logits, bias, n_used, scoring, n_groups=1, n_groups_used=1, normalize=True, scale=1.0) -> Case:
     n_experts = logits.shape[1]
 
     def record(program: k.Program, at) -> None:
@@ -433,7 +433,7 @@ def run_router(logits, bias, n_used, scoring, n_groups=1, n_groups_used=1, norma
     st.booleans(),
     st.booleans(),
 )
-def test_router(seed, n, groups, group_size, n_used, scoring, with_bias, normalize) -> None:  # noqa: ANN001
+def test_router(seed, n, groups, group_size, n_used, scoring, with_bias, normalize) -> None:
     n_groups, n_groups_used = groups
     n_experts = n_groups * group_size
     n_used = min(n_used, n_groups_used * group_size)
@@ -523,16 +523,16 @@ def stored(x: np.ndarray, kind: int) -> np.ndarray:
     return out
 
 
-def attention_case(  # noqa: ANN201
-    seed,  # noqa: ANN001
-    slots,  # noqa: ANN001
-    heads=(4, 2),  # noqa: ANN001
-    dims=(16, 16),  # noqa: ANN001
-    kind=k.KV_F32,  # noqa: ANN001
-    with_sinks=False,  # noqa: ANN001
-    window=0,  # noqa: ANN001
-    chunk=0,  # noqa: ANN001
-    values_in_keys=False,  # noqa: ANN001
+def attention_case(
+    seed,
+    slots,
+    heads=(4, 2),
+    dims=(16, 16),
+    kind=k.KV_F32,
+    with_sinks=False,
+    window=0,
+    chunk=0,
+    values_in_keys=False,
 ):
     """Attention over whole sequences and its exact result."""
     (n_heads, n_kv_heads), (head_dim, value_dim) = heads, dims
@@ -601,7 +601,7 @@ def attention_case(  # noqa: ANN201
     st.booleans(),
     st.sampled_from([(0, 0), (1, 0), (7, 0), (0, 8), (5, 12)]),
 )
-def test_attention(seed, lengths, heads, dims, kind, with_sinks, limits) -> None:  # noqa: ANN001
+def test_attention(seed, lengths, heads, dims, kind, with_sinks, limits) -> None:
     slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
     case, exact = attention_case(seed, slots, heads, dims, kind, with_sinks, *limits)
     case.check({"out": exact}, rtol=1e-4, atol=1e-5)
