@@ -45,7 +45,7 @@ def expected() -> tuple[int, ...]:
         {"hot_k": 3},
         {"hot_k": 3, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
         {"hot_k": 12, "policy": "window_topk", "hot_rebalance_interval": 2},
-        {"hot_k": 12, "policy": "static", "prompt_seeds_heat": False},
+        {"hot_k": 12, "policy": "static", "prompt_seeds_heat": True},
         {"n_cpu_moe": 0},
         {"n_cpu_moe": 5},
         {"n_cpu_moe": 8},
