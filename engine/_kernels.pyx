@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libcpp cimport bool as c_bool
 
@@ -238,6 +238,11 @@ cdef extern from "kernels/memory.h" nogil:
                                              int n_threads, int repeats)
 
 
+cdef extern from "kernels/random.h" nogil:
+    void c_fill_random_blocks "fill_random_blocks"(int ggml_type, uint8_t *rows, int64_t n_rows, int n_cols,
+                                                   uint64_t seed, int n_threads)
+
+
 cdef extern from "kernels/sampling.h" nogil:
     ctypedef struct sampling_params:
         double temperature, top_p, min_p
@@ -434,6 +439,15 @@ def matmul(int ggml_type, const uint8_t[:, ::1] weight, const float[:, ::1] x, i
     step.positions[:] = range(n_tokens)
     runner.run(step)
     return out
+
+
+def fill_random_blocks(int ggml_type, uint8_t[:, ::1] out, int n_cols, uint64_t seed, int n_threads=1):
+    cdef int64_t row_bytes = need_row_bytes(ggml_type, n_cols)
+    need(out.shape[1] == row_bytes, f"out has {out.shape[1]} bytes a row; {n_cols} weights take {row_bytes}")
+    need_threads(n_threads)
+    if out.shape[0]:
+        with nogil:
+            c_fill_random_blocks(ggml_type, &out[0, 0], out.shape[0], n_cols, seed, n_threads)
 
 
 def parallel_copy(uintptr_t src, uintptr_t dst, int64_t n_bytes, int n_threads):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gguf_mutations import damage_bytes, damage_parts, exercise, small_models
+
+from engine.errors import GGUFError
+from engine.gguf.reader import GGUFFile
+from engine.models import load_model
 
 OUTCOMES = {"ran", "GGUFError", "UnsupportedModelError"}
 
@@ -59,3 +64,12 @@ def test_a_damaged_golden_file(data: Path, tmp_path: Path) -> None:
         path.write_bytes(damage_bytes(rng, content, 16_000))
         outcomes.add(exercise(path))
     assert "GGUFError" in outcomes <= OUTCOMES
+
+
+@pytest.mark.parametrize("model", [0, 1])
+def test_more_blocks_than_tensors_are_refused_at_once(tmp_path: Path, model: int) -> None:
+    parts, path = small_models()[model], tmp_path / "blocks.gguf"
+    key = f"{parts.values['general.architecture']}.block_count"
+    path.write_bytes(replace(parts, values={**parts.values, key: (1 << 31) - 1}).encode())
+    with GGUFFile.open(path) as file, pytest.raises(GGUFError, match=rf"{key} is 2147483647; .*number of tensors"):
+        load_model(file)

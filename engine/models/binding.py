@@ -93,7 +93,7 @@ class Keys:
 
     def n_layers(self) -> int:
         """Return the blocks that are run: those for multi-token prediction come last and are left out."""
-        n_blocks, n_mtp = self.size("block_count"), self.size("nextn_predict_layers", 0, minimum=0)
+        n_blocks, n_mtp = self.n_blocks(), self.size("nextn_predict_layers", 0, minimum=0)
         if n_mtp >= n_blocks:
             raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
         return n_blocks - n_mtp
