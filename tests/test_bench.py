@@ -125,6 +125,43 @@ def test_bench_of_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 3
 
 
+PLACED = [*QUICK, "--device", "emulated", "--prompt-tokens", "40", "--gen-tokens", "20"]
+
+
+def test_three_placements_at_equal_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "o.json"), "--csv", str(tmp_path / "o.csv")]
+    assert main([*PLACED, "--vram-budget", "12MB", *files]) == 0
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("all experts on the CPU", "whole layers", "hot experts", "virtual clock's"))
+    assert "measured now" not in out
+    cpu, layers, hot = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert cpu["placed"]["hit_rate"] == 0
+    assert cpu["gain"] is None
+    assert 0 < layers["placed"]["hit_rate"] < hot["placed"]["hit_rate"] < 1
+    assert hot["gain"] > layers["gain"] > 0
+    assert hot["placed"]["swaps"] > 0
+    assert layers["placed"]["vram_bytes"] <= hot["placed"]["vram_bytes"] <= 12_000_000
+    for row in (cpu, layers, hot):
+        placed = row["placed"]
+        assert placed["is_virtual"]
+        assert 0 < placed["share_of_limit"] < 1
+        assert placed["vram_bytes_s"] > 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
+    assert float(rows[2]["hit_rate"]) == hot["placed"]["hit_rate"]
+
+
+def test_a_model_of_random_weights_gets_routing_with_favourites(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLACED, "-m", "synthetic:tiny", "--hot-k", "6", "--reps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "made-up routing" in out
+    assert "6 of 16 experts" in out
+
+
+def test_a_plot_without_a_replay_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-q", "--plot", "x.png"]) == 1
+    assert "--plot goes with --replay" in capsys.readouterr().err
+
+
 def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "--profile", "--prompt-tokens", "8"]) == 0
     out = capsys.readouterr().out
