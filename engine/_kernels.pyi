@@ -72,9 +72,9 @@ def matmul(
     """
 
 def fill_random_blocks(ggml_type: int, out: npt.NDArray[np.uint8], n_cols: int, seed: int, n_threads: int = 1) -> None:
-    """Fill uint8 rows [n_rows, row_bytes] in place with valid random blocks whose values have a standard deviation of about n_cols ** -0.5.
+    """Fill uint8 rows [n_rows, row_bytes] in place with valid random blocks; their values have a standard deviation of about n_cols ** -0.5.
 
-    Deterministic in `seed` and position, whatever the number of threads; runs near memory speed.
+    Deterministic in `seed` (below 2**64) and position, whatever the number of threads. The grids must have been set.
     """
 
 def parallel_copy(src: int, dst: int, n_bytes: int, n_threads: int) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libcpp cimport bool as c_bool
 
@@ -18,6 +18,9 @@ cdef extern from "kernels/table.h" nogil:
                                int n_x, float *const *y)
     ctypedef void (*quantize_fn)(const float *x, void *row, int n_cols, int first, int end)
     ctypedef void (*dequantize_fn)(const uint8_t *w, float *out, int n_cols)
+    ctypedef void (*exponentials_fn)(const float *x, int n, float shift, float scale, float *out)
+    ctypedef struct ops_table:
+        exponentials_fn exponentials
     ctypedef struct quant_table:
         matmul_fn *matmul
         uint8_t *is_fast
@@ -26,6 +29,7 @@ cdef extern from "kernels/table.h" nogil:
     ctypedef struct kernel_table:
         const char *name
         const quant_table *quant
+        const ops_table *ops
     ctypedef struct format_facts_t "format_facts":
         int block_size, block_bytes, activation
     const format_facts_t *engine_formats
@@ -234,15 +238,21 @@ cdef extern from "kernels/memory.h" nogil:
                                              int n_threads, int repeats)
 
 
+cdef extern from "kernels/random.h" nogil:
+    void c_fill_random_blocks "fill_random_blocks"(int ggml_type, uint8_t *rows, int64_t n_rows, int n_cols,
+                                                   uint64_t seed, int n_threads)
+
+
 cdef extern from "kernels/sampling.h" nogil:
     ctypedef struct sampling_params:
         double temperature, top_p, min_p
         double repetition_penalty, presence_penalty, frequency_penalty
         int top_k
     int largest_logit(const float *logits, int n)
-    int sample_token(const float *logits, int n, const int32_t *recent, int n_recent, const sampling_params *params,
-                     double uniform)
-    int best_log_probabilities(const float *logits, int n, int n_top, int32_t *ids, float *values, double *log_sum)
+    int sample_token(exponentials_fn exponentials, const float *logits, int n, const int32_t *recent, int n_recent,
+                     const sampling_params *params, double uniform)
+    int best_log_probabilities(exponentials_fn exponentials, const float *logits, int n, int n_top, int32_t *ids,
+                               float *values, double *log_sum)
 
 
 ROWS_TOKENS = _ROWS_TOKENS
@@ -431,6 +441,15 @@ def matmul(int ggml_type, const uint8_t[:, ::1] weight, const float[:, ::1] x, i
     return out
 
 
+def fill_random_blocks(int ggml_type, uint8_t[:, ::1] out, int n_cols, uint64_t seed, int n_threads=1):
+    cdef int64_t row_bytes = need_row_bytes(ggml_type, n_cols)
+    need(out.shape[1] == row_bytes, f"out has {out.shape[1]} bytes a row; {n_cols} weights take {row_bytes}")
+    need_threads(n_threads)
+    if out.shape[0]:
+        with nogil:
+            c_fill_random_blocks(ggml_type, &out[0, 0], out.shape[0], n_cols, seed, n_threads)
+
+
 def parallel_copy(uintptr_t src, uintptr_t dst, int64_t n_bytes, int n_threads):
     need_threads(n_threads)
     need_at_least("n_bytes", n_bytes, 0)
@@ -482,9 +501,10 @@ def sample(
         temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_k
     )
     cdef const int32_t *ids = &recent[0] if recent.shape[0] else NULL
+    cdef exponentials_fn exponentials = engine_kernels(NULL).ops.exponentials
     cdef int token
     with nogil:
-        token = sample_token(&logits[0], logits.shape[0], ids, recent.shape[0], &params, uniform)
+        token = sample_token(exponentials, &logits[0], logits.shape[0], ids, recent.shape[0], &params, uniform)
     if token < 0:
         raise MemoryError("no memory to sample a token")
     return token
@@ -496,8 +516,9 @@ def log_probabilities(const float[::1] logits, int n_top):
     ids, values = np.empty(max(n_top, 1), np.int32), np.empty(max(n_top, 1), np.float32)
     cdef int32_t[::1] id_view = ids
     cdef float[::1] value_view = values
+    cdef exponentials_fn exponentials = engine_kernels(NULL).ops.exponentials
     cdef double log_sum
-    if best_log_probabilities(&logits[0], logits.shape[0], n_top, &id_view[0], &value_view[0], &log_sum):
+    if best_log_probabilities(exponentials, &logits[0], logits.shape[0], n_top, &id_view[0], &value_view[0], &log_sum):
         raise MemoryError("no memory to sort logits")
     return ids[:n_top], values[:n_top], log_sum
 

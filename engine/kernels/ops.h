@@ -256,6 +256,7 @@ typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, scale_by_position, gate, split_heads, join_heads, rope_table, rope,
         select_outputs, combine, causal_conv, delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
+    exponentials_fn exponentials;
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads every byte once; for measuring bandwidth
 } ops_table;
 

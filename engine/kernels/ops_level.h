@@ -19,6 +19,15 @@ static float read_all(const uint8_t *bytes, int64_t n_bytes) {
     return v16_sum(v16_add(v16_add(sums[0], sums[1]), v16_add(sums[2], sums[3])));
 }
 
+static void exponentials_of(const float *x, int n, float shift, float scale, float *out) {
+    const v16 shifts = v16_set(shift), scales = v16_set(scale);
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        v16_store(out + i, v16_exp(v16_mul(v16_sub(v16_load(x + i), shifts), scales)));
+    if (i < n)
+        v16_store_first(out + i, v16_exp(v16_mul(v16_sub(v16_load_first(x + i, n - i), shifts), scales)), n - i);
+}
+
 static const ops_table level_ops = {
     .embed = op_embed,
     .rms_norm = op_rms_norm,
@@ -42,5 +51,6 @@ static const ops_table level_ops = {
     .experts_gate_up = {experts_gate_up_begin, experts_gate_up_run},
     .experts_quantize = {experts_quantize_begin, experts_quantize_run},
     .experts_down = {experts_down_begin, experts_down_run},
+    .exponentials = exponentials_of,
     .read_all = read_all,
 };

@@ -1,5 +1,6 @@
 #include "sampling.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -10,6 +11,16 @@ typedef struct {
     float logit;
     int32_t id;
 } candidate;
+
+// The best ids of many, as a heap with the best one on top: most draws look at a few of a hundred thousand, so that
+// sorting all, or only putting all into a heap, would be waste.
+typedef struct {
+    candidate *heap; // those popped stand behind it, the first one last
+    int n, n_popped;
+    bool is_all; // of the ids that can be drawn
+} candidates;
+
+// -- candidates ------------------------------------------------------------------------------------------------------
 
 static bool comes_before(candidate a, candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
@@ -25,33 +36,86 @@ static void sift_down(candidate *heap, int n, int parent) {
     heap[parent] = moved;
 }
 
-// A heap with the best candidate on top: most draws look at a few of a hundred thousand, so sorting all would be waste.
-static candidate *make_heap(const float *logits, int n) {
-    candidate *heap = malloc((size_t)n * sizeof *heap); // n is at least 1
-    if (!heap)
-        return NULL;
-    for (int i = 0; i < n; i++)
-        heap[i] = (candidate){isnan(logits[i]) ? -INFINITY : logits[i], i};
-    for (int parent = n / 2 - 1; parent >= 0; parent--)
-        sift_down(heap, n, parent);
-    return heap;
+// Collects the ids whose logits are at most `depth` below the largest, never one that is -infinity or NaN.
+static void collect(candidates *c, const float *logits, int n, float largest, float depth) {
+    const float lowest = largest - depth >= -FLT_MAX ? largest - depth : -FLT_MAX;
+    c->n = c->n_popped = 0;
+    for (int first = 0; first < n; first += 64) { // groups, so that those without any candidate pass quickly
+        const int end = first + 64 < n ? first + 64 : n;
+        int n_found = 0;
+        for (int i = first; i < end; i++)
+            n_found += logits[i] >= lowest;
+        for (int i = first; n_found; i++)
+            if (logits[i] >= lowest) {
+                c->heap[c->n++] = (candidate){logits[i], i};
+                n_found--;
+            }
+    }
+    c->is_all = lowest == -FLT_MAX;
+    for (int parent = c->n / 2 - 1; parent >= 0; parent--)
+        sift_down(c->heap, c->n, parent);
 }
 
-// Moves the best of n candidates to the end of the heap.
-static candidate pop(candidate *heap, int n) {
-    const candidate best = heap[0];
-    heap[0] = heap[n - 1];
-    heap[n - 1] = best;
-    sift_down(heap, n - 1, 0);
-    return best;
+// The candidate of a rank; the ranks before it have been asked for. NULL if none is left.
+static const candidate *ranked(candidates *c, int rank) {
+    if (rank < c->n_popped)
+        return &c->heap[c->n - 1 - rank];
+    if (c->n_popped == c->n)
+        return NULL;
+    const int last = c->n - 1 - c->n_popped++;
+    const candidate best = c->heap[0];
+    c->heap[0] = c->heap[last];
+    c->heap[last] = best;
+    sift_down(c->heap, last, 0);
+    return &c->heap[last];
+}
+
+// -- all logits ------------------------------------------------------------------------------------------------------
+
+enum { LANES = 16, MAX_BLOCK = 1024 };
+
+static float largest_of(const float *x, int n) {
+    float lanes[LANES];
+    for (int j = 0; j < LANES; j++)
+        lanes[j] = -INFINITY;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++)
+            lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (; i < n; i++)
+        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    for (int j = 1; j < LANES; j++)
+        lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+    return lanes[0];
 }
 
 int largest_logit(const float *logits, int n) {
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best] || isnan(logits[best]))
-            best = i;
+    float largest = -INFINITY;
+    for (int first = 0; first < n; first += MAX_BLOCK) {
+        const float found = largest_of(logits + first, first + MAX_BLOCK < n ? MAX_BLOCK : n - first);
+        if (found > largest) {
+            largest = found;
+            best = first;
+        }
+    }
+    while (largest > -INFINITY && logits[best] != largest)
+        best++;
     return best;
+}
+
+static double sum_of(const float *x, int n) {
+    double lanes[LANES] = {0.0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++)
+            lanes[j] += (double)x[i + j];
+    for (; i < n; i++)
+        lanes[0] += (double)x[i];
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++)
+            lanes[j] += lanes[j + half];
+    return lanes[0];
 }
 
 static int compare_ids(const void *a, const void *b) {
@@ -74,83 +138,115 @@ static void penalize(float *logits, int n, int32_t *recent, int n_recent, const 
     }
 }
 
-// Draws from a heap of n candidates, which is used up.
-static int draw(candidate *heap, int n, const sampling_params *params, double uniform) {
-    const double largest = (double)heap[0].logit, scale = 1.0 / params->temperature;
-    if (!isfinite(largest)) // all -inf, or an infinite one: nothing to weigh
-        return heap[0].id;
-#define WEIGHT(candidate) exp(((double)(candidate).logit - largest) * scale)
-    const int n_top = params->top_k > 0 && params->top_k < n ? params->top_k : n;
-    double total = 0.0;
-    int n_popped = 0; // heap[n - 1], heap[n - 2] ... are the best, in order
-    if (n_top < n)
-        for (; n_popped < n_top; n_popped++)
-            total += WEIGHT(pop(heap, n - n_popped));
-    else
-        for (int i = 0; i < n; i++)
-            total += WEIGHT(heap[i]);
+// -- drawing ---------------------------------------------------------------------------------------------------------
 
+enum { NOT_ENOUGH = -2 };
+
+// Draws one of the candidates; `all` is the sum of all n weights. NOT_ENOUGH if that takes more than were collected.
+static int draw(candidates *c, int n, const float *weights, double all, const sampling_params *params, double uniform) {
+    const int n_top = params->top_k > 0 && params->top_k < n ? params->top_k : n;
+    double total = all;
+    const candidate *at;
+    if (n_top < n) {
+        total = 0.0;
+        for (int rank = 0; rank < n_top && (at = ranked(c, rank)); rank++)
+            total += (double)weights[at->id];
+        if (c->n < n_top && !c->is_all)
+            return NOT_ENOUGH;
+    }
     int n_kept = n_top;
     if (params->top_p < 1.0 || params->min_p > 0.0) {
+        const double wanted = params->top_p < 1.0 ? params->top_p * total : INFINITY;
         double sum = 0.0;
-        for (n_kept = 0; n_kept < n_top; n_kept++) {
-            if (n_kept == n_popped)
-                pop(heap, n - n_popped++);
-            const double weight = WEIGHT(heap[n - 1 - n_kept]);
-            if (n_kept > 0 && (sum >= params->top_p * total || weight < params->min_p))
+        for (n_kept = 0; n_kept < n_top && (at = ranked(c, n_kept)); n_kept++) {
+            const double weight = (double)weights[at->id];
+            if (n_kept > 0 && (sum >= wanted || weight < params->min_p))
                 break;
             sum += weight;
         }
+        if (n_kept < n_top && n_kept == c->n && !c->is_all)
+            return NOT_ENOUGH;
         total = sum;
     }
     double sum = 0.0;
-    for (int i = 0; i < n_kept; i++) {
-        if (i == n_popped)
-            pop(heap, n - n_popped++);
-        sum += WEIGHT(heap[n - 1 - i]);
+    int id = 0;
+    for (int rank = 0; rank < n_kept && (at = ranked(c, rank)); rank++) {
+        id = at->id;
+        sum += (double)weights[id];
         if (sum > uniform * total)
-            return heap[n - 1 - i].id;
+            return id;
     }
-#undef WEIGHT
-    return heap[n - n_kept].id; // rounding: uniform was next to 1
+    return n_kept <= c->n || c->is_all ? id : NOT_ENOUGH; // the last one: uniform was next to 1
 }
 
-int sample_token(const float *logits, int n, const int32_t *recent, int n_recent, const sampling_params *params,
-                 double uniform) {
+static int draw_token(exponentials_fn exponentials, const float *logits, int n, const sampling_params *params,
+                      double uniform) {
+    const int best = largest_logit(logits, n);
+    if (params->temperature <= 0.0 || !isfinite(logits[best])) // nothing to weigh
+        return best;
+    float *weights = malloc((size_t)n * sizeof *weights);
+    candidates c = {.heap = malloc((size_t)n * sizeof *c.heap)};
+    int id = -1;
+    if (weights && c.heap) {
+        const double inverse = 1.0 / params->temperature;
+        exponentials(logits, n, logits[best], inverse < (double)FLT_MAX ? (float)inverse : FLT_MAX, weights);
+        const double all = sum_of(weights, n);
+        float depth = (float)(8.0 * params->temperature);
+        do {
+            collect(&c, logits, n, logits[best], depth);
+            id = draw(&c, n, weights, all, params, uniform);
+            depth *= 4.0f;
+        } while (id == NOT_ENOUGH);
+    }
+    free(weights);
+    free(c.heap);
+    return id;
+}
+
+int sample_token(exponentials_fn exponentials, const float *logits, int n, const int32_t *recent, int n_recent,
+                 const sampling_params *params, double uniform) {
+    if (n_recent == 0)
+        return draw_token(exponentials, logits, n, params, uniform);
     float *own = malloc((size_t)n * sizeof *own);
-    int32_t *sorted = malloc((size_t)(n_recent + 1) * sizeof *sorted);
+    int32_t *sorted = malloc((size_t)n_recent * sizeof *sorted);
     int id = -1;
     if (own && sorted) {
         memcpy(own, logits, (size_t)n * sizeof *own);
         memcpy(sorted, recent, (size_t)n_recent * sizeof *sorted);
         penalize(own, n, sorted, n_recent, params);
-        if (params->temperature <= 0.0) {
-            id = largest_logit(own, n);
-        } else {
-            candidate *heap = make_heap(own, n);
-            id = heap ? draw(heap, n, params, uniform) : -1;
-            free(heap);
-        }
+        id = draw_token(exponentials, own, n, params, uniform);
     }
     free(own);
     free(sorted);
     return id;
 }
 
-int best_log_probabilities(const float *logits, int n, int n_top, int32_t *ids, float *values, double *log_sum) {
-    candidate *heap = make_heap(logits, n);
-    if (!heap)
-        return -1;
-    const double largest = (double)heap[0].logit;
-    double sum = 0.0;
-    for (int i = 0; i < n; i++)
-        sum += exp((double)heap[i].logit - largest);
-    *log_sum = largest + log(sum);
-    for (int i = 0; i < n_top; i++) {
-        const candidate best = pop(heap, n - i);
-        ids[i] = best.id;
-        values[i] = (float)((double)best.logit - *log_sum);
+int best_log_probabilities(exponentials_fn exponentials, const float *logits, int n, int n_top, int32_t *ids,
+                           float *values, double *log_sum) {
+    const float largest = logits[largest_logit(logits, n)];
+    float *weights = malloc((size_t)n * sizeof *weights);
+    candidates c = {.heap = malloc((size_t)n * sizeof *c.heap)};
+    const bool has_memory = weights && c.heap;
+    if (has_memory) {
+        exponentials(logits, n, largest, 1.0f, weights);
+        *log_sum = (double)largest + log(sum_of(weights, n));
+        float depth = 8.0f;
+        do {
+            collect(&c, logits, n, largest, depth);
+            depth *= 4.0f;
+        } while (c.n < n_top && !c.is_all);
+        int rank = 0;
+        for (const candidate *at; rank < n_top && (at = ranked(&c, rank)); rank++) {
+            ids[rank] = at->id;
+            values[rank] = (float)((double)at->logit - *log_sum);
+        }
+        for (int id = 0; rank < n_top; id++) // no more numbers: -infinity and NaN
+            if (!(logits[id] >= -FLT_MAX)) {
+                ids[rank] = id;
+                values[rank++] = -INFINITY;
+            }
     }
-    free(heap);
-    return 0;
+    free(weights);
+    free(c.heap);
+    return has_memory ? 0 : -1;
 }

@@ -20,6 +20,9 @@ typedef void (*dequantize_fn)(const uint8_t *w, float *out, int n_cols);
 // Turns the values from `first` to `end` (whole groups) of a row of n_cols into their places in an activation row.
 typedef void (*quantize_fn)(const float *x, void *row, int n_cols, int first, int end);
 
+// out[i] = exp((x[i] - shift) * scale), by the polynomial of vmath.h.
+typedef void (*exponentials_fn)(const float *x, int n, float shift, float scale, float *out);
+
 // quant_level.h fills this one
 typedef struct {
     matmul_fn matmul[N_GGML_TYPES];

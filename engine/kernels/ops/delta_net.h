@@ -13,18 +13,21 @@ static inline bool starts_afresh(const step_view *step, const token_run *run) {
 // -- causal convolution ----------------------------------------------------------------------------------------------
 
 // n (1..16) channels from `c` of one run of tokens. `window` holds the kernel_size - 1 inputs before the token at hand.
-static inline void convolve(const causal_conv_args *a, const step_view *step, const token_run *run, int c, int n) {
-    v16 window[MAX_CONV_KERNEL];
+static inline __attribute__((always_inline)) void convolve(const causal_conv_args *a, const step_view *step,
+                                                           const token_run *run, int c, int n) {
+    v16 window[MAX_CONV_KERNEL], weights[MAX_CONV_KERNEL];
     const int n_before = a->kernel_size - 1;
     float *state = a->state + (int64_t)run->slot * n_before * a->n_channels + c;
     for (int j = 0; j < n_before; j++)
         window[j] = starts_afresh(step, run) ? v16_set(0.0f) : v16_load_first(state + (int64_t)j * a->n_channels, n);
+    for (int j = 0; j <= n_before; j++)
+        weights[j] = v16_load_first(a->weight + (int64_t)j * a->n_channels + c, n);
     for (int row = run->first; row < run->end; row++) {
         const v16 x = v16_load_first(a->x.at + row * a->x.stride + c, n);
         v16 sum = v16_set(0.0f);
         for (int j = 0; j < n_before; j++)
-            sum = v16_fma(window[j], v16_load_first(a->weight + (int64_t)j * a->n_channels + c, n), sum);
-        sum = v16_fma(x, v16_load_first(a->weight + (int64_t)n_before * a->n_channels + c, n), sum);
+            sum = v16_fma(window[j], weights[j], sum);
+        sum = v16_fma(x, weights[n_before], sum);
         v16_store_first(a->out.at + row * a->out.stride + c, v16_silu(sum), n);
         for (int j = 0; j + 1 < n_before; j++)
             window[j] = window[j + 1];
@@ -35,12 +38,32 @@ static inline void convolve(const causal_conv_args *a, const step_view *step, co
 }
 
 static void op_causal_conv(const op_args *args, const step_view *step, tile t) {
-    for (int i = 0; i < step->n_runs; i++)
-        for (int c = t.col; c < t.col_end; c += 16)
-            convolve(&args->causal_conv, step, &step->runs[i], c, t.col_end - c < 16 ? t.col_end - c : 16);
+    for (int i = 0; i < step->n_runs; i++) {
+        int c = t.col;
+        for (; c + 16 <= t.col_end; c += 16)
+            convolve(&args->causal_conv, step, &step->runs[i], c, 16);
+        if (c < t.col_end)
+            convolve(&args->causal_conv, step, &step->runs[i], c, t.col_end - c);
+    }
 }
 
 // -- gated delta rule ------------------------------------------------------------------------------------------------
+//
+// With S the state [k_dim, v_dim] of a head:  r = S'k  and  p = S'q,  d = beta (v - decay r),
+// S <- decay S + k d',  out = decay p + (k.q) d,  which is what q reads from the new S. Sums over k_dim run from 0 up
+// in each column, so columns may be cut in any way. A block of columns stays in the first-level cache while some tokens
+// pass, and one pass over it updates it for a token and takes the sums of the next.
+
+enum { DELTA_TOKENS = 8, DELTA_BLOCK = 32 };
+
+// What the tokens at hand bring to one head.
+typedef struct {
+    float q[DELTA_TOKENS][MAX_HEAD_DIM], k[DELTA_TOKENS][MAX_HEAD_DIM];
+    float kq[DELTA_TOKENS], beta[DELTA_TOKENS], decay[DELTA_TOKENS];
+    const float *v[DELTA_TOKENS];
+    float *out[DELTA_TOKENS];
+    int n_tokens;
+} delta_inputs;
 
 // ln(1 + e^x) in double: it decides how long the state remembers.
 static inline double softplus(double x) { return x > 30.0 ? x : log1p(exp(x)); }
@@ -52,51 +75,79 @@ static inline void unit_vector(float *out, const float *x, int n, float eps, flo
         out[i] = x[i] * scale;
 }
 
-// n (1..16) value columns of one head's state: decay, then one rank-one update, then what q reads.
-// Sums over k run from 0 upwards in each lane; four partial chains would hide latency but cost accuracy nothing either:
-// the state of sixteen columns is small enough that two columns of registers keep the units busy.
-static inline void delta_step(float *state, int64_t stride, const float *q, const float *k, int k_dim, const float *v,
-                              float decay, float beta, float *out, int n) {
-    const v16 keep = v16_set(decay);
-    v16 read = v16_set(0.0f), result = v16_set(0.0f);
-    for (int i = 0; i < k_dim; i++)
-        read = v16_fma(v16_mul(v16_load_first(state + i * stride, n), keep), v16_set(k[i]), read);
-    const v16 delta = v16_mul(v16_sub(v16_load_first(v, n), read), v16_set(beta));
-    for (int i = 0; i < k_dim; i++) {
-        float *s = state + i * stride;
-        const v16 updated = v16_fma(v16_set(k[i]), delta, v16_mul(v16_load_first(s, n), keep));
-        v16_store_first(s, updated, n);
-        result = v16_fma(v16_set(q[i]), updated, result);
+static void gather_delta_inputs(const delta_net_args *a, int first, int n, int head, delta_inputs *in) {
+    const int k_head = a->grouped ? head / (a->n_v_heads / a->n_k_heads) : head % a->n_k_heads;
+    in->n_tokens = n;
+    for (int t = 0; t < n; t++) {
+        const int row = first + t;
+        const int64_t at = row * a->qkv_stride;
+        unit_vector(in->q[t], a->q + at + k_head * a->k_dim, a->k_dim, a->eps, 1.0f / sqrtf((float)a->k_dim));
+        unit_vector(in->k[t], a->k + at + k_head * a->k_dim, a->k_dim, a->eps, 1.0f);
+        in->kq[t] = dot_f32(in->k[t], in->q[t], a->k_dim);
+        in->beta[t] = sigmoid_one(a->beta.at[row * a->beta.stride + head]);
+        const double alpha = (double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]);
+        in->decay[t] = (float)exp((double)a->a[head] * softplus(alpha));
+        in->v[t] = a->v + at + head * a->v_dim;
+        in->out[t] = a->out.at + row * a->out.stride + head * a->v_dim;
     }
-    v16_store_first(out, result, n);
+}
+
+// All tokens at hand through n_vectors times 16 columns of a state from `c`, of which the last n (1..16) are there.
+static inline __attribute__((always_inline)) void delta_block(const delta_inputs *in, float *state, int64_t stride,
+                                                              int k_dim, int c, int n_vectors, int n) {
+    v16 r[2], p[2], d[2];
+#define COLUMNS(w) ((w) + 1 < n_vectors ? 16 : n)
+    for (int w = 0; w < n_vectors; w++)
+        r[w] = p[w] = v16_set(0.0f);
+    for (int i = 0; i < k_dim; i++)
+        for (int w = 0; w < n_vectors; w++) {
+            const v16 s = v16_load_first(state + i * stride + c + 16 * w, COLUMNS(w));
+            r[w] = v16_fma(s, v16_set(in->k[0][i]), r[w]);
+            p[w] = v16_fma(s, v16_set(in->q[0][i]), p[w]);
+        }
+    for (int t = 0; t < in->n_tokens; t++) {
+        const v16 keep = v16_set(in->decay[t]);
+        const float *k = in->k[t];
+        for (int w = 0; w < n_vectors; w++) {
+            const v16 v = v16_load_first(in->v[t] + c + 16 * w, COLUMNS(w));
+            d[w] = v16_mul(v16_sub(v, v16_mul(keep, r[w])), v16_set(in->beta[t]));
+            const v16 out = v16_fma(v16_set(in->kq[t]), d[w], v16_mul(keep, p[w]));
+            v16_store_first(in->out[t] + c + 16 * w, out, COLUMNS(w));
+            r[w] = p[w] = v16_set(0.0f);
+        }
+        const bool is_last = t + 1 == in->n_tokens;
+        const float *next_k = in->k[is_last ? t : t + 1], *next_q = in->q[is_last ? t : t + 1];
+        for (int i = 0; i < k_dim; i++)
+            for (int w = 0; w < n_vectors; w++) {
+                float *at = state + i * stride + c + 16 * w;
+                const v16 s = v16_fma(v16_set(k[i]), d[w], v16_mul(keep, v16_load_first(at, COLUMNS(w))));
+                v16_store_first(at, s, COLUMNS(w));
+                r[w] = v16_fma(s, v16_set(next_k[i]), r[w]);
+                p[w] = v16_fma(s, v16_set(next_q[i]), p[w]);
+            }
+    }
+#undef COLUMNS
 }
 
 static void op_delta_net(const op_args *args, const step_view *step, tile t) {
     const delta_net_args *a = &args->delta_net;
-    float q[MAX_HEAD_DIM], k[MAX_HEAD_DIM];
-    const int group = a->n_v_heads / a->n_k_heads;
-    const float q_scale = 1.0f / sqrtf((float)a->k_dim);
+    delta_inputs in;
     for (int i = 0; i < step->n_runs; i++) {
         const token_run *run = &step->runs[i];
         for (int head = t.col / a->v_dim; head < t.col_end / a->v_dim; head++) {
-            const int k_head = a->grouped ? head / group : head % a->n_k_heads;
             float *state = a->state + ((int64_t)run->slot * a->n_v_heads + head) * a->k_dim * a->v_dim;
             if (starts_afresh(step, run))
                 memset(state, 0, (size_t)a->k_dim * a->v_dim * sizeof(float));
-            for (int row = run->first; row < run->end; row++) {
-                const int64_t at = row * a->qkv_stride;
-                unit_vector(q, a->q + at + k_head * a->k_dim, a->k_dim, a->eps, q_scale);
-                unit_vector(k, a->k + at + k_head * a->k_dim, a->k_dim, a->eps, 1.0f);
-                const float beta = sigmoid_one(a->beta.at[row * a->beta.stride + head]);
-                const double alpha = (double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]);
-                const float decay = (float)exp((double)a->a[head] * softplus(alpha));
-                const float *v = a->v + at + head * a->v_dim;
-                float *out = a->out.at + row * a->out.stride + head * a->v_dim;
+            for (int row = run->first; row < run->end; row += DELTA_TOKENS) {
+                const int n = run->end - row < DELTA_TOKENS ? run->end - row : DELTA_TOKENS;
+                gather_delta_inputs(a, row, n, head, &in);
                 int c = 0;
+                for (; c + DELTA_BLOCK <= a->v_dim; c += DELTA_BLOCK)
+                    delta_block(&in, state, a->v_dim, a->k_dim, c, 2, 16);
                 for (; c + 16 <= a->v_dim; c += 16)
-                    delta_step(state + c, a->v_dim, q, k, a->k_dim, v + c, decay, beta, out + c, 16);
+                    delta_block(&in, state, a->v_dim, a->k_dim, c, 1, 16);
                 if (c < a->v_dim)
-                    delta_step(state + c, a->v_dim, q, k, a->k_dim, v + c, decay, beta, out + c, a->v_dim - c);
+                    delta_block(&in, state, a->v_dim, a->k_dim, c, 1, a->v_dim - c);
             }
         }
     }

@@ -139,8 +139,9 @@ static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
 }
 
 // Ranks one after another from rank 0, then the shared expert, then the residual stream: one stated order.
-static inline v16 combined(const combine_args *a, const float *expert_out, const float *weights, const float *shared,
-                           v16 shared_weight, const float *residual, int c, int n) {
+static inline __attribute__((always_inline)) v16 combined(const combine_args *a, const float *expert_out,
+                                                          const float *weights, const float *shared, v16 shared_weight,
+                                                          const float *residual, int c, int n) {
     v16 sum = v16_set(0.0f);
     for (int rank = 0; rank < a->n_experts_used; rank++)
         sum = v16_fma(v16_set(weights ? weights[rank] : 1.0f),

@@ -1,0 +1,733 @@
+"""Every operation against its formula in float64, and its bits over levels, threads and cuts of the prompt."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_case import Case, blocks, normal
+
+from engine import _kernels as k
+from engine.quants.formats import BY_NAME
+
+few = settings(max_examples=12, deadline=None)
+more = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+widths = st.integers(1, 90)
+token_counts = st.integers(1, 21)
+
+
+def f64(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-f64(x)))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return f64(x) * sigmoid(x)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(f64(x) - f64(x).max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def dequantized(format_name: str, raw: np.ndarray, n_cols: int) -> np.ndarray:
+    return f64(k.dequantize(BY_NAME[format_name].ggml_type, raw, n_cols))
+
+
+def rounded_activations(x: np.ndarray, format_name: str) -> np.ndarray:
+    """What a format's product sees of x: float32 itself, or 8 bits a value with one scale a group."""
+    group = {0: 1, 1: 256, 2: 32}[int(BY_NAME[format_name].activation)]
+    if group == 1:
+        return f64(x)
+    grouped = x.reshape(-1, group)
+    largest = np.abs(grouped).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0)).astype(np.float32)
+    q = np.clip(np.rint(grouped * inverse), -127, 127)
+    return (f64(q) * f64(largest / np.float32(127))).reshape(x.shape)
+
+
+def quantize(program: k.Program, x: tuple[int, int], n_cols: int, format_name: str, out: int) -> tuple[int, int]:
+    """Record what puts x into the form a format takes; returns where that is, and the bytes of a row."""
+    activation = int(BY_NAME[format_name].activation)
+    if activation == 0:
+        return x[0], 4 * x[1]
+    program.quantize(*x, n_cols, activation, out, k.ROWS_TOKENS)
+    return out, k.activation_bytes(activation, n_cols)
+
+
+def activation_bytes(format_name: str, n_cols: int) -> int:
+    return k.activation_bytes(int(BY_NAME[format_name].activation), n_cols)
+
+
+# -- one row at a time -------------------------------------------------------------------------------------------------
+
+
+@few
+@given(seeds, token_counts, st.sampled_from([("F32", 37), ("Q8_0", 96), ("Q4_K", 512)]), st.sampled_from([1.0, 12.5]))
+def test_embed(seed: int, n: int, table: tuple[str, int], scale: float) -> None:
+    format_name, n_cols = table
+    raw = blocks(format_name, seed, 50, n_cols)
+    ids = np.random.default_rng(seed).integers(0, 50, n)
+
+    def record(program: k.Program, at) -> None:
+        program.embed(at.table, BY_NAME[format_name].ggml_type, 50, n_cols, *at.out, scale)
+
+    case = Case(record, {}, {"out": (n_cols, np.float32)}, {"table": raw}, token_ids=ids)
+    case.check({"out": dequantized(format_name, raw, n_cols)[ids] * scale}, rtol=1e-7)
+
+
+@few
+@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans())
+def test_rms_norm(seed: int, n: int, n_groups: int, size: int, in_place: bool) -> None:
+    x, weight = normal(seed, n, n_groups * size) * 3, normal(seed + 1, size)
+
+    def record(program: k.Program, at) -> None:
+        out = at.x if in_place else at.out
+        program.rms_norm(*at.x, at.weight, *out, n_groups, size, 1e-5, k.ROWS_TOKENS)
+
+    grouped = f64(x).reshape(n, n_groups, size)
+    exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight
+    name = "x" if in_place else "out"
+    case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, {"weight": weight}, results=(name,))
+    case.check({name: exact.reshape(n, -1)})
+
+
+@few
+@given(seeds, token_counts, widths, st.booleans())
+def test_add(seed: int, n: int, width: int, in_place: bool) -> None:
+    a, b = normal(seed, n, width), normal(seed + 1, n, width)
+    name = "a" if in_place else "out"
+    case = Case(
+        lambda program, at: program.add(*at.a, *at.b, *getattr(at, name), width, k.ROWS_TOKENS),
+        {"a": a, "b": b},
+        {"out": (width, np.float32)},
+        results=(name,),
+    )
+    case.check({name: f64(a) + b}, rtol=1e-7)
+
+
+@few
+@given(seeds, token_counts, widths, st.sampled_from([k.GATE_SIGMOID, k.GATE_SILU]))
+def test_gate(seed: int, n: int, width: int, kind: int) -> None:
+    x, gate = normal(seed, n, width), normal(seed + 1, n, width) * 20
+    case = Case(
+        lambda program, at: program.gate(*at.x, *at.gate, *at.out, width, kind, k.ROWS_TOKENS),
+        {"x": x, "gate": gate},
+        {"out": (width, np.float32)},
+    )
+    case.check({"out": x * (silu(gate) if kind == k.GATE_SILU else sigmoid(gate))})
+
+
+@few
+@given(seeds, token_counts, widths, st.booleans(), st.booleans())
+def test_scale(seed: int, n: int, width: int, by_row: bool, in_place: bool) -> None:
+    x, by = normal(seed, n, width), normal(seed + 1, n, 1)
+    name = "x" if in_place else "out"
+    case = Case(
+        lambda program, at: program.scale(
+            *at.x, *(at.by if by_row else (0, 0)), *getattr(at, name), width, 0.3, k.ROWS_TOKENS
+        ),
+        {"x": x, "by": by},
+        {"out": (width, np.float32)},
+        results=(name,),
+    )
+    case.check({name: f64(x) * np.float32(0.3) * (by if by_row else 1)}, rtol=3e-7)
+
+
+@few
+@given(seeds, token_counts, widths, st.integers(1, 40), st.integers(0, 100_000))
+def test_scale_by_position(seed: int, n: int, width: int, period: int, start: int) -> None:
+    x = normal(seed, n, width)
+    case = Case(
+        lambda program, at: program.scale_by_position(*at.x, width, period, 0.1),
+        {"x": x},
+        results=("x",),
+        start=start,
+    )
+    factor = 1 + 0.1 * np.log1p((start + np.arange(n) + 1) // period)
+    case.check({"x": x * factor[:, None]}, rtol=3e-7)
+
+
+@few
+@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_split_and_join_heads(seed: int, n: int, n_heads: int, first: int, second: int, even: bool) -> None:
+    second = first if even else second
+    x = normal(seed, n, n_heads * (first + second))
+
+    def record(program: k.Program, at) -> None:
+        program.split_heads(*at.x, *at.first, *at.second, n_heads, first, second)
+        program.join_heads(*at.first, *at.second, *at.again, n_heads, first, second)
+
+    outputs = {
+        name: (width, np.float32)
+        for name, width in (("first", n_heads * first), ("second", n_heads * second), ("again", x.shape[1]))
+    }
+    heads = x.reshape(n, n_heads, -1)
+    exact = {"first": heads[..., :first].reshape(n, -1), "second": heads[..., first:].reshape(n, -1), "again": x}
+    Case(record, {"x": x}, outputs, results=tuple(outputs)).check(exact, rtol=0, atol=0)
+
+
+@more
+@given(
+    seeds,
+    token_counts,
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.integers(0, 7),
+    st.sampled_from([k.ROPE_NEOX, k.ROPE_NORM]),
+    st.sampled_from([0, 40, 131_000]),
+)
+def test_rope(seed: int, n: int, n_heads: int, n_pairs: int, rest: int, style: int, start: int) -> None:
+    dim = 2 * n_pairs + rest
+    x, magnitude = normal(seed, n, n_heads * dim), 1.25
+    frequencies = (10_000.0 ** (-np.arange(n_pairs) / n_pairs)).astype(np.float32)
+
+    def record(program: k.Program, at) -> None:
+        program.rope(*at.x, at.frequencies, n_heads, dim, 2 * n_pairs, style, magnitude)
+
+    angle = (start + np.arange(n))[:, None, None] * f64(frequencies)
+    cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
+    exact = f64(x).reshape(n, n_heads, dim)
+    pairs = exact[..., : 2 * n_pairs]
+    a, b = (pairs[..., :n_pairs], pairs[..., n_pairs:]) if style == k.ROPE_NEOX else (pairs[..., ::2], pairs[..., 1::2])
+    turned = [a * cos - b * sin, a * sin + b * cos]
+    exact[..., : 2 * n_pairs] = (
+        np.concatenate(turned, -1) if style == k.ROPE_NEOX else np.stack(turned, -1).reshape(n, n_heads, -1)
+    )
+    case = Case(record, {"x": x}, fixed={"frequencies": frequencies}, results=("x",), start=start)
+    case.check({"x": exact.reshape(n, -1)})
+
+
+def test_rope_tables_of_different_frequencies_are_kept_apart() -> None:
+    x = normal(0, 5, 8)
+    both = np.array([[1.0, 0.1, 0.01, 0.001], [0.5, 0.25, 0.125, 0.0625]], np.float32)
+
+    def record(program: k.Program, at) -> None:
+        for i in (0, 1, 0):
+            program.rope(*at.x, at.frequencies + 16 * i, 1, 8, 8, k.ROPE_NEOX, 1.0)
+
+    angle = np.arange(5)[:, None] * (2 * f64(both[0]) + both[1])
+    a, b = f64(x[:, :4]), f64(x[:, 4:])
+    exact = np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+    Case(record, {"x": x}, fixed={"frequencies": both}, results=("x",)).check({"x": exact})
+
+
+@few
+@given(seeds, st.integers(2, 20), widths)
+def test_select_outputs(seed: int, n: int, width: int) -> None:
+    x = normal(seed, n, width)
+    wanted = np.sort(np.random.default_rng(seed).choice(n, n // 2, replace=False))
+    for isa in k.isa_levels():
+        program, step = k.Program(n, 1, 2, isa), k.Step(n)
+        out = np.zeros((n, width), np.float32)
+        program.select_outputs(x.ctypes.data, width, out.ctypes.data, width, width)
+        program.add(*(out.ctypes.data, width) * 3, width, k.ROWS_OUTPUTS)
+        step.n_tokens, step.n_outputs = n, len(wanted)
+        step.positions[:], step.output_rows[: len(wanted)] = range(n), wanted
+        program.run(step)
+        np.testing.assert_array_equal(out[: len(wanted)], 2 * x[wanted])
+        assert not out[len(wanted) :].any()
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@more
+@given(seeds, st.integers(1, 70), st.sampled_from(["F32", "Q8_0", "Q4_K"]), st.integers(1, 3), st.booleans())
+def test_linear(seed: int, n: int, format_name: str, n_weights: int, scaled: bool) -> None:
+    n_cols = {"F32": 37, "Q8_0": 96, "Q4_K": 512}[format_name]
+    sizes = [int(r) for r in np.random.default_rng(seed).integers(1, 200, n_weights)]
+    raw = [blocks(format_name, seed + i, rows, n_cols) for i, rows in enumerate(sizes)]
+    biases = [normal(seed + i + 10, rows) for i, rows in enumerate(sizes)]
+    x, scale, ggml_type = normal(seed, n, n_cols), np.array([0.7], np.float32), BY_NAME[format_name].ggml_type
+
+    def record(program: k.Program, at) -> None:
+        place = quantize(program, at.x, n_cols, format_name, at.quantized)
+        program.linear(
+            *place,
+            n_cols,
+            [
+                (getattr(at, f"w{i}"), ggml_type, rows, *getattr(at, f"out{i}"), *(extras(at, i)))
+                for i, rows in enumerate(sizes)
+            ],
+            k.ROWS_TOKENS,
+        )
+
+    def extras(at, i: int) -> tuple[int, int]:
+        return (getattr(at, f"b{i}"), at.scale) if scaled else (0, 0)
+
+    exact = {}
+    for i, rows in enumerate(raw):
+        product = rounded_activations(x, format_name) @ dequantized(format_name, rows, n_cols).T
+        exact[f"out{i}"] = product * f64(scale) + biases[i] if scaled else product
+    case = Case(
+        record,
+        {"x": x},
+        {f"out{i}": (rows, np.float32) for i, rows in enumerate(sizes)},
+        {f"w{i}": w for i, w in enumerate(raw)} | {f"b{i}": b for i, b in enumerate(biases)} | {"scale": scale},
+        {"quantized": n * activation_bytes(format_name, n_cols)},
+        results=tuple(exact),
+    )
+    case.check(exact, rtol=1e-5, atol=1e-6)
+
+
+def expert_case(
+    seed: int,
+    n: int,
+    formats: tuple[str, str, str],
+    sizes: tuple[int, int],
+    ids: np.ndarray,
+    n_experts: int,
+    activation: int = k.ACTIVATE_SILU,
+    extras: bool = False,
+) -> tuple[Case, np.ndarray]:
+    """An experts operation and its exact result; NaN where an id is none."""
+    hidden, ffn = sizes
+    n_used = ids.shape[1]
+    shapes = ((ffn, hidden), (ffn, hidden), (hidden, ffn))
+    raw = [
+        blocks(name, seed + i, n_experts * rows, cols)
+        for i, (name, (rows, cols)) in enumerate(zip(formats, shapes, strict=True))
+    ]
+    x = normal(seed + 5, n, hidden)
+    scales = [np.abs(normal(seed + 6 + i, n_experts)) for i in range(3)]
+    biases = [normal(seed + 9 + i, n_experts, rows) for i, (rows, _) in enumerate(shapes)]
+    tables = [w.ctypes.data + w.nbytes // n_experts * np.arange(n_experts, dtype=np.int64) for w in raw]
+    fixed = {f"table{i}": table for i, table in enumerate(tables)}
+    fixed |= {f"scale{i}": s for i, s in enumerate(scales)} | {f"bias{i}": b for i, b in enumerate(biases)}
+    kept = raw  # the tables point into it
+
+    def record(program: k.Program, at) -> None:
+        assert kept
+        places = [quantize(program, at.x, hidden, name, getattr(at, f"x_{name}")) for name in formats[:2]]
+        matrices = [
+            (
+                getattr(at, f"table{i}"),
+                BY_NAME[name].ggml_type,
+                *((getattr(at, f"scale{i}"), getattr(at, f"bias{i}")) if extras else (0, 0)),
+            )
+            for i, name in enumerate(formats)
+        ]
+        program.experts(
+            *places[0], *places[1], at.ids[0], n_experts, n_used, *matrices, activation, hidden, ffn, *at.out
+        )
+
+    gate, up, down = (
+        dequantized(name, w, shape[1]).reshape(n_experts, *shape)
+        for name, w, shape in zip(formats, raw, shapes, strict=True)
+    )
+    if extras:
+        gate, up, down = (w * f64(s)[:, None, None] for w, s in zip((gate, up, down), scales, strict=True))
+    exact = np.full((n, n_used, hidden), np.nan)
+    for t, rank in np.ndindex(n, n_used):
+        e = ids[t, rank]
+        if 0 <= e < n_experts:
+            g = gate[e] @ rounded_activations(x[t], formats[0])
+            u = up[e] @ rounded_activations(x[t], formats[1])
+            if extras:
+                g, u = g + biases[0][e], u + biases[1][e]
+            if activation == k.ACTIVATE_SILU:
+                h = silu(g) * u
+            else:
+                g = np.minimum(g, 7)
+                h = g * sigmoid(1.702 * g) * (np.clip(u, -7, 7) + 1)
+            exact[t, rank] = down[e] @ rounded_activations(h.astype(np.float32), formats[2])
+            exact[t, rank] += biases[2][e] if extras else 0
+    case = Case(
+        record,
+        {"x": x, "ids": ids},
+        {"out": (n_used * hidden, np.float32)},
+        fixed,
+        {f"x_{name}": n * activation_bytes(name, hidden) for name in set(formats[:2])},
+        packed=("ids",),
+    )
+    return case, exact.reshape(n, -1)
+
+
+F32_EXPERTS, Q8_EXPERTS, K_EXPERTS = ("F32", "F32", "F32"), ("Q8_0", "F32", "Q8_0"), ("Q4_K", "Q8_0", "Q4_K")
+
+
+@more
+@given(
+    seeds,
+    st.integers(1, 40),
+    st.sampled_from([(F32_EXPERTS, (24, 37)), (Q8_EXPERTS, (64, 96)), (K_EXPERTS, (256, 256))]),
+    st.integers(1, 4),
+    st.sampled_from([k.ACTIVATE_SILU, k.ACTIVATE_CLAMPED_SWISH]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_experts(seed: int, n: int, geometry, n_used: int, activation: int, extras: bool, with_gaps: bool) -> None:
+    formats, sizes = geometry
+    n_experts = 5
+    random = np.random.default_rng(seed)
+    ids = np.stack([random.permutation(n_experts)[:n_used] for _ in range(n)]).astype(np.int32)
+    if with_gaps:
+        ids[random.random(ids.shape) < 0.4] = random.choice([-1, n_experts, 2**31 - 1])
+    case, exact = expert_case(seed, n, formats, sizes, ids, n_experts, activation, extras)
+    is_exact = formats == F32_EXPERTS
+    # a value of h next to a rounding boundary may be rounded to the other side: one step of 1/127 of the largest
+    case.check({"out": exact}, rtol=1e-5, atol=2e-6 if is_exact else 2e-3)
+
+
+# -- the choice of experts ---------------------------------------------------------------------------------------------
+
+
+def route(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, scale):
+    """The router by its definition, in float64; returns ids and weights."""
+    scores = {k.SCORE_SOFTMAX: softmax, k.SCORE_SIGMOID: sigmoid}.get(scoring, f64)(logits)
+    choice = scores + (0 if bias is None else f64(bias))
+    if n_groups > 1:
+        groups = choice.reshape(len(choice), n_groups, -1)
+        best = np.sort(groups, axis=-1)[..., -2:].sum(-1)
+        rank = np.argsort(np.argsort(-best, axis=-1, kind="stable"), axis=-1, kind="stable")
+        choice = np.where((rank < n_groups_used)[..., None], groups, -np.inf).reshape(choice.shape)
+    ids = np.argsort(-choice, axis=-1, kind="stable")[:, :n_used]
+    weights = np.take_along_axis(scores, ids, axis=-1)
+    if scoring == k.SCORE_SOFTMAX_TOPK:
+        weights = softmax(weights)
+    if normalize:
+        weights = weights / np.maximum(weights.sum(-1, keepdims=True), 2.0**-14)
+    return ids, weights * scale
+
+
+def run_router(logits, bias, n_used, scoring, n_groups=1, n_groups_used=1, normalize=True, scale=1.0) -> Case:
+    n_experts = logits.shape[1]
+
+    def record(program: k.Program, at) -> None:
+        program.router(
+            *at.logits,
+            0 if bias is None else at.bias,
+            at.ids[0],
+            at.weights[0],
+            n_experts,
+            n_used,
+            scoring,
+            n_groups,
+            n_groups_used,
+            normalize,
+            scale,
+        )
+
+    outputs = {"ids": (n_used, np.int32), "weights": (n_used, np.float32)}
+    fixed = {} if bias is None else {"bias": bias}
+    return Case(record, {"logits": logits}, outputs, fixed, packed=tuple(outputs), results=tuple(outputs))
+
+
+@more
+@given(
+    seeds,
+    token_counts,
+    st.sampled_from([(1, 1), (4, 2), (8, 8)]),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.sampled_from([k.SCORE_SOFTMAX, k.SCORE_SIGMOID, k.SCORE_SOFTMAX_TOPK]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_router(seed, n, groups, group_size, n_used, scoring, with_bias, normalize) -> None:
+    n_groups, n_groups_used = groups
+    n_experts = n_groups * group_size
+    n_used = min(n_used, n_groups_used * group_size)
+    # logits far enough apart that float32 and float64 choose the same
+    random = np.random.default_rng(seed)
+    logits = np.stack([random.permutation(n_experts) for _ in range(n)]).astype(np.float32) * 0.05
+    bias = random.permutation(n_experts).astype(np.float32) * 1e-3 if with_bias else None
+    case = run_router(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, 2.5)
+    ids, weights = route(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, 2.5)
+    if n_groups == 1 and not with_bias:
+        case.check({"ids": ids, "weights": weights})
+    else:  # sums of scores may tie in one precision and not in the other: compare by value
+        found = case.run()
+        case.check({})
+        np.testing.assert_allclose(np.sort(found["weights"]), np.sort(weights), rtol=2e-5)
+
+
+def test_equal_scores_go_to_the_lower_ids() -> None:
+    logits = np.array([[1, 3, 3, 0, 3, 1]], np.float32)
+    found = run_router(logits, None, 4, k.SCORE_SOFTMAX).run()
+    assert found["ids"].tolist() == [[1, 2, 4, 0]]
+
+
+@pytest.mark.parametrize("scoring", [k.SCORE_SOFTMAX, k.SCORE_SIGMOID, k.SCORE_SOFTMAX_TOPK])
+def test_logits_that_are_no_numbers_give_ids_in_range(scoring: int) -> None:
+    logits = np.full((4, 20), np.nan, np.float32)
+    logits[1, 3], logits[2], logits[3, 7] = 1.0, -np.inf, np.inf
+    for isa in k.isa_levels():
+        ids = run_router(logits, None, 4, scoring, 4, 2).run(isa)["ids"]
+        assert ((ids >= 0) & (ids < 20)).all()
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+
+
+@more
+@given(seeds, token_counts, widths, st.integers(1, 4), st.sampled_from(["none", "plain", "gated"]), st.booleans())
+def test_combine(seed: int, n: int, width: int, n_used: int, shared: str, weighted: bool) -> None:
+    inputs = {
+        "expert_out": normal(seed, n, n_used * width),
+        "shared": normal(seed + 1, n, width),
+        "gate": normal(seed + 2, n, 1),
+        "residual": normal(seed + 3, n, width),
+    }
+    weights = np.abs(normal(seed + 4, n, n_used))
+
+    def record(program: k.Program, at) -> None:
+        program.combine(
+            *at.expert_out,
+            at.weights[0] if weighted else 0,
+            n_used,
+            *(at.shared if shared != "none" else (0, 0)),
+            *(at.gate if shared == "gated" else (0, 0)),
+            *at.residual,
+            *at.residual,
+            width,
+            0.4,
+        )
+
+    total = np.einsum(
+        "trh,tr->th",
+        f64(inputs["expert_out"]).reshape(n, n_used, width),
+        f64(weights) if weighted else np.ones((n, n_used)),
+    )
+    if shared != "none":
+        total = total + inputs["shared"] * (sigmoid(inputs["gate"]) if shared == "gated" else 1.0)
+    case = Case(record, {**inputs, "weights": weights}, packed=("weights",), results=("residual",))
+    case.check({"residual": inputs["residual"] + np.float32(0.4) * total})
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+KV_ERROR = {k.KV_F32: 3e-6, k.KV_F16: 2e-3, k.KV_Q8_0: 2e-2}
+
+
+def stored(x: np.ndarray, kind: int) -> np.ndarray:
+    """Keys or values [..., head_dim] as a cache gives them back."""
+    if kind == k.KV_F32:
+        return f64(x)
+    if kind == k.KV_F16:
+        return f64(x.astype(np.float16))
+    out = np.empty(x.shape)
+    for first in range(0, x.shape[-1], 32):
+        block = x[..., first : first + 32]
+        d = f64((np.abs(block).max(-1, keepdims=True) / np.float32(127)).astype(np.float16))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            q = np.where(d > 0, np.clip(np.rint(f64(block) / d), -127, 127), 0)
+        out[..., first : first + 32] = q * d
+    return out
+
+
+def attention_case(
+    seed,
+    slots,
+    heads=(4, 2),
+    dims=(16, 16),
+    kind=k.KV_F32,
+    with_sinks=False,
+    window=0,
+    chunk=0,
+    values_in_keys=False,
+):
+    """Attention over whole sequences and its exact result."""
+    (n_heads, n_kv_heads), (head_dim, value_dim) = heads, dims
+    n, n_slots, slots = len(slots), max(slots) + 1, np.asarray(slots)
+    context = max(np.bincount(slots)) + 3
+    q, keys = normal(seed, n, n_heads * head_dim), normal(seed + 1, n, n_kv_heads * head_dim)
+    values = keys if values_in_keys else normal(seed + 2, n, n_kv_heads * value_dim)
+    sinks, scale = normal(seed + 3, n_heads) * 2, 1.5 / math.sqrt(head_dim)
+
+    def record(program: k.Program, at) -> None:
+        program.attention(
+            *at.q,
+            *at.k,
+            *(at.k if values_in_keys else at.v),
+            *at.out,
+            at.cache,
+            kind,
+            context,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            value_dim,
+            scale,
+            at.sinks if with_sinks else 0,
+            window,
+            chunk,
+        )
+
+    case = Case(
+        record,
+        {"q": q, "k": keys, "v": values},
+        {"out": (n_heads * value_dim, np.float32)},
+        {"sinks": sinks},
+        {"cache": k.kv_cache_bytes(kind, n_slots, context, n_kv_heads, head_dim, value_dim)},
+        slots=slots,
+        n_slots=n_slots,
+    )
+    exact = np.empty((n, n_heads, value_dim))
+    all_keys = stored(keys.reshape(n, n_kv_heads, head_dim), kind)
+    all_values = stored(values.reshape(n, n_kv_heads, -1)[..., :value_dim], kind)
+    for slot in range(n_slots):
+        rows = np.flatnonzero(slots == slot)
+        position = np.arange(len(rows))
+        hidden = position > position[:, None]
+        if window:
+            hidden |= position[:, None] - position >= window
+        if chunk:
+            hidden |= position < position[:, None] // chunk * chunk
+        for head in range(n_heads):
+            kv_head = head // (n_heads // n_kv_heads)
+            scores = f64(q[rows]).reshape(len(rows), n_heads, head_dim)[:, head] @ all_keys[rows, kv_head].T * scale
+            scores[hidden] = -np.inf
+            sink = np.full((len(rows), 1), sinks[head] if with_sinks else -np.inf)
+            weights = softmax(np.concatenate([scores, sink], -1))[:, :-1]
+            exact[rows, head] = weights @ all_values[rows, kv_head]
+    return case, exact.reshape(n, -1)
+
+
+@more
+@given(
+    seeds,
+    st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (4, 2), (6, 1), (5, 5)]),
+    st.sampled_from([(8, 8), (16, 24), (40, 32), (72, 64)]),
+    st.sampled_from([k.KV_F32, k.KV_F16, k.KV_Q8_0]),
+    st.booleans(),
+    st.sampled_from([(0, 0), (1, 0), (7, 0), (0, 8), (5, 12)]),
+)
+def test_attention(seed, lengths, heads, dims, kind, with_sinks, limits) -> None:
+    slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
+    case, exact = attention_case(seed, slots, heads, dims, kind, with_sinks, *limits)
+    case.check({"out": exact}, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
+@pytest.mark.parametrize("limits", [(0, 0), (300, 0), (0, 256), (0, 270)])
+def test_attention_over_several_blocks_of_positions(kind: int, limits: tuple[int, int]) -> None:
+    case, exact = attention_case(3, [0] * 640, (3, 1), (16, 16), kind, True, *limits)
+    first = case.run()["out"]
+    np.testing.assert_allclose(first, exact, rtol=1e-4, atol=1e-5)
+    for cuts in ((639,), (256, 257, 600, 603), (255, 512)):
+        for isa, n_threads in ((k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)):
+            assert case.run(isa, n_threads, cuts)["out"].tobytes() == first.tobytes(), (cuts, isa, n_threads)
+
+
+@few
+@given(seeds, st.integers(1, 40), st.integers(1, 6))
+def test_attention_with_values_in_the_keys(seed: int, n: int, n_heads: int) -> None:
+    case, exact = attention_case(seed, [0] * n, (n_heads, 1), (40, 32), values_in_keys=True)
+    case.check({"out": exact}, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_that_starts_afresh_sees_nothing_of_the_one_before() -> None:
+    case, _ = attention_case(1, [0] * 20)
+    first = case.run()["out"]
+    program, step = k.Program(20, 1, 1), k.Step(20)
+    arrays = {name: x.copy() for name, x in case.inputs.items()}
+    out = np.zeros_like(first)
+    cache = np.zeros(case.state["cache"] + 64, np.uint8)
+    at = cache.ctypes.data + -cache.ctypes.data % 64
+    places = [(x.ctypes.data, x.shape[1]) for x in (*arrays.values(), out)]
+    scale = 1.5 / math.sqrt(16)
+    program.attention(*sum(places, ()), at, k.KV_F32, 23, 4, 2, 16, 16, scale, 0, 0, 0)
+    step.n_tokens, step.positions[:] = 20, range(20)
+    program.run(step)
+    arrays["k"][:], arrays["v"][:] = np.nan, np.nan  # leave a cache full of these
+    program.run(step)
+    for name, x in case.inputs.items():
+        arrays[name][:] = x
+    program.run(step)
+    assert out.tobytes() == first.tobytes()
+
+
+# -- state over time ---------------------------------------------------------------------------------------------------
+
+
+@more
+@given(seeds, st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 70), st.integers(2, 5))
+def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size: int) -> None:
+    slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
+    x, weight = normal(seed, len(slots), n_channels), normal(seed + 1, n_channels, kernel_size)
+    case = Case(
+        lambda program, at: program.causal_conv(*at.x, at.weight, at.state, *at.out, n_channels, kernel_size),
+        {"x": x},
+        {"out": (n_channels, np.float32)},
+        {"weight": weight},
+        {"state": 4 * len(lengths) * (kernel_size - 1) * n_channels},
+        slots=slots,
+        n_slots=len(lengths),
+    )
+    parts = []
+    for slot, length in enumerate(lengths):
+        padded = np.concatenate([np.zeros((kernel_size - 1, n_channels)), f64(x[np.equal(slots, slot)])])
+        parts.append(silu(sum(padded[j : j + length] * weight[:, j] for j in range(kernel_size))))
+    case.check({"out": np.concatenate(parts)}, rtol=1e-5, atol=1e-6)
+
+
+@more
+@given(
+    seeds,
+    st.lists(st.integers(1, 15), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (2, 4), (1, 3)]),
+    st.sampled_from([(16, 16), (12, 20), (32, 8)]),
+    st.booleans(),
+)
+def test_delta_net(seed: int, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], grouped: bool) -> None:
+    (n_k, n_v), (k_dim, v_dim) = heads, dims
+    slots = np.repeat(np.arange(len(lengths)), lengths)
+    n, key, value = len(slots), n_k * k_dim, n_v * v_dim
+    qkv = normal(seed, n, 2 * key + value)
+    beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v)
+    a, dt_bias = -np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v)
+
+    def record(program: k.Program, at) -> None:
+        address, stride = at.qkv
+        program.delta_net(
+            address,
+            address + 4 * key,
+            address + 8 * key,
+            stride,
+            *at.beta,
+            *at.alpha,
+            at.a,
+            at.dt_bias,
+            at.state,
+            *at.out,
+            n_k,
+            n_v,
+            k_dim,
+            v_dim,
+            grouped,
+            1e-6,
+        )
+
+    q, keys = (f64(qkv[:, i * key : (i + 1) * key]).reshape(n, n_k, k_dim) for i in (0, 1))
+    q, keys = (t / np.sqrt((t**2).sum(-1, keepdims=True) + 1e-6) for t in (q, keys))
+    key_head = np.arange(n_v) // (n_v // n_k) if grouped else np.arange(n_v) % n_k
+    q, keys = q[:, key_head] / math.sqrt(k_dim), keys[:, key_head]
+    v = f64(qkv[:, 2 * key :]).reshape(n, n_v, v_dim)
+    decay = np.exp(f64(a) * np.logaddexp(0, f64(alpha) + dt_bias))
+    exact, state = [], np.zeros((n_v, k_dim, v_dim))
+    for t in range(n):
+        if t == 0 or slots[t] != slots[t - 1]:
+            state = np.zeros_like(state)
+        state = state * decay[t, :, None, None]
+        error = sigmoid(beta[t])[:, None] * (v[t] - np.einsum("hkv,hk->hv", state, keys[t]))
+        state = state + keys[t][:, :, None] * error[:, None, :]
+        exact.append(np.einsum("hkv,hk->hv", state, q[t]).reshape(-1))
+    case = Case(
+        record,
+        {"qkv": qkv, "beta": beta, "alpha": alpha},
+        {"out": (value, np.float32)},
+        {"a": a, "dt_bias": dt_bias},
+        {"state": 4 * len(lengths) * n_v * k_dim * v_dim},
+        slots=slots,
+        n_slots=len(lengths),
+    )
+    case.check({"out": np.stack(exact)}, rtol=1e-4, atol=3e-6)
