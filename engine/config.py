@@ -95,7 +95,8 @@ class MoESettings(Table):
         swap_budget: share of a token's time that copying experts to the GPU may take.
         n_cpu_moe: layers, from the first, whose experts stay on the CPU while all others go to the GPU whole; the
             classical way, for comparison. -1 = not used.
-        prompt_seeds_heat: whether the routing of batches that bypass the cache counts when experts are chosen to stay.
+        prompt_seeds_heat: whether the routing of batches that bypass the cache counts when experts are chosen to stay
+            (the first one always fills the empty slots).
         profile: file with the counts of earlier runs, which the cache starts from; made if it is not there, and
             brought up to date at the end; "" = none.
         record_trace: write the routing of every token to this file at the end, for `python -m engine.bench --replay`;
@@ -110,7 +111,7 @@ class MoESettings(Table):
     policy: Literal["adaptive", "decayed", "window_topk", "lru", "lfru", "static"] = "adaptive"
     swap_budget: float = setting(0.2, low=0.0, high=1.0)
     n_cpu_moe: int = setting(-1, low=-1, high=1 << 16)
-    prompt_seeds_heat: bool = True
+    prompt_seeds_heat: bool = False
     profile: str = ""
     record_trace: str = ""
 
@@ -201,7 +202,9 @@ class EmulatedSettings(Table):
         pcie_bandwidth: GB/s of copies from RAM to the GPU.
         handshake_us: what it costs to have the CPU compute some experts of a layer.
         layer_us: what a layer costs the GPU beside reading weights.
-        seed: of the chance in `adversarial`.
+        routing: "own" = the model's; "made-up" = the cache and the clock see a made-up process instead, as random
+            weights (synthetic models) have no favourite experts. What is computed stays the same.
+        seed: of made-up routing, and of the chance in `adversarial`.
         adversarial: copies end in any order and late, to test that nobody relies on theirs; the text stays the same.
     """
 
@@ -213,6 +216,7 @@ class EmulatedSettings(Table):
     pcie_bandwidth: float = setting(25.0, low=0.001, high=1e6)
     handshake_us: float = setting(6.0, low=0.0, high=1e6)
     layer_us: float = setting(30.0, low=0.0, high=1e6)
+    routing: Literal["own", "made-up"] = "own"
     seed: int = setting(0, low=0, high=(1 << 63) - 1)
     adversarial: bool = False
 

@@ -20,15 +20,16 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
-from engine.devices.emulated import Behaviour, EmulatedDevice
+from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
 from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program
 from engine.devices.placement import Wish
-from engine.devices.slots import MeteredProgram, SlotProgram
+from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
 from engine.devices.timing import Bandwidths, Machine, StepTime, Traffic
 from engine.devices.traffic import WeightTraffic, count_weights
 from engine.errors import ConfigError, DeviceError, RequestError
 from engine.experts.caching import ExpertCaching
 from engine.experts.hot_cache import CacheStatistics
+from engine.experts.routing_process import RoutingProcess
 from engine.generate import loop
 from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.loop import Chunk, Completion, Timings, Usage
@@ -67,6 +68,8 @@ class EngineStatistics:
         cache: what it did; None if there is none.
         time_spent: where the time of all steps went, if the device knows.
         traffic: what they moved, if the device knows.
+        bandwidths: what bounds them, if the device knows.
+        has_virtual_clock: all seconds are those of a virtual clock.
         n_requests: answers begun.
         n_prompt_tokens: prompt tokens that were run.
         n_reused_tokens: prompt tokens that were held already.
@@ -85,6 +88,8 @@ class EngineStatistics:
     cache: CacheStatistics | None = None
     time_spent: StepTime | None = None
     traffic: Traffic | None = None
+    bandwidths: Bandwidths | None = None
+    has_virtual_clock: bool = False
     n_requests: int = 0
     n_prompt_tokens: int = 0
     n_reused_tokens: int = 0
@@ -163,6 +168,8 @@ class Engine:
             self._program.state_bytes,
             self._program.scratch_bytes,
             self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,
+            bandwidths=self._program.bandwidths if isinstance(self._program, SlotProgram) else None,
+            has_virtual_clock=isinstance(self._program, ClockedProgram),
         )
         _log.info("%s", self._first_line(reason))
 
@@ -475,6 +482,10 @@ def open_device(config: EngineConfig) -> tuple[Device, str]:
 
 def _emulated_device(config: EngineConfig) -> EmulatedDevice:
     played, settings = config.emulated, config.engine
+
+    def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
+        return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
+
     speeds = Bandwidths(played.ram_bandwidth * 1e9, played.pcie_bandwidth * 1e9, played.vram_bandwidth * 1e9)
     return EmulatedDevice(
         Machine(speeds, played.vram_bytes, played.handshake_us * 1e-6, played.layer_us * 1e-6),
@@ -484,6 +495,7 @@ def _emulated_device(config: EngineConfig) -> EmulatedDevice:
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         behaviour=Behaviour(played.seed, played.adversarial),
+        make_routing=make_up if played.routing == "made-up" else None,
     )
 
 

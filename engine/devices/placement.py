@@ -111,8 +111,8 @@ def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish) -> MemoryP
         raise DeviceError(
             f"the model without its experts needs {_gigabytes(nothing.n_bytes)} of VRAM "
             f"({_gigabytes(nothing.dense_bytes)} weights, {_gigabytes(nothing.state_bytes)} keys, values and states), "
-            f"and {_gigabytes(allowed_bytes)} may be used; use a shorter [engine] context_length, fewer n_sequences, a smaller max_batch_tokens or kv_type "
-            '"q8_0", or raise vram_budget'
+            f"and {_gigabytes(allowed_bytes)} may be used; use a shorter [engine] context_length, fewer n_sequences, "
+            'a smaller max_batch_tokens or kv_type "q8_0", or raise vram_budget'
         )
     if wish.n_cpu_moe is not None:
         return _whole_layers(plan, wish.n_cpu_moe, n_layers, n_experts, allowed_bytes)

@@ -19,7 +19,7 @@ class SwapBudget:
 
     def __init__(self, bytes_per_s: float, largest_expert: int, share: float = 0.5) -> None:
         """Start with nothing saved; `largest_expert` in bytes."""
-        self._rate, self._largest = bytes_per_s * share, float(largest_expert)
+        self._rate, self._largest, self._share = bytes_per_s * share, float(largest_expert), share
         self.allowance = 0.0
 
     def grant(self, token_s: float) -> None:
@@ -31,3 +31,8 @@ class SwapBudget:
         """Take off what was copied."""
         assert n_bytes <= self.allowance
         self.allowance -= n_bytes
+
+    def describe(self) -> str:
+        """Return the limit for people."""
+        rate = f"{self._rate / 1e9:.3g} MB for each millisecond"
+        return f"swaps may take {self._share:.0%} of a token's time on PCIe, {rate}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -19,6 +20,8 @@ from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, Traffic, time_step, traffic_of
 
 Routing: TypeAlias = npt.NDArray[np.int32]
+RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
+"""Returns the experts of one more token, [n_moe_layers, n_experts_used]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class EmulatedDevice:
         n_threads: int = 1,
         isa: str | None = None,
         behaviour: Behaviour | None = None,
+        make_routing: Callable[[int, int, int], RoutingSource] | None = None,
     ) -> None:
         """Open it.
 
@@ -60,11 +64,14 @@ class EmulatedDevice:
             n_threads: of the CPU, which does the arithmetic of both.
             isa: instruction-set level that is not to be exceeded.
             behaviour: chance; None for none.
+            make_routing: called with the numbers of MoE layers, of their experts and of experts used; what it returns
+                stands in for the routers where hits are counted, timed and reported. None for the model's own routing.
         """
         self.machine, self.wish = machine, wish or Wish()
         self.allowed_bytes = min(machine.vram_bytes, vram_budget or machine.vram_bytes)
         self.bypass_n_tokens = bypass_n_tokens
         self.behaviour = behaviour or Behaviour()
+        self.make_routing = make_routing
         self.cpu = CPUDevice(n_threads, isa)
 
     @property
@@ -110,6 +117,12 @@ class EmulatedProgram:
         self._copied_bytes = 0
         self._time_spent = StepTime()
         self._traffic = Traffic()
+        self._routing_source: RoutingSource | None = None
+        self._routing: Routing | None = None  # of the last step, where it is not the model's own
+        if device.make_routing and footprint.n_experts:
+            self._routing_source = device.make_routing(
+                len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used
+            )
 
     # -- a program ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +146,9 @@ class EmulatedProgram:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
         logits = self._program.run(token_ids, positions, slots, output_rows)
+        if self._routing_source is not None:
+            source = self._routing_source
+            self._routing = np.stack([source() for _ in positions], axis=1).astype(np.int32)
         work = self._work(positions)
         spent = time_step(self._device.machine, work)
         self._time_spent += spent
@@ -144,7 +160,7 @@ class EmulatedProgram:
 
     def routing(self) -> Routing:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        return self._program.routing()
+        return self._program.routing() if self._routing is None else self._routing.copy()
 
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""
