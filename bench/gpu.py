@@ -365,6 +365,8 @@ def handshake(bench: Bench) -> None:
                 launches.append(kernels.await_answer(exchange, layer))
             launches.append(kernels.publish_end(exchange))
             bench.context.prepare(launches)
+            for launch in launches:
+                bench.context.function(launch)
             graph = bench.stream.capture(lambda: [bench.stream.launch(launch) for launch in launches] and None)
             for n_threads in sorted({1, 4, bench.n_threads - 1, bench.n_threads}):
                 programs = []
@@ -401,7 +403,6 @@ def model(bench: Bench) -> None:
     bench.note("model", "seconds to make the weights", time.perf_counter() - start)
     limits = Limits(512, 1, 2048, KVType.F16)
     tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 1024).tolist()
-    threads = max(1, bench.n_threads - 1)
     try:
         cpu = CPUDevice(bench.n_threads).compile(loaded.graph, weights, limits)
         on_cpu = ForwardPass(cpu, limits, loaded.spec.n_vocab)
@@ -411,10 +412,14 @@ def model(bench: Bench) -> None:
         n_experts, expected = loaded.spec.moe.n_experts, None
         half = loaded.spec.n_layers // 2
         ways = [
-            *((f"hot cache, {k} of {n_experts} experts", Wish(k)) for k in (n_experts, 0, 44, 112, 160, 200)),
-            (f"layers, {half} of {loaded.spec.n_layers} on the CPU", Wish(n_cpu_moe=half)),
+            *(
+                (f"hot cache, {k} of {n_experts} experts", Wish(k), bench.n_threads)
+                for k in (n_experts, 0, 44, 160, 200)
+            ),
+            (f"hot cache, 0 of {n_experts} experts, a thread less", Wish(0), max(1, bench.n_threads - 1)),
+            (f"layers, {half} of {loaded.spec.n_layers} on the CPU", Wish(n_cpu_moe=half), bench.n_threads),
         ]
-        for name, wish in ways:
+        for name, wish, threads in ways:
             start = time.perf_counter()
             device = CUDADevice(wish=wish, n_threads=threads, bandwidths=SPEEDS)
             program = device.compile(loaded.graph, weights, limits)

@@ -46,6 +46,8 @@ class Emulator:
             module = Module(KERNEL_SOURCES / launch.source, self.mode, defines=launch.definitions)
             arguments = [self._argument(a) for a in launch.arguments]
             shared = {"shared_bytes": launch.shared_bytes, "order": order, "seed": seed}
+            if self.mode == "asan":  # runs in another process, which must know what structs point at
+                shared["memory"] = list(self._arrays.values())
             module.launch(launch.kernel, launch.grid, launch.block, *arguments, **shared)
 
     def _argument(self, argument: object) -> object:
