@@ -95,6 +95,12 @@ class MoESettings(Table):
         swap_budget: share of a token's time that copying experts to the GPU may take.
         n_cpu_moe: layers, from the first, whose experts stay on the CPU while all others go to the GPU whole; the
             classical way, for comparison. -1 = not used.
+        prompt_seeds_heat: whether the routing of batches that bypass the cache counts when experts are chosen to stay
+            (the first one always fills the empty slots).
+        profile: file with the counts of earlier runs, which the cache starts from; made if it is not there, and
+            brought up to date at the end; "" = none.
+        record_trace: write the routing of every token to this file at the end, for `python -m engine.bench --replay`;
+            "" = do not.
     """
 
     table: ClassVar[str] = "moe"
@@ -105,6 +111,9 @@ class MoESettings(Table):
     policy: Literal["adaptive", "decayed", "window_topk", "lru", "lfru", "static"] = "adaptive"
     swap_budget: float = setting(0.2, low=0.0, high=1.0)
     n_cpu_moe: int = setting(-1, low=-1, high=1 << 16)
+    prompt_seeds_heat: bool = False
+    profile: str = ""
+    record_trace: str = ""
 
     def check(self) -> None:
         """Raise `ConfigError` for a hot cache and whole layers at the same time."""
@@ -183,6 +192,45 @@ class BenchSettings(Table):
 
 
 @dataclass(frozen=True)
+class EmulatedSettings(Table):
+    """The GPU and the memories that device = "emulated" plays; its speeds are those of a virtual clock.
+
+    Attributes:
+        vram: memory of the GPU.
+        vram_bandwidth: GB/s that its kernels read it with.
+        ram_bandwidth: GB/s that the CPU reads weights with.
+        pcie_bandwidth: GB/s of copies from RAM to the GPU.
+        handshake_us: what it costs to have the CPU compute some experts of a layer.
+        layer_us: what a layer costs the GPU beside reading weights.
+        routing: "own" = the model's; "made-up" = the cache and the clock see a made-up process instead, as random
+            weights (synthetic models) have no favourite experts. What is computed stays the same.
+        seed: of made-up routing, and of the chance in `adversarial`.
+        adversarial: copies end in any order and late, to test that nobody relies on theirs; the text stays the same.
+    """
+
+    table: ClassVar[str] = "emulated"
+
+    vram: str = "24GB"
+    vram_bandwidth: float = setting(900.0, low=0.001, high=1e6)
+    ram_bandwidth: float = setting(60.0, low=0.001, high=1e6)
+    pcie_bandwidth: float = setting(25.0, low=0.001, high=1e6)
+    handshake_us: float = setting(6.0, low=0.0, high=1e6)
+    layer_us: float = setting(30.0, low=0.0, high=1e6)
+    routing: Literal["own", "made-up"] = "own"
+    seed: int = setting(0, low=0, high=(1 << 63) - 1)
+    adversarial: bool = False
+
+    def check(self) -> None:
+        """Raise `ConfigError` if the memory is no size."""
+        parse_bytes(self.vram, "emulated.vram")
+
+    @property
+    def vram_bytes(self) -> int:
+        """Return the memory of the GPU in bytes."""
+        return parse_bytes(self.vram, "emulated.vram")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """All settings. `EngineConfig()` is the default; `EngineConfig.load` reads a TOML file and the environment."""
 
@@ -191,6 +239,7 @@ class EngineConfig:
     moe: MoESettings = field(default_factory=MoESettings)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     bench: BenchSettings = field(default_factory=BenchSettings)
+    emulated: EmulatedSettings = field(default_factory=EmulatedSettings)
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for tables that do not fit together."""
@@ -242,5 +291,5 @@ class EngineConfig:
 
 
 TABLES: dict[str, type[Table]] = {
-    t.table: t for t in (ModelSettings, EngineSettings, MoESettings, SamplingParams, BenchSettings)
+    t.table: t for t in (ModelSettings, EngineSettings, MoESettings, SamplingParams, BenchSettings, EmulatedSettings)
 }

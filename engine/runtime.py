@@ -20,9 +20,16 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
+from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
 from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program
+from engine.devices.placement import Wish
+from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
+from engine.devices.timing import Bandwidths, Machine, StepTime, Traffic
 from engine.devices.traffic import WeightTraffic, count_weights
 from engine.errors import ConfigError, DeviceError, RequestError
+from engine.experts.caching import ExpertCaching
+from engine.experts.hot_cache import CacheStatistics
+from engine.experts.routing_process import RoutingProcess
 from engine.generate import loop
 from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.loop import Chunk, Completion, Timings, Usage
@@ -56,6 +63,13 @@ class EngineStatistics:
         file_bytes: all tensors that are used, in the file's form.
         state_bytes: keys, values and recurrent states of all sequences.
         scratch_bytes: intermediate results.
+        device_bytes: memory of the GPU in use; 0 without one.
+        cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
+        cache: what it did; None if there is none.
+        time_spent: where the time of all steps went, if the device knows.
+        traffic: what they moved, if the device knows.
+        bandwidths: what bounds them, if the device knows.
+        has_virtual_clock: all seconds are those of a virtual clock.
         n_requests: answers begun.
         n_prompt_tokens: prompt tokens that were run.
         n_reused_tokens: prompt tokens that were held already.
@@ -69,6 +83,13 @@ class EngineStatistics:
     file_bytes: int
     state_bytes: int
     scratch_bytes: int
+    device_bytes: int = 0
+    cache_line: str = ""
+    cache: CacheStatistics | None = None
+    time_spent: StepTime | None = None
+    traffic: Traffic | None = None
+    bandwidths: Bandwidths | None = None
+    has_virtual_clock: bool = False
     n_requests: int = 0
     n_prompt_tokens: int = 0
     n_reused_tokens: int = 0
@@ -111,7 +132,7 @@ class Engine:
         self.spec: ModelSpec = model.spec
         self.config = resolve(config, model.spec)
         self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
-        self._device, reason = _open_device(self.config)
+        self._device, reason = open_device(self.config)
         self._weights = WeightMemory.load(
             model_file,
             model.tensor_names,
@@ -127,10 +148,15 @@ class Engine:
         )
         try:
             self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
+            try:
+                self._caching = ExpertCaching(self._program, self.config, self.spec)
+            except BaseException:
+                self._program.close()
+                raise
         except BaseException:
             self._weights.close()
             raise
-        self._forward = ForwardPass(self._program, self._limits, self.spec.n_vocab)
+        self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
         self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
         self._lock = threading.RLock()
         self._is_open = True
@@ -141,6 +167,9 @@ class Engine:
             sum(model_file.tensors[name].n_bytes for name in model.tensor_names),
             self._program.state_bytes,
             self._program.scratch_bytes,
+            self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,
+            bandwidths=self._program.bandwidths if isinstance(self._program, SlotProgram) else None,
+            has_virtual_clock=isinstance(self._program, ClockedProgram),
         )
         _log.info("%s", self._first_line(reason))
 
@@ -178,6 +207,7 @@ class Engine:
         with self._lock:
             if self._is_open:
                 self._is_open = False
+                self._caching.close()
                 self._program.close()
                 self._weights.close()
                 self._file.close()
@@ -324,7 +354,18 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """Return what the engine is and what it has done so far."""
         with self._lock:
-            return self._statistics
+            metered = self._program if self._is_open and isinstance(self._program, MeteredProgram) else None
+            return replace(
+                self._statistics,
+                cache_line=self._caching.describe(),
+                cache=self._caching.statistics,
+                time_spent=None if metered is None else metered.time_spent,
+                traffic=None if metered is None else metered.traffic,
+            )
+
+    def now(self) -> float:
+        """Return seconds on the clock that speeds are measured with: the device's own if it has one."""
+        return self._forward.now()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -353,7 +394,7 @@ class Engine:
             f"{s.model}: {self.spec.n_layers} layers, {moe.n_experts_used} of {moe.n_experts} experts a token, "
             f"{s.file_bytes / 2**20:,.1f} MiB of weights ({self.config.model.load}); {s.device} ({device_reason}); "
             f"context {settings.context_length} x {settings.n_sequences}, {settings.kv_type} keys and values, "
-            f"{s.state_bytes / 2**20:,.1f} MiB; hot-expert cache off: no GPU in use"
+            f"{s.state_bytes / 2**20:,.1f} MiB; {self._caching.describe()}"
         )
 
 
@@ -425,18 +466,42 @@ def _capped_level(cap: Level | Literal[""]) -> Level:
     return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
 
 
-def _open_device(config: EngineConfig) -> tuple[Device, str]:
-    """Open the device that the settings ask for; return it and why it is this one."""
+def open_device(config: EngineConfig) -> tuple[Device, str]:
+    """Open the device that the settings ask for; return it and why it is this one. Raises `DeviceError`."""
     settings = config.engine
-    if settings.device in {"cuda", "emulated"}:
-        raise DeviceError(
-            f'engine.device is {settings.device!r}, and this version has no such device; set device = "cpu"'
-        )
+    if settings.device == "emulated":
+        return _emulated_device(config), "as set"
+    if settings.device == "cuda":
+        raise DeviceError("engine.device is 'cuda', and this version has no such device; set device = \"cpu\"")
     for key, wish in (("moe.hot_k", config.moe.hot_k), ("moe.n_cpu_moe", config.moe.n_cpu_moe + 1)):
         if wish not in {0, "auto"}:
             _log.warning("%s has no effect: there is no GPU in use", key)
     reason = "as set" if settings.device == "cpu" else "the only device of this version"
     return CPUDevice(settings.n_threads, settings.isa), reason
+
+
+def _emulated_device(config: EngineConfig) -> EmulatedDevice:
+    played, settings = config.emulated, config.engine
+
+    def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
+        return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
+
+    speeds = Bandwidths(played.ram_bandwidth * 1e9, played.pcie_bandwidth * 1e9, played.vram_bandwidth * 1e9)
+    return EmulatedDevice(
+        Machine(speeds, played.vram_bytes, played.handshake_us * 1e-6, played.layer_us * 1e-6),
+        wish=_memory_wish(config),
+        vram_budget=settings.vram_budget_bytes,
+        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
+        n_threads=settings.n_threads,
+        isa=settings.isa or None,
+        behaviour=Behaviour(played.seed, played.adversarial),
+        make_routing=make_up if played.routing == "made-up" else None,
+    )
+
+
+def _memory_wish(config: EngineConfig) -> Wish:
+    hot_k, n_cpu_moe = config.moe.hot_k, config.moe.n_cpu_moe
+    return Wish(None if hot_k == "auto" else hot_k, None if n_cpu_moe < 0 else n_cpu_moe)
 
 
 def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,12 @@ def test_every_field_is_documented() -> None:
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_file_loads(path: Path) -> None:
-    EngineConfig.load(path, environ={})
+    config = EngineConfig.load(path, environ={})
+    if match := re.match(r"(\d+)gb-(\d+)gb", path.name):
+        budget = config.engine.vram_budget_bytes
+        assert budget is not None
+        assert 0.85 * int(match[1]) < budget / 1e9 < int(match[1])  # leaves some to driver and display
+        assert config.moe.hot_k == "auto"
 
 
 def test_written_file_reads_back_equal(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         Engine.open(tmp_path / "broken.gguf")
 
 
-@pytest.mark.parametrize("device", ["cuda", "emulated"])
+@pytest.mark.parametrize("device", ["cuda"])
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(DeviceError, match=f"engine.device is '{device}'"):
         Engine.open(config=config(device=device))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from engine.bench.__main__ import main
 from engine.bench.plots import plot_replays
-from engine.bench.replay import main, parse_policies, parse_slots, study, table_of
+from engine.bench.replay import parse_policies, parse_slots, study, table_of
 from engine.errors import ConfigError
 from engine.experts.policy import make_policy
 from engine.experts.replay import Clairvoyant, replay, static_optimum
@@ -154,7 +155,8 @@ def test_the_command_writes_what_it_shows(data, tmp_path, capsys) -> None:
     trace = data / "traces" / "gpt-oss-120b_chat_bigmoe.npz"
     outputs = [f"--json={tmp_path / 'r.json'}", f"--csv={tmp_path / 'r.csv'}"]
     assert (
-        main(["--replay", str(trace), "--policy", "lru,static", "--slots", "22", "--expert-bytes=1MB", *outputs]) == 0
+        main(["-q", "--replay", str(trace), "--policy", "lru,static", "--slots", "22", "--expert-bytes=1MB", *outputs])
+        == 0
     )
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / "r.json").read_text())
@@ -178,7 +180,7 @@ def test_the_command_writes_what_it_shows(data, tmp_path, capsys) -> None:
 )
 def test_the_command_says_what_is_wrong(data, capsys, arguments: list[str]) -> None:
     trace = data / "traces" / "gpt-oss-120b_chat_bigmoe.npz"
-    assert main(["--replay", str(trace), *arguments]) == 2
+    assert main(["-q", "--replay", str(trace), *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

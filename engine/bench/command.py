@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
-from engine.bench import kernels, limits, measure, peers
+from engine.bench import conversation, kernels, limits, measure, peers, placements, plots, replay
 from engine.bench.table import Report, machine_facts, render, to_csv, to_json, write_file
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
 from engine.cli.terminal import Bars
@@ -21,10 +22,11 @@ from engine.data import tiny_model_path
 from engine.errors import RequestError
 from engine.gguf.synthetic import PREFIX
 from engine.machine import last_level_cache_bytes, n_physical_cores
-from engine.runtime import Engine
+from engine.runtime import Engine, EngineStatistics
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
 the same run. Prompts and answers are fixed random tokens."""
+_CONVERSATION_TOKENS = 768  # of context beside the longest answer
 _FILE_WIDTH = 160  # columns, where the output is not a terminal
 BENCH_OPTIONS = {
     "bench.prompt_tokens": ("--prompt-tokens",),
@@ -44,9 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", action="append", default=[], choices=peers.PEERS, help="measure it on the same file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rates of --replay or --conversation")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kernels", action="store_true", help="measure every weight format at every instruction set")
     what.add_argument("--profile", action="store_true", help="show where the time of a prompt and of a token goes")
+    what.add_argument(
+        "--conversation", action="store_true", help="play a conversation of many subjects; show hit rates turn by turn"
+    )
+    what.add_argument(
+        "--watch", action="store_true", help="the same, with a live view of hits, swaps and times by layer"
+    )
+    replay.add_arguments(parser, what)
     add_settings(parser, BENCH_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
@@ -54,13 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Measure what is asked for."""
+    is_terminal = sys.stdout.isatty()
+    out = Console(highlight=False, markup=False, width=None if is_terminal else _FILE_WIDTH)
+    if args.replay:
+        replay.run(args, out, console)
+        return 0
+    if args.conversation or args.watch:
+        _converse(args, out, console)
+        return 0
+    if args.plot:
+        raise RequestError("--plot goes with --replay and --conversation")
     config = _with_context(read_settings(args))
     if (args.kernels or args.profile) and (args.peer or args.json or args.csv):
         raise RequestError("--peer, --json and --csv go with the table of speeds, not with --kernels or --profile")
     for peer_name in args.peer:
         _check_peer(peer_name, config)
-    is_terminal = sys.stdout.isatty()
-    out = Console(highlight=False, markup=False, width=None if is_terminal else _FILE_WIDTH)
     with Bars(console, quiet=args.quiet) as bars:
         if args.kernels:
             _show_kernels(config, bars, out)
@@ -95,31 +113,67 @@ def _check_peer(name: str, config: EngineConfig) -> None:
 def _measure(config: EngineConfig, peer_names: list[str], bars: Bars) -> Report:
     settings = config.bench
     lengths, n_gen, reps = settings.prompt_tokens, settings.gen_tokens, settings.reps
-    with Engine.open(config=config, progress=bars.loading) as engine:
-        used, statistics = engine.config.engine, engine.statistics
-        facts = machine_facts() | {
-            "model": f"{statistics.model}, {statistics.file_bytes / 1e9:.3g} GB ({config.model.load})",
-            "formats": statistics.weights.quant_mix,
-            "device": statistics.device,
-            "runs": f"{reps} x each prompt + {n_gen} tokens; median (lowest-highest)",
-        }
-        rows = measure.measure(engine, "all on CPU", lengths, n_gen, reps, bars.steps)
+    used, statistics, rows = _measure_engine(config, bars)
+    facts = machine_facts() | {
+        "model": f"{statistics.model}, {statistics.file_bytes / 1e9:.3g} GB ({config.model.load})",
+        "formats": statistics.weights.quant_mix,
+        "device": statistics.device,
+        "runs": f"{reps} x each prompt + {n_gen} tokens; median (lowest-highest)",
+    }
     if peer_names:
         rows += peers.measure_llama_cpp(
             os.fspath(config.model.path or tiny_model_path()),
             prompt_lengths=lengths,
             n_gen=n_gen,
             reps=reps,
-            n_threads=used.n_threads,
-            n_batch=used.max_batch_tokens,
+            n_threads=used.engine.n_threads,
+            n_batch=used.engine.max_batch_tokens,
             token_bytes=statistics.weights.token_bytes,
             progress=bars.steps,
         )
-    notes = []
-    if statistics.file_bytes < 4 * last_level_cache_bytes():
-        notes.append("The weights are small against this CPU's caches, so the share of the limit says little.")
-    bandwidth = limits.read_bandwidth(used.n_threads, settings.bandwidth_mb << 20)
+    notes = placements.explain(config, statistics) if statistics.cache is not None else []
+    bandwidth = 0.0
+    if any(row.placed is None for row in rows):
+        bandwidth = limits.read_bandwidth(used.engine.n_threads, settings.bandwidth_mb << 20)
+        if statistics.file_bytes < 4 * last_level_cache_bytes():
+            notes.append("The weights are small against this CPU's caches, so the share of the limit says little.")
     return Report(facts, bandwidth, rows, notes)
+
+
+def _measure_engine(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, EngineStatistics, list[measure.Row]]:
+    """Return the settings in use, what the engine says of itself, and its rows: one kind, or three with a GPU."""
+    bench = config.bench
+    if config.engine.device not in {"emulated", "cuda"}:
+        with Engine.open(config=config, progress=bars.loading) as engine:
+            if engine.statistics.cache is None:
+                rows = measure.measure(
+                    engine, "all on CPU", bench.prompt_tokens, bench.gen_tokens, bench.reps, bars.steps
+                )
+                return engine.config, engine.statistics, rows
+    return placements.measure_placements(config, bars)
+
+
+def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
+    """Play the script, and show what it did to the hit rate."""
+    config = read_settings(args)
+    settings, n_gen = config.engine, config.bench.gen_tokens
+    context = settings.context_length or _CONVERSATION_TOKENS + n_gen
+    config = replace(config, engine=replace(settings, context_length=context))
+    with Bars(console, quiet=args.quiet) as bars, Engine.open(config=config, progress=bars.loading) as engine:
+        bars.close()
+        if args.watch:
+            with Live(console=out, auto_refresh=False) as live:
+                watcher = conversation.Watcher(lambda table: live.update(table, refresh=True))
+                turns = conversation.converse(engine, n_gen, watcher)
+        else:
+            turns = conversation.converse(engine, n_gen, lambda *_: None)
+        statistics = engine.statistics
+    out.print(conversation.table_of(turns, is_virtual=statistics.has_virtual_clock))
+    out.print(statistics.cache_line)
+    if args.json:
+        write_file(args.json, conversation.to_json(turns))
+    if args.plot:
+        plots.plot_conversation(turns, f"{statistics.model}, a conversation of many subjects", args.plot)
 
 
 def _show_kernels(config: EngineConfig, bars: Bars, out: Console) -> None:

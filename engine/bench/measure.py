@@ -1,21 +1,22 @@
-"""Times an engine: prompt and answer apart, with fixed random tokens, so that runs and programs can be compared.
+"""Times an engine: prompt and answer apart, with fixed tokens, so that runs and programs can be compared.
 
-Random tokens are what a bench can give every program alike. Nothing is sampled from them: the ids of the answer are
-fixed too, and end tokens mean nothing.
+Random tokens are what a bench can give every program alike; where a cache of experts is measured the tokens are text,
+as experts have favourites in text alone. Nothing is sampled from them: the ids of the answer are fixed too, and end
+tokens mean nothing.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
 from engine import _kernels
+from engine.devices.timing import Traffic
 from engine.machine import resident_bytes
-from engine.runtime import Engine
+from engine.runtime import Engine, EngineStatistics
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -37,6 +38,31 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """What a row says more where experts are placed on a device with memory of its own. Of decoding, all runs together.
+
+    Attributes:
+        vram_bytes: memory of the device in use.
+        hit_rate: share of the chosen experts that were read from it.
+        swaps: experts copied into slots for a token.
+        ram_bytes_s, link_bytes_s, vram_bytes_s: read from RAM, sent over PCIe and read from VRAM in a second.
+        cold_tok_s: tokens a second of the first run, right after the start.
+        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took.
+        is_virtual: times are those of a virtual clock.
+    """
+
+    vram_bytes: int
+    hit_rate: float
+    swaps: float
+    ram_bytes_s: float
+    link_bytes_s: float
+    vram_bytes_s: float
+    cold_tok_s: float
+    share_of_limit: float
+    is_virtual: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One way to run a model, measured: a line of the table.
 
@@ -48,6 +74,8 @@ class Row:
         ram_bytes: held by the process afterwards, mapped pages included.
         token_bytes: weights that making one token reads; 0 if not known.
         note: what a reader must know to compare.
+        placed: where experts are placed, for devices with memory of their own.
+        gain: in decode speed over the row that it is compared to; None for no comparison.
     """
 
     name: str
@@ -59,11 +87,23 @@ class Row:
     ram_bytes: int
     token_bytes: int
     note: str = ""
+    placed: Placed | None = None
+    gain: float | None = None
 
     @property
     def bandwidth(self) -> float:
         """Return the bytes of weights a second that decoding read."""
         return self.token_bytes * self.decode_tok_s.median
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWork:
+    """What the expert cache did in one run, and the bytes that were moved."""
+
+    hits: int
+    choices: int
+    n_loads: int
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +113,7 @@ class Sample:
     prompt_s: float
     first_token_s: float
     decode_s: float
+    cache: CacheWork | None = None
 
 
 def random_tokens(n: int, n_vocab: int) -> list[int]:
@@ -96,32 +137,82 @@ def summarise(name: str, samples: Sequence[Sample], n_prompt: int, n_gen: int, t
     )
 
 
+Tokens = Callable[[int, int], Sequence[int]]  # (repetition, how many) -> ids
+
+
 def measure(
-    engine: Engine, name: str, prompt_lengths: Sequence[int], n_gen: int, reps: int, progress: Progress
+    engine: Engine,
+    name: str,
+    prompt_lengths: Sequence[int],
+    n_gen: int,
+    reps: int,
+    progress: Progress,
+    tokens: Tokens | None = None,
 ) -> list[Row]:
-    """Time an engine; return a row for each prompt length, in the order given."""
-    _run(engine, min(_WARM_UP, prompt_lengths[0]), min(_WARM_UP, n_gen))  # first use of threads and pages
+    """Time an engine; return a row for each prompt length, in the order given. Without `tokens` they are random."""
+    chosen = tokens or (lambda _, n: random_tokens(n, engine.spec.n_vocab))
+    if tokens is None:
+        n = min(_WARM_UP, prompt_lengths[0]) + min(_WARM_UP, n_gen)  # first use of threads and pages
+        _run(engine, random_tokens(n, engine.spec.n_vocab), min(_WARM_UP, prompt_lengths[0]))
     samples: dict[int, list[Sample]] = {n: [] for n in prompt_lengths}
     total, done = reps * len(prompt_lengths), 0
-    for _ in range(reps):  # repetitions go round, so that a slow minute of the machine does not hit one length alone
+    for rep in range(reps):  # repetitions go round, so that a slow minute of the machine does not hit one length alone
         for n_prompt in prompt_lengths:
             progress(f"{name}, {n_prompt} + {n_gen} tokens", done, total)
-            samples[n_prompt].append(_run(engine, n_prompt, n_gen))
+            samples[n_prompt].append(_run(engine, chosen(rep, n_prompt + n_gen), n_prompt))
             done += 1
     progress(name, total, total)
     token_bytes = engine.statistics.weights.token_bytes
-    return [summarise(name, samples[n], n, n_gen, token_bytes) for n in prompt_lengths]
+    rows = [summarise(name, samples[n], n, n_gen, token_bytes) for n in prompt_lengths]
+    return [replace(row, placed=_placed(engine, samples[row.n_prompt], n_gen)) for row in rows]
 
 
-def _run(engine: Engine, n_prompt: int, n_gen: int) -> Sample:
-    tokens = random_tokens(n_prompt + n_gen, engine.spec.n_vocab)
+def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
     with engine.new_sequence() as sequence:
-        start = time.perf_counter()
+        start = engine.now()
         logits = sequence.run(tokens[:n_prompt])
-        ran = time.perf_counter()
+        ran = engine.now()
         _kernels.argmax(logits[-1])
-        first = time.perf_counter()
+        first = engine.now()
+        before = engine.statistics
         for token in tokens[n_prompt:]:
             _kernels.argmax(sequence.run([token])[-1])
-        end = time.perf_counter()
-    return Sample(ran - start, first - start, end - first)
+        end = engine.now()
+    return Sample(ran - start, first - start, end - first, _cache_work(before, engine.statistics))
+
+
+def _cache_work(before: EngineStatistics, after: EngineStatistics) -> CacheWork | None:
+    """Return what the cache did between two looks."""
+    if before.cache is None or after.cache is None:
+        return None
+    moved = Traffic()
+    if before.traffic is not None and after.traffic is not None:
+        moved = after.traffic - before.traffic
+    return CacheWork(
+        int(after.cache.hits.sum() - before.cache.hits.sum()),
+        int(after.cache.choices.sum() - before.cache.choices.sum()),
+        after.cache.n_loads - before.cache.n_loads,
+        moved,
+    )
+
+
+def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | None:
+    works = [sample.cache for sample in samples if sample.cache is not None]
+    statistics = engine.statistics
+    if not works or statistics.bandwidths is None:
+        return None
+    seconds = sum(sample.decode_s for sample in samples)
+    moved = sum((work.traffic for work in works), Traffic())
+    speeds = statistics.bandwidths
+    least = max(moved.ram / speeds.ram, moved.link / speeds.pcie, moved.vram / speeds.vram)
+    return Placed(
+        statistics.device_bytes,
+        sum(work.hits for work in works) / max(sum(work.choices for work in works), 1),
+        sum(work.n_loads for work in works) / (n_gen * len(works)),
+        moved.ram / seconds,
+        moved.link / seconds,
+        moved.vram / seconds,
+        n_gen / samples[0].decode_s,
+        least / seconds,
+        statistics.has_virtual_clock,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine.bench.units import format_bytes, parse_bytes
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError
 from engine.experts.policy import POLICIES, make_policy
 from engine.experts.replay import Clairvoyant, Replay, replay, static_optimum
 from engine.experts.trace import Trace, load_trace
@@ -209,10 +208,10 @@ LEGEND = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a replay."""
+def add_arguments(parser: argparse.ArgumentParser, modes: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the options of a replay: its own mode, and settings. `run` also wants --json, --csv and --plot."""
+    modes.add_argument("--replay", nargs="+", metavar="TRACE", help="routing traces (npz) to play against policies")
     group = parser.add_argument_group("replay of recorded routing")
-    group.add_argument("--replay", nargs="+", metavar="TRACE", help="routing traces (npz) to play against policies")
     group.add_argument(
         "--policy",
         default=",".join(POLICIES),
@@ -222,13 +221,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ahead", action="store_true", help="let swaps be made between the layers of one token")
     group.add_argument("--expert-bytes", metavar="SIZE", help="bytes of one expert, for example 5.3MB")
     group.add_argument("--swap-budget", metavar="SIZE", help="bytes that may be copied into slots for each token")
-    group.add_argument("--json", metavar="FILE", dest="replay_json", help="write the rows as JSON")
-    group.add_argument("--csv", metavar="FILE", dest="replay_csv", help="write the rows as CSV")
-    group.add_argument("--plot", metavar="FILE", dest="replay_plot", help="draw hit rates (needs matplotlib)")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    """Do the replay that the options ask for. Raises `ConfigError` for what cannot be read, played or written."""
+def run(args: argparse.Namespace, out: Console, console: Console) -> None:
+    """Do the replay that the options ask for: the tables to `out`, progress to `console`.
+
+    Raises `ConfigError` for what cannot be read, played or written.
+    """
     policies = parse_policies(args.policy)
     if not policies:
         raise ConfigError(f"--policy {args.policy!r} names no policy; there are {', '.join(POLICIES)}")
@@ -237,7 +236,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     swap_bytes = float(parse_bytes(args.swap_budget)) if args.swap_budget else np.inf
     traces = [load_trace(path) for path in args.replay]
     studies = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=args.quiet) as progress:
         for trace in traces:
             sizes = None
             if args.expert_bytes:
@@ -254,43 +253,24 @@ def run(args: argparse.Namespace, console: Console) -> None:
                 )
             )
     for found in studies:
-        console.print(table_of(found))
-    console.print(LEGEND, style="dim")
-    write_rows([row for found in studies for row in found.rows], args.replay_json, args.replay_csv)
-    if args.replay_plot:
+        out.print(table_of(found))
+    out.print(LEGEND)
+    write_rows([row for found in studies for row in found.rows], args.json, args.csv)
+    if args.plot:
         from engine.bench.plots import plot_replays  # noqa: PLC0415 - matplotlib is optional and slow to import
 
-        plot_replays(studies, args.replay_plot)
+        plot_replays(studies, args.plot)
 
 
-def write_rows(rows: Sequence[Row], json_path: str | None, csv_path: str | None) -> None:
+def write_rows(rows: Sequence[Row], json_path: Path | None, csv_path: Path | None) -> None:
     """Write rows as JSON, CSV or both. Raises `ConfigError` if a file cannot be written."""
     try:
         if json_path:
-            Path(json_path).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         if csv_path:
-            with Path(csv_path).open("w", newline="") as file:
+            with csv_path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in rows)
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from error
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a replay from the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m engine.bench.replay", description=__doc__)
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    if not args.replay:
-        parser.error("--replay TRACE... is missing")
-    try:
-        run(args, Console())
-    except EngineError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

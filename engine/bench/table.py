@@ -10,7 +10,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import machine
-from engine.bench.measure import Row, Spread
+from engine.bench.measure import Placed, Row, Spread
 from engine.errors import RequestError
 
 
@@ -30,7 +30,8 @@ class Report:
 
     Attributes:
         facts: of machine, program and model, for the header; in reading order.
-        bandwidth: read bandwidth of the RAM in bytes a second, measured in the same run.
+        bandwidth: read bandwidth of the RAM in bytes a second, measured in the same run; 0 where a row is not held
+            against it.
         rows: one for each way of running and prompt length.
         notes: what a reader must know.
     """
@@ -89,19 +90,47 @@ def _milliseconds(value: Spread) -> Spread:
     return Spread(value.median * 1e3, value.low * 1e3, value.high * 1e3)
 
 
+def _gigabytes(value: float) -> str:
+    return _figure(value / 1e9)
+
+
+def _paths(row: Row) -> str:
+    """Return GB/s by path, those that move something."""
+    if row.placed is None:
+        return _gigabytes(row.bandwidth) if row.token_bytes else ""
+    paths = {"RAM": row.placed.ram_bytes_s, "PCIe": row.placed.link_bytes_s, "VRAM": row.placed.vram_bytes_s}
+    return "\n".join(f"{name} {_gigabytes(value)}" for name, value in paths.items() if value)
+
+
+def _share_of_limit(row: Row, limit: float) -> str:
+    if row.placed is not None:
+        return f"{row.placed.share_of_limit:.0%}"
+    return f"{row.bandwidth / limit:.0%}" if row.token_bytes and limit else ""
+
+
+def _note(row: Row) -> str:
+    virtual = "virtual\nclock" if row.placed is not None and row.placed.is_virtual else ""
+    return ", ".join(filter(None, (row.note, virtual)))
+
+
 Column = tuple[str, Callable[[Row, float], str]]
 
 COLUMNS: tuple[Column, ...] = (
-    ("", lambda row, _: row.name),
+    ("", lambda row, _: row.name.replace(" (", "\n(")),
     ("tokens", lambda row, _: f"{row.n_prompt} + {row.n_gen}"),
     ("prompt\ntok/s", lambda row, _: _spread(row.prompt_tok_s)),
     ("first\ntoken ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
     ("decode\ntok/s", lambda row, _: _spread(row.decode_tok_s)),
-    ("RAM\nGB", lambda row, _: _figure(row.ram_bytes / 1e9) if row.ram_bytes else ""),
-    ("GB a\ntoken", lambda row, _: _figure(row.token_bytes / 1e9) if row.token_bytes else ""),
-    ("GB/s", lambda row, _: _figure(row.bandwidth / 1e9) if row.token_bytes else ""),
-    ("of\nlimit", lambda row, limit: f"{row.bandwidth / limit:.0%}" if row.token_bytes else ""),
-    ("", lambda row, _: row.note),
+    ("cold", lambda row, _: _figure(row.placed.cold_tok_s) if row.placed else ""),
+    ("gain", lambda row, _: "" if row.gain is None else f"{row.gain:+.0%}"),
+    ("VRAM\nGB", lambda row, _: _gigabytes(row.placed.vram_bytes) if row.placed else ""),
+    ("RAM\nGB", lambda row, _: _gigabytes(row.ram_bytes) if row.ram_bytes else ""),
+    ("hits", lambda row, _: f"{row.placed.hit_rate:.0%}" if row.placed else ""),
+    ("swaps", lambda row, _: _figure(row.placed.swaps) if row.placed else ""),
+    ("GB a\ntoken", lambda row, _: _gigabytes(row.token_bytes) if row.token_bytes and not row.placed else ""),
+    ("GB/s", lambda row, _: _paths(row)),
+    ("of\nlimit", _share_of_limit),
+    ("", lambda row, _: _note(row)),
 )
 
 
@@ -110,7 +139,8 @@ def render(report: Report, console: Console) -> None:
     header = Table(show_header=False, box=None, pad_edge=False)
     for key, value in report.facts.items():
         header.add_row(key, value)
-    header.add_row("bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s read from RAM, measured now: the limit below")
+    if report.bandwidth:
+        header.add_row("bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s read from RAM, measured now: the limit below")
     console.print(header)
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -134,17 +164,19 @@ def to_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     spreads = ("prompt_tok_s", "first_token_s", "decode_tok_s")
+    placed = [f.name for f in fields(Placed)]
     writer.writerow(
         ["name", "n_prompt", "n_gen"]
         + [f"{name}{end}" for name in spreads for end in ("", "_low", "_high")]
-        + ["ram_bytes", "token_bytes", "read_bandwidth", "note", *report.facts]
+        + ["ram_bytes", "token_bytes", "read_bandwidth", "note", "gain", *placed, *report.facts]
     )
     for row in report.rows:
         figures = [x for name in spreads for x in asdict(row)[name].values()]
         writer.writerow(
             [
                 *(row.name, row.n_prompt, row.n_gen, *figures),
-                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note),
+                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note, row.gain),
+                *(None if row.placed is None else getattr(row.placed, name) for name in placed),
                 *report.facts.values(),
             ]
         )

@@ -19,6 +19,10 @@ ENGINE_OPTIONS = {
     "model.chat_template": ("--chat-template",),
     "moe.hot_k": ("--hot-k",),
     "moe.n_cpu_moe": ("--n-cpu-moe",),
+    "moe.policy": ("--cache-policy",),
+    "moe.profile": ("--expert-profile",),
+    "moe.record_trace": ("--record-trace",),
+    "engine.vram_budget": ("--vram-budget",),
 }
 SAMPLING_OPTIONS = {
     "sampling.max_tokens": ("-n", "--max-tokens"),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.timing import Bandwidths, StepTime, Traffic
 
 Ticket: TypeAlias = object
 """Stands for work that was started; whoever started it asks `is_done` until it is, and then forgets it."""
@@ -33,4 +38,58 @@ class SlotDevice(Protocol):
 
     def wait_all(self) -> None:
         """Wait for all steps and copies; those that failed do not raise."""
+        ...
+
+
+@runtime_checkable
+class SlotProgram(SlotDevice, Protocol):
+    """A compiled forward pass on such a device, ready for a cache; its slots are empty at first."""
+
+    @property
+    def n_slots(self) -> npt.NDArray[np.intp]:
+        """Return the slots of each MoE layer."""
+        ...
+
+    @property
+    def n_experts(self) -> int:
+        """Return the experts of each MoE layer."""
+        ...
+
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
+        ...
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """Return the speeds that decide which swaps pay."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the device memory in use, slots and everything else."""
+        ...
+
+
+@runtime_checkable
+class ClockedProgram(Protocol):
+    """A program whose time is not the wall clock's."""
+
+    def now(self) -> float:
+        """Return the seconds on the program's clock."""
+        ...
+
+
+@runtime_checkable
+class MeteredProgram(Protocol):
+    """A program that knows where time and bytes went, of all its steps so far."""
+
+    @property
+    def time_spent(self) -> StepTime:
+        """Return where the time went."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return what was moved."""
         ...

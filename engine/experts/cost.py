@@ -9,24 +9,6 @@ if it turns at least `break_even` misses into hits:
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Bandwidths:
-    """Measured speeds of a machine, in bytes a second: reading RAM, copying RAM to VRAM, reading VRAM."""
-
-    ram: float
-    pcie: float
-    vram: float
-
-    @property
-    def break_even(self) -> float:
-        """Return how many misses a load must turn into hits to pay for itself; infinite if it never does."""
-        gain = 1.0 / self.ram - 1.0 / self.vram
-        return 1.0 / (self.ram * gain) if gain > 0 else math.inf
-
 
 class SwapBudget:
     """Bytes that may be copied for each token: what PCIe moves in a share of the token's time.
@@ -37,7 +19,7 @@ class SwapBudget:
 
     def __init__(self, bytes_per_s: float, largest_expert: int, share: float = 0.5) -> None:
         """Start with nothing saved; `largest_expert` in bytes."""
-        self._rate, self._largest = bytes_per_s * share, float(largest_expert)
+        self._rate, self._largest, self._share = bytes_per_s * share, float(largest_expert), share
         self.allowance = 0.0
 
     def grant(self, token_s: float) -> None:
@@ -49,3 +31,8 @@ class SwapBudget:
         """Take off what was copied."""
         assert n_bytes <= self.allowance
         self.allowance -= n_bytes
+
+    def describe(self) -> str:
+        """Return the limit for people."""
+        rate = f"{self._rate / 1e9:.3g} MB for each millisecond"
+        return f"swaps may take {self._share:.0%} of a token's time on PCIe, {rate}"

@@ -143,29 +143,3 @@ class SlotTable:
                 if record.state is not SlotState.FREE:
                     assert self._slot_of[layer, record.expert] == slot, f"layer {layer}: slot {slot} is not found"
             assert np.count_nonzero(self._slot_of[layer] >= 0) == len(experts), f"layer {layer}: stray slot"
-
-
-def slots_that_fit(
-    n_bytes: int, expert_bytes: npt.NDArray[np.int64], n_experts: int, most: int | None = None
-) -> npt.NDArray[np.intp]:
-    """Return slots of each layer for a stretch of device memory: as even as it goes, later layers first.
-
-    The rest that is too small for one more slot everywhere goes to the last layers: their routing repeats itself more
-    than that of the first ones.
-
-    Args:
-        n_bytes: of device memory.
-        expert_bytes: int64 [n_layers].
-        n_experts: of each layer; more slots would be empty.
-        most: slots of a layer at most (the setting `hot_k`); None for as many as fit.
-    """
-    most = n_experts if most is None else min(most, n_experts)
-    even = min(n_bytes // max(int(expert_bytes.sum()), 1), most)
-    n_slots = np.full(len(expert_bytes), even, np.intp)
-    rest = n_bytes - even * int(expert_bytes.sum())
-    if even < most:
-        for layer in range(len(expert_bytes) - 1, -1, -1):
-            if expert_bytes[layer] <= rest:
-                n_slots[layer] += 1
-                rest -= int(expert_bytes[layer])
-    return n_slots

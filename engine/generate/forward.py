@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.devices.graph import Limits, Program
+from engine.devices.slots import ClockedProgram
 from engine.errors import RequestError
 
 Outputs = Literal["none", "last", "all"]
@@ -16,10 +18,15 @@ Progress = Callable[[int, int], None]
 
 
 class ForwardPass:
-    """Feeds one sequence at a time to a program, in steps that it can take."""
+    """Feeds one sequence at a time to a program, in steps that it can take.
+
+    Attributes:
+        now: returns seconds, of the program's clock if it has one.
+    """
 
     def __init__(self, program: Program, limits: Limits, n_vocab: int) -> None:
         self.program = program
+        self.now: Callable[[], float] = program.now if isinstance(program, ClockedProgram) else time.perf_counter
         self.limits = limits
         self.n_vocab = n_vocab
         self._slots = np.zeros(limits.max_tokens, np.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -133,12 +132,12 @@ def generate(
             new_ids = prompt[n_reused:]
             while sequence.finish_reason is None:
                 with turn():
-                    start = time.perf_counter()
+                    start = forward.now()
                     logits = lease.extend(forward, new_ids, "last", None if made else progress)[-1]
-                    ran = time.perf_counter()
+                    ran = forward.now()
                     token_id = sampler.choose(logits, sequence)
                     rated = rate(logits, token_id, n_top, tokenizer)
-                    end = time.perf_counter()
+                    end = forward.now()
                 if made:
                     decode_s += end - start
                 else:

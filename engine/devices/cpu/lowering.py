@@ -46,6 +46,20 @@ class Place:
         return self.address, self.stride
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertTables:
+    """Where the experts of one MoE layer lie.
+
+    Attributes:
+        addresses: int64 [3, n_experts], the first row of each expert's gate, up and down projection. Every step reads
+            them anew: between two steps an entry may be pointed at a copy of the same bytes elsewhere.
+        sizes: bytes of one expert's part of each.
+    """
+
+    addresses: npt.NDArray[np.int64]
+    sizes: tuple[int, int, int]
+
+
 class Lowering:
     """Compiles one graph; afterwards holds the C program and every piece of memory that it uses."""
 
@@ -58,6 +72,7 @@ class Lowering:
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[], None]] = []
         self._index = 0
+        self._tables: dict[ops.Buffer, ExpertTables] = {}
         self._allocate_state(graph)
 
         for self._index, operation in enumerate(graph.operations):
@@ -73,6 +88,7 @@ class Lowering:
             call()
         self.logits = self._view(graph.logits, np.float32)
         self.routing_ids = [self._view(r.ids, np.int32) for r in graph.routings]
+        self.expert_tables = [self._tables[r.ids.buffer] for r in graph.routings]
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -149,12 +165,13 @@ class Lowering:
         base = int(self._weights.array(weight.name).ctypes.data)
         return base + weight.first_row * row_bytes, (weight.stored_rows or weight.n_rows) * row_bytes
 
-    def _expert_table(self, weight: Weight) -> int:
-        """Return the address of a table that holds, for each expert, the address of its first row."""
-        first, expert_bytes = self._matrix(weight)
-        table = first + expert_bytes * np.arange(weight.n_experts, dtype=np.int64)
-        self._keep.append(table)
-        return int(table.ctypes.data)
+    def _expert_tables(self, weights: tuple[Weight, Weight, Weight]) -> ExpertTables:
+        """Return tables that point at the weights."""
+        placed = [self._matrix(weight) for weight in weights]
+        numbers = np.arange(weights[0].n_experts, dtype=np.int64)
+        addresses = np.stack([first + expert_bytes * numbers for first, expert_bytes in placed])
+        gate, up, down = (weight.n_rows * weight.format.row_bytes(weight.n_cols) for weight in weights)
+        return ExpertTables(addresses, (gate, up, down))
 
     # -- operations --------------------------------------------------------------------------------------------------
 
@@ -387,9 +404,11 @@ class Lowering:
         x_gate = self._activations(op.x, op.gate.format.activation)
         x_up = self._activations(op.x, op.up.format.activation)
         ids, out = self._use(op.routing.ids), self._use(op.out)
+        weights, biases = (op.gate, op.up, op.down), (op.gate_bias, op.up_bias, op.down_bias)
+        tables = self._tables[op.routing.ids.buffer] = self._expert_tables(weights)
         gate, up, down = (
-            (self._expert_table(weight), weight.format.ggml_type, self._vector(weight.scale), self._vector(bias))
-            for weight, bias in ((op.gate, op.gate_bias), (op.up, op.up_bias), (op.down, op.down_bias))
+            (int(table.ctypes.data), weight.format.ggml_type, self._vector(weight.scale), self._vector(bias))
+            for table, weight, bias in zip(tables.addresses, weights, biases, strict=True)
         )
         self._calls.append(
             lambda: self.program.experts(

@@ -1,0 +1,138 @@
+"""The three ways to place experts that are compared, at equal VRAM: on the CPU, in whole layers, and the hot ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.bench.measure import Progress, Row, Tokens, measure, random_tokens
+from engine.cli.terminal import Bars
+from engine.config import EngineConfig, SamplingParams
+from engine.data import tiny_model_path
+from engine.devices.footprint import Footprint
+from engine.devices.footprint import measure as measure_footprint
+from engine.devices.graph import KVType, Limits
+from engine.devices.placement import least_cpu_layers
+from engine.errors import DeviceError
+from engine.gguf import open_model_file
+from engine.gguf.synthetic import PREFIX
+from engine.models import load_model
+from engine.runtime import Engine, EngineStatistics
+
+SMALL_VOCABULARY = 256
+SHORT_TEXT = 16  # random tokens that a model goes on after, to make text
+
+
+def measure_placements(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, EngineStatistics, list[Row]]:
+    """Measure the rows "all experts on the CPU", "whole layers on the GPU" and "hot experts on the GPU".
+
+    Returns the settings in use, what the engine of the last row said of itself, and the rows. All three get the VRAM
+    that the hot experts take, and the same tokens: text of the model's own, or random ones for a model of random
+    weights, for which the emulated device makes routing up.
+    """
+    config = _with_made_up_routing(config)
+    hot = replace(config, moe=replace(config.moe, n_cpu_moe=-1))
+    tokens = _random_tokens(config) if config.model.path.startswith(PREFIX) else _text(hot, bars)
+    with Engine.open(config=hot, progress=bars.loading) as engine:
+        found = _measure(engine, f"hot experts ({config.moe.policy})", config, tokens, bars.steps)
+        statistics, used = engine.statistics, engine.config
+    budget = statistics.device_bytes
+    layers = _measure_layers(used, budget, tokens, bars)
+    cpu = replace(config, moe=replace(config.moe, hot_k=0, n_cpu_moe=-1))
+    with Engine.open(config=cpu, progress=bars.loading) as engine:
+        on_cpu = _measure(engine, "all experts on the CPU", config, tokens, bars.steps)
+    baselines = {row.n_prompt: row.decode_tok_s.median for row in on_cpu}
+    rows = [row for same in zip(on_cpu, layers, found, strict=True) for row in same]
+    return used, statistics, [_with_gain(row, baselines[row.n_prompt]) for row in rows]
+
+
+def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
+    """Return what a reader of the rows must know."""
+    notes = [
+        statistics.cache_line,
+        "Rows use equal VRAM. swaps: experts copied for a token; gain: decode speed over all experts on the CPU; cold: "
+        "the first run; of limit: the time the memories would need for the bytes moved, over the time taken.",
+    ]
+    if statistics.has_virtual_clock:
+        notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
+    if config.model.path.startswith(PREFIX):
+        notes.append(
+            "The weights are random, and random routers have no favourites: "
+            + (
+                "the cache was shown made-up routing that behaves like recorded routing."
+                if statistics.has_virtual_clock
+                else "expect hits by chance alone."
+            )
+        )
+    return notes
+
+
+def _with_gain(row: Row, baseline: float) -> Row:
+    speed = row.decode_tok_s.median
+    return row if speed == baseline else replace(row, gain=speed / baseline - 1)
+
+
+def _with_made_up_routing(config: EngineConfig) -> EngineConfig:
+    if config.engine.device == "emulated" and config.model.path.startswith(PREFIX):
+        return replace(config, emulated=replace(config.emulated, routing="made-up"))
+    return config
+
+
+def _measure(engine: Engine, name: str, config: EngineConfig, tokens: Tokens, progress: Progress) -> list[Row]:
+    bench = config.bench
+    return measure(engine, name, bench.prompt_tokens, bench.gen_tokens, bench.reps, progress, tokens)
+
+
+def _measure_layers(used: EngineConfig, budget: int, tokens: Tokens, bars: Bars) -> list[Row]:
+    """Measure with as many whole layers as the budget holds."""
+    footprint = _footprint(used)
+    n_layers = len(footprint.expert_bytes)
+    for n_cpu in range(least_cpu_layers(footprint, budget), n_layers + 1):
+        config = replace(
+            used,
+            engine=replace(used.engine, vram_budget=f"{budget}B"),
+            moe=replace(used.moe, hot_k="auto", n_cpu_moe=n_cpu),
+        )
+        try:
+            with Engine.open(config=config, progress=bars.loading) as engine:
+                name = f"whole layers (n_cpu_moe = {n_cpu})"
+                return _measure(engine, name, used, tokens, bars.steps)
+        except DeviceError:
+            if n_cpu == n_layers:  # else a device that lays its memory out in larger steps than the plan
+                raise
+    raise AssertionError("the last number of layers either fits or raises")
+
+
+def _footprint(used: EngineConfig) -> Footprint:
+    settings = used.engine
+    model_file = open_model_file(used.model.path or tiny_model_path())
+    try:
+        limits = Limits(
+            settings.max_batch_tokens, settings.n_sequences, settings.context_length, KVType[settings.kv_type.upper()]
+        )
+        return measure_footprint(load_model(model_file).graph, limits)
+    finally:
+        model_file.close()
+
+
+def _longest(config: EngineConfig) -> int:
+    return max(config.bench.prompt_tokens) + config.bench.gen_tokens
+
+
+def _random_tokens(config: EngineConfig) -> Tokens:
+    """Return a source of ids that every vocabulary has; each repetition goes on where the last one ended."""
+    longest = _longest(config)
+    return lambda rep, n: random_tokens((rep + 1) * longest, SMALL_VOCABULARY)[rep * longest :][:n]
+
+
+def _text(config: EngineConfig, bars: Bars) -> Tokens:
+    """Return a source of text that the model makes up, another one for each repetition."""
+    longest, reps = _longest(config), config.bench.reps
+    texts: list[list[int]] = []
+    with Engine.open(config=config, progress=bars.loading) as engine:
+        for rep in range(reps):
+            bars.steps("making text", rep, reps)
+            prompt = random_tokens(SHORT_TEXT * (rep + 1), engine.spec.n_vocab)[-SHORT_TEXT:]
+            params = SamplingParams(max_tokens=0, temperature=1.0, top_p=1.0, seed=rep, ignore_eos=True)
+            texts.append([*prompt, *engine.generate(prompt, params).token_ids][-longest:])
+        bars.steps("making text", reps, reps)
+    return lambda rep, n: texts[rep][:n]

@@ -1,0 +1,379 @@
+"""`python -m engine plan`: what a machine that one need not have would do with a model, and which setting to use.
+
+Nothing is run: bytes come from the model's shape, hits and swaps from replayed routing, and time from the same model
+of a step that sets the emulated device's clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from engine.bench.units import format_bytes, parse_bytes, parse_rate
+from engine.cli.options import add_output
+from engine.data import tiny_model_path
+from engine.devices.footprint import Footprint, measure
+from engine.devices.graph import KVType, Limits
+from engine.devices.placement import MemoryPlan, Wish, least_cpu_layers, plan_memory
+from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
+from engine.errors import ConfigError
+from engine.experts.policy import make_policy
+from engine.experts.replay import replay
+from engine.experts.routing_process import RoutingProcess
+from engine.experts.trace import Trace, load_trace
+from engine.gguf import open_model_file
+from engine.models import load_model
+
+PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing
+PROMPT_BATCH = 512  # tokens of a prompt that are run together
+SWAP_SHARE = 0.2  # of a token's time
+
+# A Ryzen 9 7950X with 96 GB of DDR5 and an RTX 4090, on which a fork of llama.cpp with a hot-expert cache reports these
+# tokens a second for Qwen3.5-122B-A10B at Q4_K_L. Kernels reach a part of what the data sheets say.
+REFERENCE_MACHINE = "4090"
+REFERENCE_MODEL = "qwen3.5-122b"
+REFERENCE_TOK_S = (15.65, 17.87, 22.67)
+VRAM_EFFICIENCY, RAM_EFFICIENCY = 0.9, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One way to place the experts of a model.
+
+    Attributes:
+        name: for people.
+        setting: in the [moe] table.
+        decode_tok_s, prompt_tok_s: tokens a second, in the middle of the context.
+        vram_bytes: used.
+        hit_rate: share of the chosen experts that are read from VRAM.
+        swaps: experts copied for a token.
+        step: where the time of a token goes.
+        ram_bytes, link_bytes: read from RAM and sent over PCIe for a token.
+        reference_tok_s: reported by others for this model and machine; 0 if not known.
+    """
+
+    name: str
+    setting: str
+    decode_tok_s: float
+    prompt_tok_s: float
+    vram_bytes: int
+    hit_rate: float
+    swaps: float
+    step: StepTime
+    ram_bytes: float
+    link_bytes: float
+    reference_tok_s: float = 0.0
+
+
+def predict(
+    machine: Machine,
+    footprint: Footprint,
+    allowed_bytes: int,
+    trace: Trace,
+    position: int,
+    *,
+    policy: str = "adaptive",
+    progress: Callable[[int], object] | None = None,
+) -> list[Prediction]:
+    """Return the three ways: all experts on the CPU, whole layers on the GPU, hot experts on the GPU.
+
+    Args:
+        machine: its speeds.
+        footprint: the model's needs.
+        allowed_bytes: of VRAM.
+        trace: routing that the cache meets; its layers are stretched to the model's.
+        position: tokens in the context.
+        policy: of the cache.
+        progress: called with the tokens replayed.
+
+    Raises `DeviceError` if the model does not fit.
+    """
+    nothing = plan_memory(footprint, allowed_bytes, Wish(hot_k=0))
+    found = [_prediction(machine, footprint, nothing, position, "all experts on the CPU", "hot_k = 0")]
+    n_cpu = least_cpu_layers(footprint, allowed_bytes)
+    layers = plan_memory(footprint, allowed_bytes, Wish(n_cpu_moe=n_cpu))
+    found.append(_prediction(machine, footprint, layers, position, "whole layers on the GPU", f"n_cpu_moe = {n_cpu}"))
+    hot = plan_memory(footprint, allowed_bytes, Wish())
+    hits, loads = _replayed(machine, footprint, hot, trace, policy, 1.0 / found[0].decode_tok_s, progress)
+    found.append(
+        _prediction(machine, footprint, hot, position, f"hot experts ({policy})", 'hot_k = "auto"', hits, loads)
+    )
+    return found
+
+
+def _replayed(
+    machine: Machine,
+    footprint: Footprint,
+    plan: MemoryPlan,
+    trace: Trace,
+    policy: str,
+    token_s: float,
+    progress: Callable[[int], object] | None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return hit rates and loads a token of each of the model's layers, from a replay at the same share of slots."""
+    n_layers = len(plan.n_slots)
+    if (plan.n_slots >= plan.n_experts).all():
+        return np.ones(n_layers), np.zeros(n_layers)
+    # Which of the trace's layers stands for which of the model's, by depth.
+    stands_for = np.arange(trace.n_layers) * n_layers // trace.n_layers
+    share = plan.n_slots[stands_for] / plan.n_experts
+    n_slots = np.floor(share * trace.n_experts).astype(np.intp)
+    sizes = np.maximum(footprint.expert_bytes[stands_for] * plan.n_experts // trace.n_experts, 1)
+    budget = machine.bandwidths.pcie * SWAP_SHARE * token_s * trace.n_layers / n_layers
+    text = policy
+    if policy == "adaptive" and np.isfinite(machine.bandwidths.break_even):
+        text = f"adaptive:break_even={machine.bandwidths.break_even}"
+    played = replay(
+        trace,
+        make_policy(text, trace.n_layers, trace.n_experts),
+        n_slots,
+        swap_bytes=budget,
+        expert_bytes=sizes,
+        progress=progress,
+    )
+    rates, loads = played.hits / np.maximum(played.choices, 1), played.loads / max(played.n_tokens, 1)
+    nearest = np.arange(n_layers) * trace.n_layers // n_layers
+    # A load is of bytes: the trace's experts may be a larger part of their layer than the model's are.
+    per_layer = loads * sizes / footprint.expert_bytes[stands_for]
+    return rates[nearest], per_layer[nearest]
+
+
+def _prediction(
+    machine: Machine,
+    footprint: Footprint,
+    plan: MemoryPlan,
+    position: int,
+    name: str,
+    setting: str,
+    hit_rates: npt.NDArray[np.float64] | None = None,
+    loads: npt.NDArray[np.float64] | None = None,
+) -> Prediction:
+    n_layers = len(plan.n_slots)
+    rates = (plan.n_slots / max(plan.n_experts, 1)).round() if hit_rates is None else hit_rates
+    copies = np.zeros(n_layers) if loads is None else loads
+    used = float(footprint.n_experts_used)
+    sizes, macs = footprint.expert_bytes.astype(np.float64), footprint.expert_macs.astype(np.float64)
+    copied = float((copies * sizes).sum())
+    token = StepWork(
+        n_layers=footprint.n_layers,
+        dense_bytes=footprint.dense_bytes,
+        attention_bytes=footprint.attention_bytes(position),
+        dense_macs=footprint.dense_macs,
+        hit_bytes=rates * used * sizes,
+        hit_macs=rates * used * macs,
+        miss_bytes=(1 - rates) * used * sizes,
+        miss_macs=(1 - rates) * used * macs,
+        streamed_bytes=np.zeros(n_layers),
+        copied_bytes=copied,
+    )
+    step = time_step(machine, token)
+    return Prediction(
+        name,
+        setting,
+        1.0 / step.total_s,
+        _prompt_speed(machine, footprint, plan, position),
+        plan.n_bytes,
+        float((token.hit_bytes.sum()) / max((token.hit_bytes + token.miss_bytes).sum(), 1.0)),
+        float(copies.sum()),
+        step,
+        float(token.miss_bytes.sum()) + copied,
+        copied,
+    )
+
+
+def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, position: int) -> float:
+    """Return prompt tokens a second in long batches: nearly all experts are chosen, those without a slot streamed."""
+    n_experts = max(plan.n_experts, 1)
+    unused = (1 - footprint.n_experts_used / n_experts) ** PROMPT_BATCH
+    chosen = n_experts * (1 - unused) * footprint.expert_bytes.astype(np.float64)
+    nothing = np.zeros(len(plan.n_slots))
+    macs = footprint.expert_macs.astype(np.float64) * footprint.n_experts_used * PROMPT_BATCH
+    work = StepWork(
+        n_layers=footprint.n_layers,
+        dense_bytes=footprint.dense_bytes,
+        attention_bytes=footprint.attention_bytes(position),
+        dense_macs=float(footprint.dense_macs) * PROMPT_BATCH,
+        hit_bytes=chosen,
+        hit_macs=macs,
+        miss_bytes=nothing,
+        miss_macs=nothing,
+        streamed_bytes=chosen * (1 - plan.n_slots / n_experts),
+    )
+    return PROMPT_BATCH / time_step(machine, work).total_s
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `plan` to the parser of all commands."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict the speed on a machine",
+        description="Predict how fast a machine would run a model with each placement of its experts, and say which "
+        "setting to use. Nothing is run, and no weight is read.",
+    )
+    parser.add_argument("-m", "--model", metavar="MODEL", help="GGUF file or synthetic:NAME (default: the bundled one)")
+    parser.add_argument(
+        "--machine", choices=[REFERENCE_MACHINE], help="start from a known machine: RTX 4090, Ryzen 9 7950X, 96 GB"
+    )
+    parser.add_argument("--vram", metavar="SIZE", help="of the GPU that may be used, for example 24GB")
+    parser.add_argument("--ram", metavar="SIZE", help="of the machine, for example 96GB")
+    parser.add_argument("--ram-bandwidth", metavar="RATE", help="that the CPU reads weights with, for example 60GB/s")
+    parser.add_argument("--pcie", metavar="RATE", help="from RAM to the GPU, for example 25GB/s")
+    parser.add_argument("--vram-bandwidth", metavar="RATE", help="that the GPU reads weights with, for example 900GB/s")
+    parser.add_argument("-c", "--context", type=int, default=8192, metavar="N", help="tokens to have room for")
+    parser.add_argument("--kv-type", choices=["f32", "f16", "q8_0"], default="f16", help="of keys and values")
+    parser.add_argument("--trace", metavar="FILE", help="recorded routing to replay (default: a made-up one)")
+    parser.add_argument("--cache-policy", default="adaptive", metavar="NAME", help="of the cache (default: adaptive)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_output(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace, console: Console) -> int:
+    """Predict what is asked for."""
+    machine, ram_bytes = read_machine(args)
+    if args.context < 1:
+        raise ConfigError(f"--context is {args.context}; expected at least 1")
+    model_file = open_model_file(args.model or tiny_model_path())
+    try:
+        model = load_model(model_file)
+        n_weight_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
+        limits = Limits(PROMPT_BATCH, 1, args.context, KVType[args.kv_type.upper()])
+        footprint = measure(model.graph, limits)
+        if not footprint.n_experts:
+            raise ConfigError(f"{model_file.name} has no experts; there is nothing to place")
+        trace = _trace(args, footprint)
+        with Progress(console=console, transient=True, disable=args.quiet) as bar:
+            task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
+            found = predict(
+                machine,
+                footprint,
+                machine.vram_bytes,
+                trace,
+                args.context // 2,
+                policy=args.cache_policy,
+                progress=lambda done: bar.update(task, completed=done),
+            )
+        name = model.spec.name
+    finally:
+        model_file.close()
+    if args.machine == REFERENCE_MACHINE and REFERENCE_MODEL in f"{args.model} {name}".lower():
+        found = [_with_reference(p, tok_s) for p, tok_s in zip(found, REFERENCE_TOK_S, strict=True)]
+    if args.json:
+        rows = [asdict(p) for p in found]
+        for row in rows:
+            row["step"]["layers"] = row["step"]["layers"].tolist()
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return 0
+    _show(found, machine, footprint, trace, name, n_weight_bytes, ram_bytes, args.context)
+    return 0
+
+
+def _with_reference(prediction: Prediction, tok_s: float) -> Prediction:
+    return replace(prediction, reference_tok_s=tok_s)
+
+
+def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
+    """Return the machine that the options describe, and its RAM in bytes; raise `ConfigError` if one is missing."""
+    known = {"vram": "22.6GB", "ram": "96GB", "ram_bandwidth": f"{65 * RAM_EFFICIENCY}GB/s", "pcie": "25GB/s"}
+    known["vram_bandwidth"] = f"{1008 * VRAM_EFFICIENCY}GB/s"
+    given = {key: getattr(args, key) for key in known}
+    if args.machine == REFERENCE_MACHINE:
+        given = {key: value or known[key] for key, value in given.items()}
+    missing = [f"--{key.replace('_', '-')}" for key, value in given.items() if not value]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: missing; give the machine's figures, or --machine {REFERENCE_MACHINE}"
+        )
+    speeds = Bandwidths(
+        parse_rate(given["ram_bandwidth"]), parse_rate(given["pcie"]), parse_rate(given["vram_bandwidth"])
+    )
+    return Machine(speeds, parse_bytes(given["vram"])), parse_bytes(given["ram"])
+
+
+def _trace(args: argparse.Namespace, footprint: Footprint) -> Trace:
+    if args.trace:
+        return load_trace(args.trace)
+    process = RoutingProcess(len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used)
+    return process.trace(PROMPT_TOKENS, ANSWER_TOKENS)
+
+
+def _show(
+    found: list[Prediction],
+    machine: Machine,
+    footprint: Footprint,
+    trace: Trace,
+    name: str,
+    n_weight_bytes: int,
+    ram_bytes: int,
+    context: int,
+) -> None:
+    out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    speeds = machine.bandwidths
+    header = Table(show_header=False, box=None, pad_edge=False)
+    token_bytes = footprint.dense_bytes + footprint.chosen_bytes
+    header.add_row(
+        "model",
+        f"{name}: {format_bytes(n_weight_bytes)}, of which a token reads {format_bytes(token_bytes)} "
+        f"({format_bytes(footprint.chosen_bytes)} of experts)",
+    )
+    header.add_row(
+        "machine",
+        f"{format_bytes(machine.vram_bytes)} VRAM at {format_bytes(speeds.vram)}/s, {format_bytes(ram_bytes)} RAM at "
+        f"{format_bytes(speeds.ram)}/s, PCIe {format_bytes(speeds.pcie)}/s",
+    )
+    header.add_row("routing", f"{trace.name}, {trace.n_tokens - trace.n_prompt} tokens replayed")
+    header.add_row("times", f"predicted, not measured; at token {context // 2} of a context of {context}")
+    out.print(header)
+    out.print(_table(found))
+    best = max(found, key=lambda p: p.decode_tok_s)
+    slowest = found[0].decode_tok_s
+    out.print(
+        f"use [moe] {best.setting}: {best.decode_tok_s:.1f} tok/s, {best.decode_tok_s / slowest - 1:+.0%} over the CPU"
+    )
+    if best.reference_tok_s:
+        out.print(
+            "fork's: measured by its author; ours are what the bandwidths allow, and no more than that until measured"
+        )
+    if n_weight_bytes > ram_bytes:
+        out.print(
+            f"the weights ({format_bytes(n_weight_bytes)}) are more than the RAM ({format_bytes(ram_bytes)}): the rest "
+            "is read from disk again and again, and the times above cannot be reached; use a smaller quantisation"
+        )
+
+
+def _table(found: list[Prediction]) -> Table:
+    table = Table()
+    has_reference = any(p.reference_tok_s for p in found)
+    table.add_column("experts")
+    headings = ["decode\ntok/s", "prompt\ntok/s", "VRAM\nGB", "hits", "swaps\na token", "token\nms", "dense\nms"]
+    headings += ["experts\non GPU ms", "waiting\nfor CPU ms", "RAM\nGB a token"]
+    for heading in [*headings, *(["fork's\ntok/s"] if has_reference else [])]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for p in found:
+        cells = [
+            f"{p.name}\n[moe] {p.setting}",
+            f"{p.decode_tok_s:.2f}",
+            f"{p.prompt_tok_s:.0f}",
+            f"{p.vram_bytes / 1e9:.1f}",
+            f"{p.hit_rate:.0%}",
+            f"{p.swaps:.1f}",
+            f"{p.step.total_s * 1e3:.1f}",
+            f"{(p.step.dense_s + p.step.attention_s) * 1e3:.1f}",
+            f"{p.step.hits_s * 1e3:.1f}",
+            f"{p.step.wait_s * 1e3:.1f}",
+            f"{p.ram_bytes / 1e9:.2f}",
+        ]
+        table.add_row(*cells, *([f"{p.reference_tok_s:.2f}"] if has_reference else []))
+    return table

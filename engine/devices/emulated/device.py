@@ -1,0 +1,280 @@
+"""Opens a GPU that is not there: its memory is counted, its time is computed, its arithmetic is the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.cpu.device import CPUDevice, CPUProgram
+from engine.devices.cpu.lowering import Lowering
+from engine.devices.emulated.clock import Event, Timetable, VirtualClock
+from engine.devices.emulated.slot_memory import Copy, SlotMemory, check_ticket
+from engine.devices.footprint import Footprint, measure
+from engine.devices.graph import Graph, Limits, WeightAccess
+from engine.devices.placement import MemoryPlan, Wish, plan_memory
+from engine.devices.slots import Ticket
+from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, Traffic, time_step, traffic_of
+
+Routing: TypeAlias = npt.NDArray[np.int32]
+RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
+"""Returns the experts of one more token, [n_moe_layers, n_experts_used]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What the emulated device does that a real one would do by chance.
+
+    Attributes:
+        seed: of all of it; the same seed and calls give the same run.
+        adversarial: copies end in any order, and late.
+        failing: share of copies that fail.
+    """
+
+    seed: int = 0
+    adversarial: bool = False
+    failing: float = 0.0
+
+
+class EmulatedDevice:
+    """A GPU with `machine.vram_bytes` of memory beside the CPU."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        wish: Wish | None = None,
+        vram_budget: int | None = None,
+        bypass_n_tokens: int = 32,
+        n_threads: int = 1,
+        isa: str | None = None,
+        behaviour: Behaviour | None = None,
+        make_routing: Callable[[int, int, int], RoutingSource] | None = None,
+    ) -> None:
+        """Open it.
+
+        Args:
+            machine: its speeds and sizes.
+            wish: what to do with its memory; by default as many expert slots as fit.
+            vram_budget: bytes of it to use at most; None for all.
+            bypass_n_tokens: steps of this many tokens or more stream the experts that have no slot.
+            n_threads: of the CPU, which does the arithmetic of both.
+            isa: instruction-set level that is not to be exceeded.
+            behaviour: chance; None for none.
+            make_routing: called with the numbers of MoE layers, of their experts and of experts used; what it returns
+                stands in for the routers where hits are counted, timed and reported. None for the model's own routing.
+        """
+        self.machine, self.wish = machine, wish or Wish()
+        self.allowed_bytes = min(machine.vram_bytes, vram_budget or machine.vram_bytes)
+        self.bypass_n_tokens = bypass_n_tokens
+        self.behaviour = behaviour or Behaviour()
+        self.make_routing = make_routing
+        self.cpu = CPUDevice(n_threads, isa)
+
+    @property
+    def description(self) -> str:
+        """Return one line for people."""
+        speeds = self.machine.bandwidths
+        return (
+            f"emulated GPU, {self.machine.vram_bytes / 1e9:.3g} GB at {speeds.vram / 1e9:,.0f} GB/s, PCIe "
+            f"{speeds.pcie / 1e9:.3g} GB/s, RAM {speeds.ram / 1e9:.3g} GB/s, times from a virtual clock; "
+            f"arithmetic by {self.cpu.description}"
+        )
+
+    def compile(self, graph: Graph, weights: WeightAccess, limits: Limits) -> EmulatedProgram:
+        """Make a program; raise `DeviceError` if it needs more device memory than there is."""
+        footprint = measure(graph, limits)
+        plan = plan_memory(footprint, self.allowed_bytes, self.wish)
+        lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
+        return EmulatedProgram(self, lowered, footprint, plan)
+
+
+class EmulatedProgram:
+    """A compiled forward pass with slots for experts. Implements `SlotProgram`, `ClockedProgram`, `MeteredProgram`.
+
+    Attributes:
+        plan: how the device memory is used.
+        footprint: what the model needs.
+    """
+
+    def __init__(self, device: EmulatedDevice, lowered: Lowering, footprint: Footprint, plan: MemoryPlan) -> None:
+        self._device, self.plan, self.footprint = device, plan, footprint
+        self._program = CPUProgram(device.cpu, lowered)
+        self._clock = VirtualClock()
+        behaviour = device.behaviour
+        self._timetable = Timetable(
+            self._clock,
+            device.machine.bandwidths.pcie,
+            behaviour.seed,
+            adversarial=behaviour.adversarial,
+            failing=behaviour.failing,
+        )
+        self._memory = SlotMemory(lowered.expert_tables, [int(n) for n in plan.n_slots], self._clock)
+        self._last_reader = Event(0.0)
+        self._copied_bytes = 0
+        self._time_spent = StepTime()
+        self._traffic = Traffic()
+        self._routing_source: RoutingSource | None = None
+        self._routing: Routing | None = None  # of the last step, where it is not the model's own
+        if device.make_routing and footprint.n_experts:
+            self._routing_source = device.make_routing(
+                len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used
+            )
+
+    # -- a program ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of all KV caches and recurrent states."""
+        return self._program.state_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the bytes of all intermediate results."""
+        return self._program.scratch_bytes
+
+    def run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
+        self._memory.settle()
+        logits = self._program.run(token_ids, positions, slots, output_rows)
+        if self._routing_source is not None:
+            source = self._routing_source
+            self._routing = np.stack([source() for _ in positions], axis=1).astype(np.int32)
+        work = self._work(positions)
+        spent = time_step(self._device.machine, work)
+        self._time_spent += spent
+        self._traffic += traffic_of(work)
+        self._last_reader = self._timetable.step(spent.total_s)
+        self._memory.note_readers(self._last_reader.at)
+        self._memory.settle()
+        return logits
+
+    def routing(self) -> Routing:
+        """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
+        return self._program.routing() if self._routing is None else self._routing.copy()
+
+    def close(self) -> None:
+        """Free all memory; raise `HazardError` if copies are under way."""
+        self._memory.check_closed()
+        self._program.close()
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_slots(self) -> npt.NDArray[np.intp]:
+        """Return the slots of each MoE layer."""
+        return self.plan.n_slots
+
+    @property
+    def n_experts(self) -> int:
+        """Return the experts of each MoE layer."""
+        return self.footprint.n_experts
+
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
+        return self.footprint.expert_bytes
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """Return the speeds that decide which swaps pay."""
+        return self._device.machine.bandwidths
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the device memory that a real GPU would use."""
+        return self.plan.n_bytes
+
+    def copy_expert(self, layer: int, expert: int, slot: int) -> Ticket:
+        """Start to copy an expert from RAM into a slot that no step reads."""
+        n_bytes = int(self.expert_bytes[layer])
+        self._copied_bytes += n_bytes
+        return self._memory.begin_copy(layer, expert, slot, self._timetable.copy(n_bytes))
+
+    def fence(self) -> Ticket:
+        """Return a ticket that is done when all steps started so far are."""
+        return self._last_reader
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """Return whether the work is done; raise `DeviceError` if it failed."""
+        self._memory.settle()
+        event = ticket.event if isinstance(ticket, Copy) else ticket
+        assert isinstance(event, Event)
+        if event.at > self._clock.now:
+            return False
+        check_ticket(event, "the copy")
+        return True
+
+    def publish(self, layer: int, expert: int, slot: int) -> None:
+        """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
+        self._memory.settle()
+        self._memory.publish(layer, expert, slot)
+
+    def wait_all(self) -> None:
+        """Let the clock run until all steps and copies are over."""
+        for event in (self._last_reader, *(copy.event for copy in self._memory.under_way)):
+            self._clock.advance_to(event.at)
+        self._memory.settle()
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Return the seconds on the virtual clock."""
+        return self._clock.now
+
+    @property
+    def time_spent(self) -> StepTime:
+        """Return where the time of all steps so far went."""
+        return self._time_spent
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return what steps and copies so far moved, as a real machine would."""
+        return self._traffic + Traffic(self._copied_bytes, self._copied_bytes)
+
+    def _work(self, positions: npt.NDArray[np.int32]) -> StepWork:
+        """Return what the step that has just run had to read, by where it was published."""
+        footprint, n_tokens, n_layers = self.footprint, len(positions), len(self.footprint.expert_bytes)
+        n_experts = footprint.n_experts
+        counts: npt.NDArray[np.float64] = np.zeros((n_layers, n_experts))
+        if n_layers:
+            layers = np.arange(n_layers)[:, None, None]
+            np.add.at(counts, (layers, self.routing()), 1.0)
+        in_slot = np.zeros(counts.shape, bool)
+        for layer, experts in enumerate(self._memory.published()):
+            in_slot[layer, experts] = True
+        chosen = counts > 0
+        is_long = n_tokens >= self._device.bypass_n_tokens
+        on_device = in_slot | is_long
+        sizes, macs = footprint.expert_bytes.astype(np.float64), footprint.expert_macs.astype(np.float64)
+        streamed = (chosen & ~in_slot).sum(1) * sizes * is_long
+        work = StepWork(
+            n_layers=footprint.n_layers,
+            dense_bytes=footprint.dense_bytes,
+            attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions)),
+            dense_macs=footprint.dense_macs * n_tokens,
+            hit_bytes=(chosen & on_device).sum(1) * sizes,
+            hit_macs=(counts * on_device).sum(1) * macs,
+            miss_bytes=(chosen & ~on_device).sum(1) * sizes,
+            miss_macs=(counts * ~on_device).sum(1) * macs,
+            streamed_bytes=streamed,
+            copied_bytes=self._copied_bytes,
+        )
+        self._copied_bytes = 0
+        return work
+
+
+def _last_positions(positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Return the last position of each sequence of a step: its tokens share what they read."""
+    ends = np.append(positions[1:] != positions[:-1] + 1, True)
+    last: npt.NDArray[np.int32] = positions[ends]
+    return last

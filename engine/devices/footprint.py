@@ -1,0 +1,127 @@
+"""What a forward pass needs of a device with memory of its own, in bytes and multiply-adds, before any is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels
+from engine.devices import graph as ops
+from engine.devices.graph import Graph, Limits, Weight
+from engine.devices.intervals import Interval, plan_offsets
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Sizes of one model with given limits.
+
+    Attributes:
+        n_layers: blocks of the model.
+        n_experts: of each MoE layer; 0 if there is none.
+        n_experts_used: of them by one token.
+        expert_bytes: int64 [n_moe_layers], one expert of each layer.
+        expert_macs: int64 [n_moe_layers], multiply-adds of one token with one expert.
+        dense_bytes: all other matrices that the device reads for a token. A table of embeddings of which a token reads
+            one row is not among them: it stays in RAM.
+        dense_macs: multiply-adds of one token with them.
+        position_bytes: keys and values of one position, in all layers that see the whole context.
+        window_bytes: all keys and values that a token sees at most in layers that see a part of it.
+        recurrent_bytes: states of one sequence.
+        state_bytes: keys, values and states of all sequences.
+        scratch_bytes: intermediate results.
+    """
+
+    n_layers: int
+    n_experts: int
+    n_experts_used: int
+    expert_bytes: npt.NDArray[np.int64]
+    expert_macs: npt.NDArray[np.int64]
+    dense_bytes: int
+    dense_macs: int
+    position_bytes: float
+    window_bytes: float
+    recurrent_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+
+    @property
+    def expert_total_bytes(self) -> int:
+        """Return the bytes of all experts."""
+        return int(self.expert_bytes.sum()) * self.n_experts
+
+    @property
+    def chosen_bytes(self) -> int:
+        """Return the bytes of the experts that one token uses."""
+        return int(self.expert_bytes.sum()) * self.n_experts_used
+
+    def attention_bytes(self, position: float) -> float:
+        """Return the keys, values and states that the device reads for a token at a position."""
+        return self.position_bytes * (position + 1) + self.window_bytes + 2 * self.recurrent_bytes
+
+
+def measure(graph: Graph, limits: Limits) -> Footprint:
+    """Return what a recorded forward pass needs with these limits."""
+    experts = {op.routing.ids.buffer: op for op in graph.operations if isinstance(op, ops.Experts)}
+    layers = [experts[routing.ids.buffer] for routing in graph.routings]
+    stacks = [(op.gate, op.up, op.down) for op in layers]
+    dense = _dense_weights(graph)
+    whole, window = _cache_bytes(graph, limits)
+    recurrent = sum(4 * state.width for state in graph.states)
+    all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, limits.context_length) for cache in graph.kv_caches)
+    return Footprint(
+        n_layers=len(graph.kv_caches) + sum(isinstance(op, ops.DeltaNet) for op in graph.operations),
+        n_experts=layers[0].routing.n_experts if layers else 0,
+        n_experts_used=layers[0].routing.ids.width if layers else 0,
+        expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),
+        expert_macs=np.array([sum(w.n_rows * w.n_cols for w in stack) for stack in stacks], np.int64),
+        dense_bytes=sum(weight.n_bytes for weight in dense),
+        dense_macs=sum(weight.n_experts * weight.n_rows * weight.n_cols for weight in dense),
+        position_bytes=whole,
+        window_bytes=window,
+        recurrent_bytes=recurrent,
+        state_bytes=all_positions + recurrent * limits.n_slots,
+        scratch_bytes=_scratch_bytes(graph, limits),
+    )
+
+
+def _dense_weights(graph: Graph) -> list[Weight]:
+    found: dict[tuple[str, int], Weight] = {}
+    for op in graph.operations:
+        if isinstance(op, ops.Linear):
+            found |= {(weight.name, weight.first_row): weight for weight in op.weights}
+        elif isinstance(op, ops.HeadLinear):
+            found[op.weight.name, op.weight.first_row] = op.weight
+    return list(found.values())
+
+
+def _kv_bytes(cache: ops.KVCache, limits: Limits, n_slots: int, n_positions: int) -> int:
+    return _kernels.kv_cache_bytes(
+        limits.kv_type, n_slots, n_positions, cache.n_kv_heads, cache.head_dim, cache.value_dim
+    )
+
+
+def _cache_bytes(graph: Graph, limits: Limits) -> tuple[float, float]:
+    """Return the bytes of one position in layers that see all of them, and of what the other layers see."""
+    whole = window = 0.0
+    for op in graph.operations:
+        if isinstance(op, ops.Attention):
+            position = _kv_bytes(op.cache, limits, 1, limits.context_length) / limits.context_length
+            seen = op.window or op.chunk
+            if seen:
+                window += position * min(seen, limits.context_length)
+            else:
+                whole += position
+    return whole, window
+
+
+def _scratch_bytes(graph: Graph, limits: Limits) -> int:
+    """Return the memory for intermediate results, those alive at the same time side by side."""
+    intervals: dict[ops.Buffer, Interval] = {}
+    for i, op in enumerate(graph.operations):
+        for tensor in op.tensors():
+            buffer = tensor.buffer
+            interval = intervals.setdefault(buffer, Interval(4 * limits.max_tokens * buffer.width, i, i))
+            interval.last = i
+    return plan_offsets(list(intervals.values()))

@@ -1,0 +1,185 @@
+"""Plans the memory of a device before anything is allocated: what must be there first, expert slots from the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.footprint import Footprint
+from engine.errors import DeviceError
+
+STAGED_EXPERTS = 8  # in each of two buffers that long prompts stream their experts through
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How the user wants the device memory used.
+
+    Attributes:
+        hot_k: slots of each MoE layer; None for as many as fit.
+        n_cpu_moe: instead of slots for hot experts, the experts of all layers but the first so many; None: not so.
+    """
+
+    hot_k: int | None = None
+    n_cpu_moe: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What goes into the memory of a device, in bytes.
+
+    Attributes:
+        dense_bytes: weights that every token reads.
+        state_bytes: keys, values and recurrent states.
+        scratch_bytes: intermediate results.
+        staging_bytes: buffers that long prompts stream experts through.
+        n_slots: expert slots of each MoE layer.
+        expert_bytes: int64 [n_moe_layers], the size of each of them.
+        n_experts: of each layer.
+        allowed_bytes: what may be used.
+    """
+
+    dense_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+    staging_bytes: int
+    n_slots: npt.NDArray[np.intp]
+    expert_bytes: npt.NDArray[np.int64]
+    n_experts: int
+    allowed_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Return the bytes of all slots."""
+        return int((self.n_slots * self.expert_bytes).sum())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Return the bytes of everything but the slots."""
+        return self.dense_bytes + self.state_bytes + self.scratch_bytes + self.staging_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the bytes of everything."""
+        return self.fixed_bytes + self.slot_bytes
+
+    def describe(self) -> str:
+        """Return one line: who gets how much."""
+        parts = {
+            "dense weights": self.dense_bytes,
+            "keys, values and states": self.state_bytes,
+            "intermediate results": self.scratch_bytes,
+            "staging": self.staging_bytes,
+            "expert slots": self.slot_bytes,
+        }
+        shares = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items() if n)
+        return f"{self.n_bytes / 1e9:.3g} of {self.allowed_bytes / 1e9:.3g} GB of VRAM: {shares}"
+
+
+Planner: TypeAlias = Callable[[npt.NDArray[np.intp]], MemoryPlan]
+
+
+def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish) -> MemoryPlan:
+    """Plan the memory of a device that may use `allowed_bytes`.
+
+    Raises `DeviceError` if what is needed does not fit, saying what would.
+    """
+    n_layers, n_experts, sizes = len(footprint.expert_bytes), footprint.n_experts, footprint.expert_bytes
+    largest = int(sizes.max(initial=0))
+    staging = 2 * min(STAGED_EXPERTS, n_experts) * largest
+
+    def plan(n_slots: npt.NDArray[np.intp]) -> MemoryPlan:
+        streams = bool((n_slots < n_experts).any())
+        return MemoryPlan(
+            footprint.dense_bytes,
+            footprint.state_bytes,
+            footprint.scratch_bytes,
+            staging if streams else 0,
+            n_slots,
+            sizes,
+            n_experts,
+            allowed_bytes,
+        )
+
+    everything = plan(np.full(n_layers, n_experts, np.intp))
+    nothing = plan(np.zeros(n_layers, np.intp))
+    if min(nothing.n_bytes, everything.n_bytes) > allowed_bytes:
+        raise DeviceError(
+            f"the model without its experts needs {_gigabytes(nothing.n_bytes)} of VRAM "
+            f"({_gigabytes(nothing.dense_bytes)} weights, {_gigabytes(nothing.state_bytes)} keys, values and states), "
+            f"and {_gigabytes(allowed_bytes)} may be used; use a shorter [engine] context_length, fewer n_sequences, "
+            'a smaller max_batch_tokens or kv_type "q8_0", or raise vram_budget'
+        )
+    if wish.n_cpu_moe is not None:
+        return _whole_layers(plan, wish.n_cpu_moe, n_layers, n_experts, allowed_bytes)
+    if everything.n_bytes <= allowed_bytes and (wish.hot_k is None or wish.hot_k >= n_experts):
+        return everything
+    n_slots = slots_that_fit(allowed_bytes - nothing.n_bytes, sizes, n_experts, wish.hot_k)
+    if wish.hot_k is not None and n_slots.min(initial=n_experts) < min(wish.hot_k, n_experts):
+        raise DeviceError(
+            f"moe.hot_k is {wish.hot_k}, and {_gigabytes(allowed_bytes)} of VRAM hold {int(n_slots.min())} experts of "
+            f'each of {n_layers} layers beside everything else; use a smaller hot_k or "auto", or raise vram_budget'
+        )
+    return plan(n_slots)
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.3g} GB"
+
+
+def _whole_layers(plan: Planner, n_cpu: int, n_layers: int, n_experts: int, allowed_bytes: int) -> MemoryPlan:
+    """Return the plan with the experts of the first `n_cpu` layers on the CPU, all others on the device."""
+
+    def keep(n: int) -> MemoryPlan:
+        return plan(np.where(np.arange(n_layers) < n, 0, n_experts).astype(np.intp))
+
+    made = keep(n_cpu)
+    if made.n_bytes > allowed_bytes:
+        fits = next(n for n in range(min(n_cpu, n_layers), n_layers + 1) if keep(n).n_bytes <= allowed_bytes)
+        raise DeviceError(
+            f"moe.n_cpu_moe is {n_cpu}, which puts {_gigabytes(made.n_bytes)} into VRAM, and "
+            f"{_gigabytes(allowed_bytes)} may be used; n_cpu_moe = {fits} fits"
+        )
+    return made
+
+
+def least_cpu_layers(footprint: Footprint, allowed_bytes: int) -> int:
+    """Return the smallest `n_cpu_moe` that fits."""
+    n_layers = len(footprint.expert_bytes)
+    for n_cpu in range(n_layers):
+        try:
+            plan_memory(footprint, allowed_bytes, Wish(n_cpu_moe=n_cpu))
+        except DeviceError:
+            continue
+        return n_cpu
+    return n_layers
+
+
+def slots_that_fit(
+    n_bytes: int, expert_bytes: npt.NDArray[np.int64], n_experts: int, most: int | None = None
+) -> npt.NDArray[np.intp]:
+    """Return slots of each layer for a stretch of device memory: as even as it goes, later layers first.
+
+    The rest that is too small for one more slot everywhere goes to the last layers: their routing repeats itself more
+    than that of the first ones.
+
+    Args:
+        n_bytes: of device memory.
+        expert_bytes: int64 [n_layers].
+        n_experts: of each layer; more slots would be empty.
+        most: slots of a layer at most (the setting `hot_k`); None for as many as fit.
+    """
+    most = n_experts if most is None else min(most, n_experts)
+    even = min(n_bytes // max(int(expert_bytes.sum()), 1), most)
+    n_slots = np.full(len(expert_bytes), even, np.intp)
+    rest = n_bytes - even * int(expert_bytes.sum())
+    if even < most:
+        for layer in range(len(expert_bytes) - 1, -1, -1):
+            if expert_bytes[layer] <= rest:
+                n_slots[layer] += 1
+                rest -= int(expert_bytes[layer])
+    return n_slots

@@ -1,0 +1,86 @@
+"""Runs a model on the emulated device with a hot-expert cache, with every choice in the test's hands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from engine.devices.cpu.lowering import Lowering
+from engine.devices.emulated import Behaviour, EmulatedDevice
+from engine.devices.emulated.device import EmulatedProgram
+from engine.devices.footprint import measure
+from engine.devices.graph import KVType, Limits
+from engine.devices.placement import plan_memory
+from engine.devices.timing import Bandwidths, Machine
+from engine.experts.cost import SwapBudget
+from engine.experts.hot_cache import HotCache
+from engine.experts.policy import make_policy
+from engine.experts.slots import SlotTable
+from engine.experts.swapper import Swapper
+from engine.experts.watched_program import WatchedProgram
+from engine.generate.forward import ForwardPass
+from engine.gguf.reader import GGUFFile
+from engine.gguf.weights import WeightMemory
+from engine.models import load_model
+
+MACHINE = Machine(Bandwidths(ram=20e6, pcie=10e6, vram=300e6), vram_bytes=10**9)
+LIMITS = Limits(max_tokens=16, n_slots=1, context_length=64, kv_type=KVType.F32)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one run is made."""
+
+    n_slots: tuple[int, ...]  # of each layer, taken round and cut to the layer's experts
+    policy: str = "lru"
+    seed: int = 0
+    adversarial: bool = False
+    failing: float = 0.0
+    bypass_n_tokens: int = 8
+    budget_share: float = 1.0
+    max_in_flight: int = 16
+    n_threads: int = 1
+    swapper: type[Swapper] = Swapper
+
+
+class Model:
+    """An opened model file, and what it computes without any cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = GGUFFile.open(path)
+        self.loaded = load_model(self.file)
+        self.weights = WeightMemory.load(self.file, self.loaded.tensor_names, "mmap")
+        self.footprint = measure(self.loaded.graph, LIMITS)
+        self.n_layers, self.n_experts = len(self.footprint.expert_bytes), self.footprint.n_experts
+
+    def open(self, setup: Setup) -> tuple[ForwardPass, HotCache, EmulatedProgram]:
+        behaviour = Behaviour(setup.seed, setup.adversarial, setup.failing)
+        device = EmulatedDevice(
+            MACHINE, n_threads=setup.n_threads, bypass_n_tokens=setup.bypass_n_tokens, behaviour=behaviour
+        )
+        plan = plan_memory(self.footprint, MACHINE.vram_bytes, device.wish)
+        n_slots = np.minimum(np.resize(np.array(setup.n_slots, np.intp), self.n_layers), self.n_experts)
+        lowered = Lowering(self.loaded.graph, self.weights, LIMITS, setup.n_threads, device.cpu.isa)
+        program = EmulatedProgram(device, lowered, self.footprint, replace(plan, n_slots=n_slots))
+        cache = HotCache(
+            program,
+            SlotTable(n_slots, self.n_experts, program.expert_bytes),
+            make_policy(setup.policy, self.n_layers, self.n_experts),
+            SwapBudget(MACHINE.bandwidths.pcie, int(program.expert_bytes.max()), setup.budget_share),
+            bypass_n_tokens=setup.bypass_n_tokens,
+            max_in_flight=setup.max_in_flight,
+        )
+        cache._swapper = setup.swapper(program, cache.table, setup.max_in_flight)
+        return ForwardPass(WatchedProgram(program, cache), LIMITS, self.loaded.spec.n_vocab), cache, program
+
+    def logits(self, forward: ForwardPass, tokens: list[int], n_prompt: int) -> np.ndarray:
+        """Logits of all tokens: the prompt in steps as long as they may be, the rest one by one."""
+        parts = [forward.run(0, tokens[:n_prompt], 0, "all")]
+        parts += [forward.run(0, [token], n_prompt + i, "all") for i, token in enumerate(tokens[n_prompt:])]
+        return np.concatenate(parts)
+
+    def close(self) -> None:
+        self.weights.close()
+        self.file.close()

@@ -1,0 +1,333 @@
+"""The emulated device, and on it the promise: whatever the cache does, the logits keep their bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from cached_runner import LIMITS, MACHINE, Model, Setup
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_runner import ModelRunner
+
+from engine.data import tiny_model_path
+from engine.devices.emulated import EmulatedDevice, HazardError
+from engine.devices.emulated.clock import Timetable, VirtualClock
+from engine.devices.footprint import measure
+from engine.devices.placement import Wish, least_cpu_layers, plan_memory, slots_that_fit
+from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
+from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
+from engine.errors import DeviceError
+from engine.experts.swapper import Swapper
+
+TOKENS = [int(t) for t in np.random.default_rng(7).integers(5, 300, 48)]
+POLICIES = ("adaptive", "decayed", "window_topk:interval=3", "lru", "lfru", "static")
+
+
+class Models:
+    """The models of this file by name, opened when first used."""
+
+    def __init__(self, find) -> None:
+        self._find = find
+        self.opened: dict[str, Model] = {}
+
+    def __call__(self, name: str) -> Model:
+        if name not in self.opened:
+            self.opened[name] = Model(tiny_model_path() if name == "tiny" else self._find(name))
+        return self.opened[name]
+
+    @functools.cache  # noqa: B019 - lives as long as the module's tests
+    def reference(self, name: str) -> np.ndarray:
+        """Logits from the CPU device, which knows no cache, all tokens at once as far as a step goes."""
+        model = self(name)
+        with ModelRunner(model.file.path, max_tokens=16, context_length=LIMITS.context_length, n_threads=1) as runner:
+            return runner.logits(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def models(golden_path) -> Iterator[Models]:
+    made = Models(golden_path)
+    yield made
+    for model in made.opened.values():
+        model.close()
+
+
+NAMES = ("qwen3moe/qwen3moe-micro-Q8_0.gguf", "qwen35moe/qwen35moe-fusedgu-Q8_0.gguf", "tiny")
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def run(models: Models, name: str, setup: Setup, n_tokens: int = 48, n_prompt: int = 20):
+    """Logits, and the cache and program as the run left them, closed."""
+    model = models(name)
+    forward, cache, program = model.open(setup)
+    logits = model.logits(forward, TOKENS[:n_tokens], n_prompt)
+    cache.close()
+    cache.table.check_integrity()
+    program.close()
+    return logits, cache, program
+
+
+# -- the promise -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    setup=st.builds(
+        Setup,
+        n_slots=st.lists(st.integers(0, 64), min_size=1, max_size=8).map(tuple),
+        policy=st.sampled_from(POLICIES),
+        seed=st.integers(0, 2**32 - 1),
+        adversarial=st.booleans(),
+        failing=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+        bypass_n_tokens=st.integers(1, 20),
+        budget_share=st.sampled_from([0.0, 0.1, 1.0]),
+        max_in_flight=st.integers(1, 64),
+        n_threads=st.integers(1, 3),
+    ),
+    n_prompt=st.integers(1, 40),
+)
+def test_the_logits_have_the_same_bits_whatever_the_cache_does(models, name, setup, n_prompt) -> None:
+    logits, cache, _ = run(models, name, setup, n_prompt=n_prompt)
+    assert same_bits(logits, models.reference(name))
+    assert cache.statistics.hits.sum() <= cache.statistics.choices.sum()
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_swaps_really_happen_in_such_runs(models, name, adversarial) -> None:
+    setup = Setup((6, 2, 0), "lru", adversarial=adversarial, bypass_n_tokens=30)
+    logits, cache, program = run(models, name, setup)
+    found = cache.statistics
+    assert same_bits(logits, models.reference(name))
+    assert found.n_loads > 20
+    assert 0 < found.hit_rate < 1
+    assert found.hits[2] == 0  # the layer without slots
+    assert program.traffic.link == found.loaded_bytes
+
+
+def test_all_hits(models) -> None:
+    setup = Setup((64,), "static", bypass_n_tokens=30)
+    model = models("tiny")
+    forward, cache, program = model.open(setup)
+    cache.fill(np.ones((model.n_layers, model.n_experts), np.float32), wait=True)
+    logits = model.logits(forward, TOKENS, 20)
+    assert same_bits(logits, models.reference("tiny"))
+    assert cache.statistics.hit_rate == 1.0
+    assert program.traffic.ram == program.traffic.link == 0 or program.time_spent.cpu_s == 0
+    cache.close()
+    program.close()
+
+
+def test_all_misses_and_fewer_slots_than_a_token_uses(models) -> None:
+    nothing, cache, program = run(models, "tiny", Setup((0,)))
+    assert same_bits(nothing, models.reference("tiny"))
+    assert cache.statistics.hit_rate == 0
+    assert program.time_spent.cpu_s > 0
+    few, cache, _ = run(models, "tiny", Setup((1,), "lru", bypass_n_tokens=64))
+    assert same_bits(few, models.reference("tiny"))
+    assert cache.statistics.n_loads > 0
+
+
+def test_the_same_seed_gives_the_same_run_to_the_nanosecond(models) -> None:
+    setup = Setup((5, 9), "lru", seed=3, adversarial=True, failing=0.2)
+    _, cache, program = run(models, "tiny", setup)
+    _, again, program_again = run(models, "tiny", setup)
+    assert program.now() == program_again.now()
+    assert cache.statistics.n_loads == again.statistics.n_loads
+    assert np.array_equal(cache.table.ready, again.table.ready)
+    _, other, _ = run(models, "tiny", Setup((5, 9), "lru", seed=4, adversarial=True, failing=0.2))
+    assert not np.array_equal(cache.table.ready, other.table.ready)
+
+
+# -- planted bugs are found ------------------------------------------------------------------------------------------
+
+
+class Impatient(Swapper):
+    """Publishes before the copy is done."""
+
+    def _advance(self, swap) -> bool:
+        table = self._table
+        if not swap.copying:
+            if not self._device.is_done(swap.ticket):
+                return False
+            table.load(swap.layer, swap.slot)
+            self._device.copy_expert(swap.layer, swap.expert, swap.slot)
+        table.make_ready(swap.layer, swap.slot)
+        self._device.publish(swap.layer, swap.expert, swap.slot)
+        return True
+
+
+class Ruthless(Swapper):
+    """Does not wait for the steps that still read the victim."""
+
+    def _advance(self, swap) -> bool:
+        if not swap.copying:
+            self._table.load(swap.layer, swap.slot)
+            swap.ticket = self._device.copy_expert(swap.layer, swap.expert, swap.slot)
+            swap.copying = True
+            return False
+        return super()._advance(swap)
+
+
+class Forgetful(Swapper):
+    """Does not take the victim out of the tables first."""
+
+    def submit(self, swaps) -> int:
+        publish = self._device.publish
+        self._device.publish = lambda layer, expert, slot: None if slot < 0 else publish(layer, expert, slot)
+        try:
+            return super().submit(swaps)
+        finally:
+            del self._device.publish
+
+
+class Hasty(Swapper):
+    """Leaves copies behind when it is closed."""
+
+    def drain(self) -> None:
+        self._swaps = []
+
+
+@pytest.mark.parametrize(
+    ("swapper", "message"),
+    [
+        (Impatient, "before its copy is done"),
+        (Ruthless, "while a step reads"),
+        (Forgetful, "overwritten while expert .* is published"),
+        (Hasty, "copies are under way"),
+    ],
+)
+def test_a_planted_bug_is_found(models, swapper, message) -> None:
+    with pytest.raises(HazardError, match=message):
+        run(models, "tiny", Setup((5,), "lru", adversarial=True, bypass_n_tokens=64, max_in_flight=64, swapper=swapper))
+
+
+def test_misuse_of_slots_is_found(models) -> None:
+    _, _, program = models("tiny").open(Setup((2,)))
+    ticket = program.copy_expert(0, 3, 0)
+    with pytest.raises(HazardError, match="two copies into slot 0"):
+        program.copy_expert(0, 4, 0)
+    with pytest.raises(HazardError, match="has no slot 2"):
+        program.copy_expert(0, 4, 2)
+    with pytest.raises(HazardError, match="has no expert"):
+        program.copy_expert(0, 999, 1)
+    program.wait_all()
+    assert program.is_done(ticket)
+    with pytest.raises(HazardError, match="holds expert 3"):
+        program.publish(0, 4, 0)
+    with pytest.raises(HazardError, match="holds nothing"):
+        program.publish(0, 4, 1)
+    program.publish(0, 3, 0)
+    program.publish(0, 3, -1)
+    program.close()
+
+
+# -- memory, clock, cost model ---------------------------------------------------------------------------------------
+
+
+def test_the_program_is_all_that_it_claims_to_be(models) -> None:
+    _, _, program = models("tiny").open(Setup((2,)))
+    assert isinstance(program, SlotProgram)
+    assert isinstance(program, ClockedProgram)
+    assert isinstance(program, MeteredProgram)
+    assert program.state_bytes == pytest.approx(models("tiny").footprint.state_bytes, rel=0.01)
+    program.close()
+
+
+def test_copies_follow_one_another_at_the_speed_of_the_link() -> None:
+    clock = VirtualClock()
+    timetable = Timetable(clock, 100.0, seed=0)
+    assert [timetable.copy(50).at for _ in range(3)] == [0.5, 1.0, 1.5]
+    clock.advance_to(4.0)
+    clock.advance_to(3.0)
+    assert timetable.copy(100).at == 5.0
+    assert timetable.step(2.0).at == clock.now == 6.0
+
+
+def test_a_step_takes_as_long_as_the_slower_of_device_and_cpu() -> None:
+    machine = Machine(Bandwidths(ram=10.0, pcie=5.0, vram=100.0), 0, handshake_s=0.5, layer_s=0.25)
+    nothing = np.zeros(3)
+
+    def time(hits, misses, streamed=nothing, copied=0.0) -> StepTime:
+        hits, misses = np.array(hits, float), np.array(misses, float)
+        return time_step(machine, StepWork(4, 200.0, 100.0, 0.0, hits, nothing, misses, nothing, streamed, copied))
+
+    idle = time([0, 0, 0], [0, 0, 0])
+    assert idle == StepTime(dense_s=2.0 + 1.0, attention_s=1.0)
+    assert idle.total_s == 4.0
+    mixed = time([100, 300, 0], [0, 10, 10])
+    assert mixed.hits_s == 1.0 + 3.0
+    assert mixed.cpu_s == (1.0 + 0.5) * 2
+    assert mixed.wait_s == 1.5  # of the second layer the device is the slower one
+    assert mixed.total_s == 4.0 + 4.0 + 1.5
+    assert time([0, 0, 0], [0, 0, 10], copied=10.0).cpu_s == 2.5  # copies take RAM bandwidth from misses
+    assert time([100, 0, 0], [0, 0, 0], streamed=np.array([10.0, 0, 0])).stream_s == 1.0
+
+
+def test_memory_is_planned_before_it_is_used(models) -> None:
+    model = models("tiny")
+    whole = plan_memory(model.footprint, 10**9, Wish())
+    assert (whole.n_slots == model.n_experts).all()
+    assert whole.staging_bytes == 0
+    fixed = plan_memory(model.footprint, 10**9, Wish(hot_k=0))
+    assert fixed.slot_bytes == 0
+    assert fixed.staging_bytes > 0
+    room = fixed.n_bytes + 10 * int(model.footprint.expert_bytes.sum())
+    some = plan_memory(model.footprint, room, Wish())
+    assert (some.n_slots == 10).all()
+    assert some.n_bytes <= room
+    assert "expert slots" in some.describe()
+    with pytest.raises(DeviceError, match=r"hot_k is 11, .* hold 10 experts"):
+        plan_memory(model.footprint, room, Wish(hot_k=11))
+    n_cpu = least_cpu_layers(model.footprint, room)
+    assert 0 < n_cpu < model.n_layers
+    layers = plan_memory(model.footprint, room, Wish(n_cpu_moe=n_cpu))
+    assert layers.n_slots.tolist() == [0] * n_cpu + [model.n_experts] * (model.n_layers - n_cpu)
+    with pytest.raises(DeviceError, match=f"n_cpu_moe = {n_cpu} fits"):
+        plan_memory(model.footprint, room, Wish(n_cpu_moe=n_cpu - 1))
+    with pytest.raises(DeviceError, match="without its experts needs"):
+        plan_memory(model.footprint, fixed.n_bytes - 1, Wish())
+
+
+def test_a_device_that_is_too_small_says_so_before_it_allocates(models) -> None:
+    model = models("tiny")
+    device = EmulatedDevice(MACHINE, vram_budget=1000)
+    with pytest.raises(DeviceError, match="may be used"):
+        device.compile(model.loaded.graph, model.weights, LIMITS)
+
+
+@given(
+    n_bytes=st.integers(0, 10_000),
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6),
+    most=st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_slots_fit_and_no_layer_could_have_one_more(n_bytes: int, sizes: list[int], most: int | None) -> None:
+    expert_bytes, n_experts = np.array(sizes), 10
+    n_slots = slots_that_fit(n_bytes, expert_bytes, n_experts, most)
+    limit = n_experts if most is None else min(most, n_experts)
+    rest = n_bytes - (n_slots * expert_bytes).sum()
+    assert rest >= 0
+    assert n_slots.max() <= limit
+    assert n_slots.max() - n_slots.min() <= 1
+    even = n_slots.min()
+    assert all(n > even or n == limit or size > rest for n, size in zip(n_slots, sizes, strict=True))
+
+
+def test_break_even_follows_from_the_bandwidths() -> None:
+    assert Bandwidths(65e9, 25e9, 1008e9).break_even == pytest.approx(1.0689, abs=1e-4)
+    assert Bandwidths(50e9, 25e9, 100e9).break_even == pytest.approx(2.0)
+    assert Bandwidths(50e9, 25e9, 50e9).break_even == float("inf")
+
+
+def test_the_footprint_counts_what_a_token_reads(models) -> None:
+    footprint = measure(models("tiny").loaded.graph, LIMITS)
+    assert footprint.n_layers == 8
+    assert footprint.n_experts_used == 4
+    assert footprint.expert_total_bytes == 12_386_304
+    assert footprint.attention_bytes(9) - footprint.attention_bytes(8) == pytest.approx(footprint.position_bytes)

@@ -1,0 +1,205 @@
+"""The engine with a hot-expert cache: same text, settings, profiles, traces, statistics, and what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.bench.replay import study
+from engine.config import EmulatedSettings, EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.errors import ConfigError, DeviceError
+from engine.experts.profile import Profile, load_profile, merge_profiles, save_profile
+from engine.experts.trace import load_trace
+from engine.runtime import Engine
+
+PROMPT = "def add(a, b):\n    return a + b\n\nclass Queue:\n    def __init__(self):\n        self.items = []\n"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+MODEL = "qwen35moe/tiny-moe/8x56"
+
+
+def config(vram_budget: str = "", **moe) -> EngineConfig:
+    return EngineConfig(
+        engine=EngineSettings(
+            device="emulated", n_threads=2, context_length=256, max_batch_tokens=32, vram_budget=vram_budget
+        ),
+        moe=MoESettings(**{"hot_pp_bypass_n_tokens": 8, **moe}),
+    )
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[int, ...]:
+    """The answer of the CPU device."""
+    plain = EngineSettings(device="cpu", n_threads=2, context_length=256, max_batch_tokens=32)
+    with Engine.open(config=EngineConfig(engine=plain)) as engine:
+        return engine.generate(PROMPT, GREEDY).token_ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"hot_k": 0},
+        {"hot_k": 3},
+        {"hot_k": 3, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
+        {"hot_k": 12, "policy": "window_topk", "hot_rebalance_interval": 2},
+        {"hot_k": 12, "policy": "static", "prompt_seeds_heat": True},
+        {"n_cpu_moe": 0},
+        {"n_cpu_moe": 5},
+        {"n_cpu_moe": 8},
+        {"vram_budget": "12MB"},
+    ],
+    ids=str,
+)
+def test_the_text_is_the_same_with_every_setting(settings, expected) -> None:
+    with Engine.open(config=config(**settings)) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+        found = engine.statistics
+        assert found.cache is not None
+        assert found.time_spent is not None
+        assert found.traffic is not None
+        if settings.get("hot_k") == 0 or settings.get("n_cpu_moe") == 8:
+            assert found.cache.hit_rate == 0
+        if settings in ({}, {"n_cpu_moe": 0}):
+            assert found.cache.hit_rate == 1
+            assert found.time_spent.cpu_s == 0
+        if settings.get("vram_budget"):
+            assert found.device_bytes <= 12_000_000
+            assert 0 < found.cache.hit_rate < 1
+
+
+def test_one_line_says_what_the_cache_does_or_why_it_does_nothing(caplog) -> None:
+    caplog.set_level(logging.INFO, logger="engine")
+    lines = [
+        (config(hot_k=8), "hot-expert cache: 8 of 56 experts in each of 8 layers (14%"),
+        (config(hot_k=0), "hot-expert cache off: no layer has a slot (hot_k is 0"),
+        (config(n_cpu_moe=3), "experts of the first 3 of 8 MoE layers on the CPU"),
+        (EngineConfig(engine=EngineSettings(device="cpu")), "hot-expert cache off: no GPU in use"),
+    ]
+    for settings, line in lines:
+        caplog.clear()
+        with Engine.open(config=settings) as engine:
+            assert line in engine.statistics.cache_line
+        assert line in caplog.text
+    with Engine.open(config=config(hot_k=8)) as engine:
+        engine.generate(PROMPT, GREEDY)
+        assert "hits" in engine.statistics.cache_line
+        assert "swaps a token" in engine.statistics.cache_line
+
+
+def test_a_cache_that_can_hardly_pay_warns_once(caplog) -> None:
+    with Engine.open(config=config(hot_k=2)):
+        assert caplog.text.count("2 slots a layer hold less than one token's 4 experts") == 1
+    caplog.clear()
+    slow = replace(config(hot_k=8), emulated=EmulatedSettings(vram_bandwidth=10.0, ram_bandwidth=60.0))
+    with Engine.open(config=slow):
+        assert "not faster than RAM" in caplog.text
+
+
+def test_the_cache_stays_warm_from_turn_to_turn(expected) -> None:
+    with Engine.open(config=config(hot_k=12)) as engine:
+        first = engine.generate(PROMPT, GREEDY)
+        assert first.token_ids == expected
+        cold = engine.statistics.cache
+        again = engine.generate(PROMPT, GREEDY)
+        assert again.token_ids == expected
+        warm = engine.statistics.cache
+        assert cold is not None
+        assert warm is not None
+        second = (warm.hits.sum() - cold.hits.sum()) / (warm.choices.sum() - cold.choices.sum())
+        assert second > cold.hit_rate
+
+
+def test_speeds_are_those_of_the_virtual_clock() -> None:
+    slow = replace(config(hot_k=0), emulated=EmulatedSettings(ram_bandwidth=0.001))
+    with Engine.open(config=slow) as engine:
+        answer = engine.generate(PROMPT, replace(GREEDY, max_tokens=5))
+        chosen = engine.statistics.weights.chosen_bytes
+        assert answer.timings.decode_s > 4 * chosen / 1e6  # seconds that nobody waited for
+        assert engine.now() > answer.timings.decode_s
+        assert "virtual clock" in engine.statistics.device
+
+
+# -- traces and profiles ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["emulated", "cpu"])
+def test_a_run_can_be_recorded_and_replayed(tmp_path, device, expected) -> None:
+    path = tmp_path / "run.npz"
+    settings = config(hot_k=0 if device == "cpu" else 8, record_trace=str(path))
+    settings = replace(settings, engine=replace(settings.engine, device=device))
+    with Engine.open(config=settings) as engine:
+        answer = engine.generate(PROMPT, GREEDY)
+        assert answer.token_ids == expected
+    trace = load_trace(path)
+    assert trace.ids.shape == (answer.usage.n_prompt_tokens + 39, 8, 4)
+    assert trace.n_experts == 56
+    assert trace.n_prompt == answer.usage.n_prompt_tokens
+    assert study(trace, ["adaptive"], "20%").rows[0].hit_rate > 0.1
+
+
+def test_a_trace_or_profile_that_cannot_be_written_costs_a_warning(tmp_path, caplog) -> None:
+    nowhere = tmp_path / "missing" / "x.npz"
+    with Engine.open(config=config(hot_k=8, record_trace=str(nowhere), profile=str(nowhere))) as engine:
+        engine.generate(PROMPT, replace(GREEDY, max_tokens=3))
+    assert "the expert profile is not saved" in caplog.text
+    assert "the routing trace is not saved" in caplog.text
+
+
+def test_a_profile_warms_the_next_run(tmp_path, expected) -> None:
+    path = tmp_path / "profile.npz"
+    settings = config(hot_k=12, profile=str(path), policy="static", hot_pp_bypass_n_tokens=1)
+    with Engine.open(config=settings) as engine:
+        engine.generate(PROMPT, GREEDY)
+    saved = load_profile(path, MODEL)
+    assert saved.counts.sum() == saved.n_tokens * 8 * 4
+    with Engine.open(config=replace(settings, moe=replace(settings.moe, hot_pp_bypass_n_tokens=1000))) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+        assert engine.statistics.cache is not None
+        assert engine.statistics.cache.hit_rate > 0.4
+    assert load_profile(path, MODEL).n_tokens == 2 * saved.n_tokens
+
+
+def test_a_profile_of_another_model_or_a_damaged_one_is_refused(tmp_path) -> None:
+    path = tmp_path / "profile.npz"
+    counts = np.ones((8, 56), np.float32)
+    save_profile(path, Profile("other", "qwen3moe/other/8x56", 10, counts))
+    with pytest.raises(ConfigError, match="profile of qwen3moe/other"):
+        Engine.open(config=config(hot_k=8, profile=str(path)))
+    for wrong in (b"", b"text", path.read_bytes()[:200]):
+        path.write_bytes(wrong)
+        with pytest.raises(ConfigError, match="profile"):
+            load_profile(path, MODEL)
+    for counts_of in (-counts, counts * np.float32(np.nan), counts[:, :5]):
+        save_profile(path, Profile("bad", MODEL, 10, counts_of))
+        with pytest.raises(ConfigError):
+            load_profile(path, MODEL)
+    np.savez(path, counts=counts, meta=np.array("{}"))
+    with pytest.raises(ConfigError, match="is no profile"):
+        load_profile(path, MODEL)
+
+
+def test_profiles_merge_and_old_counts_fade() -> None:
+    ones = np.ones((8, 56), np.float32)
+    merged = merge_profiles([Profile("a", MODEL, 100, ones), Profile("b", MODEL, 50, 3 * ones)], "both")
+    assert (merged.name, merged.n_tokens) == ("both", 150)
+    assert (merged.counts == 4).all()
+    old = merge_profiles([Profile("a", MODEL, 200_000, ones), Profile("b", MODEL, 100_000, ones)], "x")
+    assert old.n_tokens == 200_000
+    assert (old.counts == 1.5).all()
+    with pytest.raises(ConfigError, match="different models"):
+        merge_profiles([Profile("a", MODEL, 1, ones), Profile("b", "other/8x56", 1, ones)], "x")
+
+
+# -- settings that cannot be met -------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small_names_what_to_change() -> None:
+    with pytest.raises(DeviceError, match="may be used; use a shorter"):
+        Engine.open(config=config(vram_budget="1MB"))
+    with pytest.raises(DeviceError, match=r"hot_k is 50, .* use a smaller hot_k"):
+        Engine.open(config=config(vram_budget="10MB", hot_k=50))
+    with pytest.raises(DeviceError, match=r"n_cpu_moe = [5-8] fits"):
+        Engine.open(config=config(vram_budget="9MB", n_cpu_moe=1))

@@ -1,0 +1,152 @@
+"""Predictions: made-up routing behaves like recorded routing, and more bandwidth or memory is never slower."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.__main__ import main
+from engine.bench.plan import predict
+from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.data import tiny_model_path
+from engine.devices.footprint import measure
+from engine.devices.graph import KVType, Limits
+from engine.devices.timing import Bandwidths, Machine
+from engine.experts.policy import make_policy
+from engine.experts.replay import Clairvoyant, replay
+from engine.experts.routing_process import RoutingProcess
+from engine.experts.twins import Twins
+from engine.gguf import open_model_file
+from engine.models import load_model
+from engine.runtime import Engine
+
+MACHINE = Machine(Bandwidths(60e9, 25e9, 900e9), 24 * 10**9)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return RoutingProcess(16, 256, 8, seed=1).trace(100, 250)
+
+
+# -- made-up routing -------------------------------------------------------------------------------------------------
+
+
+def test_made_up_routing_is_valid_and_repeatable(trace) -> None:
+    ids = trace.ids
+    assert ids.shape == (350, 16, 8)
+    assert int(ids.max()) < 256
+    assert (np.sort(ids, axis=2)[:, :, 1:] != np.sort(ids, axis=2)[:, :, :-1]).all()  # no expert twice
+    again = RoutingProcess(16, 256, 8, seed=1)
+    assert all(np.array_equal(again.next_token(), ids[t]) for t in range(5))
+    assert not np.array_equal(RoutingProcess(16, 256, 8, seed=2).next_token(), ids[0])
+
+
+def test_made_up_routing_is_as_repetitive_as_recorded_routing(trace) -> None:
+    a, b = trace.ids[:-1], trace.ids[1:]
+    overlap = (a[:, :, :, None] == b[:, :, None, :]).any(3).mean()
+    assert 0.37 < overlap < 0.52
+    n_slots = np.full(16, 57)
+    lru = replay(trace, make_policy("lru", 16, 256), n_slots).hit_rate
+    belady = replay(trace, Clairvoyant(trace), n_slots).hit_rate
+    assert 0.70 < lru < 0.87
+    assert lru + 0.03 < belady < 0.95
+
+
+def test_twins_are_found_where_they_were_put() -> None:
+    process = RoutingProcess(48, 128, 8, twins=True, seed=5)
+    twins = Twins(48, 128)
+    for _ in range(120):
+        twins.observe(process.next_token())
+    assert set(range(20, 42)) <= set(twins.layers.tolist())
+    assert (twins.of[20:30] == np.arange(8, 18)).all()
+    assert 0.5 < twins.agreement[20:42].mean() < 0.75
+    none = Twins(16, 128)
+    process = RoutingProcess(16, 128, 8, seed=5)
+    for _ in range(120):
+        none.observe(process.next_token())
+    assert not len(none.layers)
+
+
+# -- predictions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def footprint():
+    model_file = open_model_file("synthetic:qwen3-30b-a3b")
+    try:
+        return measure(load_model(model_file).graph, Limits(512, 1, 8192, KVType.F16))
+    finally:
+        model_file.close()
+
+
+def test_the_cache_beats_whole_layers_and_these_the_cpu(footprint, trace) -> None:
+    cpu, layers, hot = predict(MACHINE, footprint, 8 * 10**9, trace, 1000)
+    assert cpu.decode_tok_s < layers.decode_tok_s < hot.decode_tok_s
+    assert cpu.hit_rate == 0
+    assert 0.2 < layers.hit_rate < 0.5 < hot.hit_rate < 1
+    assert max(p.vram_bytes for p in (cpu, layers, hot)) <= 8 * 10**9
+    assert cpu.decode_tok_s < 60e9 / footprint.chosen_bytes
+
+
+def test_with_room_for_everything_both_are_the_same(footprint, trace) -> None:
+    _, layers, hot = predict(MACHINE, footprint, 24 * 10**9, trace, 1000)
+    assert layers.hit_rate == hot.hit_rate == 1
+    assert layers.decode_tok_s == hot.decode_tok_s
+    assert layers.setting == "n_cpu_moe = 0"
+
+
+def test_more_memory_or_bandwidth_is_faster(footprint, trace) -> None:
+    def speed(machine: Machine, gigabytes: int) -> float:
+        return predict(machine, footprint, gigabytes * 10**9, trace, 1000)[2].decode_tok_s
+
+    base = speed(MACHINE, 6)
+    assert speed(MACHINE, 9) > base
+    assert speed(replace(MACHINE, bandwidths=Bandwidths(90e9, 25e9, 900e9)), 6) > base
+    assert speed(replace(MACHINE, handshake_s=100e-6), 6) < base
+
+
+def test_the_prediction_is_what_the_emulated_device_then_does() -> None:
+    """One model of time behind both: decoding on the CPU's experts alone has no routing in it that could differ."""
+    config = EngineConfig(
+        engine=EngineSettings(device="emulated", context_length=256, max_batch_tokens=64, n_threads=2),
+        moe=MoESettings(hot_k=0),
+    )
+    with Engine.open(config=config) as engine:
+        answer = engine.generate([7] * 100, SamplingParams(max_tokens=21, temperature=0.0, ignore_eos=True))
+        measured = answer.timings.decode_tok_s
+    model_file = open_model_file(tiny_model_path())
+    try:
+        footprint = measure(load_model(model_file).graph, Limits(64, 1, 256, KVType.F16))
+    finally:
+        model_file.close()
+    trace = RoutingProcess(8, 56, 4).trace(8, 8)
+    machine = Machine(Bandwidths(60e9, 25e9, 900e9), 24 * 10**9)
+    assert predict(machine, footprint, 10**9, trace, 110)[0].decode_tok_s == pytest.approx(measured, rel=1e-3)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_what_others_measured_beside_its_prediction(capsys) -> None:
+    assert main(["plan", "-q", "-m", "synthetic:qwen3.5-122b-a10b@q4_k_l:layers=8", "--machine", "4090"]) == 0
+    shown = capsys.readouterr().out
+    assert all(figure in shown for figure in ("15.65", "17.87", "22.67", "predicted, not measured", "use [moe]"))
+
+
+def test_the_command_writes_json_for_a_machine_of_ones_own(capsys) -> None:
+    figures = ["--vram", "14MB", "--ram", "1GB", "--ram-bandwidth", "10GB/s", "--pcie", "5GB/s"]
+    assert main(["plan", "-q", "--json", *figures, "--vram-bandwidth", "100GB/s", "-c", "128"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["setting"] for row in rows][0::2] == ["hot_k = 0", 'hot_k = "auto"']
+    assert rows[0]["step"]["wait_s"] > 0
+    assert main(["plan", "-q", *figures]) == 2
+    assert "--vram-bandwidth: missing" in capsys.readouterr().err
+
+
+def test_a_trace_can_be_replayed_whatever_its_shape(data, capsys) -> None:
+    trace = data / "traces" / "gpt-oss-120b_chat_bigmoe.npz"
+    assert main(["plan", "-q", "--machine", "4090", "--vram", "20MB", "-c", "128", "--trace", str(trace)]) == 0
+    assert "gpt-oss" in capsys.readouterr().out
