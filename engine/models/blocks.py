@@ -280,18 +280,3 @@ def expert_gate_up(block: Tensors, spec: ModelSpec) -> tuple[Weight, Weight]:
         block.experts("ffn_gate_exps.weight", n_experts, size, hidden_size),
         block.experts("ffn_up_exps.weight", n_experts, size, hidden_size),
     )
-
-
-def expert_ffn_size(tensors: Tensors, n_layers: int) -> int:
-    """Return the width of a routed expert as the first layer that has some stores it; 0 for a dense model."""
-    return _first_size(tensors, n_layers, "ffn_down_exps.weight", axis=-1)
-
-
-def shared_ffn_size(tensors: Tensors, n_layers: int) -> int:
-    """Return the width of the shared expert as the first layer that has one stores it; 0 if there is none."""
-    return _first_size(tensors, n_layers, "ffn_down_shexp.weight", axis=-1)
-
-
-def _first_size(tensors: Tensors, n_layers: int, name: str, axis: int) -> int:
-    blocks = (tensors.block(layer) for layer in range(n_layers))
-    return next((block.shape(name)[axis] for block in blocks if block.has(name)), 0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from engine.devices.graph import Graph, Tensor
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import attend, decoder, expert_ffn_size, project_qkv, rotate, shared_ffn_size
+from engine.models.blocks import attend, decoder, project_qkv, rotate
 
 _CHUNK = 8192
 _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE = 8192, 0.1
@@ -17,29 +17,13 @@ _N_EXPERTS_UNNORMALIZED = 128  # Maverick: its queries and keys are not normalis
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_layers, hidden_size = keys.n_layers(), keys.size("embedding_length")
-    attention = keys.attention(hidden_size, "norm")
+    n_layers, attention = keys.n_layers(), keys.attention("norm")
     if keys.size("attention.sliding_window", _CHUNK, minimum=0):  # 0: a small variant without chunks
         unrotated = tuple((layer + 1) % _PERIOD == 0 for layer in range(n_layers))
         chunks = tuple(0 if is_unrotated else _CHUNK for is_unrotated in unrotated)
         attention = replace(attention, unrotated_layers=unrotated, chunks=chunks)
-    return ModelSpec(
-        architecture=keys.architecture,
-        name=keys.name(),
-        n_layers=n_layers,
-        hidden_size=hidden_size,
-        n_vocab=tensors.shape("token_embd.weight")[0],
-        context_length=keys.size("context_length"),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        attention=attention,
-        moe=keys.mixture(
-            ffn_size=expert_ffn_size(tensors, n_layers),
-            shared_ffn_size=shared_ffn_size(tensors, n_layers),
-            scoring="sigmoid",
-            normalize=False,
-            weights_input=True,
-        ),
-    )
+    moe = keys.mixture(tensors, scoring="sigmoid", normalize=False, weights_input=True)
+    return keys.model(tensors, attention, moe)
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
