@@ -10,13 +10,16 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from engine.bench.__main__ import main
+from engine.bench.conversation import Turn
 from engine.bench.kernels import KernelSpeed
 from engine.bench.measure import Row, Sample, Spread, random_tokens, summarise
 from engine.bench.peers import import_llama_cpp, measure_llama_cpp
+from engine.bench.plots import plot_conversation
 from engine.bench.table import Report, render, to_csv, to_json, write_file
 from engine.data import tiny_model_path
 from engine.devices.traffic import count_weights
@@ -157,9 +160,38 @@ def test_a_model_of_random_weights_gets_routing_with_favourites(capsys: pytest.C
     assert "6 of 16 experts" in out
 
 
+def test_a_conversation_shows_hits_turn_by_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "o.json")]
+    assert main([*PLACED, "--conversation", "--hot-k", "8", "--gen-tokens", "12", *files]) == 0
+    out = capsys.readouterr().out
+    assert all(kind in out for kind in ("1 prose", "2 code", "3 German", "7 prose", "8 of 56 experts"))
+    turns = json.loads((tmp_path / "o.json").read_text())
+    assert [len(turn["hits"]) for turn in turns] == [11] * 7  # the first token of an answer comes out of the prompt
+    assert turns[-1]["choices"] == [8 * 4] * 11
+    assert sum(turns[-1]["hits"]) > sum(turns[0]["hits"])
+    assert main([*QUICK, "--conversation"]) == 1
+    assert "none is in use" in capsys.readouterr().err
+
+
+def test_a_conversation_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are an optional extra")
+    hits, choices = np.arange(20), np.full(20, 32)
+    turns = [Turn("code", 5, 10.0, hits, choices, 3), Turn("prose", 5, 10.0, hits[::-1], choices, 3)]
+    plot_conversation(turns, "a model", tmp_path / "o.png")
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_live_view_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLACED, "--watch", "--hot-k", "8", "--gen-tokens", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "waiting for the CPU" in out
+    assert "wait us" in out
+    assert "(virtual clock)" in " ".join(out.split())
+
+
 def test_a_plot_without_a_replay_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-q", "--plot", "x.png"]) == 1
-    assert "--plot goes with --replay" in capsys.readouterr().err
+    assert "--plot goes with --replay and --conversation" in capsys.readouterr().err
 
 
 def test_profile(capsys: pytest.CaptureFixture[str]) -> None:

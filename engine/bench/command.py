@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
-from engine.bench import kernels, limits, measure, peers, placements, replay
+from engine.bench import conversation, kernels, limits, measure, peers, placements, plots, replay
 from engine.bench.table import Report, machine_facts, render, to_csv, to_json, write_file
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
 from engine.cli.terminal import Bars
@@ -25,6 +26,7 @@ from engine.runtime import Engine, EngineStatistics
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
 the same run. Prompts and answers are fixed random tokens."""
+_CONVERSATION_TOKENS = 768  # of context beside the longest answer
 _FILE_WIDTH = 160  # columns, where the output is not a terminal
 BENCH_OPTIONS = {
     "bench.prompt_tokens": ("--prompt-tokens",),
@@ -44,10 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", action="append", default=[], choices=peers.PEERS, help="measure it on the same file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rates of --replay (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rates of --replay or --conversation")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kernels", action="store_true", help="measure every weight format at every instruction set")
     what.add_argument("--profile", action="store_true", help="show where the time of a prompt and of a token goes")
+    what.add_argument(
+        "--conversation", action="store_true", help="play a conversation of many subjects; show hit rates turn by turn"
+    )
+    what.add_argument(
+        "--watch", action="store_true", help="the same, with a live view of hits, swaps and times by layer"
+    )
     replay.add_arguments(parser, what)
     add_settings(parser, BENCH_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
@@ -61,8 +69,11 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     if args.replay:
         replay.run(args, out, console)
         return 0
+    if args.conversation or args.watch:
+        _converse(args, out, console)
+        return 0
     if args.plot:
-        raise RequestError("--plot goes with --replay")
+        raise RequestError("--plot goes with --replay and --conversation")
     config = _with_context(read_settings(args))
     if (args.kernels or args.profile) and (args.peer or args.json or args.csv):
         raise RequestError("--peer, --json and --csv go with the table of speeds, not with --kernels or --profile")
@@ -140,6 +151,29 @@ def _measure_engine(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, Eng
                 )
                 return engine.config, engine.statistics, rows
     return placements.measure_placements(config, bars)
+
+
+def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
+    """Play the script, and show what it did to the hit rate."""
+    config = read_settings(args)
+    settings, n_gen = config.engine, config.bench.gen_tokens
+    context = settings.context_length or _CONVERSATION_TOKENS + n_gen
+    config = replace(config, engine=replace(settings, context_length=context))
+    with Bars(console, quiet=args.quiet) as bars, Engine.open(config=config, progress=bars.loading) as engine:
+        bars.close()
+        if args.watch:
+            with Live(console=out, auto_refresh=False) as live:
+                watcher = conversation.Watcher(lambda table: live.update(table, refresh=True))
+                turns = conversation.converse(engine, n_gen, watcher)
+        else:
+            turns = conversation.converse(engine, n_gen, lambda *_: None)
+        statistics = engine.statistics
+    out.print(conversation.table_of(turns, is_virtual=statistics.has_virtual_clock))
+    out.print(statistics.cache_line)
+    if args.json:
+        write_file(args.json, conversation.to_json(turns))
+    if args.plot:
+        plots.plot_conversation(turns, f"{statistics.model}, a conversation of many subjects", args.plot)
 
 
 def _show_kernels(config: EngineConfig, bars: Bars, out: Console) -> None:

@@ -271,7 +271,10 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     if args.machine == REFERENCE_MACHINE and REFERENCE_MODEL in f"{args.model} {name}".lower():
         found = [_with_reference(p, tok_s) for p, tok_s in zip(found, REFERENCE_TOK_S, strict=True)]
     if args.json:
-        sys.stdout.write(json.dumps([asdict(p) for p in found], indent=2) + "\n")
+        rows = [asdict(p) for p in found]
+        for row in rows:
+            row["step"]["layers"] = row["step"]["layers"].tolist()
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return 0
     _show(found, machine, footprint, trace, name, n_weight_bytes, ram_bytes, args.context)
     return 0

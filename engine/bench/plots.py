@@ -12,6 +12,7 @@ import numpy.typing as npt
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from engine.bench.conversation import Turn
     from engine.bench.replay import Study
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
@@ -83,4 +84,26 @@ def plot_replays(studies: Sequence[Study], path: str | Path) -> None:
             axis.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
+    save(fig, path)
+
+
+def plot_conversation(turns: Sequence[Turn], title: str, path: str | Path) -> None:
+    """Draw the hit rate over time, with the subjects of the turns."""
+    fig, axes = figure(1, 1, 3.6)
+    axis = axes[0][0]
+    rate = moving_rate(np.concatenate([t.hits for t in turns]), np.concatenate([t.choices for t in turns]))
+    axis.plot(np.arange(len(rate)), 100 * rate, color=COLOURS[0], linewidth=1.4)
+    top, start = 100 * float(rate.max(initial=0.0)), 0
+    for turn in turns:
+        if start:
+            axis.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
+        axis.annotate(
+            f"{turn.kind}\n{turn.hit_rate:.0%}", (start, top), xytext=(4, 4), textcoords="offset points", color="0.3"
+        )
+        start += len(turn.hits)
+    axis.set_title(title, loc="left", fontweight="bold", pad=26)
+    axis.set_xlabel(f"token of the answers (mean of the last {SMOOTHING})")
+    axis.set_ylabel("hits, % of choices")
+    axis.set_xlim(0, max(start, 1))
+    axis.grid(alpha=0.25)
     save(fig, path)

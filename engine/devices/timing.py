@@ -9,7 +9,7 @@ by arithmetic, too. Copies into slots read RAM beside the misses and cross PCIe 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,7 @@ class StepTime:
         cpu_s: the CPU computes experts while the device does so or waits.
         wait_s: the part of `cpu_s` in which the device waits.
         stream_s: the device waits for the experts of a long prompt to arrive.
+        layers: hits, CPU and waiting of each MoE layer, float64 [3, n_moe_layers]; empty before the first step.
     """
 
     dense_s: float = 0.0
@@ -101,6 +102,7 @@ class StepTime:
     cpu_s: float = 0.0
     wait_s: float = 0.0
     stream_s: float = 0.0
+    layers: Bytes = field(default_factory=lambda: np.zeros((3, 0)), compare=False, repr=False)
 
     @property
     def total_s(self) -> float:
@@ -108,10 +110,24 @@ class StepTime:
         return self.dense_s + self.attention_s + self.hits_s + self.wait_s + self.stream_s
 
     def __add__(self, other: StepTime) -> StepTime:
-        return StepTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return self._combined(other, 1.0)
 
     def __sub__(self, other: StepTime) -> StepTime:
-        return StepTime(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+        return self._combined(other, -1.0)
+
+    def _combined(self, other: StepTime, sign: float) -> StepTime:
+        layers = self.layers + sign * other.layers if self.layers.size and other.layers.size else self.layers
+        if not self.layers.size:
+            layers = sign * other.layers
+        return StepTime(
+            self.dense_s + sign * other.dense_s,
+            self.attention_s + sign * other.attention_s,
+            self.hits_s + sign * other.hits_s,
+            self.cpu_s + sign * other.cpu_s,
+            self.wait_s + sign * other.wait_s,
+            self.stream_s + sign * other.stream_s,
+            layers,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,4 +171,5 @@ def time_step(machine: Machine, work: StepWork) -> StepTime:
         float(misses.sum()),
         float(waits.sum()),
         float(streams.sum()),
+        np.stack([hits, misses, waits]),
     )

@@ -25,7 +25,7 @@ class CacheStatistics:
         n_tokens: that used the cache; those of bypassed prompts are not among them.
         hits: int64 [n_layers], choices served from slots.
         choices: int64 [n_layers].
-        n_loads: experts copied into slots.
+        loads: int64 [n_layers], experts copied into slots.
         loaded_bytes: their bytes.
         n_failures: copies that failed.
     """
@@ -33,7 +33,7 @@ class CacheStatistics:
     n_tokens: int
     hits: npt.NDArray[np.int64]
     choices: npt.NDArray[np.int64]
-    n_loads: int
+    loads: npt.NDArray[np.int64]
     loaded_bytes: int
     n_failures: int
 
@@ -41,6 +41,11 @@ class CacheStatistics:
     def hit_rate(self) -> float:
         """Return the share of choices served from slots."""
         return float(self.hits.sum() / max(int(self.choices.sum()), 1))
+
+    @property
+    def n_loads(self) -> int:
+        """Return the experts copied into slots of all layers."""
+        return int(self.loads.sum())
 
 
 class HotCache:
@@ -94,7 +99,7 @@ class HotCache:
         self._n_tokens = 0
         self._hits = np.zeros(len(self.table.n_slots), np.int64)
         self._choices = np.zeros(len(self.table.n_slots), np.int64)
-        self._loads_before = (self._swapper.n_loads, self._swapper.n_bytes, self._swapper.n_failures)
+        self._loads_before = (self._swapper.loads.copy(), self._swapper.n_bytes, self._swapper.n_failures)
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -104,7 +109,7 @@ class HotCache:
             self._n_tokens,
             self._hits.copy(),
             self._choices.copy(),
-            self._swapper.n_loads - loads,
+            self._swapper.loads - loads,
             self._swapper.n_bytes - n_bytes,
             self._swapper.n_failures - failures,
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.devices.slots import SlotDevice, Ticket
 from engine.errors import DeviceError
 from engine.experts.slots import SlotState, SlotTable
@@ -35,7 +37,7 @@ class Swapper:
     """Carries out swaps, at most `max_in_flight` at a time.
 
     Attributes:
-        n_loads: experts that reached their slot.
+        loads: int64 [n_layers], experts that reached their slot.
         n_bytes: their bytes.
         n_failures: copies that failed.
         stopped: why no more swaps are made, or None.
@@ -45,7 +47,8 @@ class Swapper:
         self._device, self._table, self._max_in_flight = device, table, max_in_flight
         self._swaps: list[_Swap] = []
         self._failures_in_a_row = 0
-        self.n_loads = self.n_bytes = self.n_failures = 0
+        self.loads = np.zeros(len(table.n_slots), np.int64)
+        self.n_bytes = self.n_failures = 0
         self.stopped: str | None = None
 
     @property
@@ -111,7 +114,7 @@ class Swapper:
                 return False
         table.make_ready(swap.layer, swap.slot)
         device.publish(swap.layer, swap.expert, swap.slot)
-        self.n_loads += 1
+        self.loads[swap.layer] += 1
         self.n_bytes += int(table.expert_bytes[swap.layer])
         self._failures_in_a_row = 0
         return True
