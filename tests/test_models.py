@@ -1,4 +1,4 @@
-"""What a file may ask of a forward pass: variants that are refused by name, and heads that contradict themselves."""
+"""What a file may ask of a forward pass: other ways to store it, variants refused by name, contradictions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from gguf_mutations import Parts, damage_parts, exercise
 from golden_files import PEERS
+from model_runner import ModelRunner
 
 from engine.errors import GGUFError, UnsupportedModelError
+from engine.gguf.metadata import Metadata
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.reader import GGUFFile
+from engine.gguf.writer import write_gguf
 from engine.models import ARCHITECTURES, Model, load_model
 from engine.quants.formats import BY_NAME
 
@@ -65,6 +68,7 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("qwen35", "ssm.inner_size", 63, "ssm.inner_size is 63; expected 64"),
         ("qwen35", "nextn_predict_layers", 4, r"nextn_predict_layers is 4; expected less than block_count \(4\)"),
         ("granitemoe", "embedding_scale", float("inf"), "embedding_scale is inf; expected a finite number"),
+        ("llama4", "expert_used_count", 2, "expert_used_count is 2; this version needs 1"),
         ("llama4", "embedding_length", 64, r"token_embd.weight has the shape \[128, 32\]; .* must be \[128, 64\]"),
     ],
 )
@@ -117,3 +121,55 @@ def test_heads_that_contradict_themselves(peer, tmp_path: Path, name: str) -> No
         path.write_bytes(damage_parts(rng, parts).encode(rng))
         outcomes.add(exercise(path))
     assert "GGUFError" in outcomes <= {"ran", "GGUFError", "UnsupportedModelError"}
+
+
+# -- the same weights, stored in another way -------------------------------------------------------------------------
+
+
+class Stored:
+    """A model file made of arrays in memory, float32 all of them."""
+
+    def __init__(self, metadata: Metadata, arrays: dict[str, np.ndarray]) -> None:
+        self.name, self.metadata = "stored", metadata
+        self._arrays = arrays
+        self.tensors = {name: TensorInfo(name, BY_NAME["F32"], a.shape, a.nbytes) for name, a in arrays.items()}
+
+    def mapped(self, name: str) -> np.ndarray:
+        return np.ascontiguousarray(self._arrays[name], np.float32).view(np.uint8).reshape(-1)
+
+
+def fuse_qkv(arrays: dict[str, np.ndarray], layer: int) -> None:
+    """One matrix and one bias for queries, keys and values."""
+    for kind in ("weight", "bias"):
+        parts = [arrays.pop(f"blk.{layer}.attn_{part}.{kind}") for part in "qkv"]
+        arrays[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+
+
+def interleave_delta_net(arrays: dict[str, np.ndarray], layer: int) -> None:
+    """One matrix for all inputs of a delta net, a key head at a time: its query, key, values and output gates."""
+    name, n_k_heads = f"blk.{layer}.attn_qkv.weight", 2
+    if f"blk.{layer}.ssm_ba.weight" not in arrays:
+        return
+    qkv, z = arrays.pop(name), arrays.pop(f"blk.{layer}.attn_gate.weight")
+    key_size = (len(qkv) - len(z)) // 2
+    parts = [*np.split(qkv, [key_size, 2 * key_size]), z]
+    by_head = [part.reshape(n_k_heads, -1, part.shape[-1]) for part in parts]
+    arrays[f"blk.{layer}.ssm_in.weight"] = np.concatenate(by_head, axis=1).reshape(-1, qkv.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "restore"),
+    [("qwen2moe/qwen2moe-micro-F32", fuse_qkv), ("qwen3next/qwen3next-micro-F32", interleave_delta_net)],
+)
+def test_fused_tensors_change_no_bit(golden_path, tmp_path: Path, name: str, restore) -> None:
+    path, fused = golden_path(f"{name}.gguf"), tmp_path / "fused.gguf"
+    with GGUFFile.open(path) as file:
+        arrays = {name: file.mapped(name).view(np.float32).reshape(info.shape) for name, info in file.tensors.items()}
+        n_tensors = len(arrays)
+        for layer in range(file.metadata.integer(f"{file.metadata.text('general.architecture')}.block_count")):
+            restore(arrays, layer)
+        assert len(arrays) < n_tensors
+        write_gguf(Stored(file.metadata, arrays), fused)
+    tokens = list(range(3, 40, 2))
+    with ModelRunner(path) as apart, ModelRunner(fused) as together:
+        assert np.array_equal(together.logits(tokens).view(np.uint32), apart.logits(tokens).view(np.uint32))

@@ -81,9 +81,8 @@ def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, lay
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
-    if not _of_layer(attention.unrotated_layers, layer):
-        q = rotate(graph, q, n_heads, attention.rope, block)
-        k = rotate(graph, k, n_kv_heads, attention.rope, block)
+    q = rotate(graph, q, n_heads, attention.rope, block)
+    k = rotate(graph, k, n_kv_heads, attention.rope, block)
     return attend(graph, q, k, v, block, spec, layer)
 
 
@@ -108,8 +107,8 @@ def attend(
         attention.n_kv_heads,
         attention.scale,
         sinks=block.optional_vector("attn_sinks.weight", attention.n_heads),
-        window=int(_of_layer(attention.windows, layer)),
-        chunk=int(_of_layer(attention.chunks, layer)),
+        window=of_layer(attention.windows, layer),
+        chunk=of_layer(attention.chunks, layer),
     )
     if gate is not None:
         out = graph.gate(out, gate, Gating.SIGMOID)
@@ -182,7 +181,7 @@ def _yarn_pair(rope: RopeSpec, turns: float) -> float:
     return rope.n_rot * math.log(ratio) / (2 * math.log(rope.freq_base))
 
 
-def _of_layer(values: tuple[int, ...], layer: int) -> int:
+def of_layer(values: tuple[int, ...], layer: int) -> int:
     """Return a layer's value where each layer has one, else 0."""
     return values[layer] if values else 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.devices.graph import Graph, Tensor
+from engine.errors import UnsupportedModelError
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import attend, decoder, project_qkv, rotate
+from engine.models.blocks import attend, decoder, of_layer, project_qkv, rotate
 
 _CHUNK = 8192
 _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE = 8192, 0.1
@@ -23,6 +24,11 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         chunks = tuple(0 if is_unrotated else _CHUNK for is_unrotated in unrotated)
         attention = replace(attention, unrotated_layers=unrotated, chunks=chunks)
     moe = keys.mixture(tensors, scoring="sigmoid", normalize=False, weights_input=True)
+    if moe.n_experts_used > 1:
+        raise UnsupportedModelError(
+            f"{keys.file_name}: llama4.expert_used_count is {moe.n_experts_used}; this version needs 1, because an "
+            "expert's weight multiplies its input"
+        )
     return keys.model(tensors, attention, moe)
 
 
@@ -37,7 +43,7 @@ def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: 
     assert isinstance(attention, AttentionSpec)
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
-    if attention.unrotated_layers and attention.unrotated_layers[layer]:
+    if of_layer(attention.unrotated_layers, layer):
         q = graph.scale_by_position(q, _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE)
     else:
         q = rotate(graph, q, n_heads, attention.rope, block)
