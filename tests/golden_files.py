@@ -42,6 +42,9 @@ OTHER_FILES = (
     "qwen3next/qwen3next-wide-Q4_K_M",
 )
 ALL_FILES = QWEN_FILES + OTHER_FILES
+# Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
+PEERS = ("bailingmoe2", "ernie4_5-moe", "granitemoe", "llama", "llama4", "minimax-m2", "qwen3", "qwen35")
+PEER_FILES = tuple(f"{name}-{kind}" for name in PEERS for kind in ("F32", "Q8_0"))
 
 
 def model_path(references: Path) -> Path:

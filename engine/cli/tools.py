@@ -16,6 +16,7 @@ from engine.data import tiny_model_path
 from engine.devices.traffic import count_weights
 from engine.errors import RequestError
 from engine.gguf import ModelFile, open_model_file, write_gguf
+from engine.model_spec import AttentionSpec, LatentAttentionSpec
 from engine.models import load_model
 
 
@@ -66,11 +67,17 @@ def info(args: argparse.Namespace, _: Console) -> int:
     return 0
 
 
+def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
+    if isinstance(spec, LatentAttentionSpec):
+        return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values"
+    return f"{spec.n_heads} heads, {spec.n_kv_heads} key-value heads, size {spec.head_dim}"
+
+
 def model_facts(model_file: ModelFile) -> dict[str, str | int | float]:
     """Return what there is to know about a model, in reading order."""
     model = load_model(model_file)
     spec, weights = model.spec, count_weights(model.graph)
-    attention, recurrent = spec.attention, sum(spec.recurrent_layers)
+    recurrent = sum(spec.recurrent_layers)
     facts: dict[str, str | int | float] = {
         "file": model_file.name,
         "name": spec.name,
@@ -78,7 +85,7 @@ def model_facts(model_file: ModelFile) -> dict[str, str | int | float]:
         "layers": spec.n_layers,
         "recurrent_layers": recurrent,
         "hidden_size": spec.hidden_size,
-        "attention": f"{attention.n_heads} heads, {attention.n_kv_heads} key-value heads, size {attention.head_dim}",
+        "attention": _attention(spec.attention),
         "experts": spec.moe.n_experts,
         "experts_used": spec.moe.n_experts_used,
         "expert_ffn_size": spec.moe.ffn_size,

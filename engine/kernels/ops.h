@@ -241,7 +241,7 @@ typedef union {
 // One thread of the team that runs a step.
 typedef struct {
     const step_view *step;
-    int n_threads;
+    int thread, n_threads;
     int32_t *scratch; // of this thread alone; see program_scratch
 } worker;
 

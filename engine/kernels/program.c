@@ -194,6 +194,8 @@ static bool can_follow(const program *p, const group *g, const operation *op) {
     const int unit = op->unit > g->unit ? op->unit : g->unit;
     if (unit % op->unit || unit % g->unit || (op->in_order && !g->in_order))
         return false;
+    if (unit <= MIN_TASK_COLUMNS) // no fewer threads can share the two than either alone
+        return true;
     if (op->unit < unit && !op->is_cheap)
         return false;
     for (int i = g->first; i >= 0; i = p->operations[i].next)
@@ -633,8 +635,13 @@ step_error program_check(const program *p, const program_step *step, int *detail
     return STEP_FITS;
 }
 
-// Rows and columns are cut so that there are some tasks for each thread, but none that is over in no time.
-static void run_tiles(const program *p, const group *g, const worker *w, atomic_int *next_task) {
+// How the rows and the units of columns of a group are cut into tasks.
+typedef struct {
+    int n_rows, n_units, n_row_tasks, n_col_tasks;
+} tile_cut;
+
+// There are some tasks for each thread, but none that is over in no time.
+static tile_cut cut_tiles(const program *p, const group *g, const worker *w) {
     const operation *first = &p->operations[g->first];
     const int n_rows = first->rows == ROWS_TOKENS ? w->step->n_tokens : w->step->n_outputs;
     const int n_units = (first->width + g->unit - 1) / g->unit, most_tasks = TASKS_PER_THREAD * w->n_threads;
@@ -645,15 +652,30 @@ static void run_tiles(const program *p, const group *g, const worker *w, atomic_
         n_col_tasks = smaller(smaller(n_units, w->n_threads), larger(1, first->width / MIN_TASK_COLUMNS));
     if (!g->in_order)
         n_row_tasks = smaller(n_rows, larger(1, most_tasks / n_col_tasks));
-    for (int task;
-         (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_row_tasks * n_col_tasks;) {
-        const int64_t row_task = task / n_col_tasks, col_task = task % n_col_tasks;
-        const tile t = {(int)(n_rows * row_task / n_row_tasks), (int)(n_rows * (row_task + 1) / n_row_tasks),
-                        (int)(n_units * col_task / n_col_tasks) * g->unit,
-                        smaller((int)(n_units * (col_task + 1) / n_col_tasks) * g->unit, first->width)};
-        for (int i = g->first; i >= 0; i = p->operations[i].next)
-            p->operations[i].run_tile(&p->operations[i].args, w->step, t);
+    return (tile_cut){n_rows, n_units, n_row_tasks, n_col_tasks};
+}
+
+static void run_tile_task(const program *p, const group *g, const worker *w, tile_cut cut, int task) {
+    const int width = p->operations[g->first].width;
+    const int64_t row_task = task / cut.n_col_tasks, col_task = task % cut.n_col_tasks;
+    const tile t = {(int)(cut.n_rows * row_task / cut.n_row_tasks),
+                    (int)(cut.n_rows * (row_task + 1) / cut.n_row_tasks),
+                    (int)(cut.n_units * col_task / cut.n_col_tasks) * g->unit,
+                    smaller((int)(cut.n_units * (col_task + 1) / cut.n_col_tasks) * g->unit, width)};
+    for (int i = g->first; i >= 0; i = p->operations[i].next)
+        p->operations[i].run_tile(&p->operations[i].args, w->step, t);
+}
+
+static void run_tiles(const program *p, const group *g, const worker *w, atomic_int *next_task) {
+    const tile_cut cut = cut_tiles(p, g, w);
+    const int n_tasks = cut.n_row_tasks * cut.n_col_tasks;
+    if (n_tasks <= w->n_threads) { // no need to ask for tasks, and a thread meets again what it wrote itself
+        if (w->thread < n_tasks)
+            run_tile_task(p, g, w, cut, w->thread);
+        return;
     }
+    for (int task; (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_tasks;)
+        run_tile_task(p, g, w, cut, task);
 }
 
 static void run_group(const program *p, int index, const worker *w) {
@@ -698,7 +720,7 @@ void program_run(program *p, const program_step *step, double *seconds) {
 #pragma omp parallel num_threads(p->n_threads)
     {
         const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-        const worker w = {&view, n_threads, p->scratch[thread]};
+        const worker w = {&view, thread, n_threads, p->scratch[thread]};
         double before = seconds_now();
         for (int g = 0; g < p->n_groups; g++) {
             if (p->groups[g].starts_phase && !seconds)
@@ -760,7 +782,7 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             if (layer < 0 || layer == n_layers)
                 break;
             program *p = layers[layer];
-            const worker w = {&view, n_threads, p->scratch[thread]};
+            const worker w = {&view, thread, n_threads, p->scratch[thread]};
             for (int g = 0; g < p->n_groups; g++) {
                 if (p->groups[g].starts_phase)
                     team_meet(&leader->barrier, n_threads);

@@ -19,6 +19,20 @@ static inline void v16_to_i8(int8_t *out, v16 a) {
 #endif
 }
 
+// The sum of sixteen int8.
+static inline int sum_of_i8(const int8_t *q) {
+#if defined(__AVX2__)
+    const __m128i shifted = _mm_xor_si128(_mm_loadu_si128((const void *)q), _mm_set1_epi8(-128)); // q + 128, unsigned
+    const __m128i halves = _mm_sad_epu8(shifted, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4) - 16 * 128;
+#else
+    int sum = 0;
+    for (int i = 0; i < 16; i++)
+        sum += q[i];
+    return sum;
+#endif
+}
+
 static inline v16 v16_abs(v16 a) { return v16_max(a, v16_sub(v16_set(0.0f), a)); }
 
 // d = amax / 127, q = x * (127 / amax) rounded to nearest even. A NaN counts as nothing in amax and becomes -127; an
@@ -41,10 +55,7 @@ static inline void quantize_q8(const float *x, void *out, int n_cols, int first,
             const v16 rounded = v16_round(v16_mul(v16_load(values + i), ratio));
             int8_t *chunk = q + (int64_t)g * group + i;
             v16_to_i8(chunk, v16_min(v16_max(rounded, v16_set(-127.0f)), v16_set(127.0f)));
-            int sum = 0;
-            for (int k = 0; k < 16; k++)
-                sum += chunk[k];
-            sums[((int64_t)g * group + i) / 16] = (int16_t)sum;
+            sums[((int64_t)g * group + i) / 16] = (int16_t)sum_of_i8(chunk);
         }
     }
 }

@@ -119,33 +119,50 @@ static inline void v16_to_f16(uint16_t *p, v16 a) {
 #undef V16_EACH
 #endif
 
-// Adds the sixteen lanes as a binary tree: lane i with lane i + 8, then + 4, + 2, + 1.
-static inline float v16_sum(v16 a) {
-    float t[16];
-    v16_store(t, a);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            t[i] += t[i + half];
-    return t[0];
-}
-
-static inline float v16_largest(v16 a) {
-    float t[16], m;
-    v16_store(t, a);
-    m = t[0];
-    for (int i = 1; i < 16; i++)
-        m = t[i] > m ? t[i] : m;
-    return m;
-}
+// Adds the sixteen lanes as a binary tree: lane i with lane i + 8, then + 4, + 2, + 1. V16_FOLD does that with any
+// operation of two operands, the upper lanes first.
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+static inline __m256 v16_lower_(v16 a) { return _mm512_castps512_ps256(a); }
+static inline __m256 v16_upper_(v16 a) { return _mm512_extractf32x8_ps(a, 1); }
+#else
+static inline __m256 v16_lower_(v16 a) { return a.lo; }
+static inline __m256 v16_upper_(v16 a) { return a.hi; }
+#endif
+#define V16_FOLD(a, OPERATION, SCALAR)                                                                                 \
+    const __m256 of_8 = _mm256_##OPERATION##_ps(v16_upper_(a), v16_lower_(a));                                         \
+    const __m128 of_4 = _mm_##OPERATION##_ps(_mm256_extractf128_ps(of_8, 1), _mm256_castps256_ps128(of_8));            \
+    const __m128 of_2 = _mm_##OPERATION##_ps(_mm_movehl_ps(of_4, of_4), of_4);                                         \
+    return _mm_cvtss_f32(_mm_##OPERATION##_ss(_mm_movehdup_ps(of_2), of_2))
+#else
+#define V16_FOLD(a, OPERATION, SCALAR)                                                                                 \
+    for (int half = 8; half; half /= 2)                                                                                \
+        for (int i = 0; i < half; i++)                                                                                 \
+            a.f[i] = SCALAR(a.f[i + half], a.f[i]);                                                                    \
+    return a.f[0]
+#endif
+#define SUM_OF_TWO_(a, b) ((a) + (b))
+#define LARGER_OF_TWO_(a, b) ((a) > (b) ? (a) : (b))
+static inline float v16_sum(v16 a) { V16_FOLD(a, add, SUM_OF_TWO_); }
+static inline float v16_largest(v16 a) { V16_FOLD(a, max, LARGER_OF_TWO_); }
+#undef V16_FOLD
+#undef SUM_OF_TWO_
+#undef LARGER_OF_TWO_
 
 // The first n (0..16) floats of p, zeros after them.
 static inline v16 v16_load_first(const float *p, int n) {
+    if (n == 16)
+        return v16_load(p);
     float t[16] = {0};
     memcpy(t, p, (size_t)n * sizeof(float));
     return v16_load(t);
 }
 
 static inline void v16_store_first(float *p, v16 a, int n) {
+    if (n == 16) {
+        v16_store(p, a);
+        return;
+    }
     float t[16];
     v16_store(t, a);
     memcpy(p, t, (size_t)n * sizeof(float));

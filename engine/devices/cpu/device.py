@@ -105,6 +105,8 @@ class CPUProgram:
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
+        if not self._lowered.routing_ids:
+            return np.empty((0, self._n_tokens, 0), np.int32)
         return np.stack([ids[: self._n_tokens] for ids in self._lowered.routing_ids])
 
     def close(self) -> None:

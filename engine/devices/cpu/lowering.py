@@ -22,6 +22,9 @@ from engine.quants.formats import Activation
 
 Value = TypeVar("Value", np.float32, np.int32)
 
+# Operations for which memory stays taken after its last use: neighbours that shared it could not be run as one.
+_LINGER = 4
+
 
 @dataclass(slots=True)
 class Place:
@@ -108,7 +111,7 @@ class Lowering:
 
     def _interval(self, key: object, n_bytes: int) -> Interval:
         interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
-        interval.last = self._index
+        interval.last = self._index + _LINGER
         return interval
 
     def _use(self, tensor: Tensor) -> Place:

@@ -1,0 +1,367 @@
+"""Makes the models and logits of `tests/data/peers`: tiny random models of architectures that have no golden file.
+
+Run by hand, with llama.cpp as the other opinion: `pip install llama-cpp-python gguf`, then
+`python tests/make_peer_fixtures.py [NAME ...]`. For each model it writes
+
+    NAME-F32.gguf, NAME-Q8_0.gguf   the weights, and the same through llama.cpp's own quantiser
+    NAME-F32.npz, NAME-Q8_0.npz     `tokens`, and `logits_exact`: of float32 arithmetic on the file's own weights;
+                                    for Q8_0 also `logits`: llama.cpp on the file itself, with activations of 8 bits
+
+Where experts are chosen by a hair, two right programs choose differently. Models are therefore drawn until the logits
+stay close to the float32 ones in 8 bits, and also when the embeddings are disturbed a little, in several ways.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+
+OUT = Path(__file__).resolve().parent / "data" / "peers"
+N_VOCAB, HIDDEN, N_TOKENS, N_TOKENS_LONG = 128, 32, 32, 8260
+N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 8
+N_EXPERTS, FFN = 8, 32
+CLOSE = 6e-3  # divergence at one position that is no sign of another expert
+N_DISTURBED, DISTURBANCE = 12, 0.008  # runs, and how much of itself an embedding is changed by; 8 bits do about as much
+
+
+@dataclass
+class Peer:
+    """A model to make.
+
+    Attributes:
+        architecture: GGUF name.
+        n_layers: blocks.
+        keys: hyper-parameters beyond those that every model has, without the architecture's prefix.
+        moe_layers: the blocks with experts; the others are dense.
+        n_experts_used: by a token.
+        shared_size: width of the shared expert; 0 for none.
+        router_bias: up to how much is added to scores when experts are chosen; 0 for nothing.
+        head_dim: of queries, keys and values.
+        head_norm: of queries and keys: "head" for one weight that serves every head, "row" for one over all heads.
+        fused_qkv: whether queries, keys and values are one matrix.
+        rope_divisors: whether there is a tensor that frequencies are divided by.
+        tied: whether the embeddings serve as output matrix.
+        recurrent: whether every other block is a delta net, and the others gate their attention.
+        ffn_norm: tensor of the norm before the feed-forward network.
+        n_long: tokens of a long prompt whose last logits are kept as well.
+    """
+
+    architecture: str
+    n_layers: int
+    keys: dict[str, object] = field(default_factory=dict)
+    moe_layers: tuple[int, ...] = ()
+    n_experts_used: int = 2
+    shared_size: int = 0
+    router_bias: float = 0.0
+    head_dim: int = HEAD_DIM
+    head_norm: str = ""
+    fused_qkv: bool = False
+    rope_divisors: bool = False
+    tied: bool = False
+    recurrent: bool = False
+    ffn_norm: str = "ffn_norm"
+    n_long: int = 0
+
+
+MOE = {"expert_count": N_EXPERTS, "expert_feed_forward_length": FFN}
+DELTA_K_HEADS, DELTA_V_HEADS, DELTA_DIM, DELTA_KERNEL = 2, 4, 16, 4
+DELTA_NET = {
+    "ssm.conv_kernel": DELTA_KERNEL,
+    "ssm.inner_size": DELTA_V_HEADS * DELTA_DIM,
+    "ssm.state_size": DELTA_DIM,
+    "ssm.time_step_rank": DELTA_V_HEADS,
+    "ssm.group_count": DELTA_K_HEADS,
+    "full_attention_interval": 2,
+    "rope.dimension_sections": [2, 1, 1, 0],
+}
+PEERS = {
+    "bailingmoe2": Peer(
+        "bailingmoe2",
+        3,
+        MOE
+        | {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": FFN,
+            "expert_gating_func": 2,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "rope.dimension_count": HEAD_DIM // 2,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        fused_qkv=True,
+    ),
+    "ernie4_5-moe": Peer(
+        "ernie4_5-moe",
+        3,
+        MOE
+        | {
+            "leading_dense_block_count": 1,
+            "interleave_moe_layer_step": 1,
+            "expert_shared_feed_forward_length": 2 * FFN,
+        },
+        moe_layers=(1, 2),
+        shared_size=2 * FFN,
+        router_bias=0.05,
+        tied=True,
+    ),
+    "granitemoe": Peer(
+        "granitemoe",
+        3,
+        MOE
+        | {
+            "logit_scale": 1.5,
+            "residual_scale": 0.7,
+            "embedding_scale": 0.6,
+            "attention.scale": 0.25,
+            "expert_shared_feed_forward_length": FFN,
+        },
+        moe_layers=(0, 1, 2),
+        shared_size=FFN,
+        tied=True,
+    ),
+    "llama4": Peer(
+        "llama4",
+        4,
+        MOE | {"interleave_moe_layer_step": 2},
+        moe_layers=(1, 3),
+        shared_size=FFN,
+        n_experts_used=1,
+        rope_divisors=True,
+        n_long=N_TOKENS_LONG,
+    ),
+    "minimax-m2": Peer(
+        "minimax-m2",
+        3,
+        MOE | {"expert_gating_func": 2, "rope.dimension_count": 8},
+        moe_layers=(0, 1, 2),
+        router_bias=0.2,
+        head_norm="row",
+        head_dim=16,
+    ),
+    # The dense siblings of architectures with experts.
+    "llama": Peer("llama", 2, rope_divisors=True),
+    "qwen3": Peer("qwen3", 2, head_norm="head", tied=True),
+    "qwen35": Peer(
+        "qwen35", 4, DELTA_NET, head_norm="head", recurrent=True, ffn_norm="post_attention_norm", head_dim=16
+    ),
+}
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+class Draw:
+    """Random tensors; a projection adds about as much as it is given."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def matrix(self, *shape: int, gain: float = 1.0) -> np.ndarray:
+        return (self._rng.standard_normal(shape) * gain / np.sqrt(shape[-1])).astype(np.float32)
+
+    def norm(self, size: int) -> np.ndarray:
+        return (1 + 0.25 * self._rng.standard_normal(size)).astype(np.float32)
+
+    def between(self, low: float, high: float, *shape: int) -> np.ndarray:
+        return self._rng.uniform(low, high, shape).astype(np.float32)
+
+
+def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=np.sqrt(HIDDEN))
+    yield "output_norm.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
+    if not peer.tied:
+        yield "output.weight", draw.matrix(N_VOCAB, HIDDEN, gain=2.5)
+    if peer.rope_divisors:
+        yield "rope_freqs.weight", draw.between(1, 8, peer.head_dim // 2)
+    for layer in range(peer.n_layers):
+        for name, values in block(peer, layer, draw):
+            yield f"blk.{layer}.{name}", values
+
+
+def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "attn_norm.weight", draw.norm(HIDDEN)
+    yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
+    is_recurrent = peer.recurrent and (layer + 1) % 2 != 0
+    yield from delta_net(draw) if is_recurrent else attention(peer, draw)
+    if layer not in peer.moe_layers:
+        yield from feed_forward("", 2 * FFN, draw)
+        return
+    yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=3.0)
+    if peer.router_bias:
+        yield "exp_probs_b.bias", draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
+    for part in ("gate", "up"):
+        yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
+    yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
+    if peer.shared_size:
+        yield from feed_forward("_shexp", peer.shared_size, draw)
+
+
+def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    for part in ("gate", "up"):
+        yield f"ffn_{part}{suffix}.weight", draw.matrix(size, HIDDEN)
+    yield f"ffn_down{suffix}.weight", draw.matrix(HIDDEN, size)
+
+
+def attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    q_size, kv_size = N_HEADS * peer.head_dim, N_KV_HEADS * peer.head_dim
+    sizes = {"q": 2 * q_size if peer.recurrent else q_size, "k": kv_size, "v": kv_size}
+    if peer.fused_qkv:
+        yield "attn_qkv.weight", draw.matrix(sum(sizes.values()), HIDDEN)
+    else:
+        for part, size in sizes.items():
+            yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
+    yield "attn_output.weight", draw.matrix(HIDDEN, q_size)
+    if peer.head_norm:
+        for part, size in (("q", q_size), ("k", kv_size)):
+            yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else peer.head_dim)
+
+
+def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    n_v, dim = DELTA_V_HEADS, DELTA_DIM
+    n_channels = (2 * DELTA_K_HEADS + n_v) * dim
+    yield "attn_qkv.weight", draw.matrix(n_channels, HIDDEN)
+    yield "attn_gate.weight", draw.matrix(n_v * dim, HIDDEN)
+    yield "ssm_conv1d.weight", draw.matrix(n_channels, DELTA_KERNEL)
+    yield "ssm_dt.bias", draw.between(-1, 1, n_v)
+    yield "ssm_a", draw.between(-2, -0.1, n_v)
+    yield "ssm_beta.weight", draw.matrix(n_v, HIDDEN)
+    yield "ssm_alpha.weight", draw.matrix(n_v, HIDDEN)
+    yield "ssm_norm.weight", draw.norm(dim)
+    yield "ssm_out.weight", draw.matrix(HIDDEN, n_v * dim)
+
+
+def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None:
+    writer = gguf.GGUFWriter(path, peer.architecture)
+    keys: dict[str, object] = {
+        "vocab_size": N_VOCAB,
+        "context_length": 16384,
+        "embedding_length": HIDDEN,
+        "block_count": peer.n_layers,
+        "feed_forward_length": FFN if len(peer.moe_layers) == peer.n_layers else 2 * FFN,
+        "attention.head_count": N_HEADS,
+        "attention.head_count_kv": N_KV_HEADS,
+        "attention.key_length": peer.head_dim,
+        "attention.value_length": peer.head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": peer.head_dim,
+        "rope.freq_base": 10000.0,
+    }
+    if peer.moe_layers:
+        keys["expert_used_count"] = peer.n_experts_used
+    for key, value in (keys | peer.keys).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](f"{peer.architecture}.{key}", value)
+    writer.add_string("general.name", f"tiny random {peer.architecture}")
+    writer.add_string("tokenizer.ggml.model", "none")
+    for name, values in tensors(peer, Draw(seed)):
+        if disturbance and name == "token_embd.weight":
+            noise = np.random.default_rng(disturbance).standard_normal(values.shape)
+            disturbed = (values * (1 + DISTURBANCE * noise)).astype(np.float32)
+            writer.add_tensor(name, disturbed)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# -- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+def quantize(source: Path, target: Path, file_type: int) -> None:
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread, parameters.allow_requantize = file_type, 1, True
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
+    assert status == 0
+
+
+def llama_logits(path: Path, tokens: np.ndarray, n_wanted: int) -> np.ndarray:
+    """Logits of the last tokens: one thread, no flash attention, keys and values in float32, weights as they are."""
+    model_parameters = llama_cpp.llama_model_default_params()
+    model_parameters.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
+    assert model, path
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = -(-len(tokens) // 256) * 256
+    parameters.n_outputs_max = n_wanted
+    parameters.n_threads = parameters.n_threads_batch = 1
+    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
+    parameters.swa_full = True
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    assert context, path
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), i, 1, 0
+        batch.logits[i] = i >= len(tokens) - n_wanted
+    assert llama_cpp.llama_decode(context, batch) == 0
+    found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n_wanted, N_VOCAB)).copy()
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return found
+
+
+def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    p, q = (x - x.max(-1, keepdims=True) for x in (reference.astype(np.float64), logits.astype(np.float64)))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def is_decisive(peer: Peer, seed: int, tokens: np.ndarray, plain: np.ndarray, folder: Path) -> bool:
+    """Return whether small disturbances leave the experts of a model as they are."""
+    path = folder / "disturbed.gguf"
+    for disturbance in range(1, 1 + N_DISTURBED):
+        write_model(path, peer, seed, disturbance)
+        if divergence(plain, llama_logits(path, tokens, N_TOKENS)).max() > CLOSE:
+            return False
+    return True
+
+
+def make(name: str, peer: Peer, folder: Path) -> None:
+    model, quantized, back = OUT / f"{name}-F32.gguf", OUT / f"{name}-Q8_0.gguf", folder / "back.gguf"
+    for seed in range(1000):
+        tokens = np.random.default_rng(1000 + seed).integers(N_VOCAB, size=peer.n_long or N_TOKENS).astype(np.int32)
+        short = tokens[:N_TOKENS]
+        write_model(model, peer, seed)
+        quantize(model, quantized, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
+        quantize(quantized, back, llama_cpp.LLAMA_FTYPE_ALL_F32)
+        plain, exact, noisy = (llama_logits(path, short, N_TOKENS) for path in (model, back, quantized))
+        noise = divergence(exact, noisy)
+        if noise.max() < CLOSE and is_decisive(peer, seed, short, plain, folder):
+            break
+    else:
+        raise SystemExit(f"{name}: no seed gives decisive routers")
+    arrays = {"tokens": short, "logits_exact": plain}
+    if peer.n_long:
+        arrays |= {"tokens_long": tokens, "logits_long_exact": llama_logits(model, tokens, N_TOKENS)}
+    np.savez_compressed(model.with_suffix(".npz"), **arrays)
+    np.savez_compressed(quantized.with_suffix(".npz"), tokens=short, logits_exact=exact, logits=noisy)
+    print(
+        f"{name}: seed {seed}, logits' deviation {plain.std():.2f}, 8 bits diverge by {noise.mean():.1e}, "
+        f"at most {noise.max():.1e}; {model.stat().st_size >> 10} + {quantized.stat().st_size >> 10} KiB"
+    )
+
+
+if __name__ == "__main__":
+    OUT.mkdir(exist_ok=True)
+    llama_cpp.llama_backend_init()
+    with tempfile.TemporaryDirectory() as scratch:
+        for chosen in sys.argv[1:] or PEERS:
+            make(chosen, PEERS[chosen], Path(scratch))

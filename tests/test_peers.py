@@ -1,0 +1,60 @@
+"""Architectures without golden files: tiny random models against logits of llama.cpp (see `make_peer_fixtures.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_files import PEER_FILES
+from golden_model import GoldenModel, open_golden
+from model_runner import ModelRunner
+from reference_device import ReferenceProgram
+
+from engine import _kernels
+
+N_REFERENCE_TOKENS = 20
+
+
+@pytest.fixture(scope="module", params=PEER_FILES)
+def peer(request: pytest.FixtureRequest, data: Path) -> Iterator[GoldenModel]:
+    with open_golden(data / "peers" / f"{request.param}.npz") as peer:
+        yield peer
+
+
+def test_logits(peer: GoldenModel) -> None:
+    peer.check(peer.reference["logits_exact"], peer.runner.logits(peer.prompt))
+
+
+def test_formulas(peer: GoldenModel) -> None:
+    program = ReferenceProgram(peer.runner.model.graph, peer.runner.weights)
+    logits = np.concatenate([program.run(part) for part in (peer.prompt[:9], peer.prompt[9:N_REFERENCE_TOKENS])])
+    assert np.abs(logits - peer.reference["logits_exact"][:N_REFERENCE_TOKENS]).max() < 1e-4
+
+
+def test_cuts_levels_and_threads_change_no_bit(peer: GoldenModel) -> None:
+    whole = peer.runner.logits(peer.prompt).view(np.uint32)
+    for cuts in ((1,) * (len(peer.prompt) - 1), (7, 1, 3)):
+        assert np.array_equal(peer.runner.logits(peer.prompt, cuts).view(np.uint32), whole), cuts
+    for isa in _kernels.isa_levels():
+        with ModelRunner(peer.path, isa=isa, n_threads=3, max_tokens=16) as runner:
+            assert np.array_equal(runner.logits(peer.prompt).view(np.uint32), whole), isa
+
+
+def test_routing_has_a_row_for_each_layer_with_experts(peer: GoldenModel) -> None:
+    moe = peer.runner.model.spec.moe
+    n_layers = len(peer.runner.model.graph.routings)
+    assert peer.runner.experts(peer.prompt).shape == (n_layers, len(peer.prompt), moe.n_experts_used)
+
+
+def test_llama4_beyond_one_chunk(data: Path) -> None:
+    """Attention in chunks of 8192 tokens, and queries scaled by position from there on."""
+    references = data / "peers" / "llama4-F32.npz"
+    with np.load(references, allow_pickle=False) as z:
+        tokens, exact = z["tokens_long"].tolist(), z["logits_long_exact"]
+    with ModelRunner(references.with_suffix(".gguf"), max_tokens=256, context_length=len(tokens)) as runner:
+        n = len(exact)
+        runner.forward.run(0, tokens[:-n], 0, "none")
+        logits = runner.forward.run(0, tokens[-n:], len(tokens) - n, "all")
+    assert np.abs(logits - exact).max() < 1e-3
