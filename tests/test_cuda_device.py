@@ -234,7 +234,9 @@ def test_too_little_memory_is_a_clear_error(small: Model) -> None:
 
 def test_a_failing_allocation_frees_everything(small: Model, driver) -> None:
     driver.fail("cuMemHostAlloc", 2, "CUDA_ERROR_OUT_OF_MEMORY")
-    with pytest.raises(DeviceError, match=r"cuMemHostAlloc failed: CUDA_ERROR_OUT_OF_MEMORY .*; use fewer expert slots"):
+    with pytest.raises(
+        DeviceError, match=r"cuMemHostAlloc failed: CUDA_ERROR_OUT_OF_MEMORY .*; use fewer expert slots"
+    ):
         small.open()
 
 
