@@ -54,6 +54,9 @@ test-sanitize: $(VENV)/.installed-test ## run the kernel tests under AddressSani
 bench: $(VENV)/.installed-test ## run the microbenchmarks
 	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
 
+bench-gpu: $(VENV)/.installed-test ## measure kernels and whole models on an NVIDIA GPU
+	$(PY) bench/gpu.py $(BENCH_ARGS)
+
 lint: $(VENV)/.installed-dev ## run every static check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -27,20 +27,40 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, f
     out[row * out_stride + col] = x[row * x_stride + col] * (is_silu ? silu(g) : sigmoid(g));
 }
 
-// Rows that hold, for each head, `head_dim` values for `first` and then `head_dim` for `second`. Grid: over the
-// columns of x.
+// out = x * (factor * by), with one value of `by` for each row, or x * factor if it is null; in place allowed.
 KERNEL(THREADS)
-split_heads(const float *x, int64_t x_stride, float *first, int64_t first_stride, float *second, int64_t second_stride,
-            int n_heads, int head_dim, const int *n_rows) {
+scale(const float *x, int64_t x_stride, const float *by, int64_t by_stride, float *out, int64_t out_stride, int n_cols,
+      float factor, const int *n_rows) {
     const int row = blockIdx.y, col = column();
-    if (row >= *n_rows || col >= 2 * n_heads * head_dim)
+    if (row < *n_rows && col < n_cols)
+        out[row * out_stride + col] = x[row * x_stride + col] * (by ? factor * by[row * by_stride] : factor);
+}
+
+// x *= 1 + slope * ln(1 + floor((position + 1) / period)), in place.
+KERNEL(THREADS)
+scale_by_position(float *x, int64_t x_stride, const int *positions, int n_cols, int period, float slope,
+                  const int *n_rows) {
+    const int row = blockIdx.y, col = column();
+    if (row < *n_rows && col < n_cols)
+        x[row * x_stride + col] *= (float)(1.0 + (double)slope * log1p((double)((positions[row] + 1) / period)));
+}
+
+// `joined` holds, for each head, `first_dim` values that are also in `first`, and after them `second_dim` that are in
+// `second`: taken apart, or put together if `is_join`. Grid: over the columns of `joined`.
+KERNEL(THREADS)
+split_or_join_heads(float *joined, int64_t joined_stride, float *first, int64_t first_stride, float *second,
+                    int64_t second_stride, int n_heads, int first_dim, int second_dim, int is_join, const int *n_rows) {
+    const int row = blockIdx.y, col = column(), dim = first_dim + second_dim;
+    if (row >= *n_rows || col >= n_heads * dim)
         return;
-    const int head = col / (2 * head_dim), i = col % (2 * head_dim);
-    const float value = x[row * x_stride + col];
-    if (i < head_dim)
-        first[row * first_stride + head * head_dim + i] = value;
+    const int head = col / dim, i = col % dim;
+    float *whole = joined + row * joined_stride + col;
+    float *part = i < first_dim ? first + row * first_stride + head * first_dim + i
+                                : second + row * second_stride + head * second_dim + i - first_dim;
+    if (is_join)
+        *whole = *part;
     else
-        second[row * second_stride + head * head_dim + i - head_dim] = value;
+        *part = *whole;
 }
 
 // out[i] = x[output_rows[i]]
@@ -75,7 +95,8 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
     *second = __fmaf_rn(a, s, b * c);
 }
 
-// out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns; in place allowed.
+// out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; in
+// place allowed.
 // Grid: (groups, rows); a block of whole warps takes one group.
 KERNEL(THREADS)
 rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride, int group_size,
@@ -92,17 +113,18 @@ rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int6
     const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
     float *result = out + row * out_stride + blockIdx.x * group_size;
     for (int i = threadIdx.x; i < group_size; i += blockDim.x)
-        result[i] = values[i] * factor * weight[i];
+        result[i] = weight ? values[i] * factor * weight[i] : values[i] * factor;
 }
 
-// out = residual + (sum over ranks of weight * expert_out, one fma a rank from rank 0 on, + sigmoid(shared_gate) * shared).
-// `shared` and `shared_gate` may be null (none; ungated). In place on residual allowed. `answers` (or null: every expert
-// has a slot) is host memory, laid out like expert_out without gaps, that holds the experts without a slot.
+// out = residual + scale * (sum over ranks of weight * expert_out, one fma a rank from rank 0 on, + sigmoid(shared_gate) *
+// shared). `weights` may be null (all 1), as may `shared` and `shared_gate` (none; ungated). In place on residual allowed.
+// `answers` (or null: every expert has a slot) is host memory, laid out like expert_out without gaps, that holds the
+// experts without a slot.
 KERNEL(THREADS)
 combine(const float *expert_out, int64_t expert_out_stride, const float *answers, const int *ids, const int *slots,
         const float *weights, int n_used, const float *shared, int64_t shared_stride, const float *shared_gate,
         int64_t shared_gate_stride, const float *residual, int64_t residual_stride, float *out, int64_t out_stride,
-        int n_cols, const int *n_rows) {
+        int n_cols, float scale, const int *n_rows) {
     const int row = blockIdx.y, col = column();
     if (row >= *n_rows || col >= n_cols)
         return;
@@ -112,11 +134,11 @@ combine(const float *expert_out, int64_t expert_out_stride, const float *answers
         const float value = answers && slots[ids[choice]] < 0
                                 ? __ldcv(answers + (int64_t)choice * n_cols + col)
                                 : expert_out[row * expert_out_stride + (int64_t)rank * n_cols + col];
-        acc = __fmaf_rn(weights[choice], value, acc);
+        acc = __fmaf_rn(weights ? weights[choice] : 1.0f, value, acc);
     }
     if (shared) {
         const float value = shared[row * shared_stride + col];
         acc = shared_gate ? __fmaf_rn(sigmoid(shared_gate[row * shared_gate_stride]), value, acc) : acc + value;
     }
-    out[row * out_stride + col] = residual[row * residual_stride + col] + acc;
+    out[row * out_stride + col] = residual[row * residual_stride + col] + scale * acc;
 }

@@ -29,7 +29,8 @@ expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, con
     Dots::run(down.slots + slot * down.slot_bytes + first_row * down.row_bytes, down.row_bytes, n_rows, ffn_size,
               Tokens<1>(h, h_row_bytes, choice, choice + 1), grid, scratch[warp], results[warp]);
     if (lane < n_rows) {
-        const float value = down.scale ? results[warp][lane] * down.scale[expert] : results[warp][lane];
-        out[token * out_stride + (int64_t)rank * hidden_size + first_row + lane] = value;
+        const int row = first_row + lane;
+        out[token * out_stride + (int64_t)rank * hidden_size + row] =
+            projected(results[warp][lane], down, expert, hidden_size, row);
     }
 }

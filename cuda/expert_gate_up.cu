@@ -1,13 +1,20 @@
 // First half of the chosen experts' feed-forward network, for experts that have a slot:
-// h[t][rank][r] = silu(gate_e[r] . x[t]) * (up_e[r] . x[t]), e = ids[t][rank].
+// h[t][rank][r] = activated(gate_e[r] . x[t], up_e[r] . x[t]), e = ids[t][rank].
 //
-// Compiled for GATE_FORMAT and UP_FORMAT. Grid: (row blocks, tokens * n_used); a block is 4 warps of `rows_per_warp`
+// Compiled for GATE_FORMAT, UP_FORMAT and ACTIVATION (0 silu(g) * u; 1 the clamped swish of gpt-oss). Grid: (row blocks, tokens * n_used); a block is 4 warps of `rows_per_warp`
 // rows. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them.
 // x_gate and x_up are the same activations, each in the form its format takes. h is float32 [tokens * n_used, ffn_size].
 #include "experts.cuh"
 
 constexpr int N_WARPS = 4;
 constexpr int MAX_ROWS = 16; // of a warp
+
+DEVICE float activated(float gate, float up) {
+    if (ACTIVATION == 0)
+        return silu(gate) * up;
+    const float g = gate < 7.0f ? gate : 7.0f, u = up < 7.0f ? up : 7.0f; // as the CPU does with a NaN
+    return g * sigmoid(1.702f * g) * ((u > -7.0f ? u : -7.0f) + 1.0f);
+}
 
 KERNEL(N_WARPS *WARP)
 expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate,
@@ -37,8 +44,8 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     Up::run(up.slots + slot * up.slot_bytes + first_row * up.row_bytes, up.row_bytes, n_rows, hidden_size,
             Tokens<1>(x_up, x_up_row_bytes, token, token + 1), up_grid, scratch[warp].up, ups[warp]);
     if (lane < n_rows) {
-        const float g = gate.scale ? gates[warp][lane] * gate.scale[expert] : gates[warp][lane];
-        const float u = up.scale ? ups[warp][lane] * up.scale[expert] : ups[warp][lane];
-        h[(int64_t)choice * ffn_size + first_row + lane] = silu(g) * u;
+        const int row = first_row + lane;
+        h[(int64_t)choice * ffn_size + row] = activated(projected(gates[warp][lane], gate, expert, ffn_size, row),
+                                                        projected(ups[warp][lane], up, expert, ffn_size, row));
     }
 }

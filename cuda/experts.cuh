@@ -9,7 +9,17 @@ struct ExpertMatrix {
     int64_t slot_bytes;   // from one slot to the next
     int64_t row_bytes;
     const float *scale; // [n_experts] or null
+    const float *bias;  // [n_experts, rows] or null
 };
+
+// A row's product as the projection gives it: times the expert's scale, plus the row's bias.
+DEVICE float projected(float value, const ExpertMatrix &matrix, int expert, int n_rows, int row) {
+    if (matrix.scale)
+        value *= matrix.scale[expert];
+    if (matrix.bias)
+        value += matrix.bias[(int64_t)expert * n_rows + row];
+    return value;
+}
 
 // The slot of the expert with that place in the ids of all tokens, or -1: no slot, or an id below 0.
 DEVICE int slot_of(const int *ids, const int *slots, int choice) {

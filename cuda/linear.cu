@@ -1,8 +1,10 @@
 // Several matrices of one format times the same activations: out[t][r] = (W_m[r] . x[t]) * scale + bias[r].
 //
 // Compiled for FORMAT (a struct of formats.cuh) and N_TOKENS (tokens that share one reading of the weights).
-// Grid: (row blocks of all matrices, groups of N_TOKENS tokens); a block is 4 warps of `rows_per_warp` rows each.
+// Grid: (row blocks of all matrices, groups of N_TOKENS tokens, heads); a block is 4 warps of `rows_per_warp` rows each.
 // x: activation rows in the form of the format, or float32 rows for float formats, `x_row_bytes` apart.
+// Heads have a matrix and an activation row each: `head_weight_bytes` and `head_x_bytes` from one to the next, and their
+// results and scales follow one another. There is one head, but for multi-head latent attention.
 #include "rows.cuh"
 
 constexpr int N_WARPS = 4;
@@ -13,7 +15,7 @@ struct Matrix {
     const uint8_t *weights;
     float *out;
     const float *bias;  // [n_rows] or null
-    const float *scale; // [1] or null
+    const float *scale; // [heads] or null
     int n_rows;
     int out_stride;
     int first_block; // of the grid
@@ -27,13 +29,13 @@ struct Matrices {
 };
 
 KERNEL(N_WARPS *WARP)
-linear(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_bytes, int n_cols, const int8_t *grid,
-       int rows_per_warp, const int *n_tokens) {
+linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
+       int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp, const int *n_tokens) {
     using Dots = RowDots<FORMAT, N_TOKENS>;
     __shared__ typename Dots::Scratch scratch[N_WARPS];
     __shared__ float results[N_WARPS][MAX_ROWS * N_TOKENS];
 
-    const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;
+    const int first_token = blockIdx.y * N_TOKENS, head = blockIdx.z, n = *n_tokens;
     if (first_token >= n)
         return;
     int m = 0;
@@ -46,8 +48,8 @@ linear(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_byt
     if (n_rows <= 0)
         return;
 
-    const Tokens<N_TOKENS> tokens(x, x_row_bytes, first_token, n);
-    Dots::run(matrix.weights + first_row * row_bytes, row_bytes, n_rows, n_cols, tokens, grid, scratch[warp],
+    const Tokens<N_TOKENS> tokens(x + head * head_x_bytes, x_row_bytes, first_token, n);
+    Dots::run(matrix.weights + head * head_weight_bytes + first_row * row_bytes, row_bytes, n_rows, n_cols, tokens, grid, scratch[warp],
               results[warp]);
     for (int i = lane; i < n_rows * N_TOKENS; i += WARP) {
         const int row = first_row + i / N_TOKENS, token = first_token + i % N_TOKENS;
@@ -55,9 +57,9 @@ linear(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_byt
             continue;
         float value = results[warp][i];
         if (matrix.scale)
-            value *= *matrix.scale;
+            value *= matrix.scale[head];
         if (matrix.bias)
             value += matrix.bias[row];
-        matrix.out[(int64_t)token * matrix.out_stride + row] = value;
+        matrix.out[(int64_t)token * matrix.out_stride + head * matrix.n_rows + row] = value;
     }
 }

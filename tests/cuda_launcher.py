@@ -1,14 +1,18 @@
-"""Runs launches of `engine.devices.cuda.kernels` in the kernel emulator, on numpy arrays."""
+"""Runs launches of `engine.devices.cuda.kernels` on numpy arrays: in the kernel emulator, or on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterable
 
 import numpy as np
+import pytest
 from cusim import Module
 
+from engine.devices.cuda.driver import probe
 from engine.devices.cuda.kernels import PADDING, Count, Launch, Rows
+from engine.devices.cuda.runtime import Context, DeviceMemory, Stream
 from tests.cusim.build import KERNEL_SOURCES
 
 SCHEDULES = (("forward", 1), ("reverse", 1), ("random", 7))
@@ -42,6 +46,8 @@ class Emulator:
             module = Module(KERNEL_SOURCES / launch.source, self.mode, defines=launch.definitions)
             arguments = [self._argument(a) for a in launch.arguments]
             shared = {"shared_bytes": launch.shared_bytes, "order": order, "seed": seed}
+            if self.mode == "asan":  # runs in another process, which must know what structs point at
+                shared["memory"] = list(self._arrays.values())
             module.launch(launch.kernel, launch.grid, launch.block, *arguments, **shared)
 
     def _argument(self, argument: object) -> object:
@@ -49,8 +55,50 @@ class Emulator:
             return bytes(argument)
         value = argument.value  # type: ignore[attr-defined]
         if isinstance(argument, ctypes.c_void_p):
-            return self._arrays[value] if value in self._arrays else value or 0
+            return self._arrays.get(value, value or 0)
         return value
+
+
+class RealGPU:
+    """Takes the emulator's place on a GPU: every launch gets copies of all arrays, which are copied back after it."""
+
+    def __init__(self, mode: str = "fast") -> None:
+        if mode != "fast":
+            pytest.skip("this mode is the emulator's")
+        self.context = _gpu_context()
+        self.stream = Stream(self.context)
+        self._arrays: dict[int, tuple[np.ndarray, DeviceMemory]] = {}
+
+    def at(self, array: np.ndarray) -> int:
+        """The device address of an array's copy, which has some bytes around it."""
+        key = array.ctypes.data
+        if key not in self._arrays:
+            self._arrays[key] = (array, DeviceMemory(array.nbytes + 512))
+        return self._arrays[key][1].address + 256
+
+    def rows(self, array: np.ndarray) -> Rows:
+        return Rows(self.at(array), array.strides[0] // 4)
+
+    def byte_rows(self, array: np.ndarray) -> Rows:
+        return Rows(self.at(array), array.strides[0])
+
+    def count(self, n: int, most: int | None = None) -> Count:
+        return Count(self.at(np.array([n], np.int32)), n + 1 if most is None else most)
+
+    def run(self, launches: Launch | Iterable[Launch], order: str = "forward", seed: int = 1) -> None:
+        for array, memory in self._arrays.values():
+            self.stream.upload(memory.address + 256, array.ctypes.data, array.nbytes)
+        for launch in [launches] if isinstance(launches, Launch) else launches:
+            self.stream.launch(launch)
+        for array, memory in self._arrays.values():
+            if array.flags.writeable:
+                self.stream.download(array.ctypes.data, memory.address + 256, array.nbytes)
+        self.stream.synchronize()
+
+
+@functools.cache
+def _gpu_context() -> Context:
+    return Context(probe())
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

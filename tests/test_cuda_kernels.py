@@ -7,8 +7,9 @@ import pytest
 from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
+from engine.devices import graph
 from engine.devices.cuda import kernels
-from engine.devices.cuda.kernels import Cache, ExpertMatrix, Matrix, Rows
+from engine.devices.cuda.kernels import Cache, ExpertMatrix, Heads, Matrix, Rows, Sight
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
@@ -112,17 +113,17 @@ def check_linear(weight_format: QuantFormat, n_tokens: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("formats", "hidden_size", "ffn_size", "mode"),
+    ("formats", "hidden_size", "ffn_size", "activation", "mode"),
     [
-        (("Q4_K", "Q4_K", "Q6_K"), 512, 256, "fast"),
-        (("Q8_0", "Q8_0", "Q4_0"), 96, 64, "fast"),
-        (("F32", "F16", "F32"), 40, 24, "fast"),
-        (("MXFP4", "Q4_K", "Q5_0"), 256, 96, "race"),
+        (("Q4_K", "Q4_K", "Q6_K"), 512, 256, graph.Activation.SILU, "fast"),
+        (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH, "fast"),
+        (("F32", "F16", "F32"), 40, 24, graph.Activation.SILU, "fast"),
+        (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, "race"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_experts_have_the_bits_of_the_cpu(
-    formats: tuple[str, str, str], hidden_size: int, ffn_size: int, mode: str
+    formats: tuple[str, str, str], hidden_size: int, ffn_size: int, activation: graph.Activation, mode: str
 ) -> None:
     """Through slots in another order, with one expert that has none and one id that is not asked for."""
     n_experts, n_used, n_tokens = 6, 3, 2
@@ -137,7 +138,8 @@ def test_experts_have_the_bits_of_the_cpu(
         aligned(random_weights(f, n_experts * rows, cols, seed=i).reshape(n_experts, rows, -1))
         for i, (f, rows, cols) in enumerate(shapes)
     ]
-    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale)
+    biases = [(4 * rng.standard_normal((n_experts, rows))).astype(F32) for _, rows, _ in shapes]
+    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale, biases, activation)
 
     in_slots = [aligned(np.zeros_like(stack)) for stack in stacks]
     for stack, placed in zip(stacks, in_slots, strict=True):
@@ -145,8 +147,8 @@ def test_experts_have_the_bits_of_the_cpu(
             if slot >= 0:
                 placed[slot] = stack[expert]
     matrices = [
-        ExpertMatrix(emulator.at(placed), placed.strides[0], f, emulator.at(scale) if i == 0 else 0)
-        for i, (placed, f) in enumerate(zip(in_slots, (gate, up, down), strict=True))
+        ExpertMatrix(emulator.at(placed), placed.strides[0], f, emulator.at(scale) if i == 0 else 0, emulator.at(bias))
+        for i, (placed, f, bias) in enumerate(zip(in_slots, (gate, up, down), biases, strict=True))
     ]
     x_gate, x_up = (activations(x, f.activation) for f in (gate, up))
     for order, seed in SCHEDULES:
@@ -164,6 +166,7 @@ def test_experts_have_the_bits_of_the_cpu(
                 ffn_size,
                 emulator.at(h),
                 (0, 0),
+                activation,
                 count,
             ),
             order,
@@ -188,7 +191,13 @@ def test_experts_have_the_bits_of_the_cpu(
 
 
 def cpu_experts(
-    x: np.ndarray, ids: np.ndarray, stacks: list[np.ndarray], formats: tuple[QuantFormat, ...], gate_scale: np.ndarray
+    x: np.ndarray,
+    ids: np.ndarray,
+    stacks: list[np.ndarray],
+    formats: tuple[QuantFormat, ...],
+    gate_scale: np.ndarray,
+    biases: list[np.ndarray],
+    activation: graph.Activation,
 ) -> np.ndarray:
     """What the CPU's operation makes of the same experts, float32 [n_tokens, n_used, hidden_size]."""
     n_tokens, hidden_size = x.shape
@@ -198,8 +207,8 @@ def cpu_experts(
     tables = [np.array([expert.ctypes.data for expert in stack], np.int64) for stack in stacks]
     out = np.zeros((n_tokens, ids.shape[1], hidden_size), F32)
     entries = [
-        (t.ctypes.data, f.ggml_type, gate_scale.ctypes.data if i == 0 else 0)
-        for i, (t, f) in enumerate(zip(tables, formats, strict=True))
+        (t.ctypes.data, f.ggml_type, gate_scale.ctypes.data if i == 0 else 0, bias.ctypes.data)
+        for i, (t, f, bias) in enumerate(zip(tables, formats, biases, strict=True))
     ]
     program.experts(
         forms[0].ctypes.data,
@@ -210,6 +219,7 @@ def cpu_experts(
         n_experts,
         ids.shape[1],
         *entries,
+        activation,
         hidden_size,
         ffn_size,
         out.ctypes.data,
@@ -267,10 +277,29 @@ def test_elementwise_operations(mode: str) -> None:
             assert out == pytest.approx(x * sigmoid(y) * (y if gating == Gating.SILU else 1), rel=1e-5, abs=1e-6)
         first, second = (np.zeros((n_rows, n_cols // 2), F32) for _ in range(2))
         rows = (emulator.rows(x), emulator.rows(first), emulator.rows(second))
-        emulator.run(kernels.split_heads(*rows, 3, 50, count), order, seed)
+        emulator.run(kernels.split_heads(*rows, 3, 50, 50, count), order, seed)
         parts = x.reshape(n_rows, 3, 2, 50)
         assert same_bits(first, parts[:, :, 0].reshape(n_rows, -1))
         assert same_bits(second, parts[:, :, 1].reshape(n_rows, -1))
+        short, long = np.zeros((n_rows, 3 * 20), F32), np.zeros((n_rows, 3 * 80), F32)
+        rows = (emulator.rows(short), emulator.rows(long))
+        emulator.run(kernels.split_heads(emulator.rows(x), *rows, 3, 20, 80, count), order, seed)
+        assert same_bits(short, x.reshape(n_rows, 3, 100)[:, :, :20].reshape(n_rows, -1))
+        emulator.run(kernels.join_heads(*rows, emulator.rows(out), 3, 20, 80, count), order, seed)
+        assert same_bits(out, x)
+        by = rng.standard_normal((n_rows, 1)).astype(F32)
+        emulator.run(
+            kernels.scale(emulator.rows(x), 0.3, emulator.rows(by), emulator.rows(out), n_cols, count), order, seed
+        )
+        assert same_bits(out, x * (F32(0.3) * by))
+        emulator.run(kernels.scale(emulator.rows(x), 0.3, None, emulator.rows(out), n_cols, count), order, seed)
+        assert same_bits(out, x * F32(0.3))
+        positions = np.array([0, 15, 8000], np.int32)
+        emulator.run(
+            kernels.scale_by_position(emulator.rows(out), emulator.at(positions), n_cols, 16, 0.1, count), order, seed
+        )
+        factor = 1 + 0.1 * np.log1p((positions + 1) // 16)
+        assert out == pytest.approx(x * F32(0.3) * factor[:, None], rel=1e-6)
         chosen, picked = np.array([2, 0], np.int32), np.zeros((2, n_cols), F32)
         rows = (emulator.rows(x), emulator.at(chosen), emulator.rows(picked))
         emulator.run(kernels.select_outputs(*rows, n_cols, emulator.count(2)), order, seed)
@@ -284,6 +313,9 @@ def test_elementwise_operations(mode: str) -> None:
         groups = x.reshape(n_rows, 3, 100).astype(np.float64)
         expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * weight
         assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
+        launch = kernels.rms_norm(emulator.rows(x), 0, emulator.rows(out), 3, 100, 1e-6, count)
+        emulator.run(launch, order, seed)
+        assert out == pytest.approx((expected / weight).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("style", RopeStyle)
@@ -329,18 +361,20 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool) 
             emulator.at(answers),
             emulator.at(ids),
             emulator.at(slots),
-            emulator.at(weights),
+            emulator.at(weights) if has_shared else 0,
             n_used,
             emulator.rows(shared) if has_shared else None,
             emulator.rows(shared_gate) if has_shared else None,
             emulator.rows(residual),
             emulator.rows(out),
             n_cols,
+            0.5,
             emulator.count(n_tokens),
         )
     )
     values = np.where((slots[ids] < 0)[..., None], answers, expert_out)
-    expected = residual + np.einsum("trh,tr->th", values, weights) + has_shared * shared * sigmoid(shared_gate)
+    total = np.einsum("trh,tr->th", values, weights if has_shared else np.ones_like(weights))
+    expected = residual + 0.5 * (total + has_shared * shared * sigmoid(shared_gate))
     assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -410,40 +444,54 @@ def test_router(
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "head_dim", "group", "n_kv_heads", "mode", "tolerance"),
+    ("kv_type", "dims", "group", "n_kv_heads", "window", "chunk", "mode", "tolerance"),
     [
-        (KVType.F32, 64, 4, 2, "fast", 1e-5),
-        (KVType.F16, 128, 1, 2, "fast", 2e-3),
-        (KVType.Q8_0, 256, 8, 1, "fast", 3e-2),
-        (KVType.Q8_0, 40, 3, 2, "race", 3e-2),
-        (KVType.F32, 16, 2, 1, "asan", 1e-5),
+        (KVType.F32, (64, 64), 4, 2, 0, 0, "fast", 1e-5),
+        (KVType.F16, (128, 128), 1, 2, 50, 0, "fast", 2e-3),
+        (KVType.Q8_0, (256, 256), 8, 1, 0, 40, "fast", 3e-2),
+        (KVType.Q8_0, (40, 24), 3, 2, 7, 0, "race", 3e-2),
+        (KVType.F32, (16, 16), 2, 1, 0, 0, "asan", 1e-5),
+        (KVType.F16, (576, 512), 11, 1, 0, 0, "fast", 2e-3),  # latent attention: values are parts of their keys
     ],
 )
-def test_attention(kv_type: KVType, head_dim: int, group: int, n_kv_heads: int, mode: str, tolerance: float) -> None:
+def test_attention(
+    kv_type: KVType,
+    dims: tuple[int, int],
+    group: int,
+    n_kv_heads: int,
+    window: int,
+    chunk: int,
+    mode: str,
+    tolerance: float,
+) -> None:
     """Of tokens at several positions, one of them early, in a cache that holds NaN where nothing was stored."""
-    rng, emulator = np.random.default_rng(7), Emulator(mode)
-    n_slots, context_length, n_kept = 2, 200, 150
-    n_heads, scale = n_kv_heads * group, head_dim**-0.5
-    cache = Cache(0, kv_type, n_slots, context_length, n_kv_heads, head_dim)
+    rng, emulator, (key_dim, value_dim) = np.random.default_rng(7), Emulator(mode), dims
+    n_slots, context_length, n_kept, is_latent = 2, 200, 150, key_dim == 576
+    n_heads, scale = n_kv_heads * group, key_dim**-0.5
+    cache = Cache(0, kv_type, n_slots, context_length, n_kv_heads, key_dim, value_dim, is_latent)
     memory = np.full(kernels.kv_cache_bytes(cache), 0xFF, np.uint8)
     cache = cache._replace(address=emulator.at(memory))
-    k, v = (rng.standard_normal((n_kept, n_kv_heads * head_dim)).astype(F32) for _ in range(2))
+    k, v = (rng.standard_normal((n_kept, n_kv_heads * dim)).astype(F32) for dim in dims)
+    if is_latent:
+        v = k[:, :value_dim]
+    sinks = rng.standard_normal(n_heads).astype(F32) if window else None
     all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
     positions = np.array([149, 33, *range(60, 68)], np.int32)  # more tokens than attend at the same time
     n_tokens = len(positions)
-    q = rng.standard_normal((n_tokens, n_heads * head_dim)).astype(F32)
+    q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
     value_bytes, part_bytes = kernels.attention_scratch_bytes(cache, n_heads, n_tokens)
     values, parts = np.full(value_bytes // 4, np.nan, F32), np.full(part_bytes // 4, np.nan, F32)
 
-    def launches(q: np.ndarray, at: np.ndarray, out: np.ndarray, n: int) -> list[kernels.Launch]:
+    def launches(at: np.ndarray, out: np.ndarray, n: int) -> list[kernels.Launch]:
         return kernels.attention(
             emulator.rows(q),
             emulator.rows(k),
-            emulator.rows(v),
+            None if is_latent else emulator.rows(v),
             emulator.rows(out),
             cache,
             n_heads,
             scale,
+            Sight(0 if sinks is None else emulator.at(sinks), window, chunk),
             emulator.at(values),
             emulator.at(parts),
             emulator.at(at),
@@ -453,18 +501,44 @@ def test_attention(kv_type: KVType, head_dim: int, group: int, n_kv_heads: int, 
 
     expected = []
     for token, position in enumerate(positions):
+        first = max(position - window + 1 if window else 0, position // chunk * chunk if chunk else 0, 0)
         keys, vals = (
-            side[: position + 1].reshape(-1, n_kv_heads, head_dim).repeat(group, 1).astype(np.float64)
+            side[first : position + 1].reshape(position + 1 - first, n_kv_heads, -1).repeat(group, 1).astype(np.float64)
             for side in (k, v)
         )
-        scores = np.einsum("hd,phd->hp", q[token].reshape(n_heads, head_dim), keys) * scale
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        expected.append(np.einsum("hp,phd->hd", p / p.sum(-1, keepdims=True), vals).ravel())
+        scores = np.einsum("hd,phd->hp", q[token].reshape(n_heads, key_dim), keys) * scale
+        p = np.exp(scores)
+        total = p.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks)[:, None])
+        expected.append(np.einsum("hp,phd->hd", p / total, vals).ravel())
     for order, seed in SCHEDULES:
-        out = np.zeros_like(q)
-        store = launches(q, all_positions, out, n_kept)[0]
-        emulator.run([store, *launches(q, positions, out, n_tokens)[1:]], order, seed)
+        out = np.zeros((n_tokens, n_heads * value_dim), F32)
+        store = launches(all_positions, out, n_kept)[0]
+        emulator.run([store, *launches(positions, out, n_tokens)[1:]], order, seed)
         assert out == pytest.approx(np.stack(expected), abs=tolerance * 4)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])
+def test_heads_have_matrices_of_their_own(name: str) -> None:
+    rng, emulator, weight_format = np.random.default_rng(9), Emulator(), BY_NAME[name]
+    n_heads, n_rows, n_cols, n_tokens = 3, 5, 256, 2
+    weights = aligned(random_weights(weight_format, n_heads * n_rows, n_cols))
+    x = rng.standard_normal((n_tokens * n_heads, n_cols)).astype(F32)
+    scale, out = rng.random(n_heads).astype(F32), np.zeros((n_tokens, n_heads * n_rows), F32)
+    rows = activations(x, weight_format.activation)
+    launch = kernels.linear(
+        Rows(emulator.at(rows), n_heads * rows.strides[0]),
+        n_cols,
+        weight_format,
+        [Matrix(emulator.at(weights), n_rows, emulator.rows(out), 0, emulator.at(scale))],
+        0,
+        emulator.count(n_tokens),
+        Heads(n_heads, n_rows * weights.shape[1], rows.strides[0]),
+    )
+    emulator.run(launch)
+    for head in range(n_heads):
+        own = weights[head * n_rows : (head + 1) * n_rows]
+        expected = _kernels.matmul(weight_format.ggml_type, own, np.ascontiguousarray(x[head::n_heads])) * scale[head]
+        assert same_bits(np.ascontiguousarray(out[:, head * n_rows : (head + 1) * n_rows]), expected)
 
 
 @pytest.mark.parametrize(

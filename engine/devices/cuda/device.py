@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,11 +14,18 @@ from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
-from engine.devices.cuda.swaps import Swaps
+from engine.devices.cuda.speeds import measure_speeds
+from engine.devices.cuda.swaps import Copy, ExpertCopies
+from engine.devices.footprint import measure
 from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, WeightAccess
-from engine.errors import DeviceError, RequestError
+from engine.devices.placement import Wish, plan_memory
+from engine.devices.slots import Ticket
+from engine.devices.timing import Bandwidths
+from engine.errors import RequestError
+from engine.quants import install_grids
 
+_DONE = Copy(-1, -1, -1, is_done=True)
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
 _MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
 
@@ -29,9 +37,11 @@ class CUDADevice:
         self,
         index: int = 0,
         *,
-        n_expert_slots: int | None = None,
+        wish: Wish | None = None,
         vram_budget: int | None = None,
         n_threads: int = 1,
+        isa: str | None = None,
+        bandwidths: Bandwidths | None = None,
         compiler: Compiler | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -39,29 +49,33 @@ class CUDADevice:
 
         Args:
             index: which GPU.
-            n_expert_slots: experts of each layer that are kept on the GPU; None for as many as fit.
+            wish: what to do with its memory; by default as many expert slots as fit.
             vram_budget: bytes of device memory to use at most; None for what is free.
             n_threads: CPU threads for the experts without a slot.
+            isa: instruction-set level that they may use; None for the best.
+            bandwidths: of the machine; None to measure them.
             compiler: makes the kernels; None for NVIDIA's.
             progress: called while kernels are compiled.
         """
         self.gpu = probe(index)
-        self.n_expert_slots = n_expert_slots
+        self.wish = wish or Wish()
         self.vram_budget = vram_budget
         self.n_threads = n_threads
-        self._progress = progress
+        self.isa = isa
+        self.bandwidths = bandwidths
+        self.progress = progress
+        install_grids()
         self.context = Context(self.gpu, compiler)
 
     @property
     def description(self) -> str:
         """Return one line for people."""
-        return f"CUDA: {self.gpu.description}"
+        return f"CUDA: {self.gpu.description}; {self.n_threads} CPU thread{'s' * (self.n_threads != 1)}"
 
     def compile(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> CUDAProgram:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
-        lowering = self._fit(graph, weights, limits)
-        return CUDAProgram(self.context, lowering, weights, self.n_threads, self._progress)
+        return CUDAProgram(self, self._fit(graph, weights, limits), weights)
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
@@ -69,68 +83,60 @@ class CUDADevice:
 
     def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
         """Plan the memory, with as many expert slots as asked for or as fit."""
-        free = self.context.free_bytes() - _MARGIN_BYTES
-        allowed = free if self.vram_budget is None else min(free, self.vram_budget)
-
-        def plan(n_slots: int | None) -> Lowering:
-            return Lowering(graph, weights, limits, n_slots)
-
-        if self.n_expert_slots is not None:
-            lowering = plan(self.n_expert_slots)
-        else:
-            lowering = plan(None)
-            if lowering.layout.n_bytes > allowed and lowering.n_experts:
-                none = plan(0).layout.n_bytes
-                per_slot = (lowering.layout.n_bytes - none) / lowering.n_experts
-                n_slots = max(0, int((allowed - none) / per_slot))
-                lowering = plan(n_slots)
-                while lowering.layout.n_bytes > allowed and n_slots > 0:  # places are rounded up
-                    n_slots -= 1
-                    lowering = plan(n_slots)
-        if lowering.layout.n_bytes > allowed:
-            raise DeviceError(
-                f"the model needs {lowering.layout.n_bytes / 1e9:.2f} GB of GPU memory with "
-                f"{lowering.n_expert_slots} expert slots in each layer; {allowed / 1e9:.2f} GB may be used: "
-                "use a shorter context, fewer slots or a smaller chunk of prompt tokens"
-            )
-        return lowering
+        allowed = self.context.free_bytes() - _MARGIN_BYTES
+        if self.vram_budget is not None:
+            allowed = min(allowed, self.vram_budget)
+        bare = Lowering(graph, weights, limits)
+        dense_bytes = bare.layout.n_bytes - bare.state[1] - bare.scratch_bytes
+        footprint = replace(
+            measure(graph, limits),
+            dense_bytes=dense_bytes,
+            state_bytes=bare.state[1],
+            scratch_bytes=bare.scratch_bytes,
+            expert_bytes=np.array([sum(layer.slot_bytes) for layer in bare.expert_layers], np.int64),
+        )
+        plan = plan_memory(footprint, allowed, self.wish)
+        return Lowering(graph, weights, limits, plan.n_slots.tolist())
 
 
 class CUDAProgram:
-    """A compiled forward pass, the sequences it keeps, and the memory of both."""
+    """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `SlotProgram`.
 
-    def __init__(
-        self,
-        context: Context,
-        lowering: Lowering,
-        weights: WeightAccess,
-        n_threads: int,
-        progress: Progress | None = None,
-    ) -> None:
-        self._context = context
+    Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
+    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step.
+    """
+
+    def __init__(self, device: CUDADevice, lowering: Lowering, weights: WeightAccess) -> None:
+        self._context = context = device.context
         self._lowering = lowering
         self._weights = weights
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
         self._misses: MissServer | None = None
+        self._copies: ExpertCopies | None = None
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
         self._n_tokens = 0
-        self._routing_rows = 1
+        self._rows_of_routing = 1
+        n_layers = len(lowering.expert_layers)
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
             self._stream = self._own(Stream(context))
             self._step = self._own(PinnedMemory(4 * lowering.step.n_words))
             self._words = self._step.bytes.view(np.int32)
-            self._table = self._own(PinnedMemory(4 * max(1, len(lowering.expert_layers) * lowering.n_experts)))
+            self._table = self._own(PinnedMemory(4 * max(1, n_layers * lowering.n_experts)))
+            self._ids = self._own(PinnedMemory(4 * max(1, n_layers * limits.max_tokens * lowering.n_used)))
             self._logits = self._own(PinnedMemory(4 * lowering.n_vocab))
-            self.expert_table = self._table.bytes.view(np.int32).reshape(len(lowering.expert_layers), -1)
+            self._places = self._table.bytes.view(np.int32)[: n_layers * lowering.n_experts].reshape(n_layers, -1)
             self._upload_constants()
             exchange = None
-            if not lowering.all_resident:
-                self._misses = MissServer(lowering, weights, n_threads)
-                exchange = self._misses.exchange(self._memory.address, lowering)
-            self._graphs = {most: self._capture(most, exchange, progress) for most in sorted({1, limits.max_tokens})}
+            if lowering.needs_cpu:
+                self._misses = MissServer(lowering, weights, device.n_threads, device.isa)
+                exchange = self._misses.exchange(self._memory.address)
+                self._copies = ExpertCopies(context, lowering, weights, self._memory.address, device.n_threads)
+            sizes = sorted({1, limits.max_tokens})
+            self._graphs = {most: self._capture(most, exchange, device.progress) for most in sizes}
+            self._bandwidths = device.bandwidths or measure_speeds(self._stream, device.n_threads)
         except BaseException:
             self.close()
             raise
@@ -144,16 +150,6 @@ class CUDAProgram:
     def scratch_bytes(self) -> int:
         """Return the bytes of all intermediate results."""
         return self._lowering.scratch_bytes
-
-    @property
-    def device_bytes(self) -> int:
-        """Return the bytes of device memory in all."""
-        return self._lowering.layout.n_bytes
-
-    @property
-    def n_expert_slots(self) -> int:
-        """Return how many experts of each layer have a slot."""
-        return self._lowering.n_expert_slots
 
     def run(
         self,
@@ -182,54 +178,99 @@ class CUDAProgram:
 
         number, self._step_number = self._step_number, (self._step_number + 1) & 0x7FFFFFFF
         if self._misses is not None:
-            self._misses.begin(number, n)
+            self._misses.begin(n)
         try:
             self._graphs[most].launch(self._stream)
+            if self._misses is not None:
+                self._misses.serve(number, self._stream.is_idle)
             if n_outputs:
                 self._stream.download(
                     int(logits.ctypes.data), self._memory.address + lowering.logits, 4 * n_outputs * lowering.n_vocab
                 )
-            self._stream.synchronize()
         except BaseException:
             if self._misses is not None:
                 self._misses.abandon()
+            self._stream.synchronize()
             raise
-        if self._misses is not None:
-            self._misses.end()
-        self._n_tokens, self._routing_rows = n, most
+        self._stream.synchronize()
+        self._n_tokens, self._rows_of_routing = n, most
         return logits
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        self._context.make_current()
-        lowering = self._lowering
-        ids = np.empty((len(lowering.expert_layers), self._routing_rows, lowering.n_used), np.int32)
-        self._stream.download(int(ids.ctypes.data), self._memory.address + lowering.routing_offset, ids.nbytes)
-        self._stream.synchronize()
-        return ids[:, : self._n_tokens]
-
-    def swaps(self, n_buffers: int = 2, n_threads: int = 1) -> Swaps:
-        """Return what moves experts into slots between steps; close it before the program."""
-        self._context.make_current()
-        return Swaps(
-            self._context,
-            self._lowering,
-            self._weights,
-            self._memory.address,
-            self.expert_table,
-            n_buffers,
-            n_threads,
-        )
+        shape = (len(self._places), self._rows_of_routing, self._lowering.n_used)
+        ids: npt.NDArray[np.int32] = self._ids.bytes.view(np.int32)[: shape[0] * shape[1] * shape[2]].reshape(shape)
+        kept: npt.NDArray[np.int32] = ids[:, : self._n_tokens].copy()
+        return kept
 
     def close(self) -> None:
         """Free all memory."""
         self._context.make_current()
         misses, self._misses = self._misses, None
+        copies, self._copies = self._copies, None
         owned, self._owned = [*self._owned, *self._graphs.values()], []
         self._graphs.clear()
-        close_all(owned[::-1])
-        if misses is not None:
-            misses.close()
+        close_all([*owned[::-1], *(c for c in (copies, misses) if c is not None)])
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_slots(self) -> npt.NDArray[np.intp]:
+        """Return the slots of each MoE layer."""
+        return np.array([layer.n_slots for layer in self._lowering.expert_layers], np.intp)
+
+    @property
+    def n_experts(self) -> int:
+        """Return the experts of each MoE layer."""
+        return self._lowering.n_experts
+
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
+        return np.array([sum(layer.slot_bytes) for layer in self._lowering.expert_layers], np.int64)
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """Return the speeds that decide which swaps pay."""
+        return self._bandwidths
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the bytes of device memory in all."""
+        return self._lowering.layout.n_bytes
+
+    def copy_expert(self, layer: int, expert: int, slot: int) -> Ticket:
+        """Start to copy an expert from RAM into a slot that no step reads."""
+        if self._lowering.expert_layers[layer].is_resident:
+            return _DONE
+        assert self._copies is not None
+        self._context.make_current()
+        return self._copies.begin(layer, expert, slot)
+
+    def fence(self) -> Ticket:
+        """Return a ticket that is done when all steps started so far are: they are, since `run` waits for its step."""
+        return _DONE
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """Return whether the work is done; raise `DeviceError` if it failed."""
+        assert isinstance(ticket, Copy)
+        if not ticket.is_done and self._copies is not None:
+            self._context.make_current()
+            self._copies.advance()
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.is_done
+
+    def publish(self, layer: int, expert: int, slot: int) -> None:
+        """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
+        if not self._lowering.expert_layers[layer].is_resident:
+            self._places[layer, expert] = slot
+
+    def wait_all(self) -> None:
+        """Wait for all copies; those that failed do not raise."""
+        if self._copies is not None:
+            self._context.make_current()
+            self._copies.wait_all()
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -243,14 +284,17 @@ class CUDAProgram:
         stream.fill(base + lowering.state[0], 0, lowering.state[1])
         for offset, values in lowering.uploads:
             stream.upload(base + offset, int(values.ctypes.data), values.nbytes)
-        self.expert_table[:] = -1
+        self._places[:] = -1
         for layer, experts in enumerate(lowering.expert_layers):
-            for expert in range(min(lowering.n_expert_slots, experts.routing.n_experts)):
-                for i, weight in enumerate(experts.weights):
-                    source = experts.expert(self._weights.array(weight.name), i, expert)
+            if not experts.is_resident:
+                continue
+            self._places[layer, : experts.n_experts] = np.arange(experts.n_experts)
+            for i, weight in enumerate(experts.weights):
+                array = self._weights.array(weight.name)
+                for expert in range(experts.n_experts):
+                    source = experts.expert(array, i, expert)
                     to = base + experts.slots[i] + expert * experts.slot_bytes[i]
                     stream.upload(to, int(source.ctypes.data), source.nbytes)
-                self.expert_table[layer, expert] = expert
         stream.synchronize()
         lowering.uploads.clear()
 
@@ -261,11 +305,15 @@ class CUDAProgram:
         for launch in launches:
             self._context.function(launch)  # no look-up may happen while a graph waits
 
+        n_ids = len(lowering.expert_layers) * most * lowering.n_used
+
         def work() -> None:
             stream.upload(base + lowering.step.offset, self._step.device_address, self._step.n_bytes)
             stream.upload(base + lowering.expert_table, self._table.device_address, self._table.n_bytes)
             for launch in launches:
                 stream.launch(launch)
+            if n_ids:
+                stream.download(self._ids.address, base + lowering.routing_offset, 4 * n_ids)
 
         return stream.capture(work)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from engine.devices import graph
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants.formats import Activation, QuantFormat
 
@@ -22,6 +23,8 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`
 
 _PER_ROW, _COLUMNS = 256, 256
+_MAX_HEAD_DIM = 576
+_HEADS_AT_ONCE = 8  # query heads of one key head that share a reading of the cache
 _ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
 
 ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
@@ -64,7 +67,7 @@ class Count(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """One of the matrices of `linear`. bias is float32 [n_rows] or 0, scale float32 [1] or 0."""
+    """One of the matrices of `linear`. bias is float32 [n_rows] or 0, scale float32 [n_heads] or 0."""
 
     address: int
     n_rows: int
@@ -74,12 +77,21 @@ class Matrix(NamedTuple):
 
 
 class ExpertMatrix(NamedTuple):
-    """One matrix of every expert slot: address in slot 0, bytes from slot to slot, scale float32 [n_experts] or 0."""
+    """One matrix of every expert slot.
+
+    Attributes:
+        address: of the matrix in slot 0.
+        slot_bytes: from one slot to the next.
+        format: of the weights.
+        scale: float32 [n_experts], or 0.
+        bias: float32 [n_experts, rows], or 0.
+    """
 
     address: int
     slot_bytes: int
     format: QuantFormat
     scale: int = 0
+    bias: int = 0
 
 
 class _Matrix(ctypes.Structure):
@@ -95,6 +107,17 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class Heads(NamedTuple):
+    """Matrices that follow one another, one for each head: their number, and bytes from one head to the next."""
+
+    n: int
+    weight_bytes: int
+    x_bytes: int
+
+
+ONE_HEAD = Heads(1, 0, 0)
+
+
 class _Matrices(ctypes.Structure):
     _fields_ = [("list", _Matrix * MAX_MATRICES), ("n", ctypes.c_int32), ("unused", ctypes.c_int32)]
 
@@ -105,6 +128,17 @@ class _ExpertMatrix(ctypes.Structure):
         ("slot_bytes", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),
         ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("address", ctypes.c_void_p),
+        ("n_slots", ctypes.c_int32),
+        ("context_length", ctypes.c_int32),
+        ("n_kv_heads", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     ]
 
 
@@ -158,10 +192,20 @@ def quantize(x: Rows, n_cols: int, activation: Activation, out: Rows, rows_per_t
 
 
 def linear(
-    x: Rows, n_cols: int, weight_format: QuantFormat, matrices: Sequence[Matrix], grid: int, count: Count
+    x: Rows,
+    n_cols: int,
+    weight_format: QuantFormat,
+    matrices: Sequence[Matrix],
+    grid: int,
+    count: Count,
+    heads: Heads = ONE_HEAD,
 ) -> Launch:
-    """Multiply several matrices of one format with the same activation rows; `x.stride` is in bytes."""
+    """Multiply several matrices of one format with the same activation rows; `x.stride` is in bytes.
+
+    With several heads the one matrix is the first head's, as is `x`.
+    """
     assert 0 < len(matrices) <= MAX_MATRICES
+    assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
     assert all(m.address % alignment(weight_format) == 0 for m in matrices)
     n_tokens = next(n for n in (1, 2, 4, MAX_TOKENS_AT_ONCE) if n >= min(count.most, MAX_TOKENS_AT_ONCE))
     row_bytes = weight_format.row_bytes(n_cols)
@@ -174,12 +218,14 @@ def linear(
         "linear.cu",
         "linear",
         (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}"),
-        (first_block, _blocks(count.most, n_tokens), 1),
+        (first_block, _blocks(count.most, n_tokens), heads.n),
         N_WARPS * WARP,
         (
             packed,
             _long(row_bytes),
+            _long(heads.weight_bytes),
             *_at(x),
+            _long(heads.x_bytes),
             _int(n_cols),
             _pointer(grid),
             _int(per_warp),
@@ -200,6 +246,7 @@ def expert_gate_up(
     ffn_size: int,
     h: int,
     grids: tuple[int, int],
+    activation: graph.Activation,
     count: Count,
 ) -> Launch:
     """First half of the resident experts; h is float32 [tokens * n_used, ffn_size], activation strides in bytes."""
@@ -207,7 +254,7 @@ def expert_gate_up(
     return Launch(
         "expert_gate_up.cu",
         "expert_gate_up",
-        (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}"),
+        (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
         (_blocks(ffn_size, N_WARPS * per_warp), count.most * n_used, 1),
         N_WARPS * WARP,
         (
@@ -268,7 +315,7 @@ def expert_down(
 def _expert_matrix(matrix: ExpertMatrix, n_cols: int) -> _ExpertMatrix:
     assert matrix.address % alignment(matrix.format) == 0
     assert matrix.slot_bytes % alignment(matrix.format) == 0
-    return _ExpertMatrix(matrix.address, matrix.slot_bytes, matrix.format.row_bytes(n_cols), matrix.scale)
+    return _ExpertMatrix(matrix.address, matrix.slot_bytes, matrix.format.row_bytes(n_cols), matrix.scale, matrix.bias)
 
 
 # -- small operations -------------------------------------------------------------------------------------------------
@@ -313,7 +360,7 @@ def embed(
 
 
 def rms_norm(x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count) -> Launch:
-    """Normalise each group of columns."""
+    """Normalise each group of columns; `weight` may be 0."""
     threads = min(_PER_ROW, _blocks(group_size, WARP) * WARP)
     return Launch(
         "elementwise.cu",
@@ -336,10 +383,46 @@ def gate(x: Rows, by: Rows, out: Rows, n_cols: int, gating: Gating, count: Count
     return _elementwise("gate", n_cols, count, *_at(x), *_at(by), *_at(out), _int(n_cols), is_silu)
 
 
-def split_heads(x: Rows, first: Rows, second: Rows, n_heads: int, head_dim: int, count: Count) -> Launch:
+def scale(x: Rows, factor: float, by: Rows | None, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Multiply by a constant, and by one value for each row if `by` gives them."""
+    rows = (*_at(x), *_at(by or Rows(0, 0)), *_at(out))
+    return _elementwise("scale", n_cols, count, *rows, _int(n_cols), _float(factor))
+
+
+def scale_by_position(x: Rows, positions: int, n_cols: int, period: int, slope: float, count: Count) -> Launch:
+    """Multiply in place by a factor that grows with the position."""
+    arguments = (*_at(x), _pointer(positions), _int(n_cols), _int(period), _float(slope))
+    return _elementwise("scale_by_position", n_cols, count, *arguments)
+
+
+def split_heads(
+    joined: Rows, first: Rows, second: Rows, n_heads: int, first_dim: int, second_dim: int, count: Count
+) -> Launch:
     """Take apart rows that hold two parts for each head in turn."""
-    sizes = (_int(n_heads), _int(head_dim))
-    return _elementwise("split_heads", 2 * n_heads * head_dim, count, *_at(x), *_at(first), *_at(second), *sizes)
+    return _split_or_join(joined, first, second, n_heads, first_dim, second_dim, count, is_join=False)
+
+
+def join_heads(
+    first: Rows, second: Rows, joined: Rows, n_heads: int, first_dim: int, second_dim: int, count: Count
+) -> Launch:
+    """Undo `split_heads`."""
+    return _split_or_join(joined, first, second, n_heads, first_dim, second_dim, count, is_join=True)
+
+
+def _split_or_join(
+    joined: Rows,
+    first: Rows,
+    second: Rows,
+    n_heads: int,
+    first_dim: int,
+    second_dim: int,
+    count: Count,
+    *,
+    is_join: bool,
+) -> Launch:
+    sizes = (_int(n_heads), _int(first_dim), _int(second_dim), _int(is_join))
+    n_cols = n_heads * (first_dim + second_dim)
+    return _elementwise("split_or_join_heads", n_cols, count, *_at(joined), *_at(first), *_at(second), *sizes)
 
 
 def select_outputs(x: Rows, output_rows: int, out: Rows, n_cols: int, count: Count) -> Launch:
@@ -388,9 +471,13 @@ def combine(
     residual: Rows,
     out: Rows,
     n_cols: int,
+    scale: float,
     count: Count,
 ) -> Launch:
-    """Add experts in rank order, shared expert and residual stream; `answers` is 0 if all experts have slots."""
+    """Add experts in rank order, shared expert and residual stream.
+
+    `answers` is 0 if all experts have slots, `weights` if all weights are 1.
+    """
     nothing = Rows(0, 0)
     return _elementwise(
         "combine",
@@ -407,6 +494,7 @@ def combine(
         *_at(residual),
         *_at(out),
         _int(n_cols),
+        _float(scale),
     )
 
 
@@ -465,15 +553,26 @@ class Cache(NamedTuple):
     n_slots: int
     context_length: int
     n_kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
+    values_in_keys: bool = False
+
+
+class Sight(NamedTuple):
+    """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0."""
+
+    sinks: int = 0
+    window: int = 0
+    chunk: int = 0
 
 
 def kv_cache_bytes(cache: Cache) -> int:
     """Return the bytes of a layer's cache (its address does not matter)."""
-    n_heads = 2 * cache.n_slots * cache.context_length * cache.n_kv_heads
+    dims = (cache.key_dim,) if cache.values_in_keys else (cache.key_dim, cache.value_dim)
+    n_heads = cache.n_slots * cache.context_length * cache.n_kv_heads
     if cache.type == KVType.Q8_0:
-        return n_heads * (cache.head_dim + 2 * _blocks(cache.head_dim, 32))
-    return n_heads * cache.head_dim * (4 if cache.type == KVType.F32 else 2)
+        return n_heads * sum(dim + 2 * _blocks(dim, 32) for dim in dims)
+    return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
 
 
 def n_attention_parts(cache: Cache) -> int:
@@ -484,17 +583,18 @@ def n_attention_parts(cache: Cache) -> int:
 def attention_scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
     """Return the bytes of the parts' values, and of their sums."""
     n_parts = min(max_tokens, _ATTENTION_TOKENS) * n_heads * n_attention_parts(cache)
-    return n_parts * cache.head_dim * 4, n_parts * 8
+    return n_parts * cache.value_dim * 4, n_parts * 8
 
 
 def attention(
     q: Rows,
     k: Rows,
-    v: Rows,
+    v: Rows | None,
     out: Rows,
     cache: Cache,
     n_heads: int,
     scale: float,
+    sight: Sight,
     values: int,
     parts: int,
     positions: int,
@@ -502,43 +602,40 @@ def attention(
     count: Count,
 ) -> list[Launch]:
     """Store the new keys and values; then, for some tokens at a time, attend over the parts and merge them."""
-    n_parts = n_attention_parts(cache)
+    n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
     assert n_heads % cache.n_kv_heads == 0
-    assert 0 < cache.head_dim <= 256
+    assert cache.key_dim % 2 == cache.value_dim % 2 == 0
+    assert 0 < cache.key_dim <= _MAX_HEAD_DIM
+    assert 0 < cache.value_dim <= _MAX_HEAD_DIM
+    assert (v is None) == cache.values_in_keys
+    n_tiles = _blocks(group, _HEADS_AT_ONCE)
     definitions = (
         f"KV_TYPE={int(cache.type)}",
-        f"HEAD_DIM={cache.head_dim}",
-        f"GROUP={n_heads // cache.n_kv_heads}",
+        f"KEY_DIM={cache.key_dim}",
+        f"VALUE_DIM={cache.value_dim}",
+        f"GROUP={group}",
+        f"HEADS={_blocks(group, n_tiles)}",
+        f"SHARED={int(cache.values_in_keys)}",
     )
     places = (
-        _pointer(cache.address),
+        _Cache(cache.address, cache.n_slots, cache.context_length, cache.n_kv_heads),
         _pointer(positions),
         _pointer(slots),
-        _int(cache.n_slots),
-        _int(cache.context_length),
-        _int(cache.n_kv_heads),
     )
 
     def launch(kernel: str, grid: tuple[int, int, int], block: int, *arguments: Any) -> Launch:
         return Launch("attention.cu", kernel, definitions, grid, block, (*arguments, _pointer(count.address)))
 
-    launches = [
-        launch(
-            "store_kv",
-            (cache.n_kv_heads, count.most, 2),
-            _blocks(cache.head_dim, WARP) * WARP,
-            *_at(k),
-            *_at(v),
-            *places,
-        )
-    ]
-    scratch = (_pointer(values), _pointer(parts))
+    threads = _blocks(max(cache.key_dim, cache.value_dim), WARP) * WARP
+    grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
+    launches = [launch("store_kv", grid, threads, *_at(k), *_at(v or Rows(0, 0)), *places)]
+    scratch, limits = (_pointer(values), _pointer(parts)), (_int(sight.window), _int(sight.chunk))
     for first in range(0, count.most, _ATTENTION_TOKENS):
         n, begin = min(_ATTENTION_TOKENS, count.most - first), _int(first)
-        grid = (cache.n_kv_heads, n_parts, n)
-        launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *scratch, begin))
-        merged = launch("merge_parts", (n_heads, n, 1), 4 * WARP, *scratch, _int(n_parts), *_at(out), begin)
-        launches.append(merged)
+        grid = (cache.n_kv_heads * n_tiles, n_parts, n)
+        launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *limits, *scratch, begin))
+        sums = (*scratch, _int(n_parts), _pointer(sight.sinks))
+        launches.append(launch("merge_parts", (n_heads, n, 1), 4 * WARP, *sums, *_at(out), begin))
     return launches
 
 

@@ -8,7 +8,7 @@ program has two such lists over the same memory, for single tokens and for many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.cuda import kernels
-from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Launch, Matrix, Rows
+from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Heads, Launch, Matrix, Rows, Sight
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
 from engine.devices.intervals import Interval, plan_offsets
 from engine.quants.formats import Activation, QuantFormat
@@ -54,16 +54,36 @@ class ExpertLayer:
     """The experts of one layer: their weights in the model file, and their slots on the device.
 
     Attributes:
-        routing: who chooses them.
-        weights: gate, up and down.
+        op: the operation.
+        n_slots: how many there are.
         slots: offset of the first slot, for each of the three.
         slot_bytes: likewise.
     """
 
-    routing: Routing
-    weights: tuple[Weight, Weight, Weight]
+    op: ops.Experts
+    n_slots: int
     slots: list[int] = field(default_factory=list)
     slot_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        """Return gate, up and down."""
+        return self.op.gate, self.op.up, self.op.down
+
+    @property
+    def biases(self) -> tuple[Vector | None, Vector | None, Vector | None]:
+        """Return those of gate, up and down."""
+        return self.op.gate_bias, self.op.up_bias, self.op.down_bias
+
+    @property
+    def n_experts(self) -> int:
+        """Return how many experts the layer has."""
+        return self.op.routing.n_experts
+
+    @property
+    def is_resident(self) -> bool:
+        """Return whether every expert has a slot; expert e is in slot e then."""
+        return self.n_slots == self.n_experts
 
     def expert(self, array: npt.NDArray[np.uint8], matrix: int, expert: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of one expert's matrix (0 gate, 1 up, 2 down) in its tensor."""
@@ -119,8 +139,10 @@ class StepLayout:
 class Lowering:
     """What a graph needs on the device, and its launches."""
 
-    def __init__(self, graph: Graph, weights: WeightAccess, limits: Limits, n_expert_slots: int | None) -> None:
-        """Plan the memory. `n_expert_slots` in each layer, None for all experts."""
+    def __init__(
+        self, graph: Graph, weights: WeightAccess, limits: Limits, n_slots: Sequence[int] | None = None
+    ) -> None:
+        """Plan the memory, with so many expert slots in each MoE layer; None for none anywhere."""
         self.limits = limits
         self.layout = Layout()
         self.step = StepLayout(self.layout, limits.max_tokens)
@@ -133,13 +155,12 @@ class Lowering:
         self._index = 0
 
         layers = [op for op in graph.operations if isinstance(op, ops.Experts)]
-        n_experts = max((op.routing.n_experts for op in layers), default=0)
-        self.n_experts = n_experts
-        self.n_expert_slots = n_experts if n_expert_slots is None else min(n_expert_slots, n_experts)
-        self.all_resident = self.n_expert_slots == n_experts
+        self._n_slots = [0] * len(layers) if n_slots is None else list(n_slots)
+        assert len(self._n_slots) == len(layers)
+        self.n_experts = max((op.routing.n_experts for op in layers), default=0)
         self.hidden_size = layers[0].x.width if layers else 0
         self.n_used = max((op.routing.ids.width for op in layers), default=0)
-        self.expert_table = self.layout.reserve(4 * max(1, len(layers) * n_experts))
+        self.expert_table = self.layout.reserve(4 * max(1, len(layers) * self.n_experts))
         self.routing_offset = self.layout.reserve(4 * max(1, len(layers) * limits.max_tokens * self.n_used))
         self.n_misses = self.layout.reserve(4)
         self._routing_index = {op.routing.ids.buffer: i for i, op in enumerate(layers)}
@@ -156,6 +177,11 @@ class Lowering:
         self.logits = self.scratch + self._intervals[graph.logits.buffer].offset
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
+
+    @property
+    def needs_cpu(self) -> bool:
+        """Return whether some experts have no slot."""
+        return any(not layer.is_resident for layer in self.expert_layers)
 
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
@@ -177,7 +203,16 @@ class Lowering:
 
     def _cache(self, cache: ops.KVCache, address: int) -> Cache:
         limits = self.limits
-        return Cache(address, limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim)
+        return Cache(
+            address,
+            limits.kv_type,
+            limits.n_slots,
+            limits.context_length,
+            cache.n_kv_heads,
+            cache.head_dim,
+            cache.value_dim,
+            cache.values_in_keys,
+        )
 
     def _interval(self, key: object, n_bytes: int) -> Interval:
         interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
@@ -226,16 +261,18 @@ class Lowering:
             self.uploads.append((self._offsets[key], values))
         return self._offsets[key]
 
+    def values(self, vector: Vector) -> npt.NDArray[np.float32]:
+        """Return float32 values, whatever the file stores."""
+        raw = self._weights.array(vector.name).reshape(1, -1)
+        stored = _kernels.dequantize(vector.format.ggml_type, raw, vector.stored_size or vector.size)
+        return stored.reshape(-1)[vector.first : vector.first + vector.size]
+
     def _vector(self, vector: Vector | None) -> int | None:
-        """Return the offset of float32 values, whatever the file stores."""
+        """Return the offset of float32 values; None for None."""
         if vector is None:
             return None
-
-        def make() -> npt.NDArray[np.generic]:
-            raw = self._weights.array(vector.name).reshape(1, -1)
-            return _kernels.dequantize(vector.format.ggml_type, raw, vector.size)
-
-        return self._constant((vector.name, "float32"), make)
+        values = vector
+        return self._constant((vector.name, vector.first, vector.size), lambda: self.values(values))
 
     def _matrix(self, weight: Weight) -> int:
         """Return the offset of a matrix that always stays on the device."""
@@ -268,7 +305,7 @@ class Lowering:
         )
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
-        x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.weight.size
+        x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
         self._calls.append(
             lambda p: [
                 kernels.rms_norm(
@@ -320,6 +357,60 @@ class Lowering:
             ]
         )
 
+    def _head_linear(self, op: ops.HeadLinear) -> None:
+        weight, n = op.weight, op.weight.n_experts
+        row_bytes, activation = weight.format.row_bytes(weight.n_cols), weight.format.activation
+        matrix, grid, scale, out = (
+            self._matrix(weight),
+            self._grid(weight.format),
+            self._vector(weight.scale),
+            self._use(op.out),
+        )
+        x, rows = self._use(op.x), op.x.rows
+        assert (op.x.offset, op.x.width) == (0, op.x.buffer.width), "heads stand in rows of their own"
+        if activation == Activation.F32:
+            converted, x_bytes = Place(x.interval, x.offset, x.stride * 4), weight.n_cols * 4
+        else:
+            x_bytes = kernels.activation_bytes(activation, weight.n_cols)
+            converted = self._temporary(self.limits.max_tokens * n * x_bytes)
+            converted.stride = n * x_bytes
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            if activation != Activation.F32:
+                heads, to = Rows(p.rows(x).address, weight.n_cols), Rows(p.rows(converted).address, x_bytes)
+                yield kernels.quantize(heads, weight.n_cols, activation, to, n, p.count(rows))
+            yield kernels.linear(
+                p.rows(converted),
+                weight.n_cols,
+                weight.format,
+                [Matrix(p.base + matrix, weight.n_rows, p.rows(out), 0, p.at(scale))],
+                p.at(grid),
+                p.count(rows),
+                Heads(n, (weight.stored_rows or weight.n_rows) * row_bytes, x_bytes),
+            )
+
+        self._calls.append(launches)
+
+    def _scale(self, op: ops.Scale) -> None:
+        x, out, by = self._use(op.x), self._use(op.out), self._use(op.by) if op.by else None
+        self._calls.append(
+            lambda p: [
+                kernels.scale(
+                    p.rows(x), op.factor, p.rows(by) if by else None, p.rows(out), op.x.width, p.count(op.x.rows)
+                )
+            ]
+        )
+
+    def _scale_by_position(self, op: ops.ScaleByPosition) -> None:
+        x = self._use(op.x)
+        self._calls.append(
+            lambda p: [
+                kernels.scale_by_position(
+                    p.rows(x), p.base + self.step.positions, op.x.width, op.period, op.slope, p.count(op.x.rows)
+                )
+            ]
+        )
+
     def _add(self, op: ops.Add) -> None:
         a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
         self._calls.append(lambda p: [kernels.add(p.rows(a), p.rows(b), p.rows(out), op.a.width, p.count(op.a.rows))])
@@ -332,21 +423,26 @@ class Lowering:
 
     def _split_heads(self, op: ops.SplitHeads) -> None:
         x, first, second = self._use(op.x), self._use(op.first), self._use(op.second)
+        dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
         self._calls.append(
             lambda p: [
-                kernels.split_heads(
-                    p.rows(x),
-                    p.rows(first),
-                    p.rows(second),
-                    op.n_heads,
-                    op.head_dim,
-                    p.count(op.x.rows),
-                )
+                kernels.split_heads(p.rows(x), p.rows(first), p.rows(second), op.n_heads, *dims, p.count(op.x.rows))
+            ]
+        )
+
+    def _join_heads(self, op: ops.JoinHeads) -> None:
+        first, second, out = self._use(op.first), self._use(op.second), self._use(op.out)
+        dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
+        self._calls.append(
+            lambda p: [
+                kernels.join_heads(p.rows(first), p.rows(second), p.rows(out), op.n_heads, *dims, p.count(op.out.rows))
             ]
         )
 
     def _rope(self, op: ops.Rope) -> None:
-        x, values = self._use(op.x), np.ascontiguousarray(op.frequencies, np.float32)
+        x = self._use(op.x)
+        divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
+        values = np.ascontiguousarray(divided, np.float32)
         frequencies = self._constant(("frequencies", values.tobytes()), lambda: values)
         self._calls.append(
             lambda p: [
@@ -365,18 +461,20 @@ class Lowering:
         )
 
     def _attention(self, op: ops.Attention) -> None:
-        q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
+        q, k, out, sinks = self._use(op.q), self._use(op.k), self._use(op.out), self._vector(op.sinks)
+        v = self._use(op.v) if op.v else None
         sizes = kernels.attention_scratch_bytes(self._cache(op.cache, 0), op.n_heads, self.limits.max_tokens)
         values, parts = (self._temporary(n_bytes) for n_bytes in sizes)
         self._calls.append(
             lambda p: kernels.attention(
                 p.rows(q),
                 p.rows(k),
-                p.rows(v),
+                p.rows(v) if v else None,
                 p.rows(out),
                 self._cache(op.cache, p.base + self._offsets[op.cache]),
                 op.n_heads,
                 op.scale,
+                Sight(p.at(sinks), op.window, op.chunk),
                 p.rows(values).address,
                 p.rows(parts).address,
                 p.base + self.step.positions,
@@ -467,42 +565,41 @@ class Lowering:
         )
 
     def _experts(self, op: ops.Experts) -> None:
-        matrices = (op.gate, op.up, op.down)
-        layer = ExpertLayer(op.routing, matrices)
+        number = len(self.expert_layers)
+        layer = ExpertLayer(op, self._n_slots[number])
         self.expert_layers.append(layer)
-        for weight in matrices:
+        for weight in layer.weights:
             n_bytes = weight.n_rows * weight.format.row_bytes(weight.n_cols)
             layer.slot_bytes.append(-(-n_bytes // _ALIGNMENT) * _ALIGNMENT)
-            layer.slots.append(self.layout.reserve(layer.slot_bytes[-1] * self.n_expert_slots))
-        scales = [self._vector(weight.scale) for weight in matrices]
-        grids = [self._grid(weight.format) for weight in matrices]
+            layer.slots.append(self.layout.reserve(layer.slot_bytes[-1] * layer.n_slots))
+        factors = [(self._vector(w.scale), self._vector(b)) for w, b in zip(layer.weights, layer.biases, strict=True)]
+        grids = [self._grid(weight.format) for weight in layer.weights]
 
         x = self._use(op.x)
-        x_gate, x_up = (self._activations(op.x, weight.format.activation) for weight in matrices[:2])
+        x_gate, x_up = (self._activations(op.x, weight.format.activation) for weight in layer.weights[:2])
         out = self._use(op.out)
         n_used, ffn_size, hidden_size = op.routing.ids.width, op.gate.n_rows, op.x.width
         h = self._temporary(self.limits.max_tokens * n_used * ffn_size * 4)
         h.stride = ffn_size
-        activation = op.down.format.activation
-        if activation == Activation.F32:
+        form = op.down.format.activation
+        if form == Activation.F32:
             h_in_form = Place(h.interval, 0, ffn_size * 4)
         else:
-            row_bytes = kernels.activation_bytes(activation, ffn_size)
+            row_bytes = kernels.activation_bytes(form, ffn_size)
             h_in_form = self._temporary(self.limits.max_tokens * n_used * row_bytes)
             h_in_form.stride = row_bytes
-        number = len(self.expert_layers) - 1
 
         def launches(p: Pass) -> Iterable[Launch]:
             ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
             gate, up, down = (
-                ExpertMatrix(p.base + offset, slot_bytes, weight.format, p.at(scale))
-                for offset, slot_bytes, weight, scale in zip(
-                    layer.slots, layer.slot_bytes, matrices, scales, strict=True
+                ExpertMatrix(p.base + offset, slot_bytes, weight.format, p.at(scale), p.at(bias))
+                for offset, slot_bytes, weight, (scale, bias) in zip(
+                    layer.slots, layer.slot_bytes, layer.weights, factors, strict=True
                 )
             )
-            if p.exchange is not None:  # before our own share, so that both work at the same time
+            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
                 yield kernels.publish_misses(ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, count)
-            if self.n_expert_slots == 0:
+            if layer.n_slots == 0:
                 return
             yield kernels.expert_gate_up(
                 ids,
@@ -516,10 +613,11 @@ class Lowering:
                 ffn_size,
                 p.rows(h).address,
                 (p.at(grids[0]), p.at(grids[1])),
+                op.activation,
                 count,
             )
-            if activation != Activation.F32:
-                yield kernels.quantize(p.rows(h), ffn_size, activation, p.rows(h_in_form), n_used, count)
+            if form != Activation.F32:
+                yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
             yield kernels.expert_down(
                 ids,
                 slots,
@@ -543,20 +641,23 @@ class Lowering:
         number = self._routing_index[op.routing.ids.buffer]
 
         def launches(p: Pass) -> Iterable[Launch]:
-            if p.exchange is not None:
+            answers = 0
+            if p.exchange is not None and not self.expert_layers[number].is_resident:
+                answers = p.exchange.answers
                 yield kernels.await_answer(p.exchange, number)
             yield kernels.combine(
                 p.rows(expert_out),
-                p.exchange.answers if p.exchange is not None else 0,
+                answers,
                 self._ids(op.routing, p),
                 self._slots(op.routing, p),
-                p.rows(weights).address,
+                p.rows(weights).address if op.weighted else 0,
                 op.routing.ids.width,
                 p.rows(shared) if shared else None,
                 p.rows(shared_gate) if shared_gate else None,
                 p.rows(residual),
                 p.rows(out),
                 op.residual.width,
+                op.scale,
                 p.count(op.residual.rows),
             )
 
@@ -581,9 +682,13 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Embed: Lowering._embed,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,
+    ops.HeadLinear: Lowering._head_linear,
+    ops.Scale: Lowering._scale,
+    ops.ScaleByPosition: Lowering._scale_by_position,
     ops.Add: Lowering._add,
     ops.Gate: Lowering._gate,
     ops.SplitHeads: Lowering._split_heads,
+    ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,
     ops.Attention: Lowering._attention,
     ops.CausalConv: Lowering._causal_conv,

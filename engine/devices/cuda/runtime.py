@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,10 @@ class Stream:
         """Queue a copy to the host."""
         call("cuMemcpyDtoHAsync", host, device, n_bytes, self.handle)
 
+    def copy(self, to: int, device: int, n_bytes: int) -> None:
+        """Queue a copy within the device."""
+        call("cuMemcpyDtoDAsync", to, device, n_bytes, self.handle)
+
     def fill(self, device: int, value: int, n_bytes: int) -> None:
         """Queue setting bytes."""
         call("cuMemsetD8Async", device, value, n_bytes, self.handle)
@@ -234,7 +238,15 @@ class Event:
             call("cuEventDestroy", handle)
 
 
-def close_all(items: Sequence[DeviceMemory | PinnedMemory | Stream | Graph | Event]) -> None:
+class Closable(Protocol):
+    """Something that is closed once."""
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+def close_all(items: Sequence[Closable]) -> None:
     """Close everything, also after one of them failed; raise the first failure at the end."""
     failure: DeviceError | None = None
     for item in items:

@@ -1,0 +1,542 @@
+"""Measures the CUDA device on a real GPU: kernels against the bandwidth of their memory, hand-shakes, whole models.
+
+    python bench/gpu.py [--out FOLDER] [--model synthetic:NAME] [--sections copies,linear,...]
+
+Each section stands alone: one that fails is reported and the next is run. Results go to the screen and to `gpu.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import _kernels, machine
+from engine.devices.cpu import CPUDevice
+from engine.devices.cuda import CUDADevice, kernels, probe
+from engine.devices.cuda.driver import call
+from engine.devices.cuda.jit import NVRTCCompiler
+from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Launch, Matrix, Rows, Sight
+from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
+from engine.devices.graph import Activation as ExpertActivation
+from engine.devices.graph import KVType, Limits
+from engine.devices.placement import Wish
+from engine.devices.timing import Bandwidths
+from engine.generate.forward import ForwardPass
+from engine.gguf import WeightMemory, open_model_file
+from engine.models import load_model
+from engine.quants import install_grids
+from engine.quants.formats import BY_NAME, Activation, QuantFormat
+from engine.quants.grids import GRID_NAMES, load_grid
+
+MODEL = "synthetic:qwen3.5-122b-a10b:layers=8"
+POOL_BYTES = 1 << 30  # weights that a kernel cycles through: far more than the L2 cache
+SPEEDS = Bandwidths(100e9, 25e9, 1000e9)
+
+
+class Bench:
+    """The opened GPU, and what was measured so far."""
+
+    def __init__(self, n_threads: int, model: str, n_prompt: int) -> None:
+        self.n_threads, self.model, self.n_prompt = n_threads, model, n_prompt
+        self.results: dict[str, Any] = {}
+        self.gpu = probe()
+        install_grids()
+        self.context = Context(self.gpu)
+        self.stream = Stream(self.context)
+        self.vram_gb_s = 0.0
+
+    def note(self, section: str, name: str, value: Any, unit: str = "") -> None:
+        """Keep a result and show it."""
+        self.results.setdefault(section, {})[name] = value
+        shown = f"{value:,.4g}" if isinstance(value, float) else value
+        print(f"{section:12} {name:58} {shown} {unit}", flush=True)
+
+    def share(self, section: str, name: str, n_bytes: float, seconds: float) -> None:
+        """Keep a kernel's bandwidth, also as a share of the memory's."""
+        rate = n_bytes / seconds / 1e9
+        of = f"GB/s, {rate / self.vram_gb_s:.0%} of VRAM; {seconds * 1e6:.1f} us" if self.vram_gb_s else "GB/s"
+        self.note(section, name, rate, of)
+
+    def seconds(self, work: Callable[[], object], repeats: int = 3) -> float:
+        """Return the shortest time the GPU took for what `work` queues."""
+        start, end = (call("cuEventCreate", 0) for _ in range(2))
+        best = float("inf")
+        work()
+        for _ in range(repeats):
+            call("cuEventRecord", start, self.stream.handle)
+            work()
+            call("cuEventRecord", end, self.stream.handle)
+            self.stream.synchronize()
+            best = min(best, call("cuEventElapsedTime", start, end) * 1e-3)
+        for event in (start, end):
+            call("cuEventDestroy", event)
+        return best
+
+    def replay_s(self, launches: Sequence[Launch], repeats: int = 5) -> float:
+        """Return the seconds of one run of all launches, captured into a graph."""
+        self.context.prepare(launches)
+        for launch in launches:
+            self.context.function(launch)
+        graph: Graph = self.stream.capture(lambda: [self.stream.launch(launch) for launch in launches] and None)
+        try:
+            return self.seconds(lambda: graph.launch(self.stream), repeats)
+        finally:
+            graph.close()
+
+    @contextmanager
+    def memory(self, *sizes: int) -> Iterator[list[int]]:
+        """Allocate zeroed device memory, and free it."""
+        blocks = [DeviceMemory(size + 512) for size in sizes]
+        try:
+            for block, size in zip(blocks, sizes, strict=True):
+                self.stream.fill(block.address, 0, size + 512)
+            yield [block.address + 256 for block in blocks]
+        finally:
+            self.stream.synchronize()
+            for block in blocks:
+                block.close()
+
+    def put(self, address: int, values: np.ndarray) -> None:
+        """Copy an array to the device."""
+        contiguous = np.ascontiguousarray(values)
+        self.stream.upload(address, contiguous.ctypes.data, contiguous.nbytes)
+        self.stream.synchronize()
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def facts(bench: Bench) -> None:
+    bench.note("facts", "gpu", bench.gpu.description)
+    bench.note("facts", "python", platform.python_version())
+    bench.note("facts", "cuda-bindings", __import__("cuda.bindings", fromlist=["__version__"]).__version__)
+    bench.note("facts", "nvrtc", str(NVRTCCompiler(bench.gpu.arch)._version))
+    bench.note("facts", "cores", machine.n_physical_cores())
+    bench.note("facts", "isa", str(_kernels.isa_levels()))
+    bench.note("facts", "threads", bench.n_threads)
+    data = np.ones(1 << 30, np.uint8)
+    for n in (1, 4, 8, bench.n_threads):
+        bench.note("facts", f"RAM read, {n} threads", _kernels.read_bandwidth(data, n, 3) / 1e9, "GB/s")
+
+
+def copies(bench: Bench) -> None:
+    size = 256 << 20
+    pinned = PinnedMemory(size)
+    try:
+        with bench.memory(size, size) as (a, b):
+            for kib in (64, 1024, 5 * 1024, 64 * 1024):
+                n = min(64, size // (kib << 10))
+
+                def upload(piece: int = kib << 10, n: int = n) -> None:
+                    for i in range(n):
+                        bench.stream.upload(a + i * piece, pinned.address + i * piece, piece)
+
+                s = bench.seconds(upload)
+                bench.note("copies", f"host to device, pieces of {kib} KiB", n * (kib << 10) / s / 1e9, "GB/s")
+            s = bench.seconds(lambda: bench.stream.download(pinned.address, a, size))
+            bench.note("copies", "device to host", size / s / 1e9, "GB/s")
+            s = bench.seconds(lambda: bench.stream.copy(b, a, size), 5)
+            bench.note("copies", "within the device, read + written", 2 * size / s / 1e9, "GB/s")
+            bench.vram_gb_s = 2 * size / s / 1e9
+        source = np.ones(5 << 20, np.uint8)
+        for n in (1, 4, bench.n_threads):
+            start = time.perf_counter()
+            for i in range(20):
+                _kernels.parallel_copy(source.ctypes.data, pinned.address + (i % 40) * (5 << 20), source.nbytes, n)
+            bench.note(
+                "copies",
+                f"RAM to pinned, {n} threads",
+                20 * source.nbytes / (time.perf_counter() - start) / 1e9,
+                "GB/s",
+            )
+    finally:
+        pinned.close()
+
+
+def _grid(bench: Bench, weight_format: QuantFormat, address: int) -> int:
+    name = "IQ1_S" if weight_format.name == "IQ1_M" else weight_format.name
+    if name not in GRID_NAMES:
+        return 0
+    bench.put(address, load_grid(name))
+    return address
+
+
+def linear(bench: Bench) -> None:
+    """A dense matrix of 3072 columns, as of the 122B, in each format; as many copies as the pool holds."""
+    n_cols = 3072
+    with bench.memory(POOL_BYTES + (64 << 20), 64 * n_cols * 4, 64 << 20, 4, 1 << 20) as (weights, x, out, count, grid):
+        for name, n_rows, n_tokens in [
+            *(
+                (name, 12288, 1)
+                for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "F16", "BF16")
+            ),
+            *(("Q4_K", n, 1) for n in (512, 1024, 3072, 49152)),
+            *((name, 12288, n) for name in ("Q4_K", "Q6_K") for n in (2, 4, 8, 64)),
+        ]:
+            weight_format = BY_NAME[name]
+            bench.put(count, np.array([n_tokens], np.int32))
+            n_bytes = n_rows * weight_format.row_bytes(n_cols)
+            stride = -(-n_bytes // 256) * 256 + 256
+            n = max(1, min(64 if n_tokens <= 8 else 4, POOL_BYTES // stride))
+            row_bytes = kernels.activation_bytes(weight_format.activation, n_cols)
+            launches = [
+                kernels.linear(
+                    Rows(x, row_bytes),
+                    n_cols,
+                    weight_format,
+                    [Matrix(weights + i * stride, n_rows, Rows(out, n_rows))],
+                    _grid(bench, weight_format, grid),
+                    Count(count, n_tokens),
+                )
+                for i in range(n)
+            ]
+            s = bench.replay_s(launches) / n
+            bench.share("linear", f"{name} {n_rows} x {n_cols}, {n_tokens} tokens ({n_bytes >> 20} MiB)", n_bytes, s)
+
+
+def experts(bench: Bench) -> None:
+    """The hits of one token as in the 122B: gate and up 1024 x 3072, down 3072 x 1024."""
+    hidden, ffn, n_used = 3072, 1024, 8
+    for formats in (("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q4_K"), ("MXFP4", "MXFP4", "MXFP4")):
+        gate, up, down = (BY_NAME[name] for name in formats)
+        shapes = ((gate, ffn, hidden), (up, ffn, hidden), (down, hidden, ffn))
+        sizes = [-(-f.row_bytes(cols) * rows // 256) * 256 for f, rows, cols in shapes]
+        n_slots = POOL_BYTES // sum(sizes)
+        with bench.memory(
+            *(size * n_slots for size in sizes),
+            1 << 20,
+            1 << 20,
+            1 << 20,
+            1 << 20,
+            1 << 20,
+            4 * n_slots,
+            n_slots * 4,
+            4,
+        ) as (g, u, d, x, h, hq, out, spare, ids, slots, count):
+            bench.put(slots, np.arange(n_slots, dtype=np.int32))
+            bench.put(ids, np.arange(n_slots, dtype=np.int32))
+            bench.put(count, np.array([1], np.int32))
+            x_rows = Rows(x, kernels.activation_bytes(gate.activation, hidden))
+            h_rows = Rows(hq, kernels.activation_bytes(down.activation, ffn))
+            matrices = [ExpertMatrix(a, size, f) for a, size, (f, _, _) in zip((g, u, d), sizes, shapes, strict=True)]
+            for n_hits in (8, 4, 2):
+                firsts, seconds_, thirds = [], [], []
+                for i in range(min(64, n_slots // n_hits)):
+                    at, one = ids + 4 * i * n_hits, Count(count, 1)
+                    firsts.append(
+                        kernels.expert_gate_up(
+                            at,
+                            slots,
+                            n_hits,
+                            *matrices[:2],
+                            x_rows,
+                            x_rows,
+                            hidden,
+                            ffn,
+                            h,
+                            (0, 0),
+                            ExpertActivation.SILU,
+                            one,
+                        )
+                    )
+                    seconds_.append(kernels.quantize(Rows(h, ffn), ffn, down.activation, h_rows, n_hits, one))
+                    thirds.append(
+                        kernels.expert_down(
+                            at, slots, n_hits, matrices[2], h_rows, hidden, ffn, Rows(out, hidden * n_used), 0, one
+                        )
+                    )
+                n, name = len(firsts), "/".join(formats)
+                bench.share(
+                    "experts",
+                    f"{name}, {n_hits} hits: gate and up",
+                    n_hits * sum(sizes[:2]),
+                    bench.replay_s(firsts) / n,
+                )
+                bench.share("experts", f"{name}, {n_hits} hits: down", n_hits * sizes[2], bench.replay_s(thirds) / n)
+                together = [launch for three in zip(firsts, seconds_, thirds, strict=True) for launch in three]
+                bench.share("experts", f"{name}, {n_hits} hits: all", n_hits * sum(sizes), bench.replay_s(together) / n)
+            del spare
+
+
+def attention(bench: Bench) -> None:
+    """One token of the 122B (32 heads on 2 key heads of 256) at several positions."""
+    for kv_type in (KVType.F16, KVType.Q8_0):
+        for n_positions in (1024, 8192, 65536):
+            cache = Cache(0, kv_type, 1, n_positions, 2, 256, 256)
+            size = kernels.kv_cache_bytes(cache)
+            n = max(1, min(8, POOL_BYTES // size))
+            scratch = kernels.attention_scratch_bytes(cache, 32, 1)
+            with bench.memory(n * (size + 256), 1 << 20, 1 << 20, *scratch, 256) as (
+                memory,
+                q,
+                out,
+                values,
+                parts,
+                words,
+            ):
+                bench.put(words, np.array([1, n_positions - 1, 0], np.int32))
+                launches = [
+                    launch
+                    for i in range(n)
+                    for launch in kernels.attention(
+                        Rows(q, 8192),
+                        Rows(q, 512),
+                        Rows(q, 512),
+                        Rows(out, 8192),
+                        cache._replace(address=memory + i * (size + 256) // 256 * 256),
+                        32,
+                        0.0625,
+                        Sight(),
+                        values,
+                        parts,
+                        words + 4,
+                        words + 8,
+                        Count(words, 1),
+                    )
+                ]
+                bench.share("attention", f"{kv_type.name}, {n_positions} positions", size, bench.replay_s(launches) / n)
+
+
+def small(bench: Bench) -> None:
+    """What the small kernels of a layer cost inside a graph."""
+    with bench.memory(1 << 20, 1 << 20, 1 << 20, 256, 1 << 20) as (x, y, z, words, state):
+        bench.put(words, np.array([1, 5, 0], np.int32))
+        one = Count(words, 1)
+        made = {
+            "add of 16 values": kernels.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
+            "rms_norm of 3072": kernels.rms_norm(Rows(x, 3072), y, Rows(z, 3072), 1, 3072, 1e-6, one),
+            "rms_norm of 32 x 256": kernels.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
+            "quantize 3072": kernels.quantize(Rows(x, 3072), 3072, Activation.Q8_256, Rows(z, 4096), 1, one),
+            "router of 256": kernels.router(
+                Rows(x, 256), 0, z, y, 256, 8, kernels.Scoring.SOFTMAX, 1, 1, True, 1.0, one
+            ),
+            "router logits F32 256 x 3072": kernels.linear(
+                Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 64, Rows(z, 256))], 0, one
+            ),
+            "combine 8 x 3072": kernels.combine(
+                Rows(x, 8 * 3072), 0, z, z, y, 8, None, None, Rows(x, 3072), Rows(state, 3072), 3072, 1.0, one
+            ),
+        }
+        for name, launch in made.items():
+            bench.note("small", name, bench.replay_s([launch] * 200) / 200 * 1e6, "us")
+    with bench.memory(1 << 20, 64 << 20, 1 << 20, 256, 1 << 20) as (x, state, out, words, vectors):
+        bench.put(words, np.array([1, 5, 0], np.int32))
+        one = Count(words, 1)
+        launch = kernels.delta_net(
+            x, x, x, 12288, Rows(x, 64), Rows(x, 64), vectors, vectors, state, Rows(out, 8192), 16, 64, 128, 128, False,
+            1e-6, words + 4, words + 8, one,
+        )  # fmt: skip
+        bench.share(
+            "small", "delta_net, 64 heads of 128 x 128", 2 * 64 * 128 * 128 * 4, bench.replay_s([launch] * 100) / 100
+        )
+        conv = kernels.causal_conv(
+            Rows(x, 12288), vectors, state, Rows(out, 12288), 12288, 4, words + 4, words + 8, one
+        )
+        bench.note("small", "causal_conv of 12288 channels", bench.replay_s([conv] * 100) / 100 * 1e6, "us")
+
+
+def handshake(bench: Bench) -> None:
+    """48 requests in one graph, answered by a team of threads that has next to nothing to do for each."""
+    n_layers, hidden = 48, 64
+    flags = PinnedMemory(3 * 64 + 4096 + 4 * hidden * 9)
+    try:
+        with bench.memory(4096, 1 << 16, 4096) as (words, x, slots):
+            bench.put(words, np.array([1, 0, 0], np.int32))
+            bench.put(slots, np.full(16, -1, np.int32))
+            at = flags.device_address
+            exchange = Exchange(
+                at + 192, at + 4096, at + 4096 + 4 * hidden, at, at + 64, at + 128, words + 4, words + 8, n_layers
+            )
+            launches: list[Launch] = []
+            for layer in range(n_layers):
+                ids = words + 256
+                launches.append(
+                    kernels.publish_misses(ids, slots, 8, Rows(x, hidden), hidden, exchange, layer, Count(words, 1))
+                )
+                launches.append(kernels.await_answer(exchange, layer))
+            launches.append(kernels.publish_end(exchange))
+            bench.context.prepare(launches)
+            for launch in launches:
+                bench.context.function(launch)
+            graph = bench.stream.capture(lambda: [bench.stream.launch(launch) for launch in launches] and None)
+            for n_threads in sorted({1, 4, bench.n_threads - 1, bench.n_threads}):
+                programs = []
+                for _ in range(n_layers):
+                    program = _kernels.Program(1, 1, n_threads)
+                    program.add(flags.address + 4096, 16, flags.address + 4096, 16, flags.address + 4352, 16, 16, 0)
+                    programs.append(program)
+                server = _kernels.RequestServer(programs, flags.address, flags.address + 64, flags.address + 128)
+                step = _kernels.Step(1)
+                step.n_tokens = 1
+                best = float("inf")
+                for i in range(20):
+                    bench.put(words, np.array([1, i, 0], np.int32))
+                    last = int(flags.bytes[:4].view(np.uint32)[0])
+                    start = time.perf_counter()
+                    graph.launch(bench.stream)
+                    server.run(step, i * (n_layers + 1) + 1, last, 5.0)
+                    bench.stream.synchronize()
+                    best = min(best, time.perf_counter() - start)
+                bench.note("handshake", f"a layer, {n_threads} threads", best / n_layers * 1e6, "us")
+                flags.bytes[:4].view(np.uint32)[0] = 0
+                flags.bytes[64:68].view(np.uint32)[0] = 0
+            graph.close()
+    finally:
+        flags.close()
+
+
+def model(bench: Bench) -> None:
+    """Decode and prompt of some layers of a big model, placed in several ways; all must give the same bits."""
+    start = time.perf_counter()
+    file = open_model_file(bench.model)
+    loaded = load_model(file)
+    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
+    bench.note("model", "seconds to make the weights", time.perf_counter() - start)
+    limits = Limits(512, 1, 2048, KVType.F16)
+    tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 1024).tolist()
+    try:
+        cpu = CPUDevice(bench.n_threads).compile(loaded.graph, weights, limits)
+        on_cpu = ForwardPass(cpu, limits, loaded.spec.n_vocab)
+        _time_model(bench, "CPU alone", on_cpu, tokens, min(128, bench.n_prompt))
+        reference = on_cpu.run(0, tokens[:6], 0, "all").copy()
+        cpu.close()
+        n_experts, expected = loaded.spec.moe.n_experts, None
+        half = loaded.spec.n_layers // 2
+        ways = [
+            *(
+                (f"hot cache, {k} of {n_experts} experts", Wish(k), bench.n_threads)
+                for k in (n_experts, 0, 44, 160, 200)
+            ),
+            (f"hot cache, 0 of {n_experts} experts, a thread less", Wish(0), max(1, bench.n_threads - 1)),
+            (f"layers, {half} of {loaded.spec.n_layers} on the CPU", Wish(n_cpu_moe=half), bench.n_threads),
+        ]
+        for name, wish, threads in ways:
+            start = time.perf_counter()
+            device = CUDADevice(wish=wish, n_threads=threads, bandwidths=SPEEDS)
+            program = device.compile(loaded.graph, weights, limits)
+            bench.note("model", f"{name}: seconds to open", time.perf_counter() - start)
+            try:
+                _fill(bench, name, program)
+                forward = ForwardPass(program, limits, loaded.spec.n_vocab)
+                logits = forward.run(0, tokens[:6], 0, "all").copy()
+                single = np.concatenate(
+                    [forward.run(0, [token], i, "last").copy() for i, token in enumerate(tokens[:6])]
+                )
+                expected = logits if expected is None else expected
+                bench.note(
+                    "model", f"{name}: same bits", bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
+                )
+                bench.note(
+                    "model",
+                    f"{name}: same bits one by one",
+                    bool((single.view(np.uint32) == expected.view(np.uint32)).all()),
+                )
+                bench.note("model", f"{name}: furthest from the CPU's logits", float(np.abs(logits - reference).max()))
+                _time_model(bench, name, forward, tokens, bench.n_prompt)
+                bench.note("model", f"{name}: VRAM", program.device_bytes / 1e9, "GB")
+            except Exception:
+                print(traceback.format_exc(), flush=True)
+                bench.results.setdefault("errors", []).append(traceback.format_exc())
+            finally:
+                program.close()
+                device.close()
+    finally:
+        weights.close()
+        file.close()
+
+
+def _fill(bench: Bench, name: str, program: Any) -> None:
+    """Put random experts into all slots, as a swapper would."""
+    rng, start, n_bytes = np.random.default_rng(1), time.perf_counter(), 0
+    tickets = []
+    for layer, n_slots in enumerate(program.n_slots.tolist()):
+        if n_slots < program.n_experts:
+            for slot, expert in enumerate(rng.permutation(program.n_experts)[:n_slots].tolist()):
+                tickets.append((program.copy_expert(layer, expert, slot), layer, expert, slot))
+                n_bytes += int(program.expert_bytes[layer])
+    program.wait_all()
+    for ticket, *place in tickets:
+        assert program.is_done(ticket)
+        program.publish(*place)
+    if n_bytes:
+        bench.note("model", f"{name}: filling the slots", n_bytes / (time.perf_counter() - start) / 1e9, "GB/s")
+
+
+def _time_model(bench: Bench, name: str, forward: ForwardPass, tokens: list[int], prompt: int) -> None:
+    forward.run(0, tokens[:prompt], 0)
+    start = time.perf_counter()
+    forward.run(0, tokens[:prompt], 0)
+    bench.note("model", f"{name}: prompt of {prompt}", prompt / (time.perf_counter() - start), "tok/s")
+    times = []
+    for i in range(48):
+        start = time.perf_counter()
+        forward.run(0, tokens[prompt + i : prompt + i + 1], prompt + i)
+        times.append(time.perf_counter() - start)
+    bench.note(
+        "model", f"{name}: decode", float(np.median(times[8:]) * 1e3), f"ms a token (best {min(times) * 1e3:.3f})"
+    )
+
+
+def operations(bench: Bench) -> None:
+    """Where the GPU's time of a token goes, all experts resident: each launch of the recorded step, timed alone."""
+    file = open_model_file(bench.model)
+    loaded = load_model(file)
+    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
+    device = CUDADevice(wish=Wish(None), n_threads=bench.n_threads, bandwidths=SPEEDS)
+    program = device.compile(loaded.graph, weights, Limits(32, 1, 2048, KVType.F16))
+    try:
+        ForwardPass(program, program._limits, loaded.spec.n_vocab).run(0, [1] * 9, 0)
+        program.run(*(np.array(v, np.int32) for v in ([1], [9], [0], [0])))
+        launches = program._lowering.launches(program._memory.address, 1, None)
+        totals: dict[str, list[float]] = {}
+        for launch in launches:
+            key = f"{launch.kernel} {' '.join(launch.definitions)} grid {launch.grid}"
+            if key not in totals:
+                totals[key] = [0, bench.replay_s([launch] * 20, 2) / 20 * 1e6]
+            totals[key][0] += 1
+        for key, (n, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
+            bench.note("operations", key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
+        bench.note("operations", "launches of a token", len(launches))
+    finally:
+        program.close()
+        device.close()
+        weights.close()
+        file.close()
+
+
+SECTIONS = {f.__name__: f for f in (facts, copies, small, linear, experts, attention, handshake, model, operations)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for gpu.json")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--threads", type=int, default=machine.n_physical_cores())
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt, 1 to 512")
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    args = parser.parse_args()
+    bench = Bench(args.threads, args.model, args.prompt)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.sections.split(","):
+        start = time.perf_counter()
+        try:
+            bench.context.make_current()
+            SECTIONS[name](bench)
+        except Exception:
+            print(traceback.format_exc(), flush=True)
+            bench.results.setdefault("errors", []).append(traceback.format_exc())
+        bench.note("seconds", name, time.perf_counter() - start)
+        (args.out / "gpu.json").write_text(json.dumps(bench.results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Measures the speeds that decide which swaps pay: reading RAM, copying to the GPU, reading its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from engine import _kernels
+from engine.devices.cuda.runtime import DeviceMemory, PinnedMemory, Stream
+from engine.devices.timing import Bandwidths
+
+_COPY_BYTES = 32 << 20
+_RAM_BYTES = 256 << 20  # more than the caches hold
+_REPEATS = 3
+
+
+def measure_speeds(stream: Stream, n_threads: int) -> Bandwidths:
+    """Return the best of a few measurements, in bytes a second; takes a fraction of a second."""
+    pinned, device = PinnedMemory(_COPY_BYTES), DeviceMemory(2 * _COPY_BYTES)
+    try:
+        upload = _fastest(stream, lambda: stream.upload(device.address, pinned.address, _COPY_BYTES))
+        within = _fastest(stream, lambda: stream.copy(device.address + _COPY_BYTES, device.address, _COPY_BYTES))
+    finally:
+        device.close()
+        pinned.close()
+    ram = _kernels.read_bandwidth(np.ones(_RAM_BYTES, np.uint8), n_threads, _REPEATS)
+    return Bandwidths(ram, _COPY_BYTES / upload, 2 * _COPY_BYTES / within)
+
+
+def _fastest(stream: Stream, work: Callable[[], None]) -> float:
+    best = float("inf")
+    for _ in range(_REPEATS):
+        stream.synchronize()
+        start = time.perf_counter()
+        work()
+        stream.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,74 @@
+"""The tests of the kernels and of the CUDA device once more, on a real GPU instead of the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cuda_launcher
+import numpy as np
+import pytest
+import test_cuda_device
+import test_cuda_kernels
+from test_cuda_device import (  # noqa: F401 - collected here
+    Model,
+    small,
+    test_golden_models,
+    test_more_copies_than_buffers,
+    test_slots_and_cuts_never_change_a_bit,
+    test_steps_that_do_not_fit_are_refused,
+    test_two_sequences_in_one_step,
+)
+from test_cuda_kernels import (  # noqa: F401 - collected here
+    test_activations_have_the_bits_of_the_cpu,
+    test_attention,
+    test_combination_takes_misses_from_the_answers,
+    test_elementwise_operations,
+    test_embedding_is_the_dequantised_row,
+    test_experts_have_the_bits_of_the_cpu,
+    test_heads_have_matrices_of_their_own,
+    test_linear_has_the_bits_of_the_cpu,
+    test_linear_takes_many_tokens_in_groups,
+    test_recurrent_layers,
+    test_rope_is_accurate_at_long_positions,
+    test_router,
+)
+
+from engine.devices.cuda import probe
+from engine.errors import DeviceError
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the GPU where the tests expect the emulator and the stand-in driver."""
+    try:
+        probe()
+    except DeviceError as error:
+        pytest.skip(f"there is no GPU: {error}")
+    monkeypatch.setattr(test_cuda_kernels, "Emulator", cuda_launcher.RealGPU)
+    monkeypatch.setattr(test_cuda_device, "StandInCompiler", lambda: None)  # NVIDIA's instead
+
+
+def test_swaps_never_change_a_bit(small: Model) -> None:  # noqa: F811 - the fixture above
+    """Copies run beside the steps; nothing of it shows."""
+    with small.open() as opened:
+        expected = opened.logits()
+    rng = np.random.default_rng(0)
+    with small.open(hot_k=3) as opened:
+
+        def swap() -> None:
+            layer, slot = int(rng.integers(len(opened.program.n_slots))), int(rng.integers(3))
+            for expert in range(opened.program.n_experts):
+                opened.program.publish(layer, expert, -1)
+            opened.copy(layer, int(rng.integers(opened.program.n_experts)), slot)
+
+        for _ in range(3):
+            assert (opened.logits(1, between=swap).view(np.uint32) == expected.view(np.uint32)).all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_the_context() -> Iterator[None]:
+    """Give the GPU back at the end."""
+    yield
+    cuda_launcher._gpu_context.cache_clear()
