@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.config import EngineConfig, SamplingParams
     from engine.errors import EngineError
-    from engine.generate.loop import Chunk, Completion
+    from engine.generate.answer import Chunk, Completion
     from engine.runtime import Engine, EngineStatistics
 
 __all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "EngineError", "EngineStatistics", "SamplingParams"]
 
 _HOMES = {
-    "Chunk": "engine.generate.loop",
-    "Completion": "engine.generate.loop",
+    "Chunk": "engine.generate.answer",
+    "Completion": "engine.generate.answer",
     "Engine": "engine.runtime",
     "EngineConfig": "engine.config",
     "EngineError": "engine.errors",

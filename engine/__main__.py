@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from engine.bench import command as bench
 from engine.bench import plan
-from engine.cli import chat, run, tools
+from engine.cli import batch, chat, run, tools
 from engine.cli.command import run as run_command
 from engine.cli.options import Parser
 
@@ -16,6 +16,7 @@ examples:
   python -m engine run -p "def main():"                  continue a text with the bundled tiny model
   python -m engine run model.gguf -p - < prompt.txt      read the prompt from standard input
   python -m engine chat model.gguf -c 8192               talk to a model
+  python -m engine batch job.toml                        answer every prompt of some files
   python -m engine bench -m model.gguf                   measure tokens a second
   python -m engine plan -m model.gguf --machine 4090     predict them for a machine
   python -m engine config > my.toml                      every setting, with comments
@@ -31,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, chat, bench, plan, tools):
+    for module in (run, chat, batch, bench, plan, tools):
         module.add_commands(commands)
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,15 +26,14 @@ from engine.devices.placement import Wish
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
 from engine.devices.timing import Bandwidths, Machine, StepTime, Traffic
 from engine.devices.traffic import WeightTraffic, count_weights
-from engine.errors import ConfigError, DeviceError, RequestError
+from engine.errors import ConfigError, DeviceError, EngineError, RequestError
 from engine.experts.caching import ExpertCaching
 from engine.experts.hot_cache import CacheStatistics
 from engine.experts.routing_process import RoutingProcess
-from engine.generate import loop
+from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Outputs
-from engine.generate.loop import Chunk, Completion, Timings, Usage
-from engine.generate.sampling import Sampler
-from engine.generate.scheduler import Lease, SlotTable
+from engine.generate.leases import Lease, SlotTable
+from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
 from engine.gguf import ModelFile, WeightMemory, open_model_file
 from engine.model_spec import ModelSpec
@@ -116,8 +115,9 @@ class EngineStatistics:
 class Engine:
     """A model on a device, ready to answer. A context manager; close it to free its memory.
 
-    Any thread may call any method. Steps are run one at a time: calls from several threads take turns, token by token,
-    as long as there are sequences to spare ([engine] n_sequences), and wait for one another beyond that.
+    Any thread may call any method, but an iterator that one returned belongs to one thread at a time. Answers that are
+    under way at the same time share their steps, as many as there are sequences ([engine] n_sequences); further ones
+    wait for a sequence to become free. None of this changes a bit of any answer.
 
     Attributes:
         config: the settings in use, with every "auto" and 0 replaced by what was chosen.
@@ -158,6 +158,7 @@ class Engine:
             raise
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
         self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
+        self._scheduler = Scheduler(self._forward, self._turn, self._record)
         self._lock = threading.RLock()
         self._is_open = True
         self._statistics = EngineStatistics(
@@ -297,6 +298,69 @@ class Engine:
             RequestError: for an empty prompt, or one that leaves no room in the context.
             TokenizerError: for messages, if the model has no chat template or it refuses them.
         """
+        sequence = self._new_text(prompt, params)
+        if stream:
+            return self._chunks(sequence, progress)
+        lease = self._slots.borrow(sequence.prompt_ids)
+        return self._scheduler.complete(self._begin(sequence, lease, is_streamed=False, progress=progress))
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Generator[tuple[int, Completion | EngineError], None, None]:
+        """Answer prompts together, as many at a time as there are sequences to spare ([engine] n_sequences).
+
+        Args:
+            prompts: as for `generate`; read only as far ahead as sequences become free.
+            params: how tokens are chosen; None for the [sampling] settings.
+            on_step: called after every step; it may look at `statistics`.
+
+        Yields:
+            (index of the prompt, its answer) as each is finished, or the error that the prompt met, which stops no
+            other. Close the iterator to stop all.
+        """
+        numbered, active = enumerate(prompts), dict[Answer, int]()
+        waiting: tuple[int, TextSequence] | None = None
+        try:
+            while True:
+                while True:
+                    if waiting is None:
+                        index, prompt = next(numbered, (-1, ""))
+                        if index < 0:
+                            break
+                        try:
+                            waiting = index, self._new_text(prompt, params)
+                        except EngineError as error:
+                            yield index, error
+                            continue
+                    index, sequence = waiting
+                    borrow = self._slots.try_borrow if active else self._slots.borrow
+                    lease = borrow(sequence.prompt_ids)
+                    if lease is None:
+                        break
+                    answer = self._begin(sequence, lease, is_streamed=False)
+                    active[answer], waiting = index, None
+                    self._scheduler.add(answer)
+                if not active:
+                    return
+                answer = self._scheduler.wait_for_any(list(active), on_step)
+                index = active.pop(answer)
+                self._scheduler.remove(answer)
+                if answer.completion is not None:
+                    yield index, answer.completion
+                elif isinstance(answer.error, EngineError):
+                    yield index, answer.error
+                elif answer.error is not None:
+                    raise answer.error
+        finally:
+            for answer in active:
+                self._scheduler.remove(answer)
+
+    def _new_text(self, prompt: Prompt, params: SamplingParams | None) -> TextSequence:
+        """Make the sequence of a request, checked."""
         params, token_ids = params or self.config.sampling, self.prompt_ids(prompt)
         context_length = self._limits.context_length
         _check_ids(token_ids, self.spec.n_vocab)
@@ -307,22 +371,28 @@ class Engine:
             )
         room = context_length - len(token_ids) + 1  # the last token that is chosen is never run and needs no place
         params = replace(params, max_tokens=min(params.max_tokens or room, room))
-        chunks = self._chunks(TextSequence(self.tokenizer, params, token_ids), progress)
-        if stream:
-            return chunks
-        *_, last = chunks
-        assert last.completion is not None
-        return last.completion
+        return TextSequence(self.tokenizer, params, token_ids)
+
+    def _begin(
+        self, sequence: TextSequence, lease: Lease, *, is_streamed: bool, progress: StepProgress | None = None
+    ) -> Answer:
+        """Begin an answer in a borrowed slot, and count it."""
+        try:
+            answer = Answer(lease, self.tokenizer, sequence, is_streamed=is_streamed, progress=progress)
+            with self._turn():
+                s = self._statistics
+                self._statistics = replace(
+                    s, n_requests=s.n_requests + 1, n_reused_tokens=s.n_reused_tokens + answer.n_reused
+                )
+        except BaseException:
+            lease.close()
+            raise
+        return answer
 
     def _chunks(self, sequence: TextSequence, progress: StepProgress | None) -> Generator[Chunk, None, None]:
         """Borrow a slot at the first `next`, so that an iterator which nobody reads holds none."""
-        sampler = Sampler(sequence.params, self.tokenizer)
-        with self._turn():
-            self._statistics = replace(self._statistics, n_requests=self._statistics.n_requests + 1)
         lease = self._slots.borrow(sequence.prompt_ids)
-        yield from loop.generate(
-            self._forward, lease, self.tokenizer, sequence, sampler, self._turn, self._record, progress
-        )
+        yield from self._scheduler.stream(self._begin(sequence, lease, is_streamed=True, progress=progress))
 
     def new_sequence(self) -> TokenSequence:
         """Return an empty sequence for the caller to feed; it takes one of [engine] n_sequences until it is closed."""
@@ -375,17 +445,15 @@ class Engine:
                 raise RequestError("the engine is closed; open it again")
             yield
 
-    def _record(self, usage: Usage, timings: Timings) -> None:
-        with self._lock:
-            s = self._statistics
-            self._statistics = replace(
-                s,
-                n_prompt_tokens=s.n_prompt_tokens + timings.n_prompt_tokens,
-                n_reused_tokens=s.n_reused_tokens + usage.n_reused_tokens,
-                n_decode_tokens=s.n_decode_tokens + timings.n_decode_tokens,
-                prompt_s=s.prompt_s + timings.prompt_s,
-                decode_s=s.decode_s + timings.decode_s,
-            )
+    def _record(self, step: StepCount) -> None:
+        s = self._statistics
+        self._statistics = replace(
+            s,
+            n_prompt_tokens=s.n_prompt_tokens + step.n_prompt_tokens,
+            n_decode_tokens=s.n_decode_tokens + step.n_decode_tokens,
+            prompt_s=s.prompt_s + step.prompt_s,
+            decode_s=s.decode_s + step.decode_s,
+        )
 
     def _first_line(self, device_reason: str) -> str:
         """Say what is used and why, in one line."""
@@ -454,7 +522,7 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             n_threads=settings.n_threads or machine.n_physical_cores(),
             isa=_capped_level(settings.isa),
             context_length=context_length,
-            max_batch_tokens=min(settings.max_batch_tokens, context_length),
+            max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
         ),
     )
 

@@ -216,14 +216,31 @@ def _take_file(tables: Tables, given: _GivenTables, path: Path) -> None:
         problem = str(error).replace("at end of document", f"at line {n_lines}, the end of the file")
         raise ConfigError(f"{path}: is not valid TOML: {problem}") from None
     for name, table in document.items():
+        place = _place(path, text, name)
         if name not in tables:
             kind = f"table [{name}]" if isinstance(table, dict) else f"key {name} outside of a table"
-            raise ConfigError(f"{path}: unknown {kind}; {_known(name, tables, 'tables')}")
+            raise ConfigError(f"{place}: unknown {kind}; {_known(name, tables, 'tables')}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name} is {table!r}; expected a table, [{name}]")
+            raise ConfigError(f"{place}: {name} is {table!r}; expected a table, [{name}]")
         for key, value in table.items():
-            _check_key(tables, name, key, str(path))
-            given[name][key] = _Given(tuple(value) if isinstance(value, list) else value, str(path))
+            place = _place(path, text, name, key)
+            _check_key(tables, name, key, place)
+            given[name][key] = _Given(tuple(value) if isinstance(value, list) else value, place)
+
+
+def _place(path: Path, text: str, name: str, key: str = "") -> str:
+    """Return file and line of a table, or of a key in it, for messages; the file alone if it is written unusually."""
+    is_inside = False
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\s*(.+?)\s*\]", line)
+        if header:
+            is_inside = header[1] == name
+        if not key and (is_inside or re.match(rf"\s*{re.escape(name)}\s*[.=]", line)):
+            return f"{path}, line {number}"
+        wanted = re.escape(key) if is_inside else rf"{re.escape(name)}\s*\.\s*{re.escape(key)}"
+        if key and re.match(rf"\s*{wanted}\s*=", line):
+            return f"{path}, line {number}"
+    return str(path)
 
 
 def _take_environment(tables: Tables, given: _GivenTables, environ: Mapping[str, str]) -> None:
@@ -264,7 +281,7 @@ def _make_table(table: type[Table], given: dict[str, _Given]) -> Table:
     try:
         return table(**values)
     except EngineError as error:  # values that are each right, but not together
-        origins = dict.fromkeys(g.origin for g in given.values())
+        origins = dict.fromkeys(g.origin.partition(", line ")[0] for g in given.values())
         raise ConfigError(f"{', '.join(origins)}: {error}") from None
 
 

@@ -218,10 +218,26 @@ def test_bad_file_is_refused_with_its_name_and_the_key(text: str, parts: list[st
     with pytest.raises(ConfigError) as caught:
         load(text, tmp_path)
     message = str(caught.value)
-    assert message.startswith(str(tmp_path / "some.toml") + ": ")
+    assert re.match(rf"{re.escape(str(tmp_path / 'some.toml'))}(, line \d+)?: ", message)
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\n[engine]\nn_threads = 1\nkv_type = 'q9'\n", 4),
+        ("[model]\nload = 'mmap'\n[engine]  # here\n\nload = 'x'\n", 5),
+        ("engine.n_threads = 1\nengine . n_sequences = 0\n", 2),
+        ("[model]\n[ngine]\n", 2),
+        ("n_threads = 3\n", 1),
+        ("[bench]\nprompt_tokens = [\n  1,\n  0]\n", 2),
+    ],
+)
+def test_an_error_names_the_line(text: str, line: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"some\.toml, line {line}: "):
+        load(text, tmp_path)
 
 
 def test_there_are_enough_bad_files() -> None:

@@ -282,6 +282,13 @@ def test_the_program_is_all_that_it_claims_to_be(models) -> None:
     program.close()
 
 
+def test_steps_end_in_order_however_late_they_are() -> None:
+    timetable = Timetable(VirtualClock(), 100.0, seed=0, adversarial=True)
+    ends = [timetable.step(1.0).at for _ in range(50)]
+    assert ends == sorted(ends)
+    assert max(end - (i + 1) for i, end in enumerate(ends)) > 1.0
+
+
 def test_copies_follow_one_another_at_the_speed_of_the_link() -> None:
     clock = VirtualClock()
     timetable = Timetable(clock, 100.0, seed=0)

@@ -1,123 +1,210 @@
-"""Slots: who gets which, what is reused, and that nothing is reused that a stopped step left half done."""
+"""Answers that share their steps: the same bits as alone, fair shares, and nothing lost when a step is stopped."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import RequestError
-from engine.generate.scheduler import SlotTable
+from engine import Engine, EngineConfig, SamplingParams
+from engine.config import EngineSettings, ModelSettings
+from engine.errors import DeviceError, RequestError
+from engine.generate.scheduler import MAX_AHEAD, share_out
+
+PROMPTS = ["def main():", "# Installing\n\nTo install the package", "import os\n", "x = [1, 2, 3]\nfor y in x:\n", "a"]
+PARAMS = SamplingParams(temperature=0.9, seed=7, max_tokens=10, logprobs=2)
 
 
-class FakeForward:
-    """Records what would be run; can be told to stop in the middle."""
+def open_engine(path: Path | None = None, n_sequences: int = 3, **settings) -> Engine:
+    settings = {"n_threads": 2, "context_length": 128, "max_batch_tokens": 32, **settings}
+    return Engine.open(path, EngineConfig(ModelSettings(), EngineSettings(n_sequences=n_sequences, **settings)))
 
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, list[int], int]] = []
-        self.fails = False
 
-    def run(self, slot, token_ids, position, outputs, progress):
-        if self.fails:
+@pytest.fixture(scope="module", params=["recurrent", "attention"])
+def path(request: pytest.FixtureRequest, golden_path) -> Path | None:
+    """The bundled model, which has recurrent layers, and one of attention layers only."""
+    return None if request.param == "recurrent" else golden_path("qwen3moe/qwen3moe-micro-Q8_0.gguf")
+
+
+@pytest.fixture(scope="module")
+def alone(path: Path | None) -> list:
+    """Every prompt answered by itself in an engine of its own."""
+    with open_engine(path, 1) as engine:
+        return [outcome(engine.generate(prompt, PARAMS)) for prompt in PROMPTS]
+
+
+@pytest.fixture
+def shared(path: Path | None) -> Iterator[Engine]:
+    with open_engine(path) as engine:
+        yield engine
+
+
+def outcome(answer) -> tuple:
+    """Return what must not depend on other answers; log probabilities show single bits of the logits."""
+    return answer.token_ids, answer.text, answer.finish_reason, answer.logprobs
+
+
+def record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Note the tokens of each sequence in each step that is run from now on."""
+    steps: list[list[int]] = []
+    run = engine._forward.program.run
+
+    def recorded(token_ids, positions, slots, rows):
+        steps.append(np.bincount(slots)[np.bincount(slots) > 0].tolist())
+        return run(token_ids, positions, slots, rows)
+
+    monkeypatch.setattr(engine._forward.program, "run", recorded)
+    return steps
+
+
+def test_many_together_are_as_each_alone(shared: Engine, alone: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = record_steps(shared, monkeypatch)
+    found = dict(shared.generate_many(PROMPTS, PARAMS))
+    assert [outcome(found[i]) for i in range(len(PROMPTS))] == alone
+    assert max(len(step) for step in steps) == 3
+    assert len(steps) < 35  # one by one would be over fifty
+    assert shared.statistics.n_requests == 5
+    assert shared.statistics.n_decode_tokens == sum(len(answer[0]) - 1 for answer in alone)
+    assert shared.statistics.n_prompt_tokens == sum(answer.usage.n_prompt_tokens for answer in found.values()) - (
+        shared.statistics.n_reused_tokens
+    )
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 2, 5])
+def test_the_cut_of_steps_changes_nothing(path: Path | None, alone: list, max_batch_tokens: int) -> None:
+    with open_engine(path, max_batch_tokens=max_batch_tokens) as engine:
+        found = dict(engine.generate_many(PROMPTS, PARAMS))
+    assert [outcome(found[i]) for i in range(len(PROMPTS))] == alone
+
+
+def test_threads_share_steps(shared: Engine, alone: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = record_steps(shared, monkeypatch)
+    found: dict[int, tuple] = {}
+    barrier = threading.Barrier(len(PROMPTS))
+
+    def work(i: int) -> None:
+        barrier.wait(30)
+        *_, last = shared.generate(PROMPTS[i], PARAMS, stream=True)
+        found[i] = outcome(last.completion)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[i] for i in range(len(PROMPTS))] == alone
+    assert max(len(step) for step in steps) > 1
+
+
+def test_a_new_prompt_joins_a_running_answer(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = record_steps(shared, monkeypatch)
+    with closing(shared.generate(PROMPTS[0], PARAMS, stream=True)) as first:
+        next(first)
+        long = shared.generate([5] * 100, SamplingParams(max_tokens=1, temperature=0.0))
+        assert long.usage.n_prompt_tokens == 100
+        together = [step for step in steps if len(step) == 2]
+        assert [sum(step) for step in together[:3]] == [32, 32, 32]  # full steps, the answer's token in each of them
+        assert all(1 in step for step in together)
+
+
+def test_a_reader_who_does_not_read_is_not_worked_for(shared: Engine, alone: list) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    with closing(shared.generate(PROMPTS[0], params, stream=True)) as unread:
+        next(unread)
+        before = shared.statistics.n_decode_tokens
+        shared.generate(PROMPTS[1], params)
+        assert shared.statistics.n_decode_tokens - before == 59 + MAX_AHEAD
+        rest = list(unread)
+    assert rest[-1].completion.token_ids == shared.generate(PROMPTS[0], params).token_ids
+
+
+def test_errors_of_one_are_not_those_of_others(shared: Engine, alone: list) -> None:
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError("the caller's own")
+
+    found = dict(shared.generate_many([PROMPTS[0], "", [10**6], "x " * 500, PROMPTS[1]], PARAMS))
+    assert outcome(found[0]) == alone[0]
+    assert outcome(found[4]) == alone[1]
+    for i, message in ((1, "empty"), (2, "not in the vocabulary"), (3, "context")):
+        assert isinstance(found[i], RequestError)
+        assert message in str(found[i])
+    with closing(shared.generate(PROMPTS[1], PARAMS, stream=True)) as other:
+        next(other)
+        with pytest.raises(RuntimeError, match="own"):
+            shared.generate(PROMPTS[0], PARAMS, progress=fail)
+        assert list(other)[-1].completion.token_ids == alone[1][0]
+
+
+def test_a_device_that_fails_ends_all_answers_and_no_more(
+    shared: Engine, alone: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*step):
+        raise DeviceError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared._forward.program, "run", fail)
+        assert all(isinstance(answer, DeviceError) for _, answer in shared.generate_many(PROMPTS, PARAMS))
+    assert outcome(shared.generate(PROMPTS[0], PARAMS)) == alone[0]
+
+
+@pytest.mark.parametrize("at_step", [1, 4, 7])
+def test_ctrl_c_in_one_reader_does_not_hurt_the_others(
+    shared: Engine, alone: list, at_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [shared.generate(prompt, PARAMS, stream=True) for prompt in PROMPTS[:2]]
+    texts = [next(stream).text for stream in streams]
+    run, n_steps = shared._forward.program.run, 0
+
+    def interrupted(*step):
+        nonlocal n_steps
+        n_steps += 1
+        result = run(*step)  # the device has moved on when the signal is noticed
+        if n_steps == at_step:
             raise KeyboardInterrupt
-        self.steps.append((slot, list(token_ids), position))
-        return np.zeros((1, 1), np.float32)
+        return result
 
-
-def run(table: SlotTable, forward: FakeForward, tokens: list[int]) -> tuple[int, int]:
-    """Run a sequence as an engine does; return its slot and the tokens reused."""
-    with table.borrow(tokens) as lease:
-        n_held = lease.n_held
-        lease.extend(forward, tokens[n_held:])
-        assert lease.n_held == len(tokens)
-        return lease.slot, n_held
-
-
-def test_keys_and_values_are_cut_back_to_the_common_prefix() -> None:
-    table, forward = SlotTable(1, can_cut_back=True), FakeForward()
-    assert run(table, forward, [1, 2, 3, 4]) == (0, 0)
-    assert run(table, forward, [1, 2, 9]) == (0, 2)
-    assert run(table, forward, [1, 2, 9]) == (0, 2)  # the last token is run again, for its logits
-    assert run(table, forward, [1, 2, 9, 10]) == (0, 3)
-    assert run(table, forward, [7]) == (0, 0)
-    assert forward.steps[1] == (0, [9], 2)
-
-
-def test_a_recurrent_state_is_only_continued() -> None:
-    table, forward = SlotTable(1, can_cut_back=False), FakeForward()
-    run(table, forward, [1, 2, 3])
-    assert run(table, forward, [1, 2, 3, 4]) == (0, 3)
-    assert run(table, forward, [1, 2, 3, 4]) == (0, 0)  # nothing new: the state is one token too far
-    assert run(table, forward, [1, 2]) == (0, 0)
-    assert run(table, forward, [1, 9, 3]) == (0, 0)
-
-
-def test_the_best_slot_is_chosen_then_the_oldest() -> None:
-    table, forward = SlotTable(3, can_cut_back=True), FakeForward()
-    assert [run(table, forward, [i, i, i])[0] for i in (1, 2, 3)] == [0, 1, 2]
-    assert run(table, forward, [2, 2, 2, 5]) == (1, 3)
-    assert run(table, forward, [9]) == (0, 0)  # unused for longest
-
-
-@pytest.mark.parametrize("can_cut_back", [True, False])
-def test_a_step_that_was_stopped_leaves_nothing_false(can_cut_back: bool) -> None:
-    table, forward = SlotTable(1, can_cut_back=can_cut_back), FakeForward()
-    run(table, forward, [1, 2, 3])
-    forward.fails = True
+    monkeypatch.setattr(shared._forward.program, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(table, forward, [1, 2, 3, 4, 5])
-    forward.fails = False
-    # Keys and values of the first three tokens are untouched; a state may have seen the fourth.
-    assert run(table, forward, [1, 2, 3, 4, 5]) == (0, 3 if can_cut_back else 0)
+        shared.generate(PROMPTS[2], PARAMS)
+    for text, stream, expected in zip(texts, streams, alone, strict=False):
+        rest = list(stream)
+        assert outcome(rest[-1].completion) == expected
+        assert text + "".join(chunk.text for chunk in rest) == expected[1]
 
 
-def test_reuse_can_be_turned_off() -> None:
-    table, forward = SlotTable(1, can_cut_back=True), FakeForward()
-    run(table, forward, [1, 2, 3])
-    with table.borrow([1, 2, 3, 4], reuse=False) as lease:
-        assert lease.n_held == 0
+def test_closing_early_gives_all_sequences_back(shared: Engine) -> None:
+    many = shared.generate_many(PROMPTS, PARAMS)
+    next(many)
+    many.close()
+    assert len(dict(shared.generate_many(PROMPTS, PARAMS))) == 5
+    held = [shared.new_sequence() for _ in range(3)]
+    with pytest.raises(RequestError, match="n_sequences"):
+        next(shared.generate_many(PROMPTS, PARAMS))
+    for sequence in held:
+        sequence.close()
 
 
-def test_waiting_for_oneself_is_an_error() -> None:
-    table = SlotTable(2, can_cut_back=True)
-    with table.borrow([1]), table.borrow([2]), pytest.raises(RequestError, match=r"all 2 sequences.*n_sequences"):
-        table.borrow([3])
-    table.borrow([3]).close()
+@dataclass
+class Waiting:
+    n_pending: int
+    last_step: int
 
 
-def test_another_thread_is_waited_for() -> None:
-    table = SlotTable(1, can_cut_back=True)
-    lease, got = table.borrow([1]), threading.Event()
-
-    def borrow() -> None:
-        with table.borrow([2]):
-            got.set()
-
-    thread = threading.Thread(target=borrow)
-    thread.start()
-    assert not got.is_set()
-    lease.close()
-    lease.close()  # closing twice gives nothing back twice
-    thread.join(10)
-    assert got.is_set()
-
-
-@given(
-    st.booleans(),
-    st.integers(1, 3),
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=25),
-)
-def test_what_a_slot_holds_is_always_what_was_run(can_cut_back: bool, n_slots: int, sequences: list[list[int]]) -> None:
-    table, forward = SlotTable(n_slots, can_cut_back=can_cut_back), FakeForward()
-    for tokens in sequences:
-        run(table, forward, tokens)
-    contents: list[list[int]] = [[] for _ in range(n_slots)]  # what a device would hold
-    for (slot, new, position), tokens in zip(forward.steps, sequences, strict=True):
-        assert position <= len(contents[slot])
-        assert can_cut_back or position in {0, len(contents[slot])}
-        del contents[slot][position:]
-        contents[slot] += new
-        assert contents[slot] == tokens
+@given(st.lists(st.builds(Waiting, st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=12), st.integers(1, 50))
+def test_shares(waiting: list[Waiting], n_tokens: int) -> None:
+    shares = share_out(waiting, n_tokens)
+    given_out = sum(n for _, n in shares)
+    assert given_out == min(n_tokens, sum(w.n_pending for w in waiting))  # no token of a step is left unused
+    assert all(1 <= n <= w.n_pending for w, n in shares)
+    assert len(shares) == min(n_tokens, len(waiting))
+    left_out = [w for w in waiting if not any(w is chosen for chosen, _ in shares)]
+    assert all(w.last_step >= chosen.last_step for w in left_out for chosen, _ in shares)
+    for w, n in shares:  # who gets less than he needs gets no less than anybody else, but for rounding
+        assert n == w.n_pending or n >= max(n for _, n in shares) - 1

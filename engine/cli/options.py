@@ -66,10 +66,11 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser, *, has_config: bool = True) -> None:
     """Add what every command takes that opens a model."""
     group = parser.add_argument_group("more settings")
-    group.add_argument("--config", metavar="FILE", help="read settings from a TOML file (see configs/default.toml)")
+    if has_config:
+        group.add_argument("--config", metavar="FILE", help="read settings from a TOML file (see configs/default.toml)")
     group.add_argument(
         "--set",
         dest="set",
@@ -88,11 +89,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="log details, and show where an error comes from")
 
 
-def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = None) -> EngineConfig:
-    """Make the settings of a parsed command line.
-
-    Raises `ConfigError` for a wrong value, naming the option's setting.
-    """
+def read_overrides(args: argparse.Namespace) -> dict[str, object]:
+    """Return the settings that a command line gives, by "table.key". Raises `ConfigError` for a malformed one."""
     overrides: dict[str, object] = {}
     for assignment in args.set:
         key, equals, value = assignment.partition("=")
@@ -102,8 +100,15 @@ def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = No
     overrides |= {key: value for key, value in vars(args).items() if "." in key and value is not None}
     if getattr(args, "model", None):
         overrides["model.path"] = args.model
-    overrides |= extra or {}
-    return EngineConfig.load(args.config, overrides)
+    return overrides
+
+
+def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = None) -> EngineConfig:
+    """Make the settings of a parsed command line.
+
+    Raises `ConfigError` for a wrong value, naming the option's setting.
+    """
+    return EngineConfig.load(args.config, read_overrides(args) | (extra or {}))
 
 
 def stop_texts(given: Sequence[str]) -> dict[str, object]:

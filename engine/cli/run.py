@@ -10,7 +10,7 @@ from rich.console import Console
 from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
 from engine.cli.terminal import Bars
 from engine.errors import RequestError
-from engine.generate.loop import Completion
+from engine.generate.answer import Completion
 from engine.runtime import Engine, Prompt
 
 

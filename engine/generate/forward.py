@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,8 +18,25 @@ Outputs = Literal["none", "last", "all"]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A sequence's part of a step.
+
+    Attributes:
+        slot: which of the kept sequences.
+        token_ids: to append, at least one.
+        position: tokens that the sequence holds already.
+        wants_logits: of its last token.
+    """
+
+    slot: int
+    token_ids: Sequence[int]
+    position: int
+    wants_logits: bool
+
+
 class ForwardPass:
-    """Feeds one sequence at a time to a program, in steps that it can take.
+    """Feeds sequences to a program, in steps that it can take.
 
     Attributes:
         now: returns seconds, of the program's clock if it has one.
@@ -81,6 +99,22 @@ class ForwardPass:
             if progress is not None:
                 progress(stop, n)
         return logits
+
+    def step(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:
+        """Append to several sequences in one step, which reads each weight they share once.
+
+        Returns logits, float32 [parts that want them, n_vocab], in order; a view that is valid until the next call.
+        Raises `RequestError` for more than `limits.max_tokens` tokens or a position beyond the context.
+        """
+        sizes = [len(part.token_ids) for part in parts]
+        ends = np.cumsum(sizes)
+        ids = np.concatenate([np.asarray(part.token_ids, np.int32) for part in parts])
+        positions = np.concatenate(
+            [np.arange(p.position, p.position + n, dtype=np.int32) for p, n in zip(parts, sizes, strict=True)]
+        )
+        slots = np.repeat(np.array([part.slot for part in parts], np.int32), sizes)
+        rows = np.array([end - 1 for part, end in zip(parts, ends, strict=True) if part.wants_logits], np.int32)
+        return self.program.run(ids, positions, slots, rows)
 
     def _rows(self, n: int, outputs: Outputs, *, is_last: bool) -> npt.NDArray[np.int32]:
         if outputs == "all":

@@ -1,113 +1,178 @@
-"""Lends the slots of a program to sequences, and remembers what each holds: a known prefix need not be run again."""
+"""Runs all answers under way together: in every step one token of each that decodes, and parts of prompts.
+
+There is no thread of its own. Whoever waits for an answer runs the next step, for all; the others wait for its end,
+and find their tokens made. A weight, or an expert, that several sequences need is thus read once for all of them.
+What a sequence computes does not depend on which others are in its steps, down to the bit.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
+from engine.generate.answer import Answer, Chunk, Completion
+from engine.generate.forward import ForwardPass, Part
 
-from engine.errors import RequestError
-from engine.generate.forward import ForwardPass, Outputs, Progress
-
-
-class SlotTable:
-    """All slots of a program. Safe to use from several threads; what runs in a slot is its borrower's business.
-
-    A prefix is reused only where that changes no bit: keys and values can be cut back to any position, a recurrent
-    state only continued.
-    """
-
-    def __init__(self, n_slots: int, *, can_cut_back: bool) -> None:
-        self._can_cut_back = can_cut_back
-        self._held: list[list[int]] = [[] for _ in range(n_slots)]
-        self._last_use = [0] * n_slots
-        self._owner: list[int | None] = [None] * n_slots  # thread
-        self._clock = 0
-        self._changed = threading.Condition()
-
-    def borrow(self, token_ids: Sequence[int], *, reuse: bool = True) -> Lease:
-        """Return the free slot that holds the longest usable prefix of a sequence, else the one unused for longest.
-
-        Waits while other threads have all slots. Raises `RequestError` if this thread itself has them all, which
-        waiting could not change.
-        """
-        me = threading.get_ident()
-        with self._changed:
-            while all(owner is not None for owner in self._owner):
-                if all(owner == me for owner in self._owner):
-                    raise RequestError(
-                        f"all {len(self._owner)} sequences are in use; finish or close a running stream, "
-                        "or raise [engine] n_sequences"
-                    )
-                self._changed.wait()
-            free = [slot for slot, owner in enumerate(self._owner) if owner is None]
-            usable = {slot: self._usable(self._held[slot], token_ids) if reuse else 0 for slot in free}
-            slot = max(free, key=lambda s: (usable[s], -self._last_use[s]))
-            self._owner[slot] = me
-            self._clock += 1
-            self._last_use[slot] = self._clock
-        held = self._held[slot]
-        del held[usable[slot] :]
-        return Lease(self, slot, held)
-
-    def _usable(self, held: list[int], token_ids: Sequence[int]) -> int:
-        """Return the tokens of a new sequence that need not be run; the last one always must, for its logits."""
-        if self._can_cut_back:
-            pairs = zip(held, token_ids, strict=False)
-            common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(token_ids)))
-            return min(common, len(token_ids) - 1)
-        return len(held) if len(held) < len(token_ids) and held == list(token_ids[: len(held)]) else 0
-
-    def give_back(self, slot: int, *, is_torn: bool) -> None:
-        """Take a slot back; a torn one was stopped in the middle of a step."""
-        with self._changed:
-            if is_torn and not self._can_cut_back:
-                self._held[slot].clear()
-            self._owner[slot] = None
-            self._changed.notify_all()
+MAX_AHEAD = 16  # tokens that are made for a reader who does not fetch them
 
 
-class Lease:
-    """A slot on loan: the tokens it holds, and the way to add more. A context manager that gives the slot back."""
+@dataclass(frozen=True, slots=True)
+class StepCount:
+    """What a step did: tokens of prompts and answers, and its seconds, split between the two by tokens."""
 
-    def __init__(self, table: SlotTable, slot: int, held: list[int]) -> None:
-        self._table = table
-        self.slot = slot
-        self._held = held
-        self._is_torn = False
-        self._is_open = True
+    n_prompt_tokens: int
+    n_decode_tokens: int
+    prompt_s: float
+    decode_s: float
 
-    @property
-    def n_held(self) -> int:
-        """Return the tokens of the sequence that the slot holds."""
-        return len(self._held)
 
-    def extend(
+class Scheduler:
+    """All answers under way. Safe to use from several threads; an answer has one reader."""
+
+    def __init__(
         self,
         forward: ForwardPass,
-        token_ids: Sequence[int],
-        outputs: Outputs = "last",
-        progress: Progress | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Run tokens after those the slot holds; see `ForwardPass.run`."""
-        assert self._is_open
-        self._is_torn = True
-        logits = forward.run(self.slot, token_ids, len(self._held), outputs, progress)
-        self._held.extend(token_ids)
-        self._is_torn = False
-        return logits
+        turn: Callable[[], AbstractContextManager[None]],
+        record: Callable[[StepCount], None],
+    ) -> None:
+        """Run steps inside `turn()`, and tell `record` of each."""
+        self._forward = forward
+        self._turn = turn
+        self._record = record
+        self._answers: list[Answer] = []
+        self._n_steps = 0
+        self._is_running = False
+        self._changed = threading.Condition()
 
-    def close(self) -> None:
-        """Give the slot back; what it holds stays for a sequence that begins the same."""
-        if self._is_open:
-            self._is_open = False
-            self._table.give_back(self.slot, is_torn=self._is_torn)
+    def add(self, answer: Answer) -> None:
+        """Make an answer part of the steps that follow."""
+        with self._changed:
+            self._answers.append(answer)
 
-    def __enter__(self) -> Lease:
-        return self
+    def remove(self, answer: Answer) -> None:
+        """Let go of an answer, finished or not; its slot goes back after the step that is being run."""
+        with self._changed:
+            while self._is_running and not answer.is_over:
+                self._changed.wait()
+            if answer in self._answers:
+                self._answers.remove(answer)
+            answer.lease.close()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+    def stream(self, answer: Answer) -> Generator[Chunk, None, None]:
+        """Yield an answer piece by piece, the last chunk with the whole of it; close the iterator to stop it."""
+        self.add(answer)
+        try:
+            while True:
+                self._run_until(lambda: bool(answer.chunks) or answer.is_over)
+                if not answer.chunks:
+                    assert answer.error is not None
+                    raise answer.error
+                chunk = answer.chunks.popleft()
+                yield chunk
+                if chunk.completion is not None:
+                    return
+        finally:
+            self.remove(answer)
+
+    def complete(self, answer: Answer) -> Completion:
+        """Return a whole answer."""
+        *_, last = self.stream(answer)
+        assert last.completion is not None
+        return last.completion
+
+    def wait_for_any(self, answers: Sequence[Answer], on_step: Callable[[], object]) -> Answer:
+        """Run steps, calling `on_step` after each of this thread's, until one of the answers is over; return it."""
+        self._run_until(lambda: any(answer.is_over for answer in answers), on_step)
+        return next(answer for answer in answers if answer.is_over)
+
+    def _run_until(self, is_satisfied: Callable[[], bool], on_step: Callable[[], object] = lambda: None) -> None:
+        """Run steps, or wait for those that others run."""
+        while True:
+            is_leader = False
+            try:
+                with self._changed:
+                    while self._is_running and not is_satisfied():
+                        self._changed.wait()
+                    if is_satisfied():
+                        return
+                    is_leader = self._is_running = True
+                with self._turn():
+                    self._step()
+            finally:
+                if is_leader:
+                    with self._changed:
+                        self._is_running = False
+                        self._changed.notify_all()
+            on_step()
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        self._n_steps += 1
+        with self._changed:
+            answers = list(self._answers)
+        ready = [a for a in answers if not a.is_over and not (a.is_streamed and len(a.chunks) >= MAX_AHEAD)]
+        shares = share_out(ready, self._forward.limits.max_tokens)
+        try:
+            self._run([(answer, answer.pending(n)) for answer, n in shares])
+        except Exception as error:
+            for answer, _ in shares:
+                if not answer.is_over:
+                    answer.fail(error)
+        except BaseException:  # Ctrl-C: the reader at hand gets it, all others go on
+            for answer, _ in shares:
+                if not answer.is_over:
+                    answer.lease.recover(answer.lease.n_held + answer.n_pending - 1)
+            raise
+
+    def _run(self, shares: list[tuple[Answer, list[int]]]) -> None:
+        """Run these tokens; whoever has no more to run gets the next one."""
+        now = self._forward.now
+        complete = [len(ids) == answer.n_pending for answer, ids in shares]
+        parts = [
+            Part(answer.lease.slot, ids, answer.lease.n_held, wants)
+            for (answer, ids), wants in zip(shares, complete, strict=True)
+        ]
+        n_prompt = sum(len(ids) for answer, ids in shares if answer.is_at_prompt)
+        n_decode = sum(len(ids) for _, ids in shares) - n_prompt
+        for answer, _ in shares:
+            answer.last_step = self._n_steps
+            answer.lease.begin()
+        start = now()
+        rows = iter(self._forward.step(parts))
+        step_s = now() - start
+        for (answer, ids), wants in zip(shares, complete, strict=True):
+            logits = next(rows) if wants else None
+            try:
+                chosen_at = now()
+                chosen = None if logits is None else answer.choose(logits)
+                spent = now() - chosen_at
+                answer.lease.commit(ids)
+                if answer.is_at_prompt:
+                    answer.note_prompt(step_s)
+                else:
+                    spent += step_s
+                if chosen is not None:
+                    answer.append(*chosen, spent)
+            except Exception as error:  # one answer's trouble, such as a progress callback's, is no other's
+                answer.fail(error)
+        spent, n_tokens = now() - start, n_prompt + n_decode
+        self._record(StepCount(n_prompt, n_decode, spent * n_prompt / n_tokens, spent * n_decode / n_tokens))
+
+
+def share_out(ready: Sequence[Answer], n_tokens: int) -> list[tuple[Answer, int]]:
+    """Return the answers of the next step, and the tokens that each may run.
+
+    Everybody gets one token, whoever waited longest first; what is left goes to the prompts in equal parts, where those
+    that need less leave more to the others.
+    """
+    chosen = sorted(ready, key=lambda answer: answer.last_step)[:n_tokens]
+    left = n_tokens - len(chosen)
+    shares: list[tuple[Answer, int]] = []
+    for i, answer in enumerate(sorted(chosen, key=lambda answer: answer.n_pending)):
+        more = min(answer.n_pending - 1, left // (len(chosen) - i))
+        left -= more
+        shares.append((answer, 1 + more))
+    return shares

@@ -1,0 +1,103 @@
+"""`batch`: answer every prompt of some files, as a TOML file says; run again, it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from engine.batch import Item, Job, ResultFile, load_job, run_job
+from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_overrides
+from engine.cli.terminal import Bars
+from engine.errors import EngineError
+from engine.generate.answer import Completion
+from engine.runtime import Engine, EngineStatistics
+
+_EPILOG = """\
+a job file:
+  [batch]
+  input = ["questions.jsonl"]          # {"question": "..."} a line; or CSV, or text files
+  prompt = "Answer briefly: {question}"
+  chat = true
+  output = "answers.jsonl"
+
+  [model]
+  path = "model.gguf"
+
+  [sampling]
+  max_tokens = 200
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "batch",
+        help="answer all prompts of some files",
+        description="Answer every prompt of some files, several at a time, and write each answer as it is finished. "
+        "A run that was stopped goes on where it was.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", metavar="JOB.toml", help="what to do: a [batch] table, and any settings of the engine")
+    parser.add_argument("--check", action="store_true", help="check the job and its input, and run nothing")
+    add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
+    add_common(parser, has_config=False)
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace, console: Console) -> int:
+    """Run the command."""
+    job = load_job(args.job, read_overrides(args))
+    if args.check:
+        if not args.quiet:
+            console.print(f"{args.job}: {len(job.items)} items, nothing wrong")
+        return 0
+    with ResultFile(job.output, job.items) as results:
+        n_before = len(results.done)
+        if n_before < len(job.items):
+            try:
+                _run(job, results, console, quiet=args.quiet)
+            except KeyboardInterrupt:
+                console.print(f"stopped with {_tally(job, results)}; the same command goes on from here")
+                raise
+        if not args.quiet:
+            console.print(f"{_tally(job, results)}, {n_before} of them before; results in {job.output}")
+    return 0
+
+
+def _tally(job: Job, results: ResultFile) -> str:
+    failed = f" ({results.n_failed} failed)" if results.n_failed else ""
+    return f"{len(results.done)} of {len(job.items)} items done{failed}"
+
+
+def _run(job: Job, results: ResultFile, console: Console, *, quiet: bool) -> None:
+    with Bars(console, quiet=quiet) as bars, Engine.open(config=job.config, progress=bars.loading) as engine:
+        bars.close()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=len(job.items), completed=len(results.done))
+
+            def on_result(item: Item, outcome: Completion | EngineError) -> None:
+                if isinstance(outcome, EngineError):
+                    console.print(f"{item.source}: {outcome}")
+                bar.update(task, completed=len(results.done))
+
+            run_job(job, results, engine, on_result, lambda: bar.update(task, description=speed(engine.statistics)))
+        if not quiet:
+            console.print(speed(engine.statistics))
+
+
+def speed(statistics: EngineStatistics) -> str:
+    """Return how fast an engine was so far, and how often its cache had what was needed."""
+    seconds = statistics.prompt_s + statistics.decode_s
+    text = f"{(statistics.n_prompt_tokens + statistics.n_decode_tokens) / seconds if seconds else 0.0:,.1f} tok/s"
+    if statistics.cache is not None:
+        text += f", {statistics.cache.hit_rate:.0%} of experts from VRAM"
+    return text

@@ -1,0 +1,226 @@
+"""One answer in the making, and what its reader gets of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels
+from engine.generate.forward import Progress
+from engine.generate.leases import Lease
+from engine.generate.sampling import Sampler
+from engine.generate.sequence import Sequence
+from engine.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its natural-log probability, before temperature and penalties."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token that was made, and the likeliest ones at its place, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request; `n_reused_tokens` of the prompt's were held already and not run again."""
+
+    n_prompt_tokens: int
+    n_reused_tokens: int
+    n_generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of the steps that one request was part of, which others may have shared.
+
+    Attributes:
+        prompt_s: running the prompt.
+        first_token_s: running the prompt and choosing the first token.
+        decode_s: all tokens after the first one.
+        n_prompt_tokens: tokens that were run in `prompt_s`.
+        n_decode_tokens: tokens that were made in `decode_s`.
+    """
+
+    prompt_s: float
+    first_token_s: float
+    decode_s: float
+    n_prompt_tokens: int
+    n_decode_tokens: int
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Return prompt tokens a second."""
+        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Return generated tokens a second."""
+        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer; `seed` makes the same one again."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer as it is made. The last one has no token but the whole answer in `completion`.
+
+    `text` may be empty while a character or a possible stop text is incomplete.
+    """
+
+    text: str
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    completion: Completion | None = None
+
+
+class Answer:
+    """A request under way: the tokens it holds and still needs, what it made, and the seconds that took.
+
+    What is still to be run follows from what the slot holds. A step that was stopped half-way thus costs time, not the
+    answer: whatever the slot lost is run again, which gives the same bits.
+
+    Attributes:
+        lease: its slot, given back as soon as the answer is over.
+        is_streamed: keep a chunk for each token, for a reader.
+        chunks: made and not read yet.
+        completion: the whole answer, once there is one.
+        error: what ended it instead.
+        last_step: number of the last step it was part of.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        tokenizer: Tokenizer,
+        sequence: Sequence,
+        *,
+        is_streamed: bool,
+        progress: Progress | None = None,
+    ) -> None:
+        """Begin; the lease is the answer's from now on."""
+        self.lease = lease
+        self.is_streamed = is_streamed
+        self.chunks: deque[Chunk] = deque()
+        self.completion: Completion | None = None
+        self.error: Exception | None = None
+        self.last_step = 0
+        self._tokenizer = tokenizer
+        self._sequence = sequence
+        self._sampler = Sampler(sequence.params, tokenizer)
+        self._progress = progress
+        self._n_reused = lease.n_held
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_s = self._first_token_s = self._decode_s = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether no step will add to it."""
+        return self.completion is not None or self.error is not None
+
+    @property
+    def is_at_prompt(self) -> bool:
+        """Return whether no token was made yet."""
+        return not self._sequence.token_ids
+
+    @property
+    def n_reused(self) -> int:
+        """Return the tokens of the prompt that need not be run."""
+        return self._n_reused
+
+    @property
+    def n_pending(self) -> int:
+        """Return the tokens that must be run before the next one can be chosen."""
+        return len(self._sequence.prompt_ids) + len(self._sequence.token_ids) - self.lease.n_held
+
+    def pending(self, n: int) -> list[int]:
+        """Return the first `n` of those."""
+        prompt, made, start = self._sequence.prompt_ids, self._sequence.token_ids, self.lease.n_held
+        ids = prompt[start : start + n]
+        at = max(0, start - len(prompt))
+        return ids + made[at : at + n - len(ids)]
+
+    def note_prompt(self, seconds: float) -> None:
+        """Add a step that ran a part of the prompt, and tell who waits for it."""
+        self._prompt_s += seconds
+        if self._progress is not None:
+            total = len(self._sequence.prompt_ids) - self._n_reused
+            self._progress(self.lease.n_held - self._n_reused, total)
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> tuple[int, TokenLogprobs | None]:
+        """Return the next token and its probabilities; nothing is changed yet."""
+        token_id = self._sampler.choose(logits, self._sequence)
+        return token_id, rate(logits, token_id, self._sequence.params.logprobs, self._tokenizer)
+
+    def append(self, token_id: int, rated: TokenLogprobs | None, seconds: float) -> None:
+        """Add a chosen token and the time that took, prompt steps not counted."""
+        sequence = self._sequence
+        if self.is_at_prompt:
+            self._first_token_s = self._prompt_s + seconds
+        else:
+            self._decode_s += seconds
+        text = sequence.append(token_id)
+        if rated is not None:
+            self._logprobs.append(rated)
+        if self.is_streamed:
+            self.chunks.append(Chunk(text, token_id, rated))
+        if sequence.finish_reason is None:
+            return
+        rest = sequence.flush()
+        n_made, n_prompt = len(sequence.token_ids), len(sequence.prompt_ids)
+        self.completion = Completion(
+            sequence.text,
+            tuple(sequence.token_ids),
+            sequence.finish_reason,
+            Usage(n_prompt, self._n_reused, n_made),
+            Timings(self._prompt_s, self._first_token_s, self._decode_s, n_prompt - self._n_reused, n_made - 1),
+            self._sampler.seed,
+            tuple(self._logprobs),
+        )
+        self.chunks.append(Chunk(rest, completion=self.completion))
+        self.lease.close()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, which its reader gets."""
+        self.error = error
+        self.lease.close()
+
+
+def rate(logits: npt.NDArray[np.float32], token_id: int, n_top: int, tokenizer: Tokenizer) -> TokenLogprobs | None:
+    """Return log probabilities of a token and of the `n_top` likeliest ones; None if `n_top` is -1."""
+    if n_top < 0:
+        return None
+    ids, values, log_sum = _kernels.log_probabilities(logits, n_top)
+
+    def entry(token: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(token, tokenizer.token_bytes(token).decode(errors="replace"), logprob)
+
+    top = tuple(entry(int(i), float(value)) for i, value in zip(ids, values, strict=True))
+    logprob = np.float32(float(logits[token_id]) - log_sum)  # as exact as those in `values`
+    return TokenLogprobs(entry(token_id, float(logprob)), top)

@@ -1,0 +1,257 @@
+"""Batch runs: what is read, what is refused before a model is opened, and that no kill loses or repeats an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.__main__ import main
+from engine.batch import ResultFile, load_job
+from engine.cli.batch import speed
+from engine.errors import ConfigError
+from engine.runtime import Engine
+
+REPO = Path(__file__).resolve().parent.parent
+SETTINGS = """
+[engine]
+context_length = 64
+n_threads = 1
+max_batch_tokens = 32
+[sampling]
+max_tokens = 12
+temperature = 0
+ignore_eos = true
+"""
+
+
+def write_job(
+    folder: Path, batch: str = 'input = ["in.jsonl"]\nprompt = "{q}"\nn_parallel = 3', rest: str = SETTINGS
+) -> Path:
+    path = folder / "job.toml"
+    path.write_text(f"[batch]\n{batch}\n{rest}")
+    return path
+
+
+def write_items(folder: Path, n: int) -> None:
+    lines = [json.dumps({"q": f"def f{i}(x):", "n": i}) for i in range(n)]
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def texts(folder: Path) -> dict[str, str]:
+    found = results(folder)
+    assert len({r["source"] for r in found}) == len(found)
+    return {r["source"]: r["text"] for r in found}
+
+
+# -- input -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": 2}\n')
+    (tmp_path / "b.csv").write_text('\ufefftext,more\n"three, with\na line",x\nfour,y\n')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "d.txt").write_text("six\n")
+    (tmp_path / "sub" / "c.txt").write_text("five")
+    path = write_job(tmp_path, 'input = ["a.jsonl", "b.csv", "sub/*.txt"]\nprompt = "<{text}> {{x}}"')
+    job = load_job(path)
+    assert [(item.source, item.prompt) for item in job.items] == [
+        ("a.jsonl:1", "<one> {x}"),
+        ("a.jsonl:3", "<2> {x}"),
+        ("b.csv:3", "<three, with\na line> {x}"),
+        ("b.csv:4", "<four> {x}"),
+        ("sub/c.txt", "<five> {x}"),
+        ("sub/d.txt", "<six\n> {x}"),
+    ]
+    assert job.config.engine.n_sequences == 8
+    assert job.output == tmp_path / "results.jsonl"
+    lines = load_job(write_job(tmp_path, f'input = ["{tmp_path}/sub/*.txt"]\nformat = "lines"'))
+    assert [item.prompt for item in lines.items] == ["five", "six"]
+
+
+def test_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "talk": [{"role": "user", "content": "two"}]}\n')
+    job = load_job(write_job(tmp_path, 'input = ["a.jsonl"]\nchat = true\nsystem = "Say {text}"'))
+    assert job.items[0].prompt == [{"role": "system", "content": "Say one"}, {"role": "user", "content": "one"}]
+    job = load_job(write_job(tmp_path, 'input = ["a.jsonl"]\nmessages_field = "talk"'))
+    assert job.items[0].prompt == [{"role": "user", "content": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("", r"batch.input names no file"),
+        ('input = ["in.jsonl"]\nimput = 3', r"job.toml, line 3: unknown key batch.imput; did you mean input\?"),
+        ('input = "in.jsonl"', r"job.toml, line 2: batch.input is 'in.jsonl'; expected a list"),
+        ('input = ["in.jsonl"]\nn_parallel = 0', r"line 3: batch.n_parallel is 0; expected an integer from 1 to 1024"),
+        ('input = ["in.jsonl"]\n[sampling]\ntop_k = "x"', r"job.toml, line 4: sampling.top_k is 'x'"),
+        ('input = ["in.jsonl"]\nprompt = "{q"', r"batch.prompt: .*write \{\{ and \}\}"),
+        ('input = ["in.jsonl"]\nprompt = "{} {q}"', r"batch.prompt: expected \{name\}"),
+        ('input = ["in.jsonl"]\nprompt = "{q!r}"', r"batch.prompt: expected \{name\}"),
+        ('input = ["in.jsonl"]\nsystem = "x"', r"batch.system is set and batch.chat is false"),
+        ('input = ["in.jsonl"]\nmessages_field = "m"\nchat = true\nsystem = "x"', r"batch.messages_field replaces"),
+        (
+            'input = ["in.jsonl"]\nprompt = "{a}"',
+            r"in.jsonl:1: there is no field 'a', which batch.prompt asks.*found q",
+        ),
+        ('input = ["in.jsonl"]\nmessages_field = "q"', r'in.jsonl:1: field "q" is no conversation'),
+        ('input = ["*.md"]', r"no file matches '\*.md' in "),
+        ('input = ["bad.jsonl"]\nprompt = "{q}"', r"bad.jsonl:2: is not JSON: .*column 1"),
+        ('input = ["list.jsonl"]', r"list.jsonl:1: expected an object"),
+        ('input = ["bad.csv"]', r"bad.csv:2: has not as many values as the header has names"),
+        ('input = ["latin.txt"]', r"latin.txt: is not UTF-8 text \(byte 1\)"),
+        ('input = ["empty.jsonl"]', r"hold no items"),
+        ('input = ["in.jsonl"]\nprompt = "{q}"\noutput = "no/where.jsonl"', r"batch.output: .*where.jsonl: cannot be"),
+        ('input = ["in.jsonl"]\nprompt = "{q}"\noutput = "in.jsonl"', r"in.jsonl, line 1: is no result"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_opened(
+    tmp_path: Path, batch: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_items(tmp_path, 2)
+    (tmp_path / "bad.jsonl").write_text('{"q": 1}\nnonsense\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "bad.csv").write_text("a,b\n1\n")
+    (tmp_path / "latin.txt").write_bytes(b"a\xe4")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    monkeypatch.setattr(Engine, "open", None)
+    path = write_job(tmp_path, batch, "")
+    assert main(["batch", "-q", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_items(tmp_path, 5)
+    (tmp_path / "in.jsonl").open("a").write(json.dumps({"q": "too long " * 100}) + "\n" + json.dumps({"q": ""}) + "\n")
+    path = write_job(tmp_path)
+    assert main(["batch", str(path), "--check"]) == 0
+    assert "7 items, nothing wrong" in capsys.readouterr().err
+    assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 0
+    err = capsys.readouterr().err
+    assert "7 of 7 items done (2 failed), 0 of them before" in err
+    assert "in.jsonl:6: the prompt has" in err
+    found = {result["source"]: result for result in results(tmp_path)}
+    assert len(found) == 7
+    assert found["in.jsonl:6"]["kind"] == "RequestError"
+    assert "raise [engine] context_length" in found["in.jsonl:6"]["error"]
+    assert "empty" in found["in.jsonl:7"]["error"]
+    with Engine.open(config=load_job(path).config) as engine:
+        for i in range(5):
+            expected, result = engine.generate(f"def f{i}(x):"), found[f"in.jsonl:{i + 1}"]
+            assert result["text"] == expected.text
+            assert result["finish_reason"] == "length"
+            assert result["usage"]["n_generated_tokens"] == 12
+            assert result["timings"]["decode_s"] > 0
+            assert [token["token_id"] for token in result["logprobs"]] == list(expected.token_ids)
+            assert len(result["logprobs"][0]["top"]) == 1
+        assert "tok/s" in speed(engine.statistics)
+    size = (tmp_path / "results.jsonl").stat().st_size
+    assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 0  # nothing left to do
+    assert "7 of 7 items done (2 failed), 7 of them before" in capsys.readouterr().err
+    assert (tmp_path / "results.jsonl").stat().st_size == size
+
+
+def test_an_output_of_other_prompts_or_sampling_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_items(tmp_path, 2)
+    path = write_job(tmp_path)
+    assert main(["batch", "-q", str(path)]) == 0
+    write_items(tmp_path, 3)  # one more is no trouble
+    assert main(["batch", "-q", str(path)]) == 0
+    assert len(texts(tmp_path)) == 3
+    assert main(["batch", "-q", str(path), "-n", "5"]) == 2
+    assert "results.jsonl, line 1: was made from another prompt, model or sampling" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text('{"q": "other"}\n')
+    assert main(["batch", "-q", str(path)]) == 2
+
+
+def test_two_runs_at_a_time_are_one_too_many(tmp_path: Path) -> None:
+    write_items(tmp_path, 1)
+    job = load_job(write_job(tmp_path))
+    with ResultFile(job.output, job.items), pytest.raises(ConfigError, match="another run is writing it"):
+        ResultFile(job.output, job.items)
+    ResultFile(job.output, job.items).close()
+
+
+@given(st.integers(0, 2000))
+def test_a_torn_last_line_is_dropped(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    folder = tmp_path_factory.mktemp("torn")
+    write_items(folder, 4)
+    job = load_job(write_job(folder))
+    lines = [json.dumps({"source": i.source, "key": i.key, "text": "é"}) + "\n" for i in job.items]
+    data = "".join(lines).encode()[:cut]
+    job.output.write_bytes(data)
+    with ResultFile(job.output, job.items) as file:
+        whole = data.count(b"\n")
+        assert file.done == {item.source for item in job.items[:whole]}
+    assert job.output.read_bytes() == "".join(lines[:whole]).encode()
+
+
+def start(path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "engine", "batch", str(path)],
+        cwd=REPO,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_lines(folder: Path, n: int, process: subprocess.Popen[str]) -> None:
+    path = folder / "results.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= n):
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("n_kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_no_kill_loses_or_repeats_an_answer(tmp_path: Path, n_kills: int) -> None:
+    n_items = 8 * n_kills
+    write_items(tmp_path, n_items)
+    path, chance, n_killed, n_done = write_job(tmp_path), random.Random(n_kills), 0, 0
+    for _ in range(n_kills):
+        process = start(path)
+        wait_for_lines(tmp_path, n_done + chance.randrange(0, 8), process)
+        time.sleep(chance.random() * 0.03)
+        process.kill()
+        n_killed += process.wait(60) == -signal.SIGKILL
+        process.stderr.close()
+        output = tmp_path / "results.jsonl"
+        n_done = output.read_bytes().count(b"\n") if output.exists() else 0
+    assert n_killed >= n_kills // 2  # the others were done before
+    assert main(["batch", "-q", str(path)]) == 0
+    found = texts(tmp_path)
+    assert len(found) == n_items
+    (tmp_path / "results.jsonl").unlink()
+    assert main(["batch", "-q", str(path)]) == 0
+    assert texts(tmp_path) == found
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    write_items(tmp_path, 400)
+    process = start(write_job(tmp_path))
+    wait_for_lines(tmp_path, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 400 items done; the same command goes on from here" in err
+    assert "Traceback" not in err
+    assert 2 <= len(texts(tmp_path)) < 400

@@ -1,0 +1,123 @@
+"""Slots: who gets which, what is reused, and that nothing is reused that a stopped step left half done."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import RequestError
+from engine.generate.leases import SlotTable
+
+
+class FakeForward:
+    """Records what would be run; can be told to stop in the middle."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, list[int], int]] = []
+        self.fails = False
+
+    def run(self, slot, token_ids, position, outputs, progress):
+        if self.fails:
+            raise KeyboardInterrupt
+        self.steps.append((slot, list(token_ids), position))
+        return np.zeros((1, 1), np.float32)
+
+
+def run(table: SlotTable, forward: FakeForward, tokens: list[int]) -> tuple[int, int]:
+    """Run a sequence as an engine does; return its slot and the tokens reused."""
+    with table.borrow(tokens) as lease:
+        n_held = lease.n_held
+        lease.extend(forward, tokens[n_held:])
+        assert lease.n_held == len(tokens)
+        return lease.slot, n_held
+
+
+def test_keys_and_values_are_cut_back_to_the_common_prefix() -> None:
+    table, forward = SlotTable(1, can_cut_back=True), FakeForward()
+    assert run(table, forward, [1, 2, 3, 4]) == (0, 0)
+    assert run(table, forward, [1, 2, 9]) == (0, 2)
+    assert run(table, forward, [1, 2, 9]) == (0, 2)  # the last token is run again, for its logits
+    assert run(table, forward, [1, 2, 9, 10]) == (0, 3)
+    assert run(table, forward, [7]) == (0, 0)
+    assert forward.steps[1] == (0, [9], 2)
+
+
+def test_a_recurrent_state_is_only_continued() -> None:
+    table, forward = SlotTable(1, can_cut_back=False), FakeForward()
+    run(table, forward, [1, 2, 3])
+    assert run(table, forward, [1, 2, 3, 4]) == (0, 3)
+    assert run(table, forward, [1, 2, 3, 4]) == (0, 0)  # nothing new: the state is one token too far
+    assert run(table, forward, [1, 2]) == (0, 0)
+    assert run(table, forward, [1, 9, 3]) == (0, 0)
+
+
+def test_the_best_slot_is_chosen_then_the_oldest() -> None:
+    table, forward = SlotTable(3, can_cut_back=True), FakeForward()
+    assert [run(table, forward, [i, i, i])[0] for i in (1, 2, 3)] == [0, 1, 2]
+    assert run(table, forward, [2, 2, 2, 5]) == (1, 3)
+    assert run(table, forward, [9]) == (0, 0)  # unused for longest
+
+
+@pytest.mark.parametrize("can_cut_back", [True, False])
+def test_a_step_that_was_stopped_leaves_nothing_false(can_cut_back: bool) -> None:
+    table, forward = SlotTable(1, can_cut_back=can_cut_back), FakeForward()
+    run(table, forward, [1, 2, 3])
+    forward.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        run(table, forward, [1, 2, 3, 4, 5])
+    forward.fails = False
+    # Keys and values of the first three tokens are untouched; a state may have seen the fourth.
+    assert run(table, forward, [1, 2, 3, 4, 5]) == (0, 3 if can_cut_back else 0)
+
+
+def test_reuse_can_be_turned_off() -> None:
+    table, forward = SlotTable(1, can_cut_back=True), FakeForward()
+    run(table, forward, [1, 2, 3])
+    with table.borrow([1, 2, 3, 4], reuse=False) as lease:
+        assert lease.n_held == 0
+
+
+def test_waiting_for_oneself_is_an_error() -> None:
+    table = SlotTable(2, can_cut_back=True)
+    with table.borrow([1]), table.borrow([2]), pytest.raises(RequestError, match=r"all 2 sequences.*n_sequences"):
+        table.borrow([3])
+    table.borrow([3]).close()
+
+
+def test_another_thread_is_waited_for() -> None:
+    table = SlotTable(1, can_cut_back=True)
+    lease, got = table.borrow([1]), threading.Event()
+
+    def borrow() -> None:
+        with table.borrow([2]):
+            got.set()
+
+    thread = threading.Thread(target=borrow)
+    thread.start()
+    assert not got.is_set()
+    lease.close()
+    lease.close()  # closing twice gives nothing back twice
+    thread.join(10)
+    assert got.is_set()
+
+
+@given(
+    st.booleans(),
+    st.integers(1, 3),
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=25),
+)
+def test_what_a_slot_holds_is_always_what_was_run(can_cut_back: bool, n_slots: int, sequences: list[list[int]]) -> None:
+    table, forward = SlotTable(n_slots, can_cut_back=can_cut_back), FakeForward()
+    for tokens in sequences:
+        run(table, forward, tokens)
+    contents: list[list[int]] = [[] for _ in range(n_slots)]  # what a device would hold
+    for (slot, new, position), tokens in zip(forward.steps, sequences, strict=True):
+        assert position <= len(contents[slot])
+        assert can_cut_back or position in {0, len(contents[slot])}
+        del contents[slot][position:]
+        contents[slot] += new
+        assert contents[slot] == tokens
