@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +343,22 @@ def test_memory_is_planned_before_it_is_used(models) -> None:
         plan_memory(model.footprint, room, Wish(n_cpu_moe=n_cpu - 1))
     with pytest.raises(DeviceError, match="without its experts needs"):
         plan_memory(model.footprint, fixed.n_bytes - 1, Wish())
+
+
+def test_sequences_of_one_step_each_read_their_own_keys(models) -> None:
+    """Two sequences side by side, the second one position ahead, read more than one sequence of two tokens."""
+    limits = replace(LIMITS, n_slots=2)
+    model = models("qwen3moe/qwen3moe-micro-Q8_0.gguf")
+    program = EmulatedDevice(MACHINE, bypass_n_tokens=64).compile(model.loaded.graph, model.weights, limits)
+    ids, rows = np.array([7, 8], np.int32), np.zeros(0, np.int32)
+    seconds = []
+    for slots, positions in (([0, 0], [0, 1]), ([0, 1], [0, 0]), ([0, 1], [0, 1])):
+        before = program.time_spent.attention_s
+        program.run(ids, np.array(positions, np.int32), np.array(slots, np.int32), rows)
+        seconds.append(program.time_spent.attention_s - before)
+    one, two = (model.footprint.attention_bytes(position) / MACHINE.bandwidths.vram for position in (0, 1))
+    assert seconds == pytest.approx([two, 2 * one, one + two])
+    program.close()
 
 
 def test_a_device_that_is_too_small_says_so_before_it_allocates(models) -> None:
