@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from engine.__main__ import main
 from engine.bench.replay import study
 from engine.config import EmulatedSettings, EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.data import tiny_model_path
 from engine.errors import ConfigError, DeviceError
 from engine.experts.profile import Profile, load_profile, merge_profiles, save_profile
 from engine.experts.trace import load_trace
@@ -206,3 +209,21 @@ def test_a_budget_that_is_too_small_names_what_to_change() -> None:
         Engine.open(config=config(vram_budget="10MB", hot_k=50))
     with pytest.raises(DeviceError, match=r"n_cpu_moe = [5-8] fits"):
         Engine.open(config=config(vram_budget="9MB", n_cpu_moe=1))
+
+
+# -- what people see -------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_can_show_the_cache_layer_by_layer(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    options = ["--stats", "--hot-k", "8", "-n", "8", "--seed", "1", "-t", "2"]
+    assert main(["chat", str(tiny_model_path()), "--device", "emulated", *options]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "this answer:" in err
+    assert "wait us" in err
+    assert "hot-expert cache: 8 of 56 experts" in err
+
+
+def test_a_run_ends_with_what_the_cache_did(capsys) -> None:
+    assert main(["run", "-p", "def", "--device", "emulated", "--hot-k", "8", "-n", "8", "-t", "2"]) == 0
+    assert "swaps a token" in capsys.readouterr().err.splitlines()[-1]
