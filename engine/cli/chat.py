@@ -9,11 +9,12 @@ from contextlib import closing
 
 from rich.console import Console
 
+from engine.cli.layers import layer_table
 from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
 from engine.cli.run import describe, write
 from engine.cli.terminal import Bars
 from engine.errors import RequestError
-from engine.runtime import Engine
+from engine.runtime import Engine, EngineStatistics
 
 _HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
 
@@ -24,6 +25,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("model", help="GGUF file with a chat template")
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    parser.add_argument("--stats", action="store_true", help="after each answer, show hits and times of every layer")
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
@@ -45,9 +47,20 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 messages = list(start)
                 continue
             messages.append({"role": "user", "content": line})
+            before = engine.statistics
             answer = _answer(engine, messages, console, bars, quiet=args.quiet)
+            if args.stats:
+                _show_cache(engine, before, console)
             messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def _show_cache(engine: Engine, before: EngineStatistics, console: Console) -> None:
+    """Show what the cache did since a look, or why there is none."""
+    now = engine.statistics
+    if now.cache is not None and before.cache is not None:
+        console.print(layer_table("this answer", now, before))
+    console.print(now.cache_line)
 
 
 def _answer(engine: Engine, messages: list[dict[str, str]], console: Console, bars: Bars, *, quiet: bool) -> str:
