@@ -78,6 +78,11 @@ class LatentAttentionSpec:
     rope: RopeSpec
 
     @property
+    def n_kv_heads(self) -> int:
+        """Return the number of heads in the cache: all query heads share what it keeps."""
+        return 1
+
+    @property
     def head_dim(self) -> int:
         """Return the width of what the cache keeps of a token."""
         return self.latent_dim + self.rope_dim

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from cached_runner import Model, Setup
 from golden_files import model_path
 from model_runner import ModelRunner, divergence
 
@@ -51,6 +52,18 @@ class GoldenModel:
         mean, largest = self.llama_noise("kl_greedy_llama", "kl_b_llama")
         assert found.mean() <= max(FLOOR, 2 * mean) + extra
         assert found.max() <= max(10 * FLOOR, 4 * largest) + 10 * extra
+
+    def check_with_a_cache(self) -> None:
+        """Demand the same bits while experts come and go in few slots; the end of the prompt is run token by token."""
+        expected = self.runner.logits(self.prompt)
+        model = Model(self.path)
+        forward, cache, program = model.open(Setup((3, 1, 0, 5), "lru", adversarial=True, bypass_n_tokens=30))
+        logits = model.logits(forward, self.prompt, n_prompt=12)
+        cache.close()
+        program.close()
+        model.close()
+        assert np.array_equal(logits.view(np.uint32), expected.view(np.uint32))
+        assert cache.statistics.n_loads > 0
 
     def llama_noise(self, *more: str) -> tuple[float, float]:
         """Return mean and largest divergence of llama.cpp's own logits for this file."""

@@ -10,19 +10,34 @@ import pytest
 from cached_runner import LIMITS, MACHINE, Model, Setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupter import Interrupter
 from model_runner import ModelRunner
 
 from engine.data import tiny_model_path
 from engine.devices.emulated import EmulatedDevice, HazardError
+from engine.devices.emulated import device as device_module
+from engine.devices.emulated import slot_memory as slot_memory_module
 from engine.devices.emulated.clock import Timetable, VirtualClock
 from engine.devices.footprint import measure
 from engine.devices.placement import Wish, least_cpu_layers, plan_memory, slots_that_fit
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
 from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
 from engine.errors import DeviceError
+from engine.experts import hot_cache as hot_cache_module
+from engine.experts import slots as slots_module
+from engine.experts import swapper as swapper_module
+from engine.experts import watched_program as watched_program_module
 from engine.experts.swapper import Swapper
 
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(5, 300, 48)]
+INTERRUPTED = (
+    device_module,
+    slot_memory_module,
+    hot_cache_module,
+    slots_module,
+    swapper_module,
+    watched_program_module,
+)
 POLICIES = ("adaptive", "decayed", "window_topk:interval=3", "lru", "lfru", "static")
 
 
@@ -75,7 +90,7 @@ def run(models: Models, name: str, setup: Setup, n_tokens: int = 48, n_prompt: i
 # -- the promise -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(NAMES),
     setup=st.builds(
@@ -143,6 +158,29 @@ def test_the_same_seed_gives_the_same_run_to_the_nanosecond(models) -> None:
     assert np.array_equal(cache.table.ready, again.table.ready)
     _, other, _ = run(models, "tiny", Setup((5, 9), "lru", seed=4, adversarial=True, failing=0.2))
     assert not np.array_equal(cache.table.ready, other.table.ready)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 4000), adversarial=st.booleans())
+def test_an_interrupt_at_any_line_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
+    """The interrupted token is run again, which a model of attention layers can."""
+    name = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
+    expected = models.reference(name)
+    forward, cache, program = models(name).open(
+        Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=64)
+    )
+    interrupter = Interrupter(at_line, INTERRUPTED)
+    for position, token in enumerate(TOKENS[:24]):
+        try:
+            with interrupter:
+                logits = forward.run(0, [token], position, "all").copy()
+        except KeyboardInterrupt:
+            logits = forward.run(0, [token], position, "all").copy()
+        assert same_bits(logits, expected[position : position + 1])
+    cache.close()
+    cache.table.check_integrity()
+    program.close()
+    assert interrupter.raised == (interrupter.n_lines >= at_line)
 
 
 # -- planted bugs are found ------------------------------------------------------------------------------------------
@@ -238,6 +276,13 @@ def test_the_program_is_all_that_it_claims_to_be(models) -> None:
     assert isinstance(program, MeteredProgram)
     assert program.state_bytes == pytest.approx(models("tiny").footprint.state_bytes, rel=0.01)
     program.close()
+
+
+def test_steps_end_in_order_however_late_they_are() -> None:
+    timetable = Timetable(VirtualClock(), 100.0, seed=0, adversarial=True)
+    ends = [timetable.step(1.0).at for _ in range(50)]
+    assert ends == sorted(ends)
+    assert max(end - (i + 1) for i, end in enumerate(ends)) > 1.0
 
 
 def test_copies_follow_one_another_at_the_speed_of_the_link() -> None:

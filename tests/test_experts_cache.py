@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import numpy as np
 import pytest
 from fake_slots import FakeSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupter import Interrupter
 
 from engine.devices.timing import Bandwidths
 from engine.experts import hot_cache as hot_cache_module
@@ -83,39 +83,12 @@ def test_no_slot_is_read_too_early_or_overwritten_too_soon(slots, seed, policy, 
     assert found.n_tokens == 24
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line that is run in the modules under test, once."""
-
-    FILES = tuple(module.__file__ for module in (hot_cache_module, slots_module, swapper_module))
-
-    def __init__(self, at_line: int) -> None:
-        self.at_line, self.n_lines, self.raised = at_line, 0, False
-
-    def __call__(self, frame, event, _):
-        if frame.f_code.co_filename not in self.FILES:
-            return None
-        if event == "line":
-            self.n_lines += 1
-            if self.n_lines == self.at_line:
-                self.raised = True
-                raise KeyboardInterrupt
-        return self
-
-    def __enter__(self):
-        self.previous = sys.gettrace()
-        sys.settrace(self)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(self.previous)
-
-
 @settings(max_examples=80, deadline=None)
 @given(slots=many_slots, seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 3000))
 def test_an_interrupt_at_any_line_leaves_a_cache_that_goes_on(slots, seed, at_line) -> None:
     cache, device = make_cache(slots, seed, "lru", bypass_n_tokens=8)
     rng = np.random.default_rng(seed)
-    interrupter = Interrupter(at_line)
+    interrupter = Interrupter(at_line, (hot_cache_module, slots_module, swapper_module))
     for i in range(12):
         routing = tokens(rng, 8 if i == 0 else 1)
         if i:
@@ -236,9 +209,10 @@ def test_a_cache_that_cannot_pay_says_why() -> None:
 
 def test_one_line_says_what_the_cache_does() -> None:
     cache, device = make_cache([3, 3, 4, 4], 1, bypass_n_tokens=16)
-    assert cache.describe().startswith(
+    line = (
         "hot-expert cache: 3 to 4 of 10 experts in each of 4 layers (35%, 0.0 MB), about 85% hits expected; swaps may"
     )
+    assert cache.describe().startswith(line)
     cache.observe(tokens(np.random.default_rng(0), 1))
     assert cache.describe().endswith("0% hits, 0.0 swaps a token")
     off, _ = make_cache([0] * N_LAYERS, 1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
+from engine.experts.payback import LARGEST, PayBack
 from engine.experts.policy import POLICIES, make_policy
 from engine.experts.swaps import Swaps, hottest
 from engine.experts.twins import Twins
@@ -177,3 +178,31 @@ def test_a_budget_cuts_the_list_where_its_bytes_end() -> None:
     sizes = np.array([10, 7])
     assert swaps.widest_first().loads.tolist() == [2, 3, 1]
     assert [len(swaps.within(sizes, n)) for n in (9, 10, 16, 17, 26, 27)] == [0, 1, 1, 2, 2, 3]
+
+
+def test_the_margin_grows_while_swaps_bring_nothing_and_falls_when_they_pay() -> None:
+    def follow(newcomer_is_chosen: bool, payback: PayBack) -> None:
+        for _ in range(700):
+            payback.follow(Swaps(np.array([0]), np.array([3]), np.array([4]), np.ones(1, np.float32)))
+            payback.observe(np.array([[3 if newcomer_is_chosen else 4, 0], [1, 2]]))
+
+    payback = PayBack(2, 8, wanted=1.25)
+    follow(False, payback)
+    assert payback.scale == LARGEST
+    follow(True, payback)
+    assert payback.scale == 1.0
+
+
+def test_a_model_without_favourites_is_left_in_peace() -> None:
+    rng = np.random.default_rng(0)
+    policy = make_policy("adaptive", 4, 32)
+    plain = make_policy("decayed", 4, 32)
+    n_slots, loads = np.full(4, 8), [0, 0]
+    for i, p in enumerate((policy, plain)):
+        resident = np.zeros((4, 32), bool)
+        for t in range(600):
+            p.observe(np.stack([rng.permutation(32)[:4] for _ in range(4)]))
+            swaps = p.plan(resident, n_slots)
+            swaps.apply(resident)
+            loads[i] += len(swaps) * (t >= 300)
+    assert loads[0] < loads[1] / 4

@@ -97,6 +97,10 @@ def test_levels_and_threads_change_no_bit(golden: GoldenModel) -> None:
                 assert np.array_equal(runner.logits(tokens).view(np.uint32), expected), (isa, n_threads)
 
 
+def test_a_hot_cache_changes_no_bit(golden: GoldenModel) -> None:
+    golden.check_with_a_cache()
+
+
 def test_sequences_in_one_step_do_not_see_each_other(golden: GoldenModel) -> None:
     a, b = golden.prompt[:9], golden.reference["tokens_b"].tolist()[:7]
     alone = [golden.runner.logits(tokens).view(np.uint32) for tokens in (a, b)]

@@ -48,6 +48,13 @@ def test_routing_has_a_row_for_each_layer_with_experts(peer: GoldenModel) -> Non
     assert peer.runner.experts(peer.prompt).shape == (n_layers, len(peer.prompt), moe.n_experts_used)
 
 
+def test_a_hot_cache_changes_no_bit(peer: GoldenModel) -> None:
+    if peer.runner.model.spec.moe.n_experts:
+        peer.check_with_a_cache()
+    else:
+        assert not peer.runner.model.graph.routings
+
+
 def test_llama4_beyond_one_chunk(data: Path) -> None:
     """Attention in chunks of 8192 tokens, and queries scaled by position from there on."""
     references = data / "peers" / "llama4-F32.npz"

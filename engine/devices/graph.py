@@ -335,7 +335,7 @@ class CausalConv(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DeltaNet(Operation):
-    """Gated delta rule over time; formulas in `models/blocks.py`."""
+    """Gated delta rule over time; formulas in `models/qwen35moe.py`."""
 
     q: Tensor
     k: Tensor

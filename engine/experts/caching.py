@@ -38,6 +38,7 @@ class ExpertCaching:
         self._profile: Profile | None = None
         self._name = spec.name
         self._placement = ""
+        self._why_off = "no GPU in use" if spec.moe.n_experts else "the model has no experts"
         self.cache: HotCache | None = None
         recorder = None
         if isinstance(program, SlotProgram) and program.n_experts:
@@ -67,6 +68,11 @@ class ExpertCaching:
                 f"experts of the first {min(moe.n_cpu_moe, len(n_slots))} of {len(n_slots)} MoE layers on the CPU, "
                 "all others on the device; no cache (n_cpu_moe)"
             )
+        elif not n_slots.any():
+            wish = 'hot_k is 0; set hot_k = "auto" to use the VRAM that is left'
+            if moe.hot_k != 0:
+                wish = "no VRAM is left for a slot; raise vram_budget, or use a shorter context or kv_type q8_0"
+            self._placement = f"hot-expert cache off: all experts on the CPU, as {wish}"
         elif problem := why_useless(speeds.break_even, n_slots, n_experts_used):
             log.warning("the hot-expert cache can hardly pay: %s", problem)
         if self._profile_path and Path(self._profile_path).exists():
@@ -85,7 +91,7 @@ class ExpertCaching:
     def describe(self) -> str:
         """Return one line: what is kept where and what that earns, or why there is no cache."""
         if self.cache is None:
-            return "hot-expert cache off: no GPU in use"
+            return f"hot-expert cache off: {self._why_off}"
         return self._placement or self.cache.describe()
 
     def close(self) -> None:

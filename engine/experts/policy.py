@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.errors import ConfigError
+from engine.experts.payback import PayBack
 from engine.experts.swaps import NO_SWAPS, UNLIMITED, Ids, Resident, Swaps, swap_for_hotter
 from engine.experts.tracker import (
     Chosen,
@@ -173,14 +174,18 @@ class Static:
 
 
 class Adaptive:
-    """Counts that forget at two speeds, a pay-back margin, and twin layers where the model has them.
+    """Counts that forget at two speeds, a margin that follows from what swaps bring, and twin layers.
+
+    A newcomer must lead by `margin`. Swaps are followed to see whether they bring `wanted` hits each; while they do
+    not, the margin grows, so that a model whose routers have no favourites is left in peace (see `PayBack`).
 
     The swaps of a layer with a twin are decided on what the twin has just chosen for the very token, if `ahead` tells:
     an expert that is about to be chosen with probability p gets `twin_bonus` * p on top of its counts. Such a lead is
     gone after the token if the guess was wrong, so these layers ask for more of it; and as they make more of a copy
     than other layers do, those leave them room by asking for more, too.
 
-    Margins are multiples of `break_even`: the choices that a load has to turn from misses into hits to pay for itself.
+    Margins and `wanted` are multiples of `break_even`: the choices that a load has to turn from misses into hits to
+    pay for itself.
     """
 
     def __init__(
@@ -194,6 +199,7 @@ class Adaptive:
         interval: int = 1,
         break_even: float = 1.0,
         margin: float = 1.25,
+        wanted: float = 1.0,
         max_swaps: int = 1,
         twin_bonus: float = 3.5,
         twin_margin: float = 2.0,
@@ -205,6 +211,7 @@ class Adaptive:
         self._interval, self._margin, self._max_swaps = interval, margin * break_even, max_swaps
         self._twin_bonus, self._twin_margin, self._twin_swaps = twin_bonus, twin_margin * break_even, twin_swaps
         self._beside_twins_margin = beside_twins_margin * break_even
+        self.payback = PayBack(n_layers, n_experts, wanted * break_even)
         self._calls = 0
 
     @property
@@ -216,6 +223,7 @@ class Adaptive:
         """Count one token, and compare the layers."""
         self._tracker.observe(chosen)
         self.twins.observe(chosen)
+        self.payback.observe(chosen)
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
         """Return the swaps that pay, widest lead first, at every `interval`-th call."""
@@ -224,7 +232,10 @@ class Adaptive:
             return NO_SWAPS
         twins = self.twins.layers
         if ahead is None or not len(twins):
-            swaps = swap_for_hotter(self.heat, resident, n_slots, margin=self._margin, max_swaps=self._max_swaps)
+            margin_now = self._margin * self.payback.scale
+            swaps = swap_for_hotter(self.heat, resident, n_slots, margin=margin_now, max_swaps=self._max_swaps)
+            if len(swaps):
+                self.payback.follow(swaps)
             return swaps.widest_first()
         heat = self.heat.copy()
         heat[twins] += np.float32(self._twin_bonus) * self.twins.foretell(ahead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -60,6 +61,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# Tensors that a forward pass may leave out: blocks for multi-token prediction, and what NVFP4 files say of activations.
+_BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
+_UNUSED_SUFFIX = ".input_scale"
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model file understood: its hyper-parameters, its forward pass, and the tensors that this reads."""
@@ -92,8 +98,28 @@ def load_model(model_file: ModelFile) -> Model:
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
         raise UnsupportedModelError(
-            f"{model_file.name}: general.architecture is {name!r}; this version runs {', '.join(sorted(ARCHITECTURES))}"
+            f"{model_file.name}: there is no forward pass for models of the architecture {name!r} "
+            f"(general.architecture); this version runs {', '.join(sorted(ARCHITECTURES))}"
         )
     tensors = Tensors(model_file)
     spec = architecture.read_spec(Keys(model_file, name), tensors)
-    return Model(spec, architecture.forward(spec, tensors))
+    model = Model(spec, architecture.forward(spec, tensors))
+    _check_all_used(model, model_file)
+    return model
+
+
+def _check_all_used(model: Model, model_file: ModelFile) -> None:
+    """Refuse a file with weights that the forward pass leaves out: the text would be wrong, and nobody would know."""
+    used = set(model.tensor_names)
+    left_out = [name for name in model_file.tensors if name not in used and not _may_be_left_out(name, model.spec)]
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        raise UnsupportedModelError(
+            f"{model_file.name}: the forward pass of {model.spec.architecture} has no use for {', '.join(left_out[:3])}"
+            f"{more}; the file is of a variant that this version does not know"
+        )
+
+
+def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
+    block = _BLOCK.match(name)
+    return name.endswith(_UNUSED_SUFFIX) or (block is not None and int(block[1]) >= spec.n_layers)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from engine.devices.graph import Vector, Weight
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf.model_file import ModelFile, TensorInfo
-from engine.model_spec import AttentionSpec, MoESpec, RopeSpec
+from engine.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoESpec, RopeSpec
 
 RopeStyle: TypeAlias = Literal["neox", "norm"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen"]
@@ -76,10 +76,6 @@ class Keys:
         """Return whether the file gives an array."""
         return self.has(key) and self._metadata.is_array(f"{self.architecture}.{key}")
 
-    def name(self) -> str:
-        """Return the model's name for people."""
-        return self._metadata.text("general.name", self.file_name)
-
     def wrong(self, key: str, found: object, expected: str) -> GGUFError:
         """Make the error for a value that makes no sense."""
         return GGUFError(f"{self.file_name}: {self.architecture}.{key} is {found}; expected {expected}")
@@ -98,11 +94,24 @@ class Keys:
             raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
         return n_blocks - n_mtp
 
+    def model(self, tensors: Tensors, attention: AttentionSpec | LatentAttentionSpec, moe: MoESpec) -> ModelSpec:
+        """Read what every architecture has, around its attention and its experts."""
+        return ModelSpec(
+            architecture=self.architecture,
+            name=self._metadata.text("general.name", self.file_name),
+            n_layers=self.n_layers(),
+            hidden_size=self.size("embedding_length"),
+            n_vocab=tensors.shape("token_embd.weight")[0],
+            context_length=self.size("context_length"),
+            norm_eps=self.number("attention.layer_norm_rms_epsilon"),
+            attention=attention,
+            moe=moe,
+        )
+
     def mixture(
         self,
+        tensors: Tensors,
         *,
-        ffn_size: int | None = None,
-        shared_ffn_size: int = 0,
         scoring: Scoring = "softmax",
         normalize: bool = True,
         scale: float = 1.0,
@@ -110,9 +119,13 @@ class Keys:
     ) -> MoESpec:
         """Read the numbers of routed experts; what an architecture fixes or defaults to is passed in.
 
-        Without `ffn_size` the key `expert_feed_forward_length` gives it. Groups are read for every architecture.
+        Widths are those of the tensors: what the keys for them mean differs between architectures. Groups are read for
+        every architecture. A dense sibling has no experts.
         """
-        n_experts, n_experts_used = self.size("expert_count"), self.size("expert_used_count")
+        n_experts = self.size("expert_count", 0, minimum=0)
+        if not n_experts:
+            return MoESpec()
+        n_experts_used = self.size("expert_used_count")
         if n_experts_used > n_experts:
             raise self.wrong("expert_used_count", n_experts_used, f"at most expert_count ({n_experts})")
         n_groups = max(1, self.size("expert_group_count", 1, minimum=0))
@@ -121,11 +134,12 @@ class Keys:
             raise self.wrong("expert_group_count", n_groups, f"a divisor of expert_count, at least {n_groups_used}")
         if n_groups > 1 and (n_experts // n_groups < 2 or n_groups_used * (n_experts // n_groups) < n_experts_used):
             raise self.wrong("expert_group_count", n_groups, f"groups that hold {n_experts_used} experts between them")
+        n_layers = self.n_layers()
         return MoESpec(
             n_experts,
             n_experts_used,
-            ffn_size or self.size("expert_feed_forward_length"),
-            shared_ffn_size,
+            tensors.first_width("ffn_down_exps.weight", n_layers),
+            tensors.first_width("ffn_down_shexp.weight", n_layers),
             scoring,
             normalize,
             scale,
@@ -150,7 +164,7 @@ class Keys:
         """Return the factor of the chosen experts' weights; 0 in the file stands for none."""
         return self.number("expert_weights_scale", 1.0) or 1.0
 
-    def attention(self, hidden_size: int, style: RopeStyle = "neox") -> AttentionSpec:
+    def attention(self, style: RopeStyle = "neox") -> AttentionSpec:
         """Read the keys of softmax attention that every architecture has."""
         n_heads = self.size("attention.head_count")
         # Some files give one number for each layer, 0 where a layer has no attention.
@@ -160,7 +174,7 @@ class Keys:
         n_kv_heads = kv_heads[0]
         if n_heads % n_kv_heads:
             raise self.wrong("attention.head_count_kv", n_kv_heads, f"a divisor of attention.head_count ({n_heads})")
-        head_dim = self.size("attention.key_length", max(1, hidden_size // n_heads))
+        head_dim = self.size("attention.key_length", max(1, self.size("embedding_length") // n_heads))
         if self.size("attention.value_length", head_dim) != head_dim:
             raise self.wrong("attention.value_length", self.size("attention.value_length"), f"{head_dim}, as for keys")
         scale = self.number("attention.scale", 0.0) or head_dim**-0.5
@@ -228,6 +242,11 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, slowest dimension first."""
         return self._find(name).shape
+
+    def first_width(self, name: str, n_layers: int) -> int:
+        """Return the inputs of a matrix that some blocks have, as the first of them stores it; 0 if none has it."""
+        blocks = (self.block(layer) for layer in range(n_layers))
+        return next((block.shape(name)[-1] for block in blocks if block.has(name)), 0)
 
     def vector(self, name: str, *shape: int) -> Vector:
         """Return a tensor that is used as float32 values."""

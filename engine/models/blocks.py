@@ -81,9 +81,8 @@ def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, lay
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
-    if not _of_layer(attention.unrotated_layers, layer):
-        q = rotate(graph, q, n_heads, attention.rope, block)
-        k = rotate(graph, k, n_kv_heads, attention.rope, block)
+    q = rotate(graph, q, n_heads, attention.rope, block)
+    k = rotate(graph, k, n_kv_heads, attention.rope, block)
     return attend(graph, q, k, v, block, spec, layer)
 
 
@@ -108,8 +107,8 @@ def attend(
         attention.n_kv_heads,
         attention.scale,
         sinks=block.optional_vector("attn_sinks.weight", attention.n_heads),
-        window=int(_of_layer(attention.windows, layer)),
-        chunk=int(_of_layer(attention.chunks, layer)),
+        window=of_layer(attention.windows, layer),
+        chunk=of_layer(attention.chunks, layer),
     )
     if gate is not None:
         out = graph.gate(out, gate, Gating.SIGMOID)
@@ -182,7 +181,7 @@ def _yarn_pair(rope: RopeSpec, turns: float) -> float:
     return rope.n_rot * math.log(ratio) / (2 * math.log(rope.freq_base))
 
 
-def _of_layer(values: tuple[int, ...], layer: int) -> int:
+def of_layer(values: tuple[int, ...], layer: int) -> int:
     """Return a layer's value where each layer has one, else 0."""
     return values[layer] if values else 0
 
@@ -280,18 +279,3 @@ def expert_gate_up(block: Tensors, spec: ModelSpec) -> tuple[Weight, Weight]:
         block.experts("ffn_gate_exps.weight", n_experts, size, hidden_size),
         block.experts("ffn_up_exps.weight", n_experts, size, hidden_size),
     )
-
-
-def expert_ffn_size(tensors: Tensors, n_layers: int) -> int:
-    """Return the width of a routed expert as the first layer that has some stores it; 0 for a dense model."""
-    return _first_size(tensors, n_layers, "ffn_down_exps.weight", axis=-1)
-
-
-def shared_ffn_size(tensors: Tensors, n_layers: int) -> int:
-    """Return the width of the shared expert as the first layer that has one stores it; 0 if there is none."""
-    return _first_size(tensors, n_layers, "ffn_down_shexp.weight", axis=-1)
-
-
-def _first_size(tensors: Tensors, n_layers: int, name: str, axis: int) -> int:
-    blocks = (tensors.block(layer) for layer in range(n_layers))
-    return next((block.shape(name)[axis] for block in blocks if block.has(name)), 0)

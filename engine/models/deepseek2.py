@@ -11,26 +11,15 @@ import math
 from engine.devices.graph import Graph, Tensor
 from engine.errors import UnsupportedModelError
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
-from engine.models.binding import Keys, Scoring, Tensors
-from engine.models.blocks import decoder, expert_ffn_size, rotate, shared_ffn_size
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import decoder, rotate
 
 _GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack the key for the sigmoid router
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_layers = keys.n_layers()
-    return ModelSpec(
-        architecture=keys.architecture,
-        name=keys.name(),
-        n_layers=n_layers,
-        hidden_size=keys.size("embedding_length"),
-        n_vocab=tensors.shape("token_embd.weight")[0],
-        context_length=keys.size("context_length"),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        attention=_read_attention(keys, tensors),
-        moe=_read_mixture(keys, tensors, n_layers),
-    )
+    return keys.model(tensors, _read_attention(keys, tensors), _read_mixture(keys, tensors))
 
 
 def _read_attention(keys: Keys, tensors: Tensors) -> LatentAttentionSpec:
@@ -42,6 +31,11 @@ def _read_attention(keys: Keys, tensors: Tensors) -> LatentAttentionSpec:
     rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
     if head_dim <= rope_dim:
         raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")
+    if keys.number("attention.temperature_scale", 0.0):
+        raise UnsupportedModelError(
+            f"{keys.file_name}: scales queries by their position ({keys.architecture}.attention.temperature_scale), as "
+            "Mistral Large 3 does; this version has no such step for latent attention"
+        )
     # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier; then cosine and sine are not scaled.
     yarn = keys.rope(rope_dim, "norm")
     slope = 0.1
@@ -61,13 +55,12 @@ def _read_attention(keys: Keys, tensors: Tensors) -> LatentAttentionSpec:
     )
 
 
-def _read_mixture(keys: Keys, tensors: Tensors, n_layers: int) -> MoESpec:
-    is_glm_flash = n_layers in _GLM_FLASH_LAYERS and tensors.shape("token_embd.weight")[0] == _GLM_FLASH_VOCAB
-    default: Scoring = "sigmoid" if is_glm_flash else "softmax"
+def _read_mixture(keys: Keys, tensors: Tensors) -> MoESpec:
+    n_vocab = tensors.shape("token_embd.weight")[0]
+    is_glm_flash = keys.n_layers() in _GLM_FLASH_LAYERS and n_vocab == _GLM_FLASH_VOCAB
     return keys.mixture(
-        ffn_size=expert_ffn_size(tensors, n_layers),
-        shared_ffn_size=shared_ffn_size(tensors, n_layers),
-        scoring=keys.scoring(default),
+        tensors,
+        scoring=keys.scoring("sigmoid" if is_glm_flash else "softmax"),
         normalize=keys.flag("expert_weights_norm", False),
         scale=keys.weights_scale(),
     )

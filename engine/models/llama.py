@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from engine.devices.graph import Graph
 from engine.errors import UnsupportedModelError
-from engine.model_spec import ModelSpec, MoESpec
+from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import decoder, expert_ffn_size, self_attention
+from engine.models.blocks import decoder, self_attention
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -16,19 +16,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             f"{keys.file_name}: keeps every expert in a tensor of its own (blk.0.ffn_gate.0.weight), as files of early "
             "2024 do; convert the model again with a current llama.cpp"
         )
-    n_layers, hidden_size = keys.n_layers(), keys.size("embedding_length")
-    ffn_size = expert_ffn_size(tensors, n_layers)
-    return ModelSpec(
-        architecture=keys.architecture,
-        name=keys.name(),
-        n_layers=n_layers,
-        hidden_size=hidden_size,
-        n_vocab=tensors.shape("token_embd.weight")[0],
-        context_length=keys.size("context_length"),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        attention=keys.attention(hidden_size, "norm"),
-        moe=keys.mixture(ffn_size=ffn_size) if ffn_size else MoESpec(),
-    )
+    return keys.model(tensors, keys.attention("norm"), keys.mixture(tensors))
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:

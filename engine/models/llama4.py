@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.devices.graph import Graph, Tensor
+from engine.errors import UnsupportedModelError
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import attend, decoder, expert_ffn_size, project_qkv, rotate, shared_ffn_size
+from engine.models.blocks import attend, decoder, of_layer, project_qkv, rotate
 
 _CHUNK = 8192
 _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE = 8192, 0.1
@@ -17,29 +18,18 @@ _N_EXPERTS_UNNORMALIZED = 128  # Maverick: its queries and keys are not normalis
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_layers, hidden_size = keys.n_layers(), keys.size("embedding_length")
-    attention = keys.attention(hidden_size, "norm")
+    n_layers, attention = keys.n_layers(), keys.attention("norm")
     if keys.size("attention.sliding_window", _CHUNK, minimum=0):  # 0: a small variant without chunks
         unrotated = tuple((layer + 1) % _PERIOD == 0 for layer in range(n_layers))
         chunks = tuple(0 if is_unrotated else _CHUNK for is_unrotated in unrotated)
         attention = replace(attention, unrotated_layers=unrotated, chunks=chunks)
-    return ModelSpec(
-        architecture=keys.architecture,
-        name=keys.name(),
-        n_layers=n_layers,
-        hidden_size=hidden_size,
-        n_vocab=tensors.shape("token_embd.weight")[0],
-        context_length=keys.size("context_length"),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        attention=attention,
-        moe=keys.mixture(
-            ffn_size=expert_ffn_size(tensors, n_layers),
-            shared_ffn_size=shared_ffn_size(tensors, n_layers),
-            scoring="sigmoid",
-            normalize=False,
-            weights_input=True,
-        ),
-    )
+    moe = keys.mixture(tensors, scoring="sigmoid", normalize=False, weights_input=True)
+    if moe.n_experts_used > 1:
+        raise UnsupportedModelError(
+            f"{keys.file_name}: llama4.expert_used_count is {moe.n_experts_used}; this version needs 1, because an "
+            "expert's weight multiplies its input"
+        )
+    return keys.model(tensors, attention, moe)
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
@@ -53,7 +43,7 @@ def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: 
     assert isinstance(attention, AttentionSpec)
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
-    if attention.unrotated_layers and attention.unrotated_layers[layer]:
+    if of_layer(attention.unrotated_layers, layer):
         q = graph.scale_by_position(q, _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE)
     else:
         q = rotate(graph, q, n_heads, attention.rope, block)

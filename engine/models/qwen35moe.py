@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from engine.devices.graph import Gating, Graph, Tensor
 from engine.errors import UnsupportedModelError
-from engine.model_spec import AttentionSpec, DeltaNetSpec, ModelSpec, MoESpec
+from engine.model_spec import AttentionSpec, DeltaNetSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
 from engine.models.blocks import attend, decoder, normalize_heads, project_qkv, rotate
 
@@ -30,28 +31,10 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             keys.file_name,
             _DT_BIAS_UNUSUAL,
         )
-    hidden_size = keys.size("embedding_length")
-    return ModelSpec(
-        architecture=keys.architecture,
-        name=keys.name(),
-        n_layers=n_layers,
-        hidden_size=hidden_size,
-        n_vocab=tensors.shape("token_embd.weight")[0],
-        context_length=keys.size("context_length"),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        attention=keys.attention(hidden_size),
-        moe=_read_mixture(keys),
+    return replace(
+        keys.model(tensors, keys.attention(), keys.mixture(tensors)),
         recurrent_layers=recurrent_layers,
         delta_net=read_delta_net(keys, grouped=False),
-    )
-
-
-def _read_mixture(keys: Keys) -> MoESpec:
-    if not keys.has("expert_count"):  # qwen35, the dense sibling
-        return MoESpec()
-    ffn_size = keys.size("expert_feed_forward_length")
-    return keys.mixture(
-        ffn_size=ffn_size, shared_ffn_size=keys.size("expert_shared_feed_forward_length", ffn_size, minimum=0)
     )
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.devices.graph import Graph, Tensor
 from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import decoder, expert_ffn_size, shared_ffn_size
+from engine.models.blocks import decoder
 from engine.models.qwen35moe import gated_attention, gated_delta_net, read_delta_net, read_recurrent_layers
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_layers, hidden_size = keys.n_layers(), keys.size("embedding_length")
-    return ModelSpec(
-        architecture=keys.architecture,
-        name=keys.name(),
-        n_layers=n_layers,
-        hidden_size=hidden_size,
-        n_vocab=tensors.shape("token_embd.weight")[0],
-        context_length=keys.size("context_length"),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        attention=keys.attention(hidden_size),
-        moe=keys.mixture(
-            ffn_size=expert_ffn_size(tensors, n_layers), shared_ffn_size=shared_ffn_size(tensors, n_layers)
-        ),
-        recurrent_layers=read_recurrent_layers(keys, n_layers),
+    return replace(
+        keys.model(tensors, keys.attention(), keys.mixture(tensors)),
+        recurrent_layers=read_recurrent_layers(keys, keys.n_layers()),
         delta_net=read_delta_net(keys, grouped=True),
     )
 

@@ -302,8 +302,11 @@ class Lowering:
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        divided = op.frequencies if op.divisors is None else op.frequencies / self._values(op.divisors)
-        frequencies = np.ascontiguousarray(divided, np.float32)
+        frequencies = op.frequencies
+        if op.divisors is not None:
+            with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
+                frequencies = op.frequencies / self._values(op.divisors)
+        frequencies = np.ascontiguousarray(frequencies, np.float32)
         self._keep.append(frequencies)
         self._calls.append(
             lambda: self.program.rope(

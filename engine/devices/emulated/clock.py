@@ -43,6 +43,7 @@ class Timetable:
         self._adversarial, self._failing = adversarial, failing
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._link_is_free_at = 0.0
+        self._steps_are_over_at = 0.0
         self._step_s = 0.0
 
     def copy(self, n_bytes: int) -> Event:
@@ -54,10 +55,12 @@ class Timetable:
         return Event(self._link_is_free_at, failed)
 
     def step(self, seconds: float) -> Event:
-        """Take a step on the clock; return when its last reader is done."""
+        """Take a step on the clock; return when its last reader is done, which is never before an earlier step's."""
         self._step_s = seconds
         self._clock.advance_to(self._clock.now + seconds)
-        return Event(self._clock.now + (self._some_time() if self._adversarial else 0.0))
+        end = self._clock.now + (self._some_time() if self._adversarial else 0.0)
+        self._steps_are_over_at = max(self._steps_are_over_at, end)
+        return Event(self._steps_are_over_at)
 
     def _some_time(self) -> float:
         steps = self._random.integers(0, 2) and self._random.random() * self.PATIENCE

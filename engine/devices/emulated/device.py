@@ -153,7 +153,7 @@ class EmulatedProgram:
         spent = time_step(self._device.machine, work)
         self._time_spent += spent
         self._traffic += traffic_of(work)
-        self._last_reader = self._timetable.step(spent.total_s)
+        self._last_reader = max(self._last_reader, self._timetable.step(spent.total_s), key=lambda event: event.at)
         self._memory.note_readers(self._last_reader.at)
         self._memory.settle()
         return logits

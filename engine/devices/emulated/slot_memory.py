@@ -24,14 +24,12 @@ class _Slot:
     """What is in a slot.
 
     Attributes:
-        expert: whose bytes are in it or on their way, -1 for none.
-        copy: that brings them; None once they are whole.
+        expert: whose bytes are in it, -1 for none.
         is_published: steps may read it.
         read_until: its last reader is done then.
     """
 
     expert: int = -1
-    copy: Event | None = None
     is_published: bool = False
     read_until: float = 0.0
 
@@ -41,6 +39,7 @@ class Copy:
     """A copy that was started; a ticket of the device."""
 
     layer: int
+    expert: int
     slot: int
     event: Event
 
@@ -48,7 +47,8 @@ class Copy:
 class SlotMemory:
     """Slots in one arena, and the pointer tables that send steps to them.
 
-    A slot is poisoned when a copy into it begins; the bytes come when the copy is over on the virtual clock.
+    A slot is poisoned when a copy into it begins; the bytes come when the copy is over on the virtual clock. An
+    interrupt between any two lines leaves nothing that the same call, or `publish` of every expert, does not mend.
     """
 
     def __init__(self, tables: list[ExpertTables], n_slots: list[int], clock: VirtualClock) -> None:
@@ -68,12 +68,12 @@ class SlotMemory:
                 self._offsets[-1].append(parts)
         self._arena = Arena(offset + ALIGNMENT)
         self._arena.bytes[:] = _POISON
-        self._under_way: list[Copy] = []
+        self._under_way: dict[tuple[int, int], Copy] = {}  # by layer and slot
 
     @property
     def under_way(self) -> list[Copy]:
         """Return the copies that are not over."""
-        return self._under_way
+        return list(self._under_way.values())
 
     def begin_copy(self, layer: int, expert: int, slot: int, event: Event) -> Copy:
         """Poison a slot for an expert that arrives with `event`."""
@@ -88,30 +88,25 @@ class SlotMemory:
             raise HazardError(
                 f"layer {layer}: slot {slot} is overwritten while a step reads expert {record.expert} there"
             )
-        if record.copy is not None:
+        if (layer, slot) in self._under_way:
             raise HazardError(f"layer {layer}: two copies into slot {slot} at the same time")
-        record.expert, record.copy = expert, event
+        record.expert = -1
         for offset, size in zip(self._offsets[layer][slot], self._tables[layer].sizes, strict=True):
             self._arena.bytes[offset : offset + size] = _POISON
-        copy = Copy(layer, slot, event)
-        self._under_way.append(copy)
+        copy = self._under_way[layer, slot] = Copy(layer, expert, slot, event)
         return copy
 
     def settle(self) -> None:
         """Bring the bytes of all copies that are over by now."""
-        over = [copy for copy in self._under_way if copy.event.at <= self._clock.now]
-        if not over:
-            return
-        self._under_way = [copy for copy in self._under_way if copy.event.at > self._clock.now]
-        for copy in over:
-            record = self._record(copy.layer, copy.slot)
-            record.copy = None
-            if copy.event.failed:
-                record.expert = -1
+        for copy in self.under_way:
+            if copy.event.at > self._clock.now:
                 continue
-            table, home = self._tables[copy.layer], self._homes[copy.layer][:, record.expert]
-            for part, offset in enumerate(self._offsets[copy.layer][copy.slot]):
-                _kernels.parallel_copy(int(home[part]), self._arena.address + offset, table.sizes[part], 1)
+            if not copy.event.failed:
+                table, home = self._tables[copy.layer], self._homes[copy.layer][:, copy.expert]
+                for part, offset in enumerate(self._offsets[copy.layer][copy.slot]):
+                    _kernels.parallel_copy(int(home[part]), self._arena.address + offset, table.sizes[part], 1)
+                self._record(copy.layer, copy.slot).expert = copy.expert
+            del self._under_way[copy.layer, copy.slot]
 
     def publish(self, layer: int, expert: int, slot: int) -> None:
         """Send steps to a slot for an expert, or back to RAM (-1)."""
@@ -122,7 +117,7 @@ class SlotMemory:
             self._tables[layer].addresses[:, expert] = self._homes[layer][:, expert]
             return
         record = self._record(layer, slot)
-        if record.copy is not None:
+        if (layer, slot) in self._under_way:
             raise HazardError(f"layer {layer}: expert {expert} is published in slot {slot} before its copy is done")
         if record.expert != expert:
             raise HazardError(

@@ -1,0 +1,33 @@
+"""Ctrl-C at a line of one's choice."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th line that is run in some modules, once."""
+
+    def __init__(self, at_line: int, modules: Sequence[ModuleType]) -> None:
+        self.at_line, self.n_lines, self.raised = at_line, 0, False
+        self._files = {module.__file__ for module in modules}
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename not in self._files:
+            return None
+        if event == "line":
+            self.n_lines += 1
+            if self.n_lines == self.at_line:
+                self.raised = True
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self):
+        self.previous = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.previous)

@@ -1,0 +1,175 @@
+"""What a file may ask of a forward pass: other ways to store it, variants refused by name, contradictions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_mutations import Parts, damage_parts, exercise
+from golden_files import PEERS
+from model_runner import ModelRunner
+
+from engine.errors import GGUFError, UnsupportedModelError
+from engine.gguf.metadata import Metadata
+from engine.gguf.model_file import TensorInfo
+from engine.gguf.reader import GGUFFile
+from engine.gguf.writer import write_gguf
+from engine.models import ARCHITECTURES, Model, load_model
+from engine.quants.formats import BY_NAME
+
+
+def parts_of(path: Path) -> Parts:
+    """A model file taken apart."""
+    with GGUFFile.open(path) as file:
+        return Parts({key: file.metadata.value(key) for key in file.metadata}, list(file.tensors.values()))
+
+
+def load(parts: Parts, folder: Path) -> Model:
+    path = folder / "model.gguf"
+    path.write_bytes(parts.encode())
+    with GGUFFile.open(path) as file:
+        return load_model(file)
+
+
+@pytest.fixture
+def peer(data: Path):
+    return lambda name: parts_of(data / "peers" / f"{name}-F32.gguf")
+
+
+def with_tensor(parts: Parts, name: str, *shape: int) -> Parts:
+    return replace(parts, tensors=[*parts.tensors, TensorInfo(name, BY_NAME["F32"], shape, 4 * int(np.prod(shape)))])
+
+
+def without_tensors(parts: Parts, ending: str) -> Parts:
+    return replace(parts, tensors=[info for info in parts.tensors if not info.name.endswith(ending)])
+
+
+def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tmp_path: Path) -> None:
+    parts = peer("llama")
+    parts.values["general.architecture"] = "gemma4"
+    with pytest.raises(UnsupportedModelError, match="'gemma4'") as caught:
+        load(parts, tmp_path)
+    assert all(name in str(caught.value) for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("minimax-m2", "expert_gating_func", 4, r"expert_gating_func is 4; .* 1 \(softmax\), 2 \(sigmoid\) and 3"),
+        ("minimax-m2", "expert_count", 0, r"has a router \(blk.0.ffn_gate_inp.weight\) but no expert_count"),
+        ("minimax-m2", "expert_used_count", 9, r"expert_used_count is 9; expected at most expert_count \(8\)"),
+        ("llama", "rope.scaling.type", "longrope", "'longrope'; this version knows none, linear and yarn"),
+        ("llama", "attention.head_count_kv", 3, "head_count_kv is 3; expected a divisor of attention.head_count"),
+        ("bailingmoe2", "expert_group_count", 3, "expert_group_count is 3; expected a divisor of expert_count"),
+        ("bailingmoe2", "expert_group_count", 8, "expert_group_count is 8; expected groups that hold 2 experts"),
+        ("qwen35", "ssm.inner_size", 63, "ssm.inner_size is 63; expected 64"),
+        ("qwen35", "nextn_predict_layers", 4, r"nextn_predict_layers is 4; expected less than block_count \(4\)"),
+        ("granitemoe", "embedding_scale", float("inf"), "embedding_scale is inf; expected a finite number"),
+        ("llama4", "expert_used_count", 2, "expert_used_count is 2; this version needs 1"),
+        ("llama4", "embedding_length", 64, r"token_embd.weight has the shape \[128, 32\]; .* must be \[128, 64\]"),
+    ],
+)
+def test_keys_that_cannot_be_followed_are_named(
+    peer, tmp_path: Path, name: str, key: str, value: object, message: str
+) -> None:
+    parts = peer(name)
+    parts.values[f"{name}.{key}"] = value
+    with pytest.raises((GGUFError, UnsupportedModelError), match=message):
+        load(parts, tmp_path)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_missing_tensor_is_named(peer, tmp_path: Path, name: str) -> None:
+    with pytest.raises(GGUFError, match=r"tensor blk\.\d\.attn_output\.weight is missing"):
+        load(without_tensors(peer(name), "attn_output.weight"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_gate.bias", "blk.1.attn_sub_norm.weight", "position_embd.weight"])
+def test_a_tensor_without_use_is_refused(peer, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"forward pass of llama has no use for {name}; .* variant"):
+        load(with_tensor(peer("llama"), name, 32), tmp_path)
+
+
+def test_experts_in_tensors_of_their_own_are_refused(peer, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"every expert in a tensor of its own .* convert the model again"):
+        load(with_tensor(peer("llama"), "blk.0.ffn_gate.0.weight", 64, 32), tmp_path)
+
+
+def test_blocks_for_multi_token_prediction_are_left_out(peer, tmp_path: Path) -> None:
+    parts = peer("bailingmoe2")
+    alone = load(parts, tmp_path)
+    parts.values.update({"bailingmoe2.block_count": 4, "bailingmoe2.nextn_predict_layers": 1})
+    model = load(with_tensor(parts, "blk.3.nextn.eh_proj.weight", 32, 64), tmp_path)
+    assert model.spec == alone.spec
+    assert model.tensor_names == alone.tensor_names
+
+
+def test_latent_attention_needs_its_keys_apart(golden_path, tmp_path: Path) -> None:
+    parts = parts_of(golden_path("deepseek2/deepseek2-v3-wide-Q4_K_M.gguf"))
+    with pytest.raises(UnsupportedModelError, match=r"attn_kv_b.*needs attn_k_b and attn_v_b: convert"):
+        load(without_tensors(without_tensors(parts, "exps.weight"), "attn_k_b.weight"), tmp_path)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_heads_that_contradict_themselves(peer, tmp_path: Path, name: str) -> None:
+    rng, path, parts = random.Random(0), tmp_path / "changed.gguf", peer(name)
+    outcomes = set()
+    for _ in range(40):
+        path.write_bytes(damage_parts(rng, parts).encode(rng))
+        outcomes.add(exercise(path))
+    assert "GGUFError" in outcomes <= {"ran", "GGUFError", "UnsupportedModelError"}
+
+
+# -- the same weights, stored in another way -------------------------------------------------------------------------
+
+
+class Stored:
+    """A model file made of arrays in memory, float32 all of them."""
+
+    def __init__(self, metadata: Metadata, arrays: dict[str, np.ndarray]) -> None:
+        self.name, self.metadata = "stored", metadata
+        self._arrays = arrays
+        self.tensors = {name: TensorInfo(name, BY_NAME["F32"], a.shape, a.nbytes) for name, a in arrays.items()}
+
+    def mapped(self, name: str) -> np.ndarray:
+        return np.ascontiguousarray(self._arrays[name], np.float32).view(np.uint8).reshape(-1)
+
+
+def fuse_qkv(arrays: dict[str, np.ndarray], layer: int) -> None:
+    """One matrix and one bias for queries, keys and values."""
+    for kind in ("weight", "bias"):
+        parts = [arrays.pop(f"blk.{layer}.attn_{part}.{kind}") for part in "qkv"]
+        arrays[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+
+
+def interleave_delta_net(arrays: dict[str, np.ndarray], layer: int) -> None:
+    """One matrix for all inputs of a delta net, a key head at a time: its query, key, values and output gates."""
+    name, n_k_heads = f"blk.{layer}.attn_qkv.weight", 2
+    if f"blk.{layer}.ssm_ba.weight" not in arrays:
+        return
+    qkv, z = arrays.pop(name), arrays.pop(f"blk.{layer}.attn_gate.weight")
+    key_size = (len(qkv) - len(z)) // 2
+    parts = [*np.split(qkv, [key_size, 2 * key_size]), z]
+    by_head = [part.reshape(n_k_heads, -1, part.shape[-1]) for part in parts]
+    arrays[f"blk.{layer}.ssm_in.weight"] = np.concatenate(by_head, axis=1).reshape(-1, qkv.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "restore"),
+    [("qwen2moe/qwen2moe-micro-F32", fuse_qkv), ("qwen3next/qwen3next-micro-F32", interleave_delta_net)],
+)
+def test_fused_tensors_change_no_bit(golden_path, tmp_path: Path, name: str, restore) -> None:
+    path, fused = golden_path(f"{name}.gguf"), tmp_path / "fused.gguf"
+    with GGUFFile.open(path) as file:
+        arrays = {name: file.mapped(name).view(np.float32).reshape(info.shape) for name, info in file.tensors.items()}
+        n_tensors = len(arrays)
+        for layer in range(file.metadata.integer(f"{file.metadata.text('general.architecture')}.block_count")):
+            restore(arrays, layer)
+        assert len(arrays) < n_tensors
+        write_gguf(Stored(file.metadata, arrays), fused)
+    tokens = list(range(3, 40, 2))
+    with ModelRunner(path) as apart, ModelRunner(fused) as together:
+        assert np.array_equal(together.logits(tokens).view(np.uint32), apart.logits(tokens).view(np.uint32))
