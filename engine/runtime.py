@@ -295,7 +295,7 @@ class Engine:
             prompt: a text to continue, chat messages such as `[{"role": "user", "content": "Hello"}]`, or token ids.
             params: how tokens are chosen; None for the [sampling] settings.
             stream: return an iterator of pieces instead of the whole answer. Close it to stop early.
-            progress: called with (tokens done, tokens in all) while the prompt is run, by the thread that runs the step.
+            progress: called with (tokens done, tokens in all) while the prompt is run, in the thread that runs a step.
 
         Raises:
             RequestError: for an empty prompt, or one that leaves no room in the context.
