@@ -232,7 +232,7 @@ def test_threads_take_turns(engine: Engine) -> None:
 def test_a_sequence_in_the_callers_hands(engine: Engine) -> None:
     ids = engine.tokenize(PROMPT, add_special=True)
     expected = engine.logits(ids)
-    with engine.new_sequence() as sequence:
+    with engine.new_session() as sequence:
         assert sequence.run(ids[:2], "none").shape == (0, engine.spec.n_vocab)
         last = sequence.run(ids[2:-1])
         end = sequence.run(ids[-1:], "all")

@@ -162,6 +162,14 @@ class EmulatedProgram:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
         return self._program.routing() if self._routing is None else self._routing.copy()
 
+    def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
+        return self._program.save_sequence(slot, n_tokens)
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_sequence` returned; raise `RequestError` if it does not fit."""
+        self._program.load_sequence(slot, n_tokens, saved)
+
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""
         self._memory.check_closed()
