@@ -61,7 +61,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         engine.prompt_ids([*messages, {"role": "user", "content": "?"}])  # a model that cannot chat says so now
         if not args.quiet:
             console.print(_HELP)
-        chat = Chat(engine, messages, console, bars, quiet=args.quiet, shows_cache=args.stats)
+        chat = Chat(engine, messages, console, bars, quiet=args.quiet, show_layers=args.stats)
         with _history():
             for text in entries():
                 if not chat.take(text):
@@ -83,15 +83,15 @@ class Chat:
         console: Console,
         bars: Bars,
         *,
-        quiet: bool,
-        shows_cache: bool = False,
+        quiet: bool = False,
+        show_layers: bool = False,
     ) -> None:
         self.messages = messages
         self._engine = engine
         self._console = console
         self._bars = bars
         self._quiet = quiet
-        self._shows_cache = shows_cache
+        self._show_layers = show_layers
 
     def take(self, text: str) -> bool:
         """Do what an entry asks for; return whether the talk goes on."""
@@ -100,7 +100,7 @@ class Chat:
         if not command.startswith("/"):
             before = self._engine.statistics
             self._answer(text)
-            if self._shows_cache:
+            if self._show_layers:
                 self._show_cache(before)
         elif command == "/exit":
             return False
@@ -117,6 +117,13 @@ class Chat:
         else:
             self._console.print(f"error: there is no command {command}; /help lists them")
         return True
+
+    def _show_cache(self, before: EngineStatistics) -> None:
+        """Show what the cache did since a look, or why there is none."""
+        now = self._engine.statistics
+        if now.cache is not None and before.cache is not None:
+            self._console.print(layer_table("this answer", now, before))
+        self._console.print(now.cache_line)
 
     def _answer(self, text: str) -> None:
         """Stream one answer. One that is stopped counts as far as it came; a message that fails does not count."""
@@ -137,13 +144,6 @@ class Chat:
             self._console.print(f"error: {error}; /reset begins anew")
             return
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-
-    def _show_cache(self, before: EngineStatistics) -> None:
-        """Show what the cache did since a look, or why there is none."""
-        now = self._engine.statistics
-        if now.cache is not None and before.cache is not None:
-            self._console.print(layer_table("this answer", now, before))
-        self._console.print(now.cache_line)
 
     def _save(self, name: str) -> None:
         if not name:

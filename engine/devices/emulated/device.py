@@ -91,6 +91,9 @@ class EmulatedDevice:
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
         return EmulatedProgram(self, lowered, footprint, plan)
 
+    def close(self) -> None:
+        """Do nothing: the memory is the programs'."""
+
 
 class EmulatedProgram:
     """A compiled forward pass with slots for experts. Implements `SlotProgram`, `ClockedProgram`, `MeteredProgram`.
