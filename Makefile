@@ -72,7 +72,7 @@ format: $(VENV)/.installed-dev ## bring all sources into the house style
 	$(VENV)/bin/clang-format -i $$(git ls-files 'engine/kernels/*.[ch]')
 
 docs: $(VENV)/.installed-dev ## make the API reference in build/docs
-	$(VENV)/bin/pdoc --docformat google --output-directory build/docs engine '!engine.__main__' '!engine.cli' '!engine.bench'
+	$(PY) docs/make_reference.py build/docs
 	@echo "open build/docs/index.html"
 
 build: $(VENV)/.installed-dev ## make the source package and a wheel, and smoke-test the wheel in an environment of its own

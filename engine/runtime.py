@@ -21,6 +21,7 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, EngineSettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
+from engine.devices.cuda import CUDADevice
 from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, SavingProgram
@@ -137,7 +138,7 @@ class Engine:
         self._tensor_names = model.tensor_names
         self.config = resolve(config, model.spec)
         self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
-        self._device, reason = open_device(self.config)
+        self._device, reason = open_device(self.config, progress)
         settings = self.config.engine
         self._limits = Limits(
             settings.max_batch_tokens,
@@ -145,14 +146,18 @@ class Engine:
             settings.context_length,
             KVType[settings.kv_type.upper()],
         )
-        if settings.device != "cuda":  # there they are in the GPU's memory, which the device checks itself
-            _check_memory(measure(model.graph, self._limits), settings)
-        self._weights = WeightMemory.load(
-            model_file,
-            model.tensor_names,
-            self.config.model.load,
-            progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
-        )
+        try:
+            if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
+                _check_memory(measure(model.graph, self._limits), settings)
+            self._weights = WeightMemory.load(
+                model_file,
+                model.tensor_names,
+                self.config.model.load,
+                progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
+            )
+        except BaseException:
+            self._device.close()
+            raise
         try:
             self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
             try:
@@ -161,6 +166,7 @@ class Engine:
                 self._program.close()
                 raise
         except BaseException:
+            self._device.close()
             self._weights.close()
             raise
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
@@ -217,6 +223,7 @@ class Engine:
                 self._is_open = False
                 self._caching.close()
                 self._program.close()
+                self._device.close()
                 self._weights.close()
                 self._file.close()
 
@@ -671,8 +678,8 @@ def _check_memory(footprint: Footprint, settings: EngineSettings) -> None:
         return
     raise DeviceError(
         f"keys, values and states of {settings.n_sequences} x {settings.context_length} tokens, and intermediate "
-        f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and {available / 1e9:.1f} GB are "
-        'free; lower [engine] context_length, n_sequences or max_batch_tokens, or set kv_type = "q8_0"'
+        f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and {available / 1e9:.1f} GB "
+        'are free; lower [engine] context_length, n_sequences or max_batch_tokens, or set kv_type = "q8_0"'
     )
 
 
@@ -683,18 +690,36 @@ def _capped_level(cap: Level | Literal[""]) -> Level:
     return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
 
 
-def open_device(config: EngineConfig) -> tuple[Device, str]:
+def open_device(config: EngineConfig, progress: OpenProgress | None = None) -> tuple[Device, str]:
     """Open the device that the settings ask for; return it and why it is this one. Raises `DeviceError`."""
-    settings = config.engine
+    settings, reason = config.engine, "as set"
     if settings.device == "emulated":
-        return _emulated_device(config), "as set"
+        return _emulated_device(config), reason
     if settings.device == "cuda":
-        raise DeviceError("engine.device is 'cuda', and this version has no such device; set device = \"cpu\"")
+        try:
+            return _cuda_device(config, progress), reason
+        except DeviceError as error:
+            raise DeviceError(f"engine.device is 'cuda', but {error}") from None
+    if settings.device == "auto":
+        try:
+            return _cuda_device(config, progress), "found"
+        except DeviceError as error:
+            reason = f"no GPU is used: {error}"
     for key, wish in (("moe.hot_k", config.moe.hot_k), ("moe.n_cpu_moe", config.moe.n_cpu_moe + 1)):
         if wish not in {0, "auto"}:
             _log.warning("%s has no effect: there is no GPU in use", key)
-    reason = "as set" if settings.device == "cpu" else "the only device of this version"
     return CPUDevice(settings.n_threads, settings.isa), reason
+
+
+def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADevice:
+    settings = config.engine
+    return CUDADevice(
+        wish=_memory_wish(config),
+        vram_budget=settings.vram_budget_bytes,
+        n_threads=settings.n_threads,
+        isa=settings.isa or None,
+        progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
+    )
 
 
 def _emulated_device(config: EngineConfig) -> EmulatedDevice:

@@ -97,6 +97,7 @@ def driver() -> Iterator:
     assert stand_in.device_bytes == 0
     assert stand_in.pinned_allocations == 0
     stand_in.reset()
+    stand_in.set(n_devices=0)  # for tests of other files that take whatever device there is
 
 
 @pytest.fixture(scope="module")

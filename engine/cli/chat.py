@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from engine.cli.layers import layer_table
 from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
 from engine.cli.run import describe, write
 from engine.cli.terminal import Bars
@@ -46,6 +47,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    parser.add_argument("--stats", action="store_true", help="after each answer, show hits and times of every layer")
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
@@ -59,7 +61,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         engine.prompt_ids([*messages, {"role": "user", "content": "?"}])  # a model that cannot chat says so now
         if not args.quiet:
             console.print(_HELP)
-        chat = Chat(engine, messages, console, bars, quiet=args.quiet)
+        chat = Chat(engine, messages, console, bars, quiet=args.quiet, show_layers=args.stats)
         with _history():
             for text in entries():
                 if not chat.take(text):
@@ -74,19 +76,32 @@ class Chat:
         messages: so far, the system message first if there is one.
     """
 
-    def __init__(self, engine: Engine, messages: Messages, console: Console, bars: Bars, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        messages: Messages,
+        console: Console,
+        bars: Bars,
+        *,
+        quiet: bool = False,
+        show_layers: bool = False,
+    ) -> None:
         self.messages = messages
         self._engine = engine
         self._console = console
         self._bars = bars
         self._quiet = quiet
+        self._show_layers = show_layers
 
     def take(self, text: str) -> bool:
         """Do what an entry asks for; return whether the talk goes on."""
         command, _, rest = text.partition(" ")
         rest = rest.strip()
         if not command.startswith("/"):
+            before = self._engine.statistics
             self._answer(text)
+            if self._show_layers:
+                self._show_cache(before)
         elif command == "/exit":
             return False
         elif command == "/reset":
@@ -102,6 +117,13 @@ class Chat:
         else:
             self._console.print(f"error: there is no command {command}; /help lists them")
         return True
+
+    def _show_cache(self, before: EngineStatistics) -> None:
+        """Show what the cache did since a look, or why there is none."""
+        now = self._engine.statistics
+        if now.cache is not None and before.cache is not None:
+            self._console.print(layer_table("this answer", now, before))
+        self._console.print(now.cache_line)
 
     def _answer(self, text: str) -> None:
         """Stream one answer. One that is stopped counts as far as it came; a message that fails does not count."""

@@ -728,3 +728,7 @@ class Device(Protocol):
     def compile(self, graph: Graph, weights: WeightAccess, limits: Limits) -> Program:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         ...
+
+    def close(self) -> None:
+        """Give the device back; its programs must be closed before."""
+        ...

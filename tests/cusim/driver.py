@@ -23,6 +23,7 @@ DEFAULTS = {
     "jitter_us": 0,
     "copy_us": 0,
     "wait_limit_s": 20,
+    "n_devices": 1,
     "order": ORDERS["forward"],
     "seed": 1,
 }
@@ -45,7 +46,7 @@ class StandInDriver:
         self.set(**DEFAULTS)
 
     def set(self, **values: float | str) -> None:
-        """Change settings: device_bytes, jitter_us, copy_us, wait_limit_s, order (forward, reverse, random), seed."""
+        """Change settings: device_bytes, jitter_us, copy_us, wait_limit_s, n_devices, order (forward, ...), seed."""
         for name, value in values.items():
             number = ORDERS[value] if isinstance(value, str) else value
             if not self._lib.cusim_driver_set(name.encode(), ctypes.c_double(number)):

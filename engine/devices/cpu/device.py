@@ -34,6 +34,9 @@ class CPUDevice:
         """Make a flat program of a recorded forward pass. The weights must outlive it."""
         return CPUProgram(self, Lowering(graph, weights, limits, self.n_threads, self.isa))
 
+    def close(self) -> None:
+        """Do nothing: the memory is the programs'."""
+
 
 class CPUProgram:
     """A compiled forward pass, the sequences it keeps, and the memory of both."""

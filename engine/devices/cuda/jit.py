@@ -85,8 +85,9 @@ class NVRTCCompiler:
         path = self._cache_path(source, definitions)
         try:
             return path.read_bytes()
-        except FileNotFoundError:
-            pass
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                _log.debug("a compiled kernel cannot be read back: %s", error)  # it is compiled again
         image = self._compile(source, definitions)
         _write_atomically(path, image)
         return image
@@ -136,9 +137,13 @@ def _load_nvrtc() -> ModuleType:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the package, or the library behind it
         raise DeviceError(
-            f"NVIDIA's run-time compiler cannot be loaded ({error}); pip install nvidia-cuda-nvrtc-cu12"
+            f"NVIDIA's run-time compiler cannot be loaded ({_first_line(error)}); pip install 'hot-experts[gpu]'"
         ) from None
     return nvrtc  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

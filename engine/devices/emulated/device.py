@@ -91,6 +91,9 @@ class EmulatedDevice:
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
         return EmulatedProgram(self, lowered, footprint, plan)
 
+    def close(self) -> None:
+        """Do nothing: the memory is the programs'."""
+
 
 class EmulatedProgram:
     """A compiled forward pass with slots for experts. Implements `SlotProgram`, `ClockedProgram`, `MeteredProgram`.
@@ -149,11 +152,11 @@ class EmulatedProgram:
         if self._routing_source is not None:
             source = self._routing_source
             self._routing = np.stack([source() for _ in positions], axis=1).astype(np.int32)
-        work = self._work(positions)
+        work = self._work(positions, slots)
         spent = time_step(self._device.machine, work)
         self._time_spent += spent
         self._traffic += traffic_of(work)
-        self._last_reader = max(self._last_reader, self._timetable.step(spent.total_s), key=lambda event: event.at)
+        self._last_reader = self._timetable.step(spent.total_s)
         self._memory.note_readers(self._last_reader.at)
         self._memory.settle()
         return logits
@@ -249,7 +252,7 @@ class EmulatedProgram:
         """Return what steps and copies so far moved, as a real machine would."""
         return self._traffic + Traffic(self._copied_bytes, self._copied_bytes)
 
-    def _work(self, positions: npt.NDArray[np.int32]) -> StepWork:
+    def _work(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> StepWork:
         """Return what the step that has just run had to read, by where it was published."""
         footprint, n_tokens, n_layers = self.footprint, len(positions), len(self.footprint.expert_bytes)
         n_experts = footprint.n_experts
@@ -268,7 +271,7 @@ class EmulatedProgram:
         work = StepWork(
             n_layers=footprint.n_layers,
             dense_bytes=footprint.dense_bytes,
-            attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions)),
+            attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions, slots)),
             dense_macs=footprint.dense_macs * n_tokens,
             hit_bytes=(chosen & on_device).sum(1) * sizes,
             hit_macs=(counts * on_device).sum(1) * macs,
@@ -281,8 +284,7 @@ class EmulatedProgram:
         return work
 
 
-def _last_positions(positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _last_positions(positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Return the last position of each sequence of a step: its tokens share what they read."""
-    ends = np.append(positions[1:] != positions[:-1] + 1, True)
-    last: npt.NDArray[np.int32] = positions[ends]
+    last: npt.NDArray[np.int32] = positions[np.append(slots[1:] != slots[:-1], True)]
     return last

@@ -99,7 +99,7 @@ DRIVER_API CUresult cuDriverGetVersion(int *version) {
 
 DRIVER_API CUresult cuDeviceGetCount(int *n) {
     ENTER(cuDeviceGetCount);
-    *n = 1;
+    *n = settings.n_devices;
     return CUDA_SUCCESS;
 }
 
@@ -312,6 +312,8 @@ DRIVER_API int cusim_driver_set(const char *name, double value) {
         settings.copy_us = (unsigned)value;
     else if (key == "wait_limit_s")
         settings.wait_limit_s = value;
+    else if (key == "n_devices")
+        settings.n_devices = (int)value;
     else if (key == "order")
         settings.order = (int)value;
     else if (key == "seed")

@@ -56,6 +56,7 @@ struct Settings {
     unsigned jitter_us = 0; // the longest random pause before each operation of a stream
     unsigned copy_us = 0;   // added to each asynchronous copy of 16 KiB or more
     double wait_limit_s = 20;
+    int n_devices = 1; // 0: as on a machine without a GPU
     int order = CUSIM_FORWARD;
     uint64_t seed = 1;
 };

@@ -1,0 +1,108 @@
+"""The engine on the CUDA device, here the stand-in driver: texts, the cache, and what is said when it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.devices.cuda import jit
+from engine.errors import DeviceError
+from engine.runtime import Engine
+from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
+
+pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+
+PROMPT = "def add(a, b):\n    return"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch) -> Iterator:
+    """The stand-in driver as the machine's GPU; afterwards nothing may be left of what the test allocated."""
+    monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
+    stand_in = stand_in_driver()
+    stand_in.reset()
+    yield stand_in
+    assert stand_in.device_bytes == 0
+    assert stand_in.pinned_allocations == 0
+    stand_in.reset()
+    stand_in.set(n_devices=0)
+
+
+def config(device: str = "cuda", **moe) -> EngineConfig:
+    settings = EngineSettings(device=device, n_threads=2, context_length=32, max_batch_tokens=8)
+    return EngineConfig(engine=settings, moe=MoESettings(**moe))
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[int, ...]:
+    """The answer of the CPU device."""
+    with Engine.open(config=config("cpu")) as engine:
+        return engine.generate(PROMPT, GREEDY).token_ids
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"hot_k": 0},
+        {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
+        {"hot_k": 20, "hot_pp_bypass_n_tokens": 8},
+        {"n_cpu_moe": 5},
+    ],
+    ids=str,
+)
+def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) -> None:
+    driver.set(order="random", copy_us=500)
+    with Engine.open(config=config(**moe)) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+        found = engine.statistics
+    assert found.device_bytes > 0
+    assert found.cache is not None
+    if moe.get("policy") == "lru":
+        assert found.cache.n_loads > 0
+        assert 0 < found.cache.hit_rate < 1
+
+
+def test_auto_takes_the_gpu_and_says_so(caplog) -> None:
+    caplog.set_level(logging.INFO, logger="engine")
+    with Engine.open(config=config("auto", hot_k=4)):
+        pass
+    assert "; CUDA: stand-in device" in caplog.text
+    assert "(found)" in caplog.text
+    assert "hot-expert cache: 4 of 56 experts" in caplog.text
+
+
+def test_without_a_gpu_auto_takes_the_cpu_and_says_why(caplog, driver) -> None:
+    caplog.set_level(logging.INFO, logger="engine")
+    driver.set(n_devices=0)
+    with Engine.open(config=config("auto", hot_k=4)):
+        pass
+    assert "CPU, 2 threads" in caplog.text
+    assert "no GPU is used: no GPU was found; check nvidia-smi" in caplog.text
+    assert "moe.hot_k has no effect" in caplog.text
+    with pytest.raises(DeviceError, match=r"device is 'cuda', but no GPU was found"):
+        Engine.open(config=config())
+
+
+def test_a_missing_compiler_names_the_extra(monkeypatch) -> None:
+    def missing() -> None:
+        raise DeviceError("NVIDIA's run-time compiler cannot be loaded (none); pip install 'hot-experts[gpu]'")
+
+    monkeypatch.setattr(jit, "_load_nvrtc", missing)
+    monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", jit.NVRTCCompiler)
+    with pytest.raises(DeviceError, match=r"pip install 'hot-experts\[gpu\]'"):
+        Engine.open(config=config())
+
+
+def test_whatever_fails_while_opening_frees_everything(tmp_path: Path, driver, monkeypatch) -> None:
+    driver.fail("cuMemHostAlloc", 3, "CUDA_ERROR_OUT_OF_MEMORY")
+    with pytest.raises(DeviceError, match="cuMemHostAlloc failed"):
+        Engine.open(config=config())
+    monkeypatch.setattr("engine.runtime.WeightMemory.load", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Engine.open(config=config())
