@@ -366,7 +366,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest
     monkeypatch.setattr("engine.runtime.available_memory", lambda: 10_000)
     monkeypatch.setattr("engine.runtime.WeightMemory.load", None)
     with pytest.raises(
-        DeviceError, match=r"1 x 128 tokens .* need .* GB of RAM, and .*; lower \[engine\] context_length"
+        DeviceError, match=r"1 x 128 tokens.* need .* GB of RAM, and .*; lower \[engine\] context_length"
     ):
         Engine.open(config=config())
 
