@@ -679,7 +679,8 @@ def _check_memory(footprint: Footprint, settings: EngineSettings) -> None:
     raise DeviceError(
         f"keys, values and states of {settings.n_sequences} x {settings.context_length} tokens, and intermediate "
         f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and "
-        f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, or set kv_type = 'q8_0'"
+        f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, "
+        "or set kv_type = 'q8_0'"
     )
 
 
