@@ -71,6 +71,10 @@ format: $(VENV)/.installed-dev ## bring all sources into the house style
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'engine/kernels/*.[ch]')
 
+docs: $(VENV)/.installed-dev ## make the API reference in build/docs
+	$(PY) docs/make_reference.py build/docs
+	@echo "open build/docs/index.html"
+
 build: $(VENV)/.installed-dev ## make the source package and a wheel, and smoke-test the wheel in an environment of its own
 	rm -rf dist
 	$(PY) -m build

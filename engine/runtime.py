@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels, machine
-from engine.config import EngineConfig, SamplingParams
+from engine.config import EngineConfig, EngineSettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
+from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, SavingProgram
 from engine.devices.placement import Wish
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
@@ -39,6 +40,7 @@ from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
 from engine.generate.session_file import SavedSession, load_session, save_session
 from engine.gguf import ModelFile, WeightMemory, open_model_file
+from engine.gguf.weights import available_memory
 from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.tokenizer import ChatTemplate, Tokenizer
@@ -137,7 +139,16 @@ class Engine:
         self.config = resolve(config, model.spec)
         self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
         self._device, reason = open_device(self.config, progress)
+        settings = self.config.engine
+        self._limits = Limits(
+            settings.max_batch_tokens,
+            settings.n_sequences,
+            settings.context_length,
+            KVType[settings.kv_type.upper()],
+        )
         try:
+            if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
+                _check_memory(measure(model.graph, self._limits), settings)
             self._weights = WeightMemory.load(
                 model_file,
                 model.tensor_names,
@@ -147,13 +158,6 @@ class Engine:
         except BaseException:
             self._device.close()
             raise
-        settings = self.config.engine
-        self._limits = Limits(
-            settings.max_batch_tokens,
-            settings.n_sequences,
-            settings.context_length,
-            KVType[settings.kv_type.upper()],
-        )
         try:
             self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
             try:
@@ -664,6 +668,19 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             context_length=context_length,
             max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
         ),
+    )
+
+
+def _check_memory(footprint: Footprint, settings: EngineSettings) -> None:
+    """Raise `DeviceError` if what must be in RAM beside the weights does not fit what is free."""
+    needed, available = footprint.state_bytes + footprint.scratch_bytes, available_memory()
+    if available is None or needed <= available:
+        return
+    raise DeviceError(
+        f"keys, values and states of {settings.n_sequences} x {settings.context_length} tokens, and intermediate "
+        f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and "
+        f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, "
+        "or set kv_type = 'q8_0'"
     )
 
 

@@ -362,6 +362,15 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         Engine.open(tmp_path / "broken.gguf")
 
 
+def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.runtime.available_memory", lambda: 10_000)
+    monkeypatch.setattr("engine.runtime.WeightMemory.load", None)
+    with pytest.raises(
+        DeviceError, match=r"1 x 128 tokens.* need .* GB of RAM, and .*; lower \[engine\] context_length"
+    ):
+        Engine.open(config=config())
+
+
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(DeviceError, match=f"engine.device is '{device}'"):
