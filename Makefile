@@ -62,7 +62,7 @@ lint: $(VENV)/.installed-dev ## run every static check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(PY) -m mypy.stubtest engine._kernels --allowlist tests/stubtest_allowlist.txt
+	$(PY) -m mypy.stubtest engine._kernels --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
 	$(VENV)/bin/cython-lint --max-line-length 120 engine/_kernels.pyx
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'engine/kernels/*.[ch]')
 
