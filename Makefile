@@ -63,7 +63,7 @@ lint: $(VENV)/.installed-dev ## run every static check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy.stubtest engine._kernels --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
-	$(VENV)/bin/cython-lint --max-line-length 120 engine/_kernels.pyx
+	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 engine/_kernels.pyx
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'engine/kernels/*.[ch]')
 
 format: $(VENV)/.installed-dev ## bring all sources into the house style
