@@ -1180,4 +1180,5 @@ def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_hea
 def kv_strides(int cache_type, int head_dim, int value_dim):
     need_cache(cache_type, 1, 1, 1, head_dim, value_dim)
     # Of 64 groups of keys, and of 1024 rows of values: whole cache lines, so that nothing is rounded up.
-    return kv_key_bytes(cache_type, 1, 1024, 1, head_dim) // 64, kv_value_bytes(cache_type, 1, 1024, 1, value_dim) // 1024
+    cdef int64_t key_bytes = kv_key_bytes(cache_type, 1, 1024, 1, head_dim)
+    return key_bytes // 64, kv_value_bytes(cache_type, 1, 1024, 1, value_dim) // 1024
