@@ -62,14 +62,18 @@ lint: $(VENV)/.installed-dev ## run every static check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(PY) -m mypy.stubtest engine._kernels --allowlist tests/stubtest_allowlist.txt
-	$(VENV)/bin/cython-lint --max-line-length 120 engine/_kernels.pyx
+	$(PY) -m mypy.stubtest engine._kernels --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
+	PATH="$(VENV)/bin:$$PATH" cython-lint --max-line-length 120 engine/_kernels.pyx
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'engine/kernels/*.[ch]')
 
 format: $(VENV)/.installed-dev ## bring all sources into the house style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'engine/kernels/*.[ch]')
+
+docs: $(VENV)/.installed-dev ## make the API reference in build/docs
+	$(PY) docs/make_reference.py build/docs
+	@echo "open build/docs/index.html"
 
 build: $(VENV)/.installed-dev ## make the source package and a wheel, and smoke-test the wheel in an environment of its own
 	rm -rf dist

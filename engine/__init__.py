@@ -1,10 +1,10 @@
 """Runs mixture-of-experts models from GGUF files, hot experts in VRAM and cold ones on the CPU.
 
-from engine import Engine, SamplingParams
-
-with Engine.open("model.gguf") as engine:
-    for chunk in engine.generate("Once upon a time", SamplingParams(max_tokens=50), stream=True):
-        print(chunk.text, end="", flush=True)
+>>> from engine import Engine, SamplingParams
+>>> with Engine.open() as engine:  # the bundled model; Engine.open("model.gguf") for another
+...     for chunk in engine.generate("def __init__(self", SamplingParams(temperature=0, max_tokens=6), stream=True):
+...         print(chunk.text, end="|")
+,| *|args|,| **|kwargs||
 """
 
 from __future__ import annotations
@@ -13,14 +13,26 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
     from engine.config import EngineConfig, SamplingParams
     from engine.errors import EngineError
     from engine.generate.answer import Chunk, Completion
-    from engine.runtime import Engine, EngineStatistics
+    from engine.runtime import Engine, EngineStatistics, Session
 
-__all__ = ["Chunk", "Completion", "Engine", "EngineConfig", "EngineError", "EngineStatistics", "SamplingParams"]
+__all__ = [
+    "AsyncEngine",
+    "Chunk",
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineStatistics",
+    "SamplingParams",
+    "Session",
+]
 
 _HOMES = {
+    "AsyncEngine": "engine.async_engine",
     "Chunk": "engine.generate.answer",
     "Completion": "engine.generate.answer",
     "Engine": "engine.runtime",
@@ -28,6 +40,7 @@ _HOMES = {
     "EngineError": "engine.errors",
     "EngineStatistics": "engine.runtime",
     "SamplingParams": "engine.config",
+    "Session": "engine.runtime",
 }
 
 

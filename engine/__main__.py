@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from engine.bench import command as bench
-from engine.bench import plan
+from engine.bench import info, plan
 from engine.cli import batch, chat, run, tools
 from engine.cli.command import run as run_command
 from engine.cli.options import Parser
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, chat, batch, bench, plan, tools):
+    for module in (run, chat, batch, bench, plan, info, tools):
         module.add_commands(commands)
     return parser
 

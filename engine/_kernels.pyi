@@ -433,3 +433,6 @@ def kv_cache_bytes(
     cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int, value_dim: int
 ) -> int:
     """Return the bytes of one layer's K and V cache."""
+
+def kv_strides(cache_type: int, head_dim: int, value_dim: int) -> tuple[int, int]:
+    """Return the bytes of the keys of sixteen positions, and of one position's value, of one head in a K and V cache."""

@@ -1175,3 +1175,10 @@ def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_hea
     return kv_key_bytes(cache_type, n_slots, context_length, n_kv_heads, head_dim) + kv_value_bytes(
         cache_type, n_slots, context_length, n_kv_heads, value_dim
     )
+
+
+def kv_strides(int cache_type, int head_dim, int value_dim):
+    need_cache(cache_type, 1, 1, 1, head_dim, value_dim)
+    # Of 64 groups of keys, and of 1024 rows of values: whole cache lines, so that nothing is rounded up.
+    cdef int64_t key_bytes = kv_key_bytes(cache_type, 1, 1024, 1, head_dim)
+    return key_bytes // 64, kv_value_bytes(cache_type, 1, 1024, 1, value_dim) // 1024

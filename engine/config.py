@@ -89,7 +89,8 @@ class MoESettings(Table):
         hot_k: experts of each MoE layer that are kept in GPU memory; 0 = none, "auto" = as many as fit.
         hot_rebalance_interval: tokens between two looks at which experts to swap, for "window_topk"; the other policies
             look at every token and are held back by `swap_budget`.
-        hot_pp_bypass_n_tokens: batches of at least this many tokens neither use nor change the cache.
+        hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache: the experts they choose
+            that are not in it are streamed through the GPU.
         policy: who decides which experts are kept: "adaptive" (forgetting counts, twin layers, a budget for swaps),
             "decayed" (forgetting counts), "window_topk" (counts over the last tokens), "lru", "lfru", or "static".
         swap_budget: share of a token's time that copying experts to the GPU may take.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels, machine
-from engine.config import EngineConfig, SamplingParams
+from engine.config import EngineConfig, EngineSettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
-from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program
+from engine.devices.footprint import Footprint, measure
+from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, SavingProgram
 from engine.devices.placement import Wish
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
 from engine.devices.timing import Bandwidths, Machine, StepTime, Traffic
@@ -36,7 +38,9 @@ from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.leases import Lease, SlotTable
 from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
+from engine.generate.session_file import SavedSession, load_session, save_session
 from engine.gguf import ModelFile, WeightMemory, open_model_file
+from engine.gguf.weights import available_memory
 from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.tokenizer import ChatTemplate, Tokenizer
@@ -131,10 +135,20 @@ class Engine:
         self._file = model_file
         model = load_model(model_file)
         self.spec: ModelSpec = model.spec
+        self._tensor_names = model.tensor_names
         self.config = resolve(config, model.spec)
         self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
         self._device, reason = open_device(self.config, progress)
+        settings = self.config.engine
+        self._limits = Limits(
+            settings.max_batch_tokens,
+            settings.n_sequences,
+            settings.context_length,
+            KVType[settings.kv_type.upper()],
+        )
         try:
+            if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
+                _check_memory(measure(model.graph, self._limits), settings)
             self._weights = WeightMemory.load(
                 model_file,
                 model.tensor_names,
@@ -144,13 +158,6 @@ class Engine:
         except BaseException:
             self._device.close()
             raise
-        settings = self.config.engine
-        self._limits = Limits(
-            settings.max_batch_tokens,
-            settings.n_sequences,
-            settings.context_length,
-            KVType[settings.kv_type.upper()],
-        )
         try:
             self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
             try:
@@ -299,16 +306,33 @@ class Engine:
             prompt: a text to continue, chat messages such as `[{"role": "user", "content": "Hello"}]`, or token ids.
             params: how tokens are chosen; None for the [sampling] settings.
             stream: return an iterator of pieces instead of the whole answer. Close it to stop early.
-            progress: called with (tokens done, tokens in all) while the prompt is run.
+            progress: called with (tokens done, tokens in all) while the prompt is run, in the thread that runs a step.
 
         Raises:
             RequestError: for an empty prompt, or one that leaves no room in the context.
             TokenizerError: for messages, if the model has no chat template or it refuses them.
+
+        >>> from engine import Engine, SamplingParams
+        >>> with Engine.open() as engine:
+        ...     answer = engine.generate("def main():", SamplingParams(max_tokens=6, ignore_eos=True))
+        ...     answer.finish_reason, answer.usage.n_prompt_tokens, len(answer.token_ids)
+        ('length', 4, 6)
         """
+        return self._generate(prompt, params, self._slots.borrow, stream=stream, progress=progress)
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        borrow: Callable[[Sequence[int]], Lease],
+        *,
+        stream: bool,
+        progress: StepProgress | None,
+    ) -> Completion | Generator[Chunk, None, None]:
         sequence = self._new_text(prompt, params)
         if stream:
-            return self._chunks(sequence, progress)
-        lease = self._slots.borrow(sequence.prompt_ids)
+            return self._chunks(sequence, borrow, progress)
+        lease = borrow(sequence.prompt_ids)
         return self._scheduler.complete(self._begin(sequence, lease, is_streamed=False, progress=progress))
 
     def generate_many(
@@ -328,6 +352,13 @@ class Engine:
         Yields:
             (index of the prompt, its answer) as each is finished, or the error that the prompt met, which stops no
             other. Close the iterator to stop all.
+
+        >>> from engine import Engine, EngineConfig, SamplingParams
+        >>> with Engine.open(config=EngineConfig.load(overrides={"engine.n_sequences": 2})) as engine:
+        ...     params = SamplingParams(max_tokens=4, ignore_eos=True)
+        ...     answers = dict(engine.generate_many(["import os", "", "class A:"], params))
+        >>> [type(answers[i]).__name__ for i in range(3)]
+        ['Completion', 'RequestError', 'Completion']
         """
         numbered, active = enumerate(prompts), dict[Answer, int]()
         waiting: tuple[int, TextSequence] | None = None
@@ -396,14 +427,67 @@ class Engine:
             raise
         return answer
 
-    def _chunks(self, sequence: TextSequence, progress: StepProgress | None) -> Generator[Chunk, None, None]:
+    def _chunks(
+        self, sequence: TextSequence, borrow: Callable[[Sequence[int]], Lease], progress: StepProgress | None
+    ) -> Generator[Chunk, None, None]:
         """Borrow a slot at the first `next`, so that an iterator which nobody reads holds none."""
-        lease = self._slots.borrow(sequence.prompt_ids)
+        lease = borrow(sequence.prompt_ids)
         yield from self._scheduler.stream(self._begin(sequence, lease, is_streamed=True, progress=progress))
 
-    def new_sequence(self) -> TokenSequence:
-        """Return an empty sequence for the caller to feed; it takes one of [engine] n_sequences until it is closed."""
-        return TokenSequence(self._forward, self._slots.borrow((), reuse=False), self._turn)
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def new_session(self) -> Session:
+        """Return an empty session; it takes one of [engine] n_sequences until it is closed."""
+        return Session(self, self._slots.borrow((), reuse=False))
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """Return a session as it was saved; whatever follows has the same bits as if it had never been away.
+
+        Raises `RequestError` for a file that is no session, damaged, of another version, model or `kv_type`, or longer
+        than the context; `DeviceError` if the device cannot put states back.
+        """
+        program = self._saving_program()
+        settings = self.config.engine
+        saved = load_session(path, self._fingerprint, settings.kv_type, settings.context_length)
+        lease = self._slots.borrow((), reuse=False)
+        try:
+            with self._turn():
+                lease.begin()
+                program.load_sequence(lease.slot, len(saved.token_ids), saved.state)
+                lease.commit(saved.token_ids)
+        except BaseException:
+            lease.close()
+            raise
+        return Session(self, lease)
+
+    def _save(self, lease: Lease, path: str | os.PathLike[str]) -> None:
+        program = self._saving_program()
+        with self._turn():
+            state = program.save_sequence(lease.slot, lease.n_held)
+        save_session(path, SavedSession(self._fingerprint, self.config.engine.kv_type, lease.token_ids, state))
+
+    def _saving_program(self) -> SavingProgram:
+        if not isinstance(self._program, SavingProgram):
+            raise DeviceError(
+                f'{self._device.description}: this device cannot save or load sessions; set [engine] device = "cpu"'
+            )
+        return self._program
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Tell models apart by the names, forms and first bytes of all tensors."""
+        digest = hashlib.sha256(self.spec.architecture.encode())
+        for name in self._tensor_names:
+            info = self._file.tensors[name]
+            digest.update(f"{name} {info.format.name} {info.shape}".encode())
+            digest.update(self._weights.array(name)[:4096].data)
+        return digest.hexdigest()
+
+    def _append(self, lease: Lease, token_ids: Sequence[int], outputs: Outputs) -> npt.NDArray[np.float32]:
+        _check_ids(token_ids, self.spec.n_vocab)
+        with self._turn():
+            logits = lease.extend(self._forward, token_ids, outputs)
+            return logits if outputs == "all" else logits.copy()  # the others are a view into the program
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits of every token of a sequence that begins afresh, float32 [n_tokens, n_vocab].
@@ -411,8 +495,8 @@ class Engine:
         Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is too short.
         """
         _check_ids(token_ids, self.spec.n_vocab)
-        with self.new_sequence() as sequence:
-            return sequence.run(token_ids, "all")
+        with self.new_session() as session:
+            return session.run(token_ids, "all")
 
     def profile(self, token_ids: Sequence[int]) -> list[tuple[str, float]]:
         """Run tokens as one step of a fresh sequence; return (operation, seconds) in the order they were run.
@@ -473,34 +557,87 @@ class Engine:
         )
 
 
-class TokenSequence:
-    """A sequence in the caller's hands: tokens go in, logits come out. A context manager that gives its place back."""
+class Session:
+    """A sequence of one's own: what it holds stays until it is closed, and can be saved. A context manager.
 
-    def __init__(self, forward: ForwardPass, lease: Lease, turn: Callable[[], AbstractContextManager[None]]) -> None:
-        self._forward = forward
+    Use it from one thread at a time. What was run is reused where that is exact: for models with recurrent layers if
+    a prompt continues all that the session holds, else from the first token that differs.
+
+    >>> from engine import Engine, SamplingParams
+    >>> with Engine.open() as engine, engine.new_session() as session:
+    ...     first = session.generate("def main():", SamplingParams(max_tokens=8, ignore_eos=True))
+    ...     more = session.generate([*session.token_ids, *engine.tokenize(" # and")])
+    ...     more.usage.n_reused_tokens
+    11
+    """
+
+    def __init__(self, engine: Engine, lease: Lease) -> None:
+        """Take over a lease; `Engine.new_session` and `Engine.load_session` make sessions."""
+        self._engine = engine
         self._lease = lease
-        self._turn = turn
 
     @property
     def n_tokens(self) -> int:
         """Return the tokens run so far."""
         return self._lease.n_held
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the tokens run so far; the last one of an answer never is."""
+        return self._lease.token_ids
+
     def run(self, token_ids: Sequence[int], outputs: Outputs = "last") -> npt.NDArray[np.float32]:
         """Append tokens; return the logits of all of them, of the last one, or of none, float32 [n, n_vocab].
 
         Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is full.
         """
-        _check_ids(token_ids, self._forward.n_vocab)
-        with self._turn():
-            logits = self._lease.extend(self._forward, token_ids, outputs)
-            return logits if outputs == "all" else logits.copy()  # the others are a view into the program
+        return self._engine._append(self._lease, token_ids, outputs)
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[False] = False,
+        progress: StepProgress | None = None,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        progress: StepProgress | None = None,
+    ) -> Generator[Chunk, None, None]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        progress: StepProgress | None = None,
+    ) -> Completion | Generator[Chunk, None, None]:
+        """Answer a whole prompt, as `Engine.generate` does, in this session's place.
+
+        The session then holds prompt and answer, but for the answer's last token.
+        """
+        return self._engine._generate(prompt, params, self._lease.lend, stream=stream, progress=progress)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session to a file, from which `Engine.load_session` goes on with the same bits.
+
+        Raises `RequestError` if it cannot be written, `DeviceError` if the device cannot take states out.
+        """
+        self._engine._save(self._lease, path)
 
     def close(self) -> None:
         """Give the place back."""
         self._lease.close()
 
-    def __enter__(self) -> TokenSequence:
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -531,6 +668,19 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             context_length=context_length,
             max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
         ),
+    )
+
+
+def _check_memory(footprint: Footprint, settings: EngineSettings) -> None:
+    """Raise `DeviceError` if what must be in RAM beside the weights does not fit what is free."""
+    needed, available = footprint.state_bytes + footprint.scratch_bytes, available_memory()
+    if available is None or needed <= available:
+        return
+    raise DeviceError(
+        f"keys, values and states of {settings.n_sequences} x {settings.context_length} tokens, and intermediate "
+        f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and "
+        f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, "
+        "or set kv_type = 'q8_0'"
     )
 
 

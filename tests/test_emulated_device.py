@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cached_runner import LIMITS, MACHINE, Model, Setup
+from golden_files import ALL_FILES, PEERS, model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupter import Interrupter
@@ -28,8 +31,10 @@ from engine.experts import slots as slots_module
 from engine.experts import swapper as swapper_module
 from engine.experts import watched_program as watched_program_module
 from engine.experts.swapper import Swapper
+from engine.generate.forward import ForwardPass
 
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(5, 300, 48)]
+DENSE_PEERS = ("llama", "qwen3", "qwen35")
 INTERRUPTED = (
     device_module,
     slot_memory_module,
@@ -340,6 +345,22 @@ def test_memory_is_planned_before_it_is_used(models) -> None:
         plan_memory(model.footprint, fixed.n_bytes - 1, Wish())
 
 
+def test_sequences_of_one_step_each_read_their_own_keys(models) -> None:
+    """Two sequences side by side, the second one position ahead, read more than one sequence of two tokens."""
+    limits = replace(LIMITS, n_slots=2)
+    model = models("qwen3moe/qwen3moe-micro-Q8_0.gguf")
+    program = EmulatedDevice(MACHINE, bypass_n_tokens=64).compile(model.loaded.graph, model.weights, limits)
+    ids, rows = np.array([7, 8], np.int32), np.zeros(0, np.int32)
+    seconds = []
+    for slots, positions in (([0, 0], [0, 1]), ([0, 1], [0, 0]), ([0, 1], [0, 1])):
+        before = program.time_spent.attention_s
+        program.run(ids, np.array(positions, np.int32), np.array(slots, np.int32), rows)
+        seconds.append(program.time_spent.attention_s - before)
+    one, two = (model.footprint.attention_bytes(position) / MACHINE.bandwidths.vram for position in (0, 1))
+    assert seconds == pytest.approx([two, 2 * one, one + two])
+    program.close()
+
+
 def test_a_device_that_is_too_small_says_so_before_it_allocates(models) -> None:
     model = models("tiny")
     device = EmulatedDevice(MACHINE, vram_budget=1000)
@@ -376,3 +397,47 @@ def test_the_footprint_counts_what_a_token_reads(models) -> None:
     assert footprint.n_experts_used == 4
     assert footprint.expert_total_bytes == 12_386_304
     assert footprint.attention_bytes(9) - footprint.attention_bytes(8) == pytest.approx(footprint.position_bytes)
+
+
+# -- every architecture ----------------------------------------------------------------------------------------------
+
+
+def check_bits(path: Path) -> None:
+    with ModelRunner(path, max_tokens=16, context_length=LIMITS.context_length, n_threads=1) as runner:
+        tokens = [token % runner.model.spec.n_vocab for token in TOKENS[:24]]
+        expected = runner.logits(tokens)
+    model = Model(path)
+    try:
+        setup = Setup((6, 3), "decayed:margin=0.2,max_swaps=3", adversarial=True, bypass_n_tokens=64)
+        forward, cache, program = model.open(setup)
+        assert same_bits(model.logits(forward, tokens, 8), expected)
+        assert cache.statistics.n_loads > 0
+        assert cache.statistics.hits.sum() > 0
+        cache.close()
+        program.close()
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_FILES if "wide" not in name])
+def test_every_architecture_keeps_its_bits_with_a_busy_cache(shared, name) -> None:
+    check_bits(model_path(shared / "golden" / f"{name}.npz"))
+
+
+@pytest.mark.parametrize("name", [f"{name}-Q8_0" for name in PEERS if name not in DENSE_PEERS])
+def test_so_does_every_other_one(data, name) -> None:
+    check_bits(data / "peers" / f"{name}.gguf")
+
+
+def test_a_dense_model_runs_there_too(data) -> None:
+    path = data / "peers" / "llama-Q8_0.gguf"
+    with ModelRunner(path, max_tokens=16, context_length=LIMITS.context_length, n_threads=1) as runner:
+        tokens = [token % runner.model.spec.n_vocab for token in TOKENS[:12]]
+        expected = runner.logits(tokens)
+        program = EmulatedDevice(MACHINE).compile(runner.model.graph, runner.weights, LIMITS)
+        forward = ForwardPass(program, LIMITS, runner.model.spec.n_vocab)
+        assert same_bits(forward.run(0, tokens, 0, "all"), expected)
+        assert program.n_experts == 0
+        assert program.time_spent.hits_s == program.time_spent.cpu_s == 0
+        assert program.now() > 0
+        program.close()

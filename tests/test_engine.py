@@ -232,7 +232,7 @@ def test_threads_take_turns(engine: Engine) -> None:
 def test_a_sequence_in_the_callers_hands(engine: Engine) -> None:
     ids = engine.tokenize(PROMPT, add_special=True)
     expected = engine.logits(ids)
-    with engine.new_sequence() as sequence:
+    with engine.new_session() as sequence:
         assert sequence.run(ids[:2], "none").shape == (0, engine.spec.n_vocab)
         last = sequence.run(ids[2:-1])
         end = sequence.run(ids[-1:], "all")
@@ -360,6 +360,15 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(tiny_model_path().read_bytes()[:100_000])
     with pytest.raises(GGUFError, match=r"broken\.gguf"):
         Engine.open(tmp_path / "broken.gguf")
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.runtime.available_memory", lambda: 10_000)
+    monkeypatch.setattr("engine.runtime.WeightMemory.load", None)
+    with pytest.raises(
+        DeviceError, match=r"1 x 128 tokens.* need .* GB of RAM, and .*; lower \[engine\] context_length"
+    ):
+        Engine.open(config=config())
 
 
 @pytest.mark.parametrize("device", ["cuda"])

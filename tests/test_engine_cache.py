@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from engine.__main__ import main
 from engine.bench.replay import study
 from engine.config import EmulatedSettings, EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.data import tiny_model_path
 from engine.errors import ConfigError, DeviceError
 from engine.experts.profile import Profile, load_profile, merge_profiles, save_profile
-from engine.experts.trace import load_trace
+from engine.experts.trace import Trace, load_trace, save_trace
 from engine.runtime import Engine
 
 PROMPT = "def add(a, b):\n    return a + b\n\nclass Queue:\n    def __init__(self):\n        self.items = []\n"
@@ -81,9 +86,9 @@ def test_one_line_says_what_the_cache_does_or_why_it_does_nothing(caplog) -> Non
         (config(n_cpu_moe=3), "experts of the first 3 of 8 MoE layers on the CPU"),
         (EngineConfig(engine=EngineSettings(device="cpu")), "hot-expert cache off: no GPU in use"),
     ]
-    for settings, line in lines:
+    for wanted, line in lines:
         caplog.clear()
-        with Engine.open(config=settings) as engine:
+        with Engine.open(config=wanted) as engine:
             assert line in engine.statistics.cache_line
         assert line in caplog.text
     with Engine.open(config=config(hot_k=8)) as engine:
@@ -157,6 +162,7 @@ def test_a_profile_warms_the_next_run(tmp_path, expected) -> None:
     with Engine.open(config=settings) as engine:
         engine.generate(PROMPT, GREEDY)
     saved = load_profile(path, MODEL)
+    assert load_profile(path).model == MODEL
     assert saved.counts.sum() == saved.n_tokens * 8 * 4
     with Engine.open(config=replace(settings, moe=replace(settings.moe, hot_pp_bypass_n_tokens=1000))) as engine:
         assert engine.generate(PROMPT, GREEDY).token_ids == expected
@@ -184,6 +190,25 @@ def test_a_profile_of_another_model_or_a_damaged_one_is_refused(tmp_path) -> Non
         load_profile(path, MODEL)
 
 
+@settings(max_examples=150, deadline=None)
+@given(at=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans(), is_trace=st.booleans())
+def test_a_damaged_file_is_refused_whatever_is_damaged(tmp_path_factory, at, value, cut, is_trace) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    if is_trace:
+        ids = np.zeros((3, 2, 1), np.uint16)
+        save_trace(path, Trace("x", ids, np.zeros(3, np.uint8), 4))
+    else:
+        save_profile(path, Profile("x", MODEL, 10, np.ones((8, 56), np.float32)))
+    data = bytearray(path.read_bytes())
+    at %= len(data)
+    data[at] = value
+    path.write_bytes(data[:at] if cut else data)
+    try:
+        load_trace(path) if is_trace else load_profile(path, MODEL)
+    except ConfigError as error:
+        assert path.name in str(error)  # noqa: PT017 - a damage that changes nothing raises nothing
+
+
 def test_profiles_merge_and_old_counts_fade() -> None:
     ones = np.ones((8, 56), np.float32)
     merged = merge_profiles([Profile("a", MODEL, 100, ones), Profile("b", MODEL, 50, 3 * ones)], "both")
@@ -206,3 +231,21 @@ def test_a_budget_that_is_too_small_names_what_to_change() -> None:
         Engine.open(config=config(vram_budget="10MB", hot_k=50))
     with pytest.raises(DeviceError, match=r"n_cpu_moe = [5-8] fits"):
         Engine.open(config=config(vram_budget="9MB", n_cpu_moe=1))
+
+
+# -- what people see -------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_can_show_the_cache_layer_by_layer(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    options = ["--stats", "--hot-k", "8", "-n", "8", "--seed", "1", "-t", "2"]
+    assert main(["chat", str(tiny_model_path()), "--device", "emulated", *options]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "this answer:" in err
+    assert "wait us" in err
+    assert "hot-expert cache: 8 of 56 experts" in err
+
+
+def test_a_run_ends_with_what_the_cache_did(capsys) -> None:
+    assert main(["run", "-p", "def", "--device", "emulated", "--hot-k", "8", "-n", "8", "-t", "2"]) == 0
+    assert "swaps a token" in capsys.readouterr().err.splitlines()[-1]

@@ -184,7 +184,7 @@ def test_closing_early_gives_all_sequences_back(shared: Engine) -> None:
     next(many)
     many.close()
     assert len(dict(shared.generate_many(PROMPTS, PARAMS))) == 5
-    held = [shared.new_sequence() for _ in range(3)]
+    held = [shared.new_session() for _ in range(3)]
     with pytest.raises(RequestError, match="n_sequences"):
         next(shared.generate_many(PROMPTS, PARAMS))
     for sequence in held:

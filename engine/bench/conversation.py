@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from engine.cli.layers import layer_table
 from engine.config import SamplingParams
 from engine.errors import RequestError, TokenizerError
 from engine.experts.hot_cache import CacheStatistics
@@ -143,39 +144,6 @@ def _rate(turn: Turn, part: slice) -> float:
     return float(turn.hits[part].sum() / max(int(turn.choices[part].sum()), 1))
 
 
-def live_view(kind: str, now: EngineStatistics, before: EngineStatistics) -> Table:
-    """Return what happened between two looks: for each MoE layer hits, swaps, and where the time went."""
-    cache, old = _cache(now), _cache(before)
-    hits, choices, loads = cache.hits - old.hits, cache.choices - old.choices, cache.loads - old.loads
-    n_tokens = max(cache.n_tokens - old.n_tokens, 1)
-    times = None
-    if now.time_spent is not None and before.time_spent is not None:
-        times = now.time_spent - before.time_spent
-    title = f"{kind}: {hits.sum() / max(int(choices.sum()), 1):.0%} hits, {loads.sum() / n_tokens:.1f} swaps a token"
-    if times is not None:
-        title += (
-            f"; of a token {times.total_s / n_tokens * 1e3:.3f} ms: dense {_ms(times.dense_s, n_tokens)}, attention "
-            f"{_ms(times.attention_s, n_tokens)}, experts {_ms(times.hits_s, n_tokens)}, waiting for the CPU "
-            f"{_ms(times.wait_s, n_tokens)}"
-        )
-    if now.has_virtual_clock:
-        title += " (virtual clock)"
-    table = Table(title=title, title_justify="left", padding=(0, 1))
-    for heading in ("layer", "hits", "", "swaps", *(["device us", "CPU us", "wait us"] if times is not None else [])):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for layer in range(len(hits)):
-        rate = hits[layer] / max(int(choices[layer]), 1)
-        cells = [str(layer), f"{rate:.0%}", "█" * round(20 * rate), f"{loads[layer] / n_tokens:.2f}"]
-        if times is not None and times.layers.size:
-            cells += [f"{value / n_tokens * 1e6:.1f}" for value in times.layers[:, layer]]
-        table.add_row(*cells)
-    return table
-
-
-def _ms(seconds: float, n_tokens: int) -> str:
-    return f"{seconds / n_tokens * 1e3:.3f}"
-
-
 class Watcher:
     """Calls `show` with a live view of the last tokens, every few tokens."""
 
@@ -189,7 +157,7 @@ class Watcher:
         if before is None or before.cache is None or now.cache is None:
             self._before = now
         elif now.cache.n_tokens - before.cache.n_tokens >= self._every:
-            self._show(live_view(kind, now, before))
+            self._show(layer_table(kind, now, before))
             self._before = now
 
 

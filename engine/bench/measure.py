@@ -168,15 +168,15 @@ def measure(
 
 
 def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
-    with engine.new_sequence() as sequence:
+    with engine.new_session() as session:
         start = engine.now()
-        logits = sequence.run(tokens[:n_prompt])
+        logits = session.run(tokens[:n_prompt])
         ran = engine.now()
         _kernels.argmax(logits[-1])
         first = engine.now()
         before = engine.statistics
         for token in tokens[n_prompt:]:
-            _kernels.argmax(sequence.run([token])[-1])
+            _kernels.argmax(session.run([token])[-1])
         end = engine.now()
     return Sample(ran - start, first - start, end - first, _cache_work(before, engine.statistics))
 

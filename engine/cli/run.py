@@ -48,6 +48,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 write("\n")
                 if not args.quiet:
                     console.print(describe(chunk.completion))
+                    if engine.statistics.cache is not None:
+                        console.print(engine.statistics.cache_line)
     return 0
 
 

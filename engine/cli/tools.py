@@ -1,33 +1,22 @@
-"""Small commands around models: `info`, `synth` and `config`."""
+"""Small commands around models: `synth`, `config` and `completion`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from engine.cli.completion import completion_script
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_output, add_settings, read_settings
 from engine.cli.terminal import Bars
-from engine.data import tiny_model_path
-from engine.devices.traffic import count_weights
 from engine.errors import RequestError
-from engine.gguf import ModelFile, open_model_file, write_gguf
-from engine.model_spec import AttentionSpec, LatentAttentionSpec
-from engine.models import load_model
+from engine.gguf import open_model_file, write_gguf
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to the parser."""
-    parser = commands.add_parser("info", help="tell what a model file holds", description="Tell what a model holds.")
-    parser.add_argument("model", nargs="?", help="GGUF file or synthetic:NAME (default: the bundled tiny model)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_output(parser)
-    parser.set_defaults(execute=info)
-
     parser = commands.add_parser(
         "synth",
         help="write a model of a published geometry with random weights",
@@ -48,65 +37,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_common(parser)
     parser.set_defaults(execute=config)
 
-
-def info(args: argparse.Namespace, _: Console) -> int:
-    """Print what a model is."""
-    model_file = open_model_file(args.model or tiny_model_path())
-    try:
-        facts = model_facts(model_file)
-    finally:
-        model_file.close()
-    if args.json:
-        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-        return 0
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else str(value)
-        table.add_row(key.replace("_", " "), shown)
-    Console(highlight=False, markup=False).print(table)
-    return 0
-
-
-def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
-    if isinstance(spec, LatentAttentionSpec):
-        return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values"
-    return f"{spec.n_heads} heads, {spec.n_kv_heads} key-value heads, size {spec.head_dim}"
-
-
-def model_facts(model_file: ModelFile) -> dict[str, str | int | float]:
-    """Return what there is to know about a model, in reading order."""
-    model = load_model(model_file)
-    spec, weights = model.spec, count_weights(model.graph)
-    recurrent = sum(spec.recurrent_layers)
-    facts: dict[str, str | int | float] = {
-        "file": model_file.name,
-        "name": spec.name,
-        "architecture": spec.architecture,
-        "layers": spec.n_layers,
-        "recurrent_layers": recurrent,
-        "hidden_size": spec.hidden_size,
-        "attention": _attention(spec.attention),
-        "experts": spec.moe.n_experts,
-        "experts_used": spec.moe.n_experts_used,
-        "expert_ffn_size": spec.moe.ffn_size,
-        "shared_ffn_size": spec.moe.shared_ffn_size,
-        "vocabulary": spec.n_vocab,
-        "trained_context": spec.context_length,
-        "parameters": sum(_size(info.shape) for info in model_file.tensors.values()),
-        "tensors": len(model_file.tensors),
-        "weight_bytes": sum(info.n_bytes for info in model_file.tensors.values()),
-        "expert_bytes": weights.expert_bytes,
-        "bytes_a_token_reads": weights.token_bytes,
-        "formats": weights.quant_mix,
-    }
-    return facts
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    parser = commands.add_parser(
+        "completion",
+        help="print a script that completes commands in a shell",
+        description="Print a script that completes commands and options of `hot-experts`. For bash: "
+        'eval "$(hot-experts completion bash)" in ~/.bashrc; for zsh the same with zsh in ~/.zshrc.',
+    )
+    parser.add_argument("shell", choices=["bash", "zsh"])
+    add_output(parser)
+    parser.set_defaults(execute=lambda args, _: completion(args, commands))
 
 
 def synth(args: argparse.Namespace, console: Console) -> int:
@@ -127,4 +66,10 @@ def synth(args: argparse.Namespace, console: Console) -> int:
 def config(args: argparse.Namespace, _: Console) -> int:
     """Print the settings."""
     sys.stdout.write(read_settings(args).to_toml())
+    return 0
+
+
+def completion(args: argparse.Namespace, commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> int:
+    """Print the script."""
+    sys.stdout.write(completion_script(commands.choices, args.shell))
     return 0

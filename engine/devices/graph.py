@@ -704,6 +704,19 @@ class ProfiledProgram(Protocol):
         ...
 
 
+@runtime_checkable
+class SavingProgram(Protocol):
+    """A program whose sequences can be taken out and put back."""
+
+    def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
+        ...
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_sequence` returned; raise `RequestError` if it does not fit."""
+        ...
+
+
 class Device(Protocol):
     """A place where forward passes run."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ConfigError
-from engine.experts.trace import save_npz
+from engine.experts.trace import read_npz, save_npz
 from engine.experts.tracker import Heat
 
 REMEMBERED_TOKENS = 200_000  # older ones fade as new ones come
@@ -45,21 +44,18 @@ def fingerprint(architecture: str, model_name: str, n_layers: int, n_experts: in
     return f"{architecture}/{model_name}/{n_layers}x{n_experts}"
 
 
-def load_profile(path: str | os.PathLike[str], model: str) -> Profile:
-    """Read the profile of a model; raise `ConfigError` if it is damaged or another model's."""
+def load_profile(path: str | os.PathLike[str], model: str | None = None) -> Profile:
+    """Read a profile; raise `ConfigError` if it is damaged, or another model's than `model` (None: any model's)."""
     path = Path(path)
+    arrays = read_npz(path, "an expert profile", ("counts", "meta"))
     try:
-        if not zipfile.is_zipfile(path):
-            path.open("rb").close()
-            raise ConfigError(f"{path}: is not a profile (an npz file); give another name or delete it")
-        with np.load(path, allow_pickle=False) as file:
-            counts, meta = file["counts"], json.loads(str(file["meta"]))
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path}: cannot be read as a profile: {error}; give another name or delete it") from error
+        counts, meta = arrays["counts"], json.loads(str(arrays["meta"]))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path}: is no profile: {error}; give another name or delete it") from error
     return _checked(path, counts, meta, model)
 
 
-def _checked(path: Path, counts: Any, meta: Any, model: str) -> Profile:
+def _checked(path: Path, counts: Any, meta: Any, model: str | None) -> Profile:
     known = isinstance(meta, dict) and isinstance(meta.get("model"), str)
     if (
         not known
@@ -70,11 +66,12 @@ def _checked(path: Path, counts: Any, meta: Any, model: str) -> Profile:
         raise ConfigError(f"{path}: is no profile: it needs float32 counts [layers, experts], a model and n_tokens")
     if not np.isfinite(counts).all() or counts.min(initial=0.0) < 0 or not 0 <= meta["n_tokens"] < 1e15:
         raise ConfigError(f"{path}: holds counts that make no sense; delete it")
-    if meta["model"] != model:
-        raise ConfigError(f"{path}: is a profile of {meta['model']}, and this model is {model}; give another file")
-    if model.rpartition("/")[2] != f"{counts.shape[0]}x{counts.shape[1]}":
-        raise ConfigError(f"{path}: counts are {counts.shape[0]} x {counts.shape[1]}, which does not fit {model}")
-    return Profile(str(meta.get("name") or path.stem), model, float(meta["n_tokens"]), counts)
+    found: str = meta["model"]
+    if model not in {None, found}:
+        raise ConfigError(f"{path}: is a profile of {found}, and this model is {model}; give another file")
+    if found.rpartition("/")[2] != f"{counts.shape[0]}x{counts.shape[1]}":
+        raise ConfigError(f"{path}: counts are {counts.shape[0]} x {counts.shape[1]}, which does not fit {found}")
+    return Profile(str(meta.get("name") or path.stem), found, float(meta["n_tokens"]), counts)
 
 
 def save_profile(path: str | os.PathLike[str], profile: Profile) -> None:

@@ -75,15 +75,19 @@ class Trace:
 def load_trace(path: str | os.PathLike[str]) -> Trace:
     """Read a trace. Raises `ConfigError` that names the file if it is missing, damaged or not a trace."""
     path = Path(path)
+    return _check(path, read_npz(path, "a routing trace", ("ids", "phase", "meta", "n_experts")))
+
+
+def read_npz(path: Path, what: str, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+    """Return those of some arrays that an npz file has; raise `ConfigError` if it is missing, damaged or none."""
     try:
-        if not zipfile.is_zipfile(path):
-            path.open("rb").close()
-            raise ConfigError(f"{path}: is not a routing trace (an npz file)")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("ids", "phase", "meta", "n_experts") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise ConfigError(f"{path}: cannot be read as a routing trace (an npz file): {error}") from error
-    return _check(path, arrays)
+        path.open("rb").close()
+        if zipfile.is_zipfile(path):
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in names if name in file.files}
+    except Exception as error:  # a damaged file can make zipfile and numpy raise nearly anything
+        raise ConfigError(f"{path}: cannot be read as {what} (an npz file): {error}") from error
+    raise ConfigError(f"{path}: is not {what} (an npz file)")
 
 
 def _check(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> Trace:

@@ -51,16 +51,16 @@ class SlotTable:
                     )
                 self._changed.wait()
             free = [slot for slot, owner in enumerate(self._owner) if owner is None]
-            usable = {slot: self._usable(self._held[slot], token_ids) if reuse else 0 for slot in free}
+            usable = {slot: self.usable(self._held[slot], token_ids) if reuse else 0 for slot in free}
             slot = max(free, key=lambda s: (usable[s], -self._last_use[s]))
             self._owner[slot] = me
             self._clock += 1
             self._last_use[slot] = self._clock
         held = self._held[slot]
         del held[usable[slot] :]
-        return Lease(self, slot, held)
+        return Lease(self, slot, held, is_owner=True)
 
-    def _usable(self, held: list[int], token_ids: Sequence[int]) -> int:
+    def usable(self, held: list[int], token_ids: Sequence[int]) -> int:
         """Return the tokens of a new sequence that need not be run; the last one always must, for its logits."""
         if self.can_cut_back:
             pairs = zip(held, token_ids, strict=False)
@@ -80,8 +80,9 @@ class SlotTable:
 class Lease:
     """A slot on loan: the tokens it holds, and the way to add more. A context manager that gives the slot back."""
 
-    def __init__(self, table: SlotTable, slot: int, held: list[int]) -> None:
+    def __init__(self, table: SlotTable, slot: int, held: list[int], *, is_owner: bool) -> None:
         self._table = table
+        self._is_owner = is_owner
         self.slot = slot
         self._held = held
         self._is_torn = False
@@ -91,6 +92,17 @@ class Lease:
     def n_held(self) -> int:
         """Return the tokens of the sequence that the slot holds."""
         return len(self._held)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the tokens that the slot holds."""
+        return tuple(self._held)
+
+    def lend(self, token_ids: Sequence[int]) -> Lease:
+        """Return a lease for an answer in this slot, cut back to what that can use; closing it keeps the slot here."""
+        assert self._is_open
+        del self._held[self._table.usable(self._held, token_ids) :]
+        return Lease(self._table, self.slot, self._held, is_owner=False)
 
     def extend(
         self,
@@ -126,7 +138,10 @@ class Lease:
         """Give the slot back; what it holds stays for a sequence that begins the same."""
         if self._is_open:
             self._is_open = False
-            self._table.give_back(self.slot, is_torn=self._is_torn)
+            if self._is_owner:
+                self._table.give_back(self.slot, is_torn=self._is_torn)
+            elif self._is_torn:
+                self.recover(len(self._held))
 
     def __enter__(self) -> Lease:
         return self

@@ -8,6 +8,7 @@ count and offset is checked against the size of the file before it is used, so t
 
 from __future__ import annotations
 
+import difflib
 import mmap
 import os
 import re
@@ -180,7 +181,18 @@ def _map_file(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), _identity(file.fileno())
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise GGUFError(f"{path}: cannot be read: {reason}") from None
+        raise GGUFError(f"{path}: cannot be read: {reason}{_hint(path, error)}") from None
+
+
+def _hint(path: Path, error: Exception) -> str:
+    """Return what to do about a file that is not there: perhaps its name is only mistyped."""
+    if not isinstance(error, FileNotFoundError):
+        return ""
+    there = [other.name for other in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, there, 1, 0.7)
+    if close:
+        return f"; did you mean {path.parent / close[0]}?"
+    return "; give the path of a .gguf file (models are not downloaded), or synthetic:NAME for a made-up one"
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:
@@ -195,9 +207,12 @@ def _check_magic(path: Path, start: bytes) -> None:
         if start.startswith(prefix):
             raise GGUFError(f"{path}: is {description}")
     if start[8:9] == b"{":
-        raise GGUFError(f"{path}: is a safetensors file; convert it to GGUF")
+        raise GGUFError(f"{path}: is a safetensors file; convert it to GGUF (llama.cpp's convert_hf_to_gguf.py does)")
     if start[:4] != b"GGUF":
-        raise GGUFError(f"{path}: is not a GGUF file: it begins with {start[:4]!r}; expected b'GGUF'")
+        raise GGUFError(
+            f"{path}: is not a GGUF file: it begins with {start[:4]!r}; expected b'GGUF'; "
+            "give a model in the GGUF format"
+        )
 
 
 def _read_shard(path: Path, shard: int) -> _Shard:

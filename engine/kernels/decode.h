@@ -26,6 +26,10 @@ typedef struct {
     d_fn *d, *min_d;
 } vector_format;
 
+// Keeps the compiler from turning a chain of additions into a tree, for which it would have to put its leaves on the
+// stack.
+#define KEEP_ORDER(vector) __asm__("" : "+x"(vector))
+
 // The weights of a chunk times activations, as int16 sums of two. Signed: |u| * (x with the sign of u), where
 // 128 * 127 * 2 still fits.
 ALWAYS_INLINE __m256i dot_pairs(vector_format f, __m256i u, __m256i x) {
@@ -37,26 +41,33 @@ ALWAYS_INLINE __m128i sums_of_4_blocks_256(vector_format f, const uint8_t *const
                                            const int16_t *x_sums, __m128i *min_sums) {
     const __m256i sums_16 = load_256(x_sums);
     const __m128i sums_32 = _mm_hadd_epi16(_mm256_castsi256_si128(sums_16), _mm256_extracti128_si256(sums_16, 1));
-    __m256i dots[4], min_dots[4];
+    __m256i dots[4], min_dots[4], scales[4], high_scales[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
         __m256i mins = _mm256_setzero_si256();
-        const __m256i scales = f.scales(blocks[r], &mins);
-        const __m256i low = low_half_twice(scales), high = high_half_twice(scales);
-        __m256i acc = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) {
-            const __m256i scale =
-                f.sub_block == 32 ? spread_scale(scales, k) : spread_two_scales(k < 4 ? low : high, k % 4 * 2);
-            acc = add_dot_i16(acc, dot_pairs(f, f.chunk(blocks[r], k), load_256(x + 32 * k)), scale);
-        }
-        const __m256i offsets = f.has_min ? mins : scales; // what the sums of activations are multiplied by
+        scales[r] = f.scales(blocks[r], &mins);
+        const __m256i offsets = f.has_min ? mins : scales[r]; // what the sums of activations are multiplied by
         min_dots[r] = f.sub_block == 32
                           ? _mm256_zextsi128_si256(_mm_madd_epi16(_mm256_castsi256_si128(offsets), sums_32))
                           : _mm256_madd_epi16(offsets, sums_16);
+        dots[r] = _mm256_setzero_si256();
         if (f.offset)
-            acc = _mm256_sub_epi32(acc, _mm256_mullo_epi32(min_dots[r], _mm256_set1_epi32(f.offset)));
-        dots[r] = acc;
+            dots[r] = _mm256_sub_epi32(dots[r], _mm256_mullo_epi32(min_dots[r], _mm256_set1_epi32(f.offset)));
+        if (f.sub_block == 16) {
+            high_scales[r] = high_half_twice(scales[r]);
+            scales[r] = low_half_twice(scales[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        const __m256i values = load_256(x + 32 * k);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            const __m256i scale = f.sub_block == 32 ? spread_scale(scales[r], k)
+                                                    : spread_two_scales(k < 4 ? scales[r] : high_scales[r], k % 4 * 2);
+            dots[r] = add_dot_i16(dots[r], dot_pairs(f, f.chunk(blocks[r], k), values), scale);
+            KEEP_ORDER(dots[r]);
+        }
     }
     if (f.has_min && f.sub_block == 32)
         *min_sums = sum_lanes_of_4_halves(_mm256_castsi256_si128(min_dots[0]), _mm256_castsi256_si128(min_dots[1]),

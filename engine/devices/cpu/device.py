@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
+from engine.devices.cpu.sequence_state import used_parts
 from engine.devices.graph import Graph, Limits, WeightAccess
 from engine.errors import DeviceError, RequestError
 from engine.quants import install_grids
@@ -111,6 +112,22 @@ class CPUProgram:
         if not self._lowered.routing_ids:
             return np.empty((0, self._n_tokens, 0), np.int32)
         return np.stack([ids[: self._n_tokens] for ids in self._lowered.routing_ids])
+
+    def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
+        parts = used_parts(self._lowered.states, self._limits, slot, n_tokens)
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_sequence` returned. Raises `RequestError` if it is not as long as this program needs."""
+        parts = list(used_parts(self._lowered.states, self._limits, slot, n_tokens))
+        needed = sum(part.size for part in parts)
+        if saved.size != needed:
+            raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
+        at = 0
+        for part in parts:
+            part[...] = saved[at : at + part.size].reshape(part.shape)
+            at += part.size
 
     def close(self) -> None:
         """Forget the program; its memory is freed with the last array that refers to it."""

@@ -95,7 +95,7 @@ class Lowering:
     def _allocate_state(self, graph: Graph) -> None:
         """Give every KV cache and recurrent state its part of one arena, which lives as long as the program."""
         limits, offset = self.limits, 0
-        offsets: list[tuple[object, int]] = []
+        offsets: list[tuple[ops.KVCache | ops.State, int]] = []
         for cache in graph.kv_caches:
             offsets.append((cache, offset))
             offset += _kernels.kv_cache_bytes(
@@ -108,6 +108,8 @@ class Lowering:
         self.state_bytes = offset
         self._state = Arena(offset)
         self._state_address = {owner: self._state.address + at for owner, at in offsets}
+        ends = [at for _, at in offsets[1:]] + [offset]
+        self.states = [(owner, self._state.bytes[at:end]) for (owner, at), end in zip(offsets, ends, strict=True)]
 
     def _interval(self, key: object, n_bytes: int) -> Interval:
         interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))

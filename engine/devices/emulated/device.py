@@ -152,11 +152,11 @@ class EmulatedProgram:
         if self._routing_source is not None:
             source = self._routing_source
             self._routing = np.stack([source() for _ in positions], axis=1).astype(np.int32)
-        work = self._work(positions)
+        work = self._work(positions, slots)
         spent = time_step(self._device.machine, work)
         self._time_spent += spent
         self._traffic += traffic_of(work)
-        self._last_reader = max(self._last_reader, self._timetable.step(spent.total_s), key=lambda event: event.at)
+        self._last_reader = self._timetable.step(spent.total_s)
         self._memory.note_readers(self._last_reader.at)
         self._memory.settle()
         return logits
@@ -164,6 +164,14 @@ class EmulatedProgram:
     def routing(self) -> Routing:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
         return self._program.routing() if self._routing is None else self._routing.copy()
+
+    def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
+        return self._program.save_sequence(slot, n_tokens)
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_sequence` returned; raise `RequestError` if it does not fit."""
+        self._program.load_sequence(slot, n_tokens, saved)
 
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""
@@ -244,7 +252,7 @@ class EmulatedProgram:
         """Return what steps and copies so far moved, as a real machine would."""
         return self._traffic + Traffic(self._copied_bytes, self._copied_bytes)
 
-    def _work(self, positions: npt.NDArray[np.int32]) -> StepWork:
+    def _work(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> StepWork:
         """Return what the step that has just run had to read, by where it was published."""
         footprint, n_tokens, n_layers = self.footprint, len(positions), len(self.footprint.expert_bytes)
         n_experts = footprint.n_experts
@@ -263,7 +271,7 @@ class EmulatedProgram:
         work = StepWork(
             n_layers=footprint.n_layers,
             dense_bytes=footprint.dense_bytes,
-            attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions)),
+            attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions, slots)),
             dense_macs=footprint.dense_macs * n_tokens,
             hit_bytes=(chosen & on_device).sum(1) * sizes,
             hit_macs=(counts * on_device).sum(1) * macs,
@@ -276,8 +284,7 @@ class EmulatedProgram:
         return work
 
 
-def _last_positions(positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _last_positions(positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Return the last position of each sequence of a step: its tokens share what they read."""
-    ends = np.append(positions[1:] != positions[:-1] + 1, True)
-    last: npt.NDArray[np.int32] = positions[ends]
+    last: npt.NDArray[np.int32] = positions[np.append(slots[1:] != slots[:-1], True)]
     return last

@@ -1,0 +1,34 @@
+"""Builds the API reference with pdoc: `make docs`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pdoc
+
+import engine
+
+MODULES = (
+    "engine",
+    "engine.config",
+    "engine.errors",
+    "engine.batch",
+    "engine.generate.answer",
+    "engine.model_spec",
+    "engine.devices.graph",
+    "engine.experts.policy",
+    "engine.gguf",
+)
+
+
+def main(folder: str) -> None:
+    """Write the pages into a folder."""
+    for name in engine.__all__:  # they are imported when first used, and a reference must find them in place
+        setattr(engine, name, getattr(engine, name))
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc(*MODULES, output_directory=Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,45 @@
+"""Where experts are found and where the time goes, layer by layer, for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from engine.runtime import EngineStatistics
+
+
+def layer_table(what: str, now: EngineStatistics, before: EngineStatistics) -> Table:
+    """Return what happened between two looks: for each MoE layer hits, swaps, and where the time went.
+
+    Both must be of an engine with a cache; `what` is the title's beginning.
+    """
+    cache, old = now.cache, before.cache
+    assert cache is not None
+    assert old is not None
+    hits, choices, loads = cache.hits - old.hits, cache.choices - old.choices, cache.loads - old.loads
+    n_tokens = max(cache.n_tokens - old.n_tokens, 1)
+    times = None
+    if now.time_spent is not None and before.time_spent is not None:
+        times = now.time_spent - before.time_spent
+    title = f"{what}: {hits.sum() / max(int(choices.sum()), 1):.0%} hits, {loads.sum() / n_tokens:.1f} swaps a token"
+    if times is not None:
+        title += (
+            f"; of a token {times.total_s / n_tokens * 1e3:.3f} ms: dense {_ms(times.dense_s, n_tokens)}, attention "
+            f"{_ms(times.attention_s, n_tokens)}, experts {_ms(times.hits_s, n_tokens)}, waiting for the CPU "
+            f"{_ms(times.wait_s, n_tokens)}"
+        )
+    if now.has_virtual_clock:
+        title += " (virtual clock)"
+    table = Table(title=title, title_justify="left", padding=(0, 1))
+    for heading in ("layer", "hits", "", "swaps", *(["device us", "CPU us", "wait us"] if times is not None else [])):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for layer in range(len(hits)):
+        rate = hits[layer] / max(int(choices[layer]), 1)
+        cells = [str(layer), f"{rate:.0%}", "█" * round(20 * rate), f"{loads[layer] / n_tokens:.2f}"]
+        if times is not None and times.layers.size:
+            cells += [f"{value / n_tokens * 1e6:.1f}" for value in times.layers[:, layer]]
+        table.add_row(*cells)
+    return table
+
+
+def _ms(seconds: float, n_tokens: int) -> str:
+    return f"{seconds / n_tokens * 1e3:.3f}"
