@@ -15,9 +15,52 @@
 constexpr int THREADS = 128;
 constexpr int N_WARPS = THREADS / WARP;
 constexpr int TILE = 32;
-constexpr int LANE_DIMS = (KEY_DIM + WARP - 1) / WARP;           // of a key that a lane reads
-constexpr int THREAD_DIMS = (VALUE_DIM + THREADS - 1) / THREADS; // of a value that a thread adds up
-constexpr int N_TILES = (GROUP + HEADS - 1) / HEADS;             // of heads
+constexpr int VECTOR = 8;      // values that a lane reads at once
+constexpr int MAX_PARTS = 256; // see `n_attention_parts`
+constexpr int N_TILES = (GROUP + HEADS - 1) / HEADS; // of heads
+
+// How the rows of a tile are shared out among the lanes of a block, DIM values of each.
+template <int DIM> struct Split {
+    static constexpr int LANES = DIM <= 32 ? 4 : DIM <= 64 ? 8 : DIM <= 128 ? 16 : 32; // that share a row
+    static constexpr int PIECES = (DIM + LANES * VECTOR - 1) / (LANES * VECTOR);       // that each of them reads
+    static constexpr int ROWS = N_WARPS * WARP / LANES;                                // that a block reads at once
+    static constexpr int ROUNDS = TILE / ROWS;
+    static constexpr int WISH = 8 / (PIECES * (KV_TYPE == 0 ? 2 : 1)); // as many as the registers allow
+    static constexpr int AT_ONCE = WISH < 1 ? 1 : WISH < ROUNDS ? WISH : ROUNDS; // rounds that are on the way together
+
+    static __device__ __forceinline__ int row(int round) { return round * ROWS + threadIdx.x / LANES; }
+    static __device__ __forceinline__ int column(int piece) { return (piece * LANES + threadIdx.x % LANES) * VECTOR; }
+};
+
+// VECTOR values as they are stored. All zero bits are zeros.
+struct Piece {
+#if KV_TYPE == 0
+    float4 low, high;
+#elif KV_TYPE == 1
+    uint4 halves;
+#else
+    uint2 bytes;
+    uint16_t scale;
+#endif
+
+    __device__ __forceinline__ void unpack(float (&x)[VECTOR]) const {
+#if KV_TYPE == 0
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+#elif KV_TYPE == 1
+        const unsigned words[4] = {halves.x, halves.y, halves.z, halves.w};
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            x[i] = f16_to_f32((uint16_t)(words[i / 2] >> 16 * (i % 2)));
+#else
+        const unsigned words[2] = {bytes.x, bytes.y};
+        const float d = f16_to_f32(scale);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            x[i] = d * (float)(int8_t)(words[i / 4] >> 8 * (i % 4));
+#endif
+    }
+};
 
 // Keys or values, of DIM values each, of all positions of one sequence and one head.
 template <int DIM> struct Side {
@@ -26,14 +69,16 @@ template <int DIM> struct Side {
     uint16_t *scales; // likewise
     int n_kv_heads;
 
-    __device__ __forceinline__ float load(int position, int i) const {
+    // Values i to i + VECTOR - 1; i is a multiple of VECTOR.
+    __device__ __forceinline__ Piece load(int position, int i) const {
         const int64_t row = (int64_t)position * n_kv_heads;
 #if KV_TYPE == 0
-        return ((const float *)values)[row * DIM + i];
+        const float4 *from = (const float4 *)((const float *)values + row * DIM + i);
+        return {from[0], from[1]};
 #elif KV_TYPE == 1
-        return f16_to_f32(((const uint16_t *)values)[row * DIM + i]);
+        return {*(const uint4 *)((const uint16_t *)values + row * DIM + i)};
 #else
-        return f16_to_f32(scales[row * N_SCALES + i / 32]) * (float)((const int8_t *)values)[row * DIM + i];
+        return {*(const uint2 *)(values + row * DIM + i), scales[row * N_SCALES + i / 32]};
 #endif
     }
 };
@@ -106,20 +151,41 @@ struct Part {
     float largest, sum;
 };
 
+// Fetches some rounds of a tile that begins at position `first`; rows outside of [begin, end) become zeros.
+template <int DIM, int STORED_DIM>
+DEVICE void fetch(const Side<STORED_DIM> &side, int first, int begin, int end, int first_round,
+                  Piece (&out)[Split<DIM>::AT_ONCE][Split<DIM>::PIECES]) {
+    using Shares = Split<DIM>;
+#pragma unroll
+    for (int r = 0; r < Shares::AT_ONCE; r++)
+#pragma unroll
+        for (int c = 0; c < Shares::PIECES; c++) {
+            const int p = Shares::row(first_round + r), i = Shares::column(c);
+            out[r][c] = p >= begin && p < end && i < DIM ? side.load(first + p, i) : Piece{};
+        }
+}
+
 // Grid: (n_kv_heads * N_TILES, n_parts, tokens from `first_token` on). values: float
-// [grid tokens, n_heads, n_parts, VALUE_DIM]; parts: [grid tokens, n_heads, n_parts].
+// [grid tokens, n_heads, n_parts, VALUE_DIM]; parts: [grid tokens, n_heads, n_parts]. Parts beyond a token's last tile
+// are left alone.
 KERNEL(THREADS)
 attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
        int chunk, float *values, Part *parts, int first_token, const int *n_tokens) {
-    __shared__ float queries[HEADS][KEY_DIM];
+    using Keys = Split<KEY_DIM>;
+    using Vals = Split<VALUE_DIM>;
+    __shared__ __align__(16) float queries[HEADS][KEY_DIM];
+    __shared__ float sums[HEADS][VALUE_DIM];
     __shared__ float scores[HEADS][TILE]; // of a tile; then their exponentials
     __shared__ float rescale[HEADS];      // of what was added up before the tile
     __shared__ Part totals[HEADS];
-    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS, n_heads = min(HEADS, GROUP - first_head);
+    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
+    const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
     const int part = blockIdx.y, n_parts = gridDim.y, token = first_token + blockIdx.z;
     if (token >= *n_tokens)
         return;
-    const int position = positions[token], slot = slots[token], head = kv_head * GROUP + first_head;
+    const int position = positions[token], slot = slots[token];
+    if (part > position / TILE)
+        return;
     const int from = max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0);
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const Side<KEY_DIM> keys = keys_of(cache, slot, kv_head);
@@ -129,36 +195,52 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
         queries[i / KEY_DIM][i % KEY_DIM] = i / KEY_DIM < n_heads ? q[token * q_stride + head * KEY_DIM + i] * scale : 0.0f;
     if (thread < HEADS)
         totals[thread] = {NEVER, 0.0f};
-    float acc[HEADS][THREAD_DIMS];
-#pragma unroll
-    for (int g = 0; g < HEADS; g++)
-#pragma unroll
-        for (int d = 0; d < THREAD_DIMS; d++)
-            acc[g][d] = 0.0f;
+    float acc[HEADS][Vals::PIECES][VECTOR] = {}; // of the positions that this thread reads
     __syncthreads();
 
     // the first tile of this part that has a position in sight
     const int first_tile = from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts;
     for (int first = first_tile * TILE; first <= position; first += n_parts * TILE) {
         const int begin = max(from - first, 0), end = min(TILE, position + 1 - first); // of what is seen of the tile
-        for (int p = warp; p < TILE; p += N_WARPS) { // a warp multiplies one key with all queries
-            const bool is_seen = p >= begin && p < end;
-            float key[LANE_DIMS];
 #pragma unroll
-            for (int d = 0; d < LANE_DIMS; d++)
-                key[d] = is_seen && d * WARP + lane < KEY_DIM ? keys.load(first + p, d * WARP + lane) : 0.0f;
+        for (int round = 0; round < Keys::ROUNDS; round += Keys::AT_ONCE) {
+            Piece fetched[Keys::AT_ONCE][Keys::PIECES];
+            fetch<KEY_DIM>(keys, first, begin, end, round, fetched);
+            float key[Keys::AT_ONCE][Keys::PIECES][VECTOR];
+#pragma unroll
+            for (int r = 0; r < Keys::AT_ONCE; r++)
+#pragma unroll
+                for (int c = 0; c < Keys::PIECES; c++)
+                    fetched[r][c].unpack(key[r][c]);
 #pragma unroll
             for (int g = 0; g < HEADS; g++) {
-                float dot = 0.0f;
+                float dots[Keys::AT_ONCE] = {};
 #pragma unroll
-                for (int d = 0; d < LANE_DIMS; d++)
-                    if (d * WARP + lane < KEY_DIM)
-                        dot = __fmaf_rn(key[d], queries[g][d * WARP + lane], dot);
-                dot = warp_sum(dot);
-                if (lane == 0)
-                    scores[g][p] = is_seen ? dot : NEVER;
+                for (int c = 0; c < Keys::PIECES; c++) {
+                    if (Keys::column(c) >= KEY_DIM)
+                        continue;
+                    const float4 *query = (const float4 *)&queries[g][Keys::column(c)];
+                    const float4 low = query[0], high = query[1];
+                    const float by[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+                    for (int r = 0; r < Keys::AT_ONCE; r++)
+#pragma unroll
+                        for (int i = 0; i < VECTOR; i++)
+                            dots[r] = __fmaf_rn(key[r][c][i], by[i], dots[r]);
+                }
+#pragma unroll
+                for (int r = 0; r < Keys::AT_ONCE; r++) {
+#pragma unroll
+                    for (int step = Keys::LANES / 2; step; step /= 2)
+                        dots[r] += __shfl_xor_sync(ALL_LANES, dots[r], step);
+                    const int p = Keys::row(round + r);
+                    if (lane % Keys::LANES == 0)
+                        scores[g][p] = p >= begin && p < end ? dots[r] : NEVER;
+                }
             }
         }
+        Piece fetched[Vals::AT_ONCE][Vals::PIECES]; // on the way while the exponentials are taken
+        fetch<VALUE_DIM>(vals, first, begin, end, 0, fetched);
         __syncthreads();
         for (int g = warp; g < HEADS; g += N_WARPS) { // a warp takes the exponentials of one query
             const Part before = totals[g];
@@ -176,65 +258,105 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
 #pragma unroll
         for (int g = 0; g < HEADS; g++)
 #pragma unroll
-            for (int d = 0; d < THREAD_DIMS; d++)
-                acc[g][d] *= rescale[g];
-#pragma unroll 4
-        for (int p = begin; p < end; p++)
+            for (int c = 0; c < Vals::PIECES; c++)
 #pragma unroll
-            for (int d = 0; d < THREAD_DIMS; d++)
-                if (d * THREADS + thread < VALUE_DIM) {
-                    const float value = vals.load(first + p, d * THREADS + thread);
+                for (int i = 0; i < VECTOR; i++)
+                    acc[g][c][i] *= rescale[g];
+#pragma unroll
+        for (int round = 0; round < Vals::ROUNDS; round += Vals::AT_ONCE) {
+            if (round)
+                fetch<VALUE_DIM>(vals, first, begin, end, round, fetched);
+#pragma unroll
+            for (int r = 0; r < Vals::AT_ONCE; r++)
+#pragma unroll
+                for (int c = 0; c < Vals::PIECES; c++) {
+                    float value[VECTOR];
+                    fetched[r][c].unpack(value);
 #pragma unroll
                     for (int g = 0; g < HEADS; g++)
-                        acc[g][d] = __fmaf_rn(scores[g][p], value, acc[g][d]);
+#pragma unroll
+                        for (int i = 0; i < VECTOR; i++)
+                            acc[g][c][i] = __fmaf_rn(scores[g][Vals::row(round + r)], value[i], acc[g][c][i]);
                 }
+        }
+        __syncthreads();
+    }
+
+    // Add up what the threads have: within a warp, then warp after warp.
+#pragma unroll
+    for (int g = 0; g < HEADS; g++)
+#pragma unroll
+        for (int c = 0; c < Vals::PIECES; c++)
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++)
+#pragma unroll
+                for (int step = WARP / 2; step >= Vals::LANES; step /= 2)
+                    acc[g][c][i] += __shfl_xor_sync(ALL_LANES, acc[g][c][i], step);
+    for (int turn = 0; turn < N_WARPS; turn++) {
+        if (warp == turn && lane < Vals::LANES)
+#pragma unroll
+            for (int c = 0; c < Vals::PIECES; c++)
+                if (Vals::column(c) < VALUE_DIM)
+#pragma unroll
+                    for (int g = 0; g < HEADS; g++)
+#pragma unroll
+                        for (int i = 0; i < VECTOR; i++) {
+                            float &sum = sums[g][Vals::column(c) + i];
+                            sum = turn ? sum + acc[g][c][i] : acc[g][c][i];
+                        }
         __syncthreads();
     }
 
     const int64_t first_result = (int64_t)blockIdx.z * cache.n_kv_heads * GROUP + head;
-#pragma unroll
-    for (int g = 0; g < HEADS; g++) {
-        const int64_t at = (first_result + g) * n_parts + part;
-        if (g >= n_heads)
-            continue;
-        if (thread == 0)
-            parts[at] = totals[g];
-#pragma unroll
-        for (int d = 0; d < THREAD_DIMS; d++)
-            if (d * THREADS + thread < VALUE_DIM)
-                values[at * VALUE_DIM + d * THREADS + thread] = acc[g][d];
+    for (int i = thread; i < n_heads * VALUE_DIM; i += THREADS) {
+        const int g = i / VALUE_DIM, column = i % VALUE_DIM;
+        values[((first_result + g) * n_parts + part) * VALUE_DIM + column] = sums[g][column];
     }
+    if (thread < n_heads)
+        parts[(first_result + thread) * n_parts + part] = totals[thread];
 }
 
 // Grid: (n_heads, tokens from `first_token` on). out: float32 rows of n_heads * VALUE_DIM. sinks: a score for each head
 // that has no value, or null.
 KERNEL(THREADS)
-merge_parts(const float *values, const Part *parts, int n_parts, const float *sinks, float *out, int64_t out_stride,
-            int first_token, const int *n_tokens) {
-    const int head = blockIdx.x, token = first_token + blockIdx.y;
+merge_parts(const float *values, const Part *parts, int n_parts, const float *sinks, const int *positions, float *out,
+            int64_t out_stride, int first_token, const int *n_tokens) {
+    constexpr int THREAD_DIMS = (VALUE_DIM + THREADS - 1) / THREADS;
+    __shared__ float factors[MAX_PARTS], maxima[N_WARPS], sums[N_WARPS];
+    const int head = blockIdx.x, token = first_token + blockIdx.y, thread = threadIdx.x;
     if (token >= *n_tokens)
         return;
     const int64_t first = ((int64_t)blockIdx.y * gridDim.x + head) * n_parts;
-    float largest = sinks ? sinks[head] : NEVER;
-    for (int i = 0; i < n_parts; i++)
+    const int n = min(n_parts, positions[token] / TILE + 1); // those that `attend` has filled
+    const float sink = sinks ? sinks[head] : NEVER;
+    float largest = sink;
+    for (int i = thread; i < n; i += THREADS)
         largest = fmaxf(largest, parts[first + i].largest);
-    float acc[THREAD_DIMS], sum = sinks ? exp_canonical(sinks[head] - largest) : 0.0f;
-#pragma unroll
-    for (int d = 0; d < THREAD_DIMS; d++)
-        acc[d] = 0.0f;
-    for (int i = 0; i < n_parts; i++) {
+    largest = warp_max(largest);
+    if (thread % WARP == 0)
+        maxima[thread / WARP] = largest;
+    __syncthreads();
+    for (int i = 0; i < N_WARPS; i++)
+        largest = fmaxf(largest, maxima[i]);
+    float sum = 0.0f;
+    for (int i = thread; i < n; i += THREADS) {
         const Part part = parts[first + i];
-        if (part.sum == 0.0f) // no positions
-            continue;
-        const float factor = exp_canonical(part.largest - largest);
-        sum = __fmaf_rn(part.sum, factor, sum);
+        factors[i] = exp_canonical(part.largest - largest); // of a part without positions: of zeros
+        sum = __fmaf_rn(part.sum, factors[i], sum);
+    }
+    sum = block_sum(sum, sums);
+    if (sinks)
+        sum += exp_canonical(sink - largest);
+
+    float acc[THREAD_DIMS] = {};
+#pragma unroll 8
+    for (int i = 0; i < n; i++)
 #pragma unroll
         for (int d = 0; d < THREAD_DIMS; d++)
-            if (d * THREADS + (int)threadIdx.x < VALUE_DIM)
-                acc[d] = __fmaf_rn(values[(first + i) * VALUE_DIM + d * THREADS + threadIdx.x], factor, acc[d]);
-    }
+            if (d * THREADS + thread < VALUE_DIM)
+                acc[d] = __fmaf_rn(values[(first + i) * VALUE_DIM + d * THREADS + thread], factors[i], acc[d]);
 #pragma unroll
     for (int d = 0; d < THREAD_DIMS; d++)
-        if (d * THREADS + (int)threadIdx.x < VALUE_DIM)
-            out[token * out_stride + head * VALUE_DIM + d * THREADS + threadIdx.x] = __fdiv_rn(acc[d], sum);
+        if (d * THREADS + thread < VALUE_DIM)
+            out[token * out_stride + head * VALUE_DIM + d * THREADS + thread] = __fdiv_rn(acc[d], sum);
 }

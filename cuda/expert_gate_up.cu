@@ -1,8 +1,8 @@
 // First half of the chosen experts' feed-forward network, for experts that have a slot:
 // h[t][rank][r] = activated(gate_e[r] . x[t], up_e[r] . x[t]), e = ids[t][rank].
 //
-// Compiled for GATE_FORMAT, UP_FORMAT and ACTIVATION (0 silu(g) * u; 1 the clamped swish of gpt-oss). Grid: (row blocks, tokens * n_used); a block is 4 warps of `rows_per_warp`
-// rows. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them.
+// Compiled for GATE_FORMAT, UP_FORMAT and ACTIVATION (0 silu(g) * u; 1 the clamped swish of gpt-oss). Grid: (row blocks,
+// tokens * n_used); a block is 4 warps of `rows_per_warp` rows. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them.
 // x_gate and x_up are the same activations, each in the form its format takes. h is float32 [tokens * n_used, ffn_size].
 #include "experts.cuh"
 

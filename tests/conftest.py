@@ -2,11 +2,22 @@
 
 import os
 from collections.abc import Callable
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu_by_chance(request: pytest.FixtureRequest) -> None:
+    """Where there is a real GPU, keep tests that are not about it away from it: the stand-in driver takes its place."""
+    if find_library("cuda") and not any(item.get_closest_marker("gpu") for item in request.session.items):
+        from tests.cusim import missing_requirement, stand_in_driver  # noqa: PLC0415
+
+        if missing_requirement() is None:
+            stand_in_driver().set(n_devices=0)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(mi
 
 SMALL = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
 LIMITS = Limits(max_tokens=8, n_slots=2, context_length=64, kv_type=KVType.F32)
-N_TOKENS = 10
+N_TOKENS = 6
 SPEEDS = Bandwidths(ram=50e9, pcie=25e9, vram=1000e9)
 
 

@@ -49,9 +49,7 @@ def expected() -> tuple[int, ...]:
     "moe",
     [
         {},
-        {"hot_k": 0},
         {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
-        {"hot_k": 20, "hot_pp_bypass_n_tokens": 8},
         {"n_cpu_moe": 5},
     ],
     ids=str,

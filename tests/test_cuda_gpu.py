@@ -28,6 +28,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_heads_have_matrices_of_their_own,
     test_linear_has_the_bits_of_the_cpu,
     test_linear_takes_many_tokens_in_groups,
+    test_linear_takes_some_tokens_together,
     test_recurrent_layers,
     test_rope_is_accurate_at_long_positions,
     test_router,

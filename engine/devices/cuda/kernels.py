@@ -24,7 +24,8 @@ PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh
 
 _PER_ROW, _COLUMNS = 256, 256
 _MAX_HEAD_DIM = 576
-_HEADS_AT_ONCE = 8  # query heads of one key head that share a reading of the cache
+_MAX_PARTS = 256  # of the positions; `attention.cu`
+_KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
 _ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
 
 ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
@@ -577,7 +578,7 @@ def kv_cache_bytes(cache: Cache) -> int:
 
 def n_attention_parts(cache: Cache) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    return max(1, min(_blocks(256, cache.n_kv_heads), _blocks(cache.context_length, 32)))
+    return max(1, min(_blocks(_MAX_PARTS, cache.n_kv_heads), _blocks(cache.context_length, 32)))
 
 
 def attention_scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
@@ -604,11 +605,12 @@ def attention(
     """Store the new keys and values; then, for some tokens at a time, attend over the parts and merge them."""
     n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
     assert n_heads % cache.n_kv_heads == 0
-    assert cache.key_dim % 2 == cache.value_dim % 2 == 0
+    assert cache.key_dim % _KV_VECTOR == cache.value_dim % _KV_VECTOR == 0
+    assert cache.address % 16 == 0
     assert 0 < cache.key_dim <= _MAX_HEAD_DIM
     assert 0 < cache.value_dim <= _MAX_HEAD_DIM
     assert (v is None) == cache.values_in_keys
-    n_tiles = _blocks(group, _HEADS_AT_ONCE)
+    n_tiles = _blocks(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
     definitions = (
         f"KV_TYPE={int(cache.type)}",
         f"KEY_DIM={cache.key_dim}",
@@ -634,7 +636,7 @@ def attention(
         n, begin = min(_ATTENTION_TOKENS, count.most - first), _int(first)
         grid = (cache.n_kv_heads * n_tiles, n_parts, n)
         launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *limits, *scratch, begin))
-        sums = (*scratch, _int(n_parts), _pointer(sight.sinks))
+        sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
         launches.append(launch("merge_parts", (n_heads, n, 1), 4 * WARP, *sums, *_at(out), begin))
     return launches
 

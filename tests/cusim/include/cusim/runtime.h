@@ -7,13 +7,16 @@
 #include "vector_types.h"
 
 // Where a barrier or intrinsic was called, for messages and to tell two calls apart. As a default argument,
-// CUSIM_SITE is the caller's line.
+// CUSIM_SITE is the caller's line: through a function, since g++ gives the builtins in braces their own line.
 struct cusim_site {
     const char *intrinsic, *file;
     int line;
 };
-#define CUSIM_SITE(name)                                                                                               \
-    cusim_site { name, __builtin_FILE(), __builtin_LINE() }
+static constexpr cusim_site cusim_here(const char *intrinsic, const char *file = __builtin_FILE(),
+                                       int line = __builtin_LINE()) {
+    return {intrinsic, file, line};
+}
+#define CUSIM_SITE(name) cusim_here(name)
 
 // The CUDA thread that runs now: what threadIdx, blockIdx, ... read.
 struct cusim_thread {
