@@ -48,7 +48,7 @@ smoke: $(VENV)/.installed-test ## run the quickest tests
 test-gpu: $(VENV)/.installed-test ## run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
-test-sanitize: $(VENV)/.installed-test ## run the kernel tests under AddressSanitizer and UBSan
+test-sanitize: $(VENV)/.installed-dev ## run the kernel tests under AddressSanitizer and UBSan
 	VENV=$(VENV) tests/run_sanitized.sh
 
 bench: $(VENV)/.installed-test ## run the microbenchmarks
