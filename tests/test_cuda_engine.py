@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.devices.cuda import jit
 from engine.errors import DeviceError
+from engine.gguf import weights
 from engine.runtime import Engine
 from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
 
@@ -64,6 +67,25 @@ def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) ->
     if moe.get("policy") == "lru":
         assert found.cache.n_loads > 0
         assert 0 < found.cache.hit_rate < 1
+
+
+@pytest.mark.parametrize("moe", [{"hot_k": 0}, {"hot_k": 9}, {"n_cpu_moe": 5}], ids=str)
+def test_closing_frees_the_weights_at_once(moe: dict, monkeypatch) -> None:
+    """Also while the closed engine is still held: the next one may need the memory."""
+    allocated = []
+    allocate = weights._allocate
+
+    def watch(*args):
+        memory = allocate(*args)
+        allocated.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(weights, "_allocate", watch)
+    with Engine.open(config=replace(config(**moe), model=ModelSettings(load="memory"))) as engine:
+        engine.generate(PROMPT, GREEDY)
+        assert [memory() is not None for memory in allocated] == [True]
+    assert allocated[0]() is None
+    assert engine.statistics.n_requests == 1
 
 
 def test_auto_takes_the_gpu_and_says_so(caplog) -> None:

@@ -87,6 +87,7 @@ class CUDADevice:
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
         bare = Lowering(graph, weights, limits)
+        bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
         dense_bytes = bare.layout.n_bytes - bare.state[1] - bare.scratch_bytes
         footprint = replace(
             measure(graph, limits),
