@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -443,7 +444,7 @@ def model(bench: Bench) -> None:
                 bench.note("model", f"{name}: furthest from the CPU's logits", float(np.abs(logits - reference).max()))
                 _time_model(bench, name, forward, tokens, bench.n_prompt)
                 bench.note("model", f"{name}: VRAM", program.device_bytes / 1e9, "GB")
-            except Exception:
+            except Exception:  # one placement that fails must not cost the figures of the others
                 print(traceback.format_exc(), flush=True)
                 bench.results.setdefault("errors", []).append(traceback.format_exc())
             finally:
@@ -531,11 +532,13 @@ def main() -> None:
         try:
             bench.context.make_current()
             SECTIONS[name](bench)
-        except Exception:
+        except Exception:  # a GPU is lent for minutes: whatever a section does, the others are run
             print(traceback.format_exc(), flush=True)
             bench.results.setdefault("errors", []).append(traceback.format_exc())
         bench.note("seconds", name, time.perf_counter() - start)
         (args.out / "gpu.json").write_text(json.dumps(bench.results, indent=1))
+    if "errors" in bench.results:
+        sys.exit(f"{len(bench.results['errors'])} parts failed; see above")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from engine.gguf.weights import WeightMemory
 from engine.models import load_model
 from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
 
+# Without g++, which running the package does not need, there is no emulator.
 pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 
 SMALL = "qwen3moe/qwen3moe-micro-Q8_0.gguf"

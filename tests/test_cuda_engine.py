@@ -17,6 +17,7 @@ from engine.gguf import weights
 from engine.runtime import Engine
 from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
 
+# Without g++, which running the package does not need, there is no emulator.
 pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 
 PROMPT = "def add(a, b):\n    return"

@@ -16,6 +16,7 @@ from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
 from tests.cusim import missing_requirement
 
+# Without g++, which running the package does not need, there is no emulator.
 pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 install_grids()
 F32 = np.float32

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cusim import KernelError, Module, Pointers, SanitizerError, build, missing_requirement, run_every_way
 
-reason = missing_requirement()
+reason = missing_requirement()  # no g++, which running the package does not need
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 KERNELS = build.HERE / "kernels"
