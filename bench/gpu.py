@@ -22,7 +22,7 @@ import numpy as np
 
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice, kernels, probe
+from engine.devices.cuda import CUDADevice, kernels, probe, tiles
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
 from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Launch, Matrix, Rows, Sight
@@ -202,6 +202,29 @@ def linear(bench: Bench) -> None:
             ]
             s = bench.replay_s(launches) / n
             bench.share("linear", f"{name} {n_rows} x {n_cols}, {n_tokens} tokens ({n_bytes >> 20} MiB)", n_bytes, s)
+
+
+def products(bench: Bench) -> None:
+    """Dense matrices times the tokens of a prompt, in operations (two for a multiply-add) a second."""
+    n_cols = 3072
+    with bench.memory(256 << 20, 4096 * 4096, 4096 * 12288 * 4, 256, 1 << 20) as (weights, x, out, count, grid):
+        for name, n_rows, n_tokens in [
+            *((name, 12288, 3000) for name in ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "IQ4_XS", "MXFP4", "IQ2_XS")),
+            *(("Q4_K", n_rows, n) for n_rows, n in ((12288, 9), (12288, 64), (12288, 512), (1024, 3000), (3072, 3000))),
+        ]:
+            weight_format = BY_NAME[name]
+            bench.put(count, np.array([n_tokens], np.int32))
+            launch = tiles.linear(
+                Rows(x, kernels.activation_bytes(weight_format.activation, n_cols)),
+                n_cols,
+                weight_format,
+                [Matrix(weights, n_rows, Rows(out, n_rows))],
+                _grid(bench, weight_format, grid),
+                Count(count, n_tokens),
+            )
+            s = bench.replay_s([launch] * 4) / 4
+            rate = 2 * n_rows * n_cols * n_tokens / s / 1e12
+            bench.note("products", f"{name} {n_rows} x {n_cols}, {n_tokens} tokens", rate, f"TOPS; {s * 1e6:.1f} us")
 
 
 def experts(bench: Bench) -> None:
@@ -514,7 +537,9 @@ def operations(bench: Bench) -> None:
         file.close()
 
 
-SECTIONS = {f.__name__: f for f in (facts, copies, small, linear, experts, attention, handshake, model, operations)}
+SECTIONS = {
+    f.__name__: f for f in (facts, copies, small, linear, products, experts, attention, handshake, model, operations)
+}
 
 
 def main() -> None:

@@ -7,7 +7,8 @@
 //                      b[r].lo, .hi = B[2 * t + 8 * r][g], and the next row
 //   m16n8k32, int8:    byte i of a[r] = A[g + 8 * (r & 1)][4 * t + i + 16 * (r >> 1)]
 //                      byte i of b[r] = B[4 * t + i + 16 * r][g]
-//   both:              c[i] = C[g + 8 * (i >> 1)][2 * t + (i & 1)]
+//   m16n8k16, int8:    as the first half of that: a[0], a[1] and b[0]
+//   all:               c[i] = C[g + 8 * (i >> 1)][2 * t + (i & 1)]
 #pragma once
 
 #ifdef CUSIM
@@ -37,6 +38,12 @@ PTX void mma_m16n8k32_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+PTX void mma_m16n8k16_s8(int (&c)[4], const unsigned (&a)[2], unsigned b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 // --- 8x8 matrices of 16-bit elements from shared memory, spread over the warp ---

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import kernels
-from engine.devices.cuda.kernels import Cache, ExpertMatrix, Heads, Matrix, Rows, Sight
+from engine.devices.cuda import kernels, tiles
+from engine.devices.cuda.kernels import Cache, ExpertMatrix, Heads, Launch, Matrix, Rows, Sight
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
@@ -89,9 +91,26 @@ def test_linear_takes_many_tokens_in_groups() -> None:
     check_linear(BY_NAME["Q5_K"], 11, "fast")
 
 
-def check_linear(weight_format: QuantFormat, n_tokens: int, mode: str) -> None:
+@pytest.mark.parametrize("weight_format", [f for f in FORMATS if tiles.takes_tiles(f)], ids=lambda f: f.name)
+def test_tiles_have_the_bits_of_the_cpu(weight_format: QuantFormat) -> None:
+    check_linear(weight_format, 11, "fast", tiles.linear)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("Q4_K", "race"), ("Q6_K", "asan"), ("Q5_1", "race"), ("Q8_0", "asan")])
+def test_tiles_break_no_rule(name: str, mode: str) -> None:
+    check_linear(BY_NAME[name], 13, mode, tiles.linear)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 64, 75])
+def test_tiles_take_any_number_of_tokens(n_tokens: int) -> None:
+    check_linear(BY_NAME["Q4_K"], n_tokens, "fast", tiles.linear)
+
+
+def check_linear(
+    weight_format: QuantFormat, n_tokens: int, mode: str, linear: Callable[..., Launch] = kernels.linear
+) -> None:
     rng, emulator, n_cols = np.random.default_rng(1), Emulator(mode), awkward_columns(weight_format)
-    sizes = (37, 5)
+    sizes = (75, 5) if linear is tiles.linear else (37, 5)  # of which the sanitizer sees the last byte
     weights = aligned(random_weights(weight_format, sum(sizes), n_cols))
     x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
     bias, scale = rng.standard_normal(sizes[1]).astype(F32), np.array([0.37], F32)
@@ -112,7 +131,7 @@ def check_linear(weight_format: QuantFormat, n_tokens: int, mode: str) -> None:
         ]
         count = emulator.count(n_tokens, 1 if n_tokens == 1 else None)
         x_rows, grid_address = emulator.byte_rows(rows), emulator.at(grid) if grid is not None else 0
-        emulator.run(kernels.linear(x_rows, n_cols, weight_format, matrices, grid_address, count), order, seed)
+        emulator.run(linear(x_rows, n_cols, weight_format, matrices, grid_address, count), order, seed)
         assert same_bits(first, np.ascontiguousarray(expected[:, : sizes[0]]))
         assert same_bits(second, expected[:, sizes[0] :] * scale + bias)
 

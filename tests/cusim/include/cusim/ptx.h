@@ -83,6 +83,12 @@ static inline void mma_m16n8k32_s8(int (&c)[4], const unsigned (&a)[4], const un
     cusim_mma own = {a, b, c};
     cusim_collective(~0u, cusim_exchange_mma_s8, &own, false, site);
 }
+// The first half of the longer one.
+static inline void mma_m16n8k16_s8(int (&c)[4], const unsigned (&a)[2], unsigned b,
+                                   cusim_site site = CUSIM_SITE("mma_m16n8k16_s8")) {
+    const unsigned padded_a[4] = {a[0], a[1], 0, 0}, padded_b[2] = {b, 0};
+    mma_m16n8k32_s8(c, padded_a, padded_b, site);
+}
 
 // --- ldmatrix ---
 struct cusim_ldmatrix {
