@@ -9,13 +9,6 @@
 constexpr int N_WARPS = 4;
 constexpr int MAX_ROWS = 16; // of a warp
 
-DEVICE float activated(float gate, float up) {
-    if (ACTIVATION == 0)
-        return silu(gate) * up;
-    const float g = gate < 7.0f ? gate : 7.0f, u = up < 7.0f ? up : 7.0f; // as the CPU does with a NaN
-    return g * sigmoid(1.702f * g) * ((u > -7.0f ? u : -7.0f) + 1.0f);
-}
-
 KERNEL(N_WARPS *WARP)
 expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate,
                int64_t x_gate_row_bytes, const uint8_t *x_up, int64_t x_up_row_bytes, int hidden_size, int ffn_size,
@@ -45,7 +38,7 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
             Tokens<1>(x_up, x_up_row_bytes, token, token + 1), up_grid, scratch[warp].up, ups[warp]);
     if (lane < n_rows) {
         const int row = first_row + lane;
-        h[(int64_t)choice * ffn_size + row] = activated(projected(gates[warp][lane], gate, expert, ffn_size, row),
+        h[(int64_t)choice * ffn_size + row] = activated(ACTIVATION, projected(gates[warp][lane], gate, expert, ffn_size, row),
                                                         projected(ups[warp][lane], up, expert, ffn_size, row));
     }
 }
