@@ -8,6 +8,7 @@ Each section stands alone: one that fails is reported and the next is run. Resul
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import sys
@@ -227,6 +228,53 @@ def products(bench: Bench) -> None:
             bench.note("products", f"{name} {n_rows} x {n_cols}, {n_tokens} tokens", rate, f"TOPS; {s * 1e6:.1f} us")
 
 
+def grouped_experts(bench: Bench) -> None:
+    """The experts of a layer of the 122B for the tokens of a prompt, all in slots, chosen evenly."""
+    n_experts, n_used, hidden, ffn = 256, 8, 3072, 1024
+    formats = [BY_NAME[name] for name in ("Q4_K", "Q4_K", "Q6_K")]
+    shapes = ((ffn, hidden), (ffn, hidden), (hidden, ffn))
+    stacks = [-(-f.row_bytes(cols) * rows // 256) * 256 for f, (rows, cols) in zip(formats, shapes, strict=True)]
+    x_bytes, h_bytes = (
+        kernels.activation_bytes(Activation.Q8_256, hidden),
+        kernels.activation_bytes(Activation.Q8_256, ffn),
+    )
+    for n_tokens in (64, 512, 3000):
+        sizes, n_choices = tiles.Sizes(n_experts, n_used, hidden, ffn, 8), n_tokens * n_used
+        parts = tiles.groups_bytes(sizes, n_tokens)
+        with bench.memory(
+            *(n_experts * size for size in stacks),
+            *parts,
+            n_tokens * x_bytes,
+            4 * n_choices * ffn,
+            n_choices * h_bytes,
+            4 * n_choices * hidden,
+            4 * n_choices,
+            4 * n_experts,
+            4,
+        ) as (g, u, d, *groups_at, x, h, h_form, out, ids, places, count_at):
+            rng, count, groups = np.random.default_rng(0), Count(count_at, n_tokens), tiles.Groups(*groups_at)
+            bench.put(ids, np.stack([rng.permutation(n_experts)[:n_used] for _ in range(n_tokens)]).astype(np.int32))
+            bench.put(places, np.arange(n_experts, dtype=np.int32))
+            bench.put(count_at, np.array([n_tokens], np.int32))
+            gate, up, down = (ExpertMatrix(a, n, f) for a, n, f in zip((g, u, d), stacks, formats, strict=True))
+            group, most, rows = ctypes.c_int32(0), tiles.n_tiles(sizes, n_tokens), Rows(x, x_bytes)
+            first = tiles.expert_gate_up(
+                groups, group, sizes, gate, up, rows, rows, h, (0, 0), ExpertActivation.SILU, most
+            )
+            h_rows, out_rows = Rows(h_form, h_bytes), Rows(out, n_used * hidden)
+            steps = {
+                "sorting": tiles.group_choices(ids, places, sizes, groups, count),
+                "gate and up": [first],
+                "quantize": [kernels.quantize(Rows(h, ffn), ffn, Activation.Q8_256, h_rows, n_used, count)],
+                "down": [tiles.expert_down(groups, group, sizes, down, h_rows, out_rows, 0, most)],
+            }
+            ops = {"gate and up": 4 * n_choices * ffn * hidden, "down": 2 * n_choices * ffn * hidden}
+            for name, launches in steps.items():
+                s = bench.replay_s(launches)
+                rate = f"; {ops[name] / s / 1e12:.4g} TOPS" if name in ops else ""
+                bench.note("grouped", f"{n_tokens} tokens: {name}", s * 1e6, f"us{rate}")
+
+
 def experts(bench: Bench) -> None:
     """The hits of one token as in the 122B: gate and up 1024 x 3072, down 3072 x 1024."""
     hidden, ffn, n_used = 3072, 1024, 8
@@ -328,6 +376,68 @@ def attention(bench: Bench) -> None:
                     )
                 ]
                 bench.share("attention", f"{kv_type.name}, {n_positions} positions", size, bench.replay_s(launches) / n)
+
+
+def prompt_attention(bench: Bench) -> None:
+    """All tokens of a prompt of the 122B (32 heads on 2 key heads of 256); its operations that go token by token."""
+    n = 3000
+    for kv_type in (KVType.F16, KVType.Q8_0):
+        cache = Cache(0, kv_type, 1, 4096, 2, 256, 256)
+        sizes = (kernels.kv_cache_bytes(cache), n * 8192 * 4, n * 512 * 4, n * 8192 * 4, 4 * n, 4 * n, 4)
+        with bench.memory(*sizes) as (memory, q, k, out, positions, slots, count):
+            bench.put(positions, np.arange(n, dtype=np.int32))
+            bench.put(count, np.array([n], np.int32))
+            launches = kernels.attention(
+                Rows(q, 8192),
+                Rows(k, 512),
+                Rows(k, 512),
+                Rows(out, 8192),
+                cache._replace(address=memory),
+                32,
+                0.0625,
+                Sight(),
+                0,
+                0,
+                positions,
+                slots,
+                Count(count, n),
+            )
+            bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(launches) * 1e3, "ms")
+    with bench.memory(n * 12288 * 4, n * 8192 * 4, n * 64 * 4, 64 * 128 * 128 * 4, 1 << 20, 4 * n, 4 * n, 4) as (
+        qkv,
+        out,
+        beta,
+        state,
+        vectors,
+        positions,
+        slots,
+        count,
+    ):
+        bench.put(positions, np.arange(n, dtype=np.int32))
+        bench.put(count, np.array([n], np.int32))
+        rows, places = Rows(beta, 64), (positions, slots, Count(count, n))
+        net = kernels.delta_net(
+            qkv,
+            qkv + 4 * 2048,
+            qkv + 4 * 4096,
+            12288,
+            rows,
+            rows,
+            vectors,
+            vectors,
+            state,
+            Rows(out, 8192),
+            16,
+            64,
+            128,
+            128,
+            False,
+            1e-6,
+            *places,
+        )
+        conv = kernels.causal_conv(Rows(qkv, 12288), vectors, state, Rows(qkv, 12288), 12288, 4, *places)
+        bench.note("prompt", f"delta net of {n} tokens, 64 heads of 128 x 128", bench.replay_s([net]) * 1e3, "ms")
+        bench.note("prompt", f"convolution of {n} tokens, 12288 channels", bench.replay_s([conv]) * 1e3, "ms")
 
 
 def small(bench: Bench) -> None:
@@ -470,6 +580,56 @@ def model(bench: Bench) -> None:
             except Exception:  # one placement that fails must not cost the figures of the others
                 print(traceback.format_exc(), flush=True)
                 bench.results.setdefault("errors", []).append(traceback.format_exc())
+            finally:
+                program.close()
+                device.close()
+    finally:
+        weights.close()
+        file.close()
+
+
+def prompt(bench: Bench) -> None:
+    """Prompts of a big model whose experts are streamed; all placements must give the same bits."""
+    file = open_model_file(bench.model)
+    loaded = load_model(file)
+    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
+    limits, n_experts = Limits(512, 1, 8192, KVType.Q8_0), loaded.spec.moe.n_experts
+    tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 3000).tolist()
+    pinned, device_memory = PinnedMemory(256 << 20), DeviceMemory(256 << 20)
+    s = bench.seconds(lambda: bench.stream.upload(device_memory.address, pinned.address, 256 << 20))
+    pcie, expected = (256 << 20) / s / 1e9, None
+    bench.note("prompt", "PCIe", pcie, "GB/s")
+    pinned.close()
+    device_memory.close()
+    try:
+        for hot_k in (n_experts, n_experts * 2 // 5, 0):
+            device = CUDADevice(wish=Wish(hot_k), n_threads=bench.n_threads, bandwidths=SPEEDS)
+            start = time.perf_counter()
+            program = device.compile(loaded.graph, weights, limits)
+            try:
+                name = f"{hot_k} of {n_experts} experts in slots"
+                bench.note("prompt", f"{name}: seconds to open", time.perf_counter() - start)
+                bench.note("prompt", f"{name}: tokens in a step", program.limits.max_tokens)
+                _fill(bench, name, program)
+                moved = sum(
+                    int(n_bytes) * (n_experts - int(n_slots))
+                    for n_bytes, n_slots in zip(program.expert_bytes, program.n_slots, strict=True)
+                )
+                forward = ForwardPass(program, program.limits, loaded.spec.n_vocab)
+                for n in (64, 512, 3000):
+                    logits = forward.run(0, tokens[:n], 0).copy()
+                    times = []
+                    for _ in range(3):
+                        start = time.perf_counter()
+                        forward.run(0, tokens[:n], 0)
+                        times.append(time.perf_counter() - start)
+                    s = min(times)
+                    rate = moved / s / 1e9
+                    shown = f"tok/s; {s * 1e3:.1f} ms; {rate:.1f} GB/s, {rate / pcie:.0%} of PCIe"
+                    bench.note("prompt", f"{name}: prompt of {n}", n / s, shown)
+                expected = logits if expected is None else expected
+                same = bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
+                bench.note("prompt", f"{name}: same bits", same)
             finally:
                 program.close()
                 device.close()

@@ -475,6 +475,7 @@ def test_router(
         (KVType.Q8_0, (256, 256), 8, 1, 0, 40, "fast", 3e-2),
         (KVType.Q8_0, (40, 24), 3, 2, 7, 0, "race", 3e-2),
         (KVType.F32, (16, 16), 2, 1, 0, 0, "asan", 1e-5),
+        (KVType.F32, (16, 16), 1, 90, 0, 0, "fast", 1e-5),  # parts of several tiles
         (KVType.F16, (576, 512), 11, 1, 0, 0, "fast", 2e-3),  # latent attention: values are parts of their keys
     ],
 )
@@ -500,7 +501,7 @@ def test_attention(
         v = k[:, :value_dim]
     sinks = rng.standard_normal(n_heads).astype(F32) if window else None
     all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
-    positions = np.array([149, 33, *range(60, 68)], np.int32)  # more tokens than attend at the same time
+    positions = np.array([149, 33, *range(60, 68)], np.int32)
     n_tokens = len(positions)
     q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
     value_bytes, part_bytes = kernels.attention_scratch_bytes(cache, n_heads, n_tokens)
@@ -539,6 +540,9 @@ def test_attention(
         store = launches(all_positions, out, n_kept)[0]
         emulator.run([store, *launches(positions, out, n_tokens)[1:]], order, seed)
         assert out == pytest.approx(np.stack(expected), abs=tolerance * 4)
+        few = np.zeros((4, n_heads * value_dim), F32)  # by parts that are merged afterwards
+        emulator.run(launches(positions, few, len(few))[1:], order, seed)
+        assert same_bits(few, out[: len(few)])
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])

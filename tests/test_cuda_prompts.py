@@ -23,7 +23,7 @@ SETTINGS = {"limits": LIMITS, "prompt_tokens": 40, "bypass_n_tokens": 10}
 
 
 @pytest.fixture(scope="module", params=["mmap", "memory"])
-def small(request, golden_path) -> Iterator[Model]:
+def prompt_model(request, golden_path) -> Iterator[Model]:
     """A small model, its weights mapped, so that they go through pinned buffers, or in memory that can be pinned."""
     model = Model(golden_path(SMALL))
     if request.param == "memory":
@@ -37,10 +37,10 @@ _kept: list[np.ndarray] = []
 
 
 @pytest.fixture
-def expected(small: Model) -> np.ndarray:
+def single_tokens(prompt_model: Model) -> np.ndarray:
     """Logits of the prompt, fed token by token to a device that holds all experts."""
     if not _kept:
-        with small.open(limits=replace(LIMITS, max_tokens=1)) as opened:
+        with prompt_model.open(limits=replace(LIMITS, max_tokens=1)) as opened:
             _kept.append(prompt(opened))
     return _kept[0]
 
@@ -65,8 +65,10 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("hot_k", [None, 3, 0])
-def test_long_steps_have_the_bits_of_single_tokens(hot_k: int | None, small: Model, expected: np.ndarray) -> None:
-    with small.open(hot_k=hot_k, **SETTINGS) as opened:
+def test_long_steps_have_the_bits_of_single_tokens(
+    hot_k: int | None, prompt_model: Model, single_tokens: np.ndarray
+) -> None:
+    with prompt_model.open(hot_k=hot_k, **SETTINGS) as opened:
         assert opened.program.limits.max_tokens == 40
         for cuts in ((), (17,), (9, 10, 22)):  # streamed; and parts for which the CPU is asked
-            assert_same(prompt(opened, cuts, slot=1), expected)
+            assert_same(prompt(opened, cuts, slot=1), single_tokens)

@@ -26,7 +26,7 @@ _PER_ROW, _COLUMNS = 256, 256
 _MAX_HEAD_DIM = 576
 _MAX_PARTS = 256  # of the positions; `attention.cu`
 _KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
-_ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
+_ATTENTION_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without
 
 ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
 
@@ -602,7 +602,7 @@ def attention(
     slots: int,
     count: Count,
 ) -> list[Launch]:
-    """Store the new keys and values; then, for some tokens at a time, attend over the parts and merge them."""
+    """Store the new keys and values; then attend: few tokens over parts that are merged, many over all of them."""
     n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
     assert n_heads % cache.n_kv_heads == 0
     assert cache.key_dim % _KV_VECTOR == cache.value_dim % _KV_VECTOR == 0
@@ -632,12 +632,15 @@ def attention(
     grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
     launches = [launch("store_kv", grid, threads, *_at(k), *_at(v or Rows(0, 0)), *places)]
     scratch, limits = (_pointer(values), _pointer(parts)), (_int(sight.window), _int(sight.chunk))
-    for first in range(0, count.most, _ATTENTION_TOKENS):
-        n, begin = min(_ATTENTION_TOKENS, count.most - first), _int(first)
-        grid = (cache.n_kv_heads * n_tiles, n_parts, n)
-        launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *limits, *scratch, begin))
-        sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
-        launches.append(launch("merge_parts", (n_heads, n, 1), 4 * WARP, *sums, *_at(out), begin))
+    what = (*_at(q), *places, _float(scale), *limits)
+    if count.most > _ATTENTION_TOKENS:
+        grid = (cache.n_kv_heads * n_tiles, count.most, 1)
+        merging = (_int(n_parts), _pointer(sight.sinks))
+        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *_at(out))]
+    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), _int(0)
+    launches.append(launch("attend", grid, 4 * WARP, *what, *scratch, begin))
+    sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
+    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *_at(out), begin))
     return launches
 
 
