@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from test_cuda_device import Model, Opened, driver  # noqa: F401 - the fixture that steers the stand-in
 
+from engine.devices.cuda.kernels import Launch
+from engine.devices.cuda.lowering import Staging
+from engine.devices.cuda.runtime import Stream
 from engine.devices.graph import KVType, Limits, Rows
+from engine.errors import DeviceError
 from engine.gguf.weights import WeightMemory
 from tests.cusim import missing_requirement
 
@@ -72,3 +76,117 @@ def test_long_steps_have_the_bits_of_single_tokens(
         assert opened.program.limits.max_tokens == 40
         for cuts in ((), (17,), (9, 10, 22)):  # streamed; and parts for which the CPU is asked
             assert_same(prompt(opened, cuts, slot=1), single_tokens)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"copy_us": 500}, {"jitter_us": 300}, {"order": "random"}, {"order": "reverse"}], ids=str
+)
+def test_swaps_between_long_steps_never_change_a_bit(
+    settings: dict,
+    prompt_model: Model,
+    single_tokens: np.ndarray,
+    driver,  # noqa: F811
+    monkeypatch,
+) -> None:
+    """Experts change hands between steps, and are on their way into slots while a step streams the same ones.
+
+    The ring is as short as can be: whoever does not wait reads another expert, or overwrites one that is still read.
+    """
+    monkeypatch.setattr("engine.devices.cuda.device._MOST_BUFFERS", 2)
+    monkeypatch.setattr("engine.devices.cuda.device.STAGED_EXPERTS", 1)
+    driver.set(**settings)
+    rng = np.random.default_rng(4)
+    with prompt_model.open(hot_k=3, **SETTINGS) as opened:
+        program = opened.program
+        for _ in range(3):
+            assert_same(prompt(opened, (13,)), single_tokens)
+            for layer in range(len(program.n_slots)):
+                program.wait_all()
+                slot, expert = int(rng.integers(3)), int(rng.integers(3, program.n_experts))
+                for holder in np.flatnonzero(program._places[layer] == slot):
+                    program.publish(layer, int(holder), -1)
+                ticket = program.copy_expert(layer, expert, slot)
+                if rng.random() < 0.5 and program._places[layer, expert] < 0:
+                    program.wait_all()
+                    assert program.is_done(ticket)
+                    program.publish(layer, expert, slot)
+
+
+def test_where_memory_cannot_be_pinned_experts_go_through_buffers(
+    prompt_model: Model,
+    single_tokens: np.ndarray,
+    driver,  # noqa: F811
+) -> None:
+    driver.fail("cuMemHostRegister", 2, "CUDA_ERROR_UNKNOWN")
+    with prompt_model.open(hot_k=2, **SETTINGS) as opened:
+        pinned = opened.program._pinned
+        assert pinned is not None
+        assert not pinned.is_pinned
+        reason = "cuMemHostRegister failed" if prompt_model.weights.is_own_memory else 'load = "mmap"'
+        assert reason in pinned.describe()
+        assert_same(prompt(opened), single_tokens)
+
+
+@pytest.mark.parametrize("after", [0, 3, 40, 100])
+def test_an_interrupt_leaves_the_device_usable(
+    after: int, prompt_model: Model, single_tokens: np.ndarray, monkeypatch
+) -> None:
+    """While kernels and copies are being queued, those queued already still run."""
+    with prompt_model.open(hot_k=3, **SETTINGS) as opened:
+        queued, launch = 0, Stream.launch
+
+        def interrupted(stream: Stream, kernel: Launch) -> None:
+            nonlocal queued
+            if queued == after:
+                raise KeyboardInterrupt
+            queued += 1
+            launch(stream, kernel)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Stream, "launch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prompt(opened)
+        assert_same(prompt(opened), single_tokens)
+
+
+@pytest.mark.parametrize(("event", "nth"), [("copy", 3), ("copy", 9), ("kernel", 60), ("cuMemcpyHtoDAsync", 8)])
+def test_a_failure_in_a_long_step_is_an_error_and_frees_everything(
+    event: str,
+    nth: int,
+    prompt_model: Model,
+    driver,  # noqa: F811
+) -> None:
+    opened = prompt_model.open(hot_k=1, **SETTINGS)
+    driver.fail(event, nth)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        prompt(opened)
+    driver.reset()  # a crashed device frees nothing by itself; here its context ends
+
+
+def test_steps_and_ring_shrink_with_the_memory(prompt_model: Model, single_tokens: np.ndarray) -> None:
+    """Down to what was asked for, and two buffers of one expert."""
+    with prompt_model.open(hot_k=0, **SETTINGS) as opened:
+        largest = opened.program.device_bytes
+        assert opened.program._lowering.staging == Staging(32, 8)
+
+    def sizes_within(budget: int) -> tuple[int, int, int] | None:
+        try:
+            opened = prompt_model.open(hot_k=0, vram_budget=budget, **SETTINGS)
+        except DeviceError as error:
+            assert "of VRAM" in str(error)  # noqa: PT017 - some budgets are too small for everything
+            return None
+        with opened:
+            assert opened.program.device_bytes <= budget
+            assert_same(prompt(opened, (12, 24)), single_tokens)
+            staging = opened.program._lowering.staging
+            assert staging is not None
+            return opened.program.limits.max_tokens, staging.n_buffers, staging.at_once
+
+    found = [sizes_within(int(budget)) for budget in np.linspace(largest, 0, 12, endpoint=False)]
+    fitting = [sizes for sizes in found if sizes is not None]
+    assert found == fitting + [None] * (len(found) - len(fitting))
+    assert fitting[0][0] == 40
+    assert fitting[-1][0] == LIMITS.max_tokens
+    assert all(n_buffers >= 2 and at_once >= 1 for _, n_buffers, at_once in fitting)
+    n_tokens = [sizes[0] for sizes in fitting]
+    assert n_tokens == sorted(n_tokens, reverse=True)
