@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from golden_files import model_path
 from test_cuda_device import Model, Opened, driver  # noqa: F401 - the fixture that steers the stand-in
 
 from engine.devices.cuda.kernels import Launch
@@ -190,3 +191,27 @@ def test_steps_and_ring_shrink_with_the_memory(prompt_model: Model, single_token
     assert all(n_buffers >= 2 and at_once >= 1 for _, n_buffers, at_once in fitting)
     n_tokens = [sizes[0] for sizes in fitting]
     assert n_tokens == sorted(n_tokens, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen35moe/qwen35moe-fusedgu-Q8_0",  # gate and up in one tensor; recurrent layers
+        "qwen3next/qwen3next-wide-Q4_K_M",  # minimums
+        "gpt-oss/gpt-oss-micro-MXFP4",  # biases, sinks, windows
+        "deepseek2/deepseek2-v2lite-micro-Q8_0",  # latent attention
+        "olmoe/olmoe-wide-Q6_K",  # scales of 16 weights
+    ],
+)
+def test_long_steps_of_other_models_have_the_bits_of_single_tokens(name: str, golden_path) -> None:
+
+    model = Model(model_path(golden_path(f"{name}.npz")))
+    model.tokens = np.random.default_rng(3).integers(0, model.n_vocab, 14).tolist()
+    try:
+        with model.open(limits=replace(LIMITS, max_tokens=1)) as opened:
+            expected = prompt(opened)
+        with model.open(hot_k=2, **SETTINGS) as opened:
+            assert opened.program._lowering.staging is not None
+            assert_same(prompt(opened), expected)
+    finally:
+        model.close()

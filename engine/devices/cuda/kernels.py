@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from engine.devices import graph
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.errors import DeviceError
 from engine.quants.formats import Activation, QuantFormat
 
 WARP = 32
@@ -576,6 +577,16 @@ def kv_cache_bytes(cache: Cache) -> int:
     return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
 
 
+def check_heads(key_dim: int, value_dim: int) -> None:
+    """Raise `DeviceError` for heads that the kernels cannot take."""
+    for name, dim in (("keys", key_dim), ("values", value_dim)):
+        if dim % _KV_VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
+            raise DeviceError(
+                f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_KV_VECTOR}, "
+                f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
+            )
+
+
 def n_attention_parts(cache: Cache) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
     return max(1, min(_blocks(_MAX_PARTS, cache.n_kv_heads), _blocks(cache.context_length, 32)))
@@ -605,10 +616,8 @@ def attention(
     """Store the new keys and values; then attend: few tokens over parts that are merged, many over all of them."""
     n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
     assert n_heads % cache.n_kv_heads == 0
-    assert cache.key_dim % _KV_VECTOR == cache.value_dim % _KV_VECTOR == 0
     assert cache.address % 16 == 0
-    assert 0 < cache.key_dim <= _MAX_HEAD_DIM
-    assert 0 < cache.value_dim <= _MAX_HEAD_DIM
+    check_heads(cache.key_dim, cache.value_dim)
     assert (v is None) == cache.values_in_keys
     n_tiles = _blocks(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
     definitions = (

@@ -510,7 +510,8 @@ class Lowering:
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
+        with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
+            divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
         values = np.ascontiguousarray(divided, np.float32)
         frequencies = self._constant(("frequencies", values.tobytes()), lambda: values)
         self._calls.append(
@@ -530,6 +531,7 @@ class Lowering:
         )
 
     def _attention(self, op: ops.Attention) -> None:
+        kernels.check_heads(op.cache.head_dim, op.cache.value_dim)
         q, k, out, sinks = self._use(op.q), self._use(op.k), self._use(op.out), self._vector(op.sinks)
         v = self._use(op.v) if op.v else None
         sizes = kernels.attention_scratch_bytes(self._cache(op.cache, 0), op.n_heads, self.limits.max_tokens)
