@@ -137,6 +137,7 @@ template <int DIM> DEVICE void store(const Side<DIM> &out, int position, int i, 
 KERNEL(1024)
 store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, Cache cache, const int *positions,
          const int *slots, const int *n_tokens) {
+    begin_kernel();
     const int head = blockIdx.x, token = blockIdx.y, i = threadIdx.x;
     if (token >= *n_tokens)
         return;
@@ -171,6 +172,7 @@ DEVICE void fetch(const Side<STORED_DIM> &side, int first, int begin, int end, i
 KERNEL(THREADS)
 attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
        int chunk, float *values, Part *parts, int first_token, const int *n_tokens) {
+    begin_kernel();
     using Keys = Split<KEY_DIM>;
     using Vals = Split<VALUE_DIM>;
     __shared__ __align__(16) float queries[HEADS][KEY_DIM];
@@ -321,6 +323,7 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
 KERNEL(THREADS)
 merge_parts(const float *values, const Part *parts, int n_parts, const float *sinks, const int *positions, float *out,
             int64_t out_stride, int first_token, const int *n_tokens) {
+    begin_kernel();
     constexpr int THREAD_DIMS = (VALUE_DIM + THREADS - 1) / THREADS;
     __shared__ float factors[MAX_PARTS], maxima[N_WARPS], sums[N_WARPS];
     const int head = blockIdx.x, token = first_token + blockIdx.y, thread = threadIdx.x;

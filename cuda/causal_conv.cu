@@ -10,6 +10,7 @@
 KERNEL(256)
 causal_conv(const float *x, int64_t x_stride, const float *weight, float *state, float *out, int64_t out_stride,
             int n_channels, const int *positions, const int *slots, const int *n_tokens) {
+    begin_kernel();
     constexpr int BEFORE = KERNEL_SIZE - 1;
     const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
     if (channel >= n_channels)

@@ -19,6 +19,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, float *state, float *out,
           int64_t out_stride, int n_k_heads, int is_grouped, float eps, const int *positions, const int *slots,
           const int *n_tokens) {
+    begin_kernel();
     constexpr int PER_LANE = (K_DIM + WARP - 1) / WARP;
     const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens, lane = threadIdx.x % WARP;
     const int row = blockIdx.y * 8 + threadIdx.x / WARP;
