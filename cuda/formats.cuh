@@ -29,6 +29,12 @@ template <int ALIGNMENT, int N> DEVICE void load_words(const uint8_t *p, unsigne
             const uint4 v = *(const uint4 *)(p + 4 * i);
             words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
         }
+    } else if constexpr (ALIGNMENT >= 8 && N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            const uint2 v = *(const uint2 *)(p + 4 * i);
+            words[i] = v.x, words[i + 1] = v.y;
+        }
     } else if constexpr (ALIGNMENT >= 4) {
 #pragma unroll
         for (int i = 0; i < N; i++)

@@ -14,10 +14,11 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, c
     if (row >= *n_rows || at - threadIdx.x % WARP * 8 >= n_cols)
         return;
     const bool exists = at < n_cols;
-    float v[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        v[i] = exists ? x[row * x_stride + at + i] : 0.0f;
+    float v[8] = {}, g[8] = {};
+    if (exists) {
+        load_8(x + row * x_stride + at, v);
+        load_8(gate + row * gate_stride + at, g);
+    }
     if constexpr (HEAD_SIZE > 0) {
         float squares = 0.0f;
 #pragma unroll
@@ -31,13 +32,9 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, c
             v[i] = weight ? v[i] * factor * weight[(at + i) % HEAD_SIZE] : v[i] * factor;
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const float g = exists ? gate[row * gate_stride + at + i] : 0.0f;
-        v[i] *= IS_SILU ? silu(g) : sigmoid(g);
-    }
+    for (int i = 0; i < 8; i++)
+        v[i] *= IS_SILU ? silu(g[i]) : sigmoid(g[i]);
     if (exists)
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            out[row * out_stride + at + i] = v[i];
+        store_8(out + row * out_stride + at, v);
     forms.store<FORMS>(v, row, at, n_cols);
 }

@@ -4,6 +4,23 @@
 
 #include "common.cuh"
 
+DEVICE void set_8(float (&v)[8], float4 low, float4 high) {
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// Eight consecutive values of a 16-byte aligned row.
+DEVICE void load_8(const float *p, float (&v)[8]) { set_8(v, ((const float4 *)p)[0], ((const float4 *)p)[1]); }
+
+// The same of memory that somebody outside the GPU may have written.
+DEVICE void load_8_past_cache(const float *p, float (&v)[8]) {
+    set_8(v, __ldcv((const float4 *)p), __ldcv((const float4 *)p + 1));
+}
+
+DEVICE void store_8(float *p, const float (&v)[8]) {
+    ((float4 *)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    ((float4 *)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+
 // Eight consecutive values of each lane to a row. A group's lanes stand together, and exist together (a row is whole
 // groups); `at` is beyond n_cols for lanes without values, which take part all the same. Whole warps only.
 template <int SIZE> DEVICE void store_quantized(uint8_t *row, const float (&v)[8], int at, int n_cols) {

@@ -4,9 +4,9 @@
 // Compiled for SOURCE, where x comes from (what is made is also kept in `sum`):
 //     0  a
 //     1  a + b
-//     2  a + scale * (experts in rank order, one fma a rank, + sigmoid(shared_gate) * shared)
-// NORMALIZE (0: the sum is all that is wanted), FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), and ROUNDS of eight
-// columns a lane.
+//     2  a + scale * (experts in rank order, one fma a rank, + sigmoid(shared_gate) * shared), N_USED experts
+// NORMALIZE (0: the sum is all that is wanted), FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), THREADS of a block
+// and ROUNDS of eight columns that each of them takes.
 // Grid: (1, rows); a block has a warp for each 256 columns, at most 32 of them. n_cols is a multiple of 8.
 #include "quantize.cuh"
 
@@ -20,49 +20,35 @@ struct Experts {
     int64_t shared_stride;
     const float *shared_gate; // [tokens]; null for ungated
     int64_t shared_gate_stride;
-    int n_used;
     float scale;
+    int unused;
 };
-
-DEVICE void load_8(const float *p, float (&v)[8]) {
-    const float4 low = ((const float4 *)p)[0], high = ((const float4 *)p)[1];
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
-
-DEVICE void load_8_from_host(const float *p, float (&v)[8]) {
-    const float4 low = __ldcv((const float4 *)p), high = __ldcv((const float4 *)p + 1);
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
-
-DEVICE void store_8(float *p, const float (&v)[8]) {
-    ((float4 *)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    ((float4 *)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
-}
 
 // The experts' part for eight columns.
 DEVICE void combined(const Experts &e, int row, int at, int n_cols, float (&acc)[8]) {
-    constexpr int AT_ONCE = 8; // ranks that are on the way together: host memory is far
+    constexpr int AT_ONCE = N_USED < 1 ? 1 : N_USED < 8 ? N_USED : 8; // ranks that are on the way together: host memory is far
 #pragma unroll
     for (int i = 0; i < 8; i++)
         acc[i] = 0.0f;
-    for (int first = 0; first < e.n_used; first += AT_ONCE) {
+    for (int first = 0; first < N_USED; first += AT_ONCE) {
+        const float *from[AT_ONCE];
         float values[AT_ONCE][8];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
-            const int rank = first + j, choice = row * e.n_used + rank;
-            if (rank >= e.n_used)
-                continue;
+            const int rank = min(first + j, N_USED - 1), choice = row * N_USED + rank;
+            from[j] = e.out + row * e.out_stride + (int64_t)rank * n_cols + at;
             if (e.answers && e.slots[e.ids[choice]] < 0)
-                load_8_from_host(e.answers + (int64_t)choice * n_cols + at, values[j]);
-            else
-                load_8(e.out + row * e.out_stride + (int64_t)rank * n_cols + at, values[j]);
+                from[j] = e.answers + (int64_t)choice * n_cols + at;
         }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            load_8_past_cache(from[j], values[j]);
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
             const int rank = first + j;
-            if (rank >= e.n_used)
+            if (rank >= N_USED)
                 continue;
-            const float weight = e.weights ? e.weights[row * e.n_used + rank] : 1.0f;
+            const float weight = e.weights ? e.weights[row * N_USED + rank] : 1.0f;
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 acc[i] = __fmaf_rn(weight, values[j][i], acc[i]);
@@ -81,7 +67,7 @@ DEVICE void combined(const Experts &e, int row, int at, int n_cols, float (&acc)
         acc[i] *= e.scale;
 }
 
-KERNEL(1024)
+KERNEL(THREADS)
 residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Experts experts, float *sum, int64_t sum_stride,
      const float *weight, float eps, float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
     __shared__ float partial[32];

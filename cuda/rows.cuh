@@ -71,9 +71,11 @@ template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
 template <class Format, int N> class RowDots<Format, N, true> {
     using X = Record<Format::BLOCK>;
 
-    static constexpr int PER_LANE = Format::BLOCK == 32 ? 128 / Format::BYTES : 1; // blocks of a chunk
+    // Blocks of a chunk that a lane takes, one behind the other. What lanes read at the same time is so many blocks apart:
+    // 5 and 7 spread it over the banks for every size there is.
+    static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : Format::BYTES < 20 ? 7 : 5;
     static constexpr int CHUNK = WARP * PER_LANE;
-    static constexpr int STAGES = 3; // chunks on the way or in use
+    static constexpr int STAGES = 2; // chunks on the way or in use
     static constexpr int STAGE_BYTES = CHUNK * Format::BYTES + 16;
     static constexpr int CHUNKS_KEPT = N == 1 ? 4 : N == 2 ? 2 : 1; // before the chains go on
 
@@ -163,26 +165,29 @@ template <class Format, int N> class RowDots<Format, N, true> {
     __device__ __forceinline__ void run(const uint8_t *records, const Tokens<N> &, const int8_t *grid, Emit emit) {
         const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)weights & 15);
         const int row = lane / N, token = lane % N; // of the lane's chain
-        const int step = WARP % n_blocks;
+        const int first_column = lane * PER_LANE % n_blocks, step = CHUNK % n_blocks; // columns of blocks
         float acc = 0.0f;
-        for (int chunk = 0, kept = 0, column = lane % n_blocks; chunk < n_chunks; chunk++) { // column: of blocks
+        for (int chunk = 0, kept = 0, begin = first_column; chunk < n_chunks; chunk++) {
             fetch_next();
             cp_async_wait<STAGES - 1>();
             __syncwarp();
             const uint8_t *blocks = stages + chunk % STAGES * STAGE_BYTES + misalignment;
+            int column = begin;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) {
-                const int in_chunk = i * WARP + lane, item = chunk * CHUNK + in_chunk;
+                const int in_chunk = lane * PER_LANE + i, item = chunk * CHUNK + in_chunk;
                 if (item < n_items)
                     multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, n_blocks * X::BYTES, grid,
                              *(Term(*)[N])(terms + (item - kept) * N));
-                column += step;
-                column -= column < n_blocks ? 0 : n_blocks;
+                column = column + 1 == n_blocks ? 0 : column + 1;
             }
+            begin += step;
+            begin -= begin < n_blocks ? 0 : n_blocks;
             __syncwarp();
             if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
                 continue;
             const int end = min(min((chunk + 1) * CHUNK, n_items), (row + 1) * n_blocks);
+#pragma unroll 8
             for (int item = max(kept, row * n_blocks); item < end; item++) {
                 const Term term = terms[(item - kept) * N + token];
                 acc = __fmaf_rn(term.d, term.isum, acc);
@@ -200,30 +205,35 @@ template <class Format, int N> class RowDots<Format, N, true> {
 
 template <class Format, int N> class RowDots<Format, N, false> {
     static constexpr int COLS = 512, ROWS = 2; // of a piece
-    static constexpr int STAGES = 3;
+    static constexpr int STAGES = 4;
     static constexpr int ROW_STAGE_BYTES = (COLS / Format::BLOCK * Format::BYTES + 45) / 16 * 16; // 15 bytes before and after
+
+    static constexpr int PIECE_BYTES = COLS / Format::BLOCK * Format::BYTES;
 
     const uint8_t *weights;
     int64_t row_bytes;
-    int n_rows, n_cols, n_pieces, n_steps;
+    int n_rows, n_cols, n_pieces;
     uint8_t *stages;
-    int fetched = 0;
+    int fetch_row = 0, fetch_piece = 0, fetch_stage = 0;
 
-    __device__ __forceinline__ uint8_t *stage_of(int step, int half) const {
-        return stages + (step % STAGES * ROWS + half) * ROW_STAGE_BYTES;
+    // The lane's half of a stage.
+    __device__ __forceinline__ uint8_t *stage_at(int stage) const {
+        return stages + (stage * ROWS + threadIdx.x % WARP / 16) * ROW_STAGE_BYTES;
     }
 
-    __device__ __forceinline__ const uint8_t *piece_of(int step, int half) const {
-        const int row = step / n_pieces * ROWS + half;
-        return weights + min(row, n_rows - 1) * row_bytes + step % n_pieces * (COLS / Format::BLOCK * Format::BYTES);
+    // Where a piece begins, of the row that the lane's half of the warp takes.
+    __device__ __forceinline__ const uint8_t *piece_at(int row, int piece) const {
+        return weights + min(row + (int)threadIdx.x % WARP / 16, n_rows - 1) * row_bytes + piece * PIECE_BYTES;
     }
 
     __device__ __forceinline__ void fetch_next() {
-        if (fetched < n_steps) {
-            const int half = threadIdx.x % WARP / 16, n = min(COLS, n_cols - fetched % n_pieces * COLS);
-            fetch_bytes(stage_of(fetched, half), piece_of(fetched, half), n / Format::BLOCK * Format::BYTES, threadIdx.x % 16, 16);
+        if (fetch_row < n_rows) {
+            const int n = min(COLS, n_cols - fetch_piece * COLS) / Format::BLOCK * Format::BYTES;
+            fetch_bytes(stage_at(fetch_stage), piece_at(fetch_row, fetch_piece), n, threadIdx.x % 16, 16);
+            fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
+            if (++fetch_piece == n_pieces)
+                fetch_piece = 0, fetch_row += ROWS;
         }
-        fetched++;
         cp_async_commit();
     }
 
@@ -231,47 +241,59 @@ template <class Format, int N> class RowDots<Format, N, false> {
     static constexpr int SCRATCH_BYTES = STAGES * ROWS * ROW_STAGE_BYTES;
 
     __device__ __forceinline__ RowDots(const uint8_t *first, int64_t bytes, int rows, int cols, uint8_t *scratch)
-        : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS),
-          n_steps((rows + ROWS - 1) / ROWS * n_pieces), stages(scratch) {
+        : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
     }
 
-    // Activations are read where they are.
-    static __device__ __forceinline__ int staged_bytes(int) { return 0; }
-    static __device__ __forceinline__ void stage(uint8_t *, const Tokens<N> &, int) {}
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return (N * n_cols * (int)sizeof(float) + 15) / 16 * 16; }
+    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<N> &tokens, int n_cols) {
+#pragma unroll
+        for (int t = 0; t < N; t++) {
+            const float *from = (const float *)tokens.row[t];
+            float *to = (float *)shared + t * n_cols;
+            if (n_cols % 4) {
+                for (int i = threadIdx.x; i < n_cols; i += blockDim.x)
+                    to[i] = from[i];
+                continue;
+            }
+#pragma unroll 8
+            for (int i = threadIdx.x; i < n_cols / 4; i += blockDim.x)
+                ((float4 *)to)[i] = ((const float4 *)from)[i];
+        }
+    }
 
     template <class Emit>
-    __device__ __forceinline__ void run(const uint8_t *, const Tokens<N> &tokens, const int8_t *, Emit emit) {
+    __device__ __forceinline__ void run(const uint8_t *staged, const Tokens<N> &, const int8_t *, Emit emit) {
+        const float *x = (const float *)staged;
         const int chain = threadIdx.x % 16, half = threadIdx.x % WARP / 16;
         float acc[N];
-        for (int step = 0; step < n_steps; step++) {
-            fetch_next();
-            cp_async_wait<STAGES - 1>();
-            __syncwarp();
-            const int piece = step % n_pieces, first = piece * COLS, end = min(COLS, n_cols - first);
-            const uint8_t *w = stage_of(step, half) + ((uint64_t)piece_of(step, half) & 15);
-            if (piece == 0)
+        for (int row = 0, stage = 0; row < n_rows; row += ROWS) {
 #pragma unroll
-                for (int t = 0; t < N; t++)
-                    acc[t] = 0.0f;
+            for (int t = 0; t < N; t++)
+                acc[t] = 0.0f;
+            for (int piece = 0; piece < n_pieces; piece++) {
+                fetch_next();
+                cp_async_wait<STAGES - 1>();
+                __syncwarp();
+                const int first = piece * COLS, end = min(COLS, n_cols - first);
+                const uint8_t *w = stage_at(stage) + ((uint64_t)piece_at(row, piece) & 15);
 #pragma unroll 8
-            for (int i = chain; i < end; i += 16) {
-                const float value = Format::value(w + i / Format::BLOCK * Format::BYTES, i % Format::BLOCK);
+                for (int i = chain; i < end; i += 16) {
+                    const float value = Format::value(w + i / Format::BLOCK * Format::BYTES, i % Format::BLOCK);
 #pragma unroll
-                for (int t = 0; t < N; t++)
-                    acc[t] = __fmaf_rn(value, ((const float *)tokens.row[t])[first + i], acc[t]);
+                    for (int t = 0; t < N; t++)
+                        acc[t] = __fmaf_rn(value, x[t * n_cols + first + i], acc[t]);
+                }
+                __syncwarp();
+                stage = stage + 1 == STAGES ? 0 : stage + 1;
             }
-            __syncwarp();
-            if (piece + 1 < n_pieces)
-                continue;
-            const int row = step / n_pieces * ROWS + half;
 #pragma unroll
             for (int t = 0; t < N; t++) {
                 for (int lanes = 8; lanes; lanes /= 2)
                     acc[t] += __shfl_xor_sync(ALL_LANES, acc[t], lanes);
-                if (chain == 0 && row < n_rows)
-                    emit(row, t, acc[t]);
+                if (chain == 0 && row + half < n_rows)
+                    emit(row + half, t, acc[t]);
             }
         }
         cp_async_wait<0>();

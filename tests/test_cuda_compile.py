@@ -25,7 +25,7 @@ KERNELS = [
     ("expert_down.cu", ("DOWN_FORMAT=Q6_K",)),
     ("embed.cu", ("FORMAT=Q8_0",)),
     ("elementwise.cu", ()),
-    ("residual.cu", ("SOURCE=2", "NORMALIZE=1", "FORMS=3", "ROUNDS=1")),
+    ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=384", "ROUNDS=1")),
     ("gate.cu", ("IS_SILU=1", "HEAD_SIZE=128", "FORMS=1")),
     ("router.cu", ("N_EXPERTS=256",)),
     ("attention.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "GROUP=8", "HEADS=8", "SHARED=0")),

@@ -29,7 +29,7 @@ _MAX_PARTS = 256  # of the positions; `attention.cu`
 _KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
 _ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
 
-_STAGES = 3  # chunks of weights on the way or in use; `rows.cuh`, as all below
+_STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
 _WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
 _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
@@ -165,8 +165,8 @@ class _Experts(ctypes.Structure):
         ("shared_stride", ctypes.c_int64),
         ("shared_gate", ctypes.c_void_p),
         ("shared_gate_stride", ctypes.c_int64),
-        ("n_used", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int32),
     ]
 
 
@@ -196,17 +196,18 @@ def alignment(weight_format: QuantFormat) -> int:
     return ALIGNMENT.get(weight_format.name, 2)
 
 
-def rows_per_warp(n_rows: int, n_tokens: int = 1) -> int:
+def rows_per_warp(weight_format: QuantFormat, n_rows: int, n_tokens: int = 1) -> int:
     """Return how many rows a warp takes: as many as leave enough warps for the whole GPU."""
-    return max(1, min(_blocks(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens))
+    least = _FLOAT_ROWS if weight_format.activation == Activation.F32 else 1
+    return max(least, min(_blocks(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens))
 
 
 def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
     """Return the shared memory of a warp; `RowDots::SCRATCH_BYTES`."""
     size, n_bytes = weight_format.block_size, weight_format.block_bytes
     if weight_format.activation == Activation.F32:
-        return _STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
-    chunk = WARP * (128 // n_bytes if size == 32 else 1)
+        return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
+    chunk = WARP * (1 if size == 256 else 7 if n_bytes < 20 else 5)
     kept = {1: 4, 2: 2}.get(n_tokens, 1)
     term = 16 if weight_format.name in _WITH_MINIMUM else 8
     return _STAGES * (chunk * n_bytes + 16) + kept * chunk * n_tokens * term
@@ -215,7 +216,7 @@ def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     """Return the shared memory of activations; `Record`."""
     if activation == Activation.F32:
-        return 0
+        return _blocks(4 * n_tokens * n_cols, 16) * 16
     size = 256 if activation == Activation.Q8_256 else 32
     return n_tokens * n_cols // size * (_blocks(size + size // 8 + 4, 16) * 16)
 
@@ -270,9 +271,10 @@ def linear(
     assert 0 < len(matrices) <= MAX_MATRICES
     assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
     assert all(m.address % alignment(weight_format) == 0 for m in matrices)
+    assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
-    per_warp = rows_per_warp(sum(m.n_rows for m in matrices), n_tokens)
+    per_warp = rows_per_warp(weight_format, sum(m.n_rows for m in matrices), n_tokens)
     packed, first_block = _Matrices(n=len(matrices)), 0
     for i, m in enumerate(matrices):
         packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
@@ -314,7 +316,9 @@ def expert_gate_up(
     count: Count,
 ) -> Launch:
     """First half of the resident experts; h is float32 [tokens * n_used, ffn_size], activation strides in bytes."""
-    per_warp = rows_per_warp(ffn_size * n_used)  # of two matrices, but half of the experts may have no slot
+    per_warp = rows_per_warp(
+        gate.format, ffn_size * n_used
+    )  # of two matrices, but half of the experts may have no slot
     forms = [gate.format.activation] if x_gate == x_up else [gate.format.activation, up.format.activation]
     return Launch(
         "expert_gate_up.cu",
@@ -356,7 +360,7 @@ def expert_down(
     count: Count,
 ) -> Launch:
     """Second half of the resident experts; `h` holds activation rows, its stride is in bytes."""
-    per_warp = rows_per_warp(hidden_size * n_used // 2)
+    per_warp = rows_per_warp(down.format, hidden_size * n_used // 2)
     return Launch(
         "expert_down.cu",
         "expert_down",
@@ -459,8 +463,10 @@ def residual(
         "residual",
         (
             f"SOURCE={0 if added is None else 2 if isinstance(added, Combined) else 1}",
+            f"N_USED={combined.n_used}",
             f"NORMALIZE={int(out is not None)}",
             forms.definition,
+            f"THREADS={n_warps * WARP}",
             f"ROUNDS={_blocks(n_cols, n_warps * WARP * _LANE)}",
         ),
         (1, count.most, 1),
@@ -476,7 +482,6 @@ def residual(
                 combined.weights,
                 *shared,
                 *shared_gate,
-                combined.n_used,
                 combined.scale,
             ),
             *_at(total),
@@ -509,6 +514,8 @@ def gate(
 ) -> Launch:
     """Multiply by the sigmoid or SiLU of a gate; with a `head_size`, x is normalised head by head before that."""
     assert n_cols % _LANE == 0
+    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by, out))
+    assert weight % 16 == 0
     assert head_size == 0 or (can_gate_heads(head_size) and n_cols % head_size == 0)
     return Launch(
         "gate.cu",

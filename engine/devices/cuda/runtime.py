@@ -15,7 +15,7 @@ from engine.devices.cuda.kernels import Launch
 from engine.errors import DeviceError
 
 _WRONG_IMAGE = {"CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX"}
-_DEFAULT_SHARED_BYTES = 48 << 10  # more must be asked for
+_DEFAULT_SHARED_BYTES = 40 << 10  # from 48 KB on it must be asked for, and kernels have some of fixed size, too
 
 
 class DeviceMemory:
