@@ -26,10 +26,21 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, kernels, probe, tiles
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
-from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Launch, Matrix, Rows, Sight
+from engine.devices.cuda.kernels import (
+    Cache,
+    Combined,
+    Count,
+    Exchange,
+    ExpertMatrix,
+    Forms,
+    Launch,
+    Matrix,
+    Rows,
+    Sight,
+)
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import Activation as ExpertActivation
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import Gating, KVType, Limits
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.generate.forward import ForwardPass
@@ -403,7 +414,9 @@ def prompt_attention(bench: Bench) -> None:
                 Count(count, n),
             )
             bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(launches) * 1e3, "ms")
-    with bench.memory(n * 12288 * 4, n * 8192 * 4, n * 64 * 4, 64 * 128 * 128 * 4, 1 << 20, 4 * n, 4 * n, 4) as (
+    with bench.memory(
+        n * 12288 * 4, n * 8192 * 4, n * 64 * 4, 64 * 128 * 128 * 4, 1 << 20, 4 * n, 4 * n, 4, n * 12288 * 4
+    ) as (
         qkv,
         out,
         beta,
@@ -412,6 +425,7 @@ def prompt_attention(bench: Bench) -> None:
         positions,
         slots,
         count,
+        convolved,
     ):
         bench.put(positions, np.arange(n, dtype=np.int32))
         bench.put(count, np.array([n], np.int32))
@@ -435,9 +449,9 @@ def prompt_attention(bench: Bench) -> None:
             1e-6,
             *places,
         )
-        conv = kernels.causal_conv(Rows(qkv, 12288), vectors, state, Rows(qkv, 12288), 12288, 4, *places)
+        conv = kernels.causal_conv(Rows(qkv, 12288), vectors, state, Rows(convolved, 12288), 12288, 4, *places)
         bench.note("prompt", f"delta net of {n} tokens, 64 heads of 128 x 128", bench.replay_s([net]) * 1e3, "ms")
-        bench.note("prompt", f"convolution of {n} tokens, 12288 channels", bench.replay_s([conv]) * 1e3, "ms")
+        bench.note("prompt", f"convolution of {n} tokens, 12288 channels", bench.replay_s(conv) * 1e3, "ms")
 
 
 def small(bench: Bench) -> None:
@@ -447,7 +461,17 @@ def small(bench: Bench) -> None:
         one = Count(words, 1)
         made = {
             "add of 16 values": kernels.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
-            "rms_norm of 3072": kernels.rms_norm(Rows(x, 3072), y, Rows(z, 3072), 1, 3072, 1e-6, one),
+            "sum, norm and quantisation of 3072": kernels.residual(
+                Rows(x, 3072),
+                Rows(y, 3072),
+                Rows(x, 3072),
+                3072,
+                one,
+                y,
+                1e-6,
+                Rows(z, 3072),
+                Forms(Rows(state, 4096)),
+            ),
             "rms_norm of 32 x 256": kernels.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
             "quantize 3072": kernels.quantize(Rows(x, 3072), 3072, Activation.Q8_256, Rows(z, 4096), 1, one),
             "router of 256": kernels.router(
@@ -456,8 +480,27 @@ def small(bench: Bench) -> None:
             "router logits F32 256 x 3072": kernels.linear(
                 Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 64, Rows(z, 256))], 0, one
             ),
-            "combine 8 x 3072": kernels.combine(
-                Rows(x, 8 * 3072), 0, z, z, y, 8, None, None, Rows(x, 3072), Rows(state, 3072), 3072, 1.0, one
+            "combination, norm and quantisation of 8 x 3072": kernels.residual(
+                Rows(x, 3072),
+                Combined(Rows(y, 8 * 3072), 0, z, z, y, 8),
+                Rows(x, 3072),
+                3072,
+                one,
+                y,
+                1e-6,
+                Rows(z + 65536, 3072),
+                Forms(Rows(state, 4096)),
+            ),
+            "norm, gate and quantisation of 64 x 128": kernels.gate(
+                Rows(x, 8192),
+                Rows(y, 8192),
+                Rows(x, 8192),
+                8192,
+                Gating.SILU,
+                one,
+                Forms(Rows(state, 16384)),
+                128,
+                y,
             ),
         }
         for name, launch in made.items():
@@ -475,7 +518,7 @@ def small(bench: Bench) -> None:
         conv = kernels.causal_conv(
             Rows(x, 12288), vectors, state, Rows(out, 12288), 12288, 4, words + 4, words + 8, one
         )
-        bench.note("small", "causal_conv of 12288 channels", bench.replay_s([conv] * 100) / 100 * 1e6, "us")
+        bench.note("small", "causal_conv of 12288 channels", bench.replay_s(conv * 100) / 100 * 1e6, "us")
 
 
 def handshake(bench: Bench) -> None:

@@ -137,6 +137,7 @@ template <int DIM> DEVICE void store(const Side<DIM> &out, int position, int i, 
 KERNEL(1024)
 store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, Cache cache, const int *positions,
          const int *slots, const int *n_tokens) {
+    begin_kernel();
     const int head = blockIdx.x, token = blockIdx.y, i = threadIdx.x;
     if (token >= *n_tokens)
         return;
@@ -329,6 +330,7 @@ DEVICE void attend_part(Shared &shared, const Side<KEY_DIM> &keys, const Values 
 KERNEL(THREADS)
 attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
        int chunk, float *values, Part *parts, int first_token, const int *n_tokens) {
+    begin_kernel();
     __shared__ Shared shared;
     const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
     const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
@@ -379,6 +381,7 @@ DEVICE float merged_value(const Merged &merged, float before, float of_part) {
 KERNEL(THREADS)
 merge_parts(const float *values, const Part *parts, int n_parts, const float *sinks, const int *positions, float *out,
             int64_t out_stride, int first_token, const int *n_tokens) {
+    begin_kernel();
     constexpr int THREAD_DIMS = (VALUE_DIM + THREADS - 1) / THREADS;
     __shared__ Merged merged[MAX_PARTS];
     const int head = blockIdx.x, token = first_token + blockIdx.y, thread = threadIdx.x;
@@ -427,6 +430,7 @@ merge_parts(const float *values, const Part *parts, int n_parts, const float *si
 extern "C" __global__ void __launch_bounds__(THREADS, VALUE_DIM <= 256 ? 3 : 1)
 attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
            int chunk, int n_parts, const float *sinks, float *out, int64_t out_stride, const int *n_tokens) {
+    begin_kernel();
     constexpr int QUADS = HEADS * VALUE_DIM / 4, OWN = (QUADS + THREADS - 1) / THREADS;
     __shared__ Shared shared;
     __shared__ Merged merged[HEADS];

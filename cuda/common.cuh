@@ -26,6 +26,14 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
 
+// Every kernel calls this, in every thread, before it reads what kernels write or returns. From Hopper on it may be under
+// way before the kernel before it is over (`Launch` in kernels.py), but only when the one before that is: what is read
+// earlier must be older than the kernel before.
+DEVICE void begin_kernel() {
+    await_previous_kernel();
+    let_next_kernel_begin();
+}
+
 DEVICE int64_t round_up_64(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
 DEVICE float warp_sum(float value) {
@@ -46,10 +54,8 @@ DEVICE float block_sum(float value, float *partial) {
     if (threadIdx.x % WARP == 0)
         partial[threadIdx.x / WARP] = value;
     __syncthreads();
-    value = 0.0f;
-    for (int i = 0; i < (int)blockDim.x / WARP; i++)
-        value += partial[i];
-    return value;
+    const int lane = threadIdx.x % WARP;
+    return warp_sum(lane < (int)blockDim.x / WARP ? partial[lane] : 0.0f);
 }
 
 // exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder.

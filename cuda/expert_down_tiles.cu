@@ -8,6 +8,7 @@ KERNEL(TILE_THREADS)
 expert_down_tiles(const ExpertTile *tiles, const int *first_tile, int group, const int *choices, int n_used,
                   ExpertMatrix down, const uint8_t *h, int64_t h_row_bytes, int hidden_size, int ffn_size, float *out,
                   int64_t out_stride, const int8_t *grid) {
+    begin_kernel();
     using Dots = TileDots<DOWN_FORMAT>;
     extern __shared__ __align__(16) uint8_t dynamic[];
     __shared__ const uint8_t *rows[TILE_TOKENS];

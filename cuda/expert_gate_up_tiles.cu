@@ -11,6 +11,7 @@ expert_gate_up_tiles(const ExpertTile *tiles, const int *first_tile, int group, 
                      ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate, int64_t x_gate_row_bytes,
                      const uint8_t *x_up, int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h,
                      const int8_t *gate_grid, const int8_t *up_grid) {
+    begin_kernel();
     using Gate = TileDots<GATE_FORMAT>;
     using Up = TileDots<UP_FORMAT>;
     extern __shared__ __align__(16) uint8_t dynamic[];

@@ -13,6 +13,7 @@ DEVICE int n_tiles(int n) { return (n + TILE_TOKENS - 1) / TILE_TOKENS; }
 KERNEL(THREADS)
 group_choices(const int *ids, const int *places, int n_used, int n_experts, int at_once, int n_groups, int *first_choice,
               ExpertTile *tiles, int *first_tile, const int *n_tokens) {
+    begin_kernel();
     extern __shared__ __align__(16) int counts[];
     int *groups = counts + n_experts;
     const int thread = threadIdx.x, n = *n_tokens * n_used;
@@ -52,6 +53,7 @@ group_choices(const int *ids, const int *places, int n_used, int n_experts, int 
 // choices: sorted by expert, those of one in rising order. Grid: n_experts.
 KERNEL(PLACERS)
 place_choices(const int *ids, int n_used, const int *first_choice, int *choices, const int *n_tokens) {
+    begin_kernel();
     __shared__ int found[2][PLACERS / WARP];
     const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / WARP, n = *n_tokens * n_used;
     int to = first_choice[expert];

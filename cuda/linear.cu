@@ -9,7 +9,6 @@
 
 constexpr int N_WARPS = 4;
 constexpr int MAX_MATRICES = 8;
-constexpr int MAX_ROWS = 16; // of a warp
 
 struct Matrix {
     const uint8_t *weights;
@@ -32,34 +31,35 @@ KERNEL(N_WARPS *WARP)
 linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
        int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp, const int *n_tokens) {
     using Dots = RowDots<FORMAT, N_TOKENS>;
-    __shared__ typename Dots::Scratch scratch[N_WARPS];
-    __shared__ float results[N_WARPS][MAX_ROWS * N_TOKENS];
-
-    const int first_token = blockIdx.y * N_TOKENS, head = blockIdx.z, n = *n_tokens;
-    if (first_token >= n)
-        return;
+    extern __shared__ __align__(16) uint8_t shared[];
+    const int warp = threadIdx.x / WARP, head = blockIdx.z;
     int m = 0;
     while (m + 1 < matrices.n && (int)blockIdx.x >= matrices.list[m + 1].first_block)
         m++;
     const Matrix &matrix = matrices.list[m];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int first_row = (((int)blockIdx.x - matrix.first_block) * N_WARPS + warp) * rows_per_warp;
-    const int n_rows = min(rows_per_warp, matrix.n_rows - first_row);
-    if (n_rows <= 0)
-        return;
+    const int n_rows = max(0, min(rows_per_warp, matrix.n_rows - first_row));
 
+    uint8_t *scratch = shared + Dots::staged_bytes(n_cols) + warp * Dots::SCRATCH_BYTES;
+    Dots dots(matrix.weights + head * head_weight_bytes + first_row * row_bytes, row_bytes, n_rows, n_cols, scratch);
+    begin_kernel();
+
+    const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;
+    if (first_token >= n) {
+        cp_async_wait<0>(); // what was begun must end before the block does
+        return;
+    }
     const Tokens<N_TOKENS> tokens(x + head * head_x_bytes, x_row_bytes, first_token, n);
-    Dots::run(matrix.weights + head * head_weight_bytes + first_row * row_bytes, row_bytes, n_rows, n_cols, tokens, grid, scratch[warp],
-              results[warp]);
-    for (int i = lane; i < n_rows * N_TOKENS; i += WARP) {
-        const int row = first_row + i / N_TOKENS, token = first_token + i % N_TOKENS;
+    Dots::stage(shared, tokens, n_cols);
+    __syncthreads();
+    dots.run(shared, tokens, grid, [&](int i, int t, float value) {
+        const int row = first_row + i, token = first_token + t;
         if (token >= n)
-            continue;
-        float value = results[warp][i];
+            return;
         if (matrix.scale)
             value *= matrix.scale[head];
         if (matrix.bias)
             value += matrix.bias[row];
         matrix.out[(int64_t)token * matrix.out_stride + head * matrix.n_rows + row] = value;
-    }
+    });
 }

@@ -26,6 +26,7 @@ struct Matrices {
 KERNEL(TILE_THREADS)
 linear_tiles(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
              int64_t head_x_bytes, int n_cols, const int8_t *grid, const int *n_tokens) {
+    begin_kernel();
     using Dots = TileDots<FORMAT>;
     extern __shared__ __align__(16) uint8_t dynamic[];
     __shared__ const uint8_t *rows[TILE_TOKENS];

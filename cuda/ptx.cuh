@@ -120,6 +120,21 @@ PTX void st_release_sys(unsigned *p, unsigned v) {
     asm volatile("st.release.sys.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// --- kernels that overlap, from Hopper on (elsewhere one begins when the one before is over) ---
+
+// Waits until the kernel before is over and its results can be seen.
+PTX void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the kernel after begin once every block has called this.
+PTX void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- float16 and bfloat16, rounded to nearest even; NaN becomes 0x7fff ---
 
 PTX float f16_to_f32(unsigned short bits) {

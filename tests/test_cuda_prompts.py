@@ -128,7 +128,7 @@ def test_where_memory_cannot_be_pinned_experts_go_through_buffers(
         assert_same(prompt(opened), single_tokens)
 
 
-@pytest.mark.parametrize("after", [0, 3, 40, 100])
+@pytest.mark.parametrize("after", [0, 3, 30, 60])
 def test_an_interrupt_leaves_the_device_usable(
     after: int, prompt_model: Model, single_tokens: np.ndarray, monkeypatch
 ) -> None:

@@ -9,9 +9,10 @@ program has two such lists over the same memory, for single tokens and for many.
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,20 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.cuda import kernels, tiles
-from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Heads, Launch, Matrix, Rows, Sight
+from engine.devices.cuda.kernels import (
+    NOTHING,
+    Cache,
+    Combined,
+    Count,
+    Exchange,
+    ExpertMatrix,
+    Forms,
+    Heads,
+    Launch,
+    Matrix,
+    Rows,
+    Sight,
+)
 from engine.devices.cuda.tiles import Groups, Sizes
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
 from engine.devices.intervals import Interval, plan_offsets
@@ -49,6 +63,24 @@ class Place:
     interval: Interval
     offset: int
     stride: int  # values from one row to the next, or bytes for activation rows
+
+
+@dataclass(slots=True)
+class Finish:
+    """A launch that makes float32 rows, and beside them those activation rows that are asked for later.
+
+    Attributes:
+        index: of the operation that it is part of.
+        forms: where they go.
+    """
+
+    index: int
+    forms: dict[Activation, Place] = field(default_factory=dict)
+
+    def at(self, p: Pass) -> Forms:
+        """Return the addresses."""
+        places = (self.forms.get(form) for form in (Activation.Q8_256, Activation.Q8_32))
+        return Forms(*(p.rows(place) if place else None for place in places))
 
 
 @dataclass(slots=True)
@@ -179,6 +211,15 @@ class StepLayout:
         )
 
 
+def _is_sum(op: ops.Operation) -> TypeGuard[ops.Add | ops.Combine]:
+    return isinstance(op, (ops.Add, ops.Combine))
+
+
+def _is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
+    """Return whether a norm is that of all of a tensor's columns."""
+    return norm.x == x and norm.group_size == x.width
+
+
 class Lowering:
     """What a graph needs on the device, and its launches."""
 
@@ -201,6 +242,7 @@ class Lowering:
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[Pass], Iterable[Launch | Streamed]]] = []
+        self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
         self._index = 0
 
         layers = [op for op in graph.operations if isinstance(op, ops.Experts)]
@@ -217,8 +259,7 @@ class Lowering:
         state_start = self.layout.n_bytes
         self._reserve_state(graph)
         self.state = (state_start, self.layout.n_bytes - state_start)
-        for self._index, operation in enumerate(graph.operations):
-            _LOWER[type(operation)](self, operation)
+        self._lower(graph.operations)
         assert graph.logits is not None
         self._intervals[graph.logits.buffer].last = len(graph.operations)
         at_once = staging.at_once if staging is not None else 0
@@ -231,6 +272,39 @@ class Lowering:
         self.logits = self.scratch + self._intervals[graph.logits.buffer].offset
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
+
+    def _lower(self, operations: Sequence[ops.Operation]) -> None:
+        """Record every operation; some together with the one before."""
+        n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
+        before: ops.Operation | None = None  # an operation that waits for the next one
+        for self._index, op in enumerate(operations):
+            following = operations[self._index + 1] if self._index + 1 < len(operations) else None
+            if before is not None and isinstance(op, ops.Gate):
+                assert isinstance(before, ops.RMSNorm)
+                self._gate(op, before)
+                before = None
+            elif before is not None:
+                assert _is_sum(before)
+                assert isinstance(op, ops.RMSNorm)
+                self._residual(before, op)
+                before = None
+            elif following is not None and self._goes_with(op, following, n_users):
+                before = op
+            else:
+                _LOWER[type(op)](self, op)
+
+    @staticmethod
+    def _goes_with(op: ops.Operation, following: ops.Operation, n_users: Counter[ops.Buffer]) -> bool:
+        """Return whether two operations become one launch: a sum and its norm, or the norm of heads and their gate."""
+        if _is_sum(op):
+            return isinstance(following, ops.RMSNorm) and _is_of_row(following, op.out)
+        return (
+            isinstance(op, ops.RMSNorm)
+            and isinstance(following, ops.Gate)
+            and following.x == op.out
+            and n_users[op.out.buffer] == 2  # nobody else reads the norm
+            and kernels.can_gate_heads(op.group_size)
+        )
 
     @property
     def needs_cpu(self) -> bool:
@@ -304,9 +378,12 @@ class Lowering:
             return Place(place.interval, place.offset, place.stride * 4)
         row_bytes = kernels.activation_bytes(activation, x.width)
         key = (x.buffer, x.offset, x.width, activation)
-        is_new = key not in self._intervals
+        is_new, finish = key not in self._intervals, self._finishes.get(key[:3])
         converted = Place(self._interval(key, self.limits.most(x.rows) * row_bytes), 0, row_bytes)
-        if is_new:
+        if is_new and finish is not None:
+            converted.interval.first = finish.index
+            finish.forms[activation] = converted
+        elif is_new:
             source, width, rows = self._use(x), x.width, x.rows
             self._calls.append(
                 lambda p: [
@@ -373,7 +450,15 @@ class Lowering:
             ]
         )
 
+    def _finish(self, out: Tensor) -> Finish:
+        """Note that the operation at hand can make activation rows of `out`, too."""
+        finish = self._finishes[out.buffer, out.offset, out.width] = Finish(self._index)
+        return finish
+
     def _rms_norm(self, op: ops.RMSNorm) -> None:
+        if _is_of_row(op, op.x):
+            self._residual(None, op)
+            return
         x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
         self._calls.append(
             lambda p: [
@@ -388,6 +473,62 @@ class Lowering:
                 )
             ]
         )
+
+    def _residual(self, before: ops.Add | ops.Combine | None, norm: ops.RMSNorm | None) -> None:
+        """Record a sum into the residual stream, a norm of a whole row, or both as one."""
+        if before is None:
+            assert norm is not None
+            x = self._use(norm.x)
+            source: Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]] = lambda p: (p.rows(x), None, NOTHING)  # noqa: E731
+            tensor = norm.x
+        else:
+            source, tensor = self._sum(before), before.out
+        out, weight = (self._use(norm.out), self._vector(norm.weight)) if norm else (None, None)
+        finish = self._finish(norm.out) if norm else Finish(self._index)
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            if isinstance(before, ops.Combine):
+                yield from self._await_answer(before.routing, p)
+            yield kernels.residual(
+                *source(p),
+                tensor.width,
+                p.count(tensor.rows),
+                p.at(weight),
+                norm.eps if norm else 0.0,
+                p.rows(out) if out else None,
+                finish.at(p),
+            )
+
+        self._calls.append(launches)
+
+    def _sum(self, op: ops.Add | ops.Combine) -> Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]:
+        """Return what gives the summands and the place of their sum."""
+        total = self._use(op.out)
+        if isinstance(op, ops.Add):
+            a, b = self._use(op.a), self._use(op.b)
+            return lambda p: (p.rows(a), p.rows(b), p.rows(total))
+        expert_out, weights, residual = (self._use(t) for t in (op.expert_out, op.routing.weights, op.residual))
+        shared = self._use(op.shared) if op.shared else None
+        shared_gate = self._use(op.shared_gate) if op.shared_gate else None
+
+        def combined(p: Pass) -> tuple[Rows, Combined, Rows]:
+            return (
+                p.rows(residual),
+                Combined(
+                    p.rows(expert_out),
+                    p.exchange.answers if p.exchange is not None and self._asks(op.routing) else 0,
+                    self._ids(op.routing, p),
+                    self._slots(op.routing, p),
+                    p.rows(weights).address if op.weighted else 0,
+                    op.routing.ids.width,
+                    p.rows(shared) if shared else None,
+                    p.rows(shared_gate) if shared_gate else None,
+                    op.scale,
+                ),
+                p.rows(total),
+            )
+
+        return combined
 
     def _linear(self, op: ops.Linear) -> None:
         groups: dict[QuantFormat, list[int]] = {}
@@ -480,14 +621,25 @@ class Lowering:
             ]
         )
 
-    def _add(self, op: ops.Add) -> None:
-        a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
-        self._calls.append(lambda p: [kernels.add(p.rows(a), p.rows(b), p.rows(out), op.a.width, p.count(op.a.rows))])
-
-    def _gate(self, op: ops.Gate) -> None:
-        x, by, out = self._use(op.x), self._use(op.gate), self._use(op.out)
+    def _gate(self, op: ops.Gate, norm: ops.RMSNorm | None = None) -> None:
+        """Record a gate, with the norm of the heads before it if there is one."""
+        x, by, out = self._use(norm.x if norm else op.x), self._use(op.gate), self._use(op.out)
+        weight, finish = self._vector(norm.weight) if norm else None, self._finish(op.out)
         self._calls.append(
-            lambda p: [kernels.gate(p.rows(x), p.rows(by), p.rows(out), op.x.width, op.gating, p.count(op.x.rows))]
+            lambda p: [
+                kernels.gate(
+                    p.rows(x),
+                    p.rows(by),
+                    p.rows(out),
+                    op.x.width,
+                    op.gating,
+                    p.count(op.x.rows),
+                    finish.at(p),
+                    norm.group_size if norm else 0,
+                    p.at(weight),
+                    norm.eps if norm else 0.0,
+                )
+            ]
         )
 
     def _split_heads(self, op: ops.SplitHeads) -> None:
@@ -557,19 +709,17 @@ class Lowering:
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
         self._calls.append(
-            lambda p: [
-                kernels.causal_conv(
-                    p.rows(x),
-                    p.at(weight),
-                    p.base + self._offsets[op.state],
-                    p.rows(out),
-                    op.x.width,
-                    op.kernel_size,
-                    p.base + self.step.positions,
-                    p.base + self.step.slots,
-                    p.count(op.x.rows),
-                )
-            ]
+            lambda p: kernels.causal_conv(
+                p.rows(x),
+                p.at(weight),
+                p.base + self._offsets[op.state],
+                p.rows(out),
+                op.x.width,
+                op.kernel_size,
+                p.base + self.step.positions,
+                p.base + self.step.slots,
+                p.count(op.x.rows),
+            )
         )
 
     def _delta_net(self, op: ops.DeltaNet) -> None:
@@ -770,35 +920,13 @@ class Lowering:
 
         self._calls.append(launches)
 
-    def _combine(self, op: ops.Combine) -> None:
-        expert_out, weights = self._use(op.expert_out), self._use(op.routing.weights)
-        residual, out = self._use(op.residual), self._use(op.out)
-        shared = self._use(op.shared) if op.shared else None
-        shared_gate = self._use(op.shared_gate) if op.shared_gate else None
-        number = self._routing_index[op.routing.ids.buffer]
+    def _asks(self, routing: Routing) -> bool:
+        """Return whether the CPU computes some experts of that layer."""
+        return not self.expert_layers[self._routing_index[routing.ids.buffer]].is_resident
 
-        def launches(p: Pass) -> Iterable[Launch]:
-            answers = 0
-            if p.exchange is not None and not self.expert_layers[number].is_resident:
-                answers = p.exchange.answers
-                yield kernels.await_answer(p.exchange, number)
-            yield kernels.combine(
-                p.rows(expert_out),
-                answers,
-                self._ids(op.routing, p),
-                self._slots(op.routing, p),
-                p.rows(weights).address if op.weighted else 0,
-                op.routing.ids.width,
-                p.rows(shared) if shared else None,
-                p.rows(shared_gate) if shared_gate else None,
-                p.rows(residual),
-                p.rows(out),
-                op.residual.width,
-                op.scale,
-                p.count(op.residual.rows),
-            )
-
-        self._calls.append(launches)
+    def _await_answer(self, routing: Routing, p: Pass) -> Iterable[Launch]:
+        if p.exchange is not None and self._asks(routing):
+            yield kernels.await_answer(p.exchange, self._routing_index[routing.ids.buffer])
 
     def _select_outputs(self, op: ops.SelectOutputs) -> None:
         x, out = self._use(op.x), self._use(op.out)
@@ -822,7 +950,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.HeadLinear: Lowering._head_linear,
     ops.Scale: Lowering._scale,
     ops.ScaleByPosition: Lowering._scale_by_position,
-    ops.Add: Lowering._add,
+    ops.Add: lambda lowering, op: lowering._residual(op, None),
     ops.Gate: Lowering._gate,
     ops.SplitHeads: Lowering._split_heads,
     ops.JoinHeads: Lowering._join_heads,
@@ -832,6 +960,6 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,
     ops.Experts: Lowering._experts,
-    ops.Combine: Lowering._combine,
+    ops.Combine: lambda lowering, op: lowering._residual(op, None),
     ops.SelectOutputs: Lowering._select_outputs,
 }

@@ -175,3 +175,7 @@ static inline unsigned f32_to_f16x2(float lo, float hi) {
 }
 static inline float bf16_to_f32(unsigned short bits) { return cusim_bfloat16_to_float(bits); }
 static inline unsigned short f32_to_bf16(float v) { return cusim_float_to_bfloat16(v); }
+
+// --- kernels that overlap: here none do ---
+static inline void await_previous_kernel() {}
+static inline void let_next_kernel_begin() {}
