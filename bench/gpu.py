@@ -714,25 +714,40 @@ def _time_model(bench: Bench, name: str, forward: ForwardPass, tokens: list[int]
 
 
 def operations(bench: Bench) -> None:
-    """Where the GPU's time of a token goes, all experts resident: each launch of the recorded step, timed alone."""
+    """Where the GPU's time of a token goes."""
+    _time_operations(bench, "operations", 1, Limits(32, 1, 2048, KVType.F16))
+
+
+def prompt_operations(bench: Bench) -> None:
+    """Where the GPU's time of a prompt goes."""
+    _time_operations(bench, "prompt_operations", 3000, Limits(512, 1, 4096, KVType.F16))
+
+
+def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) -> None:
+    """Time each launch of a recorded step alone, all experts resident."""
     file = open_model_file(bench.model)
     loaded = load_model(file)
     weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
     device = CUDADevice(wish=Wish(None), n_threads=bench.n_threads, bandwidths=SPEEDS)
-    program = device.compile(loaded.graph, weights, Limits(32, 1, 2048, KVType.F16))
+    program = device.compile(loaded.graph, weights, limits)
     try:
-        ForwardPass(program, program._limits, loaded.spec.n_vocab).run(0, [1] * 9, 0)
-        program.run(*(np.array(v, np.int32) for v in ([1], [9], [0], [0])))
-        launches = program._lowering.launches(program._memory.address, 1, None)
+        before = np.arange(9, dtype=np.int32)
+        program.run(before, before, 0 * before, before[:0])
+        ids = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, n_tokens).astype(np.int32)
+        positions = np.arange(n_tokens, dtype=np.int32) + (9 if n_tokens == 1 else 0)
+        program.run(ids, positions, 0 * ids, 0 * before[:1])
+        launches = program._lowering.launches(program._memory.address, n_tokens, None)
+        bench.context.prepare(launches)
         totals: dict[str, list[float]] = {}
         for launch in launches:
             key = f"{launch.kernel} {' '.join(launch.definitions)} grid {launch.grid}"
             if key not in totals:
-                totals[key] = [0, bench.replay_s([launch] * 20, 2) / 20 * 1e6]
+                n = 20 if n_tokens == 1 else 1
+                totals[key] = [0, bench.replay_s([launch] * n, 2) / n * 1e6]
             totals[key][0] += 1
         for key, (n, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
-            bench.note("operations", key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
-        bench.note("operations", "launches of a token", len(launches))
+            bench.note(section, key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
+        bench.note(section, "launches of a step", len(launches))
     finally:
         program.close()
         device.close()
@@ -741,7 +756,23 @@ def operations(bench: Bench) -> None:
 
 
 SECTIONS = {
-    f.__name__: f for f in (facts, copies, small, linear, products, experts, attention, handshake, model, operations)
+    f.__name__: f
+    for f in (
+        facts,
+        copies,
+        small,
+        linear,
+        products,
+        experts,
+        grouped_experts,
+        attention,
+        prompt_attention,
+        handshake,
+        prompt,
+        model,
+        operations,
+        prompt_operations,
+    )
 }
 
 

@@ -6,7 +6,7 @@
 // group's experts are: the slots, or a staging buffer.
 #include "expert_tiles.cuh"
 
-KERNEL(TILE_THREADS)
+TILE_KERNEL
 expert_gate_up_tiles(const ExpertTile *tiles, const int *first_tile, int group, const int *choices, int n_used,
                      ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate, int64_t x_gate_row_bytes,
                      const uint8_t *x_up, int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h,

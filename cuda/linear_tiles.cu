@@ -23,7 +23,7 @@ struct Matrices {
     int unused;
 };
 
-KERNEL(TILE_THREADS)
+TILE_KERNEL
 linear_tiles(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
              int64_t head_x_bytes, int n_cols, const int8_t *grid, const int *n_tokens) {
     begin_kernel();

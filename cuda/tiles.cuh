@@ -2,8 +2,8 @@
 // a block of 4 warps, on the int8 tensor cores, with the bits of `rows.cuh`.
 //
 // The columns are taken 256 at a time. A warp has 16 rows: their bytes come as they are to shared memory, one step ahead
-// of the arithmetic (cp.async), are unpacked there once for all tokens, and go to registers. The 64 activation rows are
-// fetched the same way, for all warps together. Products of 32 (or 16) columns that share a scale are summed by one `mma`
+// of the arithmetic (cp.async), are unpacked there once for all tokens, and go to registers. The activations of 64 tokens
+// are fetched the same way, for all warps together. Products of 32 (or 16) columns that share a scale are summed by one `mma`
 // in int32, times that scale added up over the block, exactly; then each lane runs the chains of its own outputs, one
 // fused multiply-add a block (two with minimums), in order. The minimums of a block times the sums of its activations
 // are one more product of int8 matrices, with the sums in two parts of six and seven bits.
@@ -20,6 +20,9 @@ constexpr int STEP = 256;          // columns
 constexpr int PARTS = STEP / 32;   // that are unpacked at once
 constexpr int STRIDE = STEP + 16;  // bytes from row to row in shared memory: ldmatrix then meets no bank twice
 
+// Three blocks fit a multiprocessor of the GPUs that have the most shared memory.
+#define TILE_KERNEL extern "C" __global__ void __launch_bounds__(TILE_THREADS, 3)
+
 // What a lane has of its warp's 16 rows and of the tile's tokens: [eight][i] is row g + 8 * (i / 2) of the warp and token
 // 8 * eight + 2 * t + i % 2, with g = lane / 4 and t = lane % 4.
 using TileSums = float[EIGHTS][4];
@@ -32,15 +35,22 @@ template <class Format> struct TileDots {
     static constexpr int RAW_BYTES = BLOCKS * Format::BYTES + (Format::ALIGNMENT == 16 ? 0 : 30);
     static constexpr int RAW_STRIDE = RAW_BYTES / 16 * 16;
 
+    using Scales = int8_t[BLOCKS == 1 ? WARP_ROWS : 1][STEP / 16]; // of each row; blocks of 32 have none
+
     struct Shared {
         __align__(16) int8_t x[2][TILE_TOKENS][STRIDE];
-        float d_x[2][TILE_TOKENS][BLOCKS];
+        __align__(16) float d_x[2][TILE_TOKENS][BLOCKS];
         __align__(16) int16_t sums[Format::HAS_MIN ? 2 : 1][Format::HAS_MIN ? TILE_TOKENS : 1][STEP / 16];
         struct {
-            __align__(16) uint8_t raw[2][WARP_ROWS][RAW_STRIDE];
+            __align__(16) uint8_t raw[WARP_ROWS][RAW_STRIDE];
             int8_t q[WARP_ROWS][STRIDE];
-            int8_t scales[WARP_ROWS][STEP / 16], mins[WARP_ROWS][STEP / 16];
+            Scales scales, mins;
         } warp[TILE_WARPS];
+    };
+
+    // d and min_d of the lane's two rows, g and g + 8.
+    struct Factors {
+        float d[2][BLOCKS], min_d[2][BLOCKS];
     };
 
     // Fetches the warp's rows of one step, from the 16-byte piece where each begins.
@@ -93,27 +103,27 @@ template <class Format> struct TileDots {
         const int own_row = first_row + threadIdx.x / WARP * WARP_ROWS;
         const int n_steps = (n_cols + STEP - 1) / STEP, n_eights = (n_tokens + 7) / 8;
         auto n_parts_of = [&](int step) { return min(PARTS, (n_cols - step * STEP) / 32); };
-        auto fetch = [&](int step) {
+        auto fetch_raw = [&](int step) {
             const int n_bytes = n_parts_of(step) * 32 / Format::BLOCK * Format::BYTES;
-            fetch_weights(own.raw[step % 2], weights, row_bytes, own_row, n_rows, step, n_bytes);
-            fetch_x(shared, step % 2, rows, n_tokens, n_cols, step);
-            cp_async_commit();
+            fetch_weights(own.raw, weights, row_bytes, own_row, n_rows, step, n_bytes);
         };
 #pragma unroll
         for (int j = 0; j < EIGHTS; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 acc[j][i] = 0.0f;
-        fetch(0);
+        fetch_raw(0);
+        fetch_x(shared, 0, rows, n_tokens, n_cols, 0);
+        cp_async_commit();
         for (int step = 0; step < n_steps; step++) {
             cp_async_wait<0>();
             __syncthreads(); // this step is there, and everybody is done with the one before
-            if (step + 1 < n_steps)
-                fetch(step + 1);
             const int buffer = step % 2, n_parts = n_parts_of(step);
+            if (step + 1 < n_steps)
+                fetch_x(shared, buffer ^ 1, rows, n_tokens, n_cols, step + 1);
             auto block_of = [&](int row, int block) { // in shared memory
                 const int64_t at = min(own_row + row, n_rows - 1) * row_bytes + (int64_t)step * BLOCKS * Format::BYTES;
-                return &own.raw[buffer][row][(uint64_t)(weights + at) & 15] + block * Format::BYTES;
+                return &own.raw[row][(uint64_t)(weights + at) & 15] + block * Format::BYTES;
             };
 #pragma unroll
             for (int k = 0; k < WARP_ROWS * PARTS / WARP; k++) {
@@ -133,17 +143,28 @@ template <class Format> struct TileDots {
                             own.mins[row][2 * part + half] = (int8_t)w.min[half];
                     }
             }
-            __syncwarp();
+            Factors factors;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int block = 0; block < BLOCKS; block++)
+                    if (BLOCKS == 1 || block < n_parts) {
+                        factors.d[i][block] = Format::d(block_of(g + 8 * i, block));
+                        factors.min_d[i][block] = Format::min_d(block_of(g + 8 * i, block));
+                    }
+            __syncwarp(); // all is unpacked, and its bytes can be overwritten
+            if (step + 1 < n_steps)
+                fetch_raw(step + 1);
+            cp_async_commit();
             unsigned a[PARTS][4];
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
                 if (part < n_parts)
                     ldmatrix_x4(a[part], &own.q[lane % 16][32 * part + lane / 16 * 16]);
             if constexpr (BLOCKS == 1)
-                add_large_block(shared, buffer, own.scales, own.mins, block_of(g, 0), block_of(g + 8, 0), a, n_eights, acc);
+                add_large_block(shared, buffer, own.scales, own.mins, factors, a, n_eights, acc);
             else
-                add_small_blocks(shared, buffer, block_of(g, 0), block_of(g + 8, 0), a, n_parts, n_eights, acc);
-            __syncwarp(); // before q is overwritten
+                add_small_blocks(shared, buffer, factors, a, n_parts, n_eights, acc);
         }
         __syncthreads();
     }
@@ -154,12 +175,10 @@ template <class Format> struct TileDots {
         ldmatrix_x4(b, &shared.x[buffer][8 * eight + lane % 8][64 * pair + lane / 8 * 16]);
     }
 
-    // Adds the one block of 256 columns. `low` and `high` are the lane's rows of the matrix.
+    // Adds the one block of 256 columns.
     static __device__ __forceinline__ void add_large_block(const Shared &shared, int buffer,
-                                                           const int8_t (&scales)[WARP_ROWS][STEP / 16],
-                                                           const int8_t (&mins)[WARP_ROWS][STEP / 16], const uint8_t *low,
-                                                           const uint8_t *high, const unsigned (&a)[PARTS][4],
-                                                           int n_eights, TileSums &acc) {
+                                                           const Scales &scales, const Scales &mins, const Factors &factors,
+                                                           const unsigned (&a)[PARTS][4], int n_eights, TileSums &acc) {
         constexpr int N_SCALES = STEP / Format::PER_SCALE;
         const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
         int scale[2][N_SCALES];
@@ -168,7 +187,7 @@ template <class Format> struct TileDots {
             scale[0][s] = scales[g][s * (Format::PER_SCALE / 16)];
             scale[1][s] = scales[g + 8][s * (Format::PER_SCALE / 16)];
         }
-        const float d[2] = {Format::d(low), Format::d(high)}, min_d[2] = {Format::min_d(low), Format::min_d(high)};
+        const float d[2] = {factors.d[0][0], factors.d[1][0]}, min_d[2] = {factors.min_d[0][0], factors.min_d[1][0]};
         unsigned own_mins[2];
         if (Format::HAS_MIN) {
             own_mins[0] = *(const unsigned *)&mins[g][4 * t];
@@ -187,7 +206,7 @@ template <class Format> struct TileDots {
                 for (int h = 0; h < 2; h++) {
                     const unsigned(&w)[4] = a[2 * pair + h];
                     if constexpr (Format::PER_SCALE == 32) {
-                        int sums[4] = {0, 0, 0, 0};
+                        int sums[4];
                         const unsigned x[2] = {b[2 * h], b[2 * h + 1]};
                         mma_m16n8k32_s8(sums, w, x);
 #pragma unroll
@@ -196,7 +215,7 @@ template <class Format> struct TileDots {
                     } else {
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
-                            int sums[4] = {0, 0, 0, 0};
+                            int sums[4];
                             const unsigned rows[2] = {w[2 * half], w[2 * half + 1]};
                             mma_m16n8k16_s8(sums, rows, b[2 * h + half]);
 #pragma unroll
@@ -215,7 +234,7 @@ template <class Format> struct TileDots {
                 const uint2 four = *(const uint2 *)&shared.sums[buffer][8 * j + g][4 * t];
                 const unsigned far = __byte_perm(four.x >> 6, four.y >> 6, 0x6420);
                 const unsigned near = __byte_perm(four.x & 0x003f003fu, four.y & 0x003f003fu, 0x6420);
-                int far_sums[4] = {0, 0, 0, 0}, imin[4] = {0, 0, 0, 0};
+                int far_sums[4], imin[4];
                 mma_m16n8k16_s8(far_sums, own_mins, far);
                 mma_m16n8k16_s8(imin, own_mins, near);
 #pragma unroll
@@ -225,44 +244,45 @@ template <class Format> struct TileDots {
         }
     }
 
-    // Adds up to eight blocks of 32 columns, which have no scales of their own. `low` and `high` as above.
-    static __device__ __forceinline__ void add_small_blocks(const Shared &shared, int buffer, const uint8_t *low,
-                                                            const uint8_t *high, const unsigned (&a)[PARTS][4],
-                                                            int n_parts, int n_eights, TileSums &acc) {
-        float d[2][PARTS], min_d[2][PARTS];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-            if (part < n_parts) {
-                d[0][part] = Format::d(low + part * Format::BYTES), d[1][part] = Format::d(high + part * Format::BYTES);
-                min_d[0][part] = Format::min_d(low + part * Format::BYTES);
-                min_d[1][part] = Format::min_d(high + part * Format::BYTES);
-            }
+    // Adds up to eight blocks of 32 columns, which have no scales of their own.
+    static __device__ __forceinline__ void add_small_blocks(const Shared &shared, int buffer, const Factors &factors,
+                                                            const unsigned (&a)[PARTS][4], int n_parts, int n_eights,
+                                                            TileSums &acc) {
 #pragma unroll
         for (int j = 0; j < EIGHTS; j++) {
             if (j >= n_eights)
                 break;
             const int token[2] = {tile_token(j, 0), tile_token(j, 1)};
 #pragma unroll
-            for (int pair = 0; pair < PARTS / 2; pair++) {
-                if (2 * pair >= n_parts)
+            for (int four = 0; four < PARTS; four += 4) {
+                if (four >= n_parts)
                     break;
-                unsigned b[4];
-                load_x(shared, buffer, j, pair, b);
+                const float4 low = *(const float4 *)&shared.d_x[buffer][token[0]][four];
+                const float4 high = *(const float4 *)&shared.d_x[buffer][token[1]][four];
+                const float d_x[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int part = 2 * pair + h;
-                    if (part >= n_parts)
+                for (int pair = four / 2; pair < four / 2 + 2; pair++) {
+                    if (2 * pair >= n_parts)
                         break;
-                    int sums[4] = {0, 0, 0, 0};
-                    const unsigned x[2] = {b[2 * h], b[2 * h + 1]};
-                    mma_m16n8k32_s8(sums, a[part], x);
+                    unsigned b[4];
+                    load_x(shared, buffer, j, pair, b);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float d_x = shared.d_x[buffer][token[i % 2]][part];
-                        acc[j][i] = __fmaf_rn(d[i / 2][part] * d_x, (float)sums[i], acc[j][i]);
-                        if constexpr (Format::HAS_MIN) {
-                            const int16_t *of_x = &shared.sums[buffer][token[i % 2]][2 * part];
-                            acc[j][i] = __fmaf_rn(min_d[i / 2][part] * d_x, (float)(of_x[0] + of_x[1]), acc[j][i]);
+                    for (int h = 0; h < 2; h++) {
+                        const int part = 2 * pair + h;
+                        if (part >= n_parts)
+                            break;
+                        int sums[4];
+                        const unsigned x[2] = {b[2 * h], b[2 * h + 1]};
+                        mma_m16n8k32_s8(sums, a[part], x);
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const float d = d_x[i % 2][part % 4];
+                            acc[j][i] = __fmaf_rn(factors.d[i / 2][part] * d, (float)sums[i], acc[j][i]);
+                            if constexpr (Format::HAS_MIN) {
+                                const int16_t *of_x = &shared.sums[buffer][token[i % 2]][2 * part];
+                                const float imin = (float)(of_x[0] + of_x[1]);
+                                acc[j][i] = __fmaf_rn(factors.min_d[i / 2][part] * d, imin, acc[j][i]);
+                            }
                         }
                     }
                 }

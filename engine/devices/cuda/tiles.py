@@ -50,7 +50,8 @@ def shared_bytes(weight_format: QuantFormat) -> int:
     raw = (n_blocks * weight_format.block_bytes + (0 if alignment(weight_format) == 16 else 30)) // 16 * 16
     x = 2 * _TOKENS * (stride + 4 * n_blocks)
     sums = (2 * _TOKENS if weight_format.name in _WITH_MINIMUM else 1) * 2 * (_STEP // 16)
-    return x + sums + _WARPS * 16 * (2 * raw + stride + 2 * (_STEP // 16))
+    scales = 2 * (16 if n_blocks == 1 else 1) * (_STEP // 16)
+    return x + sums + _WARPS * (16 * (raw + stride) + scales)
 
 
 def linear(
