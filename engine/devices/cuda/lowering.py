@@ -916,7 +916,8 @@ class Lowering:
                 )
             if not layer.n_slots and not p.streams:
                 return
-            yield from by_expert(p) if p.takes_tiles(*formats) else by_choice(p)
+            grouped = p.takes_tiles(*formats) and (p.streams or tiles.pays_to_group(sizes, p.most))
+            yield from by_expert(p) if grouped else by_choice(p)
 
         self._calls.append(launches)
 

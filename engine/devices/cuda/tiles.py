@@ -32,7 +32,8 @@ from engine.devices.cuda.kernels import (
 )
 from engine.quants.formats import Activation, QuantFormat
 
-MIN_TOKENS = 9  # of steps that are computed by tiles; fewer share one reading of the weights row by row
+MIN_TOKENS = 4  # of steps that are computed by tiles; fewer share one reading of the weights row by row
+_CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights is faster where each choice has its own
 
 _WARPS, _ROWS, _TOKENS, _STEP = 4, 64, 64, 256  # of a tile; `tiles.cuh`
 _MANY_BLOCKS = 2048
@@ -124,6 +125,11 @@ class Sizes(NamedTuple):
     def n_groups(self) -> int:
         """Return the groups that there can be: the experts in slots, and batches of all others."""
         return 1 + _blocks(self.n_experts, self.at_once)
+
+
+def pays_to_group(sizes: Sizes, max_tokens: int) -> bool:
+    """Return whether the experts of steps of so many tokens are computed faster expert by expert."""
+    return max_tokens * sizes.n_used > _CHOICES_PER_EXPERT * sizes.n_experts
 
 
 def n_tiles(sizes: Sizes, max_tokens: int) -> int:
