@@ -55,6 +55,7 @@ def expected() -> tuple[int, ...]:
         {},
         {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
         {"n_cpu_moe": 5},
+        {"hot_k": 9, "hot_pp_bypass_n_tokens": 4},
     ],
     ids=str,
 )
