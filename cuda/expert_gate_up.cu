@@ -9,13 +9,6 @@
 constexpr int N_WARPS = 4;
 constexpr int MAX_ROWS = WARP; // of a warp
 
-DEVICE float activated(float gate, float up) {
-    if (ACTIVATION == 0)
-        return silu(gate) * up;
-    const float g = gate < 7.0f ? gate : 7.0f, u = up < 7.0f ? up : 7.0f; // as the CPU does with a NaN
-    return g * sigmoid(1.702f * g) * ((u > -7.0f ? u : -7.0f) + 1.0f);
-}
-
 // What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form.
 template <class Dots>
 DEVICE void project(const ExpertMatrix &matrix, int expert, int slot, int first_row, int n_rows, int hidden_size, int ffn_size,
@@ -62,5 +55,5 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     __syncthreads();
     const int lane = threadIdx.x % WARP;
     if (warp < N_WARPS / 2 && lane < n_rows)
-        h[(int64_t)choice * ffn_size + first_row + lane] = activated(gates[pair][lane], ups[pair][lane]);
+        h[(int64_t)choice * ffn_size + first_row + lane] = activated(ACTIVATION, gates[pair][lane], ups[pair][lane]);
 }

@@ -5,7 +5,7 @@
 //     weight i of part s = d(block) * scale[i / 16] * q[i] + min_d(block) * min[i / 16]
 //
 // with q as int8, four to a word. `min_d` and `min` mean something only where HAS_MIN. Blocks are read where they lie,
-// so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be.
+// so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be. scale and min fit eight bits.
 //
 // Float formats are read as float32 values, one at a time, exactly.
 #pragma once
@@ -99,6 +99,7 @@ DEVICE void set_both(int (&values)[2], int value) { values[0] = values[1] = valu
 template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN> struct IntegerFormat {
     static constexpr bool INTEGER = true, HAS_MIN = MIN;
     static constexpr int BLOCK = BLOCK_SIZE, BYTES = N_BYTES, ALIGNMENT = ALIGN;
+    static constexpr int PER_SCALE = 32; // weights that are sure to share scale and min
     static __device__ __forceinline__ float d(const uint8_t *block) { return load_half(block); }
     static __device__ __forceinline__ float min_d(const uint8_t *) { return 0.0f; }
 };
@@ -222,6 +223,7 @@ template <int ALIGNMENT> DEVICE void unpack_crumbs(const uint8_t *p, int shift, 
 }
 
 struct Q2_K : IntegerFormat<256, 84, 4, true> {
+    static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 80); }
     MIN_SCALE { return -load_half(b + 82); }
     UNPACK {
@@ -236,6 +238,7 @@ struct Q2_K : IntegerFormat<256, 84, 4, true> {
 };
 
 struct Q3_K : IntegerFormat<256, 110, 2, false> {
+    static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 108); }
     UNPACK {
         unpack_crumbs<2>(b + 32 + 32 * (s / 4), 2 * (s % 4), part);
@@ -303,6 +306,7 @@ struct Q5_K : IntegerFormat<256, 176, 16, true> {
 };
 
 struct Q6_K : IntegerFormat<256, 210, 2, false> {
+    static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 208); }
     UNPACK {
         const uint8_t *low = b + 64 * (s / 4) + 32 * (s % 2), *high = b + 128 + 32 * (s / 4);
@@ -362,6 +366,7 @@ struct IQ2_XXS : IQ2Format<66> {
 };
 
 struct IQ2_XS : IQ2Format<74> {
+    static constexpr int PER_SCALE = 16;
     UNPACK {
         const uint16_t *codes = (const uint16_t *)(b + 2) + 4 * s;
 #pragma unroll
@@ -372,6 +377,7 @@ struct IQ2_XS : IQ2Format<74> {
 };
 
 struct IQ2_S : IQ2Format<82> {
+    static constexpr int PER_SCALE = 16;
     UNPACK {
 #pragma unroll
         for (int o = 0; o < 4; o++)
@@ -424,6 +430,7 @@ struct IQ1_S : IntegerFormat<256, 50, 2, false> {
 };
 
 struct IQ1_M : IntegerFormat<256, 56, 4, false> {
+    static constexpr int PER_SCALE = 16;
     SCALE { // the half float is spread over the top nibbles of four words
         const uint16_t *w = (const uint16_t *)(b + 48);
         return f16_to_f32((uint16_t)(w[0] >> 12 | w[1] >> 12 << 4 | w[2] >> 12 << 8 | w[3] >> 12 << 12)) * 0.125f;

@@ -45,8 +45,10 @@ linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const ui
     begin_kernel();
 
     const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;
-    if (first_token >= n)
+    if (first_token >= n) {
+        cp_async_wait<0>(); // what was begun must end before the block does
         return;
+    }
     const Tokens<N_TOKENS> tokens(x + head * head_x_bytes, x_row_bytes, first_token, n);
     Dots::stage(shared, tokens, n_cols);
     __syncthreads();

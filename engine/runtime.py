@@ -21,7 +21,7 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, EngineSettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice
+from engine.devices.cuda import CUDADevice, CUDAProgram
 from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, SavingProgram
@@ -169,6 +169,8 @@ class Engine:
             self._device.close()
             self._weights.close()
             raise
+        if isinstance(self._program, CUDAProgram):  # which may take longer steps than asked for
+            self._limits = self._program.limits
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
         self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
         self._scheduler = Scheduler(self._forward, self._turn, self._record)
@@ -719,6 +721,8 @@ def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADev
         vram_budget=settings.vram_budget_bytes,
         n_threads=settings.n_threads,
         isa=settings.isa or None,
+        prompt_tokens=settings.max_prompt_tokens,
+        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
         progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
     )
 

@@ -1,6 +1,6 @@
 """The CUDA device: a forward pass as one graph of kernels, with the experts that do not fit computed on the CPU."""
 
-from engine.devices.cuda.device import CUDADevice
+from engine.devices.cuda.device import CUDADevice, CUDAProgram
 from engine.devices.cuda.driver import probe
 
-__all__ = ["CUDADevice", "probe"]
+__all__ = ["CUDADevice", "CUDAProgram", "probe"]

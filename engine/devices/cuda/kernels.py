@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from engine.devices import graph
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.errors import DeviceError
 from engine.quants.formats import Activation, QuantFormat
 
 WARP = 32
@@ -27,8 +28,9 @@ _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 _MAX_HEAD_DIM = 576
 _MAX_PARTS = 256  # of the positions; `attention.cu`
+_CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 _KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
-_ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
+_ATTENTION_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
@@ -751,6 +753,16 @@ def kv_cache_bytes(cache: Cache) -> int:
     return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
 
 
+def check_heads(key_dim: int, value_dim: int) -> None:
+    """Raise `DeviceError` for heads that the kernels cannot take."""
+    for name, dim in (("keys", key_dim), ("values", value_dim)):
+        if dim % _KV_VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
+            raise DeviceError(
+                f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_KV_VECTOR}, "
+                f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
+            )
+
+
 def n_attention_parts(cache: Cache) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
     return max(1, min(_blocks(_MAX_PARTS, cache.n_kv_heads), _blocks(cache.context_length, 32)))
@@ -777,13 +789,11 @@ def attention(
     slots: int,
     count: Count,
 ) -> list[Launch]:
-    """Store the new keys and values; then, for some tokens at a time, attend over the parts and merge them."""
+    """Store the new keys and values; then attend: few tokens over parts that are merged, many over all of them."""
     n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
     assert n_heads % cache.n_kv_heads == 0
-    assert cache.key_dim % _KV_VECTOR == cache.value_dim % _KV_VECTOR == 0
     assert cache.address % 16 == 0
-    assert 0 < cache.key_dim <= _MAX_HEAD_DIM
-    assert 0 < cache.value_dim <= _MAX_HEAD_DIM
+    check_heads(cache.key_dim, cache.value_dim)
     assert (v is None) == cache.values_in_keys
     n_tiles = _blocks(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
     definitions = (
@@ -807,12 +817,15 @@ def attention(
     grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
     launches = [launch("store_kv", grid, threads, *_at(k), *_at(v or NOTHING), *places)]
     scratch, limits = (_pointer(values), _pointer(parts)), (_int(sight.window), _int(sight.chunk))
-    for first in range(0, count.most, _ATTENTION_TOKENS):
-        n, begin = min(_ATTENTION_TOKENS, count.most - first), _int(first)
-        grid = (cache.n_kv_heads * n_tiles, n_parts, n)
-        launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *limits, *scratch, begin))
-        sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
-        launches.append(launch("merge_parts", (n_heads, n, 1), 4 * WARP, *sums, *_at(out), begin))
+    what = (*_at(q), *places, _float(scale), *limits)
+    if count.most > _ATTENTION_TOKENS:
+        grid = (cache.n_kv_heads * n_tiles, count.most, 1)
+        merging = (_int(n_parts), _pointer(sight.sinks))
+        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *_at(out))]
+    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), _int(0)
+    launches.append(launch("attend", grid, 4 * WARP, *what, *scratch, begin))
+    sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
+    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *_at(out), begin))
     return launches
 
 
@@ -829,26 +842,20 @@ def causal_conv(
     positions: int,
     slots: int,
     count: Count,
-) -> Launch:
-    """Convolve over time, then SiLU."""
+) -> list[Launch]:
+    """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
     assert kernel_size >= 2
-    return Launch(
-        "causal_conv.cu",
-        "causal_conv",
-        (f"KERNEL_SIZE={kernel_size}",),
-        (_blocks(n_channels, _COLUMNS), 1, 1),
-        _COLUMNS,
-        (
-            *_at(x),
-            _pointer(weight),
-            _pointer(state),
-            *_at(out),
-            _int(n_channels),
-            _pointer(positions),
-            _pointer(slots),
-            _pointer(count.address),
-        ),
-    )
+    n_blocks, definitions = _blocks(n_channels, _COLUMNS), (f"KERNEL_SIZE={kernel_size}",)
+    places = (_int(n_channels), _pointer(positions), _pointer(slots), _pointer(count.address))
+    what = (*_at(x), _pointer(weight), _pointer(state), *_at(out), *places)
+    if count.most <= _CONVOLVED_AT_ONCE:
+        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _COLUMNS, what)]
+    grid = (n_blocks, _blocks(count.most, _CONVOLVED_AT_ONCE), 1)
+    kept = (*_at(x), _pointer(state), *places)
+    return [
+        Launch("causal_conv.cu", "convolve", definitions, grid, _COLUMNS, what),
+        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _COLUMNS, kept),
+    ]
 
 
 def delta_net(

@@ -8,6 +8,7 @@ program has two such lists over the same memory, for single tokens and for many.
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import kernels
+from engine.devices.cuda import kernels, tiles
 from engine.devices.cuda.kernels import (
     NOTHING,
     Cache,
@@ -33,6 +34,7 @@ from engine.devices.cuda.kernels import (
     Rows,
     Sight,
 )
+from engine.devices.cuda.tiles import Groups, Sizes
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
 from engine.devices.intervals import Interval, plan_offsets
 from engine.quants.formats import Activation, QuantFormat
@@ -124,6 +126,41 @@ class ExpertLayer:
         first = (expert * (weight.stored_rows or weight.n_rows) + weight.first_row) * row_bytes
         return array[first : first + weight.n_rows * row_bytes]
 
+    def batch_bytes(self, at_once: int) -> int:
+        """Return the bytes of a staging buffer for so many experts: for their gate and up, or for their down."""
+        gate, up, down = self.slot_bytes
+        return at_once * max(gate + up, down)
+
+    def staged(self, matrices: Sequence[int], at_once: int) -> list[int]:
+        """Return where, in a staging buffer of so many experts, the first expert's matrices lie."""
+        sizes = [at_once * self.slot_bytes[i] for i in matrices]
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """The ring that experts without a slot pass through while a step of many tokens runs: buffers, experts in each."""
+
+    n_buffers: int
+    at_once: int
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A launch that is made once for each batch of the experts of a layer that have no slot.
+
+    Attributes:
+        layer: of the expert layers.
+        matrices: which it reads (0 gate, 1 up, 2 down).
+        group: its argument that says which batch, to be set before it is launched.
+        launches: one for each staging buffer.
+    """
+
+    layer: int
+    matrices: tuple[int, ...]
+    group: ctypes.c_int32
+    launches: tuple[Launch, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -133,17 +170,23 @@ class Pass:
         lowering: where everything lies in the device allocation.
         most: rows.
         base: address of the allocation.
-        exchange: memory shared with the CPU, None if all experts have slots.
+        exchange: memory shared with the CPU, None if it computes no experts.
+        streams: experts without a slot pass through the staging buffers.
     """
 
     lowering: Lowering
     most: int
     base: int
     exchange: Exchange | None
+    streams: bool
 
     def count(self, rows: ops.Rows) -> Count:
         """Return how many rows an operation has."""
-        return Count(self.base + self.lowering.step.n_rows[rows], self.most)
+        return Count(self.base + self.lowering.step.n_rows[rows], min(self.most, self.lowering.limits.most(rows)))
+
+    def takes_tiles(self, *formats: QuantFormat) -> bool:
+        """Return whether products with these weights are computed by tiles."""
+        return self.most >= tiles.MIN_TOKENS and all(tiles.takes_tiles(f) for f in formats)
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""
@@ -181,10 +224,16 @@ class Lowering:
     """What a graph needs on the device, and its launches."""
 
     def __init__(
-        self, graph: Graph, weights: WeightAccess, limits: Limits, n_slots: Sequence[int] | None = None
+        self,
+        graph: Graph,
+        weights: WeightAccess,
+        limits: Limits,
+        n_slots: Sequence[int] | None = None,
+        staging: Staging | None = None,
     ) -> None:
         """Plan the memory, with so many expert slots in each MoE layer; None for none anywhere."""
         self.limits = limits
+        self.staging = staging
         self.layout = Layout()
         self.step = StepLayout(self.layout, limits.max_tokens)
         self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []  # offset, contents
@@ -192,7 +241,7 @@ class Lowering:
         self._weights = weights
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
         self._intervals: dict[object, Interval] = {}
-        self._calls: list[Callable[[Pass], Iterable[Launch]]] = []
+        self._calls: list[Callable[[Pass], Iterable[Launch | Streamed]]] = []
         self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
         self._index = 0
 
@@ -213,6 +262,11 @@ class Lowering:
         self._lower(graph.operations)
         assert graph.logits is not None
         self._intervals[graph.logits.buffer].last = len(graph.operations)
+        at_once = staging.at_once if staging is not None else 0
+        self.staging_buffer_bytes = max((layer.batch_bytes(at_once) for layer in self.expert_layers), default=0)
+        self.staging_offset = self.layout.reserve(
+            self.staging_buffer_bytes * (staging.n_buffers if staging is not None else 0)
+        )
         self.scratch_bytes = plan_offsets(list(self._intervals.values()))
         self.scratch = self.layout.reserve(self.scratch_bytes)
         self.logits = self.scratch + self._intervals[graph.logits.buffer].offset
@@ -257,13 +311,27 @@ class Lowering:
         """Return whether some experts have no slot."""
         return any(not layer.is_resident for layer in self.expert_layers)
 
+    @property
+    def can_stream(self) -> bool:
+        """Return whether long steps may bring the experts that have no slot to the device."""
+        formats = [weight.format for layer in self.expert_layers for weight in layer.weights]
+        return self.needs_cpu and all(tiles.takes_tiles(f) for f in formats)
+
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
-        made = Pass(self, most, base, exchange)
-        launches = [launch for call in self._calls for launch in call(made)]
+        launches = self._launches(Pass(self, most, base, exchange, streams=False))
         if exchange is not None:
             launches.append(kernels.publish_end(exchange))
-        return launches
+        return [launch for launch in launches if isinstance(launch, Launch)]
+
+    def streaming_launches(self, base: int, most: int) -> list[Launch | Streamed]:
+        """Return the launches of a step that brings experts without a slot to the device, for at least some tokens."""
+        assert self.staging is not None
+        assert most >= tiles.MIN_TOKENS
+        return self._launches(Pass(self, most, base, None, streams=True))
+
+    def _launches(self, made: Pass) -> list[Launch | Streamed]:
+        return [launch for call in self._calls for launch in call(made)]
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -296,7 +364,8 @@ class Lowering:
     def _use(self, tensor: Tensor) -> Place:
         """Note that the operation at hand uses a tensor."""
         width = tensor.buffer.width
-        return Place(self._interval(tensor.buffer, self.limits.max_tokens * width * 4), tensor.offset * 4, width)
+        n_bytes = self.limits.most(tensor.rows) * width * 4
+        return Place(self._interval(tensor.buffer, n_bytes), tensor.offset * 4, width)
 
     def _temporary(self, n_bytes: int) -> Place:
         """Reserve memory for the operation at hand only."""
@@ -310,7 +379,7 @@ class Lowering:
         row_bytes = kernels.activation_bytes(activation, x.width)
         key = (x.buffer, x.offset, x.width, activation)
         is_new, finish = key not in self._intervals, self._finishes.get(key[:3])
-        converted = Place(self._interval(key, self.limits.max_tokens * row_bytes), 0, row_bytes)
+        converted = Place(self._interval(key, self.limits.most(x.rows) * row_bytes), 0, row_bytes)
         if is_new and finish is not None:
             converted.interval.first = finish.index
             finish.forms[activation] = converted
@@ -484,7 +553,7 @@ class Lowering:
         ]
         self._calls.append(
             lambda p: [
-                kernels.linear(
+                (tiles.linear if p.takes_tiles(weight_format) else kernels.linear)(
                     p.rows(x),
                     op.x.width,
                     weight_format,
@@ -520,7 +589,7 @@ class Lowering:
             if activation != Activation.F32:
                 heads, to = Rows(p.rows(x).address, weight.n_cols), Rows(p.rows(converted).address, x_bytes)
                 yield kernels.quantize(heads, weight.n_cols, activation, to, n, p.count(rows))
-            yield kernels.linear(
+            yield (tiles.linear if p.takes_tiles(weight.format) else kernels.linear)(
                 p.rows(converted),
                 weight.n_cols,
                 weight.format,
@@ -593,7 +662,8 @@ class Lowering:
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
+        with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
+            divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
         values = np.ascontiguousarray(divided, np.float32)
         frequencies = self._constant(("frequencies", values.tobytes()), lambda: values)
         self._calls.append(
@@ -613,6 +683,7 @@ class Lowering:
         )
 
     def _attention(self, op: ops.Attention) -> None:
+        kernels.check_heads(op.cache.head_dim, op.cache.value_dim)
         q, k, out, sinks = self._use(op.q), self._use(op.k), self._use(op.out), self._vector(op.sinks)
         v = self._use(op.v) if op.v else None
         sizes = kernels.attention_scratch_bytes(self._cache(op.cache, 0), op.n_heads, self.limits.max_tokens)
@@ -638,19 +709,17 @@ class Lowering:
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
         self._calls.append(
-            lambda p: [
-                kernels.causal_conv(
-                    p.rows(x),
-                    p.at(weight),
-                    p.base + self._offsets[op.state],
-                    p.rows(out),
-                    op.x.width,
-                    op.kernel_size,
-                    p.base + self.step.positions,
-                    p.base + self.step.slots,
-                    p.count(op.x.rows),
-                )
-            ]
+            lambda p: kernels.causal_conv(
+                p.rows(x),
+                p.at(weight),
+                p.base + self._offsets[op.state],
+                p.rows(out),
+                op.x.width,
+                op.kernel_size,
+                p.base + self.step.positions,
+                p.base + self.step.slots,
+                p.count(op.x.rows),
+            )
         )
 
     def _delta_net(self, op: ops.DeltaNet) -> None:
@@ -741,18 +810,22 @@ class Lowering:
             h_in_form = self._temporary(self.limits.max_tokens * n_used * row_bytes)
             h_in_form.stride = row_bytes
 
-        def launches(p: Pass) -> Iterable[Launch]:
-            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
-            gate, up, down = (
-                ExpertMatrix(p.base + offset, slot_bytes, weight.format, p.at(scale), p.at(bias))
-                for offset, slot_bytes, weight, (scale, bias) in zip(
-                    layer.slots, layer.slot_bytes, layer.weights, factors, strict=True
+        sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, self.staging.at_once if self.staging else 1)
+        parts = [self._temporary(n) for n in tiles.groups_bytes(sizes, self.limits.max_tokens)]
+        formats = [weight.format for weight in layer.weights]
+
+        def matrices(p: Pass, addresses: Sequence[int]) -> list[ExpertMatrix]:
+            return [
+                ExpertMatrix(address, slot_bytes, weight.format, p.at(scale), p.at(bias))
+                for address, slot_bytes, weight, (scale, bias) in zip(
+                    addresses, layer.slot_bytes, layer.weights, factors, strict=True
                 )
-            )
-            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
-                yield kernels.publish_misses(ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, count)
-            if layer.n_slots == 0:
-                return
+            ]
+
+        def by_choice(p: Pass) -> Iterable[Launch]:
+            """Each choice for itself: for few tokens."""
+            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
+            gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
             yield kernels.expert_gate_up(
                 ids,
                 slots,
@@ -782,6 +855,68 @@ class Lowering:
                 p.at(grids[2]),
                 count,
             )
+
+        def by_expert(p: Pass) -> Iterable[Launch | Streamed]:
+            """All tokens of an expert together, first of those in slots, then of those that pass through."""
+            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
+            groups = Groups(*(p.rows(part).address for part in parts))
+            all_tiles = tiles.n_tiles(sizes, p.most)
+            streams = p.streams and not layer.is_resident
+
+            def first_half(group: ctypes.c_int32, gate: ExpertMatrix, up: ExpertMatrix, most: int) -> Launch:
+                return tiles.expert_gate_up(
+                    groups,
+                    group,
+                    sizes,
+                    gate,
+                    up,
+                    p.rows(x_gate),
+                    p.rows(x_up),
+                    p.rows(h).address,
+                    (p.at(grids[0]), p.at(grids[1])),
+                    op.activation,
+                    most,
+                )
+
+            def second_half(group: ctypes.c_int32, down: ExpertMatrix, most: int) -> Launch:
+                return tiles.expert_down(
+                    groups, group, sizes, down, p.rows(h_in_form), p.rows(out), p.at(grids[2]), most
+                )
+
+            def streamed(wanted: tuple[int, ...], half: Callable[..., Launch]) -> Streamed:
+                group, starts = ctypes.c_int32(), layer.staged(wanted, sizes.at_once)
+                assert self.staging is not None
+                launches = []
+                for buffer in range(self.staging.n_buffers):
+                    addresses = [0, 0, 0]
+                    for i, start in zip(wanted, starts, strict=True):
+                        addresses[i] = p.base + self.staging_offset + buffer * self.staging_buffer_bytes + start
+                    own = matrices(p, addresses)
+                    most = min(all_tiles, sizes.at_once * -(-p.most // 64))
+                    launches.append(half(group, *(own[i] for i in wanted), most))
+                return Streamed(number, wanted, group, tuple(launches))
+
+            yield from tiles.group_choices(ids, slots, sizes, groups, count)
+            gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
+            if layer.n_slots:
+                yield first_half(ctypes.c_int32(0), gate, up, all_tiles)
+            if streams:
+                yield streamed((0, 1), first_half)
+            yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
+            if layer.n_slots:
+                yield second_half(ctypes.c_int32(0), down, all_tiles)
+            if streams:
+                yield streamed((2,), second_half)
+
+        def launches(p: Pass) -> Iterable[Launch | Streamed]:
+            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
+                ids, slots = self._ids(op.routing, p), self._slots(op.routing, p)
+                yield kernels.publish_misses(
+                    ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, p.count(op.x.rows)
+                )
+            if not layer.n_slots and not p.streams:
+                return
+            yield from by_expert(p) if p.takes_tiles(*formats) else by_choice(p)
 
         self._calls.append(launches)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -50,6 +51,22 @@ class PinnedMemory:
         if self._pointer is not None:
             pointer, self._pointer = self._pointer, None
             call("cuMemFreeHost", pointer)
+
+
+class PinnedPages:
+    """Memory of the caller's, pinned until `close`; it begins at a page and shares its pages with nobody else."""
+
+    def __init__(self, address: int, n_bytes: int) -> None:
+        self._address: int | None = None
+        n_bytes = -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        call("cuMemHostRegister", address, n_bytes, bindings().CU_MEMHOSTREGISTER_PORTABLE)
+        self._address = address
+
+    def close(self) -> None:
+        """Unpin; no copy may be under way."""
+        if self._address is not None:
+            address, self._address = self._address, None
+            call("cuMemHostUnregister", address)
 
 
 class Context:
@@ -173,6 +190,10 @@ class Stream:
             graph = call("cuStreamEndCapture", self.handle)
         return Graph(graph)
 
+    def wait(self, event: Event) -> None:
+        """Let what is queued from now on wait for what was before the event's latest mark."""
+        call("cuStreamWaitEvent", self.handle, event.handle, 0)
+
     def synchronize(self) -> None:
         """Wait until everything queued is done."""
         call("cuStreamSynchronize", self.handle)
@@ -233,6 +254,10 @@ class Event:
                 return False
             raise
         return True
+
+    def synchronize(self) -> None:
+        """Wait until everything before the mark is done."""
+        call("cuEventSynchronize", self.handle)
 
     def close(self) -> None:
         """Destroy it."""
