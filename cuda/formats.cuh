@@ -261,9 +261,9 @@ struct Q3_K : IntegerFormat<256, 110, 2, false> {
 DEVICE void unpack_scale_min(const uint8_t *block, int s, Part &part) {
     unsigned header[4];
     load_words<16>(block, header);
-    const unsigned shift = 8 * (s % 4), low = header[1] >> shift, high = header[2] >> shift, rest = header[3] >> shift;
-    const unsigned scale = s < 4 ? low & 63 : rest & 15 | low >> 2 & 48;
-    const unsigned min = s < 4 ? high & 63 : rest >> 4 & 15 | high >> 2 & 48;
+    const unsigned scales = s < 4 ? header[1] & 0x3f3f3f3fu : header[3] & 0x0f0f0f0fu | header[1] >> 2 & 0x30303030u;
+    const unsigned mins = s < 4 ? header[2] & 0x3f3f3f3fu : header[3] >> 4 & 0x0f0f0f0fu | header[2] >> 2 & 0x30303030u;
+    const unsigned scale = scales >> 8 * (s % 4) & 255, min = mins >> 8 * (s % 4) & 255;
     set_both(part.scale, (int)scale);
     set_both(part.min, (int)min);
 }

@@ -78,12 +78,13 @@ template <class Format, int N> class RowDots<Format, N, true> {
     static constexpr int STAGES = 2; // chunks on the way or in use
     static constexpr int STAGE_BYTES = CHUNK * Format::BYTES + 16;
     static constexpr int CHUNKS_KEPT = N == 1 ? 4 : N == 2 ? 2 : 1; // before the chains go on
+    static constexpr int MAX_ROWS = 16; // of a warp
 
     // What a block adds to a chain: d * isum, and min_d * imin.
-    struct TermWithMin {
+    struct __align__(16) TermWithMin {
         float d, isum, min_d, imin;
     };
-    struct TermWithoutMin {
+    struct __align__(8) TermWithoutMin {
         float d, isum;
     };
     template <bool HAS_MIN, class A, class B> struct Either {
@@ -144,9 +145,9 @@ template <class Format, int N> class RowDots<Format, N, true> {
     }
 
   public:
-    static constexpr int SCRATCH_BYTES = STAGES * STAGE_BYTES + CHUNKS_KEPT * CHUNK * N * (int)sizeof(Term); // of a warp
+    static constexpr int SCRATCH_BYTES = STAGES * STAGE_BYTES + (CHUNKS_KEPT * CHUNK + MAX_ROWS) * N * (int)sizeof(Term); // of a warp
 
-    // A warp's rows, one behind the other from `first` on, WARP / N at most; perhaps none.
+    // A warp's rows, one behind the other from `first` on, MAX_ROWS / N at most; perhaps none.
     __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, uint8_t *scratch)
         : weights(first), n_rows(rows), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks),
           n_chunks((n_items + CHUNK - 1) / CHUNK), stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)) {
@@ -165,36 +166,41 @@ template <class Format, int N> class RowDots<Format, N, true> {
     __device__ __forceinline__ void run(const uint8_t *records, const Tokens<N> &, const int8_t *grid, Emit emit) {
         const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)weights & 15);
         const int row = lane / N, token = lane % N; // of the lane's chain
-        const int first_column = lane * PER_LANE % n_blocks, step = CHUNK % n_blocks; // columns of blocks
+        // Terms have a gap after each row, so that the chains find theirs in different banks.
+        const int first_column = lane * PER_LANE % n_blocks, step = CHUNK % n_blocks;
+        int chunk_column = first_column, chunk_row = lane * PER_LANE / n_blocks; // of the lane's first block
         float acc = 0.0f;
-        for (int chunk = 0, kept = 0, begin = first_column; chunk < n_chunks; chunk++) {
+        for (int chunk = 0, kept = 0, kept_row = 0; chunk < n_chunks; chunk++) {
             fetch_next();
             cp_async_wait<STAGES - 1>();
             __syncwarp();
             const uint8_t *blocks = stages + chunk % STAGES * STAGE_BYTES + misalignment;
-            int column = begin;
+            int column = chunk_column, gaps = chunk_row - kept_row;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) {
                 const int in_chunk = lane * PER_LANE + i, item = chunk * CHUNK + in_chunk;
                 if (item < n_items)
                     multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, n_blocks * X::BYTES, grid,
-                             *(Term(*)[N])(terms + (item - kept) * N));
-                column = column + 1 == n_blocks ? 0 : column + 1;
+                             *(Term(*)[N])(terms + (item - kept + gaps) * N));
+                if (++column == n_blocks)
+                    column = 0, gaps++;
             }
-            begin += step;
-            begin -= begin < n_blocks ? 0 : n_blocks;
+            chunk_row += CHUNK / n_blocks, chunk_column += step;
+            if (chunk_column >= n_blocks)
+                chunk_column -= n_blocks, chunk_row++;
             __syncwarp();
             if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
                 continue;
-            const int end = min(min((chunk + 1) * CHUNK, n_items), (row + 1) * n_blocks);
+            const int first = max(kept, row * n_blocks), end = min(min((chunk + 1) * CHUNK, n_items), (row + 1) * n_blocks);
+            const Term *own = terms + (first - kept + row - kept_row) * N + token;
 #pragma unroll 8
-            for (int item = max(kept, row * n_blocks); item < end; item++) {
-                const Term term = terms[(item - kept) * N + token];
+            for (int item = first; item < end; item++, own += N) {
+                const Term term = *own;
                 acc = __fmaf_rn(term.d, term.isum, acc);
                 if constexpr (Format::HAS_MIN)
                     acc = __fmaf_rn(term.min_d, term.imin, acc);
             }
-            kept = (chunk + 1) * CHUNK;
+            kept = (chunk + 1) * CHUNK, kept_row = kept / n_blocks;
             __syncwarp();
         }
         if (row < n_rows)

@@ -8,6 +8,7 @@ by the kernel, so that one recorded launch serves every step, and the grid is ma
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -198,10 +199,14 @@ def alignment(weight_format: QuantFormat) -> int:
     return ALIGNMENT.get(weight_format.name, 2)
 
 
-def rows_per_warp(weight_format: QuantFormat, n_rows: int, n_tokens: int = 1) -> int:
+def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens: int = 1) -> int:
     """Return how many rows a warp takes: as many as leave enough warps for the whole GPU."""
-    least = _FLOAT_ROWS if weight_format.activation == Activation.F32 else 1
-    return max(least, min(_blocks(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens))
+    wanted, most = _blocks(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
+    if weight_format.activation == Activation.F32:
+        return max(_FLOAT_ROWS, min(wanted, most))
+    n_blocks = n_cols // weight_format.block_size
+    whole = WARP // math.gcd(WARP, n_blocks)  # rows whose blocks leave no lane without work
+    return max(1, min(_blocks(wanted, whole) * whole if wanted > whole // 2 else wanted, most))
 
 
 def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
@@ -212,7 +217,7 @@ def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
     chunk = WARP * (1 if size == 256 else 7 if n_bytes < 20 else 5)
     kept = {1: 4, 2: 2}.get(n_tokens, 1)
     term = 16 if weight_format.name in _WITH_MINIMUM else 8
-    return _STAGES * (chunk * n_bytes + 16) + kept * chunk * n_tokens * term
+    return _STAGES * (chunk * n_bytes + 16) + (kept * chunk + _MAX_ROWS_PER_WARP) * n_tokens * term
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
@@ -276,7 +281,7 @@ def linear(
     assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
-    per_warp = rows_per_warp(weight_format, sum(m.n_rows for m in matrices), n_tokens)
+    per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     packed, first_block = _Matrices(n=len(matrices)), 0
     for i, m in enumerate(matrices):
         packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
@@ -318,9 +323,8 @@ def expert_gate_up(
     count: Count,
 ) -> Launch:
     """First half of the resident experts; h is float32 [tokens * n_used, ffn_size], activation strides in bytes."""
-    per_warp = rows_per_warp(
-        gate.format, ffn_size * n_used
-    )  # of two matrices, but half of the experts may have no slot
+    # Of two matrices, but half of the experts may have no slot.
+    per_warp = rows_per_warp(gate.format, hidden_size, ffn_size * n_used)
     forms = [gate.format.activation] if x_gate == x_up else [gate.format.activation, up.format.activation]
     return Launch(
         "expert_gate_up.cu",
@@ -362,7 +366,7 @@ def expert_down(
     count: Count,
 ) -> Launch:
     """Second half of the resident experts; `h` holds activation rows, its stride is in bytes."""
-    per_warp = rows_per_warp(down.format, hidden_size * n_used // 2)
+    per_warp = rows_per_warp(down.format, ffn_size, hidden_size * n_used // 2)
     return Launch(
         "expert_down.cu",
         "expert_down",
