@@ -175,23 +175,6 @@ struct Shared {
     Part totals[HEADS];
 };
 
-// Adds up N values, each over the LANES lanes that share a row, in the order of a butterfly from LANES / 2 down. Lane l of
-// them ends with the values from l * N / LANES on, one at least; each exchange halves what is left to add.
-template <int LANES, int N, int STEP = LANES / 2> DEVICE void add_over_lanes(float *values) {
-    if constexpr (STEP > 0 && N > 1) {
-        const bool is_upper = threadIdx.x & STEP;
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            const float kept = is_upper ? values[i + N / 2] : values[i], given = is_upper ? values[i] : values[i + N / 2];
-            values[i] = kept + __shfl_xor_sync(ALL_LANES, given, STEP);
-        }
-        add_over_lanes<LANES, N / 2, STEP / 2>(values);
-    } else if constexpr (STEP > 0) {
-        values[0] += __shfl_xor_sync(ALL_LANES, values[0], STEP);
-        add_over_lanes<LANES, 1, STEP / 2>(values);
-    }
-}
-
 // Puts a token's queries, times `scale`, where the block shares them; zeros for heads that do not exist.
 DEVICE void load_queries(Shared &shared, const float *q, int n_heads, float scale) {
     for (int i = threadIdx.x; i < HEADS * KEY_DIM; i += THREADS)

@@ -42,6 +42,23 @@ DEVICE float warp_sum(float value) {
     return value;
 }
 
+// Adds up N values, each over the LANES neighbouring lanes, in the order of a butterfly from LANES / 2 down. Lane l of
+// them ends with the values from l * N / LANES on, one at least; each exchange halves what is left to add.
+template <int LANES, int N, int STEP = LANES / 2> DEVICE void add_over_lanes(float *values) {
+    if constexpr (STEP > 0 && N > 1) {
+        const bool is_upper = threadIdx.x & STEP;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const float kept = is_upper ? values[i + N / 2] : values[i], given = is_upper ? values[i] : values[i + N / 2];
+            values[i] = kept + __shfl_xor_sync(ALL_LANES, given, STEP);
+        }
+        add_over_lanes<LANES, N / 2, STEP / 2>(values);
+    } else if constexpr (STEP > 0) {
+        values[0] += __shfl_xor_sync(ALL_LANES, values[0], STEP);
+        add_over_lanes<LANES, 1, STEP / 2>(values);
+    }
+}
+
 DEVICE float warp_max(float value) {
     for (int step = WARP / 2; step; step /= 2)
         value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step));

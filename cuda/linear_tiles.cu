@@ -2,26 +2,8 @@
 //
 // Compiled for FORMAT, an integer one. Grid: (row blocks of all matrices, groups of 64 tokens, heads). Dynamic shared
 // memory: `TileDots<FORMAT>::Shared`.
+#include "matrices.cuh"
 #include "tiles.cuh"
-
-constexpr int MAX_MATRICES = 8;
-
-struct Matrix {
-    const uint8_t *weights;
-    float *out;
-    const float *bias;  // [n_rows] or null
-    const float *scale; // [heads] or null
-    int n_rows;
-    int out_stride;
-    int first_block; // of the grid
-    int unused;
-};
-
-struct Matrices {
-    Matrix list[MAX_MATRICES];
-    int n;
-    int unused;
-};
 
 TILE_KERNEL
 linear_tiles(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
@@ -34,10 +16,7 @@ linear_tiles(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, co
     const int first_token = blockIdx.y * TILE_TOKENS, head = blockIdx.z, n = min(TILE_TOKENS, *n_tokens - first_token);
     if (n <= 0)
         return;
-    int m = 0;
-    while (m + 1 < matrices.n && (int)blockIdx.x >= matrices.list[m + 1].first_block)
-        m++;
-    const Matrix &matrix = matrices.list[m];
+    const Matrix &matrix = matrix_of(matrices, blockIdx.x);
     const int first_row = ((int)blockIdx.x - matrix.first_block) * TILE_ROWS;
     if (threadIdx.x < TILE_TOKENS)
         rows[threadIdx.x] = x + head * head_x_bytes + (first_token + min((int)threadIdx.x, n - 1)) * x_row_bytes;
@@ -51,13 +30,7 @@ linear_tiles(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, co
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = first_row + tile_row(i), token = tile_token(j, i);
-            if (row >= matrix.n_rows || token >= n)
-                continue;
-            float value = acc[j][i];
-            if (matrix.scale)
-                value *= matrix.scale[head];
-            if (matrix.bias)
-                value += matrix.bias[row];
-            matrix.out[(int64_t)(first_token + token) * matrix.out_stride + head * matrix.n_rows + row] = value;
+            if (row < matrix.n_rows && token < n)
+                matrix.put(head, row, first_token + token, acc[j][i]);
         }
 }

@@ -22,6 +22,7 @@ KERNELS = [
     ("linear_tiles.cu", ("FORMAT=Q4_K",)),
     ("linear_tiles.cu", ("FORMAT=Q6_K",)),
     ("linear_tiles.cu", ("FORMAT=Q5_1",)),
+    ("linear_float_tiles.cu", ("FORMAT=BF16",)),
     ("quantize.cu", ("GROUP=256",)),
     ("quantize.cu", ("GROUP=32",)),
     ("expert_gate_up.cu", ("GATE_FORMAT=Q4_K", "UP_FORMAT=Q4_K", "ACTIVATION=1")),

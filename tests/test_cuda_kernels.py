@@ -91,12 +91,15 @@ def test_linear_takes_many_tokens_in_groups() -> None:
     check_linear(BY_NAME["Q5_K"], 11, "fast")
 
 
-@pytest.mark.parametrize("weight_format", [f for f in FORMATS if tiles.takes_tiles(f)], ids=lambda f: f.name)
+@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
 def test_tiles_have_the_bits_of_the_cpu(weight_format: QuantFormat) -> None:
     check_linear(weight_format, 11, "fast", tiles.linear)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("Q4_K", "race"), ("Q6_K", "asan"), ("Q5_1", "race"), ("Q8_0", "asan")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("Q4_K", "race"), ("Q6_K", "asan"), ("Q5_1", "race"), ("Q8_0", "asan"), ("F16", "race"), ("BF16", "asan")],
+)
 def test_tiles_break_no_rule(name: str, mode: str) -> None:
     check_linear(BY_NAME[name], 13, mode, tiles.linear)
 

@@ -184,9 +184,9 @@ class Pass:
         """Return how many rows an operation has."""
         return Count(self.base + self.lowering.step.n_rows[rows], min(self.most, self.lowering.limits.most(rows)))
 
-    def takes_tiles(self, *formats: QuantFormat) -> bool:
-        """Return whether products with these weights are computed by tiles."""
-        return self.most >= tiles.MIN_TOKENS and all(tiles.takes_tiles(f) for f in formats)
+    def linear(self, weight_format: QuantFormat) -> Callable[..., Launch]:
+        """Return what multiplies matrices of a format with the rows of a step."""
+        return tiles.linear if tiles.pays(weight_format, self.most) else kernels.linear
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""
@@ -315,7 +315,7 @@ class Lowering:
     def can_stream(self) -> bool:
         """Return whether long steps may bring the experts that have no slot to the device."""
         formats = [weight.format for layer in self.expert_layers for weight in layer.weights]
-        return self.needs_cpu and all(tiles.takes_tiles(f) for f in formats)
+        return self.needs_cpu and all(tiles.has_integer_form(f) for f in formats)
 
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
@@ -553,7 +553,7 @@ class Lowering:
         ]
         self._calls.append(
             lambda p: [
-                (tiles.linear if p.takes_tiles(weight_format) else kernels.linear)(
+                p.linear(weight_format)(
                     p.rows(x),
                     op.x.width,
                     weight_format,
@@ -589,7 +589,7 @@ class Lowering:
             if activation != Activation.F32:
                 heads, to = Rows(p.rows(x).address, weight.n_cols), Rows(p.rows(converted).address, x_bytes)
                 yield kernels.quantize(heads, weight.n_cols, activation, to, n, p.count(rows))
-            yield (tiles.linear if p.takes_tiles(weight.format) else kernels.linear)(
+            yield p.linear(weight.format)(
                 p.rows(converted),
                 weight.n_cols,
                 weight.format,
@@ -916,8 +916,9 @@ class Lowering:
                 )
             if not layer.n_slots and not p.streams:
                 return
-            grouped = p.takes_tiles(*formats) and (p.streams or tiles.pays_to_group(sizes, p.most))
-            yield from by_expert(p) if grouped else by_choice(p)
+            can_group = all(tiles.has_integer_form(f) for f in formats)
+            groups = p.streams or (can_group and tiles.pays_to_group(sizes, p.most))
+            yield from by_expert(p) if groups else by_choice(p)
 
         self._calls.append(launches)
 

@@ -33,16 +33,23 @@ from engine.devices.cuda.kernels import (
 from engine.quants.formats import Activation, QuantFormat
 
 MIN_TOKENS = 4  # of steps that are computed by tiles; fewer share one reading of the weights row by row
+_MIN_FLOAT_TOKENS = 9  # likewise with float weights
 _CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights is faster where each choice has its own
 
 _WARPS, _ROWS, _TOKENS, _STEP = 4, 64, 64, 256  # of a tile; `tiles.cuh`
+_FLOAT_ROWS, _FLOAT_TOKENS = 32, 16  # `linear_float_tiles.cu`
 _MANY_BLOCKS = 2048
 _WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
 
 
-def takes_tiles(weight_format: QuantFormat) -> bool:
-    """Return whether there are tiles for a format: not for float formats, which have no integer form."""
+def has_integer_form(weight_format: QuantFormat) -> bool:
+    """Return whether products with a format are sums of integers, which tensor cores can take."""
     return weight_format.activation != Activation.F32
+
+
+def pays(weight_format: QuantFormat, max_tokens: int) -> bool:
+    """Return whether products of steps of so many tokens are computed faster by tiles."""
+    return max_tokens >= (MIN_TOKENS if has_integer_form(weight_format) else _MIN_FLOAT_TOKENS)
 
 
 def shared_bytes(weight_format: QuantFormat) -> int:
@@ -64,21 +71,23 @@ def linear(
     count: Count,
     heads: Heads = ONE_HEAD,
 ) -> Launch:
-    """Do what `kernels.linear` does, for many tokens and an integer format, with the same bits."""
-    assert takes_tiles(weight_format)
+    """Do what `kernels.linear` does, for many tokens, with the same bits."""
     assert 0 < len(matrices) <= MAX_MATRICES
     assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
     assert all(m.address % alignment(weight_format) == 0 for m in matrices)
-    assert x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
+    is_integer = has_integer_form(weight_format)
+    assert not is_integer or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
+    n_rows, n_tokens = (_ROWS, _TOKENS) if is_integer else (_FLOAT_ROWS, _FLOAT_TOKENS)
+    name = "linear_tiles" if is_integer else "linear_float_tiles"
     packed, first_block = _Matrices(n=len(matrices)), 0
     for i, m in enumerate(matrices):
         packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
-        first_block += _blocks(m.n_rows, _ROWS)
+        first_block += _blocks(m.n_rows, n_rows)
     return Launch(
-        "linear_tiles.cu",
-        "linear_tiles",
+        f"{name}.cu",
+        name,
         (f"FORMAT={weight_format.name}",),
-        (first_block, _blocks(count.most, _TOKENS), heads.n),
+        (first_block, _blocks(count.most, n_tokens), heads.n),
         _WARPS * WARP,
         (
             packed,
@@ -90,7 +99,7 @@ def linear(
             _pointer(grid),
             _pointer(count.address),
         ),
-        shared_bytes(weight_format),
+        shared_bytes(weight_format) if is_integer else 0,
     )
 
 
