@@ -6,6 +6,24 @@
 // group's experts are: the slots, or a staging buffer.
 #include "expert_tiles.cuh"
 
+template <class A, class B> constexpr bool is_same = false;
+template <class A> constexpr bool is_same<A, A> = true;
+
+DEVICE void copy(const TileSums &from, TileSums &to) {
+#pragma unroll
+    for (int j = 0; j < EIGHTS; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            to[j][k] = from[j][k];
+}
+
+template <class Dots>
+DEVICE void multiply(const ExpertMatrix &matrix, const ExpertTile &tile, int first_row, int n_rows, int n_cols,
+                     const uint8_t *const *rows, const int8_t *grid, uint8_t *shared, TileSums &acc) {
+    Dots::run(matrix.slots + tile.place * matrix.slot_bytes, matrix.row_bytes, first_row, n_rows, n_cols, rows, tile.n, grid,
+              *(typename Dots::Shared *)shared, acc);
+}
+
 TILE_KERNEL
 expert_gate_up_tiles(const ExpertTile *tiles, const int *first_tile, int group, const int *choices, int n_used,
                      ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate, int64_t x_gate_row_bytes,
@@ -23,10 +41,18 @@ expert_gate_up_tiles(const ExpertTile *tiles, const int *first_tile, int group, 
         set_rows(up_rows, tile, choices, [&](int choice) { return x_up + choice / n_used * x_up_row_bytes; });
         __syncthreads();
         TileSums gates, ups;
-        Gate::run(gate.slots + tile.place * gate.slot_bytes, gate.row_bytes, first_row, ffn_size, hidden_size, gate_rows,
-                  tile.n, gate_grid, *(Gate::Shared *)dynamic, gates);
-        Up::run(up.slots + tile.place * up.slot_bytes, up.row_bytes, first_row, ffn_size, hidden_size, up_rows, tile.n,
-                up_grid, *(Up::Shared *)dynamic, ups);
+        if constexpr (is_same<Gate, Up>) { // the code once, run twice
+#pragma unroll 1
+            for (int pass = 0; pass < 2; pass++) {
+                if (pass)
+                    copy(ups, gates);
+                multiply<Gate>(pass ? up : gate, tile, first_row, ffn_size, hidden_size, pass ? up_rows : gate_rows,
+                               gate_grid, dynamic, ups);
+            }
+        } else {
+            multiply<Gate>(gate, tile, first_row, ffn_size, hidden_size, gate_rows, gate_grid, dynamic, gates);
+            multiply<Up>(up, tile, first_row, ffn_size, hidden_size, up_rows, up_grid, dynamic, ups);
+        }
 #pragma unroll
         for (int j = 0; j < EIGHTS; j++)
 #pragma unroll
