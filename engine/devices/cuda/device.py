@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -29,6 +30,7 @@ from engine.devices.timing import Bandwidths
 from engine.errors import RequestError
 from engine.quants import install_grids
 
+_log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
 _MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
@@ -209,6 +211,7 @@ class CUDAProgram:
                 most = min(limits.max_tokens, self._bypass_n_tokens - 1)
                 self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)
                 exchange = self._misses.exchange(self._memory.address)
+                _log.info("%s", self._describe_streaming(self._pinned))
             self._prepare_steps(exchange, device.progress)
             self._bandwidths = device.bandwidths or measure_speeds(self._stream, device.n_threads)
         except BaseException:
@@ -384,6 +387,17 @@ class CUDAProgram:
                     stream.upload(to, int(source.ctypes.data), source.nbytes)
         stream.synchronize()
         lowering.uploads.clear()
+
+    def _describe_streaming(self, pinned: PinnedExperts) -> str:
+        """Return one line: how experts without a slot get to the device."""
+        staging, lowering = self._lowering.staging, self._lowering
+        if staging is None:
+            return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
+        size = staging.n_buffers * lowering.staging_buffer_bytes
+        return (
+            f"{pinned.describe()}; steps of {self._bypass_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
+            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB)"
+        )
 
     def _prepare_steps(self, exchange: Exchange | None, progress: Progress | None) -> None:
         """Make the launches for steps of some sizes, and graphs of them where the CPU takes part or they are short.
