@@ -124,6 +124,6 @@ def test_whatever_fails_while_opening_frees_everything(tmp_path: Path, driver, m
     driver.fail("cuMemHostAlloc", 3, "CUDA_ERROR_OUT_OF_MEMORY")
     with pytest.raises(DeviceError, match="cuMemHostAlloc failed"):
         Engine.open(config=config())
-    monkeypatch.setattr("engine.runtime.WeightMemory.load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("engine.runtime.engine.WeightMemory.load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Engine.open(config=config())

@@ -2,5 +2,6 @@
 
 from engine.devices.cuda.device import CUDADevice
 from engine.devices.cuda.driver import probe
+from engine.devices.cuda.survey import survey
 
-__all__ = ["CUDADevice", "probe"]
+__all__ = ["CUDADevice", "probe", "survey"]
