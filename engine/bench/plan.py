@@ -277,7 +277,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         footprint = measure(model.graph, limits)
         if not footprint.n_experts:
             raise ConfigError(f"{model_file.name} has no experts; there is nothing to place")
-        trace = _trace(args, footprint)
+        trace = load_trace(args.trace) if args.trace else made_up_trace(footprint)
         with Progress(console=console, transient=True, disable=args.quiet) as bar:
             task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
             found = predict(
@@ -326,9 +326,8 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
     return Machine(speeds, parse_bytes(given["vram"])), parse_bytes(given["ram"])
 
 
-def _trace(args: argparse.Namespace, footprint: Footprint) -> Trace:
-    if args.trace:
-        return load_trace(args.trace)
+def made_up_trace(footprint: Footprint) -> Trace:
+    """Return routing that behaves like that of real models, for a model's shape."""
     process = RoutingProcess(len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used)
     return process.trace(PROMPT_TOKENS, ANSWER_TOKENS)
 
@@ -343,7 +342,7 @@ def _show(
     ram_bytes: int,
     context: int,
 ) -> None:
-    out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     speeds = machine.bandwidths
     header = Table(show_header=False, box=None, pad_edge=False)
     token_bytes = footprint.dense_bytes + footprint.chosen_bytes
@@ -378,27 +377,26 @@ def _show(
 
 
 def placement_table(found: list[Prediction]) -> Table:
-    """Return a line for each way to place the experts."""
+    """Return a column for each way to place the experts, so that a narrow terminal has room for it."""
     table = Table()
-    has_reference = any(p.reference_tok_s for p in found)
     table.add_column("experts")
-    headings = ["decode\ntok/s", "prompt\ntok/s", "VRAM\nGB", "hits", "swaps\na token", "token\nms", "dense\nms"]
-    headings += ["experts\non GPU ms", "waiting\nfor CPU ms", "RAM\nGB a token"]
-    for heading in [*headings, *(["fork's\ntok/s"] if has_reference else [])]:
-        table.add_column(heading, justify="right", no_wrap=True)
     for p in found:
-        cells = [
-            f"{p.name}\n[moe] {p.setting}",
-            f"{p.decode_tok_s:.2f}",
-            f"{p.prompt_tok_s:.0f}",
-            f"{p.vram_bytes / 1e9:.1f}",
-            f"{p.hit_rate:.0%}",
-            f"{p.swaps:.1f}",
-            f"{p.step.total_s * 1e3:.1f}",
-            f"{(p.step.dense_s + p.step.attention_s) * 1e3:.1f}",
-            f"{p.step.hits_s * 1e3:.1f}",
-            f"{p.step.wait_s * 1e3:.1f}",
-            f"{p.ram_bytes / 1e9:.2f}",
-        ]
-        table.add_row(*cells, *([f"{p.reference_tok_s:.2f}"] if has_reference else []))
+        table.add_column(p.name.replace(" on the", "\non the").replace(" (", "\n("), justify="right", no_wrap=True)
+    rows: list[tuple[str, Callable[[Prediction], str]]] = [
+        ("[moe] setting", lambda p: p.setting),
+        ("decode tok/s", lambda p: f"{p.decode_tok_s:.2f}"),
+        ("prompt tok/s", lambda p: f"{p.prompt_tok_s:.0f}"),
+        ("VRAM GB", lambda p: f"{p.vram_bytes / 1e9:.1f}"),
+        ("hits", lambda p: f"{p.hit_rate:.0%}"),
+        ("swaps a token", lambda p: f"{p.swaps:.1f}"),
+        ("token ms", lambda p: f"{p.step.total_s * 1e3:.1f}"),
+        ("of that: dense ms", lambda p: f"{(p.step.dense_s + p.step.attention_s) * 1e3:.1f}"),
+        ("experts on GPU ms", lambda p: f"{p.step.hits_s * 1e3:.1f}"),
+        ("waiting for CPU ms", lambda p: f"{p.step.wait_s * 1e3:.1f}"),
+        ("RAM GB a token", lambda p: f"{p.ram_bytes / 1e9:.2f}"),
+    ]
+    if any(p.reference_tok_s for p in found):
+        rows.insert(2, ("fork's decode tok/s", lambda p: f"{p.reference_tok_s:.2f}"))
+    for name, cell in rows:
+        table.add_row(name, *(cell(p) for p in found))
     return table

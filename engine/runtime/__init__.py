@@ -5,8 +5,19 @@
 
 from engine.runtime.answering import Messages, Prompt
 from engine.runtime.engine import Engine
-from engine.runtime.placing import limits_of, open_device, resolve
+from engine.runtime.placing import limits_of, memory_wish, open_device, resolve, survey_machine
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 
-__all__ = ["Engine", "EngineStatistics", "Messages", "Prompt", "Session", "limits_of", "open_device", "resolve"]
+__all__ = [
+    "Engine",
+    "EngineStatistics",
+    "Messages",
+    "Prompt",
+    "Session",
+    "limits_of",
+    "memory_wish",
+    "open_device",
+    "resolve",
+    "survey_machine",
+]

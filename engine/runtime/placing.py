@@ -10,7 +10,7 @@ from typing import Literal
 from engine import _kernels, machine
 from engine.config import EngineConfig, EngineSettings
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice
+from engine.devices.cuda import CUDADevice, survey
 from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
 from engine.devices.footprint import Footprint
 from engine.devices.graph import Device, KVType, Limits
@@ -106,12 +106,43 @@ def open_device(config: EngineConfig, progress: OpenProgress | None = None) -> t
 def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADevice:
     settings = config.engine
     return CUDADevice(
-        wish=_memory_wish(config),
+        wish=memory_wish(config),
         vram_budget=settings.vram_budget_bytes,
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
     )
+
+
+def survey_machine(config: EngineConfig) -> tuple[str, Machine | None]:
+    """Look at the GPU that the settings would use, without loading anything onto it.
+
+    Returns what it is, for people, and what the machine can do with it; or why none is used, and None. The machine's
+    `vram_bytes` are those that may be used; speeds are measured, but for an emulated GPU, which has those of its
+    settings.
+
+    Raises `DeviceError` if the settings ask for a GPU that is not there.
+    """
+    settings = config.engine
+    if settings.device == "cpu":
+        return 'engine.device is "cpu"', None
+    if settings.device == "emulated":
+        name, found = "emulated, with the speeds of the settings", _emulated_machine(config)
+    else:
+        try:
+            name, found = survey(settings.n_threads)
+        except DeviceError as error:
+            if settings.device == "cuda":
+                raise DeviceError(f"engine.device is 'cuda', but {error}") from None
+            return str(error), None
+    budget = settings.vram_budget_bytes
+    return name, found if budget is None else replace(found, vram_bytes=min(found.vram_bytes, budget))
+
+
+def _emulated_machine(config: EngineConfig) -> Machine:
+    played = config.emulated
+    speeds = Bandwidths(played.ram_bandwidth * 1e9, played.pcie_bandwidth * 1e9, played.vram_bandwidth * 1e9)
+    return Machine(speeds, played.vram_bytes, played.handshake_us * 1e-6, played.layer_us * 1e-6)
 
 
 def _emulated_device(config: EngineConfig) -> EmulatedDevice:
@@ -120,10 +151,9 @@ def _emulated_device(config: EngineConfig) -> EmulatedDevice:
     def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
         return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
 
-    speeds = Bandwidths(played.ram_bandwidth * 1e9, played.pcie_bandwidth * 1e9, played.vram_bandwidth * 1e9)
     return EmulatedDevice(
-        Machine(speeds, played.vram_bytes, played.handshake_us * 1e-6, played.layer_us * 1e-6),
-        wish=_memory_wish(config),
+        _emulated_machine(config),
+        wish=memory_wish(config),
         vram_budget=settings.vram_budget_bytes,
         bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
         n_threads=settings.n_threads,
@@ -133,6 +163,7 @@ def _emulated_device(config: EngineConfig) -> EmulatedDevice:
     )
 
 
-def _memory_wish(config: EngineConfig) -> Wish:
+def memory_wish(config: EngineConfig) -> Wish:
+    """Return how the settings want the memory of a GPU used."""
     hot_k, n_cpu_moe = config.moe.hot_k, config.moe.n_cpu_moe
     return Wish(None if hot_k == "auto" else hot_k, None if n_cpu_moe < 0 else n_cpu_moe)
