@@ -326,8 +326,8 @@ class ResultFile:
             _write(self._file, json.dumps(result).encode() + b"\n")
         except OSError as error:
             raise RequestError(
-                f"{self._path}: cannot be written: {error.strerror or error}; all answers before are in it, and the "
-                "same command goes on from there"
+                f"{self._path}: cannot be written: {error.strerror or error}; the answers before are in it, and once "
+                "that is mended the same command goes on from there"
             ) from None
         self.done.add(item.source)
         if "error" in result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.__main__ import main
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
-from engine.devices.cuda import jit
+from engine.devices.cuda import jit, probe
 from engine.errors import DeviceError
 from engine.gguf import weights
 from engine.runtime import Engine
@@ -127,3 +129,16 @@ def test_whatever_fails_while_opening_frees_everything(tmp_path: Path, driver, m
     monkeypatch.setattr("engine.runtime.engine.WeightMemory.load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Engine.open(config=config())
+
+
+def test_info_looks_at_the_gpu_and_leaves_it_as_it_was(capsys: pytest.CaptureFixture[str], driver) -> None:
+    assert main(["info", "--json", "-c", "32", "--vram-budget", "10MB"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["GPU"] == probe().description
+    assert facts["VRAM_free_bytes"] == 10_000_000
+    assert 0 < facts["share_of_experts_in_VRAM"] < 1
+    assert facts["decode_tok_s_expected"] > 0
+    assert facts["VRAM_bandwidth_GB_s"] > 0
+    driver.set(n_devices=0)
+    assert main(["info", "--json"]) == 0
+    assert "no GPU was found" in json.loads(capsys.readouterr().out)["GPU"]

@@ -19,7 +19,8 @@ from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_se
 from engine.cli.terminal import Bars
 from engine.config import EngineConfig
 from engine.data import tiny_model_path
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
+from engine.files import check_target
 from engine.gguf.synthetic import PREFIX
 from engine.machine import last_level_cache_bytes, n_physical_cores
 from engine.runtime import Engine, EngineStatistics
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Measure what is asked for."""
+    _check_outputs([path for path in (args.json, args.csv, args.plot) if path])
     is_terminal = sys.stdout.isatty()
     out = Console(highlight=False, markup=False, width=None if is_terminal else _FILE_WIDTH)
     if args.replay:
@@ -92,6 +94,15 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             if args.csv:
                 write_file(args.csv, to_csv(report))
     return 0
+
+
+def _check_outputs(paths: list[Path]) -> None:
+    """Raise `ConfigError` if a result cannot be written there, before it is measured."""
+    try:
+        for path in paths:
+            check_target(path)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
 def _with_context(config: EngineConfig) -> EngineConfig:

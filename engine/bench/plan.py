@@ -276,7 +276,11 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         limits = Limits(PROMPT_BATCH, 1, args.context, KVType[args.kv_type.upper()])
         footprint = measure(model.graph, limits)
         if not footprint.n_experts:
-            raise ConfigError(f"{model_file.name} has no experts; there is nothing to place")
+            raise ConfigError(
+                f"{model_file.name} has no experts, so there is nothing to place; `python -m engine info` says how a "
+                "dense model runs here"
+            )
+        make_policy(args.cache_policy, 1, 1)  # raises for a name that is none, also where nothing is replayed
         trace = load_trace(args.trace) if args.trace else made_up_trace(footprint)
         with Progress(console=console, transient=True, disable=args.quiet) as bar:
             task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
@@ -318,7 +322,8 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
     missing = [f"--{key.replace('_', '-')}" for key, value in given.items() if not value]
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: missing; give the machine's figures, or --machine {REFERENCE_MACHINE}"
+            f"{', '.join(missing)}: missing; give the machine's figures, or start from known ones with --machine "
+            f"{REFERENCE_MACHINE}; for the machine at hand there is `python -m engine info`"
         )
     speeds = Bandwidths(
         parse_rate(given["ram_bandwidth"]), parse_rate(given["pcie"]), parse_rate(given["vram_bandwidth"])

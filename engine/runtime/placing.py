@@ -97,8 +97,13 @@ def open_device(config: EngineConfig, progress: OpenProgress | None = None) -> t
             return _cuda_device(config, progress), "found"
         except DeviceError as error:
             reason = f"no GPU is used: {error}"
-    for key, wish in (("moe.hot_k", config.moe.hot_k), ("moe.n_cpu_moe", config.moe.n_cpu_moe + 1)):
-        if wish not in {0, "auto"}:
+    wishes = {
+        "moe.hot_k": config.moe.hot_k not in {0, "auto"},
+        "moe.n_cpu_moe": config.moe.n_cpu_moe >= 0,
+        "engine.vram_budget": bool(settings.vram_budget),
+    }
+    for key, is_set in wishes.items():
+        if is_set:
             _log.warning("%s has no effect: there is no GPU in use", key)
     return CPUDevice(settings.n_threads, settings.isa), reason
 
