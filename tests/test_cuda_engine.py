@@ -114,7 +114,7 @@ def test_without_a_gpu_auto_takes_the_cpu_and_says_why(caplog, driver) -> None:
 
 def test_a_missing_compiler_names_the_extra(monkeypatch) -> None:
     def missing() -> None:
-        raise DeviceError("NVIDIA's run-time compiler cannot be loaded (none); pip install 'hot-experts[gpu]'")
+        raise DeviceError("NVIDIA's run-time compiler cannot be loaded (none); pip install nvidia-cuda-nvrtc-cu12")
 
     monkeypatch.setattr(jit, "_load_nvrtc", missing)
     monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", jit.NVRTCCompiler)

@@ -25,7 +25,7 @@ def figure(n_rows: int, n_columns: int, height: float) -> tuple[Any, Any]:
     try:
         import matplotlib as mpl  # noqa: PLC0415 - optional
     except ImportError:
-        raise ConfigError("plots need matplotlib; install it with: pip install 'hot-experts[plot]'") from None
+        raise ConfigError("plots need matplotlib; install it with: pip install matplotlib") from None
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415 - optional
 

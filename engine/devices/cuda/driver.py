@@ -46,7 +46,7 @@ def bindings() -> ModuleType:
         from cuda.bindings import driver  # noqa: PLC0415
     except ImportError as error:
         raise DeviceError(
-            f"the package cuda-python cannot be imported ({error}); pip install 'hot-experts[gpu]'"
+            f"the package cuda-python cannot be imported ({error}); pip install 'cuda-python>=12.9.4,<13'"
         ) from None
     return driver  # type: ignore[no-any-return]
 
