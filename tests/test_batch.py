@@ -255,8 +255,9 @@ def wait_for_lines(folder: Path, n: int, process: subprocess.Popen[str]) -> None
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("n_kills", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_no_kill_loses_or_repeats_an_answer(tmp_path: Path, n_kills: int) -> None:
+@pytest.mark.slow
+def test_no_kill_loses_or_repeats_an_answer(tmp_path: Path) -> None:
+    n_kills = 50
     n_items = 8 * n_kills
     write_items(tmp_path, n_items)
     path, chance, n_killed, n_done = write_job(tmp_path), random.Random(n_kills), 0, 0
