@@ -15,6 +15,7 @@ MODULES = (
     "engine.errors",
     "engine.batch",
     "engine.generate.answer",
+    "engine.runtime.answering",  # what Engine and Session inherit
     "engine.model_spec",
     "engine.devices.graph",
     "engine.experts.policy",

@@ -252,11 +252,15 @@ def _take_environment(tables: Tables, given: _GivenTables, environ: Mapping[str,
 
 def _take_override(tables: Tables, given: _GivenTables, key: str, value: object) -> None:
     name, _, short = key.partition(".")
-    origin = f"setting {key}"
+    origin = _origin_of_override(key)
     if name not in tables or not short:
         raise ConfigError(f'{origin}: unknown; expected "table.key"; {_known(name, tables, "tables")}')
     _check_key(tables, name, short, origin)
     given[name][short] = _Given(value, origin, is_text=isinstance(value, str))
+
+
+def _origin_of_override(key: str) -> str:
+    return f"setting {key}"
 
 
 def _check_key(tables: Tables, name: str, key: str, origin: str) -> None:
@@ -293,7 +297,9 @@ def _read(table: str, spec: FieldSpec, given: _Given) -> object:
         if spec.accepts(value):
             return float(value) if spec.kind is float else value  # type: ignore[arg-type]
     shown = list(given.value) if isinstance(given.value, tuple) else given.value
-    raise ConfigError(f"{given.origin}: {table}.{spec.key} is {shown!r}; expected {spec.expected}")
+    name = f"{table}.{spec.key}"
+    place = "" if given.origin == _origin_of_override(name) else f"{given.origin}: "  # which is the name
+    raise ConfigError(f"{place}{name} is {shown!r}; expected {spec.expected}")
 
 
 def _as_toml(text: str) -> list[object]:

@@ -9,8 +9,7 @@ import numpy as np
 from engine.devices.cpu import CPUDevice
 from engine.devices.graph import KVType, Limits
 from engine.generate.forward import ForwardPass
-from engine.gguf.reader import GGUFFile
-from engine.gguf.weights import WeightMemory
+from engine.gguf import WeightMemory, open_model_file
 from engine.models import load_model
 
 
@@ -28,7 +27,7 @@ class ModelRunner:
         n_threads: int = 2,
         isa: str | None = None,
     ) -> None:
-        self.file = GGUFFile.open(path)
+        self.file = open_model_file(path)
         self.model = load_model(self.file)
         self.weights = WeightMemory.load(self.file, self.model.tensor_names, "mmap")
         limits = Limits(max_tokens, n_slots, context_length, kv_type)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from engine.__main__ import main
 from engine.batch import ResultFile, load_job
 from engine.cli.batch import speed
-from engine.errors import ConfigError
+from engine.errors import ConfigError, RequestError
 from engine.runtime import Engine
 
 REPO = Path(__file__).resolve().parent.parent
@@ -146,9 +146,10 @@ def test_a_run_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = write_job(tmp_path)
     assert main(["batch", str(path), "--check"]) == 0
     assert "7 items, nothing wrong" in capsys.readouterr().err
-    assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 0
+    assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 3
     err = capsys.readouterr().err
     assert "7 of 7 items done (2 failed), 0 of them before" in err
+    assert f'2 items failed; what was wrong stands under "error" in {tmp_path}/results.jsonl; once' in err
     assert "in.jsonl:6: the prompt has" in err
     found = {result["source"]: result for result in results(tmp_path)}
     assert len(found) == 7
@@ -166,9 +167,41 @@ def test_a_run_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[
             assert len(result["logprobs"][0]["top"]) == 1
         assert "tok/s" in speed(engine.statistics)
     size = (tmp_path / "results.jsonl").stat().st_size
-    assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 0  # nothing left to do
+    assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 3  # nothing left to do
     assert "7 of 7 items done (2 failed), 7 of them before" in capsys.readouterr().err
     assert (tmp_path / "results.jsonl").stat().st_size == size
+
+
+def test_items_that_failed_are_run_again_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_items(tmp_path, 3)
+    (tmp_path / "in.jsonl").open("a").write(json.dumps({"q": "too long " * 50}) + "\n")
+    path = write_job(tmp_path)
+    assert main(["batch", "-q", str(path)]) == 3
+    assert "1 item failed" in capsys.readouterr().err
+    before = results(tmp_path)
+    (tmp_path / "results.jsonl.new").write_text("left by a run that was killed")
+    assert main(["batch", "-q", str(path), "--retry-failed"]) == 3  # nothing has changed
+    assert sorted(results(tmp_path), key=lambda r: r["source"]) == sorted(before, key=lambda r: r["source"])
+    assert main(["batch", "-q", str(path), "-c", "128"]) == 3  # not without being asked to
+    assert main(["batch", "-q", str(path), "-c", "128", "--retry-failed"]) == 0
+    after = {result["source"]: result for result in results(tmp_path)}
+    assert len(after) == len(results(tmp_path)) == 4
+    assert all(after[r["source"]] == r for r in before if "text" in r)
+    assert after["in.jsonl:4"]["finish_reason"] == "length"
+    assert {file.name for file in tmp_path.iterdir()} == {"in.jsonl", "job.toml", "results.jsonl"}
+
+
+def test_a_run_keeps_its_output_while_failed_items_are_taken_out(tmp_path: Path) -> None:
+    write_items(tmp_path, 2)
+    job = load_job(write_job(tmp_path))
+    with ResultFile(job.output, job.items) as file:
+        file.append(job.items[0], RequestError("no"))
+        file.forget_failed()
+        assert file.done == file.failed == set()
+        with pytest.raises(ConfigError, match="another run is writing it"):
+            ResultFile(job.output, job.items)
+        file.append(job.items[1], RequestError("no"))
+    assert [result["source"] for result in results(tmp_path)] == ["in.jsonl:2"]
 
 
 def test_an_output_of_other_prompts_or_sampling_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,8 +255,9 @@ def wait_for_lines(folder: Path, n: int, process: subprocess.Popen[str]) -> None
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("n_kills", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_no_kill_loses_or_repeats_an_answer(tmp_path: Path, n_kills: int) -> None:
+@pytest.mark.slow
+def test_no_kill_loses_or_repeats_an_answer(tmp_path: Path) -> None:
+    n_kills = 50
     n_items = 8 * n_kills
     write_items(tmp_path, n_items)
     path, chance, n_killed, n_done = write_job(tmp_path), random.Random(n_kills), 0, 0

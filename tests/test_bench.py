@@ -19,13 +19,14 @@ from engine.bench.conversation import Turn
 from engine.bench.kernels import KernelSpeed
 from engine.bench.measure import Row, Sample, Spread, random_tokens, summarise
 from engine.bench.peers import import_llama_cpp, measure_llama_cpp
-from engine.bench.plots import plot_conversation
+from engine.bench.plots import plot_conversation, plot_speeds
 from engine.bench.table import Report, render, to_csv, to_json, write_file
 from engine.data import tiny_model_path
 from engine.devices.traffic import count_weights
 from engine.errors import RequestError
 from engine.gguf import open_model_file
 from engine.models import load_model
+from engine.runtime import Engine
 
 QUICK = ["-q", "-t", "1", "--gen-tokens", "2", "--reps", "2", "--set", "bench.bandwidth_mb=16"]
 ROWS = [
@@ -190,9 +191,24 @@ def test_the_live_view_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> 
     assert "(virtual clock)" in " ".join(out.split())
 
 
-def test_a_plot_without_a_replay_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-q", "--plot", "x.png"]) == 1
-    assert "--plot goes with --replay and --conversation" in capsys.readouterr().err
+def test_speeds_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are an optional extra")
+    for name, start in (("o.png", b"\x89PNG"), ("o.svg", b"<?xml"), ("o.pdf", b"%PDF")):
+        plot_speeds(ROWS, "a model", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "open", None)
+    assert main(["-q", "--plot", "x.xyz"]) == 2
+    assert "--plot x.xyz: expected a name that ends in .png, .svg, .pdf" in capsys.readouterr().err
+    assert main(["-q", "--plot", "x.png", "--profile"]) == 1
+    assert "--plot do not go with --kernels or --profile" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["-q", "--plot", "x.png"]) == 2
+    assert "plots need matplotlib; install it with: pip install matplotlib" in capsys.readouterr().err
 
 
 def test_profile(capsys: pytest.CaptureFixture[str]) -> None:

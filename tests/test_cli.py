@@ -74,6 +74,9 @@ def test_prompt_from_standard_input(
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main(["run", "-q", "-p", "-", *GREEDY]) == 1
     assert capsys.readouterr().err == "error: standard input is empty; give a prompt\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", "surrogateescape"))
+    assert main(["run", "-q", "-p", "-", *GREEDY]) == 1
+    assert capsys.readouterr().err == "error: standard input is not utf-8 text; convert it, with iconv for example\n"
 
 
 def test_stop_and_special(expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +115,7 @@ def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["run", "-p", "x", "-t", "-3"], 2, "setting engine.n_threads: engine.n_threads is '-3'"),
+        (["run", "-p", "x", "-t", "-3"], 2, "error: engine.n_threads is '-3'"),
         (["run", "-p", "x", "--set", "engine.threads=1"], 2, "unknown key engine.threads; did you mean n_threads?"),
         (["run", "-p", "x", "--set", "nonsense"], 2, "--set nonsense: expected TABLE.KEY=VALUE"),
         (["run", "-p", "x", "--top-p", "7"], 2, "sampling.top_p is '7'; expected a number from 0 to 1"),
@@ -126,6 +129,17 @@ def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFi
         (["run", "-p", "x", "--device", "cuda"], 1, "engine.device is 'cuda'"),
         (["info", "nothing.gguf"], 1, "No such file or directory; give the path of a .gguf file"),
         (["info", str(tiny_model_path())[:-6] + ".gguf"], 1, f"; did you mean {tiny_model_path()}?"),
+        (["run", "", "-p", "x"], 2, "the name of the model is empty; give a file"),
+        (["run", "-p", "x", "--record-trace", "/nowhere/t.npz"], 2, "there is no folder /nowhere; make it first"),
+        (["run", "-p", "x", "--expert-profile", "/dev/full"], 2, "moe.profile is '/dev/full', which cannot be written"),
+        (["bench", "--json", "/nowhere/x.json"], 2, "/nowhere/x.json: cannot be written: there is no folder /nowhere"),
+        (["synth", "tiny", "/dev/full", "--force"], 1, "/dev/full: cannot be written: is there and is no file"),
+        (["plan"], 2, "--vram, --ram, --ram-bandwidth, --pcie, --vram-bandwidth: missing; give the machine's figures"),
+        (
+            ["plan", "--machine", "4090", "--cache-policy", "mru"],
+            2,
+            "there is no cache policy 'mru'; there are adaptive",
+        ),
         (["run", "-p", "x", "--set", "engine.n_sequences=0"], 2, "expected an integer from 1 to 1024"),
         (["batch", "nothing.toml"], 2, "nothing.toml: cannot be read"),
         (["chat", str(tiny_model_path()), "--chat-template", "nothing.jinja"], 2, "nothing.jinja"),
@@ -244,28 +258,64 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 # -- the small commands ----------------------------------------------------------------------------------------------
 
 
+def info(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
+    assert main(["info", "--json", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info"]) == 0
+    assert main(["info", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert main(["info", str(tiny_model_path()), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = info(capsys, str(tiny_model_path()), "--device", "cpu")
     assert facts["architecture"] == "qwen35moe"
     assert facts["parameters"] == 27_159_328
     assert facts["experts"] == 56
     assert 0 < facts["bytes_a_token_reads"] < facts["weight_bytes"]
-    assert "27,159,328" in shown
-    assert "on this machine" in shown
-    assert "a token takes at least" in shown
     assert facts["needed_bytes"] > facts["weights_in_RAM_bytes"]
-    assert facts["decode_tok_s_at_most"] > 0
+    assert facts["decode_tok_s_at_most"] > facts["decode_tok_s_at_most_in_full_context"] > 0
+    for part in ("27,159,328", "on this machine", "a token takes at least", 'none is used: engine.device is "cpu"'):
+        assert part in shown
+
+
+def test_info_places_experts_on_the_gpu_as_plan_does(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = ("--device", "emulated", "--vram-budget", "15MB", "-c", "512")
+    assert main(["info", *gpu]) == 0
+    shown = capsys.readouterr().out
+    facts = info(capsys, *gpu)
+    assert facts["VRAM_planned_bytes"] <= facts["VRAM_free_bytes"] == 15_000_000
+    assert re.fullmatch(r"\d+( to \d+)? of 56", facts["expert_slots_of_a_layer"])
+    assert 0 < facts["share_of_experts_in_VRAM"] < facts["share_of_reads_from_VRAM_expected"] < 1
+    assert facts["read_bandwidth_GB_s"] == 60
+    args = ["--ram", "1GB", "--vram", "15MB", "--ram-bandwidth", "60GB/s", "--pcie", "25GB/s"]
+    assert main(["plan", "--json", *args, "--vram-bandwidth", "900GB/s", "-c", "512"]) == 0
+    hot = json.loads(capsys.readouterr().out)[2]
+    assert facts["decode_tok_s_expected"] == pytest.approx(hot["decode_tok_s"], rel=1e-9)
+    assert facts["VRAM_planned_bytes"] == hot["vram_bytes"]
+    assert f"about {hot['decode_tok_s']:,.1f} tok/s at half of the context" in shown
+    assert "whole layers" in shown
+    for setting, resident in (("--hot-k=4", 4 / 56), ("--n-cpu-moe=7", 1 / 8), ("--hot-k=0", 0)):
+        assert info(capsys, *gpu, setting)["share_of_experts_in_VRAM"] == pytest.approx(resident, rel=0.05)
+    assert "needs" in info(capsys, "--device", "emulated", "--vram-budget", "1MB")["problem"]
+
+
+def test_info_of_a_dense_model(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    path = str(data / "peers" / "qwen3-F32.gguf")
+    assert info(capsys, path, "--device", "cpu")["experts"] == 0
+    facts = info(capsys, path, "--device", "emulated")
+    assert facts["decode_tok_s_expected"] > 0
+    assert "expert_slots_of_a_layer" not in facts
+    assert main(["info", path, "--device", "emulated"]) == 0
+    assert "It fits the VRAM." in capsys.readouterr().out
 
 
 def test_info_says_what_does_not_fit() -> None:
-    here = {"RAM_bytes": 10**9, "needed_bytes": 2 * 10**9, "decode_tok_s_at_most": 4.0}
-    text = " ".join(advice(here))
+    here = {"RAM_bytes": 10**9, "RAM_free_bytes": 10**9, "needed_bytes": 2 * 10**9, "decode_tok_s_at_most": 4.0}
+    text = " ".join(advice(here, "mmap"))
     assert "at least 250.00 ms" in text
-    assert "does not fit the RAM: 2 GB of 1 GB" in text
-    assert "does not fit" not in " ".join(advice(here | {"RAM_bytes": 0}))
+    assert "does not fit the RAM: 2 GB of 1 GB. The rest is read from the disk" in text
+    assert "take fewer layers" in advice(here, "mmap", is_synthetic=True)[0]
+    assert advice(here | {"RAM_bytes": 0, "RAM_free_bytes": 0}, "memory")[0] == "It fits the RAM."
+    assert "but not the 1 GB that are free now" in advice(here | {"RAM_bytes": 3 * 10**9}, "mmap")[0]
 
 
 def test_synth_writes_a_model_that_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +341,7 @@ def test_config_prints_a_file_that_means_the_same(tmp_path: Path, capsys: pytest
 
 
 def test_chat_talks_in_turns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.runtime.ChatTemplate", PlainTemplate)
+    monkeypatch.setattr("engine.runtime.engine.ChatTemplate", PlainTemplate)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n/reset\nthird\n/exit\nnever\n"))
     PlainTemplate.seen.clear()
     assert main(["chat", str(tiny_model_path()), "--system", "be short", *GREEDY]) == 0
@@ -309,7 +359,7 @@ def test_chat_talks_in_turns(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[list[dict]]:
     """Run a chat with a model that has a plain template; return the messages of each answer."""
-    monkeypatch.setattr("engine.runtime.ChatTemplate", PlainTemplate)
+    monkeypatch.setattr("engine.runtime.engine.ChatTemplate", PlainTemplate)
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     PlainTemplate.seen.clear()
     assert main(["chat", str(tiny_model_path()), *options, *GREEDY]) == 0

@@ -247,7 +247,7 @@ def test_there_are_enough_bad_files() -> None:
 @pytest.mark.parametrize(
     ("overrides", "environ", "parts"),
     [
-        ({"engine.n_threads": "x"}, {}, ["setting engine.n_threads: engine.n_threads is 'x'", "an integer"]),
+        ({"engine.n_threads": "x"}, {}, ["engine.n_threads is 'x'", "an integer"]),
         ({"engine.nthreads": "1"}, {}, ["setting engine.nthreads", "did you mean n_threads"]),
         ({"n_threads": "1"}, {}, ["setting n_threads", '"table.key"']),
         ({"engine.": "1"}, {}, ["setting engine.", '"table.key"']),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.__main__ import main
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
-from engine.devices.cuda import jit
+from engine.devices.cuda import jit, probe
 from engine.errors import DeviceError
 from engine.gguf import weights
 from engine.runtime import Engine
@@ -84,7 +86,7 @@ def test_closing_frees_the_weights_at_once(moe: dict, monkeypatch) -> None:
 
     monkeypatch.setattr(weights, "_allocate", watch)
     with Engine.open(config=replace(config(**moe), model=ModelSettings(load="memory"))) as engine:
-        engine.generate(PROMPT, GREEDY)
+        engine.generate(PROMPT[:4], replace(GREEDY, max_tokens=2))
         assert [memory() is not None for memory in allocated] == [True]
     assert allocated[0]() is None
     assert engine.statistics.n_requests == 1
@@ -122,13 +124,13 @@ def test_without_a_gpu_auto_takes_the_cpu_and_says_why(caplog, driver) -> None:
         Engine.open(config=config())
 
 
-def test_a_missing_compiler_names_the_extra(monkeypatch) -> None:
+def test_a_missing_compiler_names_the_package(monkeypatch) -> None:
     def missing() -> None:
-        raise DeviceError("NVIDIA's run-time compiler cannot be loaded (none); pip install 'hot-experts[gpu]'")
+        raise DeviceError("NVIDIA's run-time compiler cannot be loaded (none); pip install nvidia-cuda-nvrtc-cu12")
 
     monkeypatch.setattr(jit, "_load_nvrtc", missing)
     monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", jit.NVRTCCompiler)
-    with pytest.raises(DeviceError, match=r"pip install 'hot-experts\[gpu\]'"):
+    with pytest.raises(DeviceError, match="pip install nvidia-cuda-nvrtc-cu12"):
         Engine.open(config=config())
 
 
@@ -136,6 +138,19 @@ def test_whatever_fails_while_opening_frees_everything(tmp_path: Path, driver, m
     driver.fail("cuMemHostAlloc", 3, "CUDA_ERROR_OUT_OF_MEMORY")
     with pytest.raises(DeviceError, match="cuMemHostAlloc failed"):
         Engine.open(config=config())
-    monkeypatch.setattr("engine.runtime.WeightMemory.load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("engine.runtime.engine.WeightMemory.load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Engine.open(config=config())
+
+
+def test_info_looks_at_the_gpu_and_leaves_it_as_it_was(capsys: pytest.CaptureFixture[str], driver) -> None:
+    assert main(["info", "--json", "-c", "32", "--vram-budget", "10MB"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["GPU"] == probe().description
+    assert facts["VRAM_free_bytes"] == 10_000_000
+    assert 0 < facts["share_of_experts_in_VRAM"] < 1
+    assert facts["decode_tok_s_expected"] > 0
+    assert facts["VRAM_bandwidth_GB_s"] > 0
+    driver.set(n_devices=0)
+    assert main(["info", "--json"]) == 0
+    assert "no GPU was found" in json.loads(capsys.readouterr().out)["GPU"]

@@ -15,7 +15,13 @@ from engine.config import TABLES
 from engine.tables import table_fields
 
 REPO = Path(__file__).resolve().parent.parent
-MODULES = ["engine", "engine.runtime", "engine.async_engine"]
+MODULES = [
+    "engine",
+    "engine.runtime.answering",
+    "engine.runtime.engine",
+    "engine.runtime.session",
+    "engine.async_engine",
+]
 PAGES = [page for page in sorted(REPO.glob("docs/*.md")) if ">>>" in page.read_text()]
 
 

@@ -193,6 +193,17 @@ def test_levels_threads_and_batches_change_no_bit(fmt: QuantFormat) -> None:
             assert np.array_equal(bits(part), expected[first:end])
 
 
+@pytest.mark.parametrize("n_tokens", [4, 7, 8])
+@each_format
+def test_few_tokens_and_long_rows_change_no_bit(fmt: QuantFormat, n_tokens: int) -> None:
+    """More rows and columns than a product with a few tokens keeps at a time."""
+    n_rows, n_cols = 70, 2560 if fmt.block_size > 1 else 2051
+    raw, x = random_rows(fmt, n_rows, n_cols, seed=5), normal(n_tokens, n_cols, seed=5)
+    found = [_kernels.matmul(fmt.ggml_type, raw, x, 1, isa) for isa in LEVELS]
+    alone = np.concatenate([_kernels.matmul(fmt.ggml_type, raw, x[i : i + 1]) for i in range(n_tokens)])
+    assert all(np.array_equal(bits(each), bits(alone)) for each in found)
+
+
 @each_format
 def test_the_error_against_exact_arithmetic_is_that_of_the_activations(fmt: QuantFormat) -> None:
     """8-bit activations cost about 0.4 % of the norm of the result for normal values; float formats nothing."""

@@ -12,13 +12,17 @@ from gguf_mutations import Parts, damage_parts, exercise
 from golden_files import PEERS
 from model_runner import ModelRunner
 
+from engine import _kernels
 from engine.errors import GGUFError, UnsupportedModelError
+from engine.gguf import WeightMemory
 from engine.gguf.metadata import Metadata
 from engine.gguf.model_file import TensorInfo
+from engine.gguf.older_forms import in_current_form
 from engine.gguf.reader import GGUFFile
 from engine.gguf.writer import write_gguf
 from engine.models import ARCHITECTURES, Model, load_model
 from engine.quants.formats import BY_NAME
+from engine.quants.reference import dequantize
 
 
 def parts_of(path: Path) -> Parts:
@@ -107,12 +111,6 @@ def test_blocks_for_multi_token_prediction_are_left_out(peer, tmp_path: Path) ->
     assert model.tensor_names == alone.tensor_names
 
 
-def test_latent_attention_needs_its_keys_apart(golden_path, tmp_path: Path) -> None:
-    parts = parts_of(golden_path("deepseek2/deepseek2-v3-wide-Q4_K_M.gguf"))
-    with pytest.raises(UnsupportedModelError, match=r"attn_kv_b.*needs attn_k_b and attn_v_b: convert"):
-        load(without_tensors(without_tensors(parts, "exps.weight"), "attn_k_b.weight"), tmp_path)
-
-
 @pytest.mark.parametrize("name", PEERS)
 def test_heads_that_contradict_themselves(peer, tmp_path: Path, name: str) -> None:
     rng, path, parts = random.Random(0), tmp_path / "changed.gguf", peer(name)
@@ -157,9 +155,30 @@ def interleave_delta_net(arrays: dict[str, np.ndarray], layer: int) -> None:
     arrays[f"blk.{layer}.ssm_in.weight"] = np.concatenate(by_head, axis=1).reshape(-1, qkv.shape[-1])
 
 
+def join_keys_and_values(arrays: dict[str, np.ndarray], layer: int) -> None:
+    """One matrix for keys and values, head by head, as files from before `attn_k_b` have it."""
+    keys, values = (arrays.pop(f"blk.{layer}.attn_{part}_b.weight") for part in "kv")
+    joined = np.concatenate([keys.transpose(0, 2, 1), values], axis=1)
+    arrays[f"blk.{layer}.attn_kv_b.weight"] = joined.reshape(-1, joined.shape[-1])
+
+
+def older_sizes(metadata: Metadata) -> Metadata:
+    """The keys of a DeepSeek file from then: sizes of a head where today's files have those of the cache."""
+    values = {key: metadata.value(key) for key in metadata}
+    for key in ("key_length", "value_length"):
+        if f"deepseek2.attention.{key}_mla" in values:
+            values[f"deepseek2.attention.{key}"] = values.pop(f"deepseek2.attention.{key}_mla")
+            values["deepseek2.attention.head_count_kv"] = values["deepseek2.attention.head_count"]
+    return Metadata("older", values)
+
+
 @pytest.mark.parametrize(
     ("name", "restore"),
-    [("qwen2moe/qwen2moe-micro-F32", fuse_qkv), ("qwen3next/qwen3next-micro-F32", interleave_delta_net)],
+    [
+        ("qwen2moe/qwen2moe-micro-F32", fuse_qkv),
+        ("qwen3next/qwen3next-micro-F32", interleave_delta_net),
+        ("deepseek2/deepseek2-v3-micro-F32", join_keys_and_values),
+    ],
 )
 def test_fused_tensors_change_no_bit(golden_path, tmp_path: Path, name: str, restore) -> None:
     path, fused = golden_path(f"{name}.gguf"), tmp_path / "fused.gguf"
@@ -169,7 +188,60 @@ def test_fused_tensors_change_no_bit(golden_path, tmp_path: Path, name: str, res
         for layer in range(file.metadata.integer(f"{file.metadata.text('general.architecture')}.block_count")):
             restore(arrays, layer)
         assert len(arrays) < n_tensors
-        write_gguf(Stored(file.metadata, arrays), fused)
+        write_gguf(Stored(older_sizes(file.metadata), arrays), fused)
     tokens = list(range(3, 40, 2))
     with ModelRunner(path) as apart, ModelRunner(fused) as together:
         assert np.array_equal(together.logits(tokens).view(np.uint32), apart.logits(tokens).view(np.uint32))
+
+
+# -- files of an older form ------------------------------------------------------------------------------------------
+
+
+class Joined:
+    """A DeepSeek file with one tensor: keys and values of three heads, 16 and 24 rows each, in quantised blocks."""
+
+    def __init__(self, form: str, **sizes: int) -> None:
+        values = {"key_length": 26, "value_length": 24, "head_count": 3, "kv_lora_rank": 256} | sizes
+        keys = {f"deepseek2.attention.{key}": value for key, value in values.items()}
+        self.name, self.metadata = "joined", Metadata("joined", keys | {"deepseek2.rope.dimension_count": 10})
+        info = TensorInfo("blk.0.attn_kv_b.weight", BY_NAME[form], (120, 256), 120 * BY_NAME[form].row_bytes(256))
+        self.bytes = np.empty(info.n_bytes, np.uint8)
+        if form == "F32":
+            self.bytes.view(np.float32)[:] = np.random.default_rng(0).standard_normal(120 * 256)
+        else:
+            _kernels.fill_random_blocks(info.format.ggml_type, self.bytes.reshape(120, -1), 256, 1, 1)
+        self.tensors = {info.name: info, "norm": TensorInfo("norm", BY_NAME["F32"], (256,), 1024)}
+
+    def mapped(self, name: str) -> np.ndarray:
+        return self.bytes if name == "blk.0.attn_kv_b.weight" else np.zeros(1024, np.uint8)
+
+    def read(self, name: str, out: np.ndarray, n_threads: int, progress) -> None:
+        out[:] = self.mapped(name)
+
+
+@pytest.mark.parametrize("form", ["F32", "F16", "Q8_0", "Q4_K", "IQ4_XS"])
+def test_joined_keys_and_values_are_taken_apart_exactly(form: str) -> None:
+    file = Joined(form)
+    now = in_current_form(file)
+    assert list(now.tensors) == ["blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight", "norm"]
+    seen: list[tuple[int, int]] = []
+    memory = WeightMemory.load(now, now.tensors, "mmap", progress=lambda *done: seen.append(done))
+    assert memory.mode == "mmap"
+    assert seen[-1] == (memory.n_bytes, memory.n_bytes)
+    rows = dequantize(BY_NAME[form], file.bytes.reshape(120, -1), 256).reshape(3, 40, 256)
+    keys, values = (now.tensors[f"blk.0.attn_{part}_b.weight"] for part in "kv")
+    assert (keys.shape, keys.format.name, values.shape, values.format.name) == ((3, 256, 16), "F32", (3, 24, 256), form)
+    assert np.array_equal(memory.array(keys.name).view(np.float32).reshape(keys.shape), rows[:, :16].transpose(0, 2, 1))
+    assert np.array_equal(memory.array(values.name).reshape(3, 24, -1), file.bytes.reshape(3, 40, -1)[:, 16:])
+
+
+@pytest.mark.parametrize("sizes", [{"value_length": 25}, {"head_count": 4}, {"key_length": 10}, {"kv_lora_rank": 32}])
+def test_joined_keys_and_values_that_contradict_the_sizes(sizes: dict[str, int]) -> None:
+    with pytest.raises(GGUFError, match=r"attn_kv_b.weight has the shape \[120, 256\]; by the file's metadata"):
+        in_current_form(Joined("F32", **sizes))
+
+
+def test_a_file_with_both_forms_is_read_from_the_joined_one() -> None:
+    file = Joined("Q8_0")
+    file.tensors["blk.0.attn_k_b.weight"] = TensorInfo("blk.0.attn_k_b.weight", BY_NAME["Q8_0"], (768, 16), 1)
+    assert in_current_form(file).tensors["blk.0.attn_k_b.weight"].shape == (3, 256, 16)

@@ -19,7 +19,8 @@ from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_se
 from engine.cli.terminal import Bars
 from engine.config import EngineConfig
 from engine.data import tiny_model_path
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
+from engine.files import check_target
 from engine.gguf.synthetic import PREFIX
 from engine.machine import last_level_cache_bytes, n_physical_cores
 from engine.runtime import Engine, EngineStatistics
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", action="append", default=[], choices=peers.PEERS, help="measure it on the same file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rates of --replay or --conversation")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the speeds, or the hit rates of --replay or --conversation"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kernels", action="store_true", help="measure every weight format at every instruction set")
     what.add_argument("--profile", action="store_true", help="show where the time of a prompt and of a token goes")
@@ -64,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Measure what is asked for."""
+    _check_outputs([path for path in (args.json, args.csv, args.plot) if path])
+    if args.plot:
+        plots.check_plot(args.plot)
     is_terminal = sys.stdout.isatty()
     out = Console(highlight=False, markup=False, width=None if is_terminal else _FILE_WIDTH)
     if args.replay:
@@ -72,11 +78,9 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     if args.conversation or args.watch:
         _converse(args, out, console)
         return 0
-    if args.plot:
-        raise RequestError("--plot goes with --replay and --conversation")
     config = _with_context(read_settings(args))
-    if (args.kernels or args.profile) and (args.peer or args.json or args.csv):
-        raise RequestError("--peer, --json and --csv go with the table of speeds, not with --kernels or --profile")
+    if (args.kernels or args.profile) and (args.peer or args.json or args.csv or args.plot):
+        raise RequestError("--peer, --json, --csv and --plot do not go with --kernels or --profile")
     for peer_name in args.peer:
         _check_peer(peer_name, config)
     with Bars(console, quiet=args.quiet) as bars:
@@ -91,7 +95,18 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 write_file(args.json, to_json(report))
             if args.csv:
                 write_file(args.csv, to_csv(report))
+            if args.plot:
+                plots.plot_speeds(report.rows, str(report.facts["model"]), args.plot)
     return 0
+
+
+def _check_outputs(paths: list[Path]) -> None:
+    """Raise `ConfigError` if a result cannot be written there, before it is measured."""
+    try:
+        for path in paths:
+            check_target(path)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
 def _with_context(config: EngineConfig) -> EngineConfig:

@@ -11,18 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.bench.limits import read_bandwidth
+from engine.bench.plan import Prediction, made_up_trace, placement_table, predict, predict_wish
 from engine.bench.units import format_bytes
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
 from engine.config import EngineConfig
 from engine.data import tiny_model_path
-from engine.devices.footprint import measure
-from engine.devices.graph import KVType, Limits
-from engine.devices.traffic import count_weights
-from engine.gguf import ModelFile, open_model_file
+from engine.devices.footprint import Footprint, measure
+from engine.devices.placement import MemoryPlan, plan_memory
+from engine.devices.timing import Machine
+from engine.devices.traffic import WeightTraffic, count_weights
+from engine.errors import DeviceError
+from engine.gguf import ModelFile, available_memory, open_model_file
+from engine.gguf.synthetic import PREFIX
 from engine.machine import ram_bytes
 from engine.model_spec import AttentionSpec, LatentAttentionSpec
 from engine.models import Model, load_model
-from engine.runtime import resolve
+from engine.runtime import limits_of, memory_wish, resolve, survey_machine
 
 Facts = dict[str, str | int | float]
 
@@ -45,13 +49,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def execute(args: argparse.Namespace, _: Console) -> int:
-    """Print what a model is."""
+    """Print what a model is and how it would run."""
     config = read_settings(args)
     model_file = open_model_file(config.model.path or tiny_model_path())
     try:
         model = load_model(model_file)
         facts = model_facts(model_file, model)
-        here = machine_facts(model, config)
+        here, placements = machine_facts(model, config)
     finally:
         model_file.close()
     if args.json:
@@ -63,7 +67,9 @@ def execute(args: argparse.Namespace, _: Console) -> int:
         for key, value in part.items():
             table.add_row(key.replace("_", " "), _shown(key, value))
         out.print(table)
-    for line in advice(here):
+    if placements:
+        out.print(placement_table(placements))
+    for line in advice(here, config.model.load, is_synthetic=config.model.path.startswith(PREFIX)):
         out.print(line)
     return 0
 
@@ -71,7 +77,9 @@ def execute(args: argparse.Namespace, _: Console) -> int:
 def _shown(key: str, value: str | float) -> str:
     if isinstance(value, int):
         return f"{value:,}" + (f"  ({format_bytes(value)})" if "bytes" in key and value >= 1000 else "")
-    return f"{value:,.1f}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:.0%}" if key.startswith("share") else f"{value:,.1f}"
+    return value
 
 
 def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
@@ -106,39 +114,122 @@ def model_facts(model_file: ModelFile, model: Model) -> Facts:
     }
 
 
-def machine_facts(model: Model, config: EngineConfig) -> Facts:
-    """Return where the parts of a model would go with these settings, and how fast the CPU could be at best."""
-    settings = resolve(config, model.spec).engine
-    limits = Limits(
-        settings.max_batch_tokens, settings.n_sequences, settings.context_length, KVType[settings.kv_type.upper()]
+def machine_facts(model: Model, config: EngineConfig) -> tuple[Facts, list[Prediction]]:
+    """Return where the parts of a model would go with these settings and how fast it would be, and other placements.
+
+    With a GPU the figures are those of `engine plan` for this machine; without one they are what the RAM allows.
+    """
+    config = resolve(config, model.spec)
+    footprint, weights = measure(model.graph, limits_of(config.engine)), count_weights(model.graph)
+    name, machine = survey_machine(config)
+    if machine is None:
+        return _facts_without_gpu(config, footprint, weights) | {"GPU": f"none is used: {name}"}, []
+    try:
+        plan = plan_memory(footprint, machine.vram_bytes, memory_wish(config))
+    except DeviceError as error:
+        return _facts_without_gpu(config, footprint, weights) | {"GPU": name, "problem": str(error)}, []
+    position, trace = config.engine.context_length // 2, made_up_trace(footprint)
+    chosen = predict_wish(
+        machine, footprint, plan.allowed_bytes, memory_wish(config), trace, position, policy=config.moe.policy
     )
-    footprint, weights = measure(model.graph, limits), count_weights(model.graph)
-    bandwidth = read_bandwidth(settings.n_threads, _BANDWIDTH_BUFFER)
-    used = weights.expert_bytes + weights.dense_bytes
+    others = []
+    if footprint.n_experts:
+        others = predict(machine, footprint, plan.allowed_bytes, trace, position, policy=config.moe.policy)
+    return _facts_with_gpu(config, footprint, name, machine, plan, chosen), others
+
+
+def _facts_without_gpu(config: EngineConfig, footprint: Footprint, weights: WeightTraffic) -> Facts:
+    bandwidth = read_bandwidth(config.engine.n_threads, _BANDWIDTH_BUFFER)
+    needed = weights.expert_bytes + weights.dense_bytes
+    full = footprint.attention_bytes(config.engine.context_length - 1)
     return {
-        "RAM_bytes": ram_bytes(),
-        "weights_in_RAM_bytes": used,
-        "keys_and_values_bytes": footprint.state_bytes,
-        "scratch_bytes": footprint.scratch_bytes,
-        "needed_bytes": used + footprint.state_bytes + footprint.scratch_bytes,
-        "context": settings.context_length,
-        "threads": settings.n_threads,
+        **_ram_facts(needed, footprint.state_bytes, footprint.scratch_bytes),
+        "context": config.engine.context_length,
+        "threads": config.engine.n_threads,
         "read_bandwidth_GB_s": bandwidth / 1e9,
         "decode_tok_s_at_most": bandwidth / (weights.token_bytes + footprint.attention_bytes(0)),
+        "decode_tok_s_at_most_in_full_context": bandwidth / (weights.token_bytes + full),
     }
 
 
-def advice(here: Facts) -> list[str]:
-    """Return what follows for somebody who wants to run the model."""
-    lines = [
-        f"On the CPU alone a token takes at least {1e3 / float(here['decode_tok_s_at_most']):,.2f} ms: every weight it "
-        "needs is read once, at the bandwidth just measured."
-    ]
-    if 0 < int(here["RAM_bytes"]) < int(here["needed_bytes"]):
-        lines.append(
-            f"It does not fit the RAM: {format_bytes(int(here['needed_bytes']))} of "
-            f"{format_bytes(int(here['RAM_bytes']))}. The rest would be read from the disk for every token; take a "
-            "smaller quantisation."
-        )
-    lines.append("For a GPU beside it: python -m engine plan -m MODEL --vram 24GB ... predicts each placement.")
+def _facts_with_gpu(
+    config: EngineConfig, footprint: Footprint, name: str, machine: Machine, plan: MemoryPlan, chosen: Prediction
+) -> Facts:
+    speeds = machine.bandwidths
+    on_cpu = int(((plan.n_slots < plan.n_experts) * plan.expert_bytes).sum()) * plan.n_experts
+    facts: Facts = _ram_facts(on_cpu, 0, 0) | {
+        "GPU": name,
+        "VRAM_free_bytes": machine.vram_bytes,
+        "VRAM_planned_bytes": plan.n_bytes,
+        "in_VRAM": plan.describe(),
+    }
+    if footprint.n_experts:
+        facts |= {
+            "expert_slots_of_a_layer": _slots(plan),
+            "share_of_experts_in_VRAM": plan.slot_bytes / footprint.expert_total_bytes,
+            "share_of_reads_from_VRAM_expected": chosen.hit_rate,
+        }
+    return facts | {
+        "context": config.engine.context_length,
+        "threads": config.engine.n_threads,
+        "read_bandwidth_GB_s": speeds.ram / 1e9,
+        "PCIe_bandwidth_GB_s": speeds.pcie / 1e9,
+        "VRAM_bandwidth_GB_s": speeds.vram / 1e9,
+        "decode_tok_s_expected": chosen.decode_tok_s,
+    }
+
+
+def _ram_facts(weight_bytes: int, state_bytes: int, scratch_bytes: int) -> Facts:
+    return {
+        "RAM_bytes": ram_bytes(),
+        "RAM_free_bytes": available_memory() or 0,
+        "weights_in_RAM_bytes": weight_bytes,
+        **({"keys_and_values_bytes": state_bytes, "scratch_bytes": scratch_bytes} if scratch_bytes else {}),
+        "needed_bytes": weight_bytes + state_bytes + scratch_bytes,
+    }
+
+
+def _slots(plan: MemoryPlan) -> str:
+    low, high = int(plan.n_slots.min()), int(plan.n_slots.max())
+    return f"{low if low == high else f'{low} to {high}'} of {plan.n_experts}"
+
+
+def advice(here: Facts, load: str, *, is_synthetic: bool = False) -> list[str]:
+    """Return what follows for somebody who wants to run the model; `load` is the setting."""
+    lines = [_fit(here, load, is_synthetic=is_synthetic)]
+    if "decode_tok_s_expected" in here:
+        lines += [
+            f"With these settings about {here['decode_tok_s_expected']:,.1f} tok/s at half of the context: predicted "
+            "from bytes and the bandwidths above, and hits from a replay of made-up routing. Nothing was run, and "
+            "kernels stay below what the bandwidths allow.",
+            "The same for another machine: python -m engine plan -m MODEL --machine 4090, or --vram 24GB ...",
+        ]
+    else:
+        lines += [
+            f"On the CPU a token takes at least {1e3 / float(here['decode_tok_s_at_most']):,.2f} ms: every weight it "
+            "needs is read once, at the bandwidth just measured.",
+            "What a GPU would change: python -m engine plan -m MODEL --machine 4090, or --vram 24GB ...",
+        ]
     return lines
+
+
+def _fit(here: Facts, load: str, *, is_synthetic: bool) -> str:
+    """Say whether the RAM holds what must be there."""
+    needed, ram, free = int(here["needed_bytes"]), int(here["RAM_bytes"]), int(here["RAM_free_bytes"])
+    if not needed:
+        return "It fits the VRAM."
+    if 0 < ram < needed and is_synthetic:
+        return f"It does not fit the RAM: {format_bytes(needed)} of {format_bytes(ram)}; take fewer layers."
+    if 0 < ram < needed:
+        return (
+            f"It does not fit the RAM: {format_bytes(needed)} of {format_bytes(ram)}. The rest is read from the disk "
+            "for every token, which is slower by far than what follows; take a smaller quantisation."
+        )
+    if 0 < free < needed:
+        return f"It fits the RAM, but not the {format_bytes(free)} that are free now; close other programs."
+    if load == "mmap" and not is_synthetic:
+        return (
+            'It fits the RAM. The first tokens read the file from the disk (load = "mmap"); --load memory reads all of '
+            "it before."
+        )
+    return "It fits the RAM."

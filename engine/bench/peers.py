@@ -73,7 +73,7 @@ def import_llama_cpp() -> ModuleType:
         return importlib.import_module("llama_cpp.llama_cpp")
     except ImportError as error:
         raise RequestError(
-            f"--peer llama.cpp needs the package llama-cpp-python ({error}): pip install 'hot-experts[peer]' "
+            f"--peer llama.cpp needs the package llama-cpp-python ({error}): pip install llama-cpp-python "
             "(it is compiled on this machine, which takes some minutes)"
         ) from None
     except (OSError, RuntimeError) as error:  # installed, but its library does not load

@@ -10,13 +10,12 @@ from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint
 from engine.devices.footprint import measure as measure_footprint
-from engine.devices.graph import KVType, Limits
 from engine.devices.placement import least_cpu_layers
 from engine.errors import DeviceError
 from engine.gguf import open_model_file
 from engine.gguf.synthetic import PREFIX
 from engine.models import load_model
-from engine.runtime import Engine, EngineStatistics
+from engine.runtime import Engine, EngineStatistics, limits_of
 
 SMALL_VOCABULARY = 256
 SHORT_TEXT = 16  # random tokens that a model goes on after, to make text
@@ -103,13 +102,9 @@ def _measure_layers(used: EngineConfig, budget: int, tokens: Tokens, bars: Bars)
 
 
 def _footprint(used: EngineConfig) -> Footprint:
-    settings = used.engine
     model_file = open_model_file(used.model.path or tiny_model_path())
     try:
-        limits = Limits(
-            settings.max_batch_tokens, settings.n_sequences, settings.context_length, KVType[settings.kv_type.upper()]
-        )
-        return measure_footprint(load_model(model_file).graph, limits)
+        return measure_footprint(load_model(model_file).graph, limits_of(used.engine))
     finally:
         model_file.close()
 

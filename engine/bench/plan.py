@@ -86,10 +86,33 @@ def predict(
 ) -> list[Prediction]:
     """Return the three ways: all experts on the CPU, whole layers on the GPU, hot experts on the GPU.
 
+    Arguments and errors are those of `predict_wish`.
+    """
+    ways = (Wish(hot_k=0), Wish(n_cpu_moe=least_cpu_layers(footprint, allowed_bytes)), Wish())
+    return [
+        predict_wish(machine, footprint, allowed_bytes, wish, trace, position, policy=policy, progress=progress)
+        for wish in ways
+    ]
+
+
+def predict_wish(
+    machine: Machine,
+    footprint: Footprint,
+    allowed_bytes: int,
+    wish: Wish,
+    trace: Trace,
+    position: int,
+    *,
+    policy: str = "adaptive",
+    progress: Callable[[int], object] | None = None,
+) -> Prediction:
+    """Return what comes of one way to place the experts.
+
     Args:
         machine: its speeds.
         footprint: the model's needs.
         allowed_bytes: of VRAM.
+        wish: how to use them.
         trace: routing that the cache meets; its layers are stretched to the model's.
         position: tokens in the context.
         policy: of the cache.
@@ -97,17 +120,24 @@ def predict(
 
     Raises `DeviceError` if the model does not fit.
     """
-    nothing = plan_memory(footprint, allowed_bytes, Wish(hot_k=0))
-    found = [_prediction(machine, footprint, nothing, position, "all experts on the CPU", "hot_k = 0")]
-    n_cpu = least_cpu_layers(footprint, allowed_bytes)
-    layers = plan_memory(footprint, allowed_bytes, Wish(n_cpu_moe=n_cpu))
-    found.append(_prediction(machine, footprint, layers, position, "whole layers on the GPU", f"n_cpu_moe = {n_cpu}"))
-    hot = plan_memory(footprint, allowed_bytes, Wish())
-    hits, loads = _replayed(machine, footprint, hot, trace, policy, 1.0 / found[0].decode_tok_s, progress)
-    found.append(
-        _prediction(machine, footprint, hot, position, f"hot experts ({policy})", 'hot_k = "auto"', hits, loads)
-    )
-    return found
+    plan = plan_memory(footprint, allowed_bytes, wish)
+    is_whole = plan.n_slots >= plan.n_experts
+    if (is_whole | (plan.n_slots == 0)).all():  # there is nothing to swap
+        rates, loads = is_whole.astype(np.float64), np.zeros(len(is_whole))
+    else:
+        nothing = replace(plan, n_slots=np.zeros_like(plan.n_slots))
+        token_s = _prediction(machine, footprint, nothing, position, wish, policy, *np.zeros((2, len(is_whole)))).step
+        rates, loads = _replayed(machine, footprint, plan, trace, policy, token_s.total_s, progress)
+    return _prediction(machine, footprint, plan, position, wish, policy, rates, loads)
+
+
+def _named(wish: Wish, policy: str) -> tuple[str, str]:
+    """Return what a way to place experts is called, and its setting in the [moe] table."""
+    if wish.n_cpu_moe is not None:
+        return "whole layers on the GPU", f"n_cpu_moe = {wish.n_cpu_moe}"
+    if wish.hot_k == 0:
+        return "all experts on the CPU", "hot_k = 0"
+    return f"hot experts ({policy})", f"hot_k = {wish.hot_k}" if wish.hot_k else 'hot_k = "auto"'
 
 
 def _replayed(
@@ -121,8 +151,6 @@ def _replayed(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return hit rates and loads a token of each of the model's layers, from a replay at the same share of slots."""
     n_layers = len(plan.n_slots)
-    if (plan.n_slots >= plan.n_experts).all():
-        return np.ones(n_layers), np.zeros(n_layers)
     # Which of the trace's layers stands for which of the model's, by depth.
     stands_for = np.arange(trace.n_layers) * n_layers // trace.n_layers
     share = plan.n_slots[stands_for] / plan.n_experts
@@ -152,17 +180,14 @@ def _prediction(
     footprint: Footprint,
     plan: MemoryPlan,
     position: int,
-    name: str,
-    setting: str,
-    hit_rates: npt.NDArray[np.float64] | None = None,
-    loads: npt.NDArray[np.float64] | None = None,
+    wish: Wish,
+    policy: str,
+    rates: npt.NDArray[np.float64],
+    loads: npt.NDArray[np.float64],
 ) -> Prediction:
-    n_layers = len(plan.n_slots)
-    rates = (plan.n_slots / max(plan.n_experts, 1)).round() if hit_rates is None else hit_rates
-    copies = np.zeros(n_layers) if loads is None else loads
     used = float(footprint.n_experts_used)
     sizes, macs = footprint.expert_bytes.astype(np.float64), footprint.expert_macs.astype(np.float64)
-    copied = float((copies * sizes).sum())
+    copied = float((loads * sizes).sum())
     token = StepWork(
         n_layers=footprint.n_layers,
         dense_bytes=footprint.dense_bytes,
@@ -172,18 +197,17 @@ def _prediction(
         hit_macs=rates * used * macs,
         miss_bytes=(1 - rates) * used * sizes,
         miss_macs=(1 - rates) * used * macs,
-        streamed_bytes=np.zeros(n_layers),
+        streamed_bytes=np.zeros(len(rates)),
         copied_bytes=copied,
     )
     step = time_step(machine, token)
     return Prediction(
-        name,
-        setting,
+        *_named(wish, policy),
         1.0 / step.total_s,
         _prompt_speed(machine, footprint, plan, position),
         plan.n_bytes,
         float((token.hit_bytes.sum()) / max((token.hit_bytes + token.miss_bytes).sum(), 1.0)),
-        float(copies.sum()),
+        float(loads.sum()),
         step,
         float(token.miss_bytes.sum()) + copied,
         copied,
@@ -252,8 +276,12 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         limits = Limits(PROMPT_BATCH, 1, args.context, KVType[args.kv_type.upper()])
         footprint = measure(model.graph, limits)
         if not footprint.n_experts:
-            raise ConfigError(f"{model_file.name} has no experts; there is nothing to place")
-        trace = _trace(args, footprint)
+            raise ConfigError(
+                f"{model_file.name} has no experts, so there is nothing to place; `python -m engine info` says how a "
+                "dense model runs here"
+            )
+        make_policy(args.cache_policy, 1, 1)  # raises for a name that is none, also where nothing is replayed
+        trace = load_trace(args.trace) if args.trace else made_up_trace(footprint)
         with Progress(console=console, transient=True, disable=args.quiet) as bar:
             task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
             found = predict(
@@ -294,7 +322,8 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
     missing = [f"--{key.replace('_', '-')}" for key, value in given.items() if not value]
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: missing; give the machine's figures, or --machine {REFERENCE_MACHINE}"
+            f"{', '.join(missing)}: missing; give the machine's figures, or start from known ones with --machine "
+            f"{REFERENCE_MACHINE}; for the machine at hand there is `python -m engine info`"
         )
     speeds = Bandwidths(
         parse_rate(given["ram_bandwidth"]), parse_rate(given["pcie"]), parse_rate(given["vram_bandwidth"])
@@ -302,9 +331,8 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
     return Machine(speeds, parse_bytes(given["vram"])), parse_bytes(given["ram"])
 
 
-def _trace(args: argparse.Namespace, footprint: Footprint) -> Trace:
-    if args.trace:
-        return load_trace(args.trace)
+def made_up_trace(footprint: Footprint) -> Trace:
+    """Return routing that behaves like that of real models, for a model's shape."""
     process = RoutingProcess(len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used)
     return process.trace(PROMPT_TOKENS, ANSWER_TOKENS)
 
@@ -319,7 +347,7 @@ def _show(
     ram_bytes: int,
     context: int,
 ) -> None:
-    out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     speeds = machine.bandwidths
     header = Table(show_header=False, box=None, pad_edge=False)
     token_bytes = footprint.dense_bytes + footprint.chosen_bytes
@@ -336,7 +364,7 @@ def _show(
     header.add_row("routing", f"{trace.name}, {trace.n_tokens - trace.n_prompt} tokens replayed")
     header.add_row("times", f"predicted, not measured; at token {context // 2} of a context of {context}")
     out.print(header)
-    out.print(_table(found))
+    out.print(placement_table(found))
     best = max(found, key=lambda p: p.decode_tok_s)
     slowest = found[0].decode_tok_s
     out.print(
@@ -353,27 +381,27 @@ def _show(
         )
 
 
-def _table(found: list[Prediction]) -> Table:
+def placement_table(found: list[Prediction]) -> Table:
+    """Return a column for each way to place the experts, so that a narrow terminal has room for it."""
     table = Table()
-    has_reference = any(p.reference_tok_s for p in found)
     table.add_column("experts")
-    headings = ["decode\ntok/s", "prompt\ntok/s", "VRAM\nGB", "hits", "swaps\na token", "token\nms", "dense\nms"]
-    headings += ["experts\non GPU ms", "waiting\nfor CPU ms", "RAM\nGB a token"]
-    for heading in [*headings, *(["fork's\ntok/s"] if has_reference else [])]:
-        table.add_column(heading, justify="right", no_wrap=True)
     for p in found:
-        cells = [
-            f"{p.name}\n[moe] {p.setting}",
-            f"{p.decode_tok_s:.2f}",
-            f"{p.prompt_tok_s:.0f}",
-            f"{p.vram_bytes / 1e9:.1f}",
-            f"{p.hit_rate:.0%}",
-            f"{p.swaps:.1f}",
-            f"{p.step.total_s * 1e3:.1f}",
-            f"{(p.step.dense_s + p.step.attention_s) * 1e3:.1f}",
-            f"{p.step.hits_s * 1e3:.1f}",
-            f"{p.step.wait_s * 1e3:.1f}",
-            f"{p.ram_bytes / 1e9:.2f}",
-        ]
-        table.add_row(*cells, *([f"{p.reference_tok_s:.2f}"] if has_reference else []))
+        table.add_column(p.name.replace(" on the", "\non the").replace(" (", "\n("), justify="right", no_wrap=True)
+    rows: list[tuple[str, Callable[[Prediction], str]]] = [
+        ("[moe] setting", lambda p: p.setting),
+        ("decode tok/s", lambda p: f"{p.decode_tok_s:.2f}"),
+        ("prompt tok/s", lambda p: f"{p.prompt_tok_s:.0f}"),
+        ("VRAM GB", lambda p: f"{p.vram_bytes / 1e9:.1f}"),
+        ("hits", lambda p: f"{p.hit_rate:.0%}"),
+        ("swaps a token", lambda p: f"{p.swaps:.1f}"),
+        ("token ms", lambda p: f"{p.step.total_s * 1e3:.1f}"),
+        ("of that: dense ms", lambda p: f"{(p.step.dense_s + p.step.attention_s) * 1e3:.1f}"),
+        ("experts on GPU ms", lambda p: f"{p.step.hits_s * 1e3:.1f}"),
+        ("waiting for CPU ms", lambda p: f"{p.step.wait_s * 1e3:.1f}"),
+        ("RAM GB a token", lambda p: f"{p.ram_bytes / 1e9:.2f}"),
+    ]
+    if any(p.reference_tok_s for p in found):
+        rows.insert(2, ("fork's decode tok/s", lambda p: f"{p.reference_tok_s:.2f}"))
+    for name, cell in rows:
+        table.add_row(name, *(cell(p) for p in found))
     return table

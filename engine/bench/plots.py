@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.bench.conversation import Turn
+    from engine.bench.measure import Row, Spread
     from engine.bench.replay import Study
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
@@ -20,12 +21,22 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 SMOOTHING = 32  # tokens in a moving average
 
 
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Raise `ConfigError` if no picture could be written there, before there is anything to draw."""
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"--plot {path}: expected a name that ends in {', '.join(ENDINGS)}")
+    figure(1, 1, 1.0)
+
+
 def figure(n_rows: int, n_columns: int, height: float) -> tuple[Any, Any]:
     """Return a new figure and its axes [n_rows, n_columns]; raise `ConfigError` if matplotlib is missing."""
     try:
         import matplotlib as mpl  # noqa: PLC0415 - optional
     except ImportError:
-        raise ConfigError("plots need matplotlib; install it with: pip install 'hot-experts[plot]'") from None
+        raise ConfigError("plots need matplotlib; install it with: pip install matplotlib") from None
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415 - optional
 
@@ -50,6 +61,41 @@ def moving_rate(hits: npt.NDArray[np.int64], choices: npt.NDArray[np.int64]) -> 
     start = np.maximum(stop - SMOOTHING, 0)
     rate: npt.NDArray[np.float64] = (total_hits[stop] - total_hits[start]) / np.maximum(total[stop] - total[start], 1)
     return rate
+
+
+def plot_speeds(rows: Sequence[Row], title: str, path: str | Path) -> None:
+    """Draw the rows of a table of speeds as bars, with a line from the slowest to the fastest run of each."""
+    fig, axes = figure(1, 2, 1.2 + 0.42 * len(rows))
+    speeds: tuple[tuple[str, list[Spread]], ...] = (
+        ("decode, tokens a second", [row.decode_tok_s for row in rows]),
+        ("prompt, tokens a second", [row.prompt_tok_s for row in rows]),
+    )
+    names = list(dict.fromkeys(row.name for row in rows))
+    colours = [COLOURS[names.index(row.name) % len(COLOURS)] for row in rows]
+    places = np.arange(len(rows))[::-1]  # the first row on top
+    for axis, (what, spreads) in zip(axes[0], speeds, strict=True):
+        medians = np.array([spread.median for spread in spreads])
+        ranges = np.array([[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]])
+        axis.barh(places, medians, xerr=ranges, color=colours, ecolor="0.25", error_kw={"linewidth": 1.0}, height=0.62)
+        for place, spread in zip(places, spreads, strict=True):
+            axis.annotate(
+                f"{spread.median:,.0f}" if spread.median >= 1000 else f"{spread.median:.1f}",
+                (spread.high, place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color="0.3",
+            )
+        axis.set_xlabel(what)
+        axis.margins(x=0.22)
+        axis.set_yticks(places, [f"{row.name}\n{row.n_prompt} + {row.n_gen} tokens" for row in rows])
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+    axes[0][1].tick_params(labelleft=False)
+    if any(row.placed is not None and row.placed.is_virtual for row in rows):
+        title += "; times of a virtual clock"
+    fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    save(fig, path)
 
 
 def plot_replays(studies: Sequence[Study], path: str | Path) -> None:

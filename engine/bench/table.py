@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -22,6 +20,7 @@ from rich.table import Table
 from engine import machine
 from engine.bench.measure import Placed, Row, Spread
 from engine.errors import RequestError
+from engine.files import whole_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +185,7 @@ def to_csv(report: Report) -> str:
 def write_file(path: Path, text: str) -> None:
     """Write a file whole or not at all; raise `RequestError` if it cannot be written."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.batch import Item, Job, ResultFile, load_job, run_job
+from engine.cli.command import EXIT_SOME_FAILED
 from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_overrides
 from engine.cli.terminal import Bars
 from engine.errors import EngineError
@@ -36,12 +37,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "batch",
         help="answer all prompts of some files",
         description="Answer every prompt of some files, several at a time, and write each answer as it is finished. "
-        "A run that was stopped goes on where it was.",
+        "A run that was stopped goes on where it was. The exit code is 3 if an item failed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("job", metavar="JOB.toml", help="what to do: a [batch] table, and any settings of the engine")
     parser.add_argument("--check", action="store_true", help="check the job and its input, and run nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="run the items again that failed in earlier runs")
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser, has_config=False)
     parser.set_defaults(execute=execute)
@@ -55,6 +57,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             console.print(f"{args.job}: {len(job.items)} items, nothing wrong")
         return 0
     with ResultFile(job.output, job.items) as results:
+        if args.retry_failed:
+            results.forget_failed()
         n_before = len(results.done)
         if n_before < len(job.items):
             try:
@@ -64,11 +68,18 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 raise
         if not args.quiet:
             console.print(f"{_tally(job, results)}, {n_before} of them before; results in {job.output}")
-    return 0
+        if not results.failed:
+            return 0
+        n = len(results.failed)
+        console.print(
+            f'{n} item{"s" * (n != 1)} failed; what was wrong stands under "error" in {job.output}; once that is '
+            "mended, --retry-failed runs them again"
+        )
+        return EXIT_SOME_FAILED
 
 
 def _tally(job: Job, results: ResultFile) -> str:
-    failed = f" ({results.n_failed} failed)" if results.n_failed else ""
+    failed = f" ({len(results.failed)} failed)" if results.failed else ""
     return f"{len(results.done)} of {len(job.items)} items done{failed}"
 
 

@@ -18,6 +18,7 @@ from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add
 from engine.cli.run import describe, write
 from engine.cli.terminal import Bars
 from engine.errors import EngineError, RequestError
+from engine.files import whole_file
 from engine.runtime import Engine, EngineStatistics
 
 COMMANDS = {
@@ -150,7 +151,8 @@ class Chat:
             self._console.print("error: /save needs the name of a file")
             return
         try:
-            Path(name).write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            with whole_file(Path(name)) as file:
+                file.write(json.dumps(self.messages, indent=1, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             self._console.print(f"error: {name}: cannot be written: {error.strerror or error}")
             return

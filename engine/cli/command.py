@@ -1,7 +1,7 @@
 """Runs a command: every error becomes one line and an exit code.
 
 Exit codes: 0 done; 1 the model, the machine or the request is at fault; 2 the command line or the settings are;
-130 stopped by Ctrl-C; 141 the reader of the output went away.
+3 a batch is done, but some of its items failed; 130 stopped by Ctrl-C; 141 the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from engine.cli.terminal import error_console, start_logging, stop_logging
 from engine.errors import ConfigError, EngineError
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:

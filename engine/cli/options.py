@@ -98,8 +98,11 @@ def read_overrides(args: argparse.Namespace) -> dict[str, object]:
             raise ConfigError(f"--set {assignment}: expected TABLE.KEY=VALUE")
         overrides[key.strip()] = value.strip()
     overrides |= {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    if getattr(args, "model", None):
-        overrides["model.path"] = args.model
+    model = getattr(args, "model", None)
+    if model == "":  # an unset variable of the shell must not run another model than was meant
+        raise ConfigError("the name of the model is empty; give a file, or leave it out for the bundled model")
+    if model:
+        overrides["model.path"] = model
     return overrides
 
 

@@ -73,8 +73,11 @@ def describe(completion: Completion) -> str:
 def _read_standard_input() -> str:
     try:
         text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not valid {error.encoding} text (byte {error.start})") from None
+        text.encode()  # bytes that are no text come as lone surrogates in some locales
+    except UnicodeError:
+        raise RequestError(
+            f"standard input is not {sys.stdin.encoding} text; convert it, with iconv for example"
+        ) from None
     if not text:
         raise RequestError("standard input is empty; give a prompt")
     return text

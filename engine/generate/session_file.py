@@ -5,11 +5,9 @@ The file begins with a line of JSON that says what it is for; a hash over everyt
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RequestError
+from engine.files import whole_file
 
 VERSION = 1  # of this format, and of how keys, values and states lie in it
 _KIND = "hot-experts session"
@@ -53,17 +52,10 @@ def save_session(path: str | os.PathLike[str], session: SavedSession) -> None:
     }
     about["sha256"] = _digest(about, ids, session.state)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(about).encode() + b"\n")
-                file.write(ids)
-                file.write(session.state.data)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                Path(name).unlink()
-            raise
+        with whole_file(path) as file:
+            file.write(json.dumps(about).encode() + b"\n")
+            file.write(ids)
+            file.write(session.state.data)
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None
 

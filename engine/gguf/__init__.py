@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from engine.gguf.model_file import ModelFile, TensorInfo
+from engine.gguf.older_forms import in_current_form
 from engine.gguf.reader import GGUFFile
 from engine.gguf.synthetic import PREFIX, SyntheticModel
 from engine.gguf.weights import WeightMemory, available_memory
@@ -30,4 +31,9 @@ def open_model_file(path: str | os.PathLike[str]) -> ModelFile:
     """
     if isinstance(path, str) and path.startswith(PREFIX):
         return SyntheticModel.open(path)
-    return GGUFFile.open(path)
+    file = GGUFFile.open(path)
+    try:
+        return in_current_form(file)
+    except BaseException:
+        file.close()
+        raise

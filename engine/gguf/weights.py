@@ -48,8 +48,8 @@ class WeightMemory:
             tensor_names: which ones.
             mode: "mmap" maps the file: nothing is read now, the system reads pages when they are first used, and may
                 drop them again; the file must stay as it is meanwhile. "memory" reads everything into anonymous memory
-                in huge pages: slower to start, then steady. A made-up model has no file to map and is always made in
-                memory.
+                in huge pages: slower to start, then steady. What is not in the file as it is (made-up models, files of
+                an older form) is always made in memory.
             n_threads: that read or make weights; 0 for one for each CPU, at most 16.
             progress: called with (bytes done, bytes in all) now and then.
 
@@ -59,20 +59,7 @@ class WeightMemory:
         """
         infos = [model_file.tensors[name] for name in dict.fromkeys(tensor_names)]
         total = sum(info.n_bytes for info in infos)
-        if mode == "mmap":
-            views = {info.name: model_file.mapped(info.name) for info in infos}
-            mapped = {name: view for name, view in views.items() if view is not None}
-            if len(mapped) == len(views):
-                if progress is not None:
-                    progress(total, total)
-                return cls(mapped, "mmap")
-
-        offsets, needed = [], 0
-        for info in infos:
-            offsets.append(needed)
-            needed += -(-info.n_bytes // _ALIGNMENT) * _ALIGNMENT
-        memory = _allocate(model_file.name, needed)
-        n_threads = n_threads or min(os.cpu_count() or 1, 16)
+        arrays: dict[str, npt.NDArray[np.uint8]] = {}
         done = 0
 
         def advance(n_bytes: int) -> None:
@@ -81,13 +68,28 @@ class WeightMemory:
             if progress is not None:
                 progress(done, total)
 
-        arrays = {}
+        if mode == "mmap":
+            for info in infos:
+                view = model_file.mapped(info.name)
+                if view is not None:
+                    arrays[info.name] = view
+            infos = [info for info in infos if info.name not in arrays]
+        mode = "mmap" if arrays else "memory"
+        if arrays:
+            advance(sum(array.nbytes for array in arrays.values()))
+
+        offsets, needed = [], 0
+        for info in infos:
+            offsets.append(needed)
+            needed += -(-info.n_bytes // _ALIGNMENT) * _ALIGNMENT
+        memory = _allocate(model_file.name, needed)
+        n_threads = n_threads or min(os.cpu_count() or 1, 16)
         for info, offset in zip(infos, offsets, strict=True):
             array = memory[offset : offset + info.n_bytes]
             model_file.read(info.name, array, n_threads, advance)
             array.flags.writeable = False
             arrays[info.name] = array
-        return cls(arrays, "memory")
+        return cls(arrays, mode)
 
     @property
     def n_bytes(self) -> int:

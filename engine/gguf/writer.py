@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import GGUFError
+from engine.files import check_target, whole_file
 from engine.gguf.metadata import TextArray, Value
 from engine.gguf.model_file import ModelFile, TensorInfo
 from engine.gguf.reader import ARRAY, DEFAULT_ALIGNMENT, SCALARS, STRING
@@ -43,34 +43,27 @@ def write_gguf(
     head = encode_head(values, model_file.tensors.values())
     total = sum(info.n_bytes for info in model_file.tensors.values())
     n_threads = n_threads or os.cpu_count() or 1
-    partial = path.with_name(path.name + ".part")
     try:
+        check_target(path)
         free = shutil.disk_usage(path.parent).free
         if len(head) + total > free:
             raise GGUFError(
-                f"{path}: needs {(len(head) + total) / 1e9:.1f} GB on disk, and {free / 1e9:.1f} GB are free there"
+                f"{path}: needs {(len(head) + total) / 1e6:,.0f} MB on disk, and {free / 1e6:,.0f} MB are free there; "
+                "make room, or give another place"
             )
-        try:
-            with partial.open("wb") as file:
-                file.write(head)
-                done = 0
-                for info in model_file.tensors.values():
-                    data = model_file.mapped(info.name)
-                    if data is None:
-                        data = np.empty(info.n_bytes, np.uint8)
-                        model_file.read(info.name, data, n_threads, lambda _: None)
-                    file.write(data.data)
-                    file.write(bytes(-info.n_bytes % DEFAULT_ALIGNMENT))
-                    done += info.n_bytes
-                    if progress is not None:
-                        progress(done, total)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to report
-                partial.unlink()
-            raise
+        with whole_file(path) as file:
+            file.write(head)
+            done = 0
+            for info in model_file.tensors.values():
+                data = model_file.mapped(info.name)
+                if data is None:
+                    data = np.empty(info.n_bytes, np.uint8)
+                    model_file.read(info.name, data, n_threads, lambda _: None)
+                file.write(data.data)
+                file.write(bytes(-info.n_bytes % DEFAULT_ALIGNMENT))
+                done += info.n_bytes
+                if progress is not None:
+                    progress(done, total)
     except OSError as error:
         raise GGUFError(f"{path}: cannot be written: {error.strerror or error}") from None
 

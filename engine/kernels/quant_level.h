@@ -3,6 +3,7 @@
 #define ENGINE_QUANT_LEVEL_H
 
 #include "decode.h"
+#include "few.h"
 #include "formats/float32.h"
 #include "formats/iq1.h"
 #include "formats/iq2.h"
@@ -40,6 +41,21 @@ enum { TILE_MIN_TOKENS = 4 }; // where tiles begin to pay
 
 #if defined(__AVX2__)
 enum { HAS_VECTORS = 1 };
+
+// The best way for a number of tokens; all give the same bits.
+ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
+#if defined(__AVX512VNNI__)
+    if (f.block_size == 256 && n_x >= FEW_MIN_TOKENS && n_x <= FEW_TOKENS) {
+        matmul_few(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
+        return;
+    }
+#endif
+    if (n_x < TILE_MIN_TOKENS)
+        matmul_decode(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
+    else
+        matmul_tiles(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
+}
+
 #define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D)                 \
     enum { is_fast_##NAME = 1 };                                                                                       \
     INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
@@ -56,10 +72,7 @@ enum { HAS_VECTORS = 1 };
                                  SCALES,                                                                               \
                                  D,                                                                                    \
                                  MIN_D};                                                                               \
-        if (n_x < TILE_MIN_TOKENS)                                                                                     \
-            matmul_decode(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                 \
-        else                                                                                                           \
-            matmul_tiles(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                  \
+        matmul_vectors(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                    \
     }
 #else
 enum { HAS_VECTORS = 0 };

@@ -19,15 +19,10 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack t
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    return keys.model(tensors, _read_attention(keys, tensors), _read_mixture(keys, tensors))
+    return keys.model(tensors, _read_attention(keys), _read_mixture(keys, tensors))
 
 
-def _read_attention(keys: Keys, tensors: Tensors) -> LatentAttentionSpec:
-    if not keys.has("attention.key_length_mla") or not tensors.has("blk.0.attn_k_b.weight"):
-        raise UnsupportedModelError(
-            f"{keys.file_name}: keeps keys and values in one projection (attn_kv_b), as older files do; this version "
-            "needs attn_k_b and attn_v_b: convert the model again with a current llama.cpp"
-        )
+def _read_attention(keys: Keys) -> LatentAttentionSpec:
     rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
     if head_dim <= rope_dim:
         raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")

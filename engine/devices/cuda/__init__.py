@@ -2,5 +2,6 @@
 
 from engine.devices.cuda.device import CUDADevice, CUDAProgram
 from engine.devices.cuda.driver import probe
+from engine.devices.cuda.survey import survey
 
-__all__ = ["CUDADevice", "CUDAProgram", "probe"]
+__all__ = ["CUDADevice", "CUDAProgram", "probe", "survey"]

@@ -33,7 +33,7 @@ from engine.quants import install_grids
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
-_MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
+MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
 _SIZES = (
     1,
     tiles.MIN_TOKENS - 1,
@@ -108,7 +108,7 @@ class CUDADevice:
 
     def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
         """Plan the memory, with as many expert slots as asked for or as fit."""
-        allowed = self.context.free_bytes() - _MARGIN_BYTES
+        allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
         bare = self._bare(graph, weights, limits)

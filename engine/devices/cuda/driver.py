@@ -46,7 +46,7 @@ def bindings() -> ModuleType:
         from cuda.bindings import driver  # noqa: PLC0415
     except ImportError as error:
         raise DeviceError(
-            f"the package cuda-python cannot be imported ({error}); pip install 'hot-experts[gpu]'"
+            f"the package cuda-python cannot be imported ({error}); pip install 'cuda-python>=12.9.4,<13'"
         ) from None
     return driver  # type: ignore[no-any-return]
 
@@ -60,6 +60,10 @@ def call(name: str, *args: Any) -> Any:
     try:
         code, *results = getattr(driver, name)(*args)
     except RuntimeError as error:  # libcuda.so.1 is not there, or lacks the function
+        if type(error).__name__ == "DynamicLibNotFoundError":
+            raise DeviceError(
+                "no NVIDIA driver is installed (libcuda.so.1 was not found); install driver 525 or newer"
+            ) from None
         raise DeviceError(f"the NVIDIA driver cannot be used ({error}); install driver 525 or newer") from None
     if code != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(code)

@@ -137,7 +137,7 @@ def _load_nvrtc() -> ModuleType:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the package, or the library behind it
         raise DeviceError(
-            f"NVIDIA's run-time compiler cannot be loaded ({_first_line(error)}); pip install 'hot-experts[gpu]'"
+            f"NVIDIA's run-time compiler cannot be loaded ({_first_line(error)}); pip install nvidia-cuda-nvrtc-cu12"
         ) from None
     return nvrtc  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""The engine as a whole: opens a model file on a device and answers prompts. The only module that knows every part."""
+"""The engine as a whole: opens a model file on a device and answers prompts. It knows every part."""
 
 from __future__ import annotations
 
@@ -8,31 +8,25 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeGuard, overload
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from engine import _kernels, machine
-from engine.config import EngineConfig, EngineSettings, SamplingParams
+from engine.config import EngineConfig, MoESettings, SamplingParams
 from engine.data import tiny_model_path
-from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, CUDAProgram
-from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
-from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, SavingProgram
-from engine.devices.placement import Wish
+from engine.devices.footprint import measure
+from engine.devices.graph import ProfiledProgram, Program, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
-from engine.devices.timing import Bandwidths, Machine, StepTime, Traffic
-from engine.devices.traffic import WeightTraffic, count_weights
+from engine.devices.traffic import count_weights
 from engine.errors import ConfigError, DeviceError, EngineError, RequestError
 from engine.experts.caching import ExpertCaching
-from engine.experts.hot_cache import CacheStatistics
-from engine.experts.routing_process import RoutingProcess
+from engine.files import check_target
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.leases import Lease, SlotTable
@@ -40,84 +34,20 @@ from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
 from engine.generate.session_file import SavedSession, load_session, save_session
 from engine.gguf import ModelFile, WeightMemory, open_model_file
-from engine.gguf.weights import available_memory
 from engine.model_spec import ModelSpec
 from engine.models import load_model
+from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
+from engine.runtime.placing import OpenProgress, check_memory, limits_of, open_device, resolve
+from engine.runtime.session import Session
+from engine.runtime.statistics import EngineStatistics
 from engine.tokenizer import ChatTemplate, Tokenizer
 
 _log = logging.getLogger("engine")
 
-Level = Literal["scalar", "avx2", "avx512"]
-DEFAULT_CONTEXT = 8192  # tokens, for models trained for more
-
-Messages = Sequence[Mapping[str, object]]
-Prompt = str | Sequence[int] | Messages
-OpenProgress = Callable[[str, int, int], None]  # what is being done, done so far, in all
-StepProgress = Callable[[int, int], None]  # tokens done, tokens in all
+Borrow = Callable[[Sequence[int]], Lease]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """What an engine is and what it has done since it was opened.
-
-    Attributes:
-        model: its name and architecture, for people.
-        device: where it runs, for people.
-        weights: bytes of weights, and how many of them a token reads.
-        file_bytes: all tensors that are used, in the file's form.
-        state_bytes: keys, values and recurrent states of all sequences.
-        scratch_bytes: intermediate results.
-        device_bytes: memory of the GPU in use; 0 without one.
-        cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
-        cache: what it did; None if there is none.
-        time_spent: where the time of all steps went, if the device knows.
-        traffic: what they moved, if the device knows.
-        bandwidths: what bounds them, if the device knows.
-        has_virtual_clock: all seconds are those of a virtual clock.
-        n_requests: answers begun.
-        n_prompt_tokens: prompt tokens that were run.
-        n_reused_tokens: prompt tokens that were held already.
-        n_decode_tokens: tokens made after the first of each answer.
-        prompt_s, decode_s: seconds those took.
-    """
-
-    model: str
-    device: str
-    weights: WeightTraffic
-    file_bytes: int
-    state_bytes: int
-    scratch_bytes: int
-    device_bytes: int = 0
-    cache_line: str = ""
-    cache: CacheStatistics | None = None
-    time_spent: StepTime | None = None
-    traffic: Traffic | None = None
-    bandwidths: Bandwidths | None = None
-    has_virtual_clock: bool = False
-    n_requests: int = 0
-    n_prompt_tokens: int = 0
-    n_reused_tokens: int = 0
-    n_decode_tokens: int = 0
-    prompt_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def prompt_tok_s(self) -> float:
-        """Return prompt tokens a second, 0 before the first."""
-        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Return generated tokens a second, 0 before the first."""
-        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
-
-    @property
-    def ram_bytes(self) -> int:
-        """Return the bytes of weights, states and intermediate results together."""
-        return self.file_bytes + self.state_bytes + self.scratch_bytes
-
-
-class Engine:
+class Engine(Answering):
     """A model on a device, ready to answer. A context manager; close it to free its memory.
 
     Any thread may call any method, but an iterator that one returned belongs to one thread at a time. Answers that are
@@ -133,6 +63,7 @@ class Engine:
     def __init__(self, model_file: ModelFile, config: EngineConfig, progress: OpenProgress | None = None) -> None:
         """Open a model file that is open already; the engine closes it. `Engine.open` is the usual way."""
         self._file = model_file
+        _check_outputs(config.moe)
         model = load_model(model_file)
         self.spec: ModelSpec = model.spec
         self._tensor_names = model.tensor_names
@@ -140,15 +71,10 @@ class Engine:
         self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
         self._device, reason = open_device(self.config, progress)
         settings = self.config.engine
-        self._limits = Limits(
-            settings.max_batch_tokens,
-            settings.n_sequences,
-            settings.context_length,
-            KVType[settings.kv_type.upper()],
-        )
+        self._limits = limits_of(settings)
         try:
             if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
-                _check_memory(measure(model.graph, self._limits), settings)
+                check_memory(measure(model.graph, self._limits), settings)
             self._weights = WeightMemory.load(
                 model_file,
                 model.tensor_names,
@@ -269,73 +195,45 @@ class Engine:
             return ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
         try:
             source = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"model.chat_template is {path!r}, which cannot be read: {error}") from None
+        except OSError as error:
+            raise ConfigError(
+                f"model.chat_template is {path!r}, which cannot be read: {error.strerror or error}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"model.chat_template is {path!r}, which is not UTF-8 text (byte {error.start})"
+            ) from None
         return ChatTemplate(source, self.tokenizer)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        progress: StepProgress | None = None,
-    ) -> Completion: ...
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        progress: StepProgress | None = None,
-    ) -> Generator[Chunk, None, None]: ...
+    def _complete(self, prompt: Prompt, params: SamplingParams | None, progress: StepProgress | None) -> Completion:
+        return self._complete_in(self._slots.borrow, prompt, params, progress)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        progress: StepProgress | None = None,
-    ) -> Completion | Generator[Chunk, None, None]:
-        """Answer a prompt.
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams | None, progress: StepProgress | None
+    ) -> Generator[Chunk, None, None]:
+        return self._stream_in(self._slots.borrow, prompt, params, progress)
 
-        Args:
-            prompt: a text to continue, chat messages such as `[{"role": "user", "content": "Hello"}]`, or token ids.
-            params: how tokens are chosen; None for the [sampling] settings.
-            stream: return an iterator of pieces instead of the whole answer. Close it to stop early.
-            progress: called with (tokens done, tokens in all) while the prompt is run, in the thread that runs a step.
-
-        Raises:
-            RequestError: for an empty prompt, or one that leaves no room in the context.
-            TokenizerError: for messages, if the model has no chat template or it refuses them.
-
-        >>> from engine import Engine, SamplingParams
-        >>> with Engine.open() as engine:
-        ...     answer = engine.generate("def main():", SamplingParams(max_tokens=6, ignore_eos=True))
-        ...     answer.finish_reason, answer.usage.n_prompt_tokens, len(answer.token_ids)
-        ('length', 4, 6)
-        """
-        return self._generate(prompt, params, self._slots.borrow, stream=stream, progress=progress)
-
-    def _generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        borrow: Callable[[Sequence[int]], Lease],
-        *,
-        stream: bool,
-        progress: StepProgress | None,
-    ) -> Completion | Generator[Chunk, None, None]:
+    def _complete_in(
+        self, borrow: Borrow, prompt: Prompt, params: SamplingParams | None, progress: StepProgress | None
+    ) -> Completion:
+        """Return the answer, made in the place that `borrow` gives for its prompt."""
         sequence = self._new_text(prompt, params)
-        if stream:
-            return self._chunks(sequence, borrow, progress)
         lease = borrow(sequence.prompt_ids)
         return self._scheduler.complete(self._begin(sequence, lease, is_streamed=False, progress=progress))
+
+    def _stream_in(
+        self, borrow: Borrow, prompt: Prompt, params: SamplingParams | None, progress: StepProgress | None
+    ) -> Generator[Chunk, None, None]:
+        """Check the request now; borrow at the first `next`, so that an iterator which nobody reads holds no place."""
+        sequence = self._new_text(prompt, params)
+
+        def chunks() -> Generator[Chunk, None, None]:
+            lease = borrow(sequence.prompt_ids)
+            yield from self._scheduler.stream(self._begin(sequence, lease, is_streamed=True, progress=progress))
+
+        return chunks()
 
     def generate_many(
         self,
@@ -428,13 +326,6 @@ class Engine:
             lease.close()
             raise
         return answer
-
-    def _chunks(
-        self, sequence: TextSequence, borrow: Callable[[Sequence[int]], Lease], progress: StepProgress | None
-    ) -> Generator[Chunk, None, None]:
-        """Borrow a slot at the first `next`, so that an iterator which nobody reads holds none."""
-        lease = borrow(sequence.prompt_ids)
-        yield from self._scheduler.stream(self._begin(sequence, lease, is_streamed=True, progress=progress))
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -551,204 +442,23 @@ class Engine:
     def _first_line(self, device_reason: str) -> str:
         """Say what is used and why, in one line."""
         s, settings, moe = self._statistics, self.config.engine, self.spec.moe
+        experts = f"{moe.n_experts_used} of {moe.n_experts} experts a token" if moe.n_experts else "dense, no experts"
         return (
-            f"{s.model}: {self.spec.n_layers} layers, {moe.n_experts_used} of {moe.n_experts} experts a token, "
+            f"{s.model}: {self.spec.n_layers} layers, {experts}, "
             f"{s.file_bytes / 2**20:,.1f} MiB of weights ({self.config.model.load}); {s.device} ({device_reason}); "
             f"context {settings.context_length} x {settings.n_sequences}, {settings.kv_type} keys and values, "
             f"{s.state_bytes / 2**20:,.1f} MiB; {self._caching.describe()}"
         )
 
 
-class Session:
-    """A sequence of one's own: what it holds stays until it is closed, and can be saved. A context manager.
-
-    Use it from one thread at a time. What was run is reused where that is exact: for models with recurrent layers if
-    a prompt continues all that the session holds, else from the first token that differs.
-
-    >>> from engine import Engine, SamplingParams
-    >>> with Engine.open() as engine, engine.new_session() as session:
-    ...     first = session.generate("def main():", SamplingParams(max_tokens=8, ignore_eos=True))
-    ...     more = session.generate([*session.token_ids, *engine.tokenize(" # and")])
-    ...     more.usage.n_reused_tokens
-    11
-    """
-
-    def __init__(self, engine: Engine, lease: Lease) -> None:
-        """Take over a lease; `Engine.new_session` and `Engine.load_session` make sessions."""
-        self._engine = engine
-        self._lease = lease
-
-    @property
-    def n_tokens(self) -> int:
-        """Return the tokens run so far."""
-        return self._lease.n_held
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Return the tokens run so far; the last one of an answer never is."""
-        return self._lease.token_ids
-
-    def run(self, token_ids: Sequence[int], outputs: Outputs = "last") -> npt.NDArray[np.float32]:
-        """Append tokens; return the logits of all of them, of the last one, or of none, float32 [n, n_vocab].
-
-        Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is full.
-        """
-        return self._engine._append(self._lease, token_ids, outputs)
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        progress: StepProgress | None = None,
-    ) -> Completion: ...
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        progress: StepProgress | None = None,
-    ) -> Generator[Chunk, None, None]: ...
-
-    def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        progress: StepProgress | None = None,
-    ) -> Completion | Generator[Chunk, None, None]:
-        """Answer a whole prompt, as `Engine.generate` does, in this session's place.
-
-        The session then holds prompt and answer, but for the answer's last token.
-        """
-        return self._engine._generate(prompt, params, self._lease.lend, stream=stream, progress=progress)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the session to a file, from which `Engine.load_session` goes on with the same bits.
-
-        Raises `RequestError` if it cannot be written, `DeviceError` if the device cannot take states out.
-        """
-        self._engine._save(self._lease, path)
-
-    def close(self) -> None:
-        """Give the place back."""
-        self._lease.close()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
-def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
-    """Return the settings with everything that was left to us replaced by what is used for this model and machine."""
-    settings = config.engine
-    context_length = settings.context_length or min(spec.context_length, DEFAULT_CONTEXT)
-    if context_length > spec.context_length:
-        _log.warning(
-            "context_length %d is more than the %d tokens the model was trained for; text beyond that will be poor",
-            context_length,
-            spec.context_length,
-        )
-    if settings.kv_type == "q8_0" and spec.attention.head_dim % 32:
-        raise ConfigError(
-            f"engine.kv_type is 'q8_0', which needs heads of a multiple of 32 values; this model's have "
-            f'{spec.attention.head_dim}; set kv_type = "f16"'
-        )
-    return replace(
-        config,
-        engine=replace(
-            settings,
-            n_threads=settings.n_threads or machine.n_physical_cores(),
-            isa=_capped_level(settings.isa),
-            context_length=context_length,
-            max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
-        ),
-    )
-
-
-def _check_memory(footprint: Footprint, settings: EngineSettings) -> None:
-    """Raise `DeviceError` if what must be in RAM beside the weights does not fit what is free."""
-    needed, available = footprint.state_bytes + footprint.scratch_bytes, available_memory()
-    if available is None or needed <= available:
-        return
-    raise DeviceError(
-        f"keys, values and states of {settings.n_sequences} x {settings.context_length} tokens, and intermediate "
-        f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and "
-        f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, "
-        "or set kv_type = 'q8_0'"
-    )
-
-
-def _capped_level(cap: Level | Literal[""]) -> Level:
-    """Return the best instruction-set level of this CPU that does not exceed `cap`."""
-    order: tuple[Level, ...] = ("scalar", "avx2", "avx512")
-    allowed = order[: order.index(cap) + 1] if cap else order
-    return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
-
-
-def open_device(config: EngineConfig, progress: OpenProgress | None = None) -> tuple[Device, str]:
-    """Open the device that the settings ask for; return it and why it is this one. Raises `DeviceError`."""
-    settings, reason = config.engine, "as set"
-    if settings.device == "emulated":
-        return _emulated_device(config), reason
-    if settings.device == "cuda":
-        try:
-            return _cuda_device(config, progress), reason
-        except DeviceError as error:
-            raise DeviceError(f"engine.device is 'cuda', but {error}") from None
-    if settings.device == "auto":
-        try:
-            return _cuda_device(config, progress), "found"
-        except DeviceError as error:
-            reason = f"no GPU is used: {error}"
-    for key, wish in (("moe.hot_k", config.moe.hot_k), ("moe.n_cpu_moe", config.moe.n_cpu_moe + 1)):
-        if wish not in {0, "auto"}:
-            _log.warning("%s has no effect: there is no GPU in use", key)
-    return CPUDevice(settings.n_threads, settings.isa), reason
-
-
-def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADevice:
-    settings = config.engine
-    return CUDADevice(
-        wish=_memory_wish(config),
-        vram_budget=settings.vram_budget_bytes,
-        n_threads=settings.n_threads,
-        isa=settings.isa or None,
-        prompt_tokens=settings.max_prompt_tokens,
-        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
-        progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
-    )
-
-
-def _emulated_device(config: EngineConfig) -> EmulatedDevice:
-    played, settings = config.emulated, config.engine
-
-    def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
-        return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
-
-    speeds = Bandwidths(played.ram_bandwidth * 1e9, played.pcie_bandwidth * 1e9, played.vram_bandwidth * 1e9)
-    return EmulatedDevice(
-        Machine(speeds, played.vram_bytes, played.handshake_us * 1e-6, played.layer_us * 1e-6),
-        wish=_memory_wish(config),
-        vram_budget=settings.vram_budget_bytes,
-        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
-        n_threads=settings.n_threads,
-        isa=settings.isa or None,
-        behaviour=Behaviour(played.seed, played.adversarial),
-        make_routing=make_up if played.routing == "made-up" else None,
-    )
-
-
-def _memory_wish(config: EngineConfig) -> Wish:
-    hot_k, n_cpu_moe = config.moe.hot_k, config.moe.n_cpu_moe
-    return Wish(None if hot_k == "auto" else hot_k, None if n_cpu_moe < 0 else n_cpu_moe)
+def _check_outputs(moe: MoESettings) -> None:
+    """Raise `ConfigError` if what is written when the engine is closed cannot be, as far as can be told now."""
+    try:
+        for path in filter(None, (moe.profile, moe.record_trace)):
+            check_target(Path(path))
+    except OSError as error:
+        key = "profile" if error.filename == moe.profile else "record_trace"
+        raise ConfigError(f"moe.{key} is {error.filename!r}, which cannot be written: {error.strerror}") from None
 
 
 def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:

@@ -1,0 +1,23 @@
+"""The composition root: opens a model on a device and answers prompts. The only package that knows every part.
+
+`placing` chooses and opens the device, `engine` runs what is asked, `session` keeps a sequence between answers.
+"""
+
+from engine.runtime.answering import Messages, Prompt
+from engine.runtime.engine import Engine
+from engine.runtime.placing import limits_of, memory_wish, open_device, resolve, survey_machine
+from engine.runtime.session import Session
+from engine.runtime.statistics import EngineStatistics
+
+__all__ = [
+    "Engine",
+    "EngineStatistics",
+    "Messages",
+    "Prompt",
+    "Session",
+    "limits_of",
+    "memory_wish",
+    "open_device",
+    "resolve",
+    "survey_machine",
+]

@@ -1,0 +1,176 @@
+"""Chooses and opens the device that the settings ask for, with everything that was left to us made definite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from engine import _kernels, machine
+from engine.config import EngineConfig, EngineSettings
+from engine.devices.cpu import CPUDevice
+from engine.devices.cuda import CUDADevice, survey
+from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
+from engine.devices.footprint import Footprint
+from engine.devices.graph import Device, KVType, Limits
+from engine.devices.placement import Wish
+from engine.devices.timing import Bandwidths, Machine
+from engine.errors import ConfigError, DeviceError
+from engine.experts.routing_process import RoutingProcess
+from engine.gguf import available_memory
+from engine.model_spec import ModelSpec
+
+_log = logging.getLogger("engine")
+
+Level = Literal["scalar", "avx2", "avx512"]
+OpenProgress = Callable[[str, int, int], None]  # what is being done, done so far, in all
+DEFAULT_CONTEXT = 8192  # tokens, for models trained for more
+
+
+def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
+    """Return the settings with everything that was left to us replaced by what is used for this model and machine."""
+    settings = config.engine
+    context_length = settings.context_length or min(spec.context_length, DEFAULT_CONTEXT)
+    if context_length > spec.context_length:
+        _log.warning(
+            "context_length %d is more than the %d tokens the model was trained for; text beyond that will be poor",
+            context_length,
+            spec.context_length,
+        )
+    if settings.kv_type == "q8_0" and spec.attention.head_dim % 32:
+        raise ConfigError(
+            f"engine.kv_type is 'q8_0', which needs heads of a multiple of 32 values; this model's have "
+            f'{spec.attention.head_dim}; set kv_type = "f16"'
+        )
+    return replace(
+        config,
+        engine=replace(
+            settings,
+            n_threads=settings.n_threads or machine.n_physical_cores(),
+            isa=_capped_level(settings.isa),
+            context_length=context_length,
+            max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
+        ),
+    )
+
+
+def limits_of(settings: EngineSettings) -> Limits:
+    """Return the limits of a program with settings that are resolved."""
+    return Limits(
+        settings.max_batch_tokens, settings.n_sequences, settings.context_length, KVType[settings.kv_type.upper()]
+    )
+
+
+def check_memory(footprint: Footprint, settings: EngineSettings) -> None:
+    """Raise `DeviceError` if what must be in RAM beside the weights does not fit what is free."""
+    needed, available = footprint.state_bytes + footprint.scratch_bytes, available_memory()
+    if available is None or needed <= available:
+        return
+    raise DeviceError(
+        f"keys, values and states of {settings.n_sequences} x {settings.context_length} tokens, and intermediate "
+        f"results of {settings.max_batch_tokens} tokens, need {needed / 1e9:.1f} GB of RAM, and "
+        f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, "
+        "or set kv_type = 'q8_0'"
+    )
+
+
+def _capped_level(cap: Level | Literal[""]) -> Level:
+    """Return the best instruction-set level of this CPU that does not exceed `cap`."""
+    order: tuple[Level, ...] = ("scalar", "avx2", "avx512")
+    allowed = order[: order.index(cap) + 1] if cap else order
+    return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
+
+
+def open_device(config: EngineConfig, progress: OpenProgress | None = None) -> tuple[Device, str]:
+    """Open the device that the settings ask for; return it and why it is this one. Raises `DeviceError`."""
+    settings, reason = config.engine, "as set"
+    if settings.device == "emulated":
+        return _emulated_device(config), reason
+    if settings.device == "cuda":
+        try:
+            return _cuda_device(config, progress), reason
+        except DeviceError as error:
+            raise DeviceError(f"engine.device is 'cuda', but {error}") from None
+    if settings.device == "auto":
+        try:
+            return _cuda_device(config, progress), "found"
+        except DeviceError as error:
+            reason = f"no GPU is used: {error}"
+    wishes = {
+        "moe.hot_k": config.moe.hot_k not in {0, "auto"},
+        "moe.n_cpu_moe": config.moe.n_cpu_moe >= 0,
+        "engine.vram_budget": bool(settings.vram_budget),
+    }
+    for key, is_set in wishes.items():
+        if is_set:
+            _log.warning("%s has no effect: there is no GPU in use", key)
+    return CPUDevice(settings.n_threads, settings.isa), reason
+
+
+def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADevice:
+    settings = config.engine
+    return CUDADevice(
+        wish=memory_wish(config),
+        vram_budget=settings.vram_budget_bytes,
+        n_threads=settings.n_threads,
+        isa=settings.isa or None,
+        prompt_tokens=settings.max_prompt_tokens,
+        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
+        progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
+    )
+
+
+def survey_machine(config: EngineConfig) -> tuple[str, Machine | None]:
+    """Look at the GPU that the settings would use, without loading anything onto it.
+
+    Returns what it is, for people, and what the machine can do with it; or why none is used, and None. The machine's
+    `vram_bytes` are those that may be used; speeds are measured, but for an emulated GPU, which has those of its
+    settings.
+
+    Raises `DeviceError` if the settings ask for a GPU that is not there.
+    """
+    settings = config.engine
+    if settings.device == "cpu":
+        return 'engine.device is "cpu"', None
+    if settings.device == "emulated":
+        name, found = "emulated, with the speeds of the settings", _emulated_machine(config)
+    else:
+        try:
+            name, found = survey(settings.n_threads)
+        except DeviceError as error:
+            if settings.device == "cuda":
+                raise DeviceError(f"engine.device is 'cuda', but {error}") from None
+            return str(error), None
+    budget = settings.vram_budget_bytes
+    return name, found if budget is None else replace(found, vram_bytes=min(found.vram_bytes, budget))
+
+
+def _emulated_machine(config: EngineConfig) -> Machine:
+    played = config.emulated
+    speeds = Bandwidths(played.ram_bandwidth * 1e9, played.pcie_bandwidth * 1e9, played.vram_bandwidth * 1e9)
+    return Machine(speeds, played.vram_bytes, played.handshake_us * 1e-6, played.layer_us * 1e-6)
+
+
+def _emulated_device(config: EngineConfig) -> EmulatedDevice:
+    played, settings = config.emulated, config.engine
+
+    def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
+        return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
+
+    return EmulatedDevice(
+        _emulated_machine(config),
+        wish=memory_wish(config),
+        vram_budget=settings.vram_budget_bytes,
+        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
+        n_threads=settings.n_threads,
+        isa=settings.isa or None,
+        behaviour=Behaviour(played.seed, played.adversarial),
+        make_routing=make_up if played.routing == "made-up" else None,
+    )
+
+
+def memory_wish(config: EngineConfig) -> Wish:
+    """Return how the settings want the memory of a GPU used."""
+    hot_k, n_cpu_moe = config.moe.hot_k, config.moe.n_cpu_moe
+    return Wish(None if hot_k == "auto" else hot_k, None if n_cpu_moe < 0 else n_cpu_moe)

@@ -1,0 +1,70 @@
+"""What an engine is and what it has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.devices.timing import Bandwidths, StepTime, Traffic
+from engine.devices.traffic import WeightTraffic
+from engine.experts.hot_cache import CacheStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """What an engine is and what it has done since it was opened.
+
+    Attributes:
+        model: its name and architecture, for people.
+        device: where it runs, for people.
+        weights: bytes of weights, and how many of them a token reads.
+        file_bytes: all tensors that are used, in the file's form.
+        state_bytes: keys, values and recurrent states of all sequences.
+        scratch_bytes: intermediate results.
+        device_bytes: memory of the GPU in use; 0 without one.
+        cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
+        cache: what it did; None if there is none.
+        time_spent: where the time of all steps went, if the device knows.
+        traffic: what they moved, if the device knows.
+        bandwidths: what bounds them, if the device knows.
+        has_virtual_clock: all seconds are those of a virtual clock.
+        n_requests: answers begun.
+        n_prompt_tokens: prompt tokens that were run.
+        n_reused_tokens: prompt tokens that were held already.
+        n_decode_tokens: tokens made after the first of each answer.
+        prompt_s, decode_s: seconds those took.
+    """
+
+    model: str
+    device: str
+    weights: WeightTraffic
+    file_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+    device_bytes: int = 0
+    cache_line: str = ""
+    cache: CacheStatistics | None = None
+    time_spent: StepTime | None = None
+    traffic: Traffic | None = None
+    bandwidths: Bandwidths | None = None
+    has_virtual_clock: bool = False
+    n_requests: int = 0
+    n_prompt_tokens: int = 0
+    n_reused_tokens: int = 0
+    n_decode_tokens: int = 0
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Return prompt tokens a second, 0 before the first."""
+        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Return generated tokens a second, 0 before the first."""
+        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def ram_bytes(self) -> int:
+        """Return the bytes of weights, states and intermediate results together."""
+        return self.file_bytes + self.state_bytes + self.scratch_bytes
