@@ -91,13 +91,13 @@ class MoESettings(Table):
             look at every token and are held back by `swap_budget`.
         hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache: the experts they choose
             that are not in it are streamed through the GPU.
-        policy: who decides which experts are kept: "adaptive" (forgetting counts, twin layers, a budget for swaps),
+        policy: who decides which experts are kept: "adaptive" (a forecast that is learned, and a budget for swaps),
             "decayed" (forgetting counts), "window_topk" (counts over the last tokens), "lru", "lfru", or "static".
         swap_budget: share of a token's time that copying experts to the GPU may take.
         n_cpu_moe: layers, from the first, whose experts stay on the CPU while all others go to the GPU whole; the
             classical way, for comparison. -1 = not used.
-        prompt_seeds_heat: whether the routing of batches that bypass the cache counts when experts are chosen to stay
-            (the first one always fills the empty slots).
+        prompt_seeds_heat: whether the end of batches that bypass the cache counts when experts are chosen to stay (the
+            first one always fills the empty slots).
         profile: file with the counts of earlier runs, which the cache starts from; made if it is not there, and
             brought up to date at the end; "" = none.
         record_trace: write the routing of every token to this file at the end, for `python -m engine.bench --replay`;
@@ -112,7 +112,7 @@ class MoESettings(Table):
     policy: Literal["adaptive", "decayed", "window_topk", "lru", "lfru", "static"] = "adaptive"
     swap_budget: float = setting(0.2, low=0.0, high=1.0)
     n_cpu_moe: int = setting(-1, low=-1, high=1 << 16)
-    prompt_seeds_heat: bool = False
+    prompt_seeds_heat: bool = True
     profile: str = ""
     record_trace: str = ""
 
