@@ -16,7 +16,6 @@ from engine.experts.swapper import Swapper
 from engine.experts.swaps import NO_SWAPS, Swaps, hottest
 from engine.experts.tracker import Heat, count_choices
 
-
 PROMPT_TAIL = 256  # tokens of a prompt that count as heat: what was before is forgotten by most counts
 
 
@@ -83,7 +82,7 @@ class HotCache:
             policy: fresh, or with heat from a profile.
             budget: of bytes a token.
             bypass_n_tokens: steps of this many tokens or more stream their experts past the cache.
-            prompt_seeds_heat: whether the last tokens of such steps count as heat; the first step fills the slots anyway.
+            prompt_seeds_heat: whether the last tokens of such steps count as heat; the first fills the slots anyway.
             max_in_flight: swaps under way at most.
         """
         self._device, self.table, self.policy, self._budget = device, table, policy, budget
