@@ -50,6 +50,8 @@ class EngineSettings(Table):
         context_length: tokens in a sequence at most; 0 = what the model was trained for, up to 8192.
         max_batch_tokens: tokens of a prompt that are run together.
         n_sequences: sequences whose keys, values and states are kept at the same time.
+        n_snapshots: copies of the states of recurrent layers that are kept, of all sequences together, at the ends of
+            messages, so that a chat which goes on a little differently need not be run again; 0 = none.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
     """
@@ -62,6 +64,7 @@ class EngineSettings(Table):
     context_length: int = setting(0, low=0, high=1 << 24)
     max_batch_tokens: int = setting(512, low=1, high=1 << 16)
     n_sequences: int = setting(1, low=1, high=1024)
+    n_snapshots: int = setting(4, low=0, high=1 << 16)
     kv_type: Literal["f32", "f16", "q8_0"] = "f16"
     vram_budget: str = ""
 

@@ -24,7 +24,7 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
 from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, SavingProgram
+from engine.devices.graph import Device, KVType, Limits, ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.placement import Wish
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
 from engine.devices.timing import Bandwidths, Machine, StepTime, Traffic
@@ -39,6 +39,7 @@ from engine.generate.leases import Lease, SlotTable
 from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
 from engine.generate.session_file import SavedSession, load_session, save_session
+from engine.generate.snapshots import Snapshots
 from engine.gguf import ModelFile, WeightMemory, open_model_file
 from engine.gguf.weights import available_memory
 from engine.model_spec import ModelSpec
@@ -67,6 +68,7 @@ class EngineStatistics:
         file_bytes: all tensors that are used, in the file's form.
         state_bytes: keys, values and recurrent states of all sequences.
         scratch_bytes: intermediate results.
+        snapshot_bytes: copies of recurrent states, from which sequences can be taken up again.
         device_bytes: memory of the GPU in use; 0 without one.
         cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
         cache: what it did; None if there is none.
@@ -87,6 +89,7 @@ class EngineStatistics:
     file_bytes: int
     state_bytes: int
     scratch_bytes: int
+    snapshot_bytes: int = 0
     device_bytes: int = 0
     cache_line: str = ""
     cache: CacheStatistics | None = None
@@ -113,8 +116,8 @@ class EngineStatistics:
 
     @property
     def ram_bytes(self) -> int:
-        """Return the bytes of weights, states and intermediate results together."""
-        return self.file_bytes + self.state_bytes + self.scratch_bytes
+        """Return the bytes of weights, states, their copies and intermediate results together."""
+        return self.file_bytes + self.state_bytes + self.scratch_bytes + self.snapshot_bytes
 
 
 class Engine:
@@ -170,7 +173,11 @@ class Engine:
             self._weights.close()
             raise
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
-        self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
+        is_recurrent = any(self.spec.recurrent_layers)
+        self._snapshots: Snapshots | None = None
+        if is_recurrent and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
+            self._snapshots = Snapshots(self._program, self._turn, settings.n_snapshots)
+        self._slots = SlotTable(settings.n_sequences, can_cut_back=not is_recurrent, snapshots=self._snapshots)
         self._scheduler = Scheduler(self._forward, self._turn, self._record)
         self._lock = threading.RLock()
         self._is_open = True
@@ -181,7 +188,7 @@ class Engine:
             sum(model_file.tensors[name].n_bytes for name in model.tensor_names),
             self._program.state_bytes,
             self._program.scratch_bytes,
-            self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,
+            device_bytes=self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,
             bandwidths=self._program.bandwidths if isinstance(self._program, SlotProgram) else None,
             has_virtual_clock=isinstance(self._program, ClockedProgram),
         )
@@ -518,6 +525,7 @@ class Engine:
             metered = self._program if self._is_open and isinstance(self._program, MeteredProgram) else None
             return replace(
                 self._statistics,
+                snapshot_bytes=0 if self._snapshots is None else self._snapshots.n_bytes,
                 cache_line=self._caching.describe(),
                 cache=self._caching.statistics,
                 time_spent=None if metered is None else metered.time_spent,
@@ -560,8 +568,8 @@ class Engine:
 class Session:
     """A sequence of one's own: what it holds stays until it is closed, and can be saved. A context manager.
 
-    Use it from one thread at a time. What was run is reused where that is exact: for models with recurrent layers if
-    a prompt continues all that the session holds, else from the first token that differs.
+    Use it from one thread at a time. What was run is reused where that is exact: up to the first token that differs;
+    with recurrent layers up to the end of what the session holds or of a message before ([engine] n_snapshots).
 
     >>> from engine import Engine, SamplingParams
     >>> with Engine.open() as engine, engine.new_session() as session:
