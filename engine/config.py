@@ -52,6 +52,8 @@ class EngineSettings(Table):
         max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt;
             fewer if its memory is small.
         n_sequences: sequences whose keys, values and states are kept at the same time.
+        n_snapshots: copies of the states of recurrent layers that are kept, of all sequences together, at the ends of
+            messages, so that a chat which goes on a little differently need not be run again; 0 = none.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
     """
@@ -65,6 +67,7 @@ class EngineSettings(Table):
     max_batch_tokens: int = setting(512, low=1, high=1 << 16)
     max_prompt_tokens: int = setting(4096, low=1, high=1 << 16)
     n_sequences: int = setting(1, low=1, high=1024)
+    n_snapshots: int = setting(4, low=0, high=1 << 16)
     kv_type: Literal["f32", "f16", "q8_0"] = "f16"
     vram_budget: str = ""
 
@@ -94,13 +97,13 @@ class MoESettings(Table):
             look at every token and are held back by `swap_budget`.
         hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache: the experts they choose
             that are not in it are streamed through the GPU.
-        policy: who decides which experts are kept: "adaptive" (forgetting counts, twin layers, a budget for swaps),
+        policy: who decides which experts are kept: "adaptive" (a forecast that is learned, and a budget for swaps),
             "decayed" (forgetting counts), "window_topk" (counts over the last tokens), "lru", "lfru", or "static".
         swap_budget: share of a token's time that copying experts to the GPU may take.
         n_cpu_moe: layers, from the first, whose experts stay on the CPU while all others go to the GPU whole; the
             classical way, for comparison. -1 = not used.
-        prompt_seeds_heat: whether the routing of batches that bypass the cache counts when experts are chosen to stay
-            (the first one always fills the empty slots).
+        prompt_seeds_heat: whether the end of batches that bypass the cache counts when experts are chosen to stay (the
+            first one always fills the empty slots).
         profile: file with the counts of earlier runs, which the cache starts from; made if it is not there, and
             brought up to date at the end; "" = none.
         record_trace: write the routing of every token to this file at the end, for `python -m engine.bench --replay`;
@@ -115,7 +118,7 @@ class MoESettings(Table):
     policy: Literal["adaptive", "decayed", "window_topk", "lru", "lfru", "static"] = "adaptive"
     swap_budget: float = setting(0.2, low=0.0, high=1.0)
     n_cpu_moe: int = setting(-1, low=-1, high=1 << 16)
-    prompt_seeds_heat: bool = False
+    prompt_seeds_heat: bool = True
     profile: str = ""
     record_trace: str = ""
 

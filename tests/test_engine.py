@@ -178,6 +178,97 @@ def test_recurrent_layers_reuse_a_conversation_that_goes_on(engine: Engine) -> N
     assert engine.generate(longer[:-1], params).usage.n_reused_tokens == 0  # shorter: a state cannot go back
 
 
+def reused_and_fresh(warm: Engine, cold: Engine, prompt: list[int], params: SamplingParams) -> int:
+    """Answer in both, check that they agree to the bit, and return how much `warm` reused."""
+    reused, fresh = warm.generate(prompt, params), cold.generate(prompt, params)
+    assert fresh.usage.n_reused_tokens == 0
+    assert (reused.token_ids, reused.logprobs) == (fresh.token_ids, fresh.logprobs)
+    cold.logits([0])  # forget
+    return reused.usage.n_reused_tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(device: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=7, logprobs=5, ignore_eos=True)
+    settings = {"device": device, "context_length": 256}
+    with Engine.open(config=config(**settings)) as warm, Engine.open(config=config(n_snapshots=0, **settings)) as cold:
+        (end,) = warm.tokenize("<|im_end|>", parse_special=True)
+        assert end in warm.tokenizer.eog_ids
+        head, first = warm.tokenize("user:"), [*warm.tokenize("import os\n\nand then some more of it"), end]
+        assert reused_and_fresh(warm, cold, [*first, *head], params) == 0
+        assert warm.statistics.snapshot_bytes > 0
+        # The head of the answer is written differently, as when its thinking is left out.
+        second = [*first, *warm.tokenize("x = 1"), end, *warm.tokenize("and what is x?"), end]
+        assert reused_and_fresh(warm, cold, [*second, *head], params) == len(first)
+        # The same once more, and with another question: both times back to the end of a message.
+        assert reused_and_fresh(warm, cold, [*second, *head], params) == len(second)
+        other = [*first, *warm.tokenize("y = 2 * 3"), end]
+        assert reused_and_fresh(warm, cold, [*other, *head], params) == len(first)
+        # What was cut off is gone: the end of `second` cannot be gone back to.
+        assert reused_and_fresh(warm, cold, [*second, *head], params) == len(first)
+        # Without messages: all but the last token.
+        plain = warm.tokenize("def main():\n    return 0")
+        assert reused_and_fresh(warm, cold, plain, params) == 0
+        assert reused_and_fresh(warm, cold, plain, params) == len(plain) - 1
+        assert warm.statistics.snapshot_bytes <= 4 * warm.statistics.state_bytes
+        assert cold.statistics.snapshot_bytes == 0
+
+
+def test_a_session_goes_back_and_is_saved_there(tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=5, ignore_eos=True)
+    with Engine.open(config=config(n_sequences=2)) as engine, engine.new_session() as session:
+        prompt = engine.tokenize("import os\n\ndef read(path):")
+        first = session.generate(prompt, params)
+        again = session.generate(prompt, params, stream=True)
+        next(again)
+        again.close()  # cut back, and stopped after a token
+        assert session.n_tokens == len(prompt)
+        session.save(tmp_path / "there")
+        session.close()
+        with engine.load_session(tmp_path / "there") as loaded:
+            longer = [*prompt, *first.token_ids]
+            assert loaded.generate(longer, params).usage.n_reused_tokens == len(prompt)
+            assert loaded.generate(longer, params).logprobs == engine.generate(longer, params).logprobs
+
+
+def test_a_step_that_is_interrupted_goes_back_to_the_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine.open(config=config()) as engine:
+        prompt = engine.tokenize(PROMPT)
+        expected, run, n_steps = engine.generate(prompt, GREEDY), engine._program.run, 0
+        engine.logits([1, 2])
+
+        def interrupted(*args):
+            nonlocal n_steps
+            result = run(*args)
+            n_steps += 1
+            if n_steps == 5:  # two steps of the prompt, three of the answer
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(engine._program, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompt, GREEDY)
+        monkeypatch.undo()
+        again = engine.generate(prompt, GREEDY)
+        assert again.usage.n_reused_tokens == len(prompt) - 1
+        assert again.token_ids == expected.token_ids
+
+
+def test_without_memory_for_a_snapshot_answers_go_on(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def full(slot: int) -> None:
+        raise MemoryError
+
+    with Engine.open(config=config()) as engine:
+        expected = engine.generate(PROMPT, GREEDY)
+        monkeypatch.setattr(engine._program, "save_states", full)
+        for prompt in ("import re", "class A:", PROMPT):
+            found = engine.generate(prompt, GREEDY)
+        assert found.token_ids == expected.token_ids
+    assert [r.message for r in caplog.records if "n_snapshots" in r.message] == [
+        "no memory for more than 0 copies of recurrent states: set n_snapshots = 0"
+    ]
+
+
 # -- sequences and threads -------------------------------------------------------------------------------------------
 
 
@@ -291,7 +382,7 @@ def test_statistics_add_up(engine: Engine) -> None:
 def test_progress_is_told(engine: Engine) -> None:
     seen: list[tuple[int, int]] = []
     engine.generate([5] * 70, SamplingParams(max_tokens=1), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(32, 70), (64, 70), (70, 70)]
+    assert seen == [(32, 70), (64, 70), (69, 70), (70, 70)]  # the state is remembered before the last token
     loaded: list[tuple[str, int, int]] = []
     with Engine.open(config=config(load="memory"), progress=lambda *step: loaded.append(step)):
         assert loaded[-1][1] == loaded[-1][2] > 10_000_000

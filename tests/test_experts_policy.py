@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.experts.payback import LARGEST, PayBack
+from engine.experts.forecast import FIRST_WEIGHTS, HORIZON, Forecast
 from engine.experts.policy import POLICIES, make_policy
 from engine.experts.swaps import Swaps, hottest
+from engine.experts.tracker import DecayedCounts
 from engine.experts.twins import Twins
 
 N_LAYERS, N_EXPERTS, N_USED = 6, 12, 3
@@ -180,17 +181,73 @@ def test_a_budget_cuts_the_list_where_its_bytes_end() -> None:
     assert [len(swaps.within(sizes, n)) for n in (9, 10, 16, 17, 26, 27)] == [0, 1, 1, 2, 2, 3]
 
 
-def test_the_margin_grows_while_swaps_bring_nothing_and_falls_when_they_pay() -> None:
-    def follow(newcomer_is_chosen: bool, payback: PayBack) -> None:
-        for _ in range(700):
-            payback.follow(Swaps(np.array([0]), np.array([3]), np.array([4]), np.ones(1, np.float32)))
-            payback.observe(np.array([[3 if newcomer_is_chosen else 4, 0], [1, 2]]))
+def forecast_of(tokens: np.ndarray, n_experts: int) -> tuple[Forecast, np.ndarray, np.ndarray]:
+    """Return a forecast that has seen all tokens, what it foretold in the second half, and what came true."""
+    n_tokens, n_layers, _ = tokens.shape
+    forecast, heats = Forecast(n_layers, n_experts), []
+    for token in tokens:
+        forecast.observe(token)
+        heats.append(forecast.heat.copy())
+    came = np.zeros((n_tokens + 1, n_layers, n_experts))
+    for t in range(n_tokens - 1, -1, -1):
+        chosen = np.zeros((n_layers, n_experts))
+        np.put_along_axis(chosen, tokens[t].astype(np.intp), 1.0, axis=1)
+        came[t] = (1.0 - 1.0 / HORIZON) * came[t + 1] + chosen
+    known = slice(n_tokens // 2, n_tokens - 4 * HORIZON)  # the rest of the horizon weighs next to nothing
+    return forecast, np.stack(heats)[known], came[1:][known]
 
-    payback = PayBack(2, 8, wanted=1.25)
-    follow(False, payback)
-    assert payback.scale == LARGEST
-    follow(True, payback)
-    assert payback.scale == 1.0
+
+def bursts(seed: int, n_tokens: int, n_layers: int = 4, n_experts: int = 32, n_used: int = 4) -> np.ndarray:
+    """Favourites that change every 24 tokens: what was chosen long ago says nothing."""
+    rng, parts = np.random.default_rng(seed), []
+    for _ in range(n_tokens // 24):
+        scores = rng.normal(0, 2.0, (n_layers, n_experts)) + rng.gumbel(size=(24, n_layers, n_experts))
+        parts.append(np.argsort(-scores, axis=2)[:, :, :n_used])
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_forecast_learns_how_long_a_choice_means_something(seed: int) -> None:
+    lasting, _, _ = forecast_of(routing(seed, 1200, 4, 32, 4), 32)
+    passing, _, _ = forecast_of(bursts(seed, 1200), 32)
+    slow = slice(3, 5)  # a half-life of 256 tokens, and none
+    assert lasting.weights[slow].sum() > 0.5 > 5 * FIRST_WEIGHTS[slow].sum()
+    assert passing.weights[slow].sum() < 0.15
+    assert passing.weights[:2].sum() > 2 * lasting.weights[:2].sum()
+
+
+@pytest.mark.parametrize("make", [bursts, lambda seed, n: routing(seed, n, 4, 32, 4)])
+def test_a_forecast_foretells_better_than_any_count_and_in_true_numbers(make) -> None:
+    tokens = make(7, 1200)
+    _, foretold, came = forecast_of(tokens, 32)
+    # How often those who were given a lead of one over the average came more often than the average.
+    lead, gain = foretold - foretold.mean(2, keepdims=True), came - came.mean(2, keepdims=True)
+    ahead = lead > 1.0
+    assert gain[ahead].mean() == pytest.approx(lead[ahead].mean(), rel=0.25)
+    for half_life in (4.0, 16.0, 64.0, 1e9):
+        counts, seen = DecayedCounts(4, 32, half_life), []
+        for token in tokens:
+            counts.observe(token)
+            seen.append(counts.heat.copy())
+        heat = np.stack(seen)[600 : 600 + len(came)]
+        of_counts = np.corrcoef((heat - heat.mean(2, keepdims=True)).ravel(), gain.ravel())[0, 1]
+        assert np.corrcoef(lead.ravel(), gain.ravel())[0, 1] > of_counts - 0.005
+
+
+def test_a_forecast_takes_twins_into_account() -> None:
+    """A layer that has seen next to nothing yet is told by its twin who is in demand."""
+    with_twin, alone = Forecast(2, 16), Forecast(2, 16)
+    with_twin.set_twins(np.array([-1, 0]))
+    token = np.array([[3, 4], [65535, 65535]])
+    for _ in range(8):
+        with_twin.observe(token)
+        alone.observe(token)
+    assert alone.heat[1].max() == 0
+    assert np.flatnonzero(with_twin.heat[1]).tolist() == [3, 4]
+    with_twin, alone = Forecast(2, 16), Forecast(2, 16)  # and the earlier one by the later one
+    with_twin.set_twins(np.array([-1, 0]))
+    with_twin.observe(token[::-1])
+    assert np.flatnonzero(with_twin.heat[0]).tolist() == [3, 4]
 
 
 def test_a_model_without_favourites_is_left_in_peace() -> None:

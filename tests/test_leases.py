@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import RequestError
+from engine.errors import DeviceError, RequestError
 from engine.generate.leases import SlotTable
+from engine.generate.snapshots import Snapshots, likely_end
 
 
 class FakeForward:
@@ -103,6 +105,90 @@ def test_another_thread_is_waited_for() -> None:
     lease.close()  # closing twice gives nothing back twice
     thread.join(10)
     assert got.is_set()
+
+
+class FakeStates:
+    """States of a device whose only layer is recurrent: each is the tokens that made it."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.states: list[list[int]] = [[] for _ in range(n_slots)]
+
+    def save_states(self, slot: int) -> np.ndarray:
+        return np.array(self.states[slot], np.uint8)
+
+    def load_states(self, slot: int, saved: np.ndarray) -> None:
+        self.states[slot] = saved.tolist()
+
+    def run(self, slot, token_ids, position, outputs, progress):
+        if position == 0:
+            self.states[slot] = []
+        assert len(self.states[slot]) == position
+        self.states[slot] += token_ids
+        return np.zeros((1, 1), np.float32)
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 6)), max_size=25),
+)
+def test_a_state_is_always_that_of_what_the_slot_holds(
+    max_snapshots: int, n_slots: int, sequences: list[tuple[list[int], int]]
+) -> None:
+    device = FakeStates(n_slots)
+    snapshots = Snapshots(device, nullcontext, max_snapshots)
+    table = SlotTable(n_slots, can_cut_back=False, snapshots=snapshots)
+    for tokens, place in sequences:
+        with table.borrow(tokens) as lease:
+            assert list(lease.token_ids) == tokens[: lease.n_held]
+            assert lease.n_held < len(tokens)
+            if lease.n_held < place < len(tokens):
+                lease.extend(device, tokens[lease.n_held : place])
+                lease.remember()
+            lease.extend(device, tokens[lease.n_held :])
+            assert device.states[lease.slot] == tokens
+        assert len(snapshots._kept) <= max_snapshots
+
+
+def test_the_snapshot_unused_for_longest_makes_room() -> None:
+    device = FakeStates(1)
+    snapshots = Snapshots(device, nullcontext, 2)
+    table = SlotTable(1, can_cut_back=False, snapshots=snapshots)
+    with table.borrow([1, 2, 3, 4]) as lease:
+        for token in (1, 2, 3):
+            lease.extend(device, [token])
+            lease.remember()
+    assert [snapshots.best(0, n) for n in (1, 2, 3, 9)] == [0, 2, 3, 3]
+    assert snapshots.n_bytes == 2 + 3
+    snapshots.restore(0, 2)
+    snapshots.take(0, 9)
+    assert [snapshots.best(0, n) for n in (3, 9)] == [2, 9]
+    snapshots.forget(0, 2)
+    assert snapshots.best(0, 9) == 2
+
+
+def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
+    device = FakeStates(1)
+    table = SlotTable(1, can_cut_back=False, snapshots=Snapshots(device, nullcontext, 2))
+    with table.borrow([1, 2, 3]) as lease:
+        lease.extend(device, [1, 2])
+        lease.remember()
+        lease.extend(device, [3])
+        lent = lease.lend([1, 2, 3, 4])
+        lent.begin()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device, "load_states", lambda slot, saved: (_ for _ in ()).throw(DeviceError("it is gone")))
+            lent.close()
+            assert lease.n_held == 0
+    with table.borrow([1, 2, 3]) as lease:
+        assert lease.n_held == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "end"), [([9, 1, 2], 2), ([1, 9, 2, 3], 2), ([1, 9, 2, 9], 2), ([1, 9, 9, 2, 2], 3), ([1], 0), ([9], 0)]
+)
+def test_where_the_next_prompt_may_leave_this_one(prompt: list[int], end: int) -> None:
+    assert likely_end(prompt, {9}) == end
 
 
 @given(

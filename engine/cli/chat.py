@@ -177,10 +177,12 @@ def load_conversation(path: Path) -> Messages:
 def statistics_text(statistics: EngineStatistics) -> str:
     """Return what an engine has done, for people."""
     s = statistics
+    kept = f", {s.snapshot_bytes / 2**20:,.1f} of them to go back to" if s.snapshot_bytes else ""
     return (
         f"{s.n_requests} answers; prompts {s.n_prompt_tokens} tokens, {s.prompt_tok_s:,.1f} tok/s "
         f"({s.n_reused_tokens} more reused); answers {s.n_decode_tokens} tokens, {s.decode_tok_s:,.1f} tok/s\n"
-        f"{s.device}; {s.ram_bytes / 2**20:,.1f} MiB of weights, states and scratch; {s.cache_line}"
+        f"{s.device}; {s.ram_bytes / 2**20:,.1f} MiB of weights, states and scratch"
+        f"{kept}; {s.cache_line}"
     )
 
 

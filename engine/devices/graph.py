@@ -728,6 +728,19 @@ class SavingProgram(Protocol):
         ...
 
 
+@runtime_checkable
+class RecurrentProgram(Protocol):
+    """A program whose recurrent states can be taken out and put back, without the keys and values beside them."""
+
+    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of the recurrent states of the sequence in a slot, flat."""
+        ...
+
+    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_states` returned for this slot."""
+        ...
+
+
 class Device(Protocol):
     """A place where forward passes run."""
 

@@ -16,6 +16,8 @@ from engine.experts.swapper import Swapper
 from engine.experts.swaps import NO_SWAPS, Swaps, hottest
 from engine.experts.tracker import Heat, count_choices
 
+PROMPT_TAIL = 256  # tokens of a prompt that count as heat: what was before is forgotten by most counts
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
@@ -69,7 +71,7 @@ class HotCache:
         budget: SwapBudget,
         *,
         bypass_n_tokens: int = 32,
-        prompt_seeds_heat: bool = False,
+        prompt_seeds_heat: bool = True,
         max_in_flight: int = 64,
     ) -> None:
         """Start with the slots of `table` free.
@@ -80,7 +82,7 @@ class HotCache:
             policy: fresh, or with heat from a profile.
             budget: of bytes a token.
             bypass_n_tokens: steps of this many tokens or more stream their experts past the cache.
-            prompt_seeds_heat: whether the tokens of such steps count as heat; the first of them fills the slots anyway.
+            prompt_seeds_heat: whether the last tokens of such steps count as heat; the first fills the slots anyway.
             max_in_flight: swaps under way at most.
         """
         self._device, self.table, self.policy, self._budget = device, table, policy, budget
@@ -125,7 +127,7 @@ class HotCache:
             if not self._used:
                 self.fill(counts)
             if self._prompt_seeds_heat:
-                for chosen in tokens:
+                for chosen in tokens[-PROMPT_TAIL:]:
                     self.policy.observe(chosen)
             return
         self._used = True
@@ -231,7 +233,7 @@ class HotCache:
 # Of the adaptive policy on recorded chats with models of 30 to 120 billion parameters (the mean of two, and of made-up
 # routing): share of the experts in slots, hit rate. Small models whose routers were trained for balance get less.
 _SHARES = (0.0, 0.05, 0.10, 0.17, 0.25, 0.35, 0.50, 0.75, 1.0)
-_HIT_RATES = (0.0, 0.36, 0.52, 0.66, 0.77, 0.85, 0.91, 0.96, 1.0)
+_HIT_RATES = (0.0, 0.37, 0.54, 0.67, 0.77, 0.84, 0.90, 0.96, 1.0)
 
 
 def expected_hit_rate(share: float) -> float:

@@ -9,12 +9,13 @@ calls in the same order give the same swaps.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Protocol
 
 import numpy as np
 
 from engine.errors import ConfigError
-from engine.experts.payback import PayBack
+from engine.experts.forecast import HORIZON, Forecast
 from engine.experts.swaps import NO_SWAPS, UNLIMITED, Ids, Resident, Swaps, swap_for_hotter
 from engine.experts.tracker import (
     Chosen,
@@ -24,7 +25,6 @@ from engine.experts.tracker import (
     LastUse,
     Places,
     Tracker,
-    TwoSpeedCounts,
     WindowCounts,
 )
 from engine.experts.twins import Twins
@@ -54,34 +54,41 @@ class Policy(Protocol):
         ...
 
 
-class WindowTopK:
+class _KeepTheHottest:
+    """A tracker, and swaps at every `interval`-th token for what it finds hotter by more than `margin`."""
+
+    def __init__(self, tracker: Tracker, *, interval: int = 1, margin: float = 0.0, max_swaps: int = UNLIMITED) -> None:
+        self._tracker = tracker
+        self._interval, self._margin, self._max_swaps = interval, margin, max_swaps
+        self._calls = 0
+
+    @property
+    def heat(self) -> Heat:
+        """Return the tracker's measure."""
+        return self._tracker.heat
+
+    def observe(self, chosen: Chosen) -> None:
+        """Take in one token."""
+        self._tracker.observe(chosen)
+
+    def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:  # noqa: ARG002
+        """Return swaps, or none between two looks."""
+        self._calls += 1
+        if self._calls % self._interval:
+            return NO_SWAPS
+        return swap_for_hotter(self.heat, resident, n_slots, margin=self._margin, max_swaps=self._max_swaps)
+
+
+class WindowTopK(_KeepTheHottest):
     """The most chosen experts of the last `window` tokens, put in place every `interval` tokens."""
 
     def __init__(
         self, n_layers: int, n_experts: int, *, window: int = 256, interval: int = 60, max_swaps: int = UNLIMITED
     ) -> None:
-        self._tracker = WindowCounts(n_layers, n_experts, window)
-        self._interval, self._max_swaps = interval, max_swaps
-        self._calls = 0
-
-    @property
-    def heat(self) -> Heat:
-        """Return the counts."""
-        return self._tracker.heat
-
-    def observe(self, chosen: Chosen) -> None:
-        """Count one token."""
-        self._tracker.observe(chosen)
-
-    def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:  # noqa: ARG002
-        """Return swaps at every `interval`-th call."""
-        self._calls += 1
-        if self._calls % self._interval:
-            return NO_SWAPS
-        return swap_for_hotter(self.heat, resident, n_slots, max_swaps=self._max_swaps)
+        super().__init__(WindowCounts(n_layers, n_experts, window), interval=interval, max_swaps=max_swaps)
 
 
-class Decayed:
+class Decayed(_KeepTheHottest):
     """Exponentially forgotten counts; few swaps at a time, and only for a clear lead."""
 
     def __init__(
@@ -94,43 +101,28 @@ class Decayed:
         margin: float = 1.0,
         max_swaps: int = 1,
     ) -> None:
-        self._tracker = DecayedCounts(n_layers, n_experts, half_life)
-        self._interval, self._margin, self._max_swaps = interval, margin, max_swaps
-        self._calls = 0
-
-    @property
-    def heat(self) -> Heat:
-        """Return the counts."""
-        return self._tracker.heat
-
-    def observe(self, chosen: Chosen) -> None:
-        """Count one token."""
-        self._tracker.observe(chosen)
-
-    def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:  # noqa: ARG002
-        """Return swaps at every `interval`-th call."""
-        self._calls += 1
-        if self._calls % self._interval:
-            return NO_SWAPS
-        return swap_for_hotter(self.heat, resident, n_slots, margin=self._margin, max_swaps=self._max_swaps)
+        tracker = DecayedCounts(n_layers, n_experts, half_life)
+        super().__init__(tracker, interval=interval, margin=margin, max_swaps=max_swaps)
 
 
-class _DemandCache:
+class Static(_KeepTheHottest):
+    """No swaps: what a profile or the first prompt put into the slots stays there. Heat is counted, to be saved."""
+
+    def __init__(self, n_layers: int, n_experts: int) -> None:
+        super().__init__(DecayedCounts(n_layers, n_experts, half_life=np.inf), margin=np.inf)
+
+
+class _DemandCache(_KeepTheHottest):
     """Loads every expert that was missed, in place of the resident with the least heat."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+        super().__init__(tracker)
         self._places = Places(*tracker.heat.shape)
         self._used = np.zeros(tracker.heat.shape, bool)
 
-    @property
-    def heat(self) -> Heat:
-        """Return the tracker's measure."""
-        return self._tracker.heat
-
     def observe(self, chosen: Chosen) -> None:
         """Take in one token."""
-        self._tracker.observe(chosen)
+        super().observe(chosen)
         self._used[:] = False
         self._used.reshape(-1)[self._places.of(chosen)] = True
 
@@ -153,39 +145,17 @@ class LFRU(_DemandCache):
         super().__init__(CountOverAge(n_layers, n_experts))
 
 
-class Static:
-    """No swaps: what a profile or the first prompt put into the slots stays there. Heat is counted, to be saved."""
+class Adaptive(_KeepTheHottest):
+    """A forecast of how often each expert will be chosen, learned while the model runs, and swaps that pay by it.
 
-    def __init__(self, n_layers: int, n_experts: int) -> None:
-        self._tracker = DecayedCounts(n_layers, n_experts, half_life=1e9)
-
-    @property
-    def heat(self) -> Heat:
-        """Return the uses so far."""
-        return self._tracker.heat
-
-    def observe(self, chosen: Chosen) -> None:
-        """Count one token."""
-        self._tracker.observe(chosen)
-
-    def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:  # noqa: ARG002
-        """Return no swaps but those that fill free slots."""
-        return swap_for_hotter(self.heat, resident, n_slots, margin=np.inf)
-
-
-class Adaptive:
-    """Counts that forget at two speeds, a margin that follows from what swaps bring, and twin layers.
-
-    A newcomer must lead by `margin`. Swaps are followed to see whether they bring `wanted` hits each; while they do
-    not, the margin grows, so that a model whose routers have no favourites is left in peace (see `PayBack`).
+    A load costs `break_even` hits. The lead that a newcomer needs is that times `margin`, in units of what chance alone
+    makes of an average expert's choices within the horizon: their standard deviation. Where a token uses a large share
+    of the experts, leads come and go by chance, and waiting costs little; where it uses few, a lead means something.
 
     The swaps of a layer with a twin are decided on what the twin has just chosen for the very token, if `ahead` tells:
-    an expert that is about to be chosen with probability p gets `twin_bonus` * p on top of its counts. Such a lead is
-    gone after the token if the guess was wrong, so these layers ask for more of it; and as they make more of a copy
-    than other layers do, those leave them room by asking for more, too.
-
-    Margins and `wanted` are multiples of `break_even`: the choices that a load has to turn from misses into hits to
-    pay for itself.
+    an expert that is about to be chosen with probability p is given p of what a choice makes of its forecast, and the
+    choice itself. As these layers make more of a copy than others do, those leave them room: they need `beside_twins`
+    times the lead.
     """
 
     def __init__(
@@ -193,54 +163,34 @@ class Adaptive:
         n_layers: int,
         n_experts: int,
         *,
-        slow_half_life: float = 64.0,
-        fast_half_life: float = 16.0,
-        fast_share: float = 2 / 3,
-        interval: int = 1,
         break_even: float = 1.0,
-        margin: float = 1.25,
-        wanted: float = 1.0,
+        margin: float = 1.1,
         max_swaps: int = 1,
-        twin_bonus: float = 3.5,
-        twin_margin: float = 2.0,
         twin_swaps: int = 2,
-        beside_twins_margin: float = 1.6,
+        beside_twins: float = 1.2,
     ) -> None:
-        self._tracker = TwoSpeedCounts(n_layers, n_experts, slow_half_life, fast_half_life, fast_share)
+        self._forecast = Forecast(n_layers, n_experts)
+        super().__init__(self._forecast, max_swaps=max_swaps)
         self.twins = Twins(n_layers, n_experts)
-        self._interval, self._margin, self._max_swaps = interval, margin * break_even, max_swaps
-        self._twin_bonus, self._twin_margin, self._twin_swaps = twin_bonus, twin_margin * break_even, twin_swaps
-        self._beside_twins_margin = beside_twins_margin * break_even
-        self.payback = PayBack(n_layers, n_experts, wanted * break_even)
-        self._calls = 0
-
-    @property
-    def heat(self) -> Heat:
-        """Return the counts."""
-        return self._tracker.heat
+        self._lead_of_deviation = margin * break_even
+        self._twin_swaps, self._beside_twins = twin_swaps, beside_twins
 
     def observe(self, chosen: Chosen) -> None:
-        """Count one token, and compare the layers."""
-        self._tracker.observe(chosen)
-        self.twins.observe(chosen)
-        self.payback.observe(chosen)
+        """Take in one token, and compare the layers."""
+        if self.twins.observe(chosen):
+            self._forecast.set_twins(self.twins.of)
+        super().observe(chosen)
+        self._margin = self._lead_of_deviation * math.sqrt(HORIZON * chosen.shape[1] / self.heat.shape[1])
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
-        """Return the swaps that pay, widest lead first, at every `interval`-th call."""
-        self._calls += 1
-        if self._calls % self._interval:
-            return NO_SWAPS
+        """Return the swaps that pay, widest lead first."""
         twins = self.twins.layers
         if ahead is None or not len(twins):
-            margin_now = self._margin * self.payback.scale
-            swaps = swap_for_hotter(self.heat, resident, n_slots, margin=margin_now, max_swaps=self._max_swaps)
-            if len(swaps):
-                self.payback.follow(swaps)
-            return swaps.widest_first()
+            return super().plan(resident, n_slots).widest_first()
         heat = self.heat.copy()
-        heat[twins] += np.float32(self._twin_bonus) * self.twins.foretell(ahead)
-        margin = np.full(len(heat), self._beside_twins_margin, np.float32)
-        margin[twins] = self._twin_margin
+        heat[twins] += np.float32(1.0 + self._forecast.of_one_choice) * self.twins.foretell(ahead)
+        margin = np.full(len(heat), self._beside_twins * self._margin, np.float32)
+        margin[twins] = self._margin
         max_swaps = np.full(len(heat), self._max_swaps)
         max_swaps[twins] = self._twin_swaps
         return swap_for_hotter(heat, resident, n_slots, margin=margin, max_swaps=max_swaps).widest_first()

@@ -45,9 +45,7 @@ class Places:
 class DecayedCounts:
     """Counts that are forgotten exponentially: a choice `half_life` tokens ago weighs half of one made now."""
 
-    def __init__(self, n_layers: int, n_experts: int, half_life: float, weight: float = 1.0) -> None:
-        """Start with no heat; `weight` is what a choice made now adds."""
-        self._weight = np.float32(weight)
+    def __init__(self, n_layers: int, n_experts: int, half_life: float) -> None:
         self._decay = np.float32(0.5 ** (1.0 / half_life))
         self._places = Places(n_layers, n_experts)
         self.heat: Heat = np.zeros((n_layers, n_experts), np.float32)
@@ -55,25 +53,7 @@ class DecayedCounts:
     def observe(self, chosen: Chosen) -> None:
         """Forget a little and count one token's choices."""
         self.heat *= self._decay
-        self.heat.reshape(-1)[self._places.of(chosen)] += self._weight
-
-
-class TwoSpeedCounts:
-    """Decayed counts that forget at two speeds, averaged: the slow part knows the topic, the fast part what is new.
-
-    A choice made now adds 1, as in `DecayedCounts`, so margins mean the same.
-    """
-
-    def __init__(self, n_layers: int, n_experts: int, slow: float, fast: float, fast_share: float) -> None:
-        self._slow = DecayedCounts(n_layers, n_experts, slow, weight=1.0 - fast_share)
-        self._fast = DecayedCounts(n_layers, n_experts, fast, weight=fast_share)
-        self.heat: Heat = self._slow.heat + self._fast.heat
-
-    def observe(self, chosen: Chosen) -> None:
-        """Forget a little and count one token's choices."""
-        self._slow.observe(chosen)
-        self._fast.observe(chosen)
-        np.add(self._slow.heat, self._fast.heat, out=self.heat)
+        self.heat.reshape(-1)[self._places.of(chosen)] += 1
 
 
 class WindowCounts:

@@ -48,14 +48,16 @@ class Twins:
         self.confidence = np.zeros((n_layers, 0), np.float32)
         self.agreement = np.zeros(n_layers)
 
-    def observe(self, chosen: Chosen) -> None:
-        """Take in one token: ids [n_layers, n_experts_used]."""
+    def observe(self, chosen: Chosen) -> bool:
+        """Take in one token: ids [n_layers, n_experts_used]; return whether twins were looked for."""
         self._recent.append(chosen)
         self._until_look -= 1
-        if not self._until_look:
-            self._look()
-            self._period = min(2 * self._period, LAST_PERIOD)
-            self._until_look = self._period
+        if self._until_look:
+            return False
+        self._look()
+        self._period = min(2 * self._period, LAST_PERIOD)
+        self._until_look = self._period
+        return True
 
     def _look(self) -> None:
         """Decide anew who is whose twin, and set `of`, `layers`, `agreement` and `confidence`."""

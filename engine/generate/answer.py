@@ -14,6 +14,7 @@ from engine.generate.forward import Progress
 from engine.generate.leases import Lease
 from engine.generate.sampling import Sampler
 from engine.generate.sequence import Sequence
+from engine.generate.snapshots import likely_end
 from engine.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -136,6 +137,9 @@ class Answer:
         self._sampler = Sampler(sequence.params, tokenizer)
         self._progress = progress
         self._n_reused = lease.n_held
+        self._remember_at = 0
+        if lease.takes_snapshots:
+            self._remember_at = likely_end(sequence.prompt_ids, tokenizer.eog_ids)
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_s = self._first_token_s = self._decode_s = 0.0
 
@@ -160,11 +164,19 @@ class Answer:
         return len(self._sequence.prompt_ids) + len(self._sequence.token_ids) - self.lease.n_held
 
     def pending(self, n: int) -> list[int]:
-        """Return the first `n` of those."""
+        """Return the first `n` of those, or fewer, up to where the state is to be remembered."""
         prompt, made, start = self._sequence.prompt_ids, self._sequence.token_ids, self.lease.n_held
+        if start < self._remember_at:
+            n = min(n, self._remember_at - start)
         ids = prompt[start : start + n]
         at = max(0, start - len(prompt))
         return ids + made[at : at + n - len(ids)]
+
+    def note_run(self, token_ids: list[int]) -> None:
+        """Note that the slot holds these tokens too, and remember the state if this is the place to."""
+        self.lease.commit(token_ids)
+        if self.lease.n_held == self._remember_at:
+            self.lease.remember()
 
     def note_prompt(self, seconds: float) -> None:
         """Add a step that ran a part of the prompt, and tell who waits for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -9,31 +10,37 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import RequestError
+from engine.errors import EngineError, RequestError
 from engine.generate.forward import ForwardPass, Outputs, Progress
+from engine.generate.snapshots import Snapshots
 
 
 class SlotTable:
     """All slots of a program. Safe to use from several threads; what runs in a slot is its borrower's business.
 
     A prefix is reused only where that changes no bit: keys and values can be cut back to any position, a recurrent
-    state only continued.
+    state can be continued, or gone back to where there is a snapshot of it.
+
+    Attributes:
+        snapshots: of recurrent states; None if there are none or none are taken.
     """
 
-    def __init__(self, n_slots: int, *, can_cut_back: bool) -> None:
-        self.can_cut_back = can_cut_back
+    def __init__(self, n_slots: int, *, can_cut_back: bool, snapshots: Snapshots | None = None) -> None:
+        """Start with all slots free and empty; `can_cut_back` says that no layer is recurrent."""
+        self.can_cut_back, self.snapshots = can_cut_back, snapshots
         self._held: list[list[int]] = [[] for _ in range(n_slots)]
         self._last_use = [0] * n_slots
         self._owner: list[int | None] = [None] * n_slots  # thread
         self._clock = 0
-        self._changed = threading.Condition()  # its lock is re-entrant
+        self._changed = threading.Condition()
 
     def try_borrow(self, token_ids: Sequence[int]) -> Lease | None:
         """Return what `borrow` would, or None if it would have to wait."""
         with self._changed:
             if all(owner is not None for owner in self._owner):
                 return None
-            return self.borrow(token_ids)
+            slot, n_usable = self._take(token_ids, reuse=True)
+        return self._lease(slot, n_usable)
 
     def borrow(self, token_ids: Sequence[int], *, reuse: bool = True) -> Lease:
         """Return the free slot that holds the longest usable prefix of a sequence, else the one unused for longest.
@@ -50,23 +57,51 @@ class SlotTable:
                         "or raise [engine] n_sequences"
                     )
                 self._changed.wait()
-            free = [slot for slot, owner in enumerate(self._owner) if owner is None]
-            usable = {slot: self.usable(self._held[slot], token_ids) if reuse else 0 for slot in free}
-            slot = max(free, key=lambda s: (usable[s], -self._last_use[s]))
-            self._owner[slot] = me
-            self._clock += 1
-            self._last_use[slot] = self._clock
-        held = self._held[slot]
-        del held[usable[slot] :]
-        return Lease(self, slot, held, is_owner=True)
+            slot, n_usable = self._take(token_ids, reuse=reuse)
+        return self._lease(slot, n_usable)
 
-    def usable(self, held: list[int], token_ids: Sequence[int]) -> int:
+    def _take(self, token_ids: Sequence[int], *, reuse: bool) -> tuple[int, int]:
+        """Make a free slot this thread's; return it and the tokens it holds that can be used."""
+        free = [slot for slot, owner in enumerate(self._owner) if owner is None]
+        usable = {slot: self.usable(slot, token_ids) if reuse else 0 for slot in free}
+        slot = max(free, key=lambda s: (usable[s], -self._last_use[s]))
+        self._owner[slot] = threading.get_ident()
+        self._clock += 1
+        self._last_use[slot] = self._clock
+        return slot, usable[slot]
+
+    def _lease(self, slot: int, n_usable: int) -> Lease:
+        """Return a slot of this thread's as a lease; not while others wait for the table, as this may wait for them."""
+        try:
+            self.go_back(slot, n_usable)
+        except BaseException:
+            self.give_back(slot, is_torn=False)
+            raise
+        return Lease(self, slot, self._held[slot], is_owner=True)
+
+    def usable(self, slot: int, token_ids: Sequence[int]) -> int:
         """Return the tokens of a new sequence that need not be run; the last one always must, for its logits."""
-        if self.can_cut_back:
-            pairs = zip(held, token_ids, strict=False)
-            common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(token_ids)))
-            return min(common, len(token_ids) - 1)
-        return len(held) if len(held) < len(token_ids) and held == list(token_ids[: len(held)]) else 0
+        held = self._held[slot]
+        pairs = zip(held, token_ids, strict=False)
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(token_ids)))
+        longest = min(common, len(token_ids) - 1)
+        if self.can_cut_back or longest == len(held):
+            return longest
+        return self.snapshots.best(slot, longest) if self.snapshots is not None else 0
+
+    def go_back(self, slot: int, n_tokens: int, *, is_torn: bool = False) -> None:
+        """Cut what a slot holds back to its first tokens, as many as `usable` named.
+
+        `is_torn` says that the state is not that of all it holds. Whatever happens, the slot then holds what it says.
+        """
+        held = self._held[slot]
+        kept, is_state_there = held[:n_tokens], n_tokens == len(held) and not is_torn
+        held.clear()
+        if self.snapshots is not None:
+            self.snapshots.forget(slot, n_tokens)
+            if kept and not is_state_there:
+                self.snapshots.restore(slot, n_tokens)
+        held += kept
 
     def give_back(self, slot: int, *, is_torn: bool) -> None:
         """Take a slot back; a torn one was stopped in the middle of a step."""
@@ -98,10 +133,15 @@ class Lease:
         """Return the tokens that the slot holds."""
         return tuple(self._held)
 
+    @property
+    def takes_snapshots(self) -> bool:
+        """Return whether it is of use to remember states."""
+        return self._table.snapshots is not None
+
     def lend(self, token_ids: Sequence[int]) -> Lease:
         """Return a lease for an answer in this slot, cut back to what that can use; closing it keeps the slot here."""
         assert self._is_open
-        del self._held[self._table.usable(self._held, token_ids) :]
+        self._table.go_back(self.slot, self._table.usable(self.slot, token_ids))
         return Lease(self._table, self.slot, self._held, is_owner=False)
 
     def extend(
@@ -127,12 +167,21 @@ class Lease:
         self._held.extend(token_ids)
         self._is_torn = False
 
+    def remember(self) -> None:
+        """Make it possible to cut the sequence back to where it is now."""
+        if self._table.snapshots is not None:
+            self._table.snapshots.take(self.slot, len(self._held))
+
     def recover(self, n_wanted: int) -> None:
         """Go back to what the slot surely holds, at most `n_wanted` tokens, after a step that was stopped."""
-        is_known = not self._is_torn and len(self._held) <= n_wanted
-        if not is_known:
-            del self._held[n_wanted if self._table.can_cut_back else 0 :]
-        self._is_torn = False
+        is_torn, self._is_torn = self._is_torn, False
+        if not is_torn and len(self._held) <= n_wanted:
+            return
+        n, table = min(n_wanted, len(self._held)), self._table
+        if not table.can_cut_back:
+            n = 0 if table.snapshots is None else table.snapshots.best(self.slot, n)
+        with contextlib.suppress(EngineError):  # a device that fails here, too, leaves the slot empty
+            table.go_back(self.slot, n, is_torn=is_torn)
 
     def close(self) -> None:
         """Give the slot back; what it holds stays for a sequence that begins the same."""

@@ -149,7 +149,7 @@ class Scheduler:
                 chosen_at = now()
                 chosen = None if logits is None else answer.choose(logits)
                 spent = now() - chosen_at
-                answer.lease.commit(ids)
+                answer.note_run(ids)
                 if answer.is_at_prompt:
                     answer.note_prompt(step_s)
                 else:

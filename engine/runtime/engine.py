@@ -21,7 +21,7 @@ from engine.config import EngineConfig, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice, CUDAProgram
 from engine.devices.footprint import measure
-from engine.devices.graph import ProfiledProgram, Program, SavingProgram
+from engine.devices.graph import ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
 from engine.devices.traffic import count_weights
 from engine.errors import ConfigError, DeviceError, EngineError, RequestError
@@ -33,6 +33,7 @@ from engine.generate.leases import Lease, SlotTable
 from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
 from engine.generate.session_file import SavedSession, load_session, save_session
+from engine.generate.snapshots import Snapshots
 from engine.gguf import ModelFile, WeightMemory, open_model_file
 from engine.model_spec import ModelSpec
 from engine.models import load_model
@@ -98,7 +99,11 @@ class Engine(Answering):
         if isinstance(self._program, CUDAProgram):  # which may take longer steps than asked for
             self._limits = self._program.limits
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
-        self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
+        is_recurrent = any(self.spec.recurrent_layers)
+        self._snapshots: Snapshots | None = None
+        if is_recurrent and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
+            self._snapshots = Snapshots(self._program, self._turn, settings.n_snapshots)
+        self._slots = SlotTable(settings.n_sequences, can_cut_back=not is_recurrent, snapshots=self._snapshots)
         self._scheduler = Scheduler(self._forward, self._turn, self._record)
         self._lock = threading.RLock()
         self._is_open = True
@@ -109,7 +114,7 @@ class Engine(Answering):
             sum(model_file.tensors[name].n_bytes for name in model.tensor_names),
             self._program.state_bytes,
             self._program.scratch_bytes,
-            self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,
+            device_bytes=self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,
             bandwidths=self._program.bandwidths if isinstance(self._program, SlotProgram) else None,
             has_virtual_clock=isinstance(self._program, ClockedProgram),
         )
@@ -411,6 +416,7 @@ class Engine(Answering):
             metered = self._program if self._is_open and isinstance(self._program, MeteredProgram) else None
             return replace(
                 self._statistics,
+                snapshot_bytes=0 if self._snapshots is None else self._snapshots.n_bytes,
                 cache_line=self._caching.describe(),
                 cache=self._caching.statistics,
                 time_spent=None if metered is None else metered.time_spent,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Session(Answering):
     """A sequence of one's own: what it holds stays until it is closed, and can be saved. A context manager.
 
-    Use it from one thread at a time. What was run is reused where that is exact: for models with recurrent layers if
-    a prompt continues all that the session holds, else from the first token that differs.
+    Use it from one thread at a time. What was run is reused where that is exact: up to the first token that differs;
+    with recurrent layers up to the end of what the session holds or of a message before ([engine] n_snapshots).
 
     >>> from engine import Engine, SamplingParams
     >>> with Engine.open() as engine, engine.new_session() as session:

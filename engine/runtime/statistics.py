@@ -20,6 +20,7 @@ class EngineStatistics:
         file_bytes: all tensors that are used, in the file's form.
         state_bytes: keys, values and recurrent states of all sequences.
         scratch_bytes: intermediate results.
+        snapshot_bytes: copies of recurrent states, from which sequences can be taken up again.
         device_bytes: memory of the GPU in use; 0 without one.
         cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
         cache: what it did; None if there is none.
@@ -40,6 +41,7 @@ class EngineStatistics:
     file_bytes: int
     state_bytes: int
     scratch_bytes: int
+    snapshot_bytes: int = 0
     device_bytes: int = 0
     cache_line: str = ""
     cache: CacheStatistics | None = None
@@ -66,5 +68,5 @@ class EngineStatistics:
 
     @property
     def ram_bytes(self) -> int:
-        """Return the bytes of weights, states and intermediate results together."""
-        return self.file_bytes + self.state_bytes + self.scratch_bytes
+        """Return the bytes of weights, states, their copies and intermediate results together."""
+        return self.file_bytes + self.state_bytes + self.scratch_bytes + self.snapshot_bytes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
-from engine.devices.cpu.sequence_state import used_parts
+from engine.devices.cpu.sequence_state import recurrent_parts, used_parts
 from engine.devices.graph import Graph, Limits, WeightAccess
 from engine.errors import DeviceError, RequestError
 from engine.quants import install_grids
@@ -124,11 +126,24 @@ class CPUProgram:
         needed = sum(part.size for part in parts)
         if saved.size != needed:
             raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
-        at = 0
-        for part in parts:
-            part[...] = saved[at : at + part.size].reshape(part.shape)
-            at += part.size
+        _fill(parts, saved)
+
+    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of the recurrent states of the sequence in a slot, flat."""
+        return np.concatenate(list(recurrent_parts(self._lowered.states, slot)))
+
+    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_states` returned for this slot."""
+        _fill(recurrent_parts(self._lowered.states, slot), saved)
 
     def close(self) -> None:
         """Forget the program; its memory is freed with the last array that refers to it."""
         del self._program, self._lowered
+
+
+def _fill(parts: Iterable[npt.NDArray[np.uint8]], saved: npt.NDArray[np.uint8]) -> None:
+    """Copy flat bytes into views of memory, one after the other."""
+    at = 0
+    for part in parts:
+        part[...] = saved[at : at + part.size].reshape(part.shape)
+        at += part.size

@@ -16,12 +16,10 @@ from engine.devices.graph import KVCache, Limits, State
 
 _LANES = 16  # positions whose keys lie side by side; see kernels/ops/kv_layout.h
 
-Views = list[npt.NDArray[np.uint8]]
+Owners = list[tuple[KVCache | State, npt.NDArray[np.uint8]]]
 
 
-def used_parts(
-    owners: list[tuple[KVCache | State, npt.NDArray[np.uint8]]], limits: Limits, slot: int, n_tokens: int
-) -> Iterator[npt.NDArray[np.uint8]]:
+def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield views of all memory that the first `n_tokens` of a sequence fill.
 
     Args:
@@ -33,8 +31,7 @@ def used_parts(
     n_groups, n_all = -(-n_tokens // _LANES), -(-limits.context_length // _LANES)
     for owner, memory in owners:
         if isinstance(owner, State):
-            n_bytes = owner.width * 4
-            yield memory[slot * n_bytes : (slot + 1) * n_bytes]
+            yield _state_of(owner, memory, slot)
             continue
         group, row = _kernels.kv_strides(limits.kv_type, owner.head_dim, owner.value_dim)
         n_heads = limits.n_slots * owner.n_kv_heads
@@ -44,3 +41,15 @@ def used_parts(
         start = -(-keys.size // 64) * 64  # values begin at a cache line
         values = memory[start : start + n_heads * n_all * _LANES * row].reshape(n_heads, n_all * _LANES * row)
         yield values[heads, : n_tokens * row]
+
+
+def recurrent_parts(owners: Owners, slot: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield views of the recurrent states of a sequence."""
+    for owner, memory in owners:
+        if isinstance(owner, State):
+            yield _state_of(owner, memory, slot)
+
+
+def _state_of(state: State, memory: npt.NDArray[np.uint8], slot: int) -> npt.NDArray[np.uint8]:
+    n_bytes = state.width * 4
+    return memory[slot * n_bytes : (slot + 1) * n_bytes]

@@ -173,6 +173,14 @@ class EmulatedProgram:
         """Put back what `save_sequence` returned; raise `RequestError` if it does not fit."""
         self._program.load_sequence(slot, n_tokens, saved)
 
+    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of the recurrent states of the sequence in a slot, flat."""
+        return self._program.save_states(slot)
+
+    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_states` returned for this slot."""
+        self._program.load_states(slot, saved)
+
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""
         self._memory.check_closed()

@@ -1,0 +1,86 @@
+"""Recurrent states as they were earlier in a sequence, so that it can be cut back without being run again.
+
+Keys and values of a position stay where they are while a sequence goes on; a recurrent state is overwritten by every
+token. A chat often goes on from a little before its end: an answer was cut, its thinking is left out, a question asked
+differently. So the states are copied at the places where that is likely, a few of all sequences together, and the one
+that was not used for longest makes room.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.graph import RecurrentProgram
+
+log = logging.getLogger(__name__)
+
+
+class Snapshots:
+    """Copies of the recurrent states of sequences, by slot and position. Safe to use from several threads."""
+
+    def __init__(
+        self, program: RecurrentProgram, turn: Callable[[], AbstractContextManager[None]], max_snapshots: int
+    ) -> None:
+        """Keep at most `max_snapshots`; the program is used inside `turn()` only."""
+        self._program, self._turn, self._max = program, turn, max_snapshots
+        self._kept: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}  # least recently used first
+        self._lock = threading.Lock()  # of `_kept`; never held while waiting for a turn
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the bytes of all copies."""
+        with self._lock:
+            return sum(state.size for state in self._kept.values())
+
+    def take(self, slot: int, position: int) -> None:
+        """Copy the state of a slot that holds `position` tokens; out of memory costs a warning and the older copies."""
+        if not self._max:
+            return
+        with self._turn():
+            with self._lock:
+                self._kept.pop((slot, position), None)
+                while len(self._kept) >= self._max:
+                    self._kept.pop(next(iter(self._kept)))
+            try:
+                state = self._program.save_states(slot)
+            except MemoryError:
+                self._max = len(self._kept)
+                log.warning("no memory for more than %d copies of recurrent states: set n_snapshots = 0", self._max)
+                return
+            with self._lock:
+                self._kept[slot, position] = state
+
+    def best(self, slot: int, longest: int) -> int:
+        """Return the last position of a slot, up to `longest`, that it can go back to; 0 if only its beginning."""
+        with self._lock:
+            return max((position for s, position in self._kept if s == slot and position <= longest), default=0)
+
+    def restore(self, slot: int, position: int) -> None:
+        """Put a state back that `best` named."""
+        with self._turn():
+            with self._lock:
+                state = self._kept[slot, position] = self._kept.pop((slot, position))
+            self._program.load_states(slot, state)
+
+    def forget(self, slot: int, beyond: int) -> None:
+        """Drop the copies of a slot that were taken after more than `beyond` tokens: others come there now."""
+        with self._lock:
+            for key in [key for key in self._kept if key[0] == slot and key[1] > beyond]:
+                del self._kept[key]
+
+
+def likely_end(prompt_ids: Sequence[int], turn_ends: Collection[int]) -> int:
+    """Return how many tokens of a prompt the next one is likely to begin with.
+
+    That is all to the end of the last message. What follows it, the head of the answer, may be written differently when
+    the answer is a message itself. A prompt without messages may be asked again: then all but its last token, which
+    must be run for its logits.
+    """
+    n = len(prompt_ids) - 1
+    return next((i + 1 for i in range(n - 1, 0, -1) if prompt_ids[i] in turn_ends), n)
