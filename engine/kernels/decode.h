@@ -30,7 +30,7 @@ typedef struct {
     runs_fn *runs; // or NULL
 } vector_format;
 
-enum { ROWS_AHEAD = 8 }; // that are being fetched from memory
+enum { BYTES_AHEAD = 16 << 10 }; // that are being fetched from memory, or a little more
 
 // Keeps the compiler from turning a chain of additions into a tree, for which it would have to put its leaves on the
 // stack.
@@ -257,6 +257,7 @@ ALWAYS_INLINE __m128 dot_4_rows(vector_format f, const uint8_t *const rows[4], c
 
 ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
                                  const void *const *x, int n_x, float *const *y) {
+    const int64_t ahead = (BYTES_AHEAD / (4 * row_bytes) + 1) * 4 * row_bytes;
     for (int r = 0; r < n_rows; r += 4) {
         const int n = n_rows - r < 4 ? n_rows - r : 4;
         const uint8_t *rows[4];
@@ -264,7 +265,7 @@ ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_
             rows[i] = w + (r + (i < n ? i : n - 1)) * row_bytes;
         for (int t = 0; t < n_x; t++) {
             float sums[4];
-            const uint8_t *next = t == 0 ? rows[0] + ROWS_AHEAD * row_bytes : NULL; // fetched once for all tokens
+            const uint8_t *next = t == 0 ? rows[0] + ahead : NULL; // fetched once for all tokens
             _mm_storeu_ps(
                 sums, dot_4_rows(f, rows, next, n_cols / f.block_size, activation_view(x[t], f.activation, n_cols)));
             for (int i = 0; i < n; i++)
