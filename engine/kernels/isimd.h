@@ -13,6 +13,28 @@ static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
 static inline __m128i load_128(const void *p) { return _mm_loadu_si128(p); }
 static inline __m256i load_128_twice(const void *p) { return _mm256_broadcastsi128_si256(load_128(p)); }
 
+// Two runs of 32 weights side by side: the first sixteen of each, and the last sixteen of each. To signed weights
+// SIGNED_OFFSET is added, as VNNI multiplies unsigned with signed bytes.
+typedef struct {
+    __m256i low, high;
+} two_runs;
+
+#if defined(__AVX512VNNI__)
+enum { SIGNED_OFFSET = 128 };
+#else
+enum { SIGNED_OFFSET = 0 };
+#endif
+
+static inline __m256i load_two_128(const void *first, const void *second) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(first)), load_128(second), 1);
+}
+
+// The nibbles of two times 16 bytes.
+static inline two_runs nibbles_of_runs(__m256i packed) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return (two_runs){_mm256_and_si256(packed, mask), _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask)};
+}
+
 // Nibbles of 16 bytes: low halves first.
 static inline __m256i nibbles_32(const uint8_t *packed) {
     const __m256i shifted = _mm256_srlv_epi64(load_128_twice(packed), _mm256_setr_epi64x(0, 0, 4, 4));
@@ -104,6 +126,16 @@ static inline __m128i sum_lanes_of_4(__m256i a0, __m256i a1, __m256i a2, __m256i
     return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
 }
 
+// The same for the halves of four vectors: lane r of a half is the sum of that half of a_r.
+static inline __m256i sum_halves_of_4(__m256i a0, __m256i a1, __m256i a2, __m256i a3) {
+    const __m256i s01 = _mm256_add_epi32(_mm256_blend_epi32(a0, a1, 0xaa),
+                                         _mm256_shuffle_epi32(_mm256_blend_epi32(a1, a0, 0xaa), 0xb1));
+    const __m256i s23 = _mm256_add_epi32(_mm256_blend_epi32(a2, a3, 0xaa),
+                                         _mm256_shuffle_epi32(_mm256_blend_epi32(a3, a2, 0xaa), 0xb1));
+    return _mm256_add_epi32(_mm256_blend_epi32(s01, s23, 0xcc),
+                            _mm256_shuffle_epi32(_mm256_blend_epi32(s23, s01, 0xcc), 0x4e));
+}
+
 // The same for vectors of four lanes.
 static inline __m128i sum_lanes_of_4_halves(__m128i a0, __m128i a1, __m128i a2, __m128i a3) {
     const __m128i s01 =
@@ -134,6 +166,13 @@ static inline __m256i spread_two_scales(__m256i scales, int first) {
 // One int16 scale spread over all products.
 static inline __m256i spread_scale(__m256i scales, int index) {
     return _mm256_shuffle_epi8(scales, _mm256_set1_epi16((short)((2 * index + 1) * 256 + 2 * index)));
+}
+
+// One int16 scale spread over four products, the next over the next four, in each half.
+static inline __m256i spread_two_scales_by_4(__m256i scales, int first) {
+    const int64_t low = (2 * first + 1) * 256 + 2 * first, pattern = low * 0x0001000100010001;
+    return _mm256_shuffle_epi8(scales,
+                               _mm256_broadcastsi128_si256(_mm_set_epi64x(pattern + 0x0202020202020202, pattern)));
 }
 
 static inline __m256i low_half_twice(__m256i a) { return _mm256_permute2x128_si256(a, a, 0x00); }

@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include "hand_out.h"
+
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,8 +43,9 @@ struct program {
     int n_operations, n_groups, phase; // phase: the first group after the last barrier
     operation *operations;
     group *groups;
-    padded_counter *next_task; // one for each group
-    void **blocks;             // memory to free
+    task_counter *taken;  // [n_threads]
+    uint64_t first_round; // of the run: each of its groups is a round
+    void **blocks;        // memory to free
     int n_blocks;
 
     int n_vocab, context_length, n_scratch; // n_scratch: int32 values that a thread needs
@@ -108,10 +111,12 @@ program *program_create(const kernel_table *kernels, int max_tokens, int n_slots
     p->n_slots = n_slots;
     p->n_threads = n_threads;
     p->context_length = INT32_MAX;
+    p->first_round = 1;
+    p->taken = allocate(p, n_threads * (int64_t)sizeof *p->taken);
     p->scratch = allocate(p, n_threads * (int64_t)sizeof *p->scratch);
     p->runs = allocate(p, max_tokens * (int64_t)sizeof *p->runs);
     p->is_used = allocate(p, n_slots);
-    if (!p->scratch || !p->runs || !p->is_used) {
+    if (!p->taken || !p->scratch || !p->runs || !p->is_used) {
         program_free(p);
         return NULL;
     }
@@ -126,7 +131,6 @@ void program_free(program *p) {
     free(p->blocks);
     free(p->operations);
     free(p->groups);
-    free(p->next_task);
     free(p->rope_tables);
     free(p);
 }
@@ -235,11 +239,6 @@ static int record(program *p, operation op) {
         g->unit = op.unit > g->unit ? op.unit : g->unit;
         return 0;
     }
-    padded_counter *counters = aligned_alloc(_Alignof(padded_counter), (size_t)(p->n_groups + 1) * sizeof *counters);
-    if (!counters)
-        return -1;
-    free(p->next_task);
-    p->next_task = counters;
     groups[p->n_groups] = (group){index, index, op.unit, op.in_order, n_tied > 0};
     if (n_tied > 0)
         p->phase = p->n_groups;
@@ -666,7 +665,12 @@ static void run_tile_task(const program *p, const group *g, const worker *w, til
         p->operations[i].run_tile(&p->operations[i].args, w->step, t);
 }
 
-static void run_tiles(const program *p, const group *g, const worker *w, atomic_int *next_task) {
+static int next_task(const program *p, int index, int n_tasks, const worker *w) {
+    return take_task(p->taken, p->first_round + (uint64_t)index, n_tasks, w->thread, w->n_threads);
+}
+
+static void run_tiles(const program *p, int index, const worker *w) {
+    const group *g = &p->groups[index];
     const tile_cut cut = cut_tiles(p, g, w);
     const int n_tasks = cut.n_row_tasks * cut.n_col_tasks;
     if (n_tasks <= w->n_threads) { // no need to ask for tasks, and a thread meets again what it wrote itself
@@ -674,20 +678,18 @@ static void run_tiles(const program *p, const group *g, const worker *w, atomic_
             run_tile_task(p, g, w, cut, w->thread);
         return;
     }
-    for (int task; (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_tasks;)
+    for (int task; (task = next_task(p, index, n_tasks, w)) >= 0;)
         run_tile_task(p, g, w, cut, task);
 }
 
 static void run_group(const program *p, int index, const worker *w) {
-    const group *g = &p->groups[index];
-    const operation *op = &p->operations[g->first];
-    atomic_int *next_task = &p->next_task[index].value;
+    const operation *op = &p->operations[p->groups[index].first];
     if (op->run_tile) {
-        run_tiles(p, g, w, next_task);
+        run_tiles(p, index, w);
         return;
     }
     const int n_tasks = op->tasks->begin(&op->args, w);
-    for (int task; (task = atomic_fetch_add_explicit(next_task, 1, memory_order_relaxed)) < n_tasks;)
+    for (int task; (task = next_task(p, index, n_tasks, w)) >= 0;)
         op->tasks->run(&op->args, w, task);
 }
 
@@ -708,14 +710,11 @@ static step_view view_step(program *p, const program_step *step) {
     return view;
 }
 
-static void hand_out_all_tasks(program *p) {
-    for (int g = 0; g < p->n_groups; g++)
-        atomic_store_explicit(&p->next_task[g].value, 0, memory_order_relaxed);
-}
+static void begin_run(program *p) { p->first_round += (uint64_t)p->n_groups; }
 
 void program_run(program *p, const program_step *step, double *seconds) {
     const step_view view = view_step(p, step);
-    hand_out_all_tasks(p);
+    begin_run(p);
 
 #pragma omp parallel num_threads(p->n_threads)
     {
@@ -776,7 +775,7 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             if (thread == 0) {
                 layer = await_request(e, last, n_layers, &result);
                 if (layer >= 0 && layer < n_layers)
-                    hand_out_all_tasks(layers[layer]);
+                    begin_run(layers[layer]);
             }
             team_meet(&leader->barrier, n_threads);
             if (layer < 0 || layer == n_layers)

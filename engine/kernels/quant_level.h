@@ -56,7 +56,7 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
         matmul_tiles(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
 }
 
-#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D)                 \
+#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D, RUNS)           \
     enum { is_fast_##NAME = 1 };                                                                                       \
     INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
@@ -71,12 +71,13 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
                                  chunk_##NAME,                                                                         \
                                  SCALES,                                                                               \
                                  D,                                                                                    \
-                                 MIN_D};                                                                               \
+                                 MIN_D,                                                                                \
+                                 RUNS};                                                                                \
         matmul_vectors(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                    \
     }
 #else
 enum { HAS_VECTORS = 0 };
-#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D)                 \
+#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D, RUNS)           \
     INTEGER_FORMAT(NAME, HAS_MIN, ACTIVATION)
 #endif
 
@@ -129,26 +130,26 @@ EXPANDED_FORMAT(TQ2_0)
 EXPANDED_FORMAT(NVFP4)
 EXPANDED_FORMAT(Q1_0)
 EXPANDED_FORMAT(Q2_0)
-VECTOR_FORMAT(Q4_0, 32, 0, Q8_32, 0, 15, 8, NULL, d_Q4_0, NULL)
-VECTOR_FORMAT(Q4_1, 32, 1, Q8_32, 0, 15, 0, NULL, d_Q4_1, min_d_Q4_1)
-VECTOR_FORMAT(Q5_0, 32, 0, Q8_32, 0, 31, 16, NULL, d_Q5_0, NULL)
-VECTOR_FORMAT(Q5_1, 32, 1, Q8_32, 0, 31, 0, NULL, d_Q5_1, min_d_Q5_1)
-VECTOR_FORMAT(Q8_0, 32, 0, Q8_32, 1, 128, 0, NULL, d_Q8_0, NULL)
-VECTOR_FORMAT(IQ4_NL, 32, 0, Q8_32, 1, 127, 0, NULL, d_IQ4_NL, NULL)
-VECTOR_FORMAT(MXFP4, 32, 0, Q8_32, 0, 24, 12, NULL, d_MXFP4, NULL)
-VECTOR_FORMAT(Q2_K, 16, 1, Q8_256, 0, 3, 0, scales_Q2_K, d_Q2_K, min_d_Q2_K)
-VECTOR_FORMAT(Q3_K, 16, 0, Q8_256, 0, 7, 4, scales_Q3_K, d_Q3_K, NULL)
-VECTOR_FORMAT(Q4_K, 32, 1, Q8_256, 0, 15, 0, scales_Q4_K, d_Q4_K, min_d_Q4_K)
-VECTOR_FORMAT(Q5_K, 32, 1, Q8_256, 0, 31, 0, scales_Q5_K, d_Q5_K, min_d_Q5_K)
-VECTOR_FORMAT(Q6_K, 16, 0, Q8_256, 0, 63, 32, scales_Q6_K, d_Q6_K, NULL)
-VECTOR_FORMAT(IQ4_XS, 32, 0, Q8_256, 1, 127, 0, scales_IQ4_XS, d_IQ4_XS, NULL)
-VECTOR_FORMAT(IQ2_XXS, 32, 0, Q8_256, 1, 43, 0, scales_IQ2_XXS, d_IQ2_XXS, NULL)
-VECTOR_FORMAT(IQ2_XS, 16, 0, Q8_256, 1, 43, 0, scales_IQ2_XS, d_IQ2_XS, NULL)
-VECTOR_FORMAT(IQ2_S, 16, 0, Q8_256, 1, 43, 0, scales_IQ2_S, d_IQ2_S, NULL)
-VECTOR_FORMAT(IQ3_XXS, 32, 0, Q8_256, 1, 62, 0, scales_IQ3_XXS, d_IQ3_XXS, NULL)
-VECTOR_FORMAT(IQ3_S, 32, 0, Q8_256, 1, 15, 0, scales_IQ3_S, d_IQ3_S, NULL)
-VECTOR_FORMAT(IQ1_S, 32, 0, Q8_256, 0, 18, 9, scales_IQ1_S, d_IQ1_S, NULL)
-VECTOR_FORMAT(IQ1_M, 16, 0, Q8_256, 0, 18, 9, scales_IQ1_M, d_IQ1_M, NULL)
+VECTOR_FORMAT(Q4_0, 32, 0, Q8_32, 0, 15, 8, NULL, d_Q4_0, NULL, runs_Q4_0)
+VECTOR_FORMAT(Q4_1, 32, 1, Q8_32, 0, 15, 0, NULL, d_Q4_1, min_d_Q4_1, runs_Q4_1)
+VECTOR_FORMAT(Q5_0, 32, 0, Q8_32, 0, 31, 16, NULL, d_Q5_0, NULL, runs_Q5_0)
+VECTOR_FORMAT(Q5_1, 32, 1, Q8_32, 0, 31, 0, NULL, d_Q5_1, min_d_Q5_1, runs_Q5_1)
+VECTOR_FORMAT(Q8_0, 32, 0, Q8_32, 1, 128, 0, NULL, d_Q8_0, NULL, runs_Q8_0)
+VECTOR_FORMAT(IQ4_NL, 32, 0, Q8_32, 1, 127, 0, NULL, d_IQ4_NL, NULL, runs_IQ4_NL)
+VECTOR_FORMAT(MXFP4, 32, 0, Q8_32, 0, 24, 12, NULL, d_MXFP4, NULL, runs_MXFP4)
+VECTOR_FORMAT(Q2_K, 16, 1, Q8_256, 0, 3, 0, scales_Q2_K, d_Q2_K, min_d_Q2_K, NULL)
+VECTOR_FORMAT(Q3_K, 16, 0, Q8_256, 0, 7, 4, scales_Q3_K, d_Q3_K, NULL, NULL)
+VECTOR_FORMAT(Q4_K, 32, 1, Q8_256, 0, 15, 0, scales_Q4_K, d_Q4_K, min_d_Q4_K, NULL)
+VECTOR_FORMAT(Q5_K, 32, 1, Q8_256, 0, 31, 0, scales_Q5_K, d_Q5_K, min_d_Q5_K, NULL)
+VECTOR_FORMAT(Q6_K, 16, 0, Q8_256, 0, 63, 32, scales_Q6_K, d_Q6_K, NULL, NULL)
+VECTOR_FORMAT(IQ4_XS, 32, 0, Q8_256, 1, 127, 0, scales_IQ4_XS, d_IQ4_XS, NULL, runs_IQ4_XS)
+VECTOR_FORMAT(IQ2_XXS, 32, 0, Q8_256, 1, 43, 0, scales_IQ2_XXS, d_IQ2_XXS, NULL, NULL)
+VECTOR_FORMAT(IQ2_XS, 16, 0, Q8_256, 1, 43, 0, scales_IQ2_XS, d_IQ2_XS, NULL, NULL)
+VECTOR_FORMAT(IQ2_S, 16, 0, Q8_256, 1, 43, 0, scales_IQ2_S, d_IQ2_S, NULL, NULL)
+VECTOR_FORMAT(IQ3_XXS, 32, 0, Q8_256, 1, 62, 0, scales_IQ3_XXS, d_IQ3_XXS, NULL, NULL)
+VECTOR_FORMAT(IQ3_S, 32, 0, Q8_256, 1, 15, 0, scales_IQ3_S, d_IQ3_S, NULL, NULL)
+VECTOR_FORMAT(IQ1_S, 32, 0, Q8_256, 0, 18, 9, scales_IQ1_S, d_IQ1_S, NULL, NULL)
+VECTOR_FORMAT(IQ1_M, 16, 0, Q8_256, 0, 18, 9, scales_IQ1_M, d_IQ1_M, NULL, NULL)
 
 #define MATMUL_ENTRY(NAME, TYPE, SIZE, BYTES, ACTIVATION) [TYPE] = matmul_##NAME,
 #define DEQUANTIZE_ENTRY(NAME, TYPE, SIZE, BYTES, ACTIVATION) [TYPE] = dequantize_##NAME,

@@ -65,9 +65,31 @@ static inline __m256i chunk_MXFP4(const void *block, int k) {
 static inline __m128 d_MXFP4(const uint8_t *const blocks[4]) {
     const uint32_t packed = *blocks[0] | *blocks[1] << 8 | *blocks[2] << 16 | (uint32_t)*blocks[3] << 24;
     const __m128i e = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)packed));
-    const __m128i normal = _mm_slli_epi32(_mm_sub_epi32(e, _mm_set1_epi32(1)), 23);
-    const __m128i subnormal = _mm_sllv_epi32(_mm_set1_epi32(0x200000), e);
-    return _mm_castsi128_ps(_mm_blendv_epi8(normal, subnormal, _mm_cmplt_epi32(e, _mm_set1_epi32(2))));
+    const __m128i twice = _mm_max_epi32(_mm_slli_epi32(e, 23), _mm_set1_epi32(0x400000)); // 2^-127 is subnormal
+    return _mm_mul_ps(_mm_castsi128_ps(twice), _mm_set1_ps(0.5f));
+}
+
+static inline two_runs table_of_runs(__m256i packed, const int8_t *table, int offset) {
+    const __m256i values = _mm256_add_epi8(load_128_twice(table), _mm256_set1_epi8((char)offset));
+    const two_runs indexes = nibbles_of_runs(packed);
+    return (two_runs){_mm256_shuffle_epi8(values, indexes.low), _mm256_shuffle_epi8(values, indexes.high)};
+}
+
+static inline two_runs runs_IQ4_NL(const uint8_t *first, const uint8_t *second, int index) {
+    (void)index;
+    return table_of_runs(load_two_128(((const block_IQ4_NL *)first)->qs, ((const block_IQ4_NL *)second)->qs),
+                         iq4_values, SIGNED_OFFSET);
+}
+
+static inline two_runs runs_MXFP4(const uint8_t *first, const uint8_t *second, int index) {
+    (void)index;
+    return table_of_runs(load_two_128(((const block_MXFP4 *)first)->qs, ((const block_MXFP4 *)second)->qs),
+                         mxfp4_values, 12);
+}
+
+static inline two_runs runs_IQ4_XS(const uint8_t *block, const uint8_t *same, int index) {
+    (void)same;
+    return table_of_runs(load_256(((const block_IQ4_XS *)block)->qs + 32 * index), iq4_values, SIGNED_OFFSET);
 }
 
 static inline __m256i chunk_IQ4_XS(const void *block, int k) {

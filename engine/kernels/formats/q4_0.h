@@ -68,6 +68,34 @@ static inline __m256i chunk_Q5_1(const void *block, int k) {
     (void)k;
     return _mm256_or_si256(nibbles_32(b->qs), fifth_bits_32(b->qh));
 }
+
+static inline two_runs with_fifth_bits(two_runs low, uint32_t first, uint32_t second) {
+#if defined(__AVX512VNNI__)
+    const __m256i fifth = _mm256_set1_epi8(16);
+    return (two_runs){_mm256_mask_add_epi8(low.low, (first & 0xffff) | second << 16, low.low, fifth),
+                      _mm256_mask_add_epi8(low.high, first >> 16 | (second & 0xffff0000), low.high, fifth)};
+#else
+    const __m256i a = fifth_bits_32(first), b = fifth_bits_32(second);
+    return (two_runs){_mm256_or_si256(low.low, _mm256_permute2x128_si256(a, b, 0x20)),
+                      _mm256_or_si256(low.high, _mm256_permute2x128_si256(a, b, 0x31))};
+#endif
+}
+
+#define RUNS_OF_NIBBLES(NAME)                                                                                          \
+    static inline two_runs runs_##NAME(const uint8_t *first, const uint8_t *second, int index) {                       \
+        (void)index;                                                                                                   \
+        return nibbles_of_runs(load_two_128(((const block_##NAME *)first)->qs, ((const block_##NAME *)second)->qs));   \
+    }
+#define RUNS_OF_5_BITS(NAME)                                                                                           \
+    static inline two_runs runs_##NAME(const uint8_t *first, const uint8_t *second, int index) {                       \
+        const block_##NAME *a = (const block_##NAME *)first, *b = (const block_##NAME *)second;                        \
+        (void)index;                                                                                                   \
+        return with_fifth_bits(nibbles_of_runs(load_two_128(a->qs, b->qs)), a->qh, b->qh);                             \
+    }
+RUNS_OF_NIBBLES(Q4_0)
+RUNS_OF_NIBBLES(Q4_1)
+RUNS_OF_5_BITS(Q5_0)
+RUNS_OF_5_BITS(Q5_1)
 #endif
 
 #endif

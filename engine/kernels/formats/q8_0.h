@@ -19,6 +19,14 @@ static inline __m256i chunk_Q8_0(const void *block, int k) {
     (void)k;
     return load_256(((const block_Q8_0 *)block)->qs);
 }
+
+static inline two_runs runs_Q8_0(const uint8_t *first, const uint8_t *second, int index) {
+    const block_Q8_0 *a = (const block_Q8_0 *)first, *b = (const block_Q8_0 *)second;
+    const __m256i offset = _mm256_set1_epi8((char)SIGNED_OFFSET);
+    (void)index;
+    return (two_runs){_mm256_xor_si256(load_two_128(a->qs, b->qs), offset),
+                      _mm256_xor_si256(load_two_128(a->qs + 16, b->qs + 16), offset)};
+}
 #endif
 
 #endif
