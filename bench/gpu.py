@@ -8,6 +8,7 @@ Each section stands alone: one that fails is reported and the next is run. Resul
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import sys
@@ -22,13 +23,24 @@ import numpy as np
 
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice, kernels, probe
+from engine.devices.cuda import CUDADevice, kernels, probe, tiles
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
-from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Launch, Matrix, Rows, Sight
+from engine.devices.cuda.kernels import (
+    Cache,
+    Combined,
+    Count,
+    Exchange,
+    ExpertMatrix,
+    Forms,
+    Launch,
+    Matrix,
+    Rows,
+    Sight,
+)
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import Activation as ExpertActivation
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import Gating, KVType, Limits
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.generate.forward import ForwardPass
@@ -204,6 +216,76 @@ def linear(bench: Bench) -> None:
             bench.share("linear", f"{name} {n_rows} x {n_cols}, {n_tokens} tokens ({n_bytes >> 20} MiB)", n_bytes, s)
 
 
+def products(bench: Bench) -> None:
+    """Dense matrices times the tokens of a prompt, in operations (two for a multiply-add) a second."""
+    n_cols = 3072
+    with bench.memory(256 << 20, 4096 * 4096, 4096 * 12288 * 4, 256, 1 << 20) as (weights, x, out, count, grid):
+        for name, n_rows, n_tokens in [
+            *((name, 12288, 3000) for name in ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "IQ4_XS", "MXFP4", "IQ2_XS")),
+            *(("Q4_K", n_rows, n) for n_rows, n in ((12288, 9), (12288, 64), (12288, 512), (1024, 3000), (3072, 3000))),
+        ]:
+            weight_format = BY_NAME[name]
+            bench.put(count, np.array([n_tokens], np.int32))
+            launch = tiles.linear(
+                Rows(x, kernels.activation_bytes(weight_format.activation, n_cols)),
+                n_cols,
+                weight_format,
+                [Matrix(weights, n_rows, Rows(out, n_rows))],
+                _grid(bench, weight_format, grid),
+                Count(count, n_tokens),
+            )
+            s = bench.replay_s([launch] * 4) / 4
+            rate = 2 * n_rows * n_cols * n_tokens / s / 1e12
+            bench.note("products", f"{name} {n_rows} x {n_cols}, {n_tokens} tokens", rate, f"TOPS; {s * 1e6:.1f} us")
+
+
+def grouped_experts(bench: Bench) -> None:
+    """The experts of a layer of the 122B for the tokens of a prompt, all in slots, chosen evenly."""
+    n_experts, n_used, hidden, ffn = 256, 8, 3072, 1024
+    formats = [BY_NAME[name] for name in ("Q4_K", "Q4_K", "Q6_K")]
+    shapes = ((ffn, hidden), (ffn, hidden), (hidden, ffn))
+    stacks = [-(-f.row_bytes(cols) * rows // 256) * 256 for f, (rows, cols) in zip(formats, shapes, strict=True)]
+    x_bytes, h_bytes = (
+        kernels.activation_bytes(Activation.Q8_256, hidden),
+        kernels.activation_bytes(Activation.Q8_256, ffn),
+    )
+    for n_tokens in (64, 512, 3000):
+        sizes, n_choices = tiles.Sizes(n_experts, n_used, hidden, ffn, 8), n_tokens * n_used
+        parts = tiles.groups_bytes(sizes, n_tokens)
+        with bench.memory(
+            *(n_experts * size for size in stacks),
+            *parts,
+            n_tokens * x_bytes,
+            4 * n_choices * ffn,
+            n_choices * h_bytes,
+            4 * n_choices * hidden,
+            4 * n_choices,
+            4 * n_experts,
+            4,
+        ) as (g, u, d, *groups_at, x, h, h_form, out, ids, places, count_at):
+            rng, count, groups = np.random.default_rng(0), Count(count_at, n_tokens), tiles.Groups(*groups_at)
+            bench.put(ids, np.stack([rng.permutation(n_experts)[:n_used] for _ in range(n_tokens)]).astype(np.int32))
+            bench.put(places, np.arange(n_experts, dtype=np.int32))
+            bench.put(count_at, np.array([n_tokens], np.int32))
+            gate, up, down = (ExpertMatrix(a, n, f) for a, n, f in zip((g, u, d), stacks, formats, strict=True))
+            group, most, rows = ctypes.c_int32(0), tiles.n_tiles(sizes, n_tokens), Rows(x, x_bytes)
+            first = tiles.expert_gate_up(
+                groups, group, sizes, gate, up, rows, rows, h, (0, 0), ExpertActivation.SILU, most
+            )
+            h_rows, out_rows = Rows(h_form, h_bytes), Rows(out, n_used * hidden)
+            steps = {
+                "sorting": tiles.group_choices(ids, places, sizes, groups, count),
+                "gate and up": [first],
+                "quantize": [kernels.quantize(Rows(h, ffn), ffn, Activation.Q8_256, h_rows, n_used, count)],
+                "down": [tiles.expert_down(groups, group, sizes, down, h_rows, out_rows, 0, most)],
+            }
+            ops = {"gate and up": 4 * n_choices * ffn * hidden, "down": 2 * n_choices * ffn * hidden}
+            for name, launches in steps.items():
+                s = bench.replay_s(launches)
+                rate = f"; {ops[name] / s / 1e12:.4g} TOPS" if name in ops else ""
+                bench.note("grouped", f"{n_tokens} tokens: {name}", s * 1e6, f"us{rate}")
+
+
 def experts(bench: Bench) -> None:
     """The hits of one token as in the 122B: gate and up 1024 x 3072, down 3072 x 1024."""
     hidden, ffn, n_used = 3072, 1024, 8
@@ -307,6 +389,71 @@ def attention(bench: Bench) -> None:
                 bench.share("attention", f"{kv_type.name}, {n_positions} positions", size, bench.replay_s(launches) / n)
 
 
+def prompt_attention(bench: Bench) -> None:
+    """All tokens of a prompt of the 122B (32 heads on 2 key heads of 256); its operations that go token by token."""
+    n = 3000
+    for kv_type in (KVType.F16, KVType.Q8_0):
+        cache = Cache(0, kv_type, 1, 4096, 2, 256, 256)
+        sizes = (kernels.kv_cache_bytes(cache), n * 8192 * 4, n * 512 * 4, n * 8192 * 4, 4 * n, 4 * n, 4)
+        with bench.memory(*sizes) as (memory, q, k, out, positions, slots, count):
+            bench.put(positions, np.arange(n, dtype=np.int32))
+            bench.put(count, np.array([n], np.int32))
+            launches = kernels.attention(
+                Rows(q, 8192),
+                Rows(k, 512),
+                Rows(k, 512),
+                Rows(out, 8192),
+                cache._replace(address=memory),
+                32,
+                0.0625,
+                Sight(),
+                0,
+                0,
+                positions,
+                slots,
+                Count(count, n),
+            )
+            bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(launches) * 1e3, "ms")
+    with bench.memory(
+        n * 12288 * 4, n * 8192 * 4, n * 64 * 4, 64 * 128 * 128 * 4, 1 << 20, 4 * n, 4 * n, 4, n * 12288 * 4
+    ) as (
+        qkv,
+        out,
+        beta,
+        state,
+        vectors,
+        positions,
+        slots,
+        count,
+        convolved,
+    ):
+        bench.put(positions, np.arange(n, dtype=np.int32))
+        bench.put(count, np.array([n], np.int32))
+        rows, places = Rows(beta, 64), (positions, slots, Count(count, n))
+        net = kernels.delta_net(
+            qkv,
+            qkv + 4 * 2048,
+            qkv + 4 * 4096,
+            12288,
+            rows,
+            rows,
+            vectors,
+            vectors,
+            state,
+            Rows(out, 8192),
+            16,
+            64,
+            128,
+            128,
+            False,
+            1e-6,
+            *places,
+        )
+        conv = kernels.causal_conv(Rows(qkv, 12288), vectors, state, Rows(convolved, 12288), 12288, 4, *places)
+        bench.note("prompt", f"delta net of {n} tokens, 64 heads of 128 x 128", bench.replay_s([net]) * 1e3, "ms")
+        bench.note("prompt", f"convolution of {n} tokens, 12288 channels", bench.replay_s(conv) * 1e3, "ms")
+
+
 def small(bench: Bench) -> None:
     """What the small kernels of a layer cost inside a graph."""
     with bench.memory(1 << 20, 1 << 20, 1 << 20, 256, 1 << 20) as (x, y, z, words, state):
@@ -314,7 +461,17 @@ def small(bench: Bench) -> None:
         one = Count(words, 1)
         made = {
             "add of 16 values": kernels.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
-            "rms_norm of 3072": kernels.rms_norm(Rows(x, 3072), y, Rows(z, 3072), 1, 3072, 1e-6, one),
+            "sum, norm and quantisation of 3072": kernels.residual(
+                Rows(x, 3072),
+                Rows(y, 3072),
+                Rows(x, 3072),
+                3072,
+                one,
+                y,
+                1e-6,
+                Rows(z, 3072),
+                Forms(Rows(state, 4096)),
+            ),
             "rms_norm of 32 x 256": kernels.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
             "quantize 3072": kernels.quantize(Rows(x, 3072), 3072, Activation.Q8_256, Rows(z, 4096), 1, one),
             "router of 256": kernels.router(
@@ -323,8 +480,27 @@ def small(bench: Bench) -> None:
             "router logits F32 256 x 3072": kernels.linear(
                 Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 64, Rows(z, 256))], 0, one
             ),
-            "combine 8 x 3072": kernels.combine(
-                Rows(x, 8 * 3072), 0, z, z, y, 8, None, None, Rows(x, 3072), Rows(state, 3072), 3072, 1.0, one
+            "combination, norm and quantisation of 8 x 3072": kernels.residual(
+                Rows(x, 3072),
+                Combined(Rows(y, 8 * 3072), 0, z, z, y, 8),
+                Rows(x, 3072),
+                3072,
+                one,
+                y,
+                1e-6,
+                Rows(z + 65536, 3072),
+                Forms(Rows(state, 4096)),
+            ),
+            "norm, gate and quantisation of 64 x 128": kernels.gate(
+                Rows(x, 8192),
+                Rows(y, 8192),
+                Rows(x, 8192),
+                8192,
+                Gating.SILU,
+                one,
+                Forms(Rows(state, 16384)),
+                128,
+                y,
             ),
         }
         for name, launch in made.items():
@@ -342,7 +518,7 @@ def small(bench: Bench) -> None:
         conv = kernels.causal_conv(
             Rows(x, 12288), vectors, state, Rows(out, 12288), 12288, 4, words + 4, words + 8, one
         )
-        bench.note("small", "causal_conv of 12288 channels", bench.replay_s([conv] * 100) / 100 * 1e6, "us")
+        bench.note("small", "causal_conv of 12288 channels", bench.replay_s(conv * 100) / 100 * 1e6, "us")
 
 
 def handshake(bench: Bench) -> None:
@@ -455,6 +631,62 @@ def model(bench: Bench) -> None:
         file.close()
 
 
+def prompt(bench: Bench) -> None:
+    """Prompts of a big model whose experts are streamed; all placements must give the same bits."""
+    file = open_model_file(bench.model)
+    loaded = load_model(file)
+    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
+    limits, n_experts = Limits(512, 1, 8192, KVType.Q8_0), loaded.spec.moe.n_experts
+    tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 3000).tolist()
+    pinned, device_memory = PinnedMemory(256 << 20), DeviceMemory(256 << 20)
+    s = bench.seconds(lambda: bench.stream.upload(device_memory.address, pinned.address, 256 << 20))
+    pcie, expected = (256 << 20) / s / 1e9, None
+    bench.note("prompt", "PCIe", pcie, "GB/s")
+    pinned.close()
+    device_memory.close()
+    try:
+        for hot_k, bypass, lengths in (
+            (n_experts, 32, (64, 512, 3000)),
+            (n_experts * 2 // 5, 32, (64, 512, 3000)),
+            (0, 32, (64, 512, 3000)),
+            (n_experts * 2 // 5, 10000, (16, 32, 64, 128, 256)),  # the CPU computes what has no slot
+        ):
+            device = CUDADevice(wish=Wish(hot_k), n_threads=bench.n_threads, bandwidths=SPEEDS, bypass_n_tokens=bypass)
+            start = time.perf_counter()
+            program = device.compile(loaded.graph, weights, limits)
+            try:
+                name = f"{hot_k} of {n_experts} experts in slots, {'streams' if bypass == 32 else 'the CPU helps'}"
+                bench.note("prompt", f"{name}: seconds to open", time.perf_counter() - start)
+                bench.note("prompt", f"{name}: tokens in a step", program.limits.max_tokens)
+                _fill(bench, name, program)
+                moved = sum(
+                    int(n_bytes) * (n_experts - int(n_slots))
+                    for n_bytes, n_slots in zip(program.expert_bytes, program.n_slots, strict=True)
+                )
+                forward = ForwardPass(program, program.limits, loaded.spec.n_vocab)
+                for n in lengths:
+                    logits = forward.run(0, tokens[:n], 0).copy()
+                    times = []
+                    for _ in range(3):
+                        start = time.perf_counter()
+                        forward.run(0, tokens[:n], 0)
+                        times.append(time.perf_counter() - start)
+                    s = min(times)
+                    rate = moved / s / 1e9
+                    shown = f"tok/s; {s * 1e3:.1f} ms; {rate:.1f} GB/s, {rate / pcie:.0%} of PCIe"
+                    bench.note("prompt", f"{name}: prompt of {n}", n / s, shown)
+                if lengths[-1] == 3000:
+                    expected = logits if expected is None else expected
+                    same = bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
+                    bench.note("prompt", f"{name}: same bits", same)
+            finally:
+                program.close()
+                device.close()
+    finally:
+        weights.close()
+        file.close()
+
+
 def _fill(bench: Bench, name: str, program: Any) -> None:
     """Put random experts into all slots, as a swapper would."""
     rng, start, n_bytes = np.random.default_rng(1), time.perf_counter(), 0
@@ -488,25 +720,40 @@ def _time_model(bench: Bench, name: str, forward: ForwardPass, tokens: list[int]
 
 
 def operations(bench: Bench) -> None:
-    """Where the GPU's time of a token goes, all experts resident: each launch of the recorded step, timed alone."""
+    """Where the GPU's time of a token goes."""
+    _time_operations(bench, "operations", 1, Limits(32, 1, 2048, KVType.F16))
+
+
+def prompt_operations(bench: Bench) -> None:
+    """Where the GPU's time of a prompt goes."""
+    _time_operations(bench, "prompt_operations", 3000, Limits(512, 1, 4096, KVType.F16))
+
+
+def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) -> None:
+    """Time each launch of a recorded step alone, all experts resident."""
     file = open_model_file(bench.model)
     loaded = load_model(file)
     weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
     device = CUDADevice(wish=Wish(None), n_threads=bench.n_threads, bandwidths=SPEEDS)
-    program = device.compile(loaded.graph, weights, Limits(32, 1, 2048, KVType.F16))
+    program = device.compile(loaded.graph, weights, limits)
     try:
-        ForwardPass(program, program._limits, loaded.spec.n_vocab).run(0, [1] * 9, 0)
-        program.run(*(np.array(v, np.int32) for v in ([1], [9], [0], [0])))
-        launches = program._lowering.launches(program._memory.address, 1, None)
+        before = np.arange(9, dtype=np.int32)
+        program.run(before, before, 0 * before, before[:0])
+        ids = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, n_tokens).astype(np.int32)
+        positions = np.arange(n_tokens, dtype=np.int32) + (9 if n_tokens == 1 else 0)
+        program.run(ids, positions, 0 * ids, 0 * before[:1])
+        launches = program._lowering.launches(program._memory.address, n_tokens, None)
+        bench.context.prepare(launches)
         totals: dict[str, list[float]] = {}
         for launch in launches:
             key = f"{launch.kernel} {' '.join(launch.definitions)} grid {launch.grid}"
             if key not in totals:
-                totals[key] = [0, bench.replay_s([launch] * 20, 2) / 20 * 1e6]
+                n = 20 if n_tokens == 1 else 1
+                totals[key] = [0, bench.replay_s([launch] * n, 2) / n * 1e6]
             totals[key][0] += 1
         for key, (n, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
-            bench.note("operations", key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
-        bench.note("operations", "launches of a token", len(launches))
+            bench.note(section, key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
+        bench.note(section, "launches of a step", len(launches))
     finally:
         program.close()
         device.close()
@@ -514,7 +761,25 @@ def operations(bench: Bench) -> None:
         file.close()
 
 
-SECTIONS = {f.__name__: f for f in (facts, copies, small, linear, experts, attention, handshake, model, operations)}
+SECTIONS = {
+    f.__name__: f
+    for f in (
+        facts,
+        copies,
+        small,
+        linear,
+        products,
+        experts,
+        grouped_experts,
+        attention,
+        prompt_attention,
+        handshake,
+        prompt,
+        model,
+        operations,
+        prompt_operations,
+    )
+}
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-// Attention of a step's tokens over the cache of keys and values, in three kernels: store the new keys and values,
-// attend over parts of the positions, merge the parts.
+// Attention of a step's tokens over the cache of keys and values: store the new keys and values; then, for few tokens,
+// attend over parts of the positions and merge the parts, or, for many, both in one kernel.
 //
 // Compiled for KV_TYPE (0 float32, 1 float16, 2 int8 with a float16 scale for each 32 values), KEY_DIM and VALUE_DIM (of
 // a head), GROUP (query heads that share a key head), HEADS (of a group that a block takes) and SHARED (1: there are no
@@ -137,6 +137,7 @@ template <int DIM> DEVICE void store(const Side<DIM> &out, int position, int i, 
 KERNEL(1024)
 store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, Cache cache, const int *positions,
          const int *slots, const int *n_tokens) {
+    begin_kernel();
     const int head = blockIdx.x, token = blockIdx.y, i = threadIdx.x;
     if (token >= *n_tokens)
         return;
@@ -165,41 +166,37 @@ DEVICE void fetch(const Side<STORED_DIM> &side, int first, int begin, int end, i
         }
 }
 
-// Grid: (n_kv_heads * N_TILES, n_parts, tokens from `first_token` on). values: float
-// [grid tokens, n_heads, n_parts, VALUE_DIM]; parts: [grid tokens, n_heads, n_parts]. Parts beyond a token's last tile
-// are left alone.
-KERNEL(THREADS)
-attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
-       int chunk, float *values, Part *parts, int first_token, const int *n_tokens) {
+// What a block shares while it goes through positions.
+struct Shared {
+    __align__(16) float queries[HEADS][KEY_DIM];
+    __align__(16) float sums[HEADS][VALUE_DIM]; // of a part
+    float scores[HEADS][TILE];                  // of a tile; then their exponentials
+    float rescale[HEADS];                       // of what was added up before the tile
+    Part totals[HEADS];
+};
+
+// Puts a token's queries, times `scale`, where the block shares them; zeros for heads that do not exist.
+DEVICE void load_queries(Shared &shared, const float *q, int n_heads, float scale) {
+    for (int i = threadIdx.x; i < HEADS * KEY_DIM; i += THREADS)
+        shared.queries[i / KEY_DIM][i % KEY_DIM] = i / KEY_DIM < n_heads ? q[i] * scale : 0.0f;
+}
+
+// Attends over every n_parts-th tile of positions from `first_tile` on, as far as the token at `position` sees them, from
+// `from` on. Whole block. Leaves `sums` and `totals`, to be read after it and before the next call's first barrier.
+DEVICE void attend_part(Shared &shared, const Side<KEY_DIM> &keys, const Values &vals, int first_tile, int n_parts, int from,
+                        int position) {
     using Keys = Split<KEY_DIM>;
     using Vals = Split<VALUE_DIM>;
-    __shared__ __align__(16) float queries[HEADS][KEY_DIM];
-    __shared__ float sums[HEADS][VALUE_DIM];
-    __shared__ float scores[HEADS][TILE]; // of a tile; then their exponentials
-    __shared__ float rescale[HEADS];      // of what was added up before the tile
-    __shared__ Part totals[HEADS];
-    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
-    const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
-    const int part = blockIdx.y, n_parts = gridDim.y, token = first_token + blockIdx.z;
-    if (token >= *n_tokens)
-        return;
-    const int position = positions[token], slot = slots[token];
-    if (part > position / TILE)
-        return;
-    const int from = max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0);
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    const Side<KEY_DIM> keys = keys_of(cache, slot, kv_head);
-    const Values vals = values_of(cache, slot, kv_head);
-
-    for (int i = thread; i < HEADS * KEY_DIM; i += THREADS)
-        queries[i / KEY_DIM][i % KEY_DIM] = i / KEY_DIM < n_heads ? q[token * q_stride + head * KEY_DIM + i] * scale : 0.0f;
+    auto &queries = shared.queries;
+    auto &sums = shared.sums;
+    auto &scores = shared.scores;
+    auto &rescale = shared.rescale;
+    auto &totals = shared.totals;
     if (thread < HEADS)
         totals[thread] = {NEVER, 0.0f};
     float acc[HEADS][Vals::PIECES][VECTOR] = {}; // of the positions that this thread reads
     __syncthreads();
-
-    // the first tile of this part that has a position in sight
-    const int first_tile = from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts;
     for (int first = first_tile * TILE; first <= position; first += n_parts * TILE) {
         const int begin = max(from - first, 0), end = min(TILE, position + 1 - first); // of what is seen of the tile
 #pragma unroll
@@ -228,13 +225,13 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
                         for (int i = 0; i < VECTOR; i++)
                             dots[r] = __fmaf_rn(key[r][c][i], by[i], dots[r]);
                 }
+                add_over_lanes<Keys::LANES, Keys::AT_ONCE>(dots);
+                constexpr int OWN = Keys::AT_ONCE > Keys::LANES ? Keys::AT_ONCE / Keys::LANES : 1;
+                const int first_own = lane % Keys::LANES * Keys::AT_ONCE / Keys::LANES;
 #pragma unroll
-                for (int r = 0; r < Keys::AT_ONCE; r++) {
-#pragma unroll
-                    for (int step = Keys::LANES / 2; step; step /= 2)
-                        dots[r] += __shfl_xor_sync(ALL_LANES, dots[r], step);
-                    const int p = Keys::row(round + r);
-                    if (lane % Keys::LANES == 0)
+                for (int r = 0; r < OWN; r++) {
+                    const int p = Keys::row(round + first_own + r);
+                    if (lane * Keys::AT_ONCE % Keys::LANES == 0)
                         scores[g][p] = p >= begin && p < end ? dots[r] : NEVER;
                 }
             }
@@ -300,20 +297,66 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
 #pragma unroll
                     for (int g = 0; g < HEADS; g++)
 #pragma unroll
-                        for (int i = 0; i < VECTOR; i++) {
-                            float &sum = sums[g][Vals::column(c) + i];
-                            sum = turn ? sum + acc[g][c][i] : acc[g][c][i];
+                        for (int i = 0; i < VECTOR; i += 4) {
+                            float4 &sum = *(float4 *)&sums[g][Vals::column(c) + i];
+                            const float *own = &acc[g][c][i];
+                            sum = turn ? make_float4(sum.x + own[0], sum.y + own[1], sum.z + own[2], sum.w + own[3])
+                                       : make_float4(own[0], own[1], own[2], own[3]);
                         }
         __syncthreads();
     }
+}
+
+// Grid: (n_kv_heads * N_TILES, n_parts, tokens from `first_token` on). values: float
+// [grid tokens, n_heads, n_parts, VALUE_DIM]; parts: [grid tokens, n_heads, n_parts]. Parts beyond a token's last tile
+// are left alone.
+KERNEL(THREADS)
+attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
+       int chunk, float *values, Part *parts, int first_token, const int *n_tokens) {
+    begin_kernel();
+    __shared__ Shared shared;
+    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
+    const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
+    const int part = blockIdx.y, n_parts = gridDim.y, token = first_token + blockIdx.z;
+    if (token >= *n_tokens)
+        return;
+    const int position = positions[token], slot = slots[token];
+    if (part > position / TILE)
+        return;
+    const int from = max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0);
+    const int thread = threadIdx.x;
+    load_queries(shared, q + token * q_stride + head * KEY_DIM, n_heads, scale);
+    // the first tile of this part that has a position in sight
+    const int first_tile = from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts;
+    attend_part(shared, keys_of(cache, slot, kv_head), values_of(cache, slot, kv_head), first_tile, n_parts, from,
+                position);
 
     const int64_t first_result = (int64_t)blockIdx.z * cache.n_kv_heads * GROUP + head;
     for (int i = thread; i < n_heads * VALUE_DIM; i += THREADS) {
         const int g = i / VALUE_DIM, column = i % VALUE_DIM;
-        values[((first_result + g) * n_parts + part) * VALUE_DIM + column] = sums[g][column];
+        values[((first_result + g) * n_parts + part) * VALUE_DIM + column] = shared.sums[g][column];
     }
     if (thread < n_heads)
-        parts[(first_result + thread) * n_parts + part] = totals[thread];
+        parts[(first_result + thread) * n_parts + part] = shared.totals[thread];
+}
+
+// What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values
+// must be multiplied when a part is added.
+struct Merged {
+    float largest, sum, keep, take;
+};
+
+// A sink is a score without a value.
+DEVICE Merged before_parts(const float *sinks, int head) {
+    return {sinks ? sinks[head] : NEVER, sinks ? 1.0f : 0.0f, 0.0f, 0.0f};
+}
+DEVICE Merged with_part(const Merged &before, const Part &part) {
+    const float largest = fmaxf(before.largest, part.largest);
+    const float keep = exp_canonical(before.largest - largest), take = exp_canonical(part.largest - largest);
+    return {largest, __fmaf_rn(part.sum, take, before.sum * keep), keep, take};
+}
+DEVICE float merged_value(const Merged &merged, float before, float of_part) {
+    return __fmaf_rn(of_part, merged.take, before * merged.keep);
 }
 
 // Grid: (n_heads, tokens from `first_token` on). out: float32 rows of n_heads * VALUE_DIM. sinks: a score for each head
@@ -321,42 +364,101 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
 KERNEL(THREADS)
 merge_parts(const float *values, const Part *parts, int n_parts, const float *sinks, const int *positions, float *out,
             int64_t out_stride, int first_token, const int *n_tokens) {
+    begin_kernel();
     constexpr int THREAD_DIMS = (VALUE_DIM + THREADS - 1) / THREADS;
-    __shared__ float factors[MAX_PARTS], maxima[N_WARPS], sums[N_WARPS];
+    __shared__ Merged merged[MAX_PARTS];
     const int head = blockIdx.x, token = first_token + blockIdx.y, thread = threadIdx.x;
     if (token >= *n_tokens)
         return;
     const int64_t first = ((int64_t)blockIdx.y * gridDim.x + head) * n_parts;
     const int n = min(n_parts, positions[token] / TILE + 1); // those that `attend` has filled
-    const float sink = sinks ? sinks[head] : NEVER;
-    float largest = sink;
-    for (int i = thread; i < n; i += THREADS)
-        largest = fmaxf(largest, parts[first + i].largest);
-    largest = warp_max(largest);
-    if (thread % WARP == 0)
-        maxima[thread / WARP] = largest;
-    __syncthreads();
-    for (int i = 0; i < N_WARPS; i++)
-        largest = fmaxf(largest, maxima[i]);
-    float sum = 0.0f;
-    for (int i = thread; i < n; i += THREADS) {
-        const Part part = parts[first + i];
-        factors[i] = exp_canonical(part.largest - largest); // of a part without positions: of zeros
-        sum = __fmaf_rn(part.sum, factors[i], sum);
+    if (thread < WARP) { // a warp takes the running maximum of 32 parts at a time
+        float largest = sinks ? sinks[head] : NEVER;
+        for (int base = 0; base < n; base += WARP) {
+            const Part part = base + thread < n ? parts[first + base + thread] : Part{NEVER, 0.0f};
+            float up_to = part.largest;
+            for (int step = 1; step < WARP; step *= 2) {
+                const float other = __shfl_up_sync(ALL_LANES, up_to, step);
+                up_to = thread >= step ? fmaxf(up_to, other) : up_to;
+            }
+            up_to = fmaxf(up_to, largest);
+            const float before = __shfl_up_sync(ALL_LANES, up_to, 1);
+            const Merged added = with_part({thread ? before : largest, 0.0f, 0.0f, 0.0f}, part);
+            if (base + thread < n)
+                merged[base + thread] = {added.largest, part.sum, added.keep, added.take};
+            largest = __shfl_sync(ALL_LANES, up_to, WARP - 1);
+        }
     }
-    sum = block_sum(sum, sums);
-    if (sinks)
-        sum += exp_canonical(sink - largest);
-
-    float acc[THREAD_DIMS] = {};
+    __syncthreads();
+    float acc[THREAD_DIMS] = {}, sum = before_parts(sinks, head).sum;
 #pragma unroll 8
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+        const Merged part = merged[i];
+        sum = __fmaf_rn(part.sum, part.take, sum * part.keep);
 #pragma unroll
         for (int d = 0; d < THREAD_DIMS; d++)
-            if (d * THREADS + thread < VALUE_DIM)
-                acc[d] = __fmaf_rn(values[(first + i) * VALUE_DIM + d * THREADS + thread], factors[i], acc[d]);
+            if (d * THREADS + thread < VALUE_DIM) {
+                const float added = merged_value(part, acc[d], values[(first + i) * VALUE_DIM + d * THREADS + thread]);
+                acc[d] = part.sum == 0.0f ? acc[d] : added; // nothing in sight
+            }
+    }
 #pragma unroll
     for (int d = 0; d < THREAD_DIMS; d++)
         if (d * THREADS + thread < VALUE_DIM)
             out[token * out_stride + head * VALUE_DIM + d * THREADS + thread] = __fdiv_rn(acc[d], sum);
+}
+
+// Both for many tokens: a block takes HEADS heads of one token through all parts, the same way and in the same order.
+// Grid: (n_kv_heads * N_TILES, tokens, the last one first: it has most to do).
+extern "C" __global__ void __launch_bounds__(THREADS, VALUE_DIM <= 256 ? 3 : 1)
+attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
+           int chunk, int n_parts, const float *sinks, float *out, int64_t out_stride, const int *n_tokens) {
+    begin_kernel();
+    constexpr int QUADS = HEADS * VALUE_DIM / 4, OWN = (QUADS + THREADS - 1) / THREADS;
+    __shared__ Shared shared;
+    __shared__ Merged merged[HEADS];
+    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
+    const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
+    const int token = *n_tokens - 1 - (int)blockIdx.y, thread = threadIdx.x;
+    if (token < 0)
+        return;
+    const int position = positions[token], slot = slots[token];
+    const int from = max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0);
+    const Side<KEY_DIM> keys = keys_of(cache, slot, kv_head);
+    const Values vals = values_of(cache, slot, kv_head);
+    load_queries(shared, q + token * q_stride + head * KEY_DIM, n_heads, scale);
+    if (thread < HEADS)
+        merged[thread] = before_parts(sinks, min(head + thread, head + n_heads - 1));
+    float4 acc[OWN] = {}; // of the values of all heads, every THREADS-th four
+    for (int part = 0; part < n_parts && part <= position / TILE; part++) {
+        // the first tile of this part that has a position in sight
+        const int first_tile = from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts;
+        if (first_tile * TILE > position)
+            continue; // nothing in sight
+        attend_part(shared, keys, vals, first_tile, n_parts, from, position);
+        if (thread < HEADS)
+            merged[thread] = with_part(merged[thread], shared.totals[thread]);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < OWN; k++) {
+            const int i = k * THREADS + thread;
+            if (i >= QUADS)
+                break;
+            const Merged added = merged[i / (VALUE_DIM / 4)];
+            const float4 sums = ((const float4 *)shared.sums)[i];
+            acc[k] = make_float4(merged_value(added, acc[k].x, sums.x), merged_value(added, acc[k].y, sums.y),
+                                 merged_value(added, acc[k].z, sums.z), merged_value(added, acc[k].w, sums.w));
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < OWN; k++) {
+        const int i = k * THREADS + thread, g = i / (VALUE_DIM / 4);
+        if (i >= QUADS || g >= n_heads)
+            break;
+        const float sum = merged[g].sum;
+        float *to = out + token * out_stride + head * VALUE_DIM + 4 * i;
+        to[0] = __fdiv_rn(acc[k].x, sum), to[1] = __fdiv_rn(acc[k].y, sum);
+        to[2] = __fdiv_rn(acc[k].z, sum), to[3] = __fdiv_rn(acc[k].w, sum);
+    }
 }

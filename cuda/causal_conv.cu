@@ -4,13 +4,34 @@
 // stand together and in order; one at position 0 starts its sequence with a zero state. The state of a sequence is read
 // once and written once for all its tokens in the step.
 //
-// Compiled for KERNEL_SIZE. Grid: (ceil(n_channels / 256)); a thread takes a channel.
+// Compiled for KERNEL_SIZE. For few tokens one kernel goes through them; for many, `convolve` takes all at the same time
+// and `keep_inputs` then brings the states up to date. A thread takes a channel.
 #include "common.cuh"
 
+constexpr int BEFORE = KERNEL_SIZE - 1;
+constexpr int AT_ONCE = 16; // tokens of a thread of `convolve`
+
+// The new output; `past` are the inputs before `now`, oldest first.
+DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[KERNEL_SIZE]) {
+    float acc = 0.0f;
+#pragma unroll
+    for (int j = 0; j < BEFORE; j++)
+        acc = __fmaf_rn(past[j], w[j], acc);
+    return silu(__fmaf_rn(now, w[BEFORE], acc));
+}
+
+DEVICE void move_on(float (&past)[BEFORE], float now) {
+#pragma unroll
+    for (int j = 0; j + 1 < BEFORE; j++)
+        past[j] = past[j + 1];
+    past[BEFORE - 1] = now;
+}
+
+// Grid: (ceil(n_channels / 256)).
 KERNEL(256)
 causal_conv(const float *x, int64_t x_stride, const float *weight, float *state, float *out, int64_t out_stride,
             int n_channels, const int *positions, const int *slots, const int *n_tokens) {
-    constexpr int BEFORE = KERNEL_SIZE - 1;
+    begin_kernel();
     const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
     if (channel >= n_channels)
         return;
@@ -25,19 +46,76 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, float *state,
             for (int j = 0; j < BEFORE; j++)
                 past[j] = positions[t] == 0 ? 0.0f : kept[j * n_channels];
         const float now = x[t * x_stride + channel];
-        float acc = 0.0f;
-#pragma unroll
-        for (int j = 0; j < BEFORE; j++)
-            acc = __fmaf_rn(past[j], w[j], acc);
-        acc = __fmaf_rn(now, w[BEFORE], acc);
-        out[t * out_stride + channel] = silu(acc);
-#pragma unroll
-        for (int j = 0; j + 1 < BEFORE; j++)
-            past[j] = past[j + 1];
-        past[BEFORE - 1] = now;
+        out[t * out_stride + channel] = convolved(past, now, w);
+        move_on(past, now);
         if (t + 1 == n || slots[t + 1] != slots[t])
 #pragma unroll
             for (int j = 0; j < BEFORE; j++)
                 kept[j * n_channels] = past[j];
+    }
+}
+
+// Grid: (ceil(n_channels / 256), ceil(tokens / AT_ONCE)). Not in place.
+KERNEL(256)
+convolve(const float *x, int64_t x_stride, const float *weight, const float *state, float *out, int64_t out_stride,
+         int n_channels, const int *positions, const int *slots, const int *n_tokens) {
+    begin_kernel();
+    const int channel = blockIdx.x * 256 + threadIdx.x, first = blockIdx.y * AT_ONCE, end = min(first + AT_ONCE, *n_tokens);
+    if (channel >= n_channels || first >= end)
+        return;
+    float w[KERNEL_SIZE], past[BEFORE];
+#pragma unroll
+    for (int j = 0; j < KERNEL_SIZE; j++)
+        w[j] = weight[channel * KERNEL_SIZE + j];
+    const int slot = slots[first];
+    const float *kept = state + (int64_t)slot * BEFORE * n_channels + channel;
+    int n_own = 0; // inputs of this step before the first token, as far as they matter
+    while (n_own < BEFORE && first - n_own > 0 && slots[first - n_own - 1] == slot && positions[first - n_own] != 0)
+        n_own++;
+#pragma unroll
+    for (int j = 0; j < BEFORE; j++) {
+        const int back = BEFORE - j; // tokens before the first
+        past[j] = back <= n_own                      ? x[(first - back) * x_stride + channel]
+                  : positions[first - n_own] == 0 ? 0.0f
+                                                     : kept[(j + n_own) * n_channels];
+    }
+    for (int t = first; t < end; t++) {
+        if (t > first && (slots[t] != slots[t - 1] || positions[t] == 0)) {
+            const float *own = state + (int64_t)slots[t] * BEFORE * n_channels + channel;
+#pragma unroll
+            for (int j = 0; j < BEFORE; j++)
+                past[j] = positions[t] == 0 ? 0.0f : own[j * n_channels];
+        }
+        const float now = x[t * x_stride + channel];
+        out[t * out_stride + channel] = convolved(past, now, w);
+        move_on(past, now);
+    }
+}
+
+// The last inputs of each sequence to its state. Grid: (ceil(n_channels / 256)).
+KERNEL(256)
+keep_inputs(const float *x, int64_t x_stride, float *state, int n_channels, const int *positions, const int *slots,
+            const int *n_tokens) {
+    begin_kernel();
+    const int channel = blockIdx.x * 256 + threadIdx.x, lane = threadIdx.x % WARP, n = *n_tokens;
+    for (int base = 0; base < n; base += WARP) {
+        const int t = base + lane;
+        unsigned ends = __ballot_sync(ALL_LANES, t < n && (t + 1 == n || slots[t + 1] != slots[t]));
+        for (; ends; ends &= ends - 1) {
+            const int last = base + __ffs(ends) - 1, slot = slots[last];
+            int n_own = 1; // inputs of this step, as far as they matter
+            while (n_own < BEFORE && last - n_own >= 0 && slots[last - n_own] == slot && positions[last - n_own + 1] != 0)
+                n_own++;
+            if (channel >= n_channels)
+                continue;
+            const bool is_fresh = positions[last - n_own + 1] == 0;
+            float *kept = state + (int64_t)slot * BEFORE * n_channels + channel;
+            for (int j = 0; j < BEFORE; j++) { // rising, so that what is moved is read before it is overwritten
+                const int back = BEFORE - 1 - j;
+                kept[j * n_channels] = back < n_own ? x[(last - back) * x_stride + channel]
+                                       : is_fresh   ? 0.0f
+                                                    : kept[(j + n_own) * n_channels];
+            }
+        }
     }
 }

@@ -26,12 +26,37 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
 
+// Every kernel calls this, in every thread, before it reads what kernels write or returns. From Hopper on it may be under
+// way before the kernel before it is over (`Launch` in kernels.py), but only when the one before that is: what is read
+// earlier must be older than the kernel before.
+DEVICE void begin_kernel() {
+    await_previous_kernel();
+    let_next_kernel_begin();
+}
+
 DEVICE int64_t round_up_64(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
 DEVICE float warp_sum(float value) {
     for (int step = WARP / 2; step; step /= 2)
         value += __shfl_xor_sync(ALL_LANES, value, step);
     return value;
+}
+
+// Adds up N values, each over the LANES neighbouring lanes, in the order of a butterfly from LANES / 2 down. Lane l of
+// them ends with the values from l * N / LANES on, one at least; each exchange halves what is left to add.
+template <int LANES, int N, int STEP = LANES / 2> DEVICE void add_over_lanes(float *values) {
+    if constexpr (STEP > 0 && N > 1) {
+        const bool is_upper = threadIdx.x & STEP;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const float kept = is_upper ? values[i + N / 2] : values[i], given = is_upper ? values[i] : values[i + N / 2];
+            values[i] = kept + __shfl_xor_sync(ALL_LANES, given, STEP);
+        }
+        add_over_lanes<LANES, N / 2, STEP / 2>(values);
+    } else if constexpr (STEP > 0) {
+        values[0] += __shfl_xor_sync(ALL_LANES, values[0], STEP);
+        add_over_lanes<LANES, 1, STEP / 2>(values);
+    }
 }
 
 DEVICE float warp_max(float value) {
@@ -46,10 +71,8 @@ DEVICE float block_sum(float value, float *partial) {
     if (threadIdx.x % WARP == 0)
         partial[threadIdx.x / WARP] = value;
     __syncthreads();
-    value = 0.0f;
-    for (int i = 0; i < (int)blockDim.x / WARP; i++)
-        value += partial[i];
-    return value;
+    const int lane = threadIdx.x % WARP;
+    return warp_sum(lane < (int)blockDim.x / WARP ? partial[lane] : 0.0f);
 }
 
 // exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder.

@@ -8,64 +8,127 @@
 // sequence with a zero state. The state of a sequence is read once and written once for all its tokens in the step.
 //
 // Compiled for K_DIM (up to 256) and V_DIM. Rows of S do not know each other. Grid: (n_v_heads, ceil(V_DIM / 8)); a block
-// is 8 warps, a warp has one row of S in its registers.
+// is 8 warps, a warp has one row of S in its registers. Only what needs S is done token after token: the block fetches
+// some tokens ahead (cp.async), and its warps share what can be known of them beforehand.
 #include "common.cuh"
+
+constexpr int ROWS = 8;                                       // of S, one for each warp
+constexpr int AT_ONCE = 1024 / K_DIM < 8 ? 1024 / K_DIM : 8; // tokens that are prepared together
+constexpr int PER_LANE = (K_DIM + WARP - 1) / WARP;
+
+struct Token {
+    float query_factor, decay, step; // step: sigmoid(beta)
+    int begins, ends, slot;          // whether S is to be read (2), zero (1) or kept on (0), and written
+};
+
+struct Tokens {
+    float queries[AT_ONCE][K_DIM], keys[AT_ONCE][K_DIM], values[AT_ONCE][ROWS];
+};
 
 // log(1 + exp(x)) without overflow.
 DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-KERNEL(256)
+KERNEL(ROWS *WARP)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, float *state, float *out,
           int64_t out_stride, int n_k_heads, int is_grouped, float eps, const int *positions, const int *slots,
           const int *n_tokens) {
-    constexpr int PER_LANE = (K_DIM + WARP - 1) / WARP;
-    const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens, lane = threadIdx.x % WARP;
-    const int row = blockIdx.y * 8 + threadIdx.x / WARP;
-    if (row >= V_DIM)
-        return;
+    begin_kernel();
+    __shared__ Tokens fetched[2];
+    __shared__ Token tokens[AT_ONCE];
+    const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens;
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const int first_row = blockIdx.y * ROWS, row = first_row + warp;
     const int key_head = is_grouped ? head / (n_v_heads / n_k_heads) : head % n_k_heads;
-    float s[PER_LANE];
-    for (int t = 0; t < n; t++) {
-        float *kept = state + (((int64_t)slots[t] * n_v_heads + head) * V_DIM + row) * K_DIM;
-        float query[PER_LANE], key[PER_LANE], query_squares = 0.0f, key_squares = 0.0f;
-        const bool is_first = t == 0 || slots[t] != slots[t - 1] || positions[t] == 0;
-#pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
-            const int i = j * WARP + lane;
-            const bool exists = i < K_DIM;
-            if (is_first)
-                s[j] = exists && positions[t] != 0 ? kept[i] : 0.0f;
-            query[j] = exists ? q[t * qkv_stride + key_head * K_DIM + i] : 0.0f;
-            key[j] = exists ? k[t * qkv_stride + key_head * K_DIM + i] : 0.0f;
-            query_squares = __fmaf_rn(query[j], query[j], query_squares);
-            key_squares = __fmaf_rn(key[j], key[j], key_squares);
+
+    auto fetch = [&](int first) {
+        Tokens &to = fetched[first / AT_ONCE % 2];
+        const int n_values = min(AT_ONCE, n - first) * K_DIM;
+        for (int i = thread; i < n_values; i += ROWS * WARP) {
+            const int64_t from = (first + i / K_DIM) * qkv_stride + key_head * K_DIM + i % K_DIM;
+            cp_async4(&to.queries[i / K_DIM][i % K_DIM], q + from);
+            cp_async4(&to.keys[i / K_DIM][i % K_DIM], k + from);
+        }
+        if (thread < AT_ONCE * ROWS) {
+            const int t = first + thread / ROWS, own_row = thread % ROWS;
+            if (t < n && first_row + own_row < V_DIM)
+                cp_async4(&to.values[thread / ROWS][own_row], v + t * qkv_stride + head * V_DIM + first_row + own_row);
+        }
+        cp_async_commit();
+    };
+    // What does not depend on S. Keys are normalised where they lie.
+    auto prepare = [&](Tokens &own, int i, int t) {
+        float query_squares = 0.0f, key_squares = 0.0f;
+        for (int j = lane; j < K_DIM; j += WARP) {
+            query_squares = __fmaf_rn(own.queries[i][j], own.queries[i][j], query_squares);
+            key_squares = __fmaf_rn(own.keys[i][j], own.keys[i][j], key_squares);
         }
         const float query_factor = __fdiv_rn(1.0f, __fsqrt_rn((warp_sum(query_squares) + eps) * (float)K_DIM));
         const float key_factor = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(key_squares) + eps));
-        const float decay = expf(a[head] * softplus(alpha[t * alpha_stride + head] + dt_bias[head]));
-        float recalled = 0.0f;
+        for (int j = lane; j < K_DIM; j += WARP)
+            own.keys[i][j] *= key_factor;
+        if (lane)
+            return;
+        const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
+        tokens[i] = {query_factor, expf(a[head] * softplus(alpha[t * alpha_stride + head] + dt_bias[head])),
+                     sigmoid(beta[t * beta_stride + head]), begins, t + 1 == n || slots[t + 1] != slot, slot};
+    };
+
+    float s[PER_LANE];
+    fetch(0);
+    for (int first = 0; first < n; first += AT_ONCE) {
+        const int n_now = min(AT_ONCE, n - first);
+        Tokens &own = fetched[first / AT_ONCE % 2];
+        __syncthreads(); // everybody is done with the tokens before
+        if (first + AT_ONCE < n)
+            fetch(first + AT_ONCE);
+        else
+            cp_async_commit(); // so that the count of groups stays in step
+        cp_async_wait<1>();
+        __syncthreads();
+        for (int i = warp; i < n_now; i += ROWS)
+            prepare(own, i, first + i);
+        __syncthreads();
+        if (row >= V_DIM)
+            continue;
+        float result = 0.0f; // of the token before, not yet summed
+        for (int i = 0; i <= n_now; i++) {
+            const bool exists = i < n_now; // in the last round there is only the result before it
+            const Token token = tokens[exists ? i : n_now - 1];
+            float *kept = state + (((int64_t)token.slot * n_v_heads + head) * V_DIM + row) * K_DIM;
+            float key[PER_LANE], recalled = 0.0f;
+            if (exists && token.begins)
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
-            key[j] *= key_factor;
-            s[j] *= decay;
-            recalled = __fmaf_rn(s[j], key[j], recalled);
+                for (int j = 0; j < PER_LANE; j++)
+                    s[j] = j * WARP + lane < K_DIM && token.begins == 2 ? kept[j * WARP + lane] : 0.0f;
+            if (exists)
+#pragma unroll
+                for (int j = 0; j < PER_LANE; j++) {
+                    key[j] = j * WARP + lane < K_DIM ? own.keys[i][j * WARP + lane] : 0.0f;
+                    s[j] *= token.decay;
+                    recalled = __fmaf_rn(s[j], key[j], recalled);
+                }
+#pragma unroll
+            for (int step = WARP / 2; step; step /= 2) { // two sums that do not wait for each other
+                recalled += __shfl_xor_sync(ALL_LANES, recalled, step);
+                result += __shfl_xor_sync(ALL_LANES, result, step);
+            }
+            if (i && lane == 0)
+                out[(first + i - 1) * out_stride + head * V_DIM + row] = result * tokens[i - 1].query_factor;
+            if (!exists)
+                break;
+            const float step = token.step * (own.values[i][warp] - recalled);
+            result = 0.0f;
+#pragma unroll
+            for (int j = 0; j < PER_LANE; j++) {
+                s[j] = __fmaf_rn(step, key[j], s[j]);
+                result = __fmaf_rn(s[j], j * WARP + lane < K_DIM ? own.queries[i][j * WARP + lane] : 0.0f, result);
+            }
+            if (token.ends)
+#pragma unroll
+                for (int j = 0; j < PER_LANE; j++)
+                    if (j * WARP + lane < K_DIM)
+                        kept[j * WARP + lane] = s[j];
         }
-        const float error = v[t * qkv_stride + head * V_DIM + row] - warp_sum(recalled);
-        const float step = sigmoid(beta[t * beta_stride + head]) * error;
-        float result = 0.0f;
-#pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
-            s[j] = __fmaf_rn(step, key[j], s[j]);
-            result = __fmaf_rn(s[j], query[j], result);
-        }
-        result = warp_sum(result) * query_factor;
-        if (lane == 0)
-            out[t * out_stride + head * V_DIM + row] = result;
-        if (t + 1 == n || slots[t + 1] != slots[t])
-#pragma unroll
-            for (int j = 0; j < PER_LANE; j++)
-                if (j * WARP + lane < K_DIM)
-                    kept[j * WARP + lane] = s[j];
     }
 }

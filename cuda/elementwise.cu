@@ -11,26 +11,17 @@ DEVICE int column() { return blockIdx.x * THREADS + threadIdx.x; }
 KERNEL(THREADS)
 add(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *out, int64_t out_stride, int n_cols,
     const int *n_rows) {
+    begin_kernel();
     const int row = blockIdx.y, col = column();
     if (row < *n_rows && col < n_cols)
         out[row * out_stride + col] = a[row * a_stride + col] + b[row * b_stride + col];
-}
-
-// out = x * silu(gate) if `is_silu`, else x * sigmoid(gate); in place allowed.
-KERNEL(THREADS)
-gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, float *out, int64_t out_stride,
-     int n_cols, int is_silu, const int *n_rows) {
-    const int row = blockIdx.y, col = column();
-    if (row >= *n_rows || col >= n_cols)
-        return;
-    const float g = gate[row * gate_stride + col];
-    out[row * out_stride + col] = x[row * x_stride + col] * (is_silu ? silu(g) : sigmoid(g));
 }
 
 // out = x * (factor * by), with one value of `by` for each row, or x * factor if it is null; in place allowed.
 KERNEL(THREADS)
 scale(const float *x, int64_t x_stride, const float *by, int64_t by_stride, float *out, int64_t out_stride, int n_cols,
       float factor, const int *n_rows) {
+    begin_kernel();
     const int row = blockIdx.y, col = column();
     if (row < *n_rows && col < n_cols)
         out[row * out_stride + col] = x[row * x_stride + col] * (by ? factor * by[row * by_stride] : factor);
@@ -40,6 +31,7 @@ scale(const float *x, int64_t x_stride, const float *by, int64_t by_stride, floa
 KERNEL(THREADS)
 scale_by_position(float *x, int64_t x_stride, const int *positions, int n_cols, int period, float slope,
                   const int *n_rows) {
+    begin_kernel();
     const int row = blockIdx.y, col = column();
     if (row < *n_rows && col < n_cols)
         x[row * x_stride + col] *= (float)(1.0 + (double)slope * log1p((double)((positions[row] + 1) / period)));
@@ -50,6 +42,7 @@ scale_by_position(float *x, int64_t x_stride, const int *positions, int n_cols, 
 KERNEL(THREADS)
 split_or_join_heads(float *joined, int64_t joined_stride, float *first, int64_t first_stride, float *second,
                     int64_t second_stride, int n_heads, int first_dim, int second_dim, int is_join, const int *n_rows) {
+    begin_kernel();
     const int row = blockIdx.y, col = column(), dim = first_dim + second_dim;
     if (row >= *n_rows || col >= n_heads * dim)
         return;
@@ -67,6 +60,7 @@ split_or_join_heads(float *joined, int64_t joined_stride, float *first, int64_t 
 KERNEL(THREADS)
 select_outputs(const float *x, int64_t x_stride, const int *output_rows, float *out, int64_t out_stride, int n_cols,
                const int *n_outputs) {
+    begin_kernel();
     const int row = blockIdx.y, col = column();
     if (row < *n_outputs && col < n_cols)
         out[row * out_stride + col] = x[output_rows[row] * x_stride + col];
@@ -77,6 +71,7 @@ select_outputs(const float *x, int64_t x_stride, const int *output_rows, float *
 KERNEL(THREADS)
 rope(float *x, int64_t x_stride, const int *positions, const float *frequencies, int n_heads, int head_dim, int n_rot,
      int is_adjacent, float magnitude, const int *n_rows) {
+    begin_kernel();
     const int row = blockIdx.y, n_pairs = n_rot / 2, head = column() / n_pairs, i = column() % n_pairs;
     if (row >= *n_rows || head >= n_heads)
         return;
@@ -101,6 +96,7 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
 KERNEL(THREADS)
 rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride, int group_size,
          float eps, const int *n_rows) {
+    begin_kernel();
     __shared__ float partial[THREADS / WARP];
     const int row = blockIdx.y;
     if (row >= *n_rows)
@@ -114,31 +110,4 @@ rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int6
     float *result = out + row * out_stride + blockIdx.x * group_size;
     for (int i = threadIdx.x; i < group_size; i += blockDim.x)
         result[i] = weight ? values[i] * factor * weight[i] : values[i] * factor;
-}
-
-// out = residual + scale * (sum over ranks of weight * expert_out, one fma a rank from rank 0 on, + sigmoid(shared_gate) *
-// shared). `weights` may be null (all 1), as may `shared` and `shared_gate` (none; ungated). In place on residual allowed.
-// `answers` (or null: every expert has a slot) is host memory, laid out like expert_out without gaps, that holds the
-// experts without a slot.
-KERNEL(THREADS)
-combine(const float *expert_out, int64_t expert_out_stride, const float *answers, const int *ids, const int *slots,
-        const float *weights, int n_used, const float *shared, int64_t shared_stride, const float *shared_gate,
-        int64_t shared_gate_stride, const float *residual, int64_t residual_stride, float *out, int64_t out_stride,
-        int n_cols, float scale, const int *n_rows) {
-    const int row = blockIdx.y, col = column();
-    if (row >= *n_rows || col >= n_cols)
-        return;
-    float acc = 0.0f;
-    for (int rank = 0; rank < n_used; rank++) {
-        const int choice = row * n_used + rank;
-        const float value = answers && slots[ids[choice]] < 0
-                                ? __ldcv(answers + (int64_t)choice * n_cols + col)
-                                : expert_out[row * expert_out_stride + (int64_t)rank * n_cols + col];
-        acc = __fmaf_rn(weights ? weights[choice] : 1.0f, value, acc);
-    }
-    if (shared) {
-        const float value = shared[row * shared_stride + col];
-        acc = shared_gate ? __fmaf_rn(sigmoid(shared_gate[row * shared_gate_stride]), value, acc) : acc + value;
-    }
-    out[row * out_stride + col] = residual[row * residual_stride + col] + scale * acc;
 }

@@ -7,6 +7,7 @@
 KERNEL(256)
 embed(const uint8_t *table, int64_t row_bytes, const int *token_ids, int n_vocab, int n_cols, const int8_t *grid,
       float *out, int64_t out_stride, float scale, const int *n_rows) {
+    begin_kernel();
     const int row = blockIdx.y, col = blockIdx.x * 256 + threadIdx.x;
     if (row >= *n_rows || col >= n_cols)
         return;

@@ -2,18 +2,23 @@
 // h[t][rank][r] = activated(gate_e[r] . x[t], up_e[r] . x[t]), e = ids[t][rank].
 //
 // Compiled for GATE_FORMAT, UP_FORMAT and ACTIVATION (0 silu(g) * u; 1 the clamped swish of gpt-oss). Grid: (row blocks,
-// tokens * n_used); a block is 4 warps of `rows_per_warp` rows. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them.
+// tokens * n_used); a block is 4 warps: the first two take `rows_per_warp` rows of gate each, the others the same rows of up. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them.
 // x_gate and x_up are the same activations, each in the form its format takes. h is float32 [tokens * n_used, ffn_size].
 #include "experts.cuh"
 
 constexpr int N_WARPS = 4;
-constexpr int MAX_ROWS = 16; // of a warp
+constexpr int MAX_ROWS = WARP; // of a warp
 
-DEVICE float activated(float gate, float up) {
-    if (ACTIVATION == 0)
-        return silu(gate) * up;
-    const float g = gate < 7.0f ? gate : 7.0f, u = up < 7.0f ? up : 7.0f; // as the CPU does with a NaN
-    return g * sigmoid(1.702f * g) * ((u > -7.0f ? u : -7.0f) + 1.0f);
+// What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form.
+template <class Dots>
+DEVICE void project(const ExpertMatrix &matrix, int expert, int slot, int first_row, int n_rows, int hidden_size, int ffn_size,
+                    const uint8_t *records, const Tokens<1> &tokens, const int8_t *grid, uint8_t *scratch, float *values) {
+    Dots dots(matrix.slots + slot * matrix.slot_bytes + first_row * matrix.row_bytes, matrix.row_bytes, n_rows, hidden_size,
+              scratch);
+    __syncthreads(); // the activations are there
+    dots.run(records, tokens, grid, [&](int i, int, float value) {
+        values[i] = projected(value, matrix, expert, ffn_size, first_row + i);
+    });
 }
 
 KERNEL(N_WARPS *WARP)
@@ -22,30 +27,33 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
                float *h, const int8_t *gate_grid, const int8_t *up_grid, int rows_per_warp, const int *n_tokens) {
     using Gate = RowDots<GATE_FORMAT, 1>;
     using Up = RowDots<UP_FORMAT, 1>;
-    union Scratch { // the second pass begins when the first is over
-        typename Gate::Scratch gate;
-        typename Up::Scratch up;
-    };
-    __shared__ Scratch scratch[N_WARPS];
-    __shared__ float gates[N_WARPS][MAX_ROWS], ups[N_WARPS][MAX_ROWS];
+    constexpr int SCRATCH_BYTES = Gate::SCRATCH_BYTES > Up::SCRATCH_BYTES ? Gate::SCRATCH_BYTES : Up::SCRATCH_BYTES;
+    extern __shared__ __align__(16) uint8_t shared[];
+    __shared__ float gates[N_WARPS / 2][MAX_ROWS], ups[N_WARPS / 2][MAX_ROWS];
 
+    begin_kernel();
     const int choice = blockIdx.y, token = choice / n_used; // of all tokens' ranks
     if (token >= *n_tokens)
         return;
-    const int expert = ids[choice], slot = slot_of(ids, slots, choice);
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int first_row = ((int)blockIdx.x * N_WARPS + warp) * rows_per_warp;
-    const int n_rows = min(rows_per_warp, ffn_size - first_row);
-    if (slot < 0 || n_rows <= 0)
+    const int slot = slot_of(ids, slots, choice);
+    if (slot < 0)
         return;
+    const int expert = ids[choice], warp = threadIdx.x / WARP, pair = warp % (N_WARPS / 2);
+    const int first_row = ((int)blockIdx.x * N_WARPS / 2 + pair) * rows_per_warp;
+    const int n_rows = max(0, min(rows_per_warp, ffn_size - first_row));
 
-    Gate::run(gate.slots + slot * gate.slot_bytes + first_row * gate.row_bytes, gate.row_bytes, n_rows, hidden_size,
-              Tokens<1>(x_gate, x_gate_row_bytes, token, token + 1), gate_grid, scratch[warp].gate, gates[warp]);
-    Up::run(up.slots + slot * up.slot_bytes + first_row * up.row_bytes, up.row_bytes, n_rows, hidden_size,
-            Tokens<1>(x_up, x_up_row_bytes, token, token + 1), up_grid, scratch[warp].up, ups[warp]);
-    if (lane < n_rows) {
-        const int row = first_row + lane;
-        h[(int64_t)choice * ffn_size + row] = activated(projected(gates[warp][lane], gate, expert, ffn_size, row),
-                                                        projected(ups[warp][lane], up, expert, ffn_size, row));
-    }
+    const Tokens<1> gate_tokens(x_gate, x_gate_row_bytes, token, token + 1), up_tokens(x_up, x_up_row_bytes, token, token + 1);
+    uint8_t *up_records = shared + (x_up == x_gate ? 0 : Gate::staged_bytes(hidden_size));
+    Gate::stage(shared, gate_tokens, hidden_size);
+    if (x_up != x_gate)
+        Up::stage(up_records, up_tokens, hidden_size);
+    uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * SCRATCH_BYTES;
+    if (warp < N_WARPS / 2)
+        project<Gate>(gate, expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_tokens, gate_grid, scratch, gates[pair]);
+    else
+        project<Up>(up, expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_tokens, up_grid, scratch, ups[pair]);
+    __syncthreads();
+    const int lane = threadIdx.x % WARP;
+    if (warp < N_WARPS / 2 && lane < n_rows)
+        h[(int64_t)choice * ffn_size + first_row + lane] = activated(ACTIVATION, gates[pair][lane], ups[pair][lane]);
 }

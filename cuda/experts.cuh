@@ -26,3 +26,11 @@ DEVICE int slot_of(const int *ids, const int *slots, int choice) {
     const int expert = ids[choice];
     return expert < 0 ? -1 : slots[expert];
 }
+
+// How the two projections are joined: 0 silu(g) * u; 1 the clamped swish of gpt-oss.
+DEVICE float activated(int kind, float gate, float up) {
+    if (kind == 0)
+        return silu(gate) * up;
+    const float g = gate < 7.0f ? gate : 7.0f, u = up < 7.0f ? up : 7.0f; // as the CPU does with a NaN
+    return g * sigmoid(1.702f * g) * ((u > -7.0f ? u : -7.0f) + 1.0f);
+}

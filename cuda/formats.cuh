@@ -5,7 +5,7 @@
 //     weight i of part s = d(block) * scale[i / 16] * q[i] + min_d(block) * min[i / 16]
 //
 // with q as int8, four to a word. `min_d` and `min` mean something only where HAS_MIN. Blocks are read where they lie,
-// so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be.
+// so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be. scale and min fit eight bits.
 //
 // Float formats are read as float32 values, one at a time, exactly.
 #pragma once
@@ -20,24 +20,42 @@ struct Part {
 
 // -- reading bytes ----------------------------------------------------------------------------------------------------
 
-template <int ALIGNMENT> DEVICE unsigned load_word(const uint8_t *p) {
-    if constexpr (ALIGNMENT >= 4)
-        return *(const unsigned *)p;
-    else if constexpr (ALIGNMENT == 2)
-        return ((const uint16_t *)p)[0] | (unsigned)((const uint16_t *)p)[1] << 16;
-    else
-        return p[0] | p[1] << 8 | p[2] << 16 | (unsigned)p[3] << 24;
+// N words from a multiple of ALIGNMENT on. What is not aligned to words is put together from the aligned ones around it,
+// so up to three bytes before and behind are read, too.
+template <int ALIGNMENT, int N> DEVICE void load_words(const uint8_t *p, unsigned (&words)[N]) {
+    if constexpr (ALIGNMENT >= 16 && N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            const uint4 v = *(const uint4 *)(p + 4 * i);
+            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+        }
+    } else if constexpr (ALIGNMENT >= 8 && N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            const uint2 v = *(const uint2 *)(p + 4 * i);
+            words[i] = v.x, words[i + 1] = v.y;
+        }
+    } else if constexpr (ALIGNMENT >= 4) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            words[i] = ((const unsigned *)p)[i];
+    } else {
+        const unsigned *aligned = (const unsigned *)((uint64_t)p & ~(uint64_t)3);
+        const unsigned shift = 8 * ((unsigned)(uint64_t)p & 3);
+        unsigned word = aligned[0];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const unsigned next = aligned[i + 1];
+            words[i] = __funnelshift_r(word, next, shift);
+            word = next;
+        }
+    }
 }
 
-template <int ALIGNMENT> DEVICE void load_16_bytes(const uint8_t *p, unsigned (&words)[4]) {
-    if constexpr (ALIGNMENT >= 16) {
-        const uint4 v = *(const uint4 *)p;
-        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            words[i] = load_word<ALIGNMENT>(p + 4 * i);
-    }
+template <int ALIGNMENT> DEVICE unsigned load_word(const uint8_t *p) {
+    unsigned word[1];
+    load_words<ALIGNMENT>(p, word);
+    return word[0];
 }
 
 DEVICE float load_half(const uint8_t *p) { return f16_to_f32(*(const uint16_t *)p); }
@@ -81,6 +99,7 @@ DEVICE void set_both(int (&values)[2], int value) { values[0] = values[1] = valu
 template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN> struct IntegerFormat {
     static constexpr bool INTEGER = true, HAS_MIN = MIN;
     static constexpr int BLOCK = BLOCK_SIZE, BYTES = N_BYTES, ALIGNMENT = ALIGN;
+    static constexpr int PER_SCALE = 32; // weights that are sure to share scale and min
     static __device__ __forceinline__ float d(const uint8_t *block) { return load_half(block); }
     static __device__ __forceinline__ float min_d(const uint8_t *) { return 0.0f; }
 };
@@ -92,7 +111,7 @@ template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN> struct IntegerFormat
 // Nibbles of 16 bytes: the low ones are weights 0..15, the high ones 16..31.
 template <int ALIGNMENT> DEVICE void unpack_nibbles(const uint8_t *p, Part &part) {
     unsigned words[4];
-    load_16_bytes<ALIGNMENT>(p, words);
+    load_words<ALIGNMENT>(p, words);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         part.q[k] = (int)(words[k] & 0x0f0f0f0fu);
@@ -151,9 +170,11 @@ struct Q5_1 : IntegerFormat<32, 24, 4, true> {
 
 struct Q8_0 : IntegerFormat<32, 34, 2, false> {
     UNPACK {
+        unsigned words[8];
+        load_words<2>(b + 2, words);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            part.q[k] = (int)load_word<2>(b + 2 + 4 * k);
+            part.q[k] = (int)words[k];
         set_both(part.scale, 1);
     }
 };
@@ -169,7 +190,7 @@ DEVICE void unpack_iq4(const unsigned (&words)[4], Part &part) {
 struct IQ4_NL : IntegerFormat<32, 18, 2, false> {
     UNPACK {
         unsigned words[4];
-        load_16_bytes<2>(b + 2, words);
+        load_words<2>(b + 2, words);
         unpack_iq4(words, part);
         set_both(part.scale, 1);
     }
@@ -182,7 +203,7 @@ struct MXFP4 : IntegerFormat<32, 17, 1, false> {
         // 0 1 2 3 4 6 8 12 and the same with a minus sign: twice the E2M1 numbers
         const unsigned table[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
         unsigned words[4];
-        load_16_bytes<1>(b + 1, words);
+        load_words<1>(b + 1, words);
 #pragma unroll
         for (int k = 0; k < 4; k++)
             look_up_8(words[k], table, part, k);
@@ -194,32 +215,38 @@ struct MXFP4 : IntegerFormat<32, 17, 1, false> {
 
 // Two bits of 32 bytes, from `shift` on.
 template <int ALIGNMENT> DEVICE void unpack_crumbs(const uint8_t *p, int shift, Part &part) {
+    unsigned words[8];
+    load_words<ALIGNMENT>(p, words);
 #pragma unroll
     for (int k = 0; k < 8; k++)
-        part.q[k] = (int)(load_word<ALIGNMENT>(p + 4 * k) >> shift & 0x03030303u);
+        part.q[k] = (int)(words[k] >> shift & 0x03030303u);
 }
 
 struct Q2_K : IntegerFormat<256, 84, 4, true> {
+    static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 80); }
     MIN_SCALE { return -load_half(b + 82); }
     UNPACK {
         unpack_crumbs<4>(b + 16 + 32 * (s / 4), 2 * (s % 4), part);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int packed = b[2 * s + half];
-            part.scale[half] = packed & 15;
-            part.min[half] = packed >> 4;
+            const unsigned packed = load_word<4>(b + s / 2 * 4) >> 16 * (s % 2) + 8 * half;
+            part.scale[half] = (int)(packed & 15);
+            part.min[half] = (int)(packed >> 4 & 15);
         }
     }
 };
 
 struct Q3_K : IntegerFormat<256, 110, 2, false> {
+    static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 108); }
     UNPACK {
         unpack_crumbs<2>(b + 32 + 32 * (s / 4), 2 * (s % 4), part);
+        unsigned mask[8]; // says where 4 is *not* subtracted
+        load_words<2>(b, mask);
 #pragma unroll
-        for (int k = 0; k < 8; k++) // the mask says where 4 is *not* subtracted
-            part.q[k] |= (int)((load_word<2>(b + 4 * k) >> s & ONES) << 2);
+        for (int k = 0; k < 8; k++)
+            part.q[k] |= (int)((mask[k] >> s & ONES) << 2);
         subtract(part, 4);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -230,18 +257,15 @@ struct Q3_K : IntegerFormat<256, 110, 2, false> {
     }
 };
 
-// Six-bit scale and minimum of sub-block s, packed in 12 bytes.
-DEVICE void unpack_scale_min(const uint8_t *packed, int s, Part &part) {
-    int scale, min;
-    if (s < 4) {
-        scale = packed[s] & 63;
-        min = packed[s + 4] & 63;
-    } else {
-        scale = (packed[s + 4] & 15) | packed[s - 4] >> 6 << 4;
-        min = packed[s + 4] >> 4 | packed[s] >> 6 << 4;
-    }
-    set_both(part.scale, scale);
-    set_both(part.min, min);
+// Six-bit scale and minimum of sub-block s. The block's first 16 bytes are d and min_d, then 12 bytes of both packed.
+DEVICE void unpack_scale_min(const uint8_t *block, int s, Part &part) {
+    unsigned header[4];
+    load_words<16>(block, header);
+    const unsigned scales = s < 4 ? header[1] & 0x3f3f3f3fu : header[3] & 0x0f0f0f0fu | header[1] >> 2 & 0x30303030u;
+    const unsigned mins = s < 4 ? header[2] & 0x3f3f3f3fu : header[3] >> 4 & 0x0f0f0f0fu | header[2] >> 2 & 0x30303030u;
+    const unsigned scale = scales >> 8 * (s % 4) & 255, min = mins >> 8 * (s % 4) & 255;
+    set_both(part.scale, (int)scale);
+    set_both(part.min, (int)min);
 }
 
 // The 32 low or high nibbles of sub-block s; sub-blocks lie in pairs in 32 bytes.
@@ -250,7 +274,7 @@ template <int ALIGNMENT> DEVICE void unpack_nibble_pair(const uint8_t *p, int s,
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         unsigned words[4];
-        load_16_bytes<ALIGNMENT>(p + 32 * (s / 2) + 16 * half, words);
+        load_words<ALIGNMENT>(p + 32 * (s / 2) + 16 * half, words);
 #pragma unroll
         for (int k = 0; k < 4; k++)
             part.q[4 * half + k] = (int)(words[k] >> shift & 0x0f0f0f0fu);
@@ -261,7 +285,7 @@ struct Q4_K : IntegerFormat<256, 144, 16, true> {
     MIN_SCALE { return -load_half(b + 2); }
     UNPACK {
         unpack_nibble_pair<16>(b + 16, s, part);
-        unpack_scale_min(b + 4, s, part);
+        unpack_scale_min(b, s, part);
     }
 };
 
@@ -272,27 +296,31 @@ struct Q5_K : IntegerFormat<256, 176, 16, true> {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             unsigned words[4];
-            load_16_bytes<16>(b + 16 + 16 * half, words);
+            load_words<16>(b + 16 + 16 * half, words);
 #pragma unroll
             for (int k = 0; k < 4; k++)
                 part.q[4 * half + k] |= (int)((words[k] >> s & ONES) << 4);
         }
-        unpack_scale_min(b + 4, s, part);
+        unpack_scale_min(b, s, part);
     }
 };
 
 struct Q6_K : IntegerFormat<256, 210, 2, false> {
+    static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 208); }
     UNPACK {
         const uint8_t *low = b + 64 * (s / 4) + 32 * (s % 2), *high = b + 128 + 32 * (s / 4);
         const int low_shift = s % 4 < 2 ? 0 : 4, high_shift = 2 * (s % 4);
+        unsigned low_words[8], high_words[8];
+        load_words<2>(low, low_words);
+        load_words<2>(high, high_words);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            part.q[k] = (int)(load_word<2>(low + 4 * k) >> low_shift & 0x0f0f0f0fu |
-                              (load_word<2>(high + 4 * k) >> high_shift & 0x03030303u) << 4);
+            part.q[k] = (int)(low_words[k] >> low_shift & 0x0f0f0f0fu | (high_words[k] >> high_shift & 0x03030303u) << 4);
         subtract(part, 32);
-        part.scale[0] = (int8_t)b[192 + 2 * s];
-        part.scale[1] = (int8_t)b[193 + 2 * s];
+        const unsigned scales = load_word<2>(b + 192 + s / 2 * 4) >> 16 * (s % 2);
+        part.scale[0] = (int8_t)scales;
+        part.scale[1] = (int8_t)(scales >> 8);
     }
 };
 
@@ -301,10 +329,11 @@ struct Q6_K : IntegerFormat<256, 210, 2, false> {
 struct IQ4_XS : IntegerFormat<256, 136, 8, false> {
     UNPACK {
         unsigned words[4];
-        load_16_bytes<8>(b + 8 + 16 * s, words);
+        load_words<8>(b + 8 + 16 * s, words);
         unpack_iq4(words, part);
-        const int low = b[4 + s / 2] >> 4 * (s % 2) & 15, high = *(const uint16_t *)(b + 2) >> 2 * s & 3;
-        set_both(part.scale, (low | high << 4) - 32);
+        unsigned header[2]; // d and the scales' high bits; their low ones
+        load_words<8>(b, header);
+        set_both(part.scale, (int)(header[1] >> 4 * s & 15 | (header[0] >> (16 + 2 * s) & 3) << 4) - 32);
     }
 };
 
@@ -337,6 +366,7 @@ struct IQ2_XXS : IQ2Format<66> {
 };
 
 struct IQ2_XS : IQ2Format<74> {
+    static constexpr int PER_SCALE = 16;
     UNPACK {
         const uint16_t *codes = (const uint16_t *)(b + 2) + 4 * s;
 #pragma unroll
@@ -347,6 +377,7 @@ struct IQ2_XS : IQ2Format<74> {
 };
 
 struct IQ2_S : IQ2Format<82> {
+    static constexpr int PER_SCALE = 16;
     UNPACK {
 #pragma unroll
         for (int o = 0; o < 4; o++)
@@ -399,6 +430,7 @@ struct IQ1_S : IntegerFormat<256, 50, 2, false> {
 };
 
 struct IQ1_M : IntegerFormat<256, 56, 4, false> {
+    static constexpr int PER_SCALE = 16;
     SCALE { // the half float is spread over the top nibbles of four words
         const uint16_t *w = (const uint16_t *)(b + 48);
         return f16_to_f32((uint16_t)(w[0] >> 12 | w[1] >> 12 << 4 | w[2] >> 12 << 8 | w[3] >> 12 << 12)) * 0.125f;

@@ -29,6 +29,7 @@ KERNEL(THREADS)
 publish_misses(const int *ids, const int *slots, int n_used, const float *x, int64_t x_stride, int hidden_size,
                int *missing_ids, float *request_x, unsigned *requested, const unsigned *step, int layer, int n_layers,
                int *n_misses, const int *n_tokens) {
+    begin_kernel();
     const int n = *n_tokens * n_used, thread = threadIdx.x;
     int is_missing = 0;
     for (int i = thread; i < n; i += THREADS)
@@ -53,6 +54,7 @@ publish_misses(const int *ids, const int *slots, int n_used, const float *x, int
 KERNEL(1)
 await_answer(const unsigned *answered, const unsigned *abandoned, const unsigned *step, int layer, int n_layers,
              const int *n_misses) {
+    begin_kernel();
     if (!*n_misses)
         return;
     const unsigned number = request_number(step, layer, n_layers);
@@ -63,5 +65,6 @@ await_answer(const unsigned *answered, const unsigned *abandoned, const unsigned
 // Grid: 1 block of 1 thread. After the last layer: lets the CPU's loop end.
 KERNEL(1)
 publish_end(unsigned *requested, const unsigned *step, int n_layers) {
+    begin_kernel();
     st_release_sys(requested, request_number(step, n_layers, n_layers));
 }

@@ -7,7 +7,8 @@
 //                      b[r].lo, .hi = B[2 * t + 8 * r][g], and the next row
 //   m16n8k32, int8:    byte i of a[r] = A[g + 8 * (r & 1)][4 * t + i + 16 * (r >> 1)]
 //                      byte i of b[r] = B[4 * t + i + 16 * r][g]
-//   both:              c[i] = C[g + 8 * (i >> 1)][2 * t + (i & 1)]
+//   m16n8k16, int8:    as the first half of that: a[0], a[1] and b[0]
+//   all:               c[i] = C[g + 8 * (i >> 1)][2 * t + (i & 1)]
 #pragma once
 
 #ifdef CUSIM
@@ -16,27 +17,32 @@
 
 #define PTX static __device__ __forceinline__
 
-// --- tensor cores: c += A * B; all 32 lanes together ---
+// --- tensor cores; all 32 lanes together ---
 
-// float16 inputs. The order in which the hardware adds the 16 products is not specified.
+// float16 inputs: c += A * B. The order in which the hardware adds the 16 products is not specified.
 PTX void mma_m16n8k16_f16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// bfloat16 inputs
+// bfloat16 inputs: c += A * B
 PTX void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// int8 inputs, exact int32 sums
+// int8 inputs, exact int32 sums: c = A * B
 PTX void mma_m16n8k32_s8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
+}
+PTX void mma_m16n8k16_s8(int (&c)[4], const unsigned (&a)[2], unsigned b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%7,%7,%7,%7};"
+                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0));
 }
 
 // --- 8x8 matrices of 16-bit elements from shared memory, spread over the warp ---
@@ -111,6 +117,21 @@ PTX unsigned ld_acquire_sys(const unsigned *p) {
 }
 PTX void st_release_sys(unsigned *p, unsigned v) {
     asm volatile("st.release.sys.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// --- kernels that overlap, from Hopper on (elsewhere one begins when the one before is over) ---
+
+// Waits until the kernel before is over and its results can be seen.
+PTX void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the kernel after begin once every block has called this.
+PTX void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // --- float16 and bfloat16, rounded to nearest even; NaN becomes 0x7fff ---

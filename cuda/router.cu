@@ -5,39 +5,43 @@
 // can be chosen; a group is as good as its two best experts together. `normalize` divides the weights by their sum, or
 // by 2^-14 if that is smaller; then they are multiplied by `scale`.
 //
-// A warp takes one token. Grid: (1, tokens). Dynamic shared memory: four bytes for each of 3 * n_experts + 2 * n_groups.
+// Compiled for N_EXPERTS. A warp takes one token. Grid: (1, tokens). Dynamic shared memory: four bytes for each of
+// 2 * N_EXPERTS + 2 * n_groups.
 #include "common.cuh"
 
+// The index of the best of `n` values spread over the warp (value j * WARP + lane is the lane's j-th), the lowest on a
+// tie; NaN counts as the smallest. Takes it away, for every lane. Some value must be left.
+template <int PER_LANE> DEVICE int take_best(unsigned (&keys)[PER_LANE]) {
+    unsigned best = 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        best = max(best, keys[j]);
+    best = __reduce_max_sync(ALL_LANES, best);
+    unsigned index = 0xffffffffu;
+#pragma unroll
+    for (int j = PER_LANE - 1; j >= 0; j--)
+        index = keys[j] == best ? j * WARP + threadIdx.x : index;
+    index = __reduce_min_sync(ALL_LANES, index);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        keys[j] = index == j * WARP + threadIdx.x ? 0 : keys[j];
+    return (int)index;
+}
 
-// The index of the largest of n shared values that are not taken, the lowest one on a tie; NaN counts as the smallest.
-// Takes it, for every lane. Some value must be left.
-DEVICE int take_best(const float *values, int *taken, int n) {
-    float best = NEVER;
-    int index = n;
-    for (int i = threadIdx.x; i < n; i += WARP)
-        if (!taken[i] && (index == n || values[i] > best)) {
-            best = values[i] > NEVER ? values[i] : NEVER;
-            index = i;
-        }
-    for (int step = WARP / 2; step; step /= 2) {
-        const float other = __shfl_xor_sync(ALL_LANES, best, step);
-        const int other_index = __shfl_xor_sync(ALL_LANES, index, step);
-        if (other > best || (other == best && other_index < index))
-            best = other, index = other_index;
-    }
-    __syncwarp(); // all have looked
-    if (threadIdx.x == 0)
-        taken[index] = 1;
-    __syncwarp();
-    return index;
+// A float as a number that compares as it does; 0 is nobody's, and NaN counts as the smallest float.
+DEVICE unsigned key_of(float value) {
+    const unsigned bits = (unsigned)__float_as_int(value > NEVER ? value + 0.0f : NEVER); // + 0: no minus zero
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 KERNEL(WARP)
-router(const float *logits, int64_t logits_stride, const float *bias, int *ids, float *weights, int n_experts,
+router(const float *logits, int64_t logits_stride, const float *bias, int *ids, float *weights,
        int n_used, int scoring, int n_groups, int n_groups_used, int normalize, float scale, const int *n_tokens) {
+    constexpr int n_experts = N_EXPERTS, PER_LANE = (N_EXPERTS + WARP - 1) / WARP;
     extern __shared__ float shared[];
     float *scores = shared, *choices = scores + n_experts, *groups = choices + n_experts;
-    int *taken = (int *)(groups + n_groups), *groups_taken = taken + n_experts;
+    int *groups_taken = (int *)(groups + n_groups);
+    begin_kernel();
     const int token = blockIdx.y, lane = threadIdx.x;
     if (token >= *n_tokens)
         return;
@@ -56,7 +60,6 @@ router(const float *logits, int64_t logits_stride, const float *bias, int *ids, 
         if (scoring == 0)
             scores[i] = __fdiv_rn(scores[i], sum);
         choices[i] = bias ? scores[i] + bias[i] : scores[i];
-        taken[i] = 0;
     }
     __syncwarp();
 
@@ -74,16 +77,27 @@ router(const float *logits, int64_t logits_stride, const float *bias, int *ids, 
         }
         __syncwarp();
         for (int k = 0; k < n_groups_used; k++)
-            take_best(groups, groups_taken, n_groups);
+            if (lane == 0) {
+                int best = -1;
+                for (int g = 0; g < n_groups; g++)
+                    if (!groups_taken[g] && (best < 0 || groups[g] > groups[best]))
+                        best = g;
+                groups_taken[best] = 1;
+            }
+        __syncwarp();
         for (int i = lane; i < n_experts; i += WARP)
             if (!groups_taken[i / size])
                 choices[i] = NEVER;
         __syncwarp();
     }
 
+    unsigned keys[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        keys[j] = j * WARP + lane < n_experts ? key_of(choices[j * WARP + lane]) : 0;
     float total = 0.0f, first_score = 0.0f;
     for (int rank = 0; rank < n_used; rank++) {
-        const int id = take_best(choices, taken, n_experts);
+        const int id = take_best(keys);
         float weight = scores[id];
         if (scoring == 2) { // the first is the largest
             first_score = rank ? first_score : weight;

@@ -1,15 +1,18 @@
 // Rows of a weight matrix times up to N activation rows, by one warp, in the canonical arithmetic.
 //
-// Integer formats. The bytes of a row are brought to shared memory in 16-byte pieces, several chunks of blocks ahead of
-// the arithmetic (cp.async), so any block size and alignment is read at full width and enough bytes are on the way
-// without registers for them. BLOCK / 32 lanes share a block: each multiplies 32 weights, and their integer sums are
-// added up exactly. One lane for each token then runs the chain the arithmetic asks for, one fused multiply-add a
-// block (two with minimums), in order.
+// Integer formats. The blocks of a warp's rows lie one behind the other in memory. They are brought to shared memory in
+// 16-byte pieces, chunks ahead of the arithmetic (cp.async), so any block size and alignment is read at full width and
+// enough bytes are on the way without registers for them. A lane multiplies whole blocks, which of its warp's rows they
+// are of does not matter, and leaves what each adds to its row in shared memory. Some chunks later one lane for each row
+// and token runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
 //
 // The 16-byte pieces reach up to 15 bytes beyond both ends of a matrix: that memory must exist (the device's arenas
 // see to it); its contents do not matter.
 //
-// Float formats. Sixteen lanes are the sixteen chains; a warp takes two rows at a time.
+// Float formats. Sixteen lanes are the sixteen chains; a warp takes two rows at a time, piece by piece as above.
+//
+// Everything before `run` reads weights only, which no kernel writes: it may be done while the kernel before still runs.
+// The sizes of shared memory are computed in `kernels.py`, too.
 #pragma once
 
 #include "formats.cuh"
@@ -25,161 +28,280 @@ template <int N> struct Tokens {
     }
 };
 
-template <class Format, int N, bool INTEGER = Format::INTEGER> struct RowDots;
+// How activations lie in shared memory: a record for each block of BLOCK values, token after token. Its size keeps what
+// eight neighbouring lanes read of eight neighbouring records in different banks.
+template <int BLOCK> struct Record {
+    static constexpr int SUMS = BLOCK, D = SUMS + BLOCK / 8, BYTES = (D + 4 + 15) / 16 * 16;
 
-template <class Format, int N> struct RowDots<Format, N, true> {
-    static constexpr int LANES = Format::BLOCK / 32; // that share a block
-    static constexpr int AT_ONCE = WARP / LANES;     // blocks
-    static constexpr int CHUNK = Format::BLOCK == 32 ? 32 : 8; // blocks that are fetched together
-    static constexpr int STAGES = 4;                           // chunks on the way or in use
-    static constexpr int STAGE_BYTES = (CHUNK * Format::BYTES + 30) / 16 * 16;
-
-    // What a block adds to the chain: d * isum, and min_d * imin.
-    struct Term {
-        float d, isum, min_d, imin;
-    };
-
-    struct Scratch { // of one warp
-        __align__(16) uint8_t stage[STAGES][STAGE_BYTES];
-        Term terms[CHUNK][N];
-    };
-
-    static __device__ __forceinline__ void fetch(uint8_t *stage, const uint8_t *from, int n_bytes) {
-        const uint8_t *aligned = (const uint8_t *)((uint64_t)from & ~(uint64_t)15);
-        const int n_pieces = ((int)(from - aligned) + n_bytes + 15) / 16;
-        for (int i = threadIdx.x % WARP; i < n_pieces; i += WARP)
-            cp_async16(stage + 16 * i, aligned + 16 * i);
+    // The two sums of a part, int16 each.
+    static __device__ __forceinline__ int sums(const uint8_t *record, int part) {
+        if constexpr (BLOCK == 32)
+            return *(const int *)(record + SUMS);
+        const int4 four = *(const int4 *)(record + SUMS + part / 4 * 16);
+        return part % 4 == 0 ? four.x : part % 4 == 1 ? four.y : part % 4 == 2 ? four.z : four.w;
     }
 
-    // results[row * N + token] (shared) for n_rows rows that lie row_bytes apart from `weights` on. Whole warps only.
-    static __device__ __forceinline__ void run(const uint8_t *weights, int64_t row_bytes, int n_rows, int n_cols,
-                                               const Tokens<N> &tokens, const int8_t *grid, Scratch &scratch,
-                                               float *results) {
-        const int lane = threadIdx.x % WARP, part = lane % LANES;
-        const int n_blocks = n_cols / Format::BLOCK;
-        const int n_chunks = (n_blocks + CHUNK - 1) / CHUNK, n_steps = n_rows * n_chunks;
-
-        int fetch_row = 0, fetch_chunk = 0, fetch_stage = 0;
-        auto fetch_next = [&]() {
-            if (fetch_row < n_rows) {
-                const int first = fetch_chunk * CHUNK, n = min(CHUNK, n_blocks - first);
-                fetch(scratch.stage[fetch_stage], weights + fetch_row * row_bytes + first * Format::BYTES, n * Format::BYTES);
-                fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
-                if (++fetch_chunk == n_chunks)
-                    fetch_chunk = 0, fetch_row++;
-            }
-            cp_async_commit(); // also when empty, so that the count of groups stays in step
-        };
-        for (int i = 0; i < STAGES - 1; i++)
-            fetch_next();
-
-        int row = 0, chunk = 0, stage = 0;
-        float acc = 0.0f; // of token `lane`
-        for (int step = 0; step < n_steps; step++) {
-            fetch_next();
-            cp_async_wait<STAGES - 1>();
-            __syncwarp();
-            const int first = chunk * CHUNK, n = min(CHUNK, n_blocks - first);
-            const uint64_t misalignment = (uint64_t)(weights + row * row_bytes + first * Format::BYTES) & 15;
-            const uint8_t *blocks = scratch.stage[stage] + misalignment;
-#pragma unroll 2
-            for (int base = 0; base < n; base += AT_ONCE) {
-                const int b = base + lane / LANES;
-                const bool exists = b < n; // the lanes of missing blocks still take part in the sums
-                int isum[N], imin[N];
-                multiply(blocks + (exists ? b : 0) * Format::BYTES, part, first + (exists ? b : 0), n_cols, tokens, grid,
-                         isum, imin);
-#pragma unroll
-                for (int t = 0; t < N; t++)
-                    for (int step = LANES / 2; step; step /= 2) {
-                        isum[t] += __shfl_xor_sync(ALL_LANES, isum[t], step);
-                        if (Format::HAS_MIN)
-                            imin[t] += __shfl_xor_sync(ALL_LANES, imin[t], step);
-                    }
-                if (exists && part == 0)
-                    store_terms(blocks + b * Format::BYTES, first + b, n_cols, tokens, isum, imin, scratch.terms[b]);
-            }
-            __syncwarp();
-            if (lane < N)
-                for (int b = 0; b < n; b++) {
-                    const Term term = scratch.terms[b][lane];
-                    acc = __fmaf_rn(term.d, term.isum, acc);
-                    if (Format::HAS_MIN)
-                        acc = __fmaf_rn(term.min_d, term.imin, acc);
-                }
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
-            if (++chunk == n_chunks) {
-                if (lane < N)
-                    results[row * N + lane] = acc;
-                acc = 0.0f, chunk = 0, row++;
-            }
-        }
-        __syncwarp(); // results are there for the whole warp, and the scratch is free
-    }
-
-    // The integer sums of part `part` of a block with the same values of each token.
-    static __device__ __forceinline__ void multiply(const uint8_t *block, int part, int index, int n_cols,
-                                                    const Tokens<N> &tokens, const int8_t *grid, int (&isum)[N],
-                                                    int (&imin)[N]) {
-        Part w;
-        Format::unpack(block, part, grid, w);
-        const int at = index * Format::BLOCK + 32 * part;
+    // By the whole block; the others see it after a barrier.
+    template <int N> static __device__ __forceinline__ void stage(uint8_t *records, const Tokens<N> &tokens, int n_cols) {
+        const int n_blocks = n_cols / BLOCK;
 #pragma unroll
         for (int t = 0; t < N; t++) {
-            const Activation x = activation_view((uint8_t *)tokens.row[t], Format::BLOCK, n_cols);
-            const int4 *q = (const int4 *)(x.q + at);
-            const int4 first = q[0], second = q[1];
-            const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
-            const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
-            isum[t] = low * w.scale[0] + high * w.scale[1];
-            imin[t] = 0;
-            if (Format::HAS_MIN) {
-                const int16_t *sums = x.sums + at / 16;
-                imin[t] = sums[0] * w.min[0] + sums[1] * w.min[1];
+            const Activation x = activation_view((uint8_t *)tokens.row[t], BLOCK, n_cols);
+            for (int at = 16 * threadIdx.x; at < n_cols; at += 16 * blockDim.x) {
+                uint8_t *record = records + (t * n_blocks + at / BLOCK) * BYTES;
+                *(int4 *)(record + at % BLOCK) = *(const int4 *)(x.q + at);
+                *(int16_t *)(record + SUMS + at % BLOCK / 8) = x.sums[at / 16];
+                if (at % BLOCK == 0)
+                    *(float *)(record + D) = x.d[at / BLOCK];
             }
-        }
-    }
-
-    static __device__ __forceinline__ void store_terms(const uint8_t *block, int index, int n_cols,
-                                                       const Tokens<N> &tokens, const int (&isum)[N],
-                                                       const int (&imin)[N], Term (&terms)[N]) {
-        const float d = Format::d(block), min_d = Format::min_d(block);
-#pragma unroll
-        for (int t = 0; t < N; t++) {
-            const float d_x = activation_view((uint8_t *)tokens.row[t], Format::BLOCK, n_cols).d[index];
-            terms[t] = {d * d_x, (float)isum[t], min_d * d_x, (float)imin[t]};
         }
     }
 };
 
-template <class Format, int N> struct RowDots<Format, N, false> {
-    struct Scratch {};
+// Brings n_bytes from anywhere to 16-byte aligned shared memory; returns where the first one will be.
+DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes, int thread, int n_threads) {
+    const int misalignment = (int)((uint64_t)from & 15), n_pieces = (misalignment + n_bytes + 15) / 16;
+    for (int i = thread; i < n_pieces; i += n_threads)
+        cp_async16(to + 16 * i, from - misalignment + 16 * i);
+    return to + misalignment;
+}
 
-    static __device__ __forceinline__ void run(const uint8_t *weights, int64_t row_bytes, int n_rows, int n_cols,
-                                               const Tokens<N> &tokens, const int8_t *, Scratch &, float *results) {
+template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
+
+template <class Format, int N> class RowDots<Format, N, true> {
+    using X = Record<Format::BLOCK>;
+
+    // Blocks of a chunk that a lane takes, one behind the other. What lanes read at the same time is so many blocks apart:
+    // 5 and 7 spread it over the banks for every size there is.
+    static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : Format::BYTES < 20 ? 7 : 5;
+    static constexpr int CHUNK = WARP * PER_LANE;
+    static constexpr int STAGES = 2; // chunks on the way or in use
+    static constexpr int STAGE_BYTES = CHUNK * Format::BYTES + 16;
+    static constexpr int CHUNKS_KEPT = N == 1 ? 4 : N == 2 ? 2 : 1; // before the chains go on
+    static constexpr int MAX_ROWS = 16; // of a warp
+
+    // What a block adds to a chain: d * isum, and min_d * imin.
+    struct __align__(16) TermWithMin {
+        float d, isum, min_d, imin;
+    };
+    struct __align__(8) TermWithoutMin {
+        float d, isum;
+    };
+    template <bool HAS_MIN, class A, class B> struct Either {
+        using type = A;
+    };
+    template <class A, class B> struct Either<false, A, B> {
+        using type = B;
+    };
+    using Term = typename Either<Format::HAS_MIN, TermWithMin, TermWithoutMin>::type;
+
+    const uint8_t *weights;
+    int n_rows, n_blocks, n_items, n_chunks; // items: blocks of all rows
+    uint8_t *stages;
+    Term *terms;
+    int fetched = 0;
+
+    __device__ __forceinline__ void fetch_next() {
+        if (fetched < n_chunks) {
+            const int first = fetched * CHUNK, n = min(CHUNK, n_items - first);
+            fetch_bytes(stages + fetched % STAGES * STAGE_BYTES, weights + (int64_t)first * Format::BYTES, n * Format::BYTES,
+                        threadIdx.x % WARP, WARP);
+        }
+        fetched++;
+        cp_async_commit(); // also when empty, so that the count of groups stays in step
+    }
+
+    // The terms of one block with each token.
+    static __device__ __forceinline__ void multiply(const uint8_t *block, const uint8_t *record, int token_bytes,
+                                                    const int8_t *grid, Term (&term)[N]) {
+        int isum[N], imin[N];
+#pragma unroll
+        for (int t = 0; t < N; t++)
+            isum[t] = 0, imin[t] = 0;
+#pragma unroll
+        for (int part = 0; part < Format::BLOCK / 32; part++) {
+            Part w;
+            Format::unpack(block, part, grid, w);
+#pragma unroll
+            for (int t = 0; t < N; t++) {
+                const uint8_t *x = record + t * token_bytes;
+                const int4 first = *(const int4 *)(x + 32 * part), second = *(const int4 *)(x + 32 * part + 16);
+                const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
+                const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
+                isum[t] += low * w.scale[0] + high * w.scale[1];
+                if (Format::HAS_MIN) {
+                    imin[t] = __dp2a_lo(X::sums(x, part), w.min[0] | w.min[1] << 8, imin[t]);
+                }
+            }
+        }
+        const float d = Format::d(block), min_d = Format::min_d(block);
+#pragma unroll
+        for (int t = 0; t < N; t++) {
+            const float d_x = *(const float *)(record + t * token_bytes + X::D);
+            term[t].d = d * d_x, term[t].isum = (float)isum[t];
+            if constexpr (Format::HAS_MIN)
+                term[t].min_d = min_d * d_x, term[t].imin = (float)imin[t];
+        }
+    }
+
+  public:
+    static constexpr int SCRATCH_BYTES = STAGES * STAGE_BYTES + (CHUNKS_KEPT * CHUNK + MAX_ROWS) * N * (int)sizeof(Term); // of a warp
+
+    // A warp's rows, one behind the other from `first` on, MAX_ROWS / N at most; perhaps none.
+    __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, uint8_t *scratch)
+        : weights(first), n_rows(rows), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks),
+          n_chunks((n_items + CHUNK - 1) / CHUNK), stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)) {
+        for (int i = 0; i < STAGES - 1; i++)
+            fetch_next();
+    }
+
+    // Bytes of the activations of N tokens in shared memory.
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return N * (n_cols / Format::BLOCK) * X::BYTES; }
+    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<N> &tokens, int n_cols) {
+        X::stage(shared, tokens, n_cols);
+    }
+
+    // Calls emit(row, token, value) once for each, from some lane. `records` is what `stage` made. Whole warps only.
+    template <class Emit>
+    __device__ __forceinline__ void run(const uint8_t *records, const Tokens<N> &, const int8_t *grid, Emit emit) {
+        const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)weights & 15);
+        const int row = lane / N, token = lane % N; // of the lane's chain
+        // Terms have a gap after each row, so that the chains find theirs in different banks.
+        const int first_column = lane * PER_LANE % n_blocks, step = CHUNK % n_blocks;
+        int chunk_column = first_column, chunk_row = lane * PER_LANE / n_blocks; // of the lane's first block
+        float acc = 0.0f;
+        for (int chunk = 0, kept = 0, kept_row = 0; chunk < n_chunks; chunk++) {
+            fetch_next();
+            cp_async_wait<STAGES - 1>();
+            __syncwarp();
+            const uint8_t *blocks = stages + chunk % STAGES * STAGE_BYTES + misalignment;
+            int column = chunk_column, gaps = chunk_row - kept_row;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++) {
+                const int in_chunk = lane * PER_LANE + i, item = chunk * CHUNK + in_chunk;
+                if (item < n_items)
+                    multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, n_blocks * X::BYTES, grid,
+                             *(Term(*)[N])(terms + (item - kept + gaps) * N));
+                if (++column == n_blocks)
+                    column = 0, gaps++;
+            }
+            chunk_row += CHUNK / n_blocks, chunk_column += step;
+            if (chunk_column >= n_blocks)
+                chunk_column -= n_blocks, chunk_row++;
+            __syncwarp();
+            if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
+                continue;
+            const int first = max(kept, row * n_blocks), end = min(min((chunk + 1) * CHUNK, n_items), (row + 1) * n_blocks);
+            const Term *own = terms + (first - kept + row - kept_row) * N + token;
+#pragma unroll 8
+            for (int item = first; item < end; item++, own += N) {
+                const Term term = *own;
+                acc = __fmaf_rn(term.d, term.isum, acc);
+                if constexpr (Format::HAS_MIN)
+                    acc = __fmaf_rn(term.min_d, term.imin, acc);
+            }
+            kept = (chunk + 1) * CHUNK, kept_row = kept / n_blocks;
+            __syncwarp();
+        }
+        if (row < n_rows)
+            emit(row, token, acc);
+        cp_async_wait<0>();
+    }
+};
+
+template <class Format, int N> class RowDots<Format, N, false> {
+    static constexpr int COLS = 512, ROWS = 2; // of a piece
+    static constexpr int STAGES = 4;
+    static constexpr int ROW_STAGE_BYTES = (COLS / Format::BLOCK * Format::BYTES + 45) / 16 * 16; // 15 bytes before and after
+
+    static constexpr int PIECE_BYTES = COLS / Format::BLOCK * Format::BYTES;
+
+    const uint8_t *weights;
+    int64_t row_bytes;
+    int n_rows, n_cols, n_pieces;
+    uint8_t *stages;
+    int fetch_row = 0, fetch_piece = 0, fetch_stage = 0;
+
+    // The lane's half of a stage.
+    __device__ __forceinline__ uint8_t *stage_at(int stage) const {
+        return stages + (stage * ROWS + threadIdx.x % WARP / 16) * ROW_STAGE_BYTES;
+    }
+
+    // Where a piece begins, of the row that the lane's half of the warp takes.
+    __device__ __forceinline__ const uint8_t *piece_at(int row, int piece) const {
+        return weights + min(row + (int)threadIdx.x % WARP / 16, n_rows - 1) * row_bytes + piece * PIECE_BYTES;
+    }
+
+    __device__ __forceinline__ void fetch_next() {
+        if (fetch_row < n_rows) {
+            const int n = min(COLS, n_cols - fetch_piece * COLS) / Format::BLOCK * Format::BYTES;
+            fetch_bytes(stage_at(fetch_stage), piece_at(fetch_row, fetch_piece), n, threadIdx.x % 16, 16);
+            fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
+            if (++fetch_piece == n_pieces)
+                fetch_piece = 0, fetch_row += ROWS;
+        }
+        cp_async_commit();
+    }
+
+  public:
+    static constexpr int SCRATCH_BYTES = STAGES * ROWS * ROW_STAGE_BYTES;
+
+    __device__ __forceinline__ RowDots(const uint8_t *first, int64_t bytes, int rows, int cols, uint8_t *scratch)
+        : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
+        for (int i = 0; i < STAGES - 1; i++)
+            fetch_next();
+    }
+
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return (N * n_cols * (int)sizeof(float) + 15) / 16 * 16; }
+    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<N> &tokens, int n_cols) {
+#pragma unroll
+        for (int t = 0; t < N; t++) {
+            const float *from = (const float *)tokens.row[t];
+            float *to = (float *)shared + t * n_cols;
+            if (n_cols % 4) {
+                for (int i = threadIdx.x; i < n_cols; i += blockDim.x)
+                    to[i] = from[i];
+                continue;
+            }
+#pragma unroll 8
+            for (int i = threadIdx.x; i < n_cols / 4; i += blockDim.x)
+                ((float4 *)to)[i] = ((const float4 *)from)[i];
+        }
+    }
+
+    template <class Emit>
+    __device__ __forceinline__ void run(const uint8_t *staged, const Tokens<N> &, const int8_t *, Emit emit) {
+        const float *x = (const float *)staged;
         const int chain = threadIdx.x % 16, half = threadIdx.x % WARP / 16;
-        for (int first = 0; first < n_rows; first += 2) {
-            const int row = first + half;
-            const uint8_t *w = weights + (row < n_rows ? row : first) * row_bytes;
-            float acc[N];
+        float acc[N];
+        for (int row = 0, stage = 0; row < n_rows; row += ROWS) {
 #pragma unroll
             for (int t = 0; t < N; t++)
                 acc[t] = 0.0f;
+            for (int piece = 0; piece < n_pieces; piece++) {
+                fetch_next();
+                cp_async_wait<STAGES - 1>();
+                __syncwarp();
+                const int first = piece * COLS, end = min(COLS, n_cols - first);
+                const uint8_t *w = stage_at(stage) + ((uint64_t)piece_at(row, piece) & 15);
 #pragma unroll 8
-            for (int i = chain; i < n_cols; i += 16) {
-                const float value = Format::value(w + (int64_t)(i / Format::BLOCK) * Format::BYTES, i % Format::BLOCK);
+                for (int i = chain; i < end; i += 16) {
+                    const float value = Format::value(w + i / Format::BLOCK * Format::BYTES, i % Format::BLOCK);
 #pragma unroll
-                for (int t = 0; t < N; t++)
-                    acc[t] = __fmaf_rn(value, ((const float *)tokens.row[t])[i], acc[t]);
+                    for (int t = 0; t < N; t++)
+                        acc[t] = __fmaf_rn(value, x[t * n_cols + first + i], acc[t]);
+                }
+                __syncwarp();
+                stage = stage + 1 == STAGES ? 0 : stage + 1;
             }
 #pragma unroll
             for (int t = 0; t < N; t++) {
-                for (int step = 8; step; step /= 2)
-                    acc[t] += __shfl_xor_sync(ALL_LANES, acc[t], step);
-                if (chain == 0 && row < n_rows)
-                    results[row * N + t] = acc[t];
+                for (int lanes = 8; lanes; lanes /= 2)
+                    acc[t] += __shfl_xor_sync(ALL_LANES, acc[t], lanes);
+                if (chain == 0 && row + half < n_rows)
+                    emit(row + half, t, acc[t]);
             }
         }
-        __syncwarp();
+        cp_async_wait<0>();
     }
 };

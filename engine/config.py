@@ -49,6 +49,8 @@ class EngineSettings(Table):
             runs.
         context_length: tokens in a sequence at most; 0 = what the model was trained for, up to 8192.
         max_batch_tokens: tokens of a prompt that are run together.
+        max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt;
+            fewer if its memory is small.
         n_sequences: sequences whose keys, values and states are kept at the same time.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
@@ -61,6 +63,7 @@ class EngineSettings(Table):
     isa: Literal["", "scalar", "avx2", "avx512"] = setting("", env="ENGINE_ISA")
     context_length: int = setting(0, low=0, high=1 << 24)
     max_batch_tokens: int = setting(512, low=1, high=1 << 16)
+    max_prompt_tokens: int = setting(4096, low=1, high=1 << 16)
     n_sequences: int = setting(1, low=1, high=1024)
     kv_type: Literal["f32", "f16", "q8_0"] = "f16"
     vram_budget: str = ""

@@ -13,7 +13,7 @@ from model_runner import divergence
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.device import CUDAProgram
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import Graph, KVType, Limits, Weight
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.errors import DeviceError, RequestError
@@ -21,6 +21,7 @@ from engine.generate.forward import ForwardPass
 from engine.gguf.reader import GGUFFile
 from engine.gguf.weights import WeightMemory
 from engine.models import load_model
+from engine.quants.formats import BY_NAME
 from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
 
 # Without g++, which running the package does not need, there is no emulator.
@@ -289,6 +290,17 @@ def test_slots_shrink_to_what_fits(small: Model, driver) -> None:
         assert 0 < opened.program.n_slots.max() < opened.program.n_experts
         assert opened.program.device_bytes <= all_bytes - 40_000
         assert (opened.logits().view(np.uint32) == expected.view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("dim", [20, 584])
+def test_heads_that_no_kernel_takes_are_a_clear_error(dim: int) -> None:
+    graph = Graph()
+    q, k, v = (graph.embed(Weight("w", BY_NAME["F32"], 4, 2 * dim)) for _ in range(3))
+    graph.logits = graph.attention(q, k, v, 2, 2, 1.0)
+    device = CUDADevice(compiler=StandInCompiler())
+    with pytest.raises(DeviceError, match=rf"keys of {dim} values; .* multiple of 8, at most 576"):
+        device.compile(graph, WeightMemory({"w": np.zeros(32 * dim, np.uint8)}, "memory"), LIMITS)
+    device.close()
 
 
 def test_too_little_memory_is_a_clear_error(small: Model) -> None:

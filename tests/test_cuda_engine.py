@@ -57,6 +57,7 @@ def expected() -> tuple[int, ...]:
         {},
         {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
         {"n_cpu_moe": 5},
+        {"hot_k": 9, "hot_pp_bypass_n_tokens": 4},
     ],
     ids=str,
 )
@@ -98,6 +99,17 @@ def test_auto_takes_the_gpu_and_says_so(caplog) -> None:
     assert "; CUDA: stand-in device" in caplog.text
     assert "(found)" in caplog.text
     assert "hot-expert cache: 4 of 56 experts" in caplog.text
+    assert 'through pinned buffers: the weights are mapped from the file ([model] load = "mmap")' in caplog.text
+
+
+def test_it_says_how_prompts_are_streamed(caplog) -> None:
+    caplog.set_level(logging.INFO, logger="engine")
+    loaded = replace(config(hot_k=4, hot_pp_bypass_n_tokens=5), model=ModelSettings(load="memory"))
+    with Engine.open(config=loaded):
+        pass
+    assert (
+        "straight from where they lie; steps of 5 to 32 tokens of a prompt stream those without a slot" in caplog.text
+    )
 
 
 def test_without_a_gpu_auto_takes_the_cpu_and_says_why(caplog, driver) -> None:

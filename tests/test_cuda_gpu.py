@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_cuda_device
 import test_cuda_kernels
+import test_cuda_tiles
 from test_cuda_device import (  # noqa: F401 - collected here
     Model,
     small,
@@ -32,6 +33,17 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_recurrent_layers,
     test_rope_is_accurate_at_long_positions,
     test_router,
+    test_tiles_have_the_bits_of_the_cpu,
+    test_tiles_take_any_number_of_tokens,
+)
+from test_cuda_prompts import (  # noqa: F401 - collected here
+    prompt_model,
+    single_tokens,
+    test_long_steps_have_the_bits_of_single_tokens,
+)
+from test_cuda_tiles import (  # noqa: F401 - collected here
+    test_choices_are_sorted_and_cut_into_tiles,
+    test_experts_by_tiles_have_the_bits_of_the_cpu,
 )
 
 from engine.devices.cuda import probe
@@ -48,6 +60,7 @@ def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     except DeviceError as error:
         pytest.skip(f"there is no GPU: {error}")
     monkeypatch.setattr(test_cuda_kernels, "Emulator", cuda_launcher.RealGPU)
+    monkeypatch.setattr(test_cuda_tiles, "Emulator", cuda_launcher.RealGPU)
     monkeypatch.setattr(test_cuda_device, "StandInCompiler", lambda: None)  # NVIDIA's instead
 
 

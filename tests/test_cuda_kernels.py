@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import kernels
-from engine.devices.cuda.kernels import Cache, ExpertMatrix, Heads, Matrix, Rows, Sight
+from engine.devices.cuda import kernels, tiles
+from engine.devices.cuda.kernels import Cache, Combined, ExpertMatrix, Forms, Heads, Launch, Matrix, Rows, Sight
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
@@ -89,9 +91,29 @@ def test_linear_takes_many_tokens_in_groups() -> None:
     check_linear(BY_NAME["Q5_K"], 11, "fast")
 
 
-def check_linear(weight_format: QuantFormat, n_tokens: int, mode: str) -> None:
+@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
+def test_tiles_have_the_bits_of_the_cpu(weight_format: QuantFormat) -> None:
+    check_linear(weight_format, 11, "fast", tiles.linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("Q4_K", "race"), ("Q6_K", "asan"), ("Q5_1", "race"), ("Q8_0", "asan"), ("F16", "race"), ("BF16", "asan")],
+)
+def test_tiles_break_no_rule(name: str, mode: str) -> None:
+    check_linear(BY_NAME[name], 13, mode, tiles.linear)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 64, 75])
+def test_tiles_take_any_number_of_tokens(n_tokens: int) -> None:
+    check_linear(BY_NAME["Q4_K"], n_tokens, "fast", tiles.linear)
+
+
+def check_linear(
+    weight_format: QuantFormat, n_tokens: int, mode: str, linear: Callable[..., Launch] = kernels.linear
+) -> None:
     rng, emulator, n_cols = np.random.default_rng(1), Emulator(mode), awkward_columns(weight_format)
-    sizes = (37, 5)
+    sizes = (75, 5) if linear is tiles.linear else (37, 5)  # of which the sanitizer sees the last byte
     weights = aligned(random_weights(weight_format, sum(sizes), n_cols))
     x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
     bias, scale = rng.standard_normal(sizes[1]).astype(F32), np.array([0.37], F32)
@@ -112,7 +134,7 @@ def check_linear(weight_format: QuantFormat, n_tokens: int, mode: str) -> None:
         ]
         count = emulator.count(n_tokens, 1 if n_tokens == 1 else None)
         x_rows, grid_address = emulator.byte_rows(rows), emulator.at(grid) if grid is not None else 0
-        emulator.run(kernels.linear(x_rows, n_cols, weight_format, matrices, grid_address, count), order, seed)
+        emulator.run(linear(x_rows, n_cols, weight_format, matrices, grid_address, count), order, seed)
         assert same_bits(first, np.ascontiguousarray(expected[:, : sizes[0]]))
         assert same_bits(second, expected[:, sizes[0] :] * scale + bias)
 
@@ -276,10 +298,6 @@ def test_elementwise_operations(mode: str) -> None:
         out = np.zeros_like(x)
         emulator.run(kernels.add(emulator.rows(x), emulator.rows(y), emulator.rows(out), n_cols, count), order, seed)
         assert same_bits(out, x + y)
-        for gating in Gating:
-            rows = (emulator.rows(x), emulator.rows(y), emulator.rows(out))
-            emulator.run(kernels.gate(*rows, n_cols, gating, count), order, seed)
-            assert out == pytest.approx(x * sigmoid(y) * (y if gating == Gating.SILU else 1), rel=1e-5, abs=1e-6)
         first, second = (np.zeros((n_rows, n_cols // 2), F32) for _ in range(2))
         rows = (emulator.rows(x), emulator.rows(first), emulator.rows(second))
         emulator.run(kernels.split_heads(*rows, 3, 50, 50, count), order, seed)
@@ -347,11 +365,78 @@ def test_rope_is_accurate_at_long_positions(style: RopeStyle) -> None:
     assert x == pytest.approx(heads.reshape(3, -1), abs=1e-5)
 
 
+def check_forms(x: np.ndarray, made: dict[Activation, np.ndarray]) -> None:
+    for activation, rows in made.items():
+        assert (rows == _kernels.quantize_activations(x, activation)).all(), activation
+
+
+def make_forms(emulator: Emulator, n_rows: int, n_cols: int, *wanted: Activation) -> tuple[Forms, dict]:
+    empty = np.zeros((n_rows, n_cols), F32)
+    made = {form: aligned(np.zeros_like(_kernels.quantize_activations(empty, form))) for form in wanted}
+    places = (emulator.byte_rows(made[f]) if f in made else None for f in (Activation.Q8_256, Activation.Q8_32))
+    return Forms(*places), made
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize("gating", Gating)
+@pytest.mark.parametrize("head_size", [0, 8, 128, 256])
+def test_gate(mode: str, gating: Gating, head_size: int) -> None:
+    rng, emulator, n_rows, n_cols = np.random.default_rng(3), Emulator(mode), 3, 1280
+    x, by = (rng.standard_normal((n_rows, n_cols)).astype(F32) for _ in range(2))
+    weight = rng.standard_normal(max(1, head_size)).astype(F32)
+    expected = x.astype(np.float64)
+    if head_size:
+        heads = expected.reshape(n_rows, -1, head_size)
+        expected = (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * weight).reshape(n_rows, -1)
+    expected = expected * sigmoid(by) * (by if gating == Gating.SILU else 1)
+    for order, seed in SCHEDULES:
+        out = np.zeros_like(x)
+        forms, made = make_forms(emulator, n_rows, n_cols, Activation.Q8_256, Activation.Q8_32)
+        rows = (emulator.rows(x), emulator.rows(by), emulator.rows(out))
+        launch = kernels.gate(
+            *rows, n_cols, gating, emulator.count(n_rows), forms, head_size, emulator.at(weight), 1e-6
+        )
+        emulator.run(launch, order, seed)
+        assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        check_forms(out, made)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(("n_cols", "has_weight"), [(2304, True), (96, False), (9216, True)])
+def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight: bool) -> None:
+    rng, emulator, n_rows = np.random.default_rng(3), Emulator(mode), 3
+    x, y = (rng.standard_normal((n_rows, n_cols)).astype(F32) for _ in range(2))
+    weight = rng.standard_normal(n_cols).astype(F32)
+    wanted = [Activation.Q8_32] + [Activation.Q8_256] * (n_cols % 256 == 0)
+    for order, seed in SCHEDULES:
+        for added in (y, None):
+            total, out = np.zeros_like(x), np.zeros_like(x)
+            forms, made = make_forms(emulator, n_rows, n_cols, *wanted)
+            launch = kernels.residual(
+                emulator.rows(x),
+                None if added is None else emulator.rows(added),
+                emulator.rows(total),
+                n_cols,
+                emulator.count(n_rows),
+                emulator.at(weight) if has_weight else 0,
+                1e-6,
+                emulator.rows(out),
+                forms,
+            )
+            emulator.run(launch, order, seed)
+            assert same_bits(total, np.zeros_like(x) if added is None else x + added)
+            summed = (x if added is None else total).astype(np.float64)
+            expected = summed / np.sqrt((summed**2).mean(-1, keepdims=True) + 1e-6) * (weight if has_weight else 1)
+            assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            check_forms(out, made)
+
+
 @pytest.mark.parametrize("mode", ["fast", "race"])
 @pytest.mark.parametrize("has_shared", [False, True])
-def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool) -> None:
+@pytest.mark.parametrize("n_used", [4, 11])
+def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, n_used: int) -> None:
     rng, emulator = np.random.default_rng(5), Emulator(mode)
-    n_tokens, n_used, n_cols = 3, 4, 70
+    n_tokens, n_cols = 3, 320
     expert_out, answers = (rng.standard_normal((n_tokens, n_used, n_cols)).astype(F32) for _ in range(2))
     residual, shared = (rng.standard_normal((n_tokens, n_cols)).astype(F32) for _ in range(2))
     weights, shared_gate = rng.random((n_tokens, n_used)).astype(F32), rng.standard_normal((n_tokens, 1)).astype(F32)
@@ -359,28 +444,25 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool) 
         rng.integers(0, 8, (n_tokens, n_used)).astype(np.int32),
         np.array([0, -1, 2, -1, 3, 1, -1, -1], np.int32),
     )
-    out = np.zeros_like(residual)
-    emulator.run(
-        kernels.combine(
-            Rows(emulator.at(expert_out), n_used * n_cols),
-            emulator.at(answers),
-            emulator.at(ids),
-            emulator.at(slots),
-            emulator.at(weights) if has_shared else 0,
-            n_used,
-            emulator.rows(shared) if has_shared else None,
-            emulator.rows(shared_gate) if has_shared else None,
-            emulator.rows(residual),
-            emulator.rows(out),
-            n_cols,
-            0.5,
-            emulator.count(n_tokens),
-        )
+    combined = Combined(
+        Rows(emulator.at(expert_out), n_used * n_cols),
+        emulator.at(answers),
+        emulator.at(ids),
+        emulator.at(slots),
+        emulator.at(weights) if has_shared else 0,
+        n_used,
+        emulator.rows(shared) if has_shared else None,
+        emulator.rows(shared_gate) if has_shared else None,
+        0.5,
     )
     values = np.where((slots[ids] < 0)[..., None], answers, expert_out)
     total = np.einsum("trh,tr->th", values, weights if has_shared else np.ones_like(weights))
     expected = residual + 0.5 * (total + has_shared * shared * sigmoid(shared_gate))
-    assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for order, seed in SCHEDULES:
+        out = np.zeros_like(residual)
+        rows = (emulator.rows(residual), combined, emulator.rows(out))
+        emulator.run(kernels.residual(*rows, n_cols, emulator.count(n_tokens)), order, seed)
+        assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
@@ -456,6 +538,7 @@ def test_router(
         (KVType.Q8_0, (256, 256), 8, 1, 0, 40, "fast", 3e-2),
         (KVType.Q8_0, (40, 24), 3, 2, 7, 0, "race", 3e-2),
         (KVType.F32, (16, 16), 2, 1, 0, 0, "asan", 1e-5),
+        (KVType.F32, (16, 16), 1, 90, 0, 0, "fast", 1e-5),  # parts of several tiles
         (KVType.F16, (576, 512), 11, 1, 0, 0, "fast", 2e-3),  # latent attention: values are parts of their keys
     ],
 )
@@ -481,7 +564,7 @@ def test_attention(
         v = k[:, :value_dim]
     sinks = rng.standard_normal(n_heads).astype(F32) if window else None
     all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
-    positions = np.array([149, 33, *range(60, 68)], np.int32)  # more tokens than attend at the same time
+    positions = np.array([149, 33, *range(60, 68)], np.int32)
     n_tokens = len(positions)
     q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
     value_bytes, part_bytes = kernels.attention_scratch_bytes(cache, n_heads, n_tokens)
@@ -520,6 +603,9 @@ def test_attention(
         store = launches(all_positions, out, n_kept)[0]
         emulator.run([store, *launches(positions, out, n_tokens)[1:]], order, seed)
         assert out == pytest.approx(np.stack(expected), abs=tolerance * 4)
+        few = np.zeros((4, n_heads * value_dim), F32)  # by parts that are merged afterwards
+        emulator.run(launches(positions, few, len(few))[1:], order, seed)
+        assert same_bits(few, out[: len(few)])
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])
@@ -547,13 +633,23 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "mode"),
-    [(128, 128, 2, 4, False, "fast"), (16, 24, 1, 2, True, "race")],
+    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "lengths", "mode"),
+    [
+        (128, 128, 2, 4, False, (2, 3), "fast"),
+        (16, 24, 1, 2, True, (2, 3), "race"),
+        (16, 12, 1, 2, True, (2, 17), "asan"),
+        (32, 8, 2, 2, False, (21, 40), "race"),
+        (128, 16, 2, 4, False, (33, 1), "fast"),
+    ],
 )
-def test_recurrent_layers(k_dim: int, v_dim: int, n_k_heads: int, n_v_heads: int, grouped: bool, mode: str) -> None:
+def test_recurrent_layers(
+    k_dim: int, v_dim: int, n_k_heads: int, n_v_heads: int, grouped: bool, lengths: tuple[int, int], mode: str
+) -> None:
     """Two sequences in one step: one goes on from its state, the other begins."""
     rng, emulator = np.random.default_rng(8), Emulator(mode)
-    n_tokens, positions, slots = 5, np.array([4, 5, 0, 1, 2], np.int32), np.array([1, 1, 0, 0, 0], np.int32)
+    slots = np.repeat(np.array([1, 0], np.int32), lengths)
+    positions = np.concatenate([np.arange(4, 4 + lengths[0]), np.arange(lengths[1])]).astype(np.int32)
+    n_tokens = sum(lengths)
     n_k, n_v = n_k_heads * k_dim, n_v_heads * v_dim
     n_channels, kernel_size, eps = 2 * n_k + n_v, 4, 1e-6
     x = rng.standard_normal((n_tokens, n_channels)).astype(F32)
@@ -564,7 +660,7 @@ def test_recurrent_layers(k_dim: int, v_dim: int, n_k_heads: int, n_v_heads: int
     a, dt_bias = -np.exp(rng.standard_normal(n_v_heads)).astype(F32), rng.standard_normal(n_v_heads).astype(F32)
 
     expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
-    for slot, first, end in ((1, 0, 2), (0, 2, 5)):
+    for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
         before = old_conv[slot] if positions[first] else np.zeros_like(old_conv[slot])
         seen = np.concatenate([before, x[first:end]])
         y = sum(seen[j : j + end - first] * weight[:, j] for j in range(kernel_size))

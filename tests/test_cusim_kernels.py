@@ -158,9 +158,22 @@ def test_mma_of_16_bit_floats(kind: str) -> None:
 def test_mma_of_int8_is_exact() -> None:
     rng = np.random.default_rng(7)
     a, b = (rng.integers(-128, 128, (n, 32)).astype(np.int8) for n in (16, 8))
-    c = rng.integers(-1000, 1000, (32, 4)).astype(np.int32)
-    expected = from_fragments(c) + a.astype(np.int32) @ b.astype(np.int32).T
+    c = np.full((32, 4), 7, np.int32)
+    expected = a.astype(np.int32) @ b.astype(np.int32).T
     run_every_way(KERNELS / "tensor.cu", "fragments_s8", 1, 32, fragments(a, 1), fragments(b, 1), c, modes=("fast",))
+    assert np.array_equal(from_fragments(c), expected)
+
+
+def test_the_shorter_mma_of_int8_is_exact() -> None:
+    rng = np.random.default_rng(7)
+    a, b = (rng.integers(-128, 128, (n, 16)).astype(np.int8) for n in (16, 8))
+    c = np.full((32, 4), 7, np.int32)
+    expected = a.astype(np.int32) @ b.astype(np.int32).T
+    words = [np.ascontiguousarray(m.view(np.uint32)) for m in (a, b)]  # four columns each
+    lane = np.arange(32)
+    own_a = np.stack([words[0][lane // 4 + 8 * r, lane % 4] for r in (0, 1)], axis=1)
+    own_b = words[1][lane // 4, lane % 4]
+    run_every_way(KERNELS / "tensor.cu", "fragments_s8_short", 1, 32, own_a, own_b, c, modes=("fast",))
     assert np.array_equal(from_fragments(c), expected)
 
 

@@ -638,16 +638,27 @@ class Limits:
         n_slots: sequences that are kept at the same time.
         context_length: tokens in a sequence at most.
         kv_type: how keys and values are stored.
+        max_outputs: tokens of a step whose logits are wanted, at most; 0 for all.
     """
 
     max_tokens: int
     n_slots: int
     context_length: int
     kv_type: KVType
+    max_outputs: int = 0
+
+    def most(self, rows: Rows) -> int:
+        """Return how many rows there are at most."""
+        return self.max_outputs if rows == Rows.OUTPUTS and self.max_outputs else self.max_tokens
 
 
 class WeightAccess(Protocol):
     """Where a device finds the weights in RAM."""
+
+    @property
+    def is_own_memory(self) -> bool:
+        """Return whether each tensor has whole pages of anonymous memory, rather than pages of a file."""
+        ...
 
     def array(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes of a tensor, flat and read-only, valid until the owner is closed."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from engine.devices.footprint import Footprint
 from engine.errors import DeviceError
 
-STAGED_EXPERTS = 8  # in each of two buffers that long prompts stream their experts through
+STAGED_EXPERTS = 8  # in each of the buffers that long prompts stream their experts through
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,21 @@ class MemoryPlan:
 Planner: TypeAlias = Callable[[npt.NDArray[np.intp]], MemoryPlan]
 
 
-def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish) -> MemoryPlan:
+def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_bytes: int | None = None) -> MemoryPlan:
     """Plan the memory of a device that may use `allowed_bytes`.
+
+    Args:
+        footprint: of the model.
+        allowed_bytes: of the device's memory.
+        wish: for the experts.
+        staging_bytes: of the buffers that long prompts stream experts through, which are needed if some expert has no
+            slot; None for two buffers of some experts.
 
     Raises `DeviceError` if what is needed does not fit, saying what would.
     """
     n_layers, n_experts, sizes = len(footprint.expert_bytes), footprint.n_experts, footprint.expert_bytes
     largest = int(sizes.max(initial=0))
-    staging = 2 * min(STAGED_EXPERTS, n_experts) * largest
+    staging = 2 * min(STAGED_EXPERTS, n_experts) * largest if staging_bytes is None else staging_bytes
 
     def plan(n_slots: npt.NDArray[np.intp]) -> MemoryPlan:
         streams = bool((n_slots < n_experts).any())

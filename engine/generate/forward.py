@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Limits, Program
+from engine.devices.graph import Limits, Program, Rows
 from engine.devices.slots import ClockedProgram
 from engine.errors import RequestError
 
@@ -85,7 +85,7 @@ class ForwardPass:
                 "shorten the prompt or raise [engine] context_length"
             )
         logits = np.empty((n if outputs == "all" else 0, self.n_vocab), np.float32)
-        step = self.limits.max_tokens
+        step = self.limits.most(Rows.OUTPUTS if outputs == "all" else Rows.TOKENS)
         for start in range(0, n, step):
             stop = min(start + step, n)
             rows = self._rows(stop - start, outputs, is_last=stop == n)

@@ -96,6 +96,11 @@ class WeightMemory:
         """Return the bytes of all tensors held."""
         return sum(array.nbytes for array in self._arrays.values())
 
+    @property
+    def is_own_memory(self) -> bool:
+        """Return whether each tensor has whole pages of anonymous memory, rather than pages of a file."""
+        return self.mode == "memory"
+
     def array(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes of a tensor, flat and read-only, valid until this is closed."""
         return self._arrays[name]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.config import EngineConfig, MoESettings, SamplingParams
 from engine.data import tiny_model_path
-from engine.devices.cuda import CUDADevice
+from engine.devices.cuda import CUDADevice, CUDAProgram
 from engine.devices.footprint import measure
 from engine.devices.graph import ProfiledProgram, Program, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
@@ -95,6 +95,8 @@ class Engine(Answering):
             self._device.close()
             self._weights.close()
             raise
+        if isinstance(self._program, CUDAProgram):  # which may take longer steps than asked for
+            self._limits = self._program.limits
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
         self._slots = SlotTable(settings.n_sequences, can_cut_back=not any(self.spec.recurrent_layers))
         self._scheduler = Scheduler(self._forward, self._turn, self._record)

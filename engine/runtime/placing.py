@@ -115,6 +115,8 @@ def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADev
         vram_budget=settings.vram_budget_bytes,
         n_threads=settings.n_threads,
         isa=settings.isa or None,
+        prompt_tokens=settings.max_prompt_tokens,
+        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
         progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
     )
 

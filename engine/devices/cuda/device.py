@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
+from engine.devices.cuda.host_memory import PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
-from engine.devices.cuda.kernels import Exchange
-from engine.devices.cuda.lowering import Lowering
+from engine.devices.cuda.kernels import Exchange, Launch
+from engine.devices.cuda.lowering import Lowering, Staging, Streamed
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.speeds import measure_speeds
+from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
 from engine.devices.footprint import measure
 from engine.devices.graph import Graph as ForwardGraph
-from engine.devices.graph import Limits, WeightAccess
-from engine.devices.placement import Wish, plan_memory
+from engine.devices.graph import Limits, Rows, WeightAccess
+from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths
 from engine.errors import RequestError
 from engine.quants import install_grids
 
+_log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
+_SIZES = (
+    1,
+    tiles.MIN_TOKENS - 1,
+    8,
+    64,
+    512,
+)  # steps of up to so many tokens have launches of their own, made for that size
+_LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
+_PROMPT_SHARE = 1 / 8  # of the memory left for experts that larger steps of a prompt may take
+_STAGING_SHARE = 1 / 16  # likewise the ring that experts pass through
+_MOST_BUFFERS = 32  # of the ring
+_LEAST_PROMPT_TOKENS = 64
 
 
 class CUDADevice:
@@ -42,6 +60,8 @@ class CUDADevice:
         n_threads: int = 1,
         isa: str | None = None,
         bandwidths: Bandwidths | None = None,
+        prompt_tokens: int = 4096,
+        bypass_n_tokens: int = 32,
         compiler: Compiler | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -54,6 +74,9 @@ class CUDADevice:
             n_threads: CPU threads for the experts without a slot.
             isa: instruction-set level that they may use; None for the best.
             bandwidths: of the machine; None to measure them.
+            prompt_tokens: of a prompt that are run together, if memory allows and more than `Limits.max_tokens`.
+            bypass_n_tokens: steps of this many tokens or more bring the experts that have no slot to the GPU; in
+                smaller ones the CPU computes them.
             compiler: makes the kernels; None for NVIDIA's.
             progress: called while kernels are compiled.
         """
@@ -63,6 +86,8 @@ class CUDADevice:
         self.n_threads = n_threads
         self.isa = isa
         self.bandwidths = bandwidths
+        self.prompt_tokens = prompt_tokens
+        self.bypass_n_tokens = max(bypass_n_tokens, tiles.MIN_TOKENS)
         self.progress = progress
         install_grids()
         self.context = Context(self.gpu, compiler)
@@ -86,18 +111,59 @@ class CUDADevice:
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
-        bare = Lowering(graph, weights, limits)
-        bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
-        dense_bytes = bare.layout.n_bytes - bare.state[1] - bare.scratch_bytes
+        bare = self._bare(graph, weights, limits)
+        left = allowed - bare.layout.n_bytes
+        limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes)
+        bare = self._bare(graph, weights, limits)
         footprint = replace(
             measure(graph, limits),
-            dense_bytes=dense_bytes,
+            dense_bytes=bare.layout.n_bytes - bare.state[1] - bare.scratch_bytes,
             state_bytes=bare.state[1],
             scratch_bytes=bare.scratch_bytes,
             expert_bytes=np.array([sum(layer.slot_bytes) for layer in bare.expert_layers], np.int64),
         )
-        plan = plan_memory(footprint, allowed, self.wish)
-        return Lowering(graph, weights, limits, plan.n_slots.tolist())
+        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE))
+        staging_bytes = 0 if staging is None else staging.n_buffers * _batch_bytes(bare, staging.at_once)
+        plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
+        streams = bool((plan.n_slots < bare.n_experts).any())
+        return Lowering(graph, weights, limits, plan.n_slots.tolist(), staging if streams else None)
+
+    @staticmethod
+    def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
+        """Return what is needed without any expert."""
+        bare = Lowering(graph, weights, limits)
+        bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
+        return bare
+
+    def _larger_steps(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, scratch_bytes: int) -> Limits:
+        """Return limits with as many tokens in a step as asked for, or half as often as the scratch memory allows."""
+        n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length)
+        if not self._bare(graph, weights, limits).can_stream or self.bypass_n_tokens > limits.max_tokens:
+            return limits  # they would have to go through the CPU
+        max_outputs = max(limits.max_tokens, limits.n_slots)
+        while n_tokens > limits.max_tokens:
+            larger = replace(limits, max_tokens=n_tokens, max_outputs=min(max_outputs, n_tokens))
+            if self._bare(graph, weights, larger).scratch_bytes <= scratch_bytes:
+                return larger
+            n_tokens //= 2
+        return limits
+
+    def _staging(self, bare: Lowering, n_bytes: int) -> Staging | None:
+        """Return a ring of about so many bytes, two buffers of one expert at least; None if none can be used."""
+        if not bare.can_stream or bare.limits.max_tokens < self.bypass_n_tokens:
+            return None
+        one = _batch_bytes(bare, 1)
+        at_once = max(1, min(STAGED_EXPERTS, bare.n_experts, n_bytes // (2 * one)))
+        return Staging(max(2, min(_MOST_BUFFERS, n_bytes // _batch_bytes(bare, at_once))), at_once)
+
+
+def _kernels_of(step: Launch | Streamed) -> tuple[Launch, ...]:
+    return (step,) if isinstance(step, Launch) else step.launches
+
+
+def _batch_bytes(lowering: Lowering, at_once: int) -> int:
+    """Return the bytes of a staging buffer."""
+    return max(layer.batch_bytes(at_once) for layer in lowering.expert_layers)
 
 
 class CUDAProgram:
@@ -115,6 +181,10 @@ class CUDAProgram:
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
+        self._pinned: PinnedExperts | None = None
+        self._expert_stream: ExpertStream | None = None
+        self._bypass_n_tokens = limits.max_tokens + 1  # no step streams experts
+        self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
         self._n_tokens = 0
@@ -132,15 +202,26 @@ class CUDAProgram:
             self._upload_constants()
             exchange = None
             if lowering.needs_cpu:
-                self._misses = MissServer(lowering, weights, device.n_threads, device.isa)
+                self._pinned = PinnedExperts(lowering, weights)
+                copying = (context, lowering, weights, self._memory.address, device.n_threads, self._pinned)
+                self._copies = ExpertCopies(*copying)
+                if lowering.staging is not None:
+                    self._expert_stream = ExpertStream(*copying)
+                    self._bypass_n_tokens = device.bypass_n_tokens
+                most = min(limits.max_tokens, self._bypass_n_tokens - 1)
+                self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)
                 exchange = self._misses.exchange(self._memory.address)
-                self._copies = ExpertCopies(context, lowering, weights, self._memory.address, device.n_threads)
-            sizes = sorted({1, limits.max_tokens})
-            self._graphs = {most: self._capture(most, exchange, device.progress) for most in sizes}
+                _log.info("%s", self._describe_streaming(self._pinned))
+            self._prepare_steps(exchange, device.progress)
             self._bandwidths = device.bandwidths or measure_speeds(self._stream, device.n_threads)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def limits(self) -> Limits:
+        """Return what a step may be: of more tokens than were asked for, where memory allows and it helps."""
+        return self._limits
 
     @property
     def state_bytes(self) -> int:
@@ -172,28 +253,33 @@ class CUDAProgram:
         for i, values in enumerate((token_ids, positions, slots, output_rows)):
             start = 4 + i * limits.max_tokens
             self._words[start : start + len(values)] = values
-        most = 1 if n == 1 else limits.max_tokens
+        most = next(size for size in self._sizes if size >= n)
+        streams = n >= self._bypass_n_tokens
         logits = self._logits.bytes.view(np.float32).reshape(1, -1)
         if n_outputs != 1:
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
 
         number, self._step_number = self._step_number, (self._step_number + 1) & 0x7FFFFFFF
-        if self._misses is not None:
-            self._misses.begin(n)
+        misses = None if streams else self._misses
+        if misses is not None:
+            misses.begin(n)
         try:
-            self._graphs[most].launch(self._stream)
-            if self._misses is not None:
-                self._misses.serve(number, self._stream.is_idle)
+            if most in self._graphs:
+                self._graphs[most].launch(self._stream)
+            else:
+                self._launch(most, streams)
+            if misses is not None:
+                misses.serve(number, self._stream.is_idle)
             if n_outputs:
                 self._stream.download(
                     int(logits.ctypes.data), self._memory.address + lowering.logits, 4 * n_outputs * lowering.n_vocab
                 )
         except BaseException:
-            if self._misses is not None:
-                self._misses.abandon()
-            self._stream.synchronize()
+            if misses is not None:
+                misses.abandon()
+            self._synchronize()
             raise
-        self._stream.synchronize()
+        self._synchronize()
         self._n_tokens, self._rows_of_routing = n, most
         return logits
 
@@ -209,9 +295,12 @@ class CUDAProgram:
         self._context.make_current()
         misses, self._misses = self._misses, None
         copies, self._copies = self._copies, None
+        expert_stream, self._expert_stream = self._expert_stream, None
+        pinned, self._pinned = self._pinned, None
         owned, self._owned = [*self._owned, *self._graphs.values()], []
         self._graphs.clear()
-        close_all([*owned[::-1], *(c for c in (copies, misses) if c is not None)])
+        self._long_steps.clear()
+        close_all([*owned[::-1], *(c for c in (copies, expert_stream, misses, pinned) if c is not None)])
 
     # -- slots -------------------------------------------------------------------------------------------------------
 
@@ -299,24 +388,80 @@ class CUDAProgram:
         stream.synchronize()
         lowering.uploads.clear()
 
-    def _capture(self, most: int, exchange: Exchange | None, progress: Progress | None) -> Graph:
-        lowering, base, stream = self._lowering, self._memory.address, self._stream
-        launches = lowering.launches(base, most, exchange)
-        self._context.prepare(launches, progress)
-        for launch in launches:
+    def _describe_streaming(self, pinned: PinnedExperts) -> str:
+        """Return one line: how experts without a slot get to the device."""
+        staging, lowering = self._lowering.staging, self._lowering
+        if staging is None:
+            return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
+        size = staging.n_buffers * lowering.staging_buffer_bytes
+        return (
+            f"{pinned.describe()}; steps of {self._bypass_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
+            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB)"
+        )
+
+    def _prepare_steps(self, exchange: Exchange | None, progress: Progress | None) -> None:
+        """Make the launches for steps of some sizes, and graphs of them where the CPU takes part or they are short.
+
+        The launches of a step that waits for the CPU must all be queued before it is answered: only a graph is.
+        """
+        lowering, base, max_tokens = self._lowering, self._memory.address, self._limits.max_tokens
+        largest = min(self._bypass_n_tokens - 1, max_tokens)  # of the steps that stream nothing
+        recorded: dict[int, Sequence[Launch | Streamed]] = {}
+        for size in sorted({min(size, largest) for size in (*_SIZES, largest)}):
+            recorded[size] = lowering.launches(base, size, exchange)
+        if self._expert_stream is not None:
+            for size in sorted({min(size, max_tokens) for size in (*_SIZES, max_tokens) if size > largest}):
+                recorded[size] = lowering.streaming_launches(base, size)
+        kernels = [k for steps in recorded.values() for step in steps for k in _kernels_of(step)]
+        self._context.prepare(kernels, progress)
+        for launch in kernels:
             self._context.function(launch)  # no look-up may happen while a graph waits
+        self._sizes = list(recorded)
+        for size, steps in recorded.items():
+            if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):
+                self._graphs[size] = self._capture(size, [step for step in steps if isinstance(step, Launch)])
+            else:
+                self._long_steps[size] = list(steps)
 
-        n_ids = len(lowering.expert_layers) * most * lowering.n_used
-
+    def _capture(self, most: int, launches: Sequence[Launch]) -> Graph:
         def work() -> None:
-            stream.upload(base + lowering.step.offset, self._step.device_address, self._step.n_bytes)
-            stream.upload(base + lowering.expert_table, self._table.device_address, self._table.n_bytes)
+            self._upload_step(self._table.device_address)
             for launch in launches:
-                stream.launch(launch)
-            if n_ids:
-                stream.download(self._ids.address, base + lowering.routing_offset, 4 * n_ids)
+                self._stream.launch(launch)
+            self._download_routing(most)
 
-        return stream.capture(work)
+        return self._stream.capture(work)
+
+    def _launch(self, most: int, streams: bool) -> None:
+        """Queue a step that is no graph."""
+        if streams and self._expert_stream is not None:
+            self._expert_stream.begin(self._places)
+            self._upload_step(self._expert_stream.table_address)
+            self._expert_stream.launch(self._long_steps[most], self._stream)
+        else:
+            self._upload_step(self._table.device_address)
+            for launch in self._long_steps[most]:
+                assert isinstance(launch, Launch)
+                self._stream.launch(launch)
+        self._download_routing(most)
+
+    def _upload_step(self, table: int) -> None:
+        """Queue the copy of what changes from step to step."""
+        lowering, base = self._lowering, self._memory.address
+        self._stream.upload(base + lowering.step.offset, self._step.device_address, self._step.n_bytes)
+        self._stream.upload(base + lowering.expert_table, table, self._table.n_bytes)
+
+    def _download_routing(self, most: int) -> None:
+        lowering = self._lowering
+        n_ids = len(lowering.expert_layers) * most * lowering.n_used
+        if n_ids:
+            self._stream.download(self._ids.address, self._memory.address + lowering.routing_offset, 4 * n_ids)
+
+    def _synchronize(self) -> None:
+        """Wait for the step, and for the copies that it began; those may fail, too."""
+        if self._expert_stream is not None:
+            self._expert_stream.synchronize()
+        self._stream.synchronize()
 
     def _check(
         self,
@@ -326,6 +471,11 @@ class CUDAProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> None:
         limits, n = self._limits, len(token_ids)
+        most_outputs = limits.most(Rows.OUTPUTS)
+        if len(output_rows) > most_outputs:
+            raise RequestError(
+                f"a step with logits of {len(output_rows)} tokens was asked for; this program gives {most_outputs}"
+            )
         if not 0 < n <= limits.max_tokens:
             raise RequestError(f"a step of {n} tokens was asked for; this program takes 1 to {limits.max_tokens}")
         for name, values, end in (

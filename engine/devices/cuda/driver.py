@@ -99,6 +99,11 @@ class GPU:
         return f"sm_{self.compute[0]}{self.compute[1]}"
 
     @property
+    def can_overlap(self) -> bool:
+        """Return whether a kernel may begin, in a graph too, while the one before it still runs."""
+        return self.compute >= (9, 0) and self.driver_version >= 12030
+
+    @property
     def description(self) -> str:
         """Return one line for people."""
         major, minor = self.driver_version // 1000, self.driver_version % 1000 // 10

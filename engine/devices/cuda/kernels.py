@@ -8,12 +8,14 @@ by the kernel, so that one recorded launch serves every step, and the grid is ma
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.devices import graph
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.errors import DeviceError
 from engine.quants.formats import Activation, QuantFormat
 
 WARP = 32
@@ -23,10 +25,19 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`
 
 _PER_ROW, _COLUMNS = 256, 256
+_LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 _MAX_HEAD_DIM = 576
 _MAX_PARTS = 256  # of the positions; `attention.cu`
+_CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 _KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
-_ATTENTION_TOKENS = 8  # that attend at the same time: the parts of all tokens of a long prompt would not fit
+_ATTENTION_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without
+
+_STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
+_FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
+_WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
+_WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
+_MAX_ROWS_PER_WARP = 16
+_RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
 
 ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
 
@@ -42,6 +53,7 @@ class Launch:
         grid, block: blocks and threads.
         arguments: ctypes values in the order of the kernel's parameters.
         shared_bytes: dynamic shared memory.
+        overlaps: it may begin before the launch before it is over, for it calls `begin_kernel` (`common.cuh`).
     """
 
     source: str
@@ -51,6 +63,7 @@ class Launch:
     block: int
     arguments: tuple[Any, ...]
     shared_bytes: int = 0
+    overlaps: bool = True
 
 
 class Rows(NamedTuple):
@@ -117,6 +130,7 @@ class Heads(NamedTuple):
 
 
 ONE_HEAD = Heads(1, 0, 0)
+NOTHING = Rows(0, 0)
 
 
 class _Matrices(ctypes.Structure):
@@ -130,6 +144,32 @@ class _ExpertMatrix(ctypes.Structure):
         ("row_bytes", ctypes.c_int64),
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+    ]
+
+
+class _Forms(ctypes.Structure):
+    _fields_ = [
+        ("q256", ctypes.c_void_p),
+        ("q32", ctypes.c_void_p),
+        ("q256_row_bytes", ctypes.c_int64),
+        ("q32_row_bytes", ctypes.c_int64),
+    ]
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = [
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("answers", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("shared", ctypes.c_void_p),
+        ("shared_stride", ctypes.c_int64),
+        ("shared_gate", ctypes.c_void_p),
+        ("shared_gate_stride", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int32),
     ]
 
 
@@ -159,9 +199,39 @@ def alignment(weight_format: QuantFormat) -> int:
     return ALIGNMENT.get(weight_format.name, 2)
 
 
-def rows_per_warp(n_rows: int, row_bytes: int) -> int:
-    """Return how many rows a warp takes, one after the other: more where rows are short, so that set-up is shared."""
-    return max(1, min(16, 4096 // row_bytes, n_rows // (4 * N_WARPS)))
+def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens: int = 1) -> int:
+    """Return how many rows a warp takes: as many as leave enough warps for the whole GPU."""
+    wanted, most = _blocks(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
+    if weight_format.activation == Activation.F32:
+        return max(_FLOAT_ROWS, min(wanted, most))
+    n_blocks = n_cols // weight_format.block_size
+    whole = WARP // math.gcd(WARP, n_blocks)  # rows whose blocks leave no lane without work
+    return max(1, min(_blocks(wanted, whole) * whole if wanted > whole // 2 else wanted, most))
+
+
+def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
+    """Return the shared memory of a warp; `RowDots::SCRATCH_BYTES`."""
+    size, n_bytes = weight_format.block_size, weight_format.block_bytes
+    if weight_format.activation == Activation.F32:
+        return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
+    chunk = WARP * (1 if size == 256 else 7 if n_bytes < 20 else 5)
+    kept = {1: 4, 2: 2}.get(n_tokens, 1)
+    term = 16 if weight_format.name in _WITH_MINIMUM else 8
+    return _STAGES * (chunk * n_bytes + 16) + (kept * chunk + _MAX_ROWS_PER_WARP) * n_tokens * term
+
+
+def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
+    """Return the shared memory of activations; `Record`."""
+    if activation == Activation.F32:
+        return _blocks(4 * n_tokens * n_cols, 16) * 16
+    size = 256 if activation == Activation.Q8_256 else 32
+    return n_tokens * n_cols // size * (_blocks(size + size // 8 + 4, 16) * 16)
+
+
+def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
+    """Return how many tokens share a reading of the weights: what is there, and fits into shared memory."""
+    fitting = [1, *(n for n in (2, 4, MAX_TOKENS_AT_ONCE) if _records_bytes(activation, n_cols, n) <= _RECORDS_BYTES)]
+    return next((n for n in fitting if n >= most), fitting[-1])
 
 
 # -- matrix products --------------------------------------------------------------------------------------------------
@@ -208,9 +278,10 @@ def linear(
     assert 0 < len(matrices) <= MAX_MATRICES
     assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
     assert all(m.address % alignment(weight_format) == 0 for m in matrices)
-    n_tokens = next(n for n in (1, 2, 4, MAX_TOKENS_AT_ONCE) if n >= min(count.most, MAX_TOKENS_AT_ONCE))
+    assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
+    n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
-    per_warp = min(rows_per_warp(m.n_rows, row_bytes) for m in matrices)
+    per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     packed, first_block = _Matrices(n=len(matrices)), 0
     for i, m in enumerate(matrices):
         packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
@@ -232,6 +303,7 @@ def linear(
             _int(per_warp),
             _pointer(count.address),
         ),
+        _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format, n_tokens),
     )
 
 
@@ -251,12 +323,14 @@ def expert_gate_up(
     count: Count,
 ) -> Launch:
     """First half of the resident experts; h is float32 [tokens * n_used, ffn_size], activation strides in bytes."""
-    per_warp = rows_per_warp(ffn_size, gate.format.row_bytes(hidden_size))
+    # Of two matrices, but half of the experts may have no slot.
+    per_warp = rows_per_warp(gate.format, hidden_size, ffn_size * n_used)
+    forms = [gate.format.activation] if x_gate == x_up else [gate.format.activation, up.format.activation]
     return Launch(
         "expert_gate_up.cu",
         "expert_gate_up",
         (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
-        (_blocks(ffn_size, N_WARPS * per_warp), count.most * n_used, 1),
+        (_blocks(ffn_size, N_WARPS // 2 * per_warp), count.most * n_used, 1),
         N_WARPS * WARP,
         (
             _pointer(ids),
@@ -274,6 +348,8 @@ def expert_gate_up(
             _int(per_warp),
             _pointer(count.address),
         ),
+        sum(_records_bytes(form, hidden_size, 1) for form in forms)
+        + N_WARPS * max(_warp_bytes(matrix.format, 1) for matrix in (gate, up)),
     )
 
 
@@ -290,7 +366,7 @@ def expert_down(
     count: Count,
 ) -> Launch:
     """Second half of the resident experts; `h` holds activation rows, its stride is in bytes."""
-    per_warp = rows_per_warp(hidden_size, down.format.row_bytes(ffn_size))
+    per_warp = rows_per_warp(down.format, ffn_size, hidden_size * n_used // 2)
     return Launch(
         "expert_down.cu",
         "expert_down",
@@ -310,6 +386,7 @@ def expert_down(
             _int(per_warp),
             _pointer(count.address),
         ),
+        _records_bytes(down.format.activation, ffn_size, 1) + N_WARPS * _warp_bytes(down.format, 1),
     )
 
 
@@ -317,6 +394,152 @@ def _expert_matrix(matrix: ExpertMatrix, n_cols: int) -> _ExpertMatrix:
     assert matrix.address % alignment(matrix.format) == 0
     assert matrix.slot_bytes % alignment(matrix.format) == 0
     return _ExpertMatrix(matrix.address, matrix.slot_bytes, matrix.format.row_bytes(n_cols), matrix.scale, matrix.bias)
+
+
+# -- what is between the products ------------------------------------------------------------------------------------
+
+
+class Forms(NamedTuple):
+    """Where activation rows go that are made beside a float32 result; strides in bytes, None for those not wanted."""
+
+    q256: Rows | None = None
+    q32: Rows | None = None
+
+    @property
+    def definition(self) -> str:
+        """Return what the kernel is compiled for."""
+        return f"FORMS={(self.q256 is not None) + 2 * (self.q32 is not None)}"
+
+    @property
+    def argument(self) -> Any:
+        """Return the kernel's argument."""
+        q256, q32 = self.q256 or NOTHING, self.q32 or NOTHING
+        return _Forms(q256.address, q32.address, q256.stride, q32.stride)
+
+
+class Combined(NamedTuple):
+    """What a layer's experts add to the residual stream: experts in rank order, and the shared expert.
+
+    Attributes:
+        out: float32 [tokens, n_used, n_cols].
+        answers: of experts without a slot, mapped host memory; 0 if all have one.
+        ids, slots: who was chosen, and where they are.
+        weights: 0 if all are 1.
+        n_used: experts of a token.
+        shared, shared_gate: None if there is none, or it is ungated.
+        scale: of all of it.
+    """
+
+    out: Rows
+    answers: int
+    ids: int
+    slots: int
+    weights: int
+    n_used: int
+    shared: Rows | None = None
+    shared_gate: Rows | None = None
+    scale: float = 1.0
+
+
+def residual(
+    a: Rows,
+    added: Rows | Combined | None,
+    total: Rows,
+    n_cols: int,
+    count: Count,
+    weight: int = 0,
+    eps: float = 0.0,
+    out: Rows | None = None,
+    forms: Forms = Forms(),  # noqa: B008 - a tuple
+) -> Launch:
+    """Add to the residual stream, a + added = total (without `added`: a, and `total` is not written); normalise that.
+
+    `weight` may be 0; without `out` nothing is normalised.
+    """
+    combined = added if isinstance(added, Combined) else Combined(NOTHING, 0, 0, 0, 0, 0)
+    shared, shared_gate = combined.shared or NOTHING, combined.shared_gate or NOTHING
+    plain = added if isinstance(added, Rows) else NOTHING
+    rows = (a, plain, total, out or NOTHING, combined.out, shared)
+    assert n_cols % _LANE == 0
+    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in rows)
+    assert weight % 16 == 0
+    n_warps = min(_blocks(n_cols, _LANE * WARP), 32)
+    return Launch(
+        "residual.cu",
+        "residual",
+        (
+            f"SOURCE={0 if added is None else 2 if isinstance(added, Combined) else 1}",
+            f"N_USED={combined.n_used}",
+            f"NORMALIZE={int(out is not None)}",
+            forms.definition,
+            f"THREADS={n_warps * WARP}",
+            f"ROUNDS={_blocks(n_cols, n_warps * WARP * _LANE)}",
+        ),
+        (1, count.most, 1),
+        n_warps * WARP,
+        (
+            *_at(a),
+            *_at(plain),
+            _Experts(
+                *combined.out,
+                combined.answers,
+                combined.ids,
+                combined.slots,
+                combined.weights,
+                *shared,
+                *shared_gate,
+                combined.scale,
+            ),
+            *_at(total),
+            _pointer(weight),
+            _float(eps),
+            *_at(out or NOTHING),
+            forms.argument,
+            _int(n_cols),
+            _pointer(count.address),
+        ),
+    )
+
+
+def can_gate_heads(head_size: int) -> bool:
+    """Return whether `gate` can normalise heads of that size."""
+    return 8 <= head_size <= 256 and head_size & (head_size - 1) == 0
+
+
+def gate(
+    x: Rows,
+    by: Rows,
+    out: Rows,
+    n_cols: int,
+    gating: Gating,
+    count: Count,
+    forms: Forms = Forms(),  # noqa: B008 - a tuple
+    head_size: int = 0,
+    weight: int = 0,
+    eps: float = 0.0,
+) -> Launch:
+    """Multiply by the sigmoid or SiLU of a gate; with a `head_size`, x is normalised head by head before that."""
+    assert n_cols % _LANE == 0
+    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by, out))
+    assert weight % 16 == 0
+    assert head_size == 0 or (can_gate_heads(head_size) and n_cols % head_size == 0)
+    return Launch(
+        "gate.cu",
+        "gate",
+        (f"IS_SILU={int(gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
+        (_blocks(n_cols, 4 * WARP * _LANE), count.most, 1),
+        4 * WARP,
+        (
+            *_at(x),
+            *_at(by),
+            _pointer(weight),
+            _float(eps),
+            *_at(out),
+            forms.argument,
+            _int(n_cols),
+            _pointer(count.address),
+        ),
+    )
 
 
 # -- small operations -------------------------------------------------------------------------------------------------
@@ -378,15 +601,9 @@ def add(a: Rows, b: Rows, out: Rows, n_cols: int, count: Count) -> Launch:
     return _elementwise("add", n_cols, count, *_at(a), *_at(b), *_at(out), _int(n_cols))
 
 
-def gate(x: Rows, by: Rows, out: Rows, n_cols: int, gating: Gating, count: Count) -> Launch:
-    """Multiply by the sigmoid or SiLU of a gate."""
-    is_silu = _int(gating == Gating.SILU)
-    return _elementwise("gate", n_cols, count, *_at(x), *_at(by), *_at(out), _int(n_cols), is_silu)
-
-
 def scale(x: Rows, factor: float, by: Rows | None, out: Rows, n_cols: int, count: Count) -> Launch:
     """Multiply by a constant, and by one value for each row if `by` gives them."""
-    rows = (*_at(x), *_at(by or Rows(0, 0)), *_at(out))
+    rows = (*_at(x), *_at(by or NOTHING), *_at(out))
     return _elementwise("scale", n_cols, count, *rows, _int(n_cols), _float(factor))
 
 
@@ -460,45 +677,6 @@ def rope(
     )
 
 
-def combine(
-    expert_out: Rows,
-    answers: int,
-    ids: int,
-    expert_slots: int,
-    weights: int,
-    n_used: int,
-    shared: Rows | None,
-    shared_gate: Rows | None,
-    residual: Rows,
-    out: Rows,
-    n_cols: int,
-    scale: float,
-    count: Count,
-) -> Launch:
-    """Add experts in rank order, shared expert and residual stream.
-
-    `answers` is 0 if all experts have slots, `weights` if all weights are 1.
-    """
-    nothing = Rows(0, 0)
-    return _elementwise(
-        "combine",
-        n_cols,
-        count,
-        *_at(expert_out),
-        _pointer(answers),
-        _pointer(ids),
-        _pointer(expert_slots),
-        _pointer(weights),
-        _int(n_used),
-        *_at(shared or nothing),
-        *_at(shared_gate or nothing),
-        *_at(residual),
-        *_at(out),
-        _int(n_cols),
-        _float(scale),
-    )
-
-
 def router(
     logits: Rows,
     bias: int,
@@ -517,12 +695,12 @@ def router(
     assert n_used <= n_experts
     assert n_experts % n_groups == 0
     assert n_groups == 1 or n_used <= n_experts // n_groups * n_groups_used
-    shared_bytes = 4 * (3 * n_experts + 2 * n_groups)
+    shared_bytes = 4 * (2 * n_experts + 2 * n_groups)
     assert shared_bytes <= 48 << 10
     return Launch(
         "router.cu",
         "router",
-        (),
+        (f"N_EXPERTS={n_experts}",),
         (1, count.most, 1),
         WARP,
         (
@@ -530,7 +708,6 @@ def router(
             _pointer(bias),
             _pointer(ids),
             _pointer(weights),
-            _int(n_experts),
             _int(n_used),
             _int(scoring),
             _int(n_groups),
@@ -576,6 +753,16 @@ def kv_cache_bytes(cache: Cache) -> int:
     return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
 
 
+def check_heads(key_dim: int, value_dim: int) -> None:
+    """Raise `DeviceError` for heads that the kernels cannot take."""
+    for name, dim in (("keys", key_dim), ("values", value_dim)):
+        if dim % _KV_VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
+            raise DeviceError(
+                f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_KV_VECTOR}, "
+                f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
+            )
+
+
 def n_attention_parts(cache: Cache) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
     return max(1, min(_blocks(_MAX_PARTS, cache.n_kv_heads), _blocks(cache.context_length, 32)))
@@ -602,13 +789,11 @@ def attention(
     slots: int,
     count: Count,
 ) -> list[Launch]:
-    """Store the new keys and values; then, for some tokens at a time, attend over the parts and merge them."""
+    """Store the new keys and values; then attend: few tokens over parts that are merged, many over all of them."""
     n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
     assert n_heads % cache.n_kv_heads == 0
-    assert cache.key_dim % _KV_VECTOR == cache.value_dim % _KV_VECTOR == 0
     assert cache.address % 16 == 0
-    assert 0 < cache.key_dim <= _MAX_HEAD_DIM
-    assert 0 < cache.value_dim <= _MAX_HEAD_DIM
+    check_heads(cache.key_dim, cache.value_dim)
     assert (v is None) == cache.values_in_keys
     n_tiles = _blocks(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
     definitions = (
@@ -630,14 +815,17 @@ def attention(
 
     threads = _blocks(max(cache.key_dim, cache.value_dim), WARP) * WARP
     grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
-    launches = [launch("store_kv", grid, threads, *_at(k), *_at(v or Rows(0, 0)), *places)]
+    launches = [launch("store_kv", grid, threads, *_at(k), *_at(v or NOTHING), *places)]
     scratch, limits = (_pointer(values), _pointer(parts)), (_int(sight.window), _int(sight.chunk))
-    for first in range(0, count.most, _ATTENTION_TOKENS):
-        n, begin = min(_ATTENTION_TOKENS, count.most - first), _int(first)
-        grid = (cache.n_kv_heads * n_tiles, n_parts, n)
-        launches.append(launch("attend", grid, 4 * WARP, *_at(q), *places, _float(scale), *limits, *scratch, begin))
-        sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
-        launches.append(launch("merge_parts", (n_heads, n, 1), 4 * WARP, *sums, *_at(out), begin))
+    what = (*_at(q), *places, _float(scale), *limits)
+    if count.most > _ATTENTION_TOKENS:
+        grid = (cache.n_kv_heads * n_tiles, count.most, 1)
+        merging = (_int(n_parts), _pointer(sight.sinks))
+        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *_at(out))]
+    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), _int(0)
+    launches.append(launch("attend", grid, 4 * WARP, *what, *scratch, begin))
+    sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
+    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *_at(out), begin))
     return launches
 
 
@@ -654,26 +842,20 @@ def causal_conv(
     positions: int,
     slots: int,
     count: Count,
-) -> Launch:
-    """Convolve over time, then SiLU."""
+) -> list[Launch]:
+    """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
     assert kernel_size >= 2
-    return Launch(
-        "causal_conv.cu",
-        "causal_conv",
-        (f"KERNEL_SIZE={kernel_size}",),
-        (_blocks(n_channels, _COLUMNS), 1, 1),
-        _COLUMNS,
-        (
-            *_at(x),
-            _pointer(weight),
-            _pointer(state),
-            *_at(out),
-            _int(n_channels),
-            _pointer(positions),
-            _pointer(slots),
-            _pointer(count.address),
-        ),
-    )
+    n_blocks, definitions = _blocks(n_channels, _COLUMNS), (f"KERNEL_SIZE={kernel_size}",)
+    places = (_int(n_channels), _pointer(positions), _pointer(slots), _pointer(count.address))
+    what = (*_at(x), _pointer(weight), _pointer(state), *_at(out), *places)
+    if count.most <= _CONVOLVED_AT_ONCE:
+        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _COLUMNS, what)]
+    grid = (n_blocks, _blocks(count.most, _CONVOLVED_AT_ONCE), 1)
+    kept = (*_at(x), _pointer(state), *places)
+    return [
+        Launch("causal_conv.cu", "convolve", definitions, grid, _COLUMNS, what),
+        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _COLUMNS, kept),
+    ]
 
 
 def delta_net(

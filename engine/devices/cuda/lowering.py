@@ -8,17 +8,33 @@ program has two such lists over the same memory, for single tokens and for many.
 
 from __future__ import annotations
 
+import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import kernels
-from engine.devices.cuda.kernels import Cache, Count, Exchange, ExpertMatrix, Heads, Launch, Matrix, Rows, Sight
+from engine.devices.cuda import kernels, tiles
+from engine.devices.cuda.kernels import (
+    NOTHING,
+    Cache,
+    Combined,
+    Count,
+    Exchange,
+    ExpertMatrix,
+    Forms,
+    Heads,
+    Launch,
+    Matrix,
+    Rows,
+    Sight,
+)
+from engine.devices.cuda.tiles import Groups, Sizes
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
 from engine.devices.intervals import Interval, plan_offsets
 from engine.quants.formats import Activation, QuantFormat
@@ -47,6 +63,24 @@ class Place:
     interval: Interval
     offset: int
     stride: int  # values from one row to the next, or bytes for activation rows
+
+
+@dataclass(slots=True)
+class Finish:
+    """A launch that makes float32 rows, and beside them those activation rows that are asked for later.
+
+    Attributes:
+        index: of the operation that it is part of.
+        forms: where they go.
+    """
+
+    index: int
+    forms: dict[Activation, Place] = field(default_factory=dict)
+
+    def at(self, p: Pass) -> Forms:
+        """Return the addresses."""
+        places = (self.forms.get(form) for form in (Activation.Q8_256, Activation.Q8_32))
+        return Forms(*(p.rows(place) if place else None for place in places))
 
 
 @dataclass(slots=True)
@@ -92,6 +126,41 @@ class ExpertLayer:
         first = (expert * (weight.stored_rows or weight.n_rows) + weight.first_row) * row_bytes
         return array[first : first + weight.n_rows * row_bytes]
 
+    def batch_bytes(self, at_once: int) -> int:
+        """Return the bytes of a staging buffer for so many experts: for their gate and up, or for their down."""
+        gate, up, down = self.slot_bytes
+        return at_once * max(gate + up, down)
+
+    def staged(self, matrices: Sequence[int], at_once: int) -> list[int]:
+        """Return where, in a staging buffer of so many experts, the first expert's matrices lie."""
+        sizes = [at_once * self.slot_bytes[i] for i in matrices]
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """The ring that experts without a slot pass through while a step of many tokens runs: buffers, experts in each."""
+
+    n_buffers: int
+    at_once: int
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A launch that is made once for each batch of the experts of a layer that have no slot.
+
+    Attributes:
+        layer: of the expert layers.
+        matrices: which it reads (0 gate, 1 up, 2 down).
+        group: its argument that says which batch, to be set before it is launched.
+        launches: one for each staging buffer.
+    """
+
+    layer: int
+    matrices: tuple[int, ...]
+    group: ctypes.c_int32
+    launches: tuple[Launch, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -101,17 +170,23 @@ class Pass:
         lowering: where everything lies in the device allocation.
         most: rows.
         base: address of the allocation.
-        exchange: memory shared with the CPU, None if all experts have slots.
+        exchange: memory shared with the CPU, None if it computes no experts.
+        streams: experts without a slot pass through the staging buffers.
     """
 
     lowering: Lowering
     most: int
     base: int
     exchange: Exchange | None
+    streams: bool
 
     def count(self, rows: ops.Rows) -> Count:
         """Return how many rows an operation has."""
-        return Count(self.base + self.lowering.step.n_rows[rows], self.most)
+        return Count(self.base + self.lowering.step.n_rows[rows], min(self.most, self.lowering.limits.most(rows)))
+
+    def linear(self, weight_format: QuantFormat) -> Callable[..., Launch]:
+        """Return what multiplies matrices of a format with the rows of a step."""
+        return tiles.linear if tiles.pays(weight_format, self.most) else kernels.linear
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""
@@ -136,14 +211,29 @@ class StepLayout:
         )
 
 
+def _is_sum(op: ops.Operation) -> TypeGuard[ops.Add | ops.Combine]:
+    return isinstance(op, (ops.Add, ops.Combine))
+
+
+def _is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
+    """Return whether a norm is that of all of a tensor's columns."""
+    return norm.x == x and norm.group_size == x.width
+
+
 class Lowering:
     """What a graph needs on the device, and its launches."""
 
     def __init__(
-        self, graph: Graph, weights: WeightAccess, limits: Limits, n_slots: Sequence[int] | None = None
+        self,
+        graph: Graph,
+        weights: WeightAccess,
+        limits: Limits,
+        n_slots: Sequence[int] | None = None,
+        staging: Staging | None = None,
     ) -> None:
         """Plan the memory, with so many expert slots in each MoE layer; None for none anywhere."""
         self.limits = limits
+        self.staging = staging
         self.layout = Layout()
         self.step = StepLayout(self.layout, limits.max_tokens)
         self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []  # offset, contents
@@ -151,7 +241,8 @@ class Lowering:
         self._weights = weights
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
         self._intervals: dict[object, Interval] = {}
-        self._calls: list[Callable[[Pass], Iterable[Launch]]] = []
+        self._calls: list[Callable[[Pass], Iterable[Launch | Streamed]]] = []
+        self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
         self._index = 0
 
         layers = [op for op in graph.operations if isinstance(op, ops.Experts)]
@@ -168,28 +259,79 @@ class Lowering:
         state_start = self.layout.n_bytes
         self._reserve_state(graph)
         self.state = (state_start, self.layout.n_bytes - state_start)
-        for self._index, operation in enumerate(graph.operations):
-            _LOWER[type(operation)](self, operation)
+        self._lower(graph.operations)
         assert graph.logits is not None
         self._intervals[graph.logits.buffer].last = len(graph.operations)
+        at_once = staging.at_once if staging is not None else 0
+        self.staging_buffer_bytes = max((layer.batch_bytes(at_once) for layer in self.expert_layers), default=0)
+        self.staging_offset = self.layout.reserve(
+            self.staging_buffer_bytes * (staging.n_buffers if staging is not None else 0)
+        )
         self.scratch_bytes = plan_offsets(list(self._intervals.values()))
         self.scratch = self.layout.reserve(self.scratch_bytes)
         self.logits = self.scratch + self._intervals[graph.logits.buffer].offset
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
+    def _lower(self, operations: Sequence[ops.Operation]) -> None:
+        """Record every operation; some together with the one before."""
+        n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
+        before: ops.Operation | None = None  # an operation that waits for the next one
+        for self._index, op in enumerate(operations):
+            following = operations[self._index + 1] if self._index + 1 < len(operations) else None
+            if before is not None and isinstance(op, ops.Gate):
+                assert isinstance(before, ops.RMSNorm)
+                self._gate(op, before)
+                before = None
+            elif before is not None:
+                assert _is_sum(before)
+                assert isinstance(op, ops.RMSNorm)
+                self._residual(before, op)
+                before = None
+            elif following is not None and self._goes_with(op, following, n_users):
+                before = op
+            else:
+                _LOWER[type(op)](self, op)
+
+    @staticmethod
+    def _goes_with(op: ops.Operation, following: ops.Operation, n_users: Counter[ops.Buffer]) -> bool:
+        """Return whether two operations become one launch: a sum and its norm, or the norm of heads and their gate."""
+        if _is_sum(op):
+            return isinstance(following, ops.RMSNorm) and _is_of_row(following, op.out)
+        return (
+            isinstance(op, ops.RMSNorm)
+            and isinstance(following, ops.Gate)
+            and following.x == op.out
+            and n_users[op.out.buffer] == 2  # nobody else reads the norm
+            and kernels.can_gate_heads(op.group_size)
+        )
+
     @property
     def needs_cpu(self) -> bool:
         """Return whether some experts have no slot."""
         return any(not layer.is_resident for layer in self.expert_layers)
 
+    @property
+    def can_stream(self) -> bool:
+        """Return whether long steps may bring the experts that have no slot to the device."""
+        formats = [weight.format for layer in self.expert_layers for weight in layer.weights]
+        return self.needs_cpu and all(tiles.has_integer_form(f) for f in formats)
+
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
-        made = Pass(self, most, base, exchange)
-        launches = [launch for call in self._calls for launch in call(made)]
+        launches = self._launches(Pass(self, most, base, exchange, streams=False))
         if exchange is not None:
             launches.append(kernels.publish_end(exchange))
-        return launches
+        return [launch for launch in launches if isinstance(launch, Launch)]
+
+    def streaming_launches(self, base: int, most: int) -> list[Launch | Streamed]:
+        """Return the launches of a step that brings experts without a slot to the device, for at least some tokens."""
+        assert self.staging is not None
+        assert most >= tiles.MIN_TOKENS
+        return self._launches(Pass(self, most, base, None, streams=True))
+
+    def _launches(self, made: Pass) -> list[Launch | Streamed]:
+        return [launch for call in self._calls for launch in call(made)]
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -222,7 +364,8 @@ class Lowering:
     def _use(self, tensor: Tensor) -> Place:
         """Note that the operation at hand uses a tensor."""
         width = tensor.buffer.width
-        return Place(self._interval(tensor.buffer, self.limits.max_tokens * width * 4), tensor.offset * 4, width)
+        n_bytes = self.limits.most(tensor.rows) * width * 4
+        return Place(self._interval(tensor.buffer, n_bytes), tensor.offset * 4, width)
 
     def _temporary(self, n_bytes: int) -> Place:
         """Reserve memory for the operation at hand only."""
@@ -235,9 +378,12 @@ class Lowering:
             return Place(place.interval, place.offset, place.stride * 4)
         row_bytes = kernels.activation_bytes(activation, x.width)
         key = (x.buffer, x.offset, x.width, activation)
-        is_new = key not in self._intervals
-        converted = Place(self._interval(key, self.limits.max_tokens * row_bytes), 0, row_bytes)
-        if is_new:
+        is_new, finish = key not in self._intervals, self._finishes.get(key[:3])
+        converted = Place(self._interval(key, self.limits.most(x.rows) * row_bytes), 0, row_bytes)
+        if is_new and finish is not None:
+            converted.interval.first = finish.index
+            finish.forms[activation] = converted
+        elif is_new:
             source, width, rows = self._use(x), x.width, x.rows
             self._calls.append(
                 lambda p: [
@@ -304,7 +450,15 @@ class Lowering:
             ]
         )
 
+    def _finish(self, out: Tensor) -> Finish:
+        """Note that the operation at hand can make activation rows of `out`, too."""
+        finish = self._finishes[out.buffer, out.offset, out.width] = Finish(self._index)
+        return finish
+
     def _rms_norm(self, op: ops.RMSNorm) -> None:
+        if _is_of_row(op, op.x):
+            self._residual(None, op)
+            return
         x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
         self._calls.append(
             lambda p: [
@@ -319,6 +473,62 @@ class Lowering:
                 )
             ]
         )
+
+    def _residual(self, before: ops.Add | ops.Combine | None, norm: ops.RMSNorm | None) -> None:
+        """Record a sum into the residual stream, a norm of a whole row, or both as one."""
+        if before is None:
+            assert norm is not None
+            x = self._use(norm.x)
+            source: Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]] = lambda p: (p.rows(x), None, NOTHING)  # noqa: E731
+            tensor = norm.x
+        else:
+            source, tensor = self._sum(before), before.out
+        out, weight = (self._use(norm.out), self._vector(norm.weight)) if norm else (None, None)
+        finish = self._finish(norm.out) if norm else Finish(self._index)
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            if isinstance(before, ops.Combine):
+                yield from self._await_answer(before.routing, p)
+            yield kernels.residual(
+                *source(p),
+                tensor.width,
+                p.count(tensor.rows),
+                p.at(weight),
+                norm.eps if norm else 0.0,
+                p.rows(out) if out else None,
+                finish.at(p),
+            )
+
+        self._calls.append(launches)
+
+    def _sum(self, op: ops.Add | ops.Combine) -> Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]:
+        """Return what gives the summands and the place of their sum."""
+        total = self._use(op.out)
+        if isinstance(op, ops.Add):
+            a, b = self._use(op.a), self._use(op.b)
+            return lambda p: (p.rows(a), p.rows(b), p.rows(total))
+        expert_out, weights, residual = (self._use(t) for t in (op.expert_out, op.routing.weights, op.residual))
+        shared = self._use(op.shared) if op.shared else None
+        shared_gate = self._use(op.shared_gate) if op.shared_gate else None
+
+        def combined(p: Pass) -> tuple[Rows, Combined, Rows]:
+            return (
+                p.rows(residual),
+                Combined(
+                    p.rows(expert_out),
+                    p.exchange.answers if p.exchange is not None and self._asks(op.routing) else 0,
+                    self._ids(op.routing, p),
+                    self._slots(op.routing, p),
+                    p.rows(weights).address if op.weighted else 0,
+                    op.routing.ids.width,
+                    p.rows(shared) if shared else None,
+                    p.rows(shared_gate) if shared_gate else None,
+                    op.scale,
+                ),
+                p.rows(total),
+            )
+
+        return combined
 
     def _linear(self, op: ops.Linear) -> None:
         groups: dict[QuantFormat, list[int]] = {}
@@ -343,7 +553,7 @@ class Lowering:
         ]
         self._calls.append(
             lambda p: [
-                kernels.linear(
+                p.linear(weight_format)(
                     p.rows(x),
                     op.x.width,
                     weight_format,
@@ -379,7 +589,7 @@ class Lowering:
             if activation != Activation.F32:
                 heads, to = Rows(p.rows(x).address, weight.n_cols), Rows(p.rows(converted).address, x_bytes)
                 yield kernels.quantize(heads, weight.n_cols, activation, to, n, p.count(rows))
-            yield kernels.linear(
+            yield p.linear(weight.format)(
                 p.rows(converted),
                 weight.n_cols,
                 weight.format,
@@ -411,14 +621,25 @@ class Lowering:
             ]
         )
 
-    def _add(self, op: ops.Add) -> None:
-        a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
-        self._calls.append(lambda p: [kernels.add(p.rows(a), p.rows(b), p.rows(out), op.a.width, p.count(op.a.rows))])
-
-    def _gate(self, op: ops.Gate) -> None:
-        x, by, out = self._use(op.x), self._use(op.gate), self._use(op.out)
+    def _gate(self, op: ops.Gate, norm: ops.RMSNorm | None = None) -> None:
+        """Record a gate, with the norm of the heads before it if there is one."""
+        x, by, out = self._use(norm.x if norm else op.x), self._use(op.gate), self._use(op.out)
+        weight, finish = self._vector(norm.weight) if norm else None, self._finish(op.out)
         self._calls.append(
-            lambda p: [kernels.gate(p.rows(x), p.rows(by), p.rows(out), op.x.width, op.gating, p.count(op.x.rows))]
+            lambda p: [
+                kernels.gate(
+                    p.rows(x),
+                    p.rows(by),
+                    p.rows(out),
+                    op.x.width,
+                    op.gating,
+                    p.count(op.x.rows),
+                    finish.at(p),
+                    norm.group_size if norm else 0,
+                    p.at(weight),
+                    norm.eps if norm else 0.0,
+                )
+            ]
         )
 
     def _split_heads(self, op: ops.SplitHeads) -> None:
@@ -441,7 +662,8 @@ class Lowering:
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
+        with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
+            divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
         values = np.ascontiguousarray(divided, np.float32)
         frequencies = self._constant(("frequencies", values.tobytes()), lambda: values)
         self._calls.append(
@@ -461,6 +683,7 @@ class Lowering:
         )
 
     def _attention(self, op: ops.Attention) -> None:
+        kernels.check_heads(op.cache.head_dim, op.cache.value_dim)
         q, k, out, sinks = self._use(op.q), self._use(op.k), self._use(op.out), self._vector(op.sinks)
         v = self._use(op.v) if op.v else None
         sizes = kernels.attention_scratch_bytes(self._cache(op.cache, 0), op.n_heads, self.limits.max_tokens)
@@ -486,19 +709,17 @@ class Lowering:
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
         self._calls.append(
-            lambda p: [
-                kernels.causal_conv(
-                    p.rows(x),
-                    p.at(weight),
-                    p.base + self._offsets[op.state],
-                    p.rows(out),
-                    op.x.width,
-                    op.kernel_size,
-                    p.base + self.step.positions,
-                    p.base + self.step.slots,
-                    p.count(op.x.rows),
-                )
-            ]
+            lambda p: kernels.causal_conv(
+                p.rows(x),
+                p.at(weight),
+                p.base + self._offsets[op.state],
+                p.rows(out),
+                op.x.width,
+                op.kernel_size,
+                p.base + self.step.positions,
+                p.base + self.step.slots,
+                p.count(op.x.rows),
+            )
         )
 
     def _delta_net(self, op: ops.DeltaNet) -> None:
@@ -589,18 +810,22 @@ class Lowering:
             h_in_form = self._temporary(self.limits.max_tokens * n_used * row_bytes)
             h_in_form.stride = row_bytes
 
-        def launches(p: Pass) -> Iterable[Launch]:
-            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
-            gate, up, down = (
-                ExpertMatrix(p.base + offset, slot_bytes, weight.format, p.at(scale), p.at(bias))
-                for offset, slot_bytes, weight, (scale, bias) in zip(
-                    layer.slots, layer.slot_bytes, layer.weights, factors, strict=True
+        sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, self.staging.at_once if self.staging else 1)
+        parts = [self._temporary(n) for n in tiles.groups_bytes(sizes, self.limits.max_tokens)]
+        formats = [weight.format for weight in layer.weights]
+
+        def matrices(p: Pass, addresses: Sequence[int]) -> list[ExpertMatrix]:
+            return [
+                ExpertMatrix(address, slot_bytes, weight.format, p.at(scale), p.at(bias))
+                for address, slot_bytes, weight, (scale, bias) in zip(
+                    addresses, layer.slot_bytes, layer.weights, factors, strict=True
                 )
-            )
-            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
-                yield kernels.publish_misses(ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, count)
-            if layer.n_slots == 0:
-                return
+            ]
+
+        def by_choice(p: Pass) -> Iterable[Launch]:
+            """Each choice for itself: for few tokens."""
+            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
+            gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
             yield kernels.expert_gate_up(
                 ids,
                 slots,
@@ -631,37 +856,79 @@ class Lowering:
                 count,
             )
 
+        def by_expert(p: Pass) -> Iterable[Launch | Streamed]:
+            """All tokens of an expert together, first of those in slots, then of those that pass through."""
+            ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
+            groups = Groups(*(p.rows(part).address for part in parts))
+            all_tiles = tiles.n_tiles(sizes, p.most)
+            streams = p.streams and not layer.is_resident
+
+            def first_half(group: ctypes.c_int32, gate: ExpertMatrix, up: ExpertMatrix, most: int) -> Launch:
+                return tiles.expert_gate_up(
+                    groups,
+                    group,
+                    sizes,
+                    gate,
+                    up,
+                    p.rows(x_gate),
+                    p.rows(x_up),
+                    p.rows(h).address,
+                    (p.at(grids[0]), p.at(grids[1])),
+                    op.activation,
+                    most,
+                )
+
+            def second_half(group: ctypes.c_int32, down: ExpertMatrix, most: int) -> Launch:
+                return tiles.expert_down(
+                    groups, group, sizes, down, p.rows(h_in_form), p.rows(out), p.at(grids[2]), most
+                )
+
+            def streamed(wanted: tuple[int, ...], half: Callable[..., Launch]) -> Streamed:
+                group, starts = ctypes.c_int32(), layer.staged(wanted, sizes.at_once)
+                assert self.staging is not None
+                launches = []
+                for buffer in range(self.staging.n_buffers):
+                    addresses = [0, 0, 0]
+                    for i, start in zip(wanted, starts, strict=True):
+                        addresses[i] = p.base + self.staging_offset + buffer * self.staging_buffer_bytes + start
+                    own = matrices(p, addresses)
+                    most = min(all_tiles, sizes.at_once * -(-p.most // 64))
+                    launches.append(half(group, *(own[i] for i in wanted), most))
+                return Streamed(number, wanted, group, tuple(launches))
+
+            yield from tiles.group_choices(ids, slots, sizes, groups, count)
+            gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
+            if layer.n_slots:
+                yield first_half(ctypes.c_int32(0), gate, up, all_tiles)
+            if streams:
+                yield streamed((0, 1), first_half)
+            yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
+            if layer.n_slots:
+                yield second_half(ctypes.c_int32(0), down, all_tiles)
+            if streams:
+                yield streamed((2,), second_half)
+
+        def launches(p: Pass) -> Iterable[Launch | Streamed]:
+            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
+                ids, slots = self._ids(op.routing, p), self._slots(op.routing, p)
+                yield kernels.publish_misses(
+                    ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, p.count(op.x.rows)
+                )
+            if not layer.n_slots and not p.streams:
+                return
+            can_group = all(tiles.has_integer_form(f) for f in formats)
+            groups = p.streams or (can_group and tiles.pays_to_group(sizes, p.most))
+            yield from by_expert(p) if groups else by_choice(p)
+
         self._calls.append(launches)
 
-    def _combine(self, op: ops.Combine) -> None:
-        expert_out, weights = self._use(op.expert_out), self._use(op.routing.weights)
-        residual, out = self._use(op.residual), self._use(op.out)
-        shared = self._use(op.shared) if op.shared else None
-        shared_gate = self._use(op.shared_gate) if op.shared_gate else None
-        number = self._routing_index[op.routing.ids.buffer]
+    def _asks(self, routing: Routing) -> bool:
+        """Return whether the CPU computes some experts of that layer."""
+        return not self.expert_layers[self._routing_index[routing.ids.buffer]].is_resident
 
-        def launches(p: Pass) -> Iterable[Launch]:
-            answers = 0
-            if p.exchange is not None and not self.expert_layers[number].is_resident:
-                answers = p.exchange.answers
-                yield kernels.await_answer(p.exchange, number)
-            yield kernels.combine(
-                p.rows(expert_out),
-                answers,
-                self._ids(op.routing, p),
-                self._slots(op.routing, p),
-                p.rows(weights).address if op.weighted else 0,
-                op.routing.ids.width,
-                p.rows(shared) if shared else None,
-                p.rows(shared_gate) if shared_gate else None,
-                p.rows(residual),
-                p.rows(out),
-                op.residual.width,
-                op.scale,
-                p.count(op.residual.rows),
-            )
-
-        self._calls.append(launches)
+    def _await_answer(self, routing: Routing, p: Pass) -> Iterable[Launch]:
+        if p.exchange is not None and self._asks(routing):
+            yield kernels.await_answer(p.exchange, self._routing_index[routing.ids.buffer])
 
     def _select_outputs(self, op: ops.SelectOutputs) -> None:
         x, out = self._use(op.x), self._use(op.out)
@@ -685,7 +952,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.HeadLinear: Lowering._head_linear,
     ops.Scale: Lowering._scale,
     ops.ScaleByPosition: Lowering._scale_by_position,
-    ops.Add: Lowering._add,
+    ops.Add: lambda lowering, op: lowering._residual(op, None),
     ops.Gate: Lowering._gate,
     ops.SplitHeads: Lowering._split_heads,
     ops.JoinHeads: Lowering._join_heads,
@@ -695,6 +962,6 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,
     ops.Experts: Lowering._experts,
-    ops.Combine: Lowering._combine,
+    ops.Combine: lambda lowering, op: lowering._residual(op, None),
     ops.SelectOutputs: Lowering._select_outputs,
 }

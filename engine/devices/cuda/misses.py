@@ -6,6 +6,7 @@ The protocol is written down in `cuda/handshake.cu`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,11 @@ class MissServer:
     It holds one small CPU program for each layer: the activations put into the forms the weights take, and the experts.
     """
 
-    def __init__(self, lowering: Lowering, weights: WeightAccess, n_threads: int, isa: str | None = None) -> None:
-        limits = lowering.limits
+    def __init__(
+        self, lowering: Lowering, weights: WeightAccess, max_tokens: int, n_threads: int, isa: str | None = None
+    ) -> None:
+        """Get ready for steps of so many tokens."""
+        self._limits = limits = replace(lowering.limits, max_tokens=max_tokens)
         n_choices, hidden_size = limits.max_tokens * lowering.n_used, lowering.hidden_size
         sizes = (3 * _LINE, 4 * n_choices, 4 * limits.max_tokens * hidden_size, 4 * n_choices * hidden_size)
         starts = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)])
@@ -117,7 +121,7 @@ class MissServer:
         self.memory.close()
 
     def _program(self, layer: ExpertLayer, n_threads: int, isa: str | None) -> _kernels.Program:
-        limits, op = self._lowering.limits, layer.op
+        limits, op = self._limits, layer.op
         ids, x, answers = self._shared
         program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
         hidden_size, n_used = op.gate.n_cols, op.routing.ids.width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from engine.devices.cuda.kernels import Launch
 from engine.errors import DeviceError
 
 _WRONG_IMAGE = {"CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX"}
-_DEFAULT_SHARED_BYTES = 48 << 10  # more must be asked for
+_DEFAULT_SHARED_BYTES = 40 << 10  # from 48 KB on it must be asked for, and kernels have some of fixed size, too
 
 
 class DeviceMemory:
@@ -52,6 +53,22 @@ class PinnedMemory:
             call("cuMemFreeHost", pointer)
 
 
+class PinnedPages:
+    """Memory of the caller's, pinned until `close`; it begins at a page and shares its pages with nobody else."""
+
+    def __init__(self, address: int, n_bytes: int) -> None:
+        self._address: int | None = None
+        n_bytes = -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        call("cuMemHostRegister", address, n_bytes, bindings().CU_MEMHOSTREGISTER_PORTABLE)
+        self._address = address
+
+    def close(self) -> None:
+        """Unpin; no copy may be under way."""
+        if self._address is not None:
+            address, self._address = self._address, None
+            call("cuMemHostUnregister", address)
+
+
 class Context:
     """The device, opened. Every thread that uses it calls `make_current` first."""
 
@@ -62,6 +79,7 @@ class Context:
         self._context = call("cuDevicePrimaryCtxRetain", self._device)
         self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._functions: dict[tuple[str, tuple[str, ...], str], Any] = {}
+        self._shared_bytes: dict[tuple[str, tuple[str, ...], str], int] = {}  # that was asked for
         self.make_current()
 
     def make_current(self) -> None:
@@ -101,9 +119,10 @@ class Context:
         if found is None:
             module = self._module(launch.source, launch.definitions)
             found = self._functions[key] = call("cuModuleGetFunction", module, launch.kernel.encode())
-            if launch.shared_bytes > _DEFAULT_SHARED_BYTES:
-                attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                call("cuFuncSetAttribute", found, attribute, launch.shared_bytes)
+        if launch.shared_bytes > self._shared_bytes.get(key, _DEFAULT_SHARED_BYTES):
+            attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            call("cuFuncSetAttribute", found, attribute, launch.shared_bytes)
+            self._shared_bytes[key] = launch.shared_bytes
         return found
 
     def _module(self, source: str, definitions: tuple[str, ...]) -> Any:
@@ -129,20 +148,21 @@ class Stream:
 
     def launch(self, launch: Launch) -> None:
         """Queue a kernel."""
-        arguments = launch.arguments
+        arguments, function = launch.arguments, self.context.function(launch)
         packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        call(
-            "cuLaunchKernel",
-            self.context.function(launch),
-            *launch.grid,
-            launch.block,
-            1,
-            1,
-            launch.shared_bytes,
-            self.handle,
-            ctypes.addressof(packed),
-            0,
-        )
+        if not (launch.overlaps and self.context.gpu.can_overlap):
+            sizes = (*launch.grid, launch.block, 1, 1, launch.shared_bytes)
+            call("cuLaunchKernel", function, *sizes, self.handle, ctypes.addressof(packed), 0)
+            return
+        cuda = bindings()
+        overlap, config = cuda.CUlaunchAttribute(), cuda.CUlaunchConfig()
+        overlap.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared_bytes, self.handle
+        config.attrs, config.numAttrs = [overlap], 1
+        call("cuLaunchKernelEx", config, function, ctypes.addressof(packed), 0)
 
     def upload(self, device: int, host: int, n_bytes: int) -> None:
         """Queue a copy to the device; from pinned memory it runs beside the host, else it is done on return."""
@@ -169,6 +189,10 @@ class Stream:
         finally:
             graph = call("cuStreamEndCapture", self.handle)
         return Graph(graph)
+
+    def wait(self, event: Event) -> None:
+        """Let what is queued from now on wait for what was before the event's latest mark."""
+        call("cuStreamWaitEvent", self.handle, event.handle, 0)
 
     def synchronize(self) -> None:
         """Wait until everything queued is done."""
@@ -230,6 +254,10 @@ class Event:
                 return False
             raise
         return True
+
+    def synchronize(self) -> None:
+        """Wait until everything before the mark is done."""
+        call("cuEventSynchronize", self.handle)
 
     def close(self) -> None:
         """Destroy it."""

@@ -1,7 +1,8 @@
 """Copies experts into slots, beside the steps that run.
 
-The bytes go through a ring of pinned buffers, on a stream of their own. A copy that finds no buffer free waits in a
-queue and is started by whoever next asks whether a copy is done.
+The bytes go straight from where they lie if that memory is pinned, else through a ring of pinned buffers, on a stream
+of their own. Some copies are under way at the same time; others wait in a queue and are started by whoever next asks
+whether a copy is done.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine import _kernels
+from engine.devices.cuda.host_memory import PinnedExperts
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
 from engine.devices.graph import WeightAccess
 from engine.errors import DeviceError
 
-N_BUFFERS = 8
+N_AT_ONCE = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -38,8 +40,16 @@ class Copy:
 class ExpertCopies:
     """The copies that are under way. To be used by the thread that runs the steps."""
 
-    def __init__(self, context: Context, lowering: Lowering, weights: WeightAccess, base: int, n_threads: int) -> None:
-        """Make the ring; `base` is where the device allocation begins, `n_threads` fill the buffers."""
+    def __init__(
+        self,
+        context: Context,
+        lowering: Lowering,
+        weights: WeightAccess,
+        base: int,
+        n_threads: int,
+        pinned: PinnedExperts,
+    ) -> None:
+        """Make the ring; `base` is where the device allocation begins, `n_threads` fill buffers if any are needed."""
         self._lowering = lowering
         self._weights = weights
         self._base = base
@@ -47,13 +57,15 @@ class ExpertCopies:
         largest = max((sum(layer.slot_bytes) for layer in lowering.expert_layers), default=0)
         self._owned: list[Stream | PinnedMemory | Event] = []
         self._waiting: deque[Copy] = deque()
-        self._under_way: deque[tuple[Copy, PinnedMemory, Event]] = deque()
-        self._free: deque[tuple[PinnedMemory, Event]] = deque()
+        self._under_way: deque[tuple[Copy, PinnedMemory | None, Event]] = deque()
+        self._free: deque[tuple[PinnedMemory | None, Event]] = deque()
         try:
             self._stream = Stream(context)
             self._owned.append(self._stream)
-            for _ in range(N_BUFFERS):
-                self._owned.append(buffer := PinnedMemory(largest))
+            for _ in range(N_AT_ONCE):
+                buffer = None if pinned.is_pinned else PinnedMemory(largest)
+                if buffer is not None:
+                    self._owned.append(buffer)
                 self._owned.append(event := Event())
                 self._free.append((buffer, event))
         except BaseException:
@@ -106,12 +118,15 @@ class ExpertCopies:
         owned, self._owned = self._owned, []
         close_all(owned)
 
-    def _start(self, copy: Copy, buffer: PinnedMemory, event: Event) -> None:
+    def _start(self, copy: Copy, buffer: PinnedMemory | None, event: Event) -> None:
         experts, at = self._lowering.expert_layers[copy.layer], 0
         for i, weight in enumerate(experts.weights):
             source = experts.expert(self._weights.array(weight.name), i, copy.expert)
-            _kernels.parallel_copy(int(source.ctypes.data), buffer.address + at, source.nbytes, self._n_threads)
+            address = int(source.ctypes.data)
+            if buffer is not None:
+                _kernels.parallel_copy(address, buffer.address + at, source.nbytes, self._n_threads)
+                address = buffer.address + at
             to = self._base + experts.slots[i] + copy.slot * experts.slot_bytes[i]
-            self._stream.upload(to, buffer.address + at, source.nbytes)
+            self._stream.upload(to, address, source.nbytes)
             at += experts.slot_bytes[i]
         event.record(self._stream)

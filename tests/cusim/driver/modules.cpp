@@ -196,6 +196,18 @@ DRIVER_API CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned gri
                            }});
 }
 
+struct LaunchConfig {
+    unsigned grid[3], block[3], dynamic_bytes;
+    void *stream;
+    void *attributes; // they let kernels overlap, which here none do
+    unsigned n_attributes;
+};
+
+DRIVER_API CUresult cuLaunchKernelEx(const LaunchConfig *config, void *function, void **params, void **extra) {
+    return cuLaunchKernel(function, config->grid[0], config->grid[1], config->grid[2], config->block[0], config->block[1],
+                          config->block[2], config->dynamic_bytes, config->stream, params, extra);
+}
+
 // --- what cuda.bindings asks first ---
 
 // Finds a function by its name without version suffix; there is one version of each here.

@@ -50,6 +50,10 @@ extern "C" __global__ void fragments_s8(const unsigned *a, const unsigned *b, in
     mma_m16n8k32_s8(*(int(*)[4])(c + 4 * threadIdx.x), *(const unsigned(*)[4])(a + 4 * threadIdx.x),
                     *(const unsigned(*)[2])(b + 2 * threadIdx.x));
 }
+// Likewise for half as many columns: a [32, 2], b [32].
+extern "C" __global__ void fragments_s8_short(const unsigned *a, const unsigned *b, int *c) {
+    mma_m16n8k16_s8(*(int(*)[4])(c + 4 * threadIdx.x), *(const unsigned(*)[2])(a + 2 * threadIdx.x), b[threadIdx.x]);
+}
 
 // Loads four 8x8 matrices [4, 8, 8] plainly and transposed: out [2, 32, 4].
 extern "C" __global__ void load_matrices(const unsigned short *matrices, unsigned *out) {

@@ -1,0 +1,66 @@
+// Activations in the form that integer formats take, made by the lanes that hold them: d = amax / 127 for each group,
+// q = x * (127 / amax) rounded to nearest even. A NaN counts as nothing in amax and becomes -127.
+#pragma once
+
+#include "common.cuh"
+
+DEVICE void set_8(float (&v)[8], float4 low, float4 high) {
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// Eight consecutive values of a 16-byte aligned row.
+DEVICE void load_8(const float *p, float (&v)[8]) { set_8(v, ((const float4 *)p)[0], ((const float4 *)p)[1]); }
+
+// The same of memory that somebody outside the GPU may have written.
+DEVICE void load_8_past_cache(const float *p, float (&v)[8]) {
+    set_8(v, __ldcv((const float4 *)p), __ldcv((const float4 *)p + 1));
+}
+
+DEVICE void store_8(float *p, const float (&v)[8]) {
+    ((float4 *)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    ((float4 *)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+// Eight consecutive values of each lane to a row. A group's lanes stand together, and exist together (a row is whole
+// groups); `at` is beyond n_cols for lanes without values, which take part all the same. Whole warps only.
+template <int SIZE> DEVICE void store_quantized(uint8_t *row, const float (&v)[8], int at, int n_cols) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        amax = fmaxf(amax, fabsf(v[i]));
+    for (int step = SIZE / 16; step; step /= 2)
+        amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, step));
+    const float ratio = amax > 0.0f ? __fdiv_rn(127.0f, amax) : 0.0f;
+
+    int sum = 0;
+    unsigned packed[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int q = __float2int_rn(fminf(fmaxf(rintf(v[i] * ratio), -127.0f), 127.0f));
+        sum += q;
+        packed[i / 4] |= (unsigned)(q & 255) << 8 * (i % 4);
+    }
+    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    if (at >= n_cols)
+        return;
+    const Activation out = activation_view(row, SIZE, n_cols);
+    *(uint2 *)(out.q + at) = make_uint2(packed[0], packed[1]);
+    if (at % 16 == 0)
+        out.sums[at / 16] = (int16_t)sum;
+    if (at % SIZE == 0)
+        out.d[at / SIZE] = __fdiv_rn(amax, 127.0f);
+}
+
+// Where the rows of both forms go, for kernels that make them beside their float32 result.
+struct Forms {
+    uint8_t *q256, *q32;
+    int64_t q256_row_bytes, q32_row_bytes;
+
+    // WANTED is a sum of 1 for groups of 256 and 2 for groups of 32.
+    template <int WANTED> __device__ __forceinline__ void store(const float (&v)[8], int row, int at, int n_cols) const {
+        if (WANTED & 1)
+            store_quantized<256>(q256 + row * q256_row_bytes, v, at, n_cols);
+        if (WANTED & 2)
+            store_quantized<32>(q32 + row * q32_row_bytes, v, at, n_cols);
+    }
+};

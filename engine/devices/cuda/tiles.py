@@ -1,0 +1,264 @@
+"""Launches of the kernels for steps of many tokens: matrix products by tiles, and the experts grouped for them.
+
+As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.devices import graph
+from engine.devices.cuda.kernels import (
+    MAX_MATRICES,
+    ONE_HEAD,
+    WARP,
+    Count,
+    ExpertMatrix,
+    Heads,
+    Launch,
+    Matrix,
+    Rows,
+    _at,
+    _blocks,
+    _expert_matrix,
+    _int,
+    _long,
+    _Matrices,
+    _Matrix,
+    _pointer,
+    alignment,
+)
+from engine.quants.formats import Activation, QuantFormat
+
+MIN_TOKENS = 4  # of steps that are computed by tiles; fewer share one reading of the weights row by row
+_MIN_FLOAT_TOKENS = 9  # likewise with float weights
+_CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights is faster where each choice has its own
+
+_WARPS, _ROWS, _TOKENS, _STEP = 4, 64, 64, 256  # of a tile; `tiles.cuh`
+_FLOAT_ROWS, _FLOAT_TOKENS = 32, 16  # `linear_float_tiles.cu`
+_MANY_BLOCKS = 2048
+_WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
+
+
+def has_integer_form(weight_format: QuantFormat) -> bool:
+    """Return whether products with a format are sums of integers, which tensor cores can take."""
+    return weight_format.activation != Activation.F32
+
+
+def pays(weight_format: QuantFormat, max_tokens: int) -> bool:
+    """Return whether products of steps of so many tokens are computed faster by tiles."""
+    return max_tokens >= (MIN_TOKENS if has_integer_form(weight_format) else _MIN_FLOAT_TOKENS)
+
+
+def shared_bytes(weight_format: QuantFormat) -> int:
+    """Return the size of `TileDots<...>::Shared`."""
+    n_blocks, stride = _STEP // weight_format.block_size, _STEP + 16
+    raw = (n_blocks * weight_format.block_bytes + (0 if alignment(weight_format) == 16 else 30)) // 16 * 16
+    x = 2 * _TOKENS * (stride + 4 * n_blocks)
+    sums = (2 * _TOKENS if weight_format.name in _WITH_MINIMUM else 1) * 2 * (_STEP // 16)
+    scales = 2 * (16 if n_blocks == 1 else 1) * (_STEP // 16)
+    return x + sums + _WARPS * (16 * (raw + stride) + scales)
+
+
+def linear(
+    x: Rows,
+    n_cols: int,
+    weight_format: QuantFormat,
+    matrices: Sequence[Matrix],
+    grid: int,
+    count: Count,
+    heads: Heads = ONE_HEAD,
+) -> Launch:
+    """Do what `kernels.linear` does, for many tokens, with the same bits."""
+    assert 0 < len(matrices) <= MAX_MATRICES
+    assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
+    assert all(m.address % alignment(weight_format) == 0 for m in matrices)
+    is_integer = has_integer_form(weight_format)
+    assert not is_integer or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
+    n_rows, n_tokens = (_ROWS, _TOKENS) if is_integer else (_FLOAT_ROWS, _FLOAT_TOKENS)
+    name = "linear_tiles" if is_integer else "linear_float_tiles"
+    packed, first_block = _Matrices(n=len(matrices)), 0
+    for i, m in enumerate(matrices):
+        packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
+        first_block += _blocks(m.n_rows, n_rows)
+    return Launch(
+        f"{name}.cu",
+        name,
+        (f"FORMAT={weight_format.name}",),
+        (first_block, _blocks(count.most, n_tokens), heads.n),
+        _WARPS * WARP,
+        (
+            packed,
+            _long(weight_format.row_bytes(n_cols)),
+            _long(heads.weight_bytes),
+            *_at(x),
+            _long(heads.x_bytes),
+            _int(n_cols),
+            _pointer(grid),
+            _pointer(count.address),
+        ),
+        shared_bytes(weight_format) if is_integer else 0,
+    )
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+class Groups(NamedTuple):
+    """Where the choices of a layer lie once they are sorted by expert; layout in `expert_tiles.cuh`.
+
+    Attributes:
+        choices, first_choice: int32 [tokens * n_used] and [n_experts].
+        tiles: 16 bytes each, see `n_tiles`.
+        first_tile: int32 [groups + 1].
+    """
+
+    choices: int
+    first_choice: int
+    tiles: int
+    first_tile: int
+
+
+class Sizes(NamedTuple):
+    """Of a layer's experts; `at_once` is how many pass through a staging buffer together."""
+
+    n_experts: int
+    n_used: int
+    hidden_size: int
+    ffn_size: int
+    at_once: int = 1
+
+    @property
+    def n_groups(self) -> int:
+        """Return the groups that there can be: the experts in slots, and batches of all others."""
+        return 1 + _blocks(self.n_experts, self.at_once)
+
+
+def pays_to_group(sizes: Sizes, max_tokens: int) -> bool:
+    """Return whether the experts of steps of so many tokens are computed faster expert by expert."""
+    return max_tokens * sizes.n_used > _CHOICES_PER_EXPERT * sizes.n_experts
+
+
+def n_tiles(sizes: Sizes, max_tokens: int) -> int:
+    """Return how many tiles a step's choices can make: full ones, and one that is not full for each expert."""
+    return max_tokens * sizes.n_used // _TOKENS + min(sizes.n_experts, max_tokens * sizes.n_used)
+
+
+def groups_bytes(sizes: Sizes, max_tokens: int) -> tuple[int, int, int, int]:
+    """Return the bytes of the four parts of `Groups`."""
+    n_choices = max_tokens * sizes.n_used
+    return 4 * n_choices, 4 * sizes.n_experts, 16 * n_tiles(sizes, max_tokens), 4 * (sizes.n_groups + 1)
+
+
+def group_choices(ids: int, places: int, sizes: Sizes, groups: Groups, count: Count) -> list[Launch]:
+    """Sort the choices of a step; places is int32 [n_experts], see `expert_tiles.cuh`."""
+    shared = 8 * sizes.n_experts
+    assert shared <= 48 << 10
+    sort = (
+        _pointer(ids),
+        _pointer(places),
+        _int(sizes.n_used),
+        _int(sizes.n_experts),
+        _int(sizes.at_once),
+        _int(sizes.n_groups),
+        _pointer(groups.first_choice),
+        _pointer(groups.tiles),
+        _pointer(groups.first_tile),
+        _pointer(count.address),
+    )
+    place = (
+        _pointer(ids),
+        _int(sizes.n_used),
+        _pointer(groups.first_choice),
+        _pointer(groups.choices),
+        _pointer(count.address),
+    )
+    return [
+        Launch("group_choices.cu", "group_choices", (), (1, 1, 1), 512, sort, shared),
+        Launch("group_choices.cu", "place_choices", (), (sizes.n_experts, 1, 1), 256, place),
+    ]
+
+
+def expert_gate_up(
+    groups: Groups,
+    group: ctypes.c_int32,
+    sizes: Sizes,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    x_gate: Rows,
+    x_up: Rows,
+    h: int,
+    grids: tuple[int, int],
+    activation: graph.Activation,
+    most: int,
+) -> Launch:
+    """First half of the experts of one group: h float32 [tokens * n_used, ffn_size]; activation strides in bytes.
+
+    `most` is how many tiles the group can have. The matrices' addresses are those of the slots (group 0) or of a
+    staging buffer. `group` may be changed before each launch.
+    """
+    assert x_gate.address % 16 == x_gate.stride % 16 == x_up.address % 16 == x_up.stride % 16 == 0
+    return Launch(
+        "expert_gate_up_tiles.cu",
+        "expert_gate_up_tiles",
+        (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
+        _expert_grid(sizes.ffn_size, most),
+        _WARPS * WARP,
+        (
+            *_group(groups, group, sizes),
+            _expert_matrix(gate, sizes.hidden_size),
+            _expert_matrix(up, sizes.hidden_size),
+            *_at(x_gate),
+            *_at(x_up),
+            _int(sizes.hidden_size),
+            _int(sizes.ffn_size),
+            _pointer(h),
+            _pointer(grids[0]),
+            _pointer(grids[1]),
+        ),
+        max(shared_bytes(gate.format), shared_bytes(up.format)),
+    )
+
+
+def expert_down(
+    groups: Groups,
+    group: ctypes.c_int32,
+    sizes: Sizes,
+    down: ExpertMatrix,
+    h: Rows,
+    out: Rows,
+    grid: int,
+    most: int,
+) -> Launch:
+    """Second half of the experts of one group; `h` holds activation rows, its stride is in bytes."""
+    assert h.address % 16 == h.stride % 16 == 0
+    return Launch(
+        "expert_down_tiles.cu",
+        "expert_down_tiles",
+        (f"DOWN_FORMAT={down.format.name}",),
+        _expert_grid(sizes.hidden_size, most),
+        _WARPS * WARP,
+        (
+            *_group(groups, group, sizes),
+            _expert_matrix(down, sizes.ffn_size),
+            *_at(h),
+            _int(sizes.hidden_size),
+            _int(sizes.ffn_size),
+            *_at(out),
+            _pointer(grid),
+        ),
+        shared_bytes(down.format),
+    )
+
+
+def _group(groups: Groups, group: ctypes.c_int32, sizes: Sizes) -> tuple[object, ...]:
+    places = (_pointer(groups.tiles), _pointer(groups.first_tile), group, _pointer(groups.choices))
+    return (*places, _int(sizes.n_used))
+
+
+def _expert_grid(n_rows: int, most: int) -> tuple[int, int, int]:
+    """Return a grid that fills any GPU a few times; blocks go on to further tiles."""
+    n_blocks = _blocks(n_rows, _ROWS)
+    return n_blocks, min(most, max(8, _blocks(_MANY_BLOCKS, n_blocks))), 1

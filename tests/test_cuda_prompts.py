@@ -1,0 +1,217 @@
+"""Long steps on the CUDA device, here the stand-in driver: tiles, and experts streamed through staging buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from golden_files import model_path
+from test_cuda_device import Model, Opened, driver  # noqa: F401 - the fixture that steers the stand-in
+
+from engine.devices.cuda.kernels import Launch
+from engine.devices.cuda.lowering import Staging
+from engine.devices.cuda.runtime import Stream
+from engine.devices.graph import KVType, Limits, Rows
+from engine.errors import DeviceError
+from engine.gguf.weights import WeightMemory
+from tests.cusim import missing_requirement
+
+# Without g++, which running the package does not need, there is no emulator.
+pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+
+SMALL = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
+LIMITS = Limits(max_tokens=12, n_slots=2, context_length=64, kv_type=KVType.F16)
+N_TOKENS = 30  # of the prompt
+SETTINGS = {"limits": LIMITS, "prompt_tokens": 40, "bypass_n_tokens": 10}
+
+
+@pytest.fixture(scope="module", params=["mmap", "memory"])
+def prompt_model(request, golden_path) -> Iterator[Model]:
+    """A small model, its weights mapped, so that they go through pinned buffers, or in memory that can be pinned."""
+    model = Model(golden_path(SMALL))
+    if request.param == "memory":
+        model.weights = WeightMemory.load(model.file, model.model.tensor_names, "memory")
+    model.tokens = np.random.default_rng(3).integers(0, model.n_vocab, N_TOKENS).tolist()
+    yield model
+    model.close()
+
+
+_kept: list[np.ndarray] = []
+
+
+@pytest.fixture
+def single_tokens(prompt_model: Model) -> np.ndarray:
+    """Logits of the prompt, fed token by token to a device that holds all experts."""
+    if not _kept:
+        with prompt_model.open(limits=replace(LIMITS, max_tokens=1)) as opened:
+            _kept.append(prompt(opened))
+    return _kept[0]
+
+
+def prompt(opened: Opened, cuts: tuple[int, ...] = (), slot: int = 0) -> np.ndarray:
+    """Logits of all tokens of the prompt, cut at these places; the last one's only where a step gives no more."""
+    limits, tokens = opened.program.limits, np.array(opened.model.tokens, np.int32)
+    parts, ends = [], [*cuts, len(tokens)] if limits.max_tokens > 1 else range(1, len(tokens) + 1)
+    for start, end in zip([0, *ends], ends, strict=False):
+        positions = np.arange(start, end, dtype=np.int32)
+        rows = np.arange(max(0, end - start - limits.most(Rows.OUTPUTS)), end - start, dtype=np.int32)
+        logits = opened.program.run(tokens[start:end], positions, np.full(end - start, slot, np.int32), rows)
+        parts.append(np.full((end - start, opened.model.n_vocab), np.nan, np.float32))
+        parts[-1][rows] = logits
+    return np.concatenate(parts)
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    known = ~np.isnan(found[:, 0])
+    assert known[-1]
+    assert (found[known].view(np.uint32) == expected[known].view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("hot_k", [None, 3, 0])
+def test_long_steps_have_the_bits_of_single_tokens(
+    hot_k: int | None, prompt_model: Model, single_tokens: np.ndarray
+) -> None:
+    with prompt_model.open(hot_k=hot_k, **SETTINGS) as opened:
+        assert opened.program.limits.max_tokens == 40
+        for cuts in ((), (17,), (9, 10, 14, 17, 26)):  # streamed; and parts for which the CPU is asked
+            assert_same(prompt(opened, cuts, slot=1), single_tokens)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"copy_us": 500}, {"jitter_us": 300}, {"order": "random"}, {"order": "reverse"}], ids=str
+)
+def test_swaps_between_long_steps_never_change_a_bit(
+    settings: dict,
+    prompt_model: Model,
+    single_tokens: np.ndarray,
+    driver,  # noqa: F811
+    monkeypatch,
+) -> None:
+    """Experts change hands between steps, and are on their way into slots while a step streams the same ones.
+
+    The ring is as short as can be: whoever does not wait reads another expert, or overwrites one that is still read.
+    """
+    monkeypatch.setattr("engine.devices.cuda.device._MOST_BUFFERS", 2)
+    monkeypatch.setattr("engine.devices.cuda.device.STAGED_EXPERTS", 1)
+    driver.set(**settings)
+    rng = np.random.default_rng(4)
+    with prompt_model.open(hot_k=3, **SETTINGS) as opened:
+        program = opened.program
+        for _ in range(3):
+            assert_same(prompt(opened, (13,)), single_tokens)
+            for layer in range(len(program.n_slots)):
+                program.wait_all()
+                slot, expert = int(rng.integers(3)), int(rng.integers(3, program.n_experts))
+                for holder in np.flatnonzero(program._places[layer] == slot):
+                    program.publish(layer, int(holder), -1)
+                ticket = program.copy_expert(layer, expert, slot)
+                if rng.random() < 0.5 and program._places[layer, expert] < 0:
+                    program.wait_all()
+                    assert program.is_done(ticket)
+                    program.publish(layer, expert, slot)
+
+
+def test_where_memory_cannot_be_pinned_experts_go_through_buffers(
+    prompt_model: Model,
+    single_tokens: np.ndarray,
+    driver,  # noqa: F811
+) -> None:
+    driver.fail("cuMemHostRegister", 2, "CUDA_ERROR_UNKNOWN")
+    with prompt_model.open(hot_k=2, **SETTINGS) as opened:
+        pinned = opened.program._pinned
+        assert pinned is not None
+        assert not pinned.is_pinned
+        reason = "cuMemHostRegister failed" if prompt_model.weights.is_own_memory else 'load = "mmap"'
+        assert reason in pinned.describe()
+        assert_same(prompt(opened), single_tokens)
+
+
+@pytest.mark.parametrize("after", [0, 3, 30, 60])
+def test_an_interrupt_leaves_the_device_usable(
+    after: int, prompt_model: Model, single_tokens: np.ndarray, monkeypatch
+) -> None:
+    """While kernels and copies are being queued, those queued already still run."""
+    with prompt_model.open(hot_k=3, **SETTINGS) as opened:
+        queued, launch = 0, Stream.launch
+
+        def interrupted(stream: Stream, kernel: Launch) -> None:
+            nonlocal queued
+            if queued == after:
+                raise KeyboardInterrupt
+            queued += 1
+            launch(stream, kernel)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Stream, "launch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prompt(opened)
+        assert_same(prompt(opened), single_tokens)
+
+
+@pytest.mark.parametrize(("event", "nth"), [("copy", 3), ("copy", 9), ("kernel", 60), ("cuMemcpyHtoDAsync", 8)])
+def test_a_failure_in_a_long_step_is_an_error_and_frees_everything(
+    event: str,
+    nth: int,
+    prompt_model: Model,
+    driver,  # noqa: F811
+) -> None:
+    opened = prompt_model.open(hot_k=1, **SETTINGS)
+    driver.fail(event, nth)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        prompt(opened)
+    driver.reset()  # a crashed device frees nothing by itself; here its context ends
+
+
+def test_steps_and_ring_shrink_with_the_memory(prompt_model: Model, single_tokens: np.ndarray) -> None:
+    """Down to what was asked for, and two buffers of one expert."""
+    with prompt_model.open(hot_k=0, **SETTINGS) as opened:
+        largest = opened.program.device_bytes
+        assert opened.program._lowering.staging == Staging(32, 8)
+
+    def sizes_within(budget: int) -> tuple[int, int, int] | None:
+        try:
+            opened = prompt_model.open(hot_k=0, vram_budget=budget, **SETTINGS)
+        except DeviceError as error:
+            assert "of VRAM" in str(error)  # noqa: PT017 - some budgets are too small for everything
+            return None
+        with opened:
+            assert opened.program.device_bytes <= budget
+            assert_same(prompt(opened, (12, 24)), single_tokens)
+            staging = opened.program._lowering.staging
+            assert staging is not None
+            return opened.program.limits.max_tokens, staging.n_buffers, staging.at_once
+
+    found = [sizes_within(int(budget)) for budget in np.linspace(largest, 0, 12, endpoint=False)]
+    fitting = [sizes for sizes in found if sizes is not None]
+    assert found == fitting + [None] * (len(found) - len(fitting))
+    assert fitting[0][0] == 40
+    assert fitting[-1][0] == LIMITS.max_tokens
+    assert all(n_buffers >= 2 and at_once >= 1 for _, n_buffers, at_once in fitting)
+    n_tokens = [sizes[0] for sizes in fitting]
+    assert n_tokens == sorted(n_tokens, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen35moe/qwen35moe-fusedgu-Q8_0",  # gate and up in one tensor; recurrent layers
+        "qwen3next/qwen3next-wide-Q4_K_M",  # minimums
+        "gpt-oss/gpt-oss-micro-MXFP4",  # biases, sinks, windows
+        "deepseek2/deepseek2-v2lite-micro-Q8_0",  # latent attention
+        "olmoe/olmoe-wide-Q6_K",  # scales of 16 weights
+    ],
+)
+def test_long_steps_of_other_models_have_the_bits_of_single_tokens(name: str, golden_path) -> None:
+
+    model = Model(model_path(golden_path(f"{name}.npz")))
+    model.tokens = np.random.default_rng(3).integers(0, model.n_vocab, 14).tolist()
+    try:
+        with model.open(limits=replace(LIMITS, max_tokens=1)) as opened:
+            expected = prompt(opened)
+        with model.open(hot_k=2, **SETTINGS) as opened:
+            assert opened.program._lowering.staging is not None
+            assert_same(prompt(opened), expected)
+    finally:
+        model.close()
