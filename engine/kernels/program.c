@@ -713,7 +713,7 @@ static void hand_out_all_tasks(program *p) {
         atomic_store_explicit(&p->next_task[g].value, 0, memory_order_relaxed);
 }
 
-void program_run(program *p, const program_step *step, double *seconds) {
+void program_run(program *p, const program_step *step, int first, int last, double *seconds) {
     const step_view view = view_step(p, step);
     hand_out_all_tasks(p);
 
@@ -723,6 +723,8 @@ void program_run(program *p, const program_step *step, double *seconds) {
         const worker w = {&view, thread, n_threads, p->scratch[thread]};
         double before = seconds_now();
         for (int g = 0; g < p->n_groups; g++) {
+            if (p->groups[g].first < first || p->groups[g].first >= last)
+                continue;
             if (p->groups[g].starts_phase && !seconds)
                 team_meet(&p->barrier, n_threads);
             run_group(p, g, &w);
