@@ -138,8 +138,13 @@ class Program:
     isa: str
 
     def __init__(self, max_tokens: int, n_slots: int, n_threads: int, isa: str | None = None) -> None: ...
-    def run(self, step: Step) -> None:
-        """Run everything recorded, without the GIL. Raises `ValueError` for a step that does not fit (sizes, ids, slots, positions)."""
+    def run(self, step: Step, first: int = 0, last: int = -1) -> None:
+        """Run everything recorded, without the GIL, or the operations from `first` up to but without `last`.
+
+        Parts that follow one another do what one run does if each begins and ends at experts: whatever else stands
+        next to each other may be run as one. Raises `ValueError` for a step that does not fit (sizes, ids, slots,
+        positions), or operations that are not there.
+        """
 
     def __len__(self) -> int:
         """Return the number of operations recorded."""

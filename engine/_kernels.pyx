@@ -214,7 +214,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_combine(program *p, combine_args args)
     int program_select_outputs(program *p, select_outputs_args args)
     step_error program_check(const program *p, const program_step *step, int *detail)
-    void program_run(program *p, const program_step *step, double *seconds)
+    void program_run(program *p, const program_step *step, int first, int last, double *seconds)
     ctypedef struct exchange:
         const uint32_t *requested
         uint32_t *answered
@@ -603,11 +603,13 @@ cdef class Program:
             )
         return view
 
-    def run(self, Step step):
+    def run(self, Step step, int first=0, int last=-1):
+        cdef int n = program_length(self._program), end = n if last < 0 else last
+        need(0 <= first <= end <= n, f"operations {first} to {end} of {n}")
         cdef program_step view = self._checked(step)
         self._is_running = True
         with nogil:
-            program_run(self._program, &view, NULL)
+            program_run(self._program, &view, first, end, NULL)
         self._is_running = False
 
     def profile(self, Step step):
@@ -619,7 +621,7 @@ cdef class Program:
             raise MemoryError("no memory for a profile")
         self._is_running = True
         with nogil:
-            program_run(self._program, &view, seconds)
+            program_run(self._program, &view, 0, program_length(self._program), seconds)
         self._is_running = False
         result = []
         for i in range(n):

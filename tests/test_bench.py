@@ -169,7 +169,6 @@ def test_a_conversation_shows_hits_turn_by_turn(tmp_path: Path, capsys: pytest.C
     turns = json.loads((tmp_path / "o.json").read_text())
     assert [len(turn["hits"]) for turn in turns] == [11] * 7  # the first token of an answer comes out of the prompt
     assert turns[-1]["choices"] == [8 * 4] * 11
-    assert turns[0]["hits"][0] == 0  # the slots were empty, and the prompt's experts are still on their way
     assert turns[-1]["hits"][0] > 0  # the cache stays warm
     assert main([*QUICK, "--conversation"]) == 1
     assert "none is in use" in capsys.readouterr().err

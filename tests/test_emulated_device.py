@@ -20,11 +20,13 @@ from engine.data import tiny_model_path
 from engine.devices.emulated import EmulatedDevice, HazardError
 from engine.devices.emulated import device as device_module
 from engine.devices.emulated import slot_memory as slot_memory_module
-from engine.devices.emulated.clock import Timetable, VirtualClock
+from engine.devices.emulated import staging as staging_module
+from engine.devices.emulated.clock import Event, Timetable, VirtualClock
+from engine.devices.emulated.staging import StagingAreas
 from engine.devices.footprint import measure
 from engine.devices.placement import Wish, least_cpu_layers, plan_memory, slots_that_fit
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
-from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
+from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, stream_waits, time_step
 from engine.errors import DeviceError
 from engine.experts import hot_cache as hot_cache_module
 from engine.experts import slots as slots_module
@@ -38,6 +40,7 @@ DENSE_PEERS = ("llama", "qwen3", "qwen35")
 INTERRUPTED = (
     device_module,
     slot_memory_module,
+    staging_module,
     hot_cache_module,
     slots_module,
     swapper_module,
@@ -188,6 +191,105 @@ def test_an_interrupt_at_any_line_changes_no_bit_afterwards(models, seed, at_lin
     assert interrupter.raised == (interrupter.n_lines >= at_line)
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 2500), adversarial=st.booleans())
+def test_an_interrupt_while_experts_are_streamed_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
+    name = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
+    expected = models.reference(name)
+    forward, cache, program = models(name).open(
+        Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=8)
+    )
+    interrupter = Interrupter(at_line, INTERRUPTED)
+    for position in range(0, 40, 10):  # the last of them one by one
+        parts = [TOKENS[position : position + 10]] if position < 30 else [[t] for t in TOKENS[30:40]]
+        for i, part in enumerate(parts):
+            try:
+                with interrupter:
+                    logits = forward.run(0, part, position + i, "all").copy()
+            except KeyboardInterrupt:
+                logits = forward.run(0, part, position + i, "all").copy()
+            assert same_bits(logits, expected[position + i : position + i + len(part)])
+    cache.close()
+    cache.table.check_integrity()
+    program.close()
+    assert interrupter.raised == (interrupter.n_lines >= at_line)
+
+
+# -- long steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_step_streams_what_has_no_slot_and_leaves_the_slots_alone(models, name) -> None:
+    model = models(name)
+    forward, cache, program = model.open(Setup((4, 0, 64), "lru", bypass_n_tokens=8))
+    heat = np.random.default_rng(0).random((model.n_layers, model.n_experts), np.float32)
+    cache.fill(heat, wait=True)
+    held, before, loads = cache.table.ready.copy(), program.traffic, cache.statistics.n_loads
+    start, spent = program.now(), program.time_spent
+    logits = forward.run(0, TOKENS[:16], 0, "all").copy()
+    assert same_bits(logits, models.reference(name)[:16])
+    moved, took = program.traffic - before, program.time_spent - spent
+    cold = (~held).sum(1) * program.expert_bytes
+    assert moved.link == moved.ram == cold.sum()
+    assert took.cpu_s == took.wait_s == 0 < took.stream_s
+    assert program.now() - start == pytest.approx(took.total_s)
+    # It takes what the formula that `engine plan` uses says: nothing else was on the link.
+    copies, dense = cold / MACHINE.bandwidths.pcie, (took.dense_s + took.attention_s) / model.n_layers
+    assert took.stream_s == pytest.approx(stream_waits(copies, dense, took.layers[0]).sum())
+    assert np.array_equal(cache.table.ready, held)
+    assert cache.statistics.n_loads == loads
+    assert cache.statistics.n_tokens == 0
+    after = forward.run(0, TOKENS[16:17], 16, "all")  # with the experts where they were
+    assert same_bits(after, models.reference(name)[16:17])
+    cache.close()
+    program.close()
+
+
+def test_the_tables_point_into_an_area_while_a_layer_is_computed(models, monkeypatch) -> None:
+    """Else the arithmetic would read from RAM, and prove nothing about the copies."""
+    forward, cache, program = models("tiny").open(Setup((3,), "lru", bypass_n_tokens=8))
+    homes = [table.addresses.copy() for table in program._tables]
+    run_operations, seen = program._program.run_operations, []
+
+    def watched(first: int = 0, last: int = -1) -> None:
+        for layer, table in enumerate(program._tables):
+            if (first, last) == table.operations:
+                seen.append((layer, int((table.addresses != homes[layer]).all(0).sum())))
+        run_operations(first, last)
+
+    monkeypatch.setattr(program._program, "run_operations", watched)
+    forward.run(0, TOKENS[:16], 0, "none")
+    assert seen == [(layer, models("tiny").n_experts) for layer in range(models("tiny").n_layers)]
+    for table, home in zip(program._tables, homes, strict=True):
+        published = (table.addresses != home).any(0).sum()
+        assert published <= 3
+    cache.close()
+    program.close()
+
+
+def test_misuse_of_the_areas_is_found(models) -> None:
+    _, cache, program = models("tiny").open(Setup((0,), bypass_n_tokens=64))
+    clock, experts = VirtualClock(), np.arange(4)
+    areas = StagingAreas(program._tables, clock)
+    areas.begin_copy(0, experts, Event(2.0))
+    areas.begin_copy(1, experts, Event(3.0))
+    with pytest.raises(HazardError, match="staged before their copies are done"):
+        areas.stage(0)
+    with pytest.raises(HazardError, match="layer 2 looks for its experts in an area that holds those of layer 0"):
+        areas.stage(2)
+    clock.advance_to(2.5)
+    areas.stage(0)
+    with pytest.raises(HazardError, match="overwritten while its experts are staged"):
+        areas.begin_copy(2, experts, Event(4.0))
+    areas.retire(0, 5.0)
+    with pytest.raises(HazardError, match="overwritten while a step reads it"):
+        areas.begin_copy(2, experts, Event(9.0))
+    clock.advance_to(5.0)
+    areas.begin_copy(2, experts, Event(9.0))
+    cache.close()
+    program.close()
+
+
 # -- planted bugs are found ------------------------------------------------------------------------------------------
 
 
@@ -317,7 +419,21 @@ def test_a_step_takes_as_long_as_the_slower_of_device_and_cpu() -> None:
     assert mixed.wait_s == 1.5  # of the second layer the device is the slower one
     assert mixed.total_s == 4.0 + 4.0 + 1.5
     assert time([0, 0, 0], [0, 0, 10], copied=10.0).cpu_s == 2.5  # copies take RAM bandwidth from misses
-    assert time([100, 0, 0], [0, 0, 0], streamed=np.array([10.0, 0, 0])).stream_s == 1.0
+    streamed = time([100, 0, 0], [0, 0, 0], streamed=np.array([10.0, 0, 0]))
+    assert streamed.stream_s == pytest.approx(10 / 5 - 4 / 3)  # a third of everything else is done meanwhile
+    assert streamed.wait_s == 0
+    assert streamed.layers[2].sum() == streamed.stream_s
+
+
+def test_a_step_that_streams_takes_as_long_as_the_slower_of_link_and_device() -> None:
+    some, none = np.full(6, 3.0), np.zeros(6)
+    assert stream_waits(none, 1.0, some).sum() == 0
+    # The link is the slower one: it never stops but for the first two areas, and the last layer is computed after it.
+    assert 6 * 1.0 + 6 * 0.5 + stream_waits(some, 1.0, np.full(6, 0.5)).sum() == 6 * 3.0 + 0.5
+    # The device is: it waits for the first layer only.
+    assert stream_waits(some, 2.0, np.full(6, 2.0)).tolist() == [1.0, 0, 0, 0, 0, 0]
+    # An area is free when its layer is computed: the third layer's copy begins at 3 + 10, the second's is over by then.
+    assert stream_waits(np.array([3.0, 3.0, 3.0]), 0.0, np.array([10.0, 1.0, 1.0])).tolist() == [3.0, 0.0, 2.0]
 
 
 def test_memory_is_planned_before_it_is_used(models) -> None:

@@ -175,7 +175,9 @@ def test_recurrent_layers_reuse_a_conversation_that_goes_on(engine: Engine) -> N
     fresh = engine.generate(longer, params)
     assert fresh.usage.n_reused_tokens == 0
     assert (fresh.token_ids, fresh.logprobs) == (second.token_ids, second.logprobs)
-    assert engine.generate(longer[:-1], params).usage.n_reused_tokens == 0  # shorter: a state cannot go back
+    # Shorter: a state goes back to where it was remembered, two tokens before the end, and not further.
+    assert engine.generate(longer[:-1], params).usage.n_reused_tokens == len(longer) - 2
+    assert engine.generate(longer[:-2], params).usage.n_reused_tokens == 0
 
 
 def reused_and_fresh(warm: Engine, cold: Engine, prompt: list[int], params: SamplingParams) -> int:
@@ -206,10 +208,10 @@ def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(devi
         assert reused_and_fresh(warm, cold, [*other, *head], params) == len(first)
         # What was cut off is gone: the end of `second` cannot be gone back to.
         assert reused_and_fresh(warm, cold, [*second, *head], params) == len(first)
-        # Without messages: all but the last token.
+        # Without messages: all but the last two tokens.
         plain = warm.tokenize("def main():\n    return 0")
         assert reused_and_fresh(warm, cold, plain, params) == 0
-        assert reused_and_fresh(warm, cold, plain, params) == len(plain) - 1
+        assert reused_and_fresh(warm, cold, plain, params) == len(plain) - 2
         assert warm.statistics.snapshot_bytes <= 4 * warm.statistics.state_bytes
         assert cold.statistics.snapshot_bytes == 0
 
@@ -250,7 +252,7 @@ def test_a_step_that_is_interrupted_goes_back_to_the_last_message(monkeypatch: p
             engine.generate(prompt, GREEDY)
         monkeypatch.undo()
         again = engine.generate(prompt, GREEDY)
-        assert again.usage.n_reused_tokens == len(prompt) - 1
+        assert again.usage.n_reused_tokens == len(prompt) - 2
         assert again.token_ids == expected.token_ids
 
 
@@ -382,7 +384,7 @@ def test_statistics_add_up(engine: Engine) -> None:
 def test_progress_is_told(engine: Engine) -> None:
     seen: list[tuple[int, int]] = []
     engine.generate([5] * 70, SamplingParams(max_tokens=1), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(32, 70), (64, 70), (69, 70), (70, 70)]  # the state is remembered before the last token
+    assert seen == [(32, 70), (64, 70), (68, 70), (70, 70)]  # the state is remembered before the last tokens
     loaded: list[tuple[str, int, int]] = []
     with Engine.open(config=config(load="memory"), progress=lambda *step: loaded.append(step)):
         assert loaded[-1][1] == loaded[-1][2] > 10_000_000

@@ -185,7 +185,8 @@ def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "end"), [([9, 1, 2], 2), ([1, 9, 2, 3], 2), ([1, 9, 2, 9], 2), ([1, 9, 9, 2, 2], 3), ([1], 0), ([9], 0)]
+    ("prompt", "end"),
+    [([9, 1, 2], 1), ([1, 9, 2, 3], 2), ([1, 9, 2, 9], 2), ([1, 9, 9, 2, 2], 3), ([1, 2], 0), ([1], 0), ([9], 0)],
 )
 def test_where_the_next_prompt_may_leave_this_one(prompt: list[int], end: int) -> None:
     assert likely_end(prompt, {9}) == end

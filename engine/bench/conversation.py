@@ -88,13 +88,14 @@ def _answer(
     engine: Engine, kind: str, prompt: list[int], n_gen: int, watch: Callable[[str, EngineStatistics], None]
 ) -> tuple[Turn, str]:
     params = SamplingParams(max_tokens=n_gen, temperature=0.8, seed=1, ignore_eos=True)
-    seen = [_cache(engine.statistics)]
+    before, seen = _cache(engine.statistics), []
     for chunk in engine.generate(prompt, params, stream=True):
         statistics = engine.statistics
         watch(kind, statistics)
         seen.append(_cache(statistics))
         completion = chunk.completion
     assert completion is not None
+    # The first token comes out of the prompt, whose end the cache may have served, too.
     hits = np.diff([int(cache.hits.sum()) for cache in seen])
     choices = np.diff([int(cache.choices.sum()) for cache in seen])
     served = choices > 0
@@ -105,7 +106,7 @@ def _answer(
         timings.decode_tok_s,
         hits[served],
         choices[served],
-        seen[-1].n_loads - seen[0].n_loads,
+        seen[-1].n_loads - before.n_loads,
     )
     return turn, completion.text
 

@@ -215,7 +215,7 @@ def _prediction(
 
 
 def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, position: int) -> float:
-    """Return prompt tokens a second in long batches: nearly all experts are chosen, those without a slot streamed."""
+    """Return prompt tokens a second in long batches: all experts without a slot are streamed, nearly all are chosen."""
     n_experts = max(plan.n_experts, 1)
     unused = (1 - footprint.n_experts_used / n_experts) ** PROMPT_BATCH
     chosen = n_experts * (1 - unused) * footprint.expert_bytes.astype(np.float64)
@@ -230,7 +230,7 @@ def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, posi
         hit_macs=macs,
         miss_bytes=nothing,
         miss_macs=nothing,
-        streamed_bytes=chosen * (1 - plan.n_slots / n_experts),
+        streamed_bytes=(n_experts - plan.n_slots).astype(np.float64) * footprint.expert_bytes,
     )
     return PROMPT_BATCH / time_step(machine, work).total_s
 

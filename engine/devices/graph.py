@@ -717,7 +717,13 @@ class ProfiledProgram(Protocol):
 
 @runtime_checkable
 class SavingProgram(Protocol):
-    """A program whose sequences can be taken out and put back."""
+    """A program whose sequences can be taken out and put back.
+
+    Attributes:
+        state_layout: names the order in which what was taken out lies; only programs of the same one take it.
+    """
+
+    state_layout: str
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""

@@ -3,7 +3,9 @@
 The emulated device sets its clock by it and `engine plan` predicts with it. In each MoE layer the device reads the
 chosen experts that are in its slots while the CPU reads the others from RAM, so the slower of the two counts; dense
 weights, keys and values are read by the device alone. A prompt reads each weight once for many tokens and is bounded
-by arithmetic, too. Copies into slots read RAM beside the misses and cross PCIe beside everything else.
+by arithmetic, too. Copies into slots read RAM beside the misses and cross PCIe beside everything else. Long prompts
+have the experts without a slot sent to the device layer by layer, two layers ahead of the computation: so the slower of
+link and computation counts.
 """
 
 from __future__ import annotations
@@ -152,8 +154,36 @@ def traffic_of(work: StepWork) -> Traffic:
     return Traffic(missed + streamed + work.copied_bytes, streamed + work.copied_bytes, on_device)
 
 
-def time_step(machine: Machine, work: StepWork) -> StepTime:
-    """Return how long a step takes, and where the time goes."""
+STAGED_LAYERS = 2  # that have their experts on the device, or on the way, at the same time
+
+
+def stream_waits(copies_s: Bytes, dense_s: float, hits_s: Bytes) -> Bytes:
+    """Return how long the device waits for the experts of each layer in a step that streams them.
+
+    Args:
+        copies_s: float64 [n_moe_layers], what the link takes for each layer's experts.
+        dense_s: of everything but experts, between two layers' experts.
+        hits_s: float64 [n_moe_layers], what the device takes to compute experts.
+    """
+    waits = np.zeros(len(copies_s))
+    ends: list[float] = []  # of the computation of each layer
+    link_is_free_at = now = 0.0
+    for layer, (copy_s, hit_s) in enumerate(zip(copies_s.tolist(), hits_s.tolist(), strict=True)):
+        area_is_free_at = ends[layer - STAGED_LAYERS] if layer >= STAGED_LAYERS else 0.0
+        link_is_free_at = max(link_is_free_at, area_is_free_at) + copy_s
+        now += dense_s
+        if copy_s:
+            waits[layer] = max(link_is_free_at - now, 0.0)
+        now += float(waits[layer]) + hit_s
+        ends.append(now)
+    return waits
+
+
+def time_step(machine: Machine, work: StepWork, streaming_s: Bytes | None = None) -> StepTime:
+    """Return how long a step takes, and where the time goes.
+
+    streaming_s: float64 [n_moe_layers], how long the device waited for streamed experts; None to compute it.
+    """
     ram, vram, pcie = machine.bandwidths.ram, machine.bandwidths.vram, machine.bandwidths.pcie
     dense = max(work.dense_bytes / vram, work.dense_macs / machine.device_macs) + work.n_layers * machine.layer_s
     hits = np.maximum(work.hit_bytes / vram, work.hit_macs / machine.device_macs)
@@ -163,13 +193,15 @@ def time_step(machine: Machine, work: StepWork) -> StepTime:
     misses = np.maximum(work.miss_bytes * slowed / ram, work.miss_macs / machine.cpu_macs)
     misses += machine.handshake_s * (work.miss_bytes > 0)
     waits = np.maximum(misses - hits, 0.0)
-    streams = np.maximum(work.streamed_bytes / pcie - hits, 0.0)
+    attention = work.attention_bytes / vram
+    if streaming_s is None:
+        streaming_s = stream_waits(work.streamed_bytes / pcie, (dense + attention) / max(len(hits), 1), hits)
     return StepTime(
         dense,
-        work.attention_bytes / vram,
+        attention,
         float(hits.sum()),
         float(misses.sum()),
         float(waits.sum()),
-        float(streams.sum()),
-        np.stack([hits, misses, waits]),
+        float(streaming_s.sum()),
+        np.stack([hits, misses, waits + streaming_s]),
     )

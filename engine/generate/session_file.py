@@ -17,7 +17,7 @@ import numpy.typing as npt
 from engine.errors import RequestError
 from engine.files import whole_file
 
-VERSION = 1  # of this format, and of how keys, values and states lie in it
+VERSION = 2  # of this format, and of how keys, values and states lie in it
 _KIND = "hot-experts session"
 
 
@@ -28,12 +28,14 @@ class SavedSession:
     Attributes:
         model: fingerprint of the model.
         kv_type: how keys and values are stored.
+        layout: how all of it lies in `state`, which depends on the device.
         token_ids: that the session holds.
         state: what they left behind, flat.
     """
 
     model: str
     kv_type: str
+    layout: str
     token_ids: tuple[int, ...]
     state: npt.NDArray[np.uint8]
 
@@ -47,6 +49,7 @@ def save_session(path: str | os.PathLike[str], session: SavedSession) -> None:
         "version": VERSION,
         "model": session.model,
         "kv_type": session.kv_type,
+        "layout": session.layout,
         "n_tokens": len(session.token_ids),
         "n_state_bytes": session.state.size,
     }
@@ -60,13 +63,16 @@ def save_session(path: str | os.PathLike[str], session: SavedSession) -> None:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def load_session(path: str | os.PathLike[str], model: str, kv_type: str, context_length: int) -> SavedSession:
+def load_session(
+    path: str | os.PathLike[str], model: str, kv_type: str, layout: str, context_length: int
+) -> SavedSession:
     """Read a session of this model.
 
     Args:
         path: the file.
         model: fingerprint of the model it must be of.
         kv_type: how its keys and values must be stored.
+        layout: how they must lie in the file.
         context_length: tokens it may have.
 
     Raises:
@@ -100,11 +106,13 @@ def load_session(path: str | os.PathLike[str], model: str, kv_type: str, context
         raise RequestError(
             f"{path}: holds {about.get('kv_type')} keys and values, and engine.kv_type is {kv_type!r}; set the same"
         )
+    if about.get("layout") != layout:
+        raise RequestError(f"{path}: was saved on another kind of device; open it there, or run its prompt again")
     if n_ids > context_length:
         raise RequestError(
             f"{path}: holds {n_ids} tokens and the context {context_length}; raise [engine] context_length"
         )
-    return SavedSession(model, kv_type, tuple(np.frombuffer(rest, "<i4", n_ids).tolist()), state)
+    return SavedSession(model, kv_type, layout, tuple(np.frombuffer(rest, "<i4", n_ids).tolist()), state)
 
 
 def _digest(about: dict[str, object], ids: bytes, state: npt.NDArray[np.uint8]) -> str:

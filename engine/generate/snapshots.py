@@ -79,8 +79,8 @@ def likely_end(prompt_ids: Sequence[int], turn_ends: Collection[int]) -> int:
     """Return how many tokens of a prompt the next one is likely to begin with.
 
     That is all to the end of the last message. What follows it, the head of the answer, may be written differently when
-    the answer is a message itself. A prompt without messages may be asked again: then all but its last token, which
-    must be run for its logits.
+    the answer is a message itself. A prompt without messages may be asked again: then all but its last two tokens. One
+    must be run for its logits, and one alone would look like a token of an answer to the expert cache.
     """
-    n = len(prompt_ids) - 1
-    return next((i + 1 for i in range(n - 1, 0, -1) if prompt_ids[i] in turn_ends), n)
+    ends = (i + 1 for i in range(len(prompt_ids) - 2, 0, -1) if prompt_ids[i] in turn_ends)
+    return next(ends, max(len(prompt_ids) - 2, 0))

@@ -712,7 +712,7 @@ static step_view view_step(program *p, const program_step *step) {
 
 static void begin_run(program *p) { p->first_round += (uint64_t)p->n_groups; }
 
-void program_run(program *p, const program_step *step, double *seconds) {
+void program_run(program *p, const program_step *step, int first, int last, double *seconds) {
     const step_view view = view_step(p, step);
     begin_run(p);
 
@@ -722,6 +722,8 @@ void program_run(program *p, const program_step *step, double *seconds) {
         const worker w = {&view, thread, n_threads, p->scratch[thread]};
         double before = seconds_now();
         for (int g = 0; g < p->n_groups; g++) {
+            if (p->groups[g].first < first || p->groups[g].first >= last)
+                continue;
             if (p->groups[g].starts_phase && !seconds)
                 team_meet(&p->barrier, n_threads);
             run_group(p, g, &w);

@@ -58,9 +58,9 @@ typedef enum {
 // Checks a step against what was recorded. `detail` gets what the error is about.
 step_error program_check(const program *p, const program_step *step, int *detail);
 
-// Runs everything. The step must have passed `program_check`. If `seconds` is not NULL it gets the time of each group
-// of fused operations, with a barrier after each.
-void program_run(program *p, const program_step *step, double *seconds);
+// Runs the operations `first` to `last` - 1, with those fused to them. The step must have passed `program_check`. If
+// `seconds` is not NULL it gets the time of each group of fused operations, with a barrier after each.
+void program_run(program *p, const program_step *step, int first, int last, double *seconds);
 
 // Requests from another processor, through memory that both see. A request is a number: `first` and up for the layers
 // in order, what is past the last layer for the end of the step. Numbers may be left out.

@@ -346,7 +346,7 @@ class Engine(Answering):
         """
         program = self._saving_program()
         settings = self.config.engine
-        saved = load_session(path, self._fingerprint, settings.kv_type, settings.context_length)
+        saved = load_session(path, self._fingerprint, settings.kv_type, program.state_layout, settings.context_length)
         lease = self._slots.borrow((), reuse=False)
         try:
             with self._turn():
@@ -362,7 +362,8 @@ class Engine(Answering):
         program = self._saving_program()
         with self._turn():
             state = program.save_sequence(lease.slot, lease.n_held)
-        save_session(path, SavedSession(self._fingerprint, self.config.engine.kv_type, lease.token_ids, state))
+        kv_type, layout = self.config.engine.kv_type, program.state_layout
+        save_session(path, SavedSession(self._fingerprint, kv_type, layout, lease.token_ids, state))
 
     def _saving_program(self) -> SavingProgram:
         if not isinstance(self._program, SavingProgram):

@@ -43,6 +43,8 @@ class CPUDevice:
 class CPUProgram:
     """A compiled forward pass, the sequences it keeps, and the memory of both."""
 
+    state_layout = "lanes"
+
     def __init__(self, device: CPUDevice, lowered: Lowering) -> None:
         self.device = device
         self._lowered = lowered
@@ -74,12 +76,20 @@ class CPUProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step; see `graph.Program.run`. Raises `RequestError` for a step that does not fit the program."""
-        self._fill(token_ids, positions, slots, output_rows)
+        self.begin(token_ids, positions, slots, output_rows)
+        self.run_operations()
+        return self.logits(len(output_rows))
+
+    def logits(self, n_outputs: int) -> npt.NDArray[np.float32]:
+        """Return the logits of the step that was run, [n_outputs, n_vocab]: a view that is valid until the next."""
+        return self._lowered.logits[:n_outputs]
+
+    def run_operations(self, first: int = 0, last: int = -1) -> None:
+        """Run a part of the step that was taken last, see `_kernels.Program.run`; raise `RequestError` likewise."""
         try:
-            self._program.run(self._step)
+            self._program.run(self._step, first, last)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        return self._lowered.logits[: len(output_rows)]
 
     def profile(
         self,
@@ -89,16 +99,17 @@ class CPUProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> list[tuple[str, float]]:
         """Run one step and return (operation, seconds) for each C call, in order."""
-        self._fill(token_ids, positions, slots, output_rows)
+        self.begin(token_ids, positions, slots, output_rows)
         return self._program.profile(self._step)
 
-    def _fill(
+    def begin(
         self,
         token_ids: npt.NDArray[np.int32],
         positions: npt.NDArray[np.int32],
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
     ) -> None:
+        """Take in the inputs of a step."""
         step, n = self._step, len(token_ids)
         if not 0 < n <= self._limits.max_tokens:
             raise RequestError(f"a step of {n} tokens was asked for; this program takes 1 to {self._limits.max_tokens}")

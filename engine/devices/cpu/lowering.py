@@ -46,7 +46,7 @@ class Place:
         return self.address, self.stride
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExpertTables:
     """Where the experts of one MoE layer lie.
 
@@ -54,10 +54,12 @@ class ExpertTables:
         addresses: int64 [3, n_experts], the first row of each expert's gate, up and down projection. Every step reads
             them anew: between two steps an entry may be pointed at a copy of the same bytes elsewhere.
         sizes: bytes of one expert's part of each.
+        operations: of the program, which read the addresses: the first, and the one after the last.
     """
 
     addresses: npt.NDArray[np.int64]
     sizes: tuple[int, int, int]
+    operations: tuple[int, int] = (0, 0)
 
 
 class Lowering:
@@ -415,8 +417,10 @@ class Lowering:
             (int(table.ctypes.data), weight.format.ggml_type, self._vector(weight.scale), self._vector(bias))
             for table, weight, bias in zip(tables.addresses, weights, biases, strict=True)
         )
-        self._calls.append(
-            lambda: self.program.experts(
+
+        def record() -> None:
+            first = len(self.program)
+            self.program.experts(
                 *x_gate.at,
                 *x_up.at,
                 ids.address,
@@ -430,7 +434,9 @@ class Lowering:
                 op.gate.n_rows,
                 *out.at,
             )
-        )
+            tables.operations = first, len(self.program)
+
+        self._calls.append(record)
 
     def _combine(self, op: ops.Combine) -> None:
         expert_out, weights = self._use(op.expert_out), self._use(op.routing.weights)

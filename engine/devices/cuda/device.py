@@ -18,6 +18,7 @@ from engine.devices.cuda.kernels import Exchange, Launch
 from engine.devices.cuda.lowering import Lowering, Staging, Streamed
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
+from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
 from engine.devices.cuda.speeds import measure_speeds
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
@@ -173,6 +174,8 @@ class CUDAProgram:
     first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step.
     """
 
+    state_layout = "positions"
+
     def __init__(self, device: CUDADevice, lowering: Lowering, weights: WeightAccess) -> None:
         self._context = context = device.context
         self._lowering = lowering
@@ -289,6 +292,47 @@ class CUDAProgram:
         ids: npt.NDArray[np.int32] = self._ids.bytes.view(np.int32)[: shape[0] * shape[1] * shape[2]].reshape(shape)
         kept: npt.NDArray[np.int32] = ids[:, : self._n_tokens].copy()
         return kept
+
+    def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
+        return self._download(list(used_parts(self._lowering.states, self._limits, slot, n_tokens)))
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_sequence` returned. Raises `RequestError` if it is not as long as this program needs."""
+        parts = list(used_parts(self._lowering.states, self._limits, slot, n_tokens))
+        needed = sum(n_bytes for _, n_bytes in parts)
+        if saved.size != needed:
+            raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
+        self._upload(parts, saved)
+
+    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of the recurrent states of the sequence in a slot, flat."""
+        return self._download(recurrent_parts(self._lowering.states, slot))
+
+    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_states` returned for this slot."""
+        self._upload(recurrent_parts(self._lowering.states, slot), saved)
+
+    def _download(self, parts: list[Part]) -> npt.NDArray[np.uint8]:
+        self._context.make_current()
+        saved, at = np.empty(sum(n_bytes for _, n_bytes in parts), np.uint8), 0
+        try:
+            for offset, n_bytes in parts:
+                self._stream.download(int(saved.ctypes.data) + at, self._memory.address + offset, n_bytes)
+                at += n_bytes
+        finally:
+            self._stream.synchronize()
+        return saved
+
+    def _upload(self, parts: list[Part], saved: npt.NDArray[np.uint8]) -> None:
+        self._context.make_current()
+        source, at = np.ascontiguousarray(saved), 0
+        try:
+            for offset, n_bytes in parts:
+                self._stream.upload(self._memory.address + offset, int(source.ctypes.data) + at, n_bytes)
+                at += n_bytes
+        finally:
+            self._stream.synchronize()
 
     def close(self) -> None:
         """Free all memory."""

@@ -34,6 +34,7 @@ from engine.devices.cuda.kernels import (
     Rows,
     Sight,
 )
+from engine.devices.cuda.sequence_state import Owners
 from engine.devices.cuda.tiles import Groups, Sizes
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
 from engine.devices.intervals import Interval, plan_offsets
@@ -238,6 +239,7 @@ class Lowering:
         self.step = StepLayout(self.layout, limits.max_tokens)
         self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []  # offset, contents
         self.expert_layers: list[ExpertLayer] = []
+        self.states: Owners = []
         self._weights = weights
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
         self._intervals: dict[object, Interval] = {}
@@ -338,10 +340,11 @@ class Lowering:
     def _reserve_state(self, graph: Graph) -> None:
         limits = self.limits
         for cache in graph.kv_caches:
-            size = kernels.kv_cache_bytes(self._cache(cache, 0))
-            self._offsets[cache] = self.layout.reserve(size)
+            self._offsets[cache] = self.layout.reserve(kernels.kv_cache_bytes(self._cache(cache, 0)))
+            self.states.append((cache, self._offsets[cache]))
         for state in graph.states:
             self._offsets[state] = self.layout.reserve(state.width * 4 * limits.n_slots)
+            self.states.append((state, self._offsets[state]))
 
     def _cache(self, cache: ops.KVCache, address: int) -> Cache:
         limits = self.limits

@@ -46,9 +46,9 @@ class Timetable:
         self._steps_are_over_at = 0.0
         self._step_s = 0.0
 
-    def copy(self, n_bytes: int) -> Event:
+    def copy(self, n_bytes: float, *, may_fail: bool = True) -> Event:
         """Begin a copy over the link."""
-        failed = self._failing > 0 and self._random.random() < self._failing
+        failed = may_fail and self._failing > 0 and self._random.random() < self._failing
         if self._adversarial:
             return Event(self._clock.now + self._some_time(), failed)
         self._link_is_free_at = max(self._link_is_free_at, self._clock.now) + n_bytes / self._speed
@@ -56,8 +56,12 @@ class Timetable:
 
     def step(self, seconds: float) -> Event:
         """Take a step on the clock; return when its last reader is done, which is never before an earlier step's."""
-        self._step_s = seconds
         self._clock.advance_to(self._clock.now + seconds)
+        return self.end_step(seconds)
+
+    def end_step(self, seconds: float) -> Event:
+        """Note that a step of that many seconds, which the clock shows already, is over; return as `step` does."""
+        self._step_s = seconds
         end = self._clock.now + (self._some_time() if self._adversarial else 0.0)
         self._steps_are_over_at = max(self._steps_are_over_at, end)
         return Event(self._steps_are_over_at)

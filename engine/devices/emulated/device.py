@@ -13,11 +13,21 @@ from engine.devices.cpu.device import CPUDevice, CPUProgram
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated.clock import Event, Timetable, VirtualClock
 from engine.devices.emulated.slot_memory import Copy, SlotMemory, check_ticket
+from engine.devices.emulated.staging import StagingAreas
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Graph, Limits, WeightAccess
 from engine.devices.placement import MemoryPlan, Wish, plan_memory
 from engine.devices.slots import Ticket
-from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, Traffic, time_step, traffic_of
+from engine.devices.timing import (
+    STAGED_LAYERS,
+    Bandwidths,
+    Machine,
+    StepTime,
+    StepWork,
+    Traffic,
+    time_step,
+    traffic_of,
+)
 
 Routing: TypeAlias = npt.NDArray[np.int32]
 RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
@@ -103,6 +113,8 @@ class EmulatedProgram:
         footprint: what the model needs.
     """
 
+    state_layout = CPUProgram.state_layout
+
     def __init__(self, device: EmulatedDevice, lowered: Lowering, footprint: Footprint, plan: MemoryPlan) -> None:
         self._device, self.plan, self.footprint = device, plan, footprint
         self._program = CPUProgram(device.cpu, lowered)
@@ -115,7 +127,9 @@ class EmulatedProgram:
             adversarial=behaviour.adversarial,
             failing=behaviour.failing,
         )
-        self._memory = SlotMemory(lowered.expert_tables, [int(n) for n in plan.n_slots], self._clock)
+        self._tables = lowered.expert_tables
+        self._memory = SlotMemory(self._tables, [int(n) for n in plan.n_slots], self._clock)
+        self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._copied_bytes = 0
         self._time_spent = StepTime()
@@ -148,18 +162,66 @@ class EmulatedProgram:
     ) -> npt.NDArray[np.float32]:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
-        logits = self._program.run(token_ids, positions, slots, output_rows)
         if self._routing_source is not None:
             source = self._routing_source
             self._routing = np.stack([source() for _ in positions], axis=1).astype(np.int32)
-        work = self._work(positions, slots)
-        spent = time_step(self._device.machine, work)
+        cold = self._without_slot()
+        if len(positions) >= self._device.bypass_n_tokens and any(map(len, cold)):
+            self._program.begin(token_ids, positions, slots, output_rows)
+            work, spent = self._stream(positions, slots, cold)
+            logits = self._program.logits(len(output_rows))
+            self._last_reader = self._timetable.end_step(spent.total_s)
+        else:
+            logits = self._program.run(token_ids, positions, slots, output_rows)
+            work = self._work(positions, slots)
+            spent = time_step(self._device.machine, work)
+            self._last_reader = self._timetable.step(spent.total_s)
+        self._copied_bytes = 0
         self._time_spent += spent
         self._traffic += traffic_of(work)
-        self._last_reader = self._timetable.step(spent.total_s)
         self._memory.note_readers(self._last_reader.at)
         self._memory.settle()
         return logits
+
+    def _without_slot(self) -> list[npt.NDArray[np.intp]]:
+        """Return the experts of each layer that steps read from RAM."""
+        return [np.delete(np.arange(self.n_experts), experts) for experts in self._memory.published()]
+
+    def _stream(
+        self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32], cold: list[npt.NDArray[np.intp]]
+    ) -> tuple[StepWork, StepTime]:
+        """Run the step that was begun layer by layer, with the copies of the next layer's experts under way."""
+        if self._staging is None:
+            self._staging = StagingAreas(self._tables, self._clock)
+        staging, program, clock, machine = self._staging, self._program, self._clock, self._device.machine
+        staging.settle()
+        n_layers, waits, at = len(cold), np.zeros(len(cold)), 0
+
+        def begin_copy(layer: int) -> None:
+            if layer < n_layers and len(cold[layer]):
+                n_bytes = len(cold[layer]) * int(self.expert_bytes[layer])
+                staging.begin_copy(layer, cold[layer], self._timetable.copy(n_bytes, may_fail=False))
+
+        for layer in range(STAGED_LAYERS):
+            begin_copy(layer)
+        for layer, table in enumerate(self._tables):
+            first, last = table.operations
+            program.run_operations(at, first)
+            spent = time_step(machine, self._work(positions, slots, cold, n_known=layer + 1), waits)
+            clock.advance_to(clock.now + (spent.dense_s + spent.attention_s) / n_layers)
+            if len(cold[layer]):
+                waits[layer] = max(staging.arrival(layer) - clock.now, 0.0)
+                clock.advance_to(staging.arrival(layer))
+                staging.stage(layer)
+            program.run_operations(first, last)
+            clock.advance_to(clock.now + float(spent.layers[0, layer]))
+            if len(cold[layer]):
+                staging.retire(layer, clock.now)
+            begin_copy(layer + STAGED_LAYERS)
+            at = last
+        program.run_operations(at)
+        work = self._work(positions, slots, cold, n_known=n_layers)
+        return work, time_step(machine, work, waits)
 
     def routing(self) -> Routing:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
@@ -260,23 +322,32 @@ class EmulatedProgram:
         """Return what steps and copies so far moved, as a real machine would."""
         return self._traffic + Traffic(self._copied_bytes, self._copied_bytes)
 
-    def _work(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> StepWork:
-        """Return what the step that has just run had to read, by where it was published."""
+    def _work(
+        self,
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        cold: list[npt.NDArray[np.intp]] | None = None,
+        n_known: int | None = None,
+    ) -> StepWork:
+        """Return what the step at hand has to do.
+
+        Args:
+            positions: of its tokens.
+            slots: of its tokens.
+            cold: the experts of each layer that are streamed for it; None if it streams none.
+            n_known: layers that have chosen their experts; those of the others are left out. None for all.
+        """
         footprint, n_tokens, n_layers = self.footprint, len(positions), len(self.footprint.expert_bytes)
-        n_experts = footprint.n_experts
-        counts: npt.NDArray[np.float64] = np.zeros((n_layers, n_experts))
+        counts: npt.NDArray[np.float64] = np.zeros((n_layers, footprint.n_experts))
         if n_layers:
-            layers = np.arange(n_layers)[:, None, None]
-            np.add.at(counts, (layers, self.routing()), 1.0)
-        in_slot = np.zeros(counts.shape, bool)
+            layers = np.arange(n_layers)[:n_known, None, None]
+            np.add.at(counts, (layers, self.routing()[:n_known]), 1.0)
+        on_device = np.full(counts.shape, cold is not None)
         for layer, experts in enumerate(self._memory.published()):
-            in_slot[layer, experts] = True
+            on_device[layer, experts] = True
         chosen = counts > 0
-        is_long = n_tokens >= self._device.bypass_n_tokens
-        on_device = in_slot | is_long
         sizes, macs = footprint.expert_bytes.astype(np.float64), footprint.expert_macs.astype(np.float64)
-        streamed = (chosen & ~in_slot).sum(1) * sizes * is_long
-        work = StepWork(
+        return StepWork(
             n_layers=footprint.n_layers,
             dense_bytes=footprint.dense_bytes,
             attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions, slots)),
@@ -285,11 +356,9 @@ class EmulatedProgram:
             hit_macs=(counts * on_device).sum(1) * macs,
             miss_bytes=(chosen & ~on_device).sum(1) * sizes,
             miss_macs=(counts * ~on_device).sum(1) * macs,
-            streamed_bytes=streamed,
+            streamed_bytes=np.array([len(experts) for experts in cold]) * sizes if cold else np.zeros(n_layers),
             copied_bytes=self._copied_bytes,
         )
-        self._copied_bytes = 0
-        return work
 
 
 def _last_positions(positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -12,7 +12,7 @@ from engine.devices.cpu.memory import ALIGNMENT, Arena
 from engine.devices.emulated.clock import Event, VirtualClock
 from engine.errors import DeviceError
 
-_POISON = 0xFF  # every float made of it is NaN
+POISON = 0xFF  # every float made of it is NaN
 
 
 class HazardError(AssertionError):
@@ -67,7 +67,7 @@ class SlotMemory:
                     offset += -(-size // ALIGNMENT) * ALIGNMENT
                 self._offsets[-1].append(parts)
         self._arena = Arena(offset + ALIGNMENT)
-        self._arena.bytes[:] = _POISON
+        self._arena.bytes[:] = POISON
         self._under_way: dict[tuple[int, int], Copy] = {}  # by layer and slot
 
     @property
@@ -92,7 +92,7 @@ class SlotMemory:
             raise HazardError(f"layer {layer}: two copies into slot {slot} at the same time")
         record.expert = -1
         for offset, size in zip(self._offsets[layer][slot], self._tables[layer].sizes, strict=True):
-            self._arena.bytes[offset : offset + size] = _POISON
+            self._arena.bytes[offset : offset + size] = POISON
         copy = self._under_way[layer, slot] = Copy(layer, expert, slot, event)
         return copy
 

@@ -1,0 +1,46 @@
+"""Where the state of one sequence lies in a program's memory: its keys and values, and its recurrent states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from engine.devices.graph import KVCache, KVType, Limits, State
+
+Owners: TypeAlias = list[tuple[KVCache | State, int]]
+"""Caches and states, each with the offset of the memory of all its sequences."""
+
+Part: TypeAlias = tuple[int, int]
+"""Offset and bytes."""
+
+
+def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iterator[Part]:
+    """Yield the memory that the first `n_tokens` of a sequence fill, which no context's length changes."""
+    for owner, offset in owners:
+        if isinstance(owner, State):
+            yield _state_of(owner, offset, slot)
+            continue
+        start = offset
+        for row_bytes in _rows(owner, limits.kv_type):
+            position_bytes = owner.n_kv_heads * row_bytes
+            yield start + slot * limits.context_length * position_bytes, n_tokens * position_bytes
+            start += limits.n_slots * limits.context_length * position_bytes
+
+
+def recurrent_parts(owners: Owners, slot: int) -> list[Part]:
+    """Return the memory of the recurrent states of a sequence."""
+    return [_state_of(owner, offset, slot) for owner, offset in owners if isinstance(owner, State)]
+
+
+def _state_of(state: State, offset: int, slot: int) -> Part:
+    n_bytes = state.width * 4
+    return offset + slot * n_bytes, n_bytes
+
+
+def _rows(cache: KVCache, kv_type: KVType) -> Iterator[int]:
+    """Yield the bytes of a head of one position in each array of a cache, in the order of `cuda/attention.cu`."""
+    dims = (cache.head_dim,) if cache.values_in_keys else (cache.head_dim, cache.value_dim)
+    size = {KVType.F32: 4, KVType.F16: 2, KVType.Q8_0: 1}[kv_type]
+    yield from (dim * size for dim in dims)
+    if kv_type == KVType.Q8_0:
+        yield from (2 * -(-dim // 32) for dim in dims)

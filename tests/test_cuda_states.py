@@ -1,0 +1,86 @@
+"""Taking the state of a sequence off the GPU and putting it back, on the stand-in driver: the bits stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.data import tiny_model_path
+from engine.errors import DeviceError, RequestError
+from engine.runtime import Engine
+from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
+
+# Without g++, which running the package does not need, there is no emulator.
+pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=3, logprobs=3, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch) -> Iterator:
+    """The stand-in driver as the machine's GPU; afterwards nothing may be left of what the test allocated."""
+    monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
+    stand_in = stand_in_driver()
+    stand_in.reset()
+    yield stand_in
+    assert stand_in.device_bytes == 0
+    assert stand_in.pinned_allocations == 0
+    stand_in.reset()
+    stand_in.set(n_devices=0)
+
+
+def open_engine(path: Path, device: str = "cuda", **settings) -> Engine:
+    settings = {"n_threads": 2, "context_length": 40, "max_batch_tokens": 8, "n_sequences": 2, **settings}
+    moe = MoESettings(hot_k=4 if device == "cuda" else 0)
+    return Engine.open(path, EngineConfig(engine=EngineSettings(device=device, **settings), moe=moe))
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_type"),
+    [("", "f16"), ("qwen3moe/qwen3moe-micro-Q8_0", "q8_0"), ("deepseek2/deepseek2-v2lite-micro-Q8_0", "f32")],
+)
+def test_a_session_goes_on_with_the_same_bits(name: str, kv_type: str, golden_path, tmp_path: Path, driver) -> None:
+    driver.set(order="random", copy_us=200)
+    path, file, prompt = golden_path(f"{name}.gguf") if name else tiny_model_path(), tmp_path / "talk", list(range(9))
+    with open_engine(path, kv_type=kv_type) as engine, engine.new_session() as _, engine.new_session() as session:
+        first = session.generate(prompt, PARAMS)
+        session.save(file)
+        longer = [*prompt, *first.token_ids, 5, 6]
+        expected = session.generate(longer, PARAMS)
+    with open_engine(path, kv_type=kv_type, context_length=32, n_sequences=1) as engine:
+        with engine.new_session() as another:
+            another.run([1, 2, 3, 4, 5] * 4)  # what lay there before must not matter
+        with engine.load_session(file) as session:
+            found = session.generate(longer, PARAMS)
+    assert found.usage.n_reused_tokens == expected.usage.n_reused_tokens == len(prompt) + 2
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    with (
+        open_engine(path, "cpu", kv_type=kv_type) as engine,
+        pytest.raises(RequestError, match="another kind of device"),
+    ):
+        engine.load_session(file)
+
+
+def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(driver) -> None:
+    driver.set(order="random", copy_us=200)
+    with (
+        open_engine(tiny_model_path(), n_sequences=1) as warm,
+        open_engine(tiny_model_path(), n_sequences=1, n_snapshots=0) as cold,
+    ):
+        (end,) = warm.tokenize("<|im_end|>", parse_special=True)
+        first = [*range(40, 52), end]
+        for prompt, n_reused in (([*first, 7, 8], 0), ([*first, 9, 10, end, 7], len(first))):
+            found, expected = warm.generate(prompt, PARAMS), cold.generate(prompt, PARAMS)
+            assert found.usage.n_reused_tokens == n_reused
+            assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+            cold.logits([0])  # forget
+        assert 0 < warm.statistics.snapshot_bytes < warm.statistics.state_bytes * 4
+        driver.fail("cuMemcpyHtoDAsync", 1, "CUDA_ERROR_UNKNOWN")
+        with pytest.raises(DeviceError, match="cuMemcpyHtoDAsync failed"):
+            warm.generate([*first, 7, 8], PARAMS)
+        found, expected = warm.generate([*first, 7, 8], PARAMS), cold.generate([*first, 7, 8], PARAMS)
+        assert found.usage.n_reused_tokens == 0  # nothing false was left
+        assert found.logprobs == expected.logprobs
