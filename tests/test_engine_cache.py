@@ -148,10 +148,20 @@ def test_a_run_can_be_recorded_and_replayed(tmp_path, device, expected) -> None:
     assert study(trace, ["adaptive"], "20%").rows[0].hit_rate > 0.1
 
 
-def test_a_trace_or_profile_that_cannot_be_written_costs_a_warning(tmp_path, caplog) -> None:
-    nowhere = tmp_path / "missing" / "x.npz"
-    with Engine.open(config=config(hot_k=8, record_trace=str(nowhere), profile=str(nowhere))) as engine:
+def test_a_trace_or_profile_that_cannot_be_written_is_refused_at_once(tmp_path) -> None:
+    nowhere = str(tmp_path / "missing" / "x.npz")
+    for refused in (config(hot_k=8, record_trace=nowhere), config(hot_k=8, profile=nowhere)):
+        with pytest.raises(ConfigError, match="cannot be written: there is no folder"):
+            Engine.open(config=refused)
+
+
+def test_a_folder_that_is_gone_at_the_end_costs_a_warning(tmp_path, caplog) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    nowhere = str(folder / "x.npz")
+    with Engine.open(config=config(hot_k=8, record_trace=nowhere, profile=nowhere)) as engine:
         engine.generate(PROMPT, replace(GREEDY, max_tokens=3))
+        folder.rmdir()
     assert "the expert profile is not saved" in caplog.text
     assert "the routing trace is not saved" in caplog.text
 
