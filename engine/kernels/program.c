@@ -499,6 +499,9 @@ int program_causal_conv(program *p, causal_conv_args args) {
                     .in_order = true};
     touch(p, &op, READS, args.x);
     touch(p, &op, WRITES, args.out);
+    const int64_t state_row_bytes = args.n_channels * (int64_t)sizeof(float), n_rows = args.kernel_size - 1;
+    op.accesses[op.n_accesses++] = (memory_access){(uintptr_t)args.state, state_row_bytes, p->n_slots * n_rows,
+                                                   state_row_bytes,       sizeof(float),   true};
     return record(p, op);
 }
 
@@ -516,6 +519,8 @@ int program_delta_net(program *p, delta_net_args args) {
     touch_whole(p, &op, READS, args.beta, args.n_v_heads);
     touch_whole(p, &op, READS, args.alpha, args.n_v_heads);
     touch(p, &op, WRITES, args.out);
+    const int64_t state_size = args.n_v_heads * (int64_t)args.k_dim * args.v_dim;
+    touch_block(&op, WRITES, args.state, p->n_slots * state_size * (int64_t)sizeof(float));
     return record(p, op);
 }
 
