@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Measure what is asked for."""
     _check_outputs([path for path in (args.json, args.csv, args.plot) if path])
+    if (args.kernels or args.profile) and (args.peer or args.json or args.csv or args.plot):
+        raise RequestError("--peer, --json, --csv and --plot do not go with --kernels or --profile")
     if args.plot:
         plots.check_plot(args.plot)
     is_terminal = sys.stdout.isatty()
@@ -79,8 +81,6 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         _converse(args, out, console)
         return 0
     config = _with_context(read_settings(args))
-    if (args.kernels or args.profile) and (args.peer or args.json or args.csv or args.plot):
-        raise RequestError("--peer, --json, --csv and --plot do not go with --kernels or --profile")
     for peer_name in args.peer:
         _check_peer(peer_name, config)
     with Bars(console, quiet=args.quiet) as bars:
