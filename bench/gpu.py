@@ -24,20 +24,11 @@ import numpy as np
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, kernels, probe, tiles
+from engine.devices.cuda.device import CUDAProgram
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
-from engine.devices.cuda.kernels import (
-    Cache,
-    Combined,
-    Count,
-    Exchange,
-    ExpertMatrix,
-    Forms,
-    Launch,
-    Matrix,
-    Rows,
-    Sight,
-)
+from engine.devices.cuda.kernels import Cache, Combined, Exchange, Forms, Sight
+from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import Activation as ExpertActivation
 from engine.devices.graph import Gating, KVType, Limits
@@ -45,7 +36,7 @@ from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.generate.forward import ForwardPass
 from engine.gguf import WeightMemory, open_model_file
-from engine.models import load_model
+from engine.models import Model, load_model
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
@@ -123,6 +114,38 @@ class Bench:
         contiguous = np.ascontiguousarray(values)
         self.stream.upload(address, contiguous.ctypes.data, contiguous.nbytes)
         self.stream.synchronize()
+
+
+@contextmanager
+def opened(bench: Bench) -> Iterator[tuple[Model, WeightMemory]]:
+    """Make the model and its weights, in memory."""
+    start, file = time.perf_counter(), open_model_file(bench.model)
+    try:
+        loaded = load_model(file)
+        weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
+        print(f"{bench.model}: {time.perf_counter() - start:.1f} s to make the weights", flush=True)
+        try:
+            yield loaded, weights
+        finally:
+            weights.close()
+    finally:
+        file.close()
+
+
+@contextmanager
+def compiled(
+    bench: Bench, loaded: Model, weights: WeightMemory, limits: Limits, wish: Wish, **options: int
+) -> Iterator[CUDAProgram]:
+    """Compile the model for the GPU, with its experts placed as wished for."""
+    device = CUDADevice(wish=wish, bandwidths=SPEEDS, **{"n_threads": bench.n_threads, **options})
+    try:
+        program = device.compile(loaded.graph, weights, limits)
+        try:
+            yield program
+        finally:
+            program.close()
+    finally:
+        device.close()
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------
@@ -573,14 +596,9 @@ def handshake(bench: Bench) -> None:
 
 def model(bench: Bench) -> None:
     """Decode and prompt of some layers of a big model, placed in several ways; all must give the same bits."""
-    start = time.perf_counter()
-    file = open_model_file(bench.model)
-    loaded = load_model(file)
-    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
-    bench.note("model", "seconds to make the weights", time.perf_counter() - start)
     limits = Limits(512, 1, 2048, KVType.F16)
-    tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 1024).tolist()
-    try:
+    with opened(bench) as (loaded, weights):
+        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 1024).tolist()
         cpu = CPUDevice(bench.n_threads).compile(loaded.graph, weights, limits)
         on_cpu = ForwardPass(cpu, limits, loaded.spec.n_vocab)
         _time_model(bench, "CPU alone", on_cpu, tokens, min(128, bench.n_prompt))
@@ -598,64 +616,55 @@ def model(bench: Bench) -> None:
         ]
         for name, wish, threads in ways:
             start = time.perf_counter()
-            device = CUDADevice(wish=wish, n_threads=threads, bandwidths=SPEEDS)
-            program = device.compile(loaded.graph, weights, limits)
-            bench.note("model", f"{name}: seconds to open", time.perf_counter() - start)
             try:
-                _fill(bench, name, program)
-                forward = ForwardPass(program, limits, loaded.spec.n_vocab)
-                logits = forward.run(0, tokens[:6], 0, "all").copy()
-                single = np.concatenate(
-                    [forward.run(0, [token], i, "last").copy() for i, token in enumerate(tokens[:6])]
-                )
-                expected = logits if expected is None else expected
-                bench.note(
-                    "model", f"{name}: same bits", bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
-                )
-                bench.note(
-                    "model",
-                    f"{name}: same bits one by one",
-                    bool((single.view(np.uint32) == expected.view(np.uint32)).all()),
-                )
-                bench.note("model", f"{name}: furthest from the CPU's logits", float(np.abs(logits - reference).max()))
-                _time_model(bench, name, forward, tokens, bench.n_prompt)
-                bench.note("model", f"{name}: VRAM", program.device_bytes / 1e9, "GB")
+                with compiled(bench, loaded, weights, limits, wish, n_threads=threads) as program:
+                    bench.note("model", f"{name}: seconds to open", time.perf_counter() - start)
+                    _fill(bench, name, program)
+                    forward = ForwardPass(program, limits, loaded.spec.n_vocab)
+                    logits = forward.run(0, tokens[:6], 0, "all").copy()
+                    single = np.concatenate(
+                        [forward.run(0, [token], i, "last").copy() for i, token in enumerate(tokens[:6])]
+                    )
+                    expected = logits if expected is None else expected
+                    bench.note(
+                        "model", f"{name}: same bits", bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
+                    )
+                    bench.note(
+                        "model",
+                        f"{name}: same bits one by one",
+                        bool((single.view(np.uint32) == expected.view(np.uint32)).all()),
+                    )
+                    bench.note(
+                        "model", f"{name}: furthest from the CPU's logits", float(np.abs(logits - reference).max())
+                    )
+                    _time_model(bench, name, forward, tokens, bench.n_prompt)
+                    bench.note("model", f"{name}: VRAM", program.device_bytes / 1e9, "GB")
             except Exception:  # one placement that fails must not cost the figures of the others
                 print(traceback.format_exc(), flush=True)
                 bench.results.setdefault("errors", []).append(traceback.format_exc())
-            finally:
-                program.close()
-                device.close()
-    finally:
-        weights.close()
-        file.close()
 
 
 def prompt(bench: Bench) -> None:
     """Prompts of a big model whose experts are streamed; all placements must give the same bits."""
-    file = open_model_file(bench.model)
-    loaded = load_model(file)
-    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
-    limits, n_experts = Limits(512, 1, 8192, KVType.Q8_0), loaded.spec.moe.n_experts
-    tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 3000).tolist()
+    limits = Limits(512, 1, 8192, KVType.Q8_0)
     pinned, device_memory = PinnedMemory(256 << 20), DeviceMemory(256 << 20)
     s = bench.seconds(lambda: bench.stream.upload(device_memory.address, pinned.address, 256 << 20))
     pcie, expected = (256 << 20) / s / 1e9, None
     bench.note("prompt", "PCIe", pcie, "GB/s")
     pinned.close()
     device_memory.close()
-    try:
+    with opened(bench) as (loaded, weights):
+        n_experts = loaded.spec.moe.n_experts
+        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 3000).tolist()
         for hot_k, bypass, lengths in (
             (n_experts, 32, (64, 512, 3000)),
             (n_experts * 2 // 5, 32, (64, 512, 3000)),
             (0, 32, (64, 512, 3000)),
             (n_experts * 2 // 5, 10000, (16, 32, 64, 128, 256)),  # the CPU computes what has no slot
         ):
-            device = CUDADevice(wish=Wish(hot_k), n_threads=bench.n_threads, bandwidths=SPEEDS, bypass_n_tokens=bypass)
+            name = f"{hot_k} of {n_experts} experts in slots, {'streams' if bypass == 32 else 'the CPU helps'}"
             start = time.perf_counter()
-            program = device.compile(loaded.graph, weights, limits)
-            try:
-                name = f"{hot_k} of {n_experts} experts in slots, {'streams' if bypass == 32 else 'the CPU helps'}"
+            with compiled(bench, loaded, weights, limits, Wish(hot_k), bypass_n_tokens=bypass) as program:
                 bench.note("prompt", f"{name}: seconds to open", time.perf_counter() - start)
                 bench.note("prompt", f"{name}: tokens in a step", program.limits.max_tokens)
                 _fill(bench, name, program)
@@ -679,12 +688,6 @@ def prompt(bench: Bench) -> None:
                     expected = logits if expected is None else expected
                     same = bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
                     bench.note("prompt", f"{name}: same bits", same)
-            finally:
-                program.close()
-                device.close()
-    finally:
-        weights.close()
-        file.close()
 
 
 def _fill(bench: Bench, name: str, program: Any) -> None:
@@ -731,12 +734,7 @@ def prompt_operations(bench: Bench) -> None:
 
 def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) -> None:
     """Time each launch of a recorded step alone, all experts resident."""
-    file = open_model_file(bench.model)
-    loaded = load_model(file)
-    weights = WeightMemory.load(file, loaded.tensor_names, "memory", n_threads=bench.n_threads)
-    device = CUDADevice(wish=Wish(None), n_threads=bench.n_threads, bandwidths=SPEEDS)
-    program = device.compile(loaded.graph, weights, limits)
-    try:
+    with opened(bench) as (loaded, weights), compiled(bench, loaded, weights, limits, Wish(None)) as program:
         before = np.arange(9, dtype=np.int32)
         program.run(before, before, 0 * before, before[:0])
         ids = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, n_tokens).astype(np.int32)
@@ -754,11 +752,6 @@ def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) 
         for key, (n, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
             bench.note(section, key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
         bench.note(section, "launches of a step", len(launches))
-    finally:
-        program.close()
-        device.close()
-        weights.close()
-        file.close()
 
 
 SECTIONS = {

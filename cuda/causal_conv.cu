@@ -20,6 +20,12 @@ DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[
     return silu(__fmaf_rn(now, w[BEFORE], acc));
 }
 
+DEVICE void load_weights(float (&w)[KERNEL_SIZE], const float *weight, int channel) {
+#pragma unroll
+    for (int j = 0; j < KERNEL_SIZE; j++)
+        w[j] = weight[channel * KERNEL_SIZE + j];
+}
+
 DEVICE void move_on(float (&past)[BEFORE], float now) {
 #pragma unroll
     for (int j = 0; j + 1 < BEFORE; j++)
@@ -36,9 +42,7 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, float *state,
     if (channel >= n_channels)
         return;
     float w[KERNEL_SIZE], past[BEFORE];
-#pragma unroll
-    for (int j = 0; j < KERNEL_SIZE; j++)
-        w[j] = weight[channel * KERNEL_SIZE + j];
+    load_weights(w, weight, channel);
     for (int t = 0; t < n; t++) {
         float *kept = state + (int64_t)slots[t] * BEFORE * n_channels + channel;
         if (t == 0 || slots[t] != slots[t - 1] || positions[t] == 0)
@@ -64,9 +68,7 @@ convolve(const float *x, int64_t x_stride, const float *weight, const float *sta
     if (channel >= n_channels || first >= end)
         return;
     float w[KERNEL_SIZE], past[BEFORE];
-#pragma unroll
-    for (int j = 0; j < KERNEL_SIZE; j++)
-        w[j] = weight[channel * KERNEL_SIZE + j];
+    load_weights(w, weight, channel);
     const int slot = slots[first];
     const float *kept = state + (int64_t)slot * BEFORE * n_channels + channel;
     int n_own = 0; // inputs of this step before the first token, as far as they matter

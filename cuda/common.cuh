@@ -27,7 +27,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
 
 // Every kernel calls this, in every thread, before it reads what kernels write or returns. From Hopper on it may be under
-// way before the kernel before it is over (`Launch` in kernels.py), but only when the one before that is: what is read
+// way before the kernel before it is over (`Launch` in launch.py), but only when the one before that is: what is read
 // earlier must be older than the kernel before.
 DEVICE void begin_kernel() {
     await_previous_kernel();

@@ -66,6 +66,15 @@ DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes,
     return to + misalignment;
 }
 
+// What a block adds to a chain: d * isum, and min_d * imin.
+template <bool HAS_MIN> struct BlockTerm;
+template <> struct __align__(16) BlockTerm<true> {
+    float d, isum, min_d, imin;
+};
+template <> struct __align__(8) BlockTerm<false> {
+    float d, isum;
+};
+
 template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
 
 template <class Format, int N> class RowDots<Format, N, true> {
@@ -80,20 +89,7 @@ template <class Format, int N> class RowDots<Format, N, true> {
     static constexpr int CHUNKS_KEPT = N == 1 ? 4 : N == 2 ? 2 : 1; // before the chains go on
     static constexpr int MAX_ROWS = 16; // of a warp
 
-    // What a block adds to a chain: d * isum, and min_d * imin.
-    struct __align__(16) TermWithMin {
-        float d, isum, min_d, imin;
-    };
-    struct __align__(8) TermWithoutMin {
-        float d, isum;
-    };
-    template <bool HAS_MIN, class A, class B> struct Either {
-        using type = A;
-    };
-    template <class A, class B> struct Either<false, A, B> {
-        using type = B;
-    };
-    using Term = typename Either<Format::HAS_MIN, TermWithMin, TermWithoutMin>::type;
+    using Term = BlockTerm<Format::HAS_MIN>;
 
     const uint8_t *weights;
     int n_rows, n_blocks, n_items, n_chunks; // items: blocks of all rows

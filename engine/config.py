@@ -96,7 +96,8 @@ class MoESettings(Table):
         hot_rebalance_interval: tokens between two looks at which experts to swap, for "window_topk"; the other policies
             look at every token and are held back by `swap_budget`.
         hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache: the experts they choose
-            that are not in it are streamed through the GPU.
+            that are not in it are streamed through the GPU. With many fast cores the CPU's help is quicker for up to
+            some hundred tokens; `bench/gpu.py --sections prompt` shows from how many on streaming pays.
         policy: who decides which experts are kept: "adaptive" (a forecast that is learned, and a budget for swaps),
             "decayed" (forgetting counts), "window_topk" (counts over the last tokens), "lru", "lfru", or "static".
         swap_budget: share of a token's time that copying experts to the GPU may take.

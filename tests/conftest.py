@@ -1,11 +1,15 @@
 """Fixtures that every test may use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.cusim import StandInDriver
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -18,6 +22,21 @@ def no_gpu_by_chance(request: pytest.FixtureRequest) -> None:
 
         if missing_requirement() is None:
             stand_in_driver().set(n_devices=0)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> "Iterator[StandInDriver]":
+    """The stand-in driver as the machine's GPU; afterwards nothing may be left of what the test allocated."""
+    from tests.cusim import StandInCompiler, stand_in_driver  # noqa: PLC0415
+
+    monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
+    stand_in = stand_in_driver()
+    stand_in.reset()
+    yield stand_in
+    assert stand_in.device_bytes == 0
+    assert stand_in.pinned_allocations == 0
+    stand_in.reset()
+    stand_in.set(n_devices=0)  # for tests of other files that take whatever device there is
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs launches of `engine.devices.cuda.kernels` on numpy arrays: in the kernel emulator, or on a GPU."""
+"""Runs kernel launches on numpy arrays: in the kernel emulator, or on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cusim import Module
 
 from engine.devices.cuda.driver import probe
-from engine.devices.cuda.kernels import PADDING, Count, Launch, Rows
+from engine.devices.cuda.launch import PADDING, Count, Launch, Rows
 from engine.devices.cuda.runtime import Context, DeviceMemory, Stream
 from tests.cusim.build import KERNEL_SOURCES
 

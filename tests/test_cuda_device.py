@@ -22,10 +22,9 @@ from engine.gguf.reader import GGUFFile
 from engine.gguf.weights import WeightMemory
 from engine.models import load_model
 from engine.quants.formats import BY_NAME
-from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
+from tests.cusim import StandInCompiler, needs_emulator
 
-# Without g++, which running the package does not need, there is no emulator.
-pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
 SMALL = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
 LIMITS = Limits(max_tokens=8, n_slots=2, context_length=64, kv_type=KVType.F32)
@@ -88,18 +87,6 @@ class Opened:
     def __exit__(self, *_: object) -> None:
         self.program.close()
         self.device.close()
-
-
-@pytest.fixture(autouse=True)
-def driver() -> Iterator:
-    """A fresh stand-in driver for each test; afterwards nothing may be left of what the test allocated."""
-    stand_in = stand_in_driver()
-    stand_in.reset()
-    yield stand_in
-    assert stand_in.device_bytes == 0
-    assert stand_in.pinned_allocations == 0
-    stand_in.reset()
-    stand_in.set(n_devices=0)  # for tests of other files that take whatever device there is
 
 
 @pytest.fixture(scope="module")

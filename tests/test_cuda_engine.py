@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,26 +16,12 @@ from engine.devices.cuda import jit, probe
 from engine.errors import DeviceError
 from engine.gguf import weights
 from engine.runtime import Engine
-from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
+from tests.cusim import needs_emulator
 
-# Without g++, which running the package does not need, there is no emulator.
-pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
 PROMPT = "def add(a, b):\n    return"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-
-
-@pytest.fixture(autouse=True)
-def driver(monkeypatch) -> Iterator:
-    """The stand-in driver as the machine's GPU; afterwards nothing may be left of what the test allocated."""
-    monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
-    stand_in = stand_in_driver()
-    stand_in.reset()
-    yield stand_in
-    assert stand_in.device_bytes == 0
-    assert stand_in.pinned_allocations == 0
-    stand_in.reset()
-    stand_in.set(n_devices=0)
 
 
 def config(device: str = "cuda", **moe) -> EngineConfig:

@@ -8,18 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from golden_files import model_path
-from test_cuda_device import Model, Opened, driver  # noqa: F401 - the fixture that steers the stand-in
+from test_cuda_device import Model, Opened
 
-from engine.devices.cuda.kernels import Launch
+from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Staging
 from engine.devices.cuda.runtime import Stream
 from engine.devices.graph import KVType, Limits, Rows
 from engine.errors import DeviceError
 from engine.gguf.weights import WeightMemory
-from tests.cusim import missing_requirement
+from tests.cusim import needs_emulator
 
-# Without g++, which running the package does not need, there is no emulator.
-pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
 SMALL = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
 LIMITS = Limits(max_tokens=12, n_slots=2, context_length=64, kv_type=KVType.F16)
@@ -86,7 +85,7 @@ def test_swaps_between_long_steps_never_change_a_bit(
     settings: dict,
     prompt_model: Model,
     single_tokens: np.ndarray,
-    driver,  # noqa: F811
+    driver,
     monkeypatch,
 ) -> None:
     """Experts change hands between steps, and are on their way into slots while a step streams the same ones.
@@ -116,7 +115,7 @@ def test_swaps_between_long_steps_never_change_a_bit(
 def test_where_memory_cannot_be_pinned_experts_go_through_buffers(
     prompt_model: Model,
     single_tokens: np.ndarray,
-    driver,  # noqa: F811
+    driver,
 ) -> None:
     driver.fail("cuMemHostRegister", 2, "CUDA_ERROR_UNKNOWN")
     with prompt_model.open(hot_k=2, **SETTINGS) as opened:
@@ -155,7 +154,7 @@ def test_a_failure_in_a_long_step_is_an_error_and_frees_everything(
     event: str,
     nth: int,
     prompt_model: Model,
-    driver,  # noqa: F811
+    driver,
 ) -> None:
     opened = prompt_model.open(hot_k=1, **SETTINGS)
     driver.fail(event, nth)

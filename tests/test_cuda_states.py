@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,25 +10,11 @@ from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingPar
 from engine.data import tiny_model_path
 from engine.errors import DeviceError, RequestError
 from engine.runtime import Engine
-from tests.cusim import StandInCompiler, missing_requirement, stand_in_driver
+from tests.cusim import needs_emulator
 
-# Without g++, which running the package does not need, there is no emulator.
-pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=3, logprobs=3, ignore_eos=True)
-
-
-@pytest.fixture(autouse=True)
-def driver(monkeypatch) -> Iterator:
-    """The stand-in driver as the machine's GPU; afterwards nothing may be left of what the test allocated."""
-    monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
-    stand_in = stand_in_driver()
-    stand_in.reset()
-    yield stand_in
-    assert stand_in.device_bytes == 0
-    assert stand_in.pinned_allocations == 0
-    stand_in.reset()
-    stand_in.set(n_devices=0)
 
 
 def open_engine(path: Path, device: str = "cuda", **settings) -> Engine:

@@ -6,10 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from cusim import KernelError, Module, Pointers, SanitizerError, build, missing_requirement, run_every_way
+from cusim import KernelError, Module, Pointers, SanitizerError, build, needs_emulator, run_every_way
 
-reason = missing_requirement()  # no g++, which running the package does not need
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = needs_emulator
 
 KERNELS = build.HERE / "kernels"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")

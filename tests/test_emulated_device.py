@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,51 +168,39 @@ def test_the_same_seed_gives_the_same_run_to_the_nanosecond(models) -> None:
     assert not np.array_equal(cache.table.ready, other.table.ready)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 4000), adversarial=st.booleans())
-def test_an_interrupt_at_any_line_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
-    """The interrupted token is run again, which a model of attention layers can."""
+def run_interrupted(models, setup: Setup, at_line: int, steps: Sequence[Sequence[int]]) -> None:
+    """Run steps, one of which is interrupted and run again, which a model of attention layers can; compare them."""
     name = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
     expected = models.reference(name)
-    forward, cache, program = models(name).open(
-        Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=64)
-    )
-    interrupter = Interrupter(at_line, INTERRUPTED)
-    for position, token in enumerate(TOKENS[:24]):
+    forward, cache, program = models(name).open(setup)
+    interrupter, position = Interrupter(at_line, INTERRUPTED), 0
+    for step in steps:
         try:
             with interrupter:
-                logits = forward.run(0, [token], position, "all").copy()
+                logits = forward.run(0, step, position, "all").copy()
         except KeyboardInterrupt:
-            logits = forward.run(0, [token], position, "all").copy()
-        assert same_bits(logits, expected[position : position + 1])
+            logits = forward.run(0, step, position, "all").copy()
+        assert same_bits(logits, expected[position : position + len(step)])
+        position += len(step)
     cache.close()
     cache.table.check_integrity()
     program.close()
     assert interrupter.raised == (interrupter.n_lines >= at_line)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 4000), adversarial=st.booleans())
+def test_an_interrupt_at_any_line_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
+    setup = Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=64)
+    run_interrupted(models, setup, at_line, [[token] for token in TOKENS[:24]])
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 2500), adversarial=st.booleans())
 def test_an_interrupt_while_experts_are_streamed_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
-    name = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
-    expected = models.reference(name)
-    forward, cache, program = models(name).open(
-        Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=8)
-    )
-    interrupter = Interrupter(at_line, INTERRUPTED)
-    for position in range(0, 40, 10):  # the last of them one by one
-        parts = [TOKENS[position : position + 10]] if position < 30 else [[t] for t in TOKENS[30:40]]
-        for i, part in enumerate(parts):
-            try:
-                with interrupter:
-                    logits = forward.run(0, part, position + i, "all").copy()
-            except KeyboardInterrupt:
-                logits = forward.run(0, part, position + i, "all").copy()
-            assert same_bits(logits, expected[position + i : position + i + len(part)])
-    cache.close()
-    cache.table.check_integrity()
-    program.close()
-    assert interrupter.raised == (interrupter.n_lines >= at_line)
+    setup = Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=8)
+    long_steps = [TOKENS[start : start + 10] for start in (0, 10, 20)]
+    run_interrupted(models, setup, at_line, [*long_steps, *([token] for token in TOKENS[30:40])])
 
 
 # -- long steps ------------------------------------------------------------------------------------------------------

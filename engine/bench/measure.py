@@ -47,7 +47,8 @@ class Placed:
         swaps: experts copied into slots for a token.
         ram_bytes_s, link_bytes_s, vram_bytes_s: read from RAM, sent over PCIe and read from VRAM in a second.
         cold_tok_s: tokens a second of the first run, right after the start.
-        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took.
+        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took; None if
+            the device does not count them.
         is_virtual: times are those of a virtual clock.
     """
 
@@ -58,7 +59,7 @@ class Placed:
     link_bytes_s: float
     vram_bytes_s: float
     cold_tok_s: float
-    share_of_limit: float
+    share_of_limit: float | None
     is_virtual: bool
 
 
@@ -213,6 +214,6 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
         moved.link / seconds,
         moved.vram / seconds,
         n_gen / samples[0].decode_s,
-        least / seconds,
+        least / seconds if least else None,
         statistics.has_virtual_clock,
     )

@@ -55,11 +55,11 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
     if config.model.path.startswith(PREFIX):
         notes.append(
-            "The weights are random, and random routers have no favourites: "
+            "The weights are random, so the routing is that of no real model: "
             + (
                 "the cache was shown made-up routing that behaves like recorded routing."
                 if statistics.has_virtual_clock
-                else "expect hits by chance alone."
+                else "hits say little about a trained one."
             )
         )
     return notes

@@ -103,7 +103,8 @@ def _paths(row: Row) -> str:
 
 def _share_of_limit(row: Row, limit: float) -> str:
     if row.placed is not None:
-        return f"{row.placed.share_of_limit:.0%}"
+        share = row.placed.share_of_limit
+        return "" if share is None else f"{share:.0%}"
     return f"{row.bandwidth / limit:.0%}" if row.token_bytes and limit else ""
 
 

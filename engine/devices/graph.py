@@ -669,6 +669,11 @@ class Program(Protocol):
     """A compiled forward pass and the sequences it keeps."""
 
     @property
+    def limits(self) -> Limits:
+        """Return what a step may be: what was asked for, or more tokens where the device gains by it."""
+        ...
+
+    @property
     def state_bytes(self) -> int:
         """Return the bytes of all KV caches and recurrent states."""
         ...

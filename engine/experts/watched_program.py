@@ -11,7 +11,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Program
+from engine.devices.graph import Limits, Program
 from engine.devices.slots import ClockedProgram
 from engine.experts.hot_cache import HotCache
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
@@ -23,6 +23,11 @@ class WatchedProgram:
     def __init__(self, program: Program, cache: HotCache | None = None, recorder: TraceRecorder | None = None) -> None:
         self._program, self._cache, self._recorder = program, cache, recorder
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
+
+    @property
+    def limits(self) -> Limits:
+        """Return what a step may be."""
+        return self._program.limits
 
     @property
     def state_bytes(self) -> int:

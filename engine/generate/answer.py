@@ -46,8 +46,29 @@ class Usage:
     n_generated_tokens: int
 
 
+class TokenSpeeds:
+    """Tokens a second, for those who count tokens and the seconds they took."""
+
+    __slots__ = ()
+
+    prompt_s: float
+    decode_s: float
+    n_prompt_tokens: int
+    n_decode_tokens: int
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Return prompt tokens a second, 0 before the first."""
+        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Return generated tokens a second, 0 before the first."""
+        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
 @dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(TokenSpeeds):
     """Seconds of the steps that one request was part of, which others may have shared.
 
     Attributes:
@@ -63,16 +84,6 @@ class Timings:
     decode_s: float
     n_prompt_tokens: int
     n_decode_tokens: int
-
-    @property
-    def prompt_tok_s(self) -> float:
-        """Return prompt tokens a second."""
-        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Return generated tokens a second."""
-        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)

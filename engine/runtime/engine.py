@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.config import EngineConfig, MoESettings, SamplingParams
 from engine.data import tiny_model_path
-from engine.devices.cuda import CUDADevice, CUDAProgram
+from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import measure
 from engine.devices.graph import ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
@@ -96,8 +96,7 @@ class Engine(Answering):
             self._device.close()
             self._weights.close()
             raise
-        if isinstance(self._program, CUDAProgram):  # which may take longer steps than asked for
-            self._limits = self._program.limits
+        self._limits = self._program.limits
         self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
         is_recurrent = any(self.spec.recurrent_layers)
         self._snapshots: Snapshots | None = None

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from engine.devices.timing import Bandwidths, StepTime, Traffic
 from engine.devices.traffic import WeightTraffic
 from engine.experts.hot_cache import CacheStatistics
+from engine.generate.answer import TokenSpeeds
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStatistics:
+class EngineStatistics(TokenSpeeds):
     """What an engine is and what it has done since it was opened.
 
     Attributes:
@@ -55,16 +56,6 @@ class EngineStatistics:
     n_decode_tokens: int = 0
     prompt_s: float = 0.0
     decode_s: float = 0.0
-
-    @property
-    def prompt_tok_s(self) -> float:
-        """Return prompt tokens a second, 0 before the first."""
-        return self.n_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Return generated tokens a second, 0 before the first."""
-        return self.n_decode_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
     def ram_bytes(self) -> int:

@@ -54,6 +54,11 @@ class CPUProgram:
         self._n_tokens = 0
 
     @property
+    def limits(self) -> Limits:
+        """Return what a step may be."""
+        return self._limits
+
+    @property
     def state_bytes(self) -> int:
         """Return the bytes of all KV caches and recurrent states."""
         return self._lowered.state_bytes

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
-from engine.devices.cuda.host_memory import PinnedExperts
+from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
-from engine.devices.cuda.kernels import Exchange, Launch
+from engine.devices.cuda.kernels import Exchange
+from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering, Staging, Streamed
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
@@ -35,13 +36,7 @@ _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
-_SIZES = (
-    1,
-    tiles.MIN_TOKENS - 1,
-    8,
-    64,
-    512,
-)  # steps of up to so many tokens have launches of their own, made for that size
+_SIZES = (1, tiles.MIN_TOKENS - 1, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
 _PROMPT_SHARE = 1 / 8  # of the memory left for experts that larger steps of a prompt may take
 _STAGING_SHARE = 1 / 16  # likewise the ring that experts pass through
@@ -206,10 +201,11 @@ class CUDAProgram:
             exchange = None
             if lowering.needs_cpu:
                 self._pinned = PinnedExperts(lowering, weights)
-                copying = (context, lowering, weights, self._memory.address, device.n_threads, self._pinned)
-                self._copies = ExpertCopies(*copying)
+                is_pinned = self._pinned.is_pinned
+                paths = ExpertPaths(lowering, weights, self._memory.address, device.n_threads, is_pinned)
+                self._copies = ExpertCopies(context, paths)
                 if lowering.staging is not None:
-                    self._expert_stream = ExpertStream(*copying)
+                    self._expert_stream = ExpertStream(context, paths)
                     self._bypass_n_tokens = device.bypass_n_tokens
                 most = min(limits.max_tokens, self._bypass_n_tokens - 1)
                 self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)

@@ -1,11 +1,32 @@
-"""Pins the experts where they lie in RAM, so that the copy engine reads them without help from the CPU."""
+"""The experts where they lie in RAM: pinned, if possible, so that the copy engine reads them without the CPU."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from engine.devices.cuda.driver import DriverCallError
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedPages, close_all
 from engine.devices.graph import WeightAccess
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPaths:
+    """What those need who bring experts to the device.
+
+    Attributes:
+        lowering: what experts there are, and their places on the device.
+        weights: where they come from.
+        base: address of the device allocation.
+        n_threads: fill buffers if any are needed.
+        is_pinned: whether the copy engine can read the weights where they lie, and no buffers are needed.
+    """
+
+    lowering: Lowering
+    weights: WeightAccess
+    base: int
+    n_threads: int
+    is_pinned: bool
 
 
 class PinnedExperts:

@@ -1,8 +1,6 @@
 """Every kernel launch: which file, specialised how, with which grid and arguments.
 
-A function here checks what its kernel assumes and returns a `Launch`; nothing runs. Addresses are device addresses as
-integers; a `Rows` is a matrix of float32 rows. `count` says how many rows exist: the number is read from device memory
-by the kernel, so that one recorded launch serves every step, and the grid is made for the most there can be.
+A function here checks what its kernel assumes and returns a `Launch`; nothing runs. The vocabulary is in `launch.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +8,36 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.devices import graph
+from engine.devices.cuda.launch import (
+    NOTHING,
+    ONE_HEAD,
+    WARP,
+    WITH_MINIMUM,
+    Count,
+    ExpertMatrix,
+    Heads,
+    Launch,
+    Matrix,
+    Rows,
+    alignment,
+    at,
+    ceil_div,
+    float32,
+    int32,
+    int64,
+    pack_expert_matrix,
+    pack_matrices,
+    pointer,
+)
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.errors import DeviceError
 from engine.quants.formats import Activation, QuantFormat
 
-WARP = 32
 N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
-MAX_MATRICES = 8  # `linear.cu`
 MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
-PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`
 
 _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
@@ -34,117 +49,9 @@ _ATTENTION_TOKENS = 8  # up to which the positions are split into parts: more to
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
-_WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
 _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
-
-ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel launch.
-
-    Attributes:
-        source: file in `cuda/`.
-        kernel: name in the file.
-        definitions: how the file is specialised.
-        grid, block: blocks and threads.
-        arguments: ctypes values in the order of the kernel's parameters.
-        shared_bytes: dynamic shared memory.
-        overlaps: it may begin before the launch before it is over, for it calls `begin_kernel` (`common.cuh`).
-    """
-
-    source: str
-    kernel: str
-    definitions: tuple[str, ...]
-    grid: tuple[int, int, int]
-    block: int
-    arguments: tuple[Any, ...]
-    shared_bytes: int = 0
-    overlaps: bool = True
-
-
-class Rows(NamedTuple):
-    """Float32 rows (or activation rows, then in bytes): address of the first value, and from one row to the next."""
-
-    address: int
-    stride: int
-
-
-class Count(NamedTuple):
-    """Rows of an operation: the device address of the number (int32), and the most there can be."""
-
-    address: int
-    most: int
-
-
-class Matrix(NamedTuple):
-    """One of the matrices of `linear`. bias is float32 [n_rows] or 0, scale float32 [n_heads] or 0."""
-
-    address: int
-    n_rows: int
-    out: Rows
-    bias: int = 0
-    scale: int = 0
-
-
-class ExpertMatrix(NamedTuple):
-    """One matrix of every expert slot.
-
-    Attributes:
-        address: of the matrix in slot 0.
-        slot_bytes: from one slot to the next.
-        format: of the weights.
-        scale: float32 [n_experts], or 0.
-        bias: float32 [n_experts, rows], or 0.
-    """
-
-    address: int
-    slot_bytes: int
-    format: QuantFormat
-    scale: int = 0
-    bias: int = 0
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        ("weights", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("n_rows", ctypes.c_int32),
-        ("out_stride", ctypes.c_int32),
-        ("first_block", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    ]
-
-
-class Heads(NamedTuple):
-    """Matrices that follow one another, one for each head: their number, and bytes from one head to the next."""
-
-    n: int
-    weight_bytes: int
-    x_bytes: int
-
-
-ONE_HEAD = Heads(1, 0, 0)
-NOTHING = Rows(0, 0)
-
-
-class _Matrices(ctypes.Structure):
-    _fields_ = [("list", _Matrix * MAX_MATRICES), ("n", ctypes.c_int32), ("unused", ctypes.c_int32)]
-
-
-class _ExpertMatrix(ctypes.Structure):
-    _fields_ = [
-        ("slots", ctypes.c_void_p),
-        ("slot_bytes", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    ]
 
 
 class _Forms(ctypes.Structure):
@@ -183,30 +90,14 @@ class _Cache(ctypes.Structure):
     ]
 
 
-_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-def _at(rows: Rows) -> tuple[Any, Any]:
-    return _pointer(rows.address), _long(rows.stride)
-
-
-def _blocks(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-def alignment(weight_format: QuantFormat) -> int:
-    """Return what the address of a matrix of that format must be a multiple of."""
-    return ALIGNMENT.get(weight_format.name, 2)
-
-
 def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens: int = 1) -> int:
     """Return how many rows a warp takes: as many as leave enough warps for the whole GPU."""
-    wanted, most = _blocks(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
+    wanted, most = ceil_div(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
     if weight_format.activation == Activation.F32:
         return max(_FLOAT_ROWS, min(wanted, most))
     n_blocks = n_cols // weight_format.block_size
     whole = WARP // math.gcd(WARP, n_blocks)  # rows whose blocks leave no lane without work
-    return max(1, min(_blocks(wanted, whole) * whole if wanted > whole // 2 else wanted, most))
+    return max(1, min(ceil_div(wanted, whole) * whole if wanted > whole // 2 else wanted, most))
 
 
 def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
@@ -216,16 +107,16 @@ def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
     chunk = WARP * (1 if size == 256 else 7 if n_bytes < 20 else 5)
     kept = {1: 4, 2: 2}.get(n_tokens, 1)
-    term = 16 if weight_format.name in _WITH_MINIMUM else 8
+    term = 16 if weight_format.name in WITH_MINIMUM else 8
     return _STAGES * (chunk * n_bytes + 16) + (kept * chunk + _MAX_ROWS_PER_WARP) * n_tokens * term
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     """Return the shared memory of activations; `Record`."""
     if activation == Activation.F32:
-        return _blocks(4 * n_tokens * n_cols, 16) * 16
+        return ceil_div(4 * n_tokens * n_cols, 16) * 16
     size = 256 if activation == Activation.Q8_256 else 32
-    return n_tokens * n_cols // size * (_blocks(size + size // 8 + 4, 16) * 16)
+    return n_tokens * n_cols // size * (ceil_div(size + size // 8 + 4, 16) * 16)
 
 
 def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
@@ -240,9 +131,9 @@ def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
 def activation_bytes(activation: Activation, n_cols: int) -> int:
     """Return the bytes of an activation row; layout in `common.cuh`, the same as on the CPU."""
     if activation == Activation.F32:
-        return _blocks(4 * n_cols, 64) * 64
+        return ceil_div(4 * n_cols, 64) * 64
     group = 256 if activation == Activation.Q8_256 else 32
-    return sum(_blocks(n, 64) * 64 for n in (n_cols, n_cols // group * 4, n_cols // 16 * 2))
+    return sum(ceil_div(n, 64) * 64 for n in (n_cols, n_cols // group * 4, n_cols // 16 * 2))
 
 
 def quantize(x: Rows, n_cols: int, activation: Activation, out: Rows, rows_per_token: int, count: Count) -> Launch:
@@ -256,9 +147,9 @@ def quantize(x: Rows, n_cols: int, activation: Activation, out: Rows, rows_per_t
         "quantize.cu",
         "quantize",
         (f"GROUP={group}",),
-        (_blocks(n_cols, 1024), count.most * rows_per_token, 1),
+        (ceil_div(n_cols, 1024), count.most * rows_per_token, 1),
         4 * WARP,
-        (*_at(x), _int(n_cols), *_at(out), _int(rows_per_token), _pointer(count.address)),
+        (*at(x), int32(n_cols), *at(out), int32(rows_per_token), pointer(count.address)),
     )
 
 
@@ -275,33 +166,27 @@ def linear(
 
     With several heads the one matrix is the first head's, as is `x`.
     """
-    assert 0 < len(matrices) <= MAX_MATRICES
-    assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
-    assert all(m.address % alignment(weight_format) == 0 for m in matrices)
     assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
-    packed, first_block = _Matrices(n=len(matrices)), 0
-    for i, m in enumerate(matrices):
-        packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
-        first_block += _blocks(m.n_rows, N_WARPS * per_warp)
+    packed, n_blocks = pack_matrices(matrices, weight_format, heads, N_WARPS * per_warp)
     return Launch(
         "linear.cu",
         "linear",
         (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}"),
-        (first_block, _blocks(count.most, n_tokens), heads.n),
+        (n_blocks, ceil_div(count.most, n_tokens), heads.n),
         N_WARPS * WARP,
         (
             packed,
-            _long(row_bytes),
-            _long(heads.weight_bytes),
-            *_at(x),
-            _long(heads.x_bytes),
-            _int(n_cols),
-            _pointer(grid),
-            _int(per_warp),
-            _pointer(count.address),
+            int64(row_bytes),
+            int64(heads.weight_bytes),
+            *at(x),
+            int64(heads.x_bytes),
+            int32(n_cols),
+            pointer(grid),
+            int32(per_warp),
+            pointer(count.address),
         ),
         _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format, n_tokens),
     )
@@ -330,23 +215,23 @@ def expert_gate_up(
         "expert_gate_up.cu",
         "expert_gate_up",
         (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
-        (_blocks(ffn_size, N_WARPS // 2 * per_warp), count.most * n_used, 1),
+        (ceil_div(ffn_size, N_WARPS // 2 * per_warp), count.most * n_used, 1),
         N_WARPS * WARP,
         (
-            _pointer(ids),
-            _pointer(slots),
-            _int(n_used),
-            _expert_matrix(gate, hidden_size),
-            _expert_matrix(up, hidden_size),
-            *_at(x_gate),
-            *_at(x_up),
-            _int(hidden_size),
-            _int(ffn_size),
-            _pointer(h),
-            _pointer(grids[0]),
-            _pointer(grids[1]),
-            _int(per_warp),
-            _pointer(count.address),
+            pointer(ids),
+            pointer(slots),
+            int32(n_used),
+            pack_expert_matrix(gate, hidden_size),
+            pack_expert_matrix(up, hidden_size),
+            *at(x_gate),
+            *at(x_up),
+            int32(hidden_size),
+            int32(ffn_size),
+            pointer(h),
+            pointer(grids[0]),
+            pointer(grids[1]),
+            int32(per_warp),
+            pointer(count.address),
         ),
         sum(_records_bytes(form, hidden_size, 1) for form in forms)
         + N_WARPS * max(_warp_bytes(matrix.format, 1) for matrix in (gate, up)),
@@ -371,29 +256,23 @@ def expert_down(
         "expert_down.cu",
         "expert_down",
         (f"DOWN_FORMAT={down.format.name}",),
-        (_blocks(hidden_size, N_WARPS * per_warp), count.most * n_used, 1),
+        (ceil_div(hidden_size, N_WARPS * per_warp), count.most * n_used, 1),
         N_WARPS * WARP,
         (
-            _pointer(ids),
-            _pointer(slots),
-            _int(n_used),
-            _expert_matrix(down, ffn_size),
-            *_at(h),
-            _int(hidden_size),
-            _int(ffn_size),
-            *_at(out),
-            _pointer(grid),
-            _int(per_warp),
-            _pointer(count.address),
+            pointer(ids),
+            pointer(slots),
+            int32(n_used),
+            pack_expert_matrix(down, ffn_size),
+            *at(h),
+            int32(hidden_size),
+            int32(ffn_size),
+            *at(out),
+            pointer(grid),
+            int32(per_warp),
+            pointer(count.address),
         ),
         _records_bytes(down.format.activation, ffn_size, 1) + N_WARPS * _warp_bytes(down.format, 1),
     )
-
-
-def _expert_matrix(matrix: ExpertMatrix, n_cols: int) -> _ExpertMatrix:
-    assert matrix.address % alignment(matrix.format) == 0
-    assert matrix.slot_bytes % alignment(matrix.format) == 0
-    return _ExpertMatrix(matrix.address, matrix.slot_bytes, matrix.format.row_bytes(n_cols), matrix.scale, matrix.bias)
 
 
 # -- what is between the products ------------------------------------------------------------------------------------
@@ -415,6 +294,9 @@ class Forms(NamedTuple):
         """Return the kernel's argument."""
         q256, q32 = self.q256 or NOTHING, self.q32 or NOTHING
         return _Forms(q256.address, q32.address, q256.stride, q32.stride)
+
+
+NO_FORMS = Forms()
 
 
 class Combined(NamedTuple):
@@ -450,7 +332,7 @@ def residual(
     weight: int = 0,
     eps: float = 0.0,
     out: Rows | None = None,
-    forms: Forms = Forms(),  # noqa: B008 - a tuple
+    forms: Forms = NO_FORMS,
 ) -> Launch:
     """Add to the residual stream, a + added = total (without `added`: a, and `total` is not written); normalise that.
 
@@ -463,7 +345,7 @@ def residual(
     assert n_cols % _LANE == 0
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in rows)
     assert weight % 16 == 0
-    n_warps = min(_blocks(n_cols, _LANE * WARP), 32)
+    n_warps = min(ceil_div(n_cols, _LANE * WARP), 32)
     return Launch(
         "residual.cu",
         "residual",
@@ -473,13 +355,13 @@ def residual(
             f"NORMALIZE={int(out is not None)}",
             forms.definition,
             f"THREADS={n_warps * WARP}",
-            f"ROUNDS={_blocks(n_cols, n_warps * WARP * _LANE)}",
+            f"ROUNDS={ceil_div(n_cols, n_warps * WARP * _LANE)}",
         ),
         (1, count.most, 1),
         n_warps * WARP,
         (
-            *_at(a),
-            *_at(plain),
+            *at(a),
+            *at(plain),
             _Experts(
                 *combined.out,
                 combined.answers,
@@ -490,13 +372,13 @@ def residual(
                 *shared_gate,
                 combined.scale,
             ),
-            *_at(total),
-            _pointer(weight),
-            _float(eps),
-            *_at(out or NOTHING),
+            *at(total),
+            pointer(weight),
+            float32(eps),
+            *at(out or NOTHING),
             forms.argument,
-            _int(n_cols),
-            _pointer(count.address),
+            int32(n_cols),
+            pointer(count.address),
         ),
     )
 
@@ -513,7 +395,7 @@ def gate(
     n_cols: int,
     gating: Gating,
     count: Count,
-    forms: Forms = Forms(),  # noqa: B008 - a tuple
+    forms: Forms = NO_FORMS,
     head_size: int = 0,
     weight: int = 0,
     eps: float = 0.0,
@@ -527,17 +409,17 @@ def gate(
         "gate.cu",
         "gate",
         (f"IS_SILU={int(gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
-        (_blocks(n_cols, 4 * WARP * _LANE), count.most, 1),
+        (ceil_div(n_cols, 4 * WARP * _LANE), count.most, 1),
         4 * WARP,
         (
-            *_at(x),
-            *_at(by),
-            _pointer(weight),
-            _float(eps),
-            *_at(out),
+            *at(x),
+            *at(by),
+            pointer(weight),
+            float32(eps),
+            *at(out),
             forms.argument,
-            _int(n_cols),
-            _pointer(count.address),
+            int32(n_cols),
+            pointer(count.address),
         ),
     )
 
@@ -546,8 +428,8 @@ def gate(
 
 
 def _elementwise(kernel: str, n_cols: int, count: Count, *arguments: Any) -> Launch:
-    grid = (_blocks(n_cols, _COLUMNS), count.most, 1)
-    return Launch("elementwise.cu", kernel, (), grid, _COLUMNS, (*arguments, _pointer(count.address)))
+    grid = (ceil_div(n_cols, _COLUMNS), count.most, 1)
+    return Launch("elementwise.cu", kernel, (), grid, _COLUMNS, (*arguments, pointer(count.address)))
 
 
 def embed(
@@ -567,49 +449,49 @@ def embed(
         "embed.cu",
         "embed",
         (f"FORMAT={weight_format.name}",),
-        (_blocks(n_cols, _COLUMNS), count.most, 1),
+        (ceil_div(n_cols, _COLUMNS), count.most, 1),
         _COLUMNS,
         (
-            _pointer(table),
-            _long(weight_format.row_bytes(n_cols)),
-            _pointer(token_ids),
-            _int(n_vocab),
-            _int(n_cols),
-            _pointer(grid),
-            *_at(out),
-            _float(scale),
-            _pointer(count.address),
+            pointer(table),
+            int64(weight_format.row_bytes(n_cols)),
+            pointer(token_ids),
+            int32(n_vocab),
+            int32(n_cols),
+            pointer(grid),
+            *at(out),
+            float32(scale),
+            pointer(count.address),
         ),
     )
 
 
 def rms_norm(x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count) -> Launch:
     """Normalise each group of columns; `weight` may be 0."""
-    threads = min(_PER_ROW, _blocks(group_size, WARP) * WARP)
+    threads = min(_PER_ROW, ceil_div(group_size, WARP) * WARP)
     return Launch(
         "elementwise.cu",
         "rms_norm",
         (),
         (n_groups, count.most, 1),
         threads,
-        (*_at(x), _pointer(weight), *_at(out), _int(group_size), _float(eps), _pointer(count.address)),
+        (*at(x), pointer(weight), *at(out), int32(group_size), float32(eps), pointer(count.address)),
     )
 
 
 def add(a: Rows, b: Rows, out: Rows, n_cols: int, count: Count) -> Launch:
     """Add."""
-    return _elementwise("add", n_cols, count, *_at(a), *_at(b), *_at(out), _int(n_cols))
+    return _elementwise("add", n_cols, count, *at(a), *at(b), *at(out), int32(n_cols))
 
 
 def scale(x: Rows, factor: float, by: Rows | None, out: Rows, n_cols: int, count: Count) -> Launch:
     """Multiply by a constant, and by one value for each row if `by` gives them."""
-    rows = (*_at(x), *_at(by or NOTHING), *_at(out))
-    return _elementwise("scale", n_cols, count, *rows, _int(n_cols), _float(factor))
+    rows = (*at(x), *at(by or NOTHING), *at(out))
+    return _elementwise("scale", n_cols, count, *rows, int32(n_cols), float32(factor))
 
 
 def scale_by_position(x: Rows, positions: int, n_cols: int, period: int, slope: float, count: Count) -> Launch:
     """Multiply in place by a factor that grows with the position."""
-    arguments = (*_at(x), _pointer(positions), _int(n_cols), _int(period), _float(slope))
+    arguments = (*at(x), pointer(positions), int32(n_cols), int32(period), float32(slope))
     return _elementwise("scale_by_position", n_cols, count, *arguments)
 
 
@@ -638,14 +520,14 @@ def _split_or_join(
     *,
     is_join: bool,
 ) -> Launch:
-    sizes = (_int(n_heads), _int(first_dim), _int(second_dim), _int(is_join))
+    sizes = (int32(n_heads), int32(first_dim), int32(second_dim), int32(is_join))
     n_cols = n_heads * (first_dim + second_dim)
-    return _elementwise("split_or_join_heads", n_cols, count, *_at(joined), *_at(first), *_at(second), *sizes)
+    return _elementwise("split_or_join_heads", n_cols, count, *at(joined), *at(first), *at(second), *sizes)
 
 
 def select_outputs(x: Rows, output_rows: int, out: Rows, n_cols: int, count: Count) -> Launch:
     """Keep the wanted rows."""
-    return _elementwise("select_outputs", n_cols, count, *_at(x), _pointer(output_rows), *_at(out), _int(n_cols))
+    return _elementwise("select_outputs", n_cols, count, *at(x), pointer(output_rows), *at(out), int32(n_cols))
 
 
 def rope(
@@ -666,14 +548,14 @@ def rope(
         "rope",
         n_heads * n_rot // 2,
         count,
-        *_at(x),
-        _pointer(positions),
-        _pointer(frequencies),
-        _int(n_heads),
-        _int(head_dim),
-        _int(n_rot),
-        _int(style == RopeStyle.NORM),
-        _float(magnitude),
+        *at(x),
+        pointer(positions),
+        pointer(frequencies),
+        int32(n_heads),
+        int32(head_dim),
+        int32(n_rot),
+        int32(style == RopeStyle.NORM),
+        float32(magnitude),
     )
 
 
@@ -704,17 +586,17 @@ def router(
         (1, count.most, 1),
         WARP,
         (
-            *_at(logits),
-            _pointer(bias),
-            _pointer(ids),
-            _pointer(weights),
-            _int(n_used),
-            _int(scoring),
-            _int(n_groups),
-            _int(n_groups_used),
-            _int(normalize),
-            _float(scale),
-            _pointer(count.address),
+            *at(logits),
+            pointer(bias),
+            pointer(ids),
+            pointer(weights),
+            int32(n_used),
+            int32(scoring),
+            int32(n_groups),
+            int32(n_groups_used),
+            int32(normalize),
+            float32(scale),
+            pointer(count.address),
         ),
         shared_bytes,
     )
@@ -749,7 +631,7 @@ def kv_cache_bytes(cache: Cache) -> int:
     dims = (cache.key_dim,) if cache.values_in_keys else (cache.key_dim, cache.value_dim)
     n_heads = cache.n_slots * cache.context_length * cache.n_kv_heads
     if cache.type == KVType.Q8_0:
-        return n_heads * sum(dim + 2 * _blocks(dim, 32) for dim in dims)
+        return n_heads * sum(dim + 2 * ceil_div(dim, 32) for dim in dims)
     return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
 
 
@@ -765,7 +647,7 @@ def check_heads(key_dim: int, value_dim: int) -> None:
 
 def n_attention_parts(cache: Cache) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    return max(1, min(_blocks(_MAX_PARTS, cache.n_kv_heads), _blocks(cache.context_length, 32)))
+    return max(1, min(ceil_div(_MAX_PARTS, cache.n_kv_heads), ceil_div(cache.context_length, 32)))
 
 
 def attention_scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
@@ -795,37 +677,37 @@ def attention(
     assert cache.address % 16 == 0
     check_heads(cache.key_dim, cache.value_dim)
     assert (v is None) == cache.values_in_keys
-    n_tiles = _blocks(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
+    n_tiles = ceil_div(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
     definitions = (
         f"KV_TYPE={int(cache.type)}",
         f"KEY_DIM={cache.key_dim}",
         f"VALUE_DIM={cache.value_dim}",
         f"GROUP={group}",
-        f"HEADS={_blocks(group, n_tiles)}",
+        f"HEADS={ceil_div(group, n_tiles)}",
         f"SHARED={int(cache.values_in_keys)}",
     )
     places = (
         _Cache(cache.address, cache.n_slots, cache.context_length, cache.n_kv_heads),
-        _pointer(positions),
-        _pointer(slots),
+        pointer(positions),
+        pointer(slots),
     )
 
     def launch(kernel: str, grid: tuple[int, int, int], block: int, *arguments: Any) -> Launch:
-        return Launch("attention.cu", kernel, definitions, grid, block, (*arguments, _pointer(count.address)))
+        return Launch("attention.cu", kernel, definitions, grid, block, (*arguments, pointer(count.address)))
 
-    threads = _blocks(max(cache.key_dim, cache.value_dim), WARP) * WARP
+    threads = ceil_div(max(cache.key_dim, cache.value_dim), WARP) * WARP
     grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
-    launches = [launch("store_kv", grid, threads, *_at(k), *_at(v or NOTHING), *places)]
-    scratch, limits = (_pointer(values), _pointer(parts)), (_int(sight.window), _int(sight.chunk))
-    what = (*_at(q), *places, _float(scale), *limits)
+    launches = [launch("store_kv", grid, threads, *at(k), *at(v or NOTHING), *places)]
+    scratch, limits = (pointer(values), pointer(parts)), (int32(sight.window), int32(sight.chunk))
+    what = (*at(q), *places, float32(scale), *limits)
     if count.most > _ATTENTION_TOKENS:
         grid = (cache.n_kv_heads * n_tiles, count.most, 1)
-        merging = (_int(n_parts), _pointer(sight.sinks))
-        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *_at(out))]
-    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), _int(0)
+        merging = (int32(n_parts), pointer(sight.sinks))
+        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *at(out))]
+    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), int32(0)
     launches.append(launch("attend", grid, 4 * WARP, *what, *scratch, begin))
-    sums = (*scratch, _int(n_parts), _pointer(sight.sinks), _pointer(positions))
-    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *_at(out), begin))
+    sums = (*scratch, int32(n_parts), pointer(sight.sinks), pointer(positions))
+    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *at(out), begin))
     return launches
 
 
@@ -845,13 +727,13 @@ def causal_conv(
 ) -> list[Launch]:
     """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
     assert kernel_size >= 2
-    n_blocks, definitions = _blocks(n_channels, _COLUMNS), (f"KERNEL_SIZE={kernel_size}",)
-    places = (_int(n_channels), _pointer(positions), _pointer(slots), _pointer(count.address))
-    what = (*_at(x), _pointer(weight), _pointer(state), *_at(out), *places)
+    n_blocks, definitions = ceil_div(n_channels, _COLUMNS), (f"KERNEL_SIZE={kernel_size}",)
+    places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
+    what = (*at(x), pointer(weight), pointer(state), *at(out), *places)
     if count.most <= _CONVOLVED_AT_ONCE:
         return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _COLUMNS, what)]
-    grid = (n_blocks, _blocks(count.most, _CONVOLVED_AT_ONCE), 1)
-    kept = (*_at(x), _pointer(state), *places)
+    grid = (n_blocks, ceil_div(count.most, _CONVOLVED_AT_ONCE), 1)
+    kept = (*at(x), pointer(state), *places)
     return [
         Launch("causal_conv.cu", "convolve", definitions, grid, _COLUMNS, what),
         Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _COLUMNS, kept),
@@ -886,25 +768,25 @@ def delta_net(
         "delta_net.cu",
         "delta_net",
         (f"K_DIM={k_dim}", f"V_DIM={v_dim}"),
-        (n_v_heads, _blocks(v_dim, 8), 1),
+        (n_v_heads, ceil_div(v_dim, 8), 1),
         8 * WARP,
         (
-            _pointer(q),
-            _pointer(k),
-            _pointer(v),
-            _long(qkv_stride),
-            *_at(beta),
-            *_at(alpha),
-            _pointer(a),
-            _pointer(dt_bias),
-            _pointer(state),
-            *_at(out),
-            _int(n_k_heads),
-            _int(grouped),
-            _float(eps),
-            _pointer(positions),
-            _pointer(slots),
-            _pointer(count.address),
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            int64(qkv_stride),
+            *at(beta),
+            *at(alpha),
+            pointer(a),
+            pointer(dt_bias),
+            pointer(state),
+            *at(out),
+            int32(n_k_heads),
+            int32(grouped),
+            float32(eps),
+            pointer(positions),
+            pointer(slots),
+            pointer(count.address),
         ),
     )
 
@@ -937,19 +819,19 @@ def publish_misses(
         (1, 1, 1),
         512,
         (
-            _pointer(ids),
-            _pointer(slots),
-            _int(n_used),
-            *_at(x),
-            _int(hidden_size),
-            _pointer(exchange.missing_ids),
-            _pointer(exchange.x),
-            _pointer(exchange.requested),
-            _pointer(exchange.step),
-            _int(layer),
-            _int(exchange.n_layers),
-            _pointer(exchange.n_misses),
-            _pointer(count.address),
+            pointer(ids),
+            pointer(slots),
+            int32(n_used),
+            *at(x),
+            int32(hidden_size),
+            pointer(exchange.missing_ids),
+            pointer(exchange.x),
+            pointer(exchange.requested),
+            pointer(exchange.step),
+            int32(layer),
+            int32(exchange.n_layers),
+            pointer(exchange.n_misses),
+            pointer(count.address),
         ),
     )
 
@@ -957,12 +839,12 @@ def publish_misses(
 def await_answer(exchange: Exchange, layer: int) -> Launch:
     """Wait for the CPU's answer, if anything was asked."""
     words = (exchange.answered, exchange.abandoned, exchange.step)
-    numbers = (_int(layer), _int(exchange.n_layers))
-    arguments = (*map(_pointer, words), *numbers, _pointer(exchange.n_misses))
+    numbers = (int32(layer), int32(exchange.n_layers))
+    arguments = (*map(pointer, words), *numbers, pointer(exchange.n_misses))
     return Launch("handshake.cu", "await_answer", (), (1, 1, 1), 1, arguments)
 
 
 def publish_end(exchange: Exchange) -> Launch:
     """Tell the CPU that the step is over."""
-    arguments = (_pointer(exchange.requested), _pointer(exchange.step), _int(exchange.n_layers))
+    arguments = (pointer(exchange.requested), pointer(exchange.step), int32(exchange.n_layers))
     return Launch("handshake.cu", "publish_end", (), (1, 1, 1), 1, arguments)

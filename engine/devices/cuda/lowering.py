@@ -3,7 +3,7 @@
 The first pass walks the operations in order: it reserves device memory for weights, caches and states, notes when each
 result is first made and last used, and puts activations into the forms that the weight formats take (once for each
 form, however many matrices read them). The second makes the launches, for steps of at most some number of rows; a
-program has two such lists over the same memory, for single tokens and for many.
+program has such a list for each of some sizes of steps, over the same memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +20,8 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.cuda import kernels, tiles
-from engine.devices.cuda.kernels import (
-    NOTHING,
-    Cache,
-    Combined,
-    Count,
-    Exchange,
-    ExpertMatrix,
-    Forms,
-    Heads,
-    Launch,
-    Matrix,
-    Rows,
-    Sight,
-)
+from engine.devices.cuda.kernels import Cache, Combined, Exchange, Forms, Sight
+from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.sequence_state import Owners
 from engine.devices.cuda.tiles import Groups, Sizes
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
@@ -48,12 +36,12 @@ class Layout:
     """Hands out places in one device allocation that does not exist yet."""
 
     def __init__(self) -> None:
-        self.n_bytes = _ALIGNMENT  # weight matrices need some bytes before them, see `kernels.PADDING`
+        self.n_bytes = _ALIGNMENT  # weight matrices need some bytes before them, see `launch.PADDING`
 
     def reserve(self, n_bytes: int) -> int:
         """Return the offset of a new place, with some bytes of nothing behind it."""
         offset = self.n_bytes
-        self.n_bytes += -(-(n_bytes + kernels.PADDING) // _ALIGNMENT) * _ALIGNMENT
+        self.n_bytes += -(-(n_bytes + PADDING) // _ALIGNMENT) * _ALIGNMENT
         return offset
 
 
@@ -197,6 +185,10 @@ class Pass:
     def at(self, offset: int | None) -> int:
         """Return the address of something that may not exist: 0 then."""
         return 0 if offset is None else self.base + offset
+
+
+Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]
+"""Gives what is added to the residual stream, what to it, and where the sum goes."""
 
 
 class StepLayout:
@@ -479,13 +471,9 @@ class Lowering:
 
     def _residual(self, before: ops.Add | ops.Combine | None, norm: ops.RMSNorm | None) -> None:
         """Record a sum into the residual stream, a norm of a whole row, or both as one."""
-        if before is None:
-            assert norm is not None
-            x = self._use(norm.x)
-            source: Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]] = lambda p: (p.rows(x), None, NOTHING)  # noqa: E731
-            tensor = norm.x
-        else:
-            source, tensor = self._sum(before), before.out
+        tensor = before.out if before else norm.x if norm else None
+        assert tensor is not None
+        source = self._sum(before) if before else self._no_sum(tensor)
         out, weight = (self._use(norm.out), self._vector(norm.weight)) if norm else (None, None)
         finish = self._finish(norm.out) if norm else Finish(self._index)
 
@@ -504,7 +492,12 @@ class Lowering:
 
         self._calls.append(launches)
 
-    def _sum(self, op: ops.Add | ops.Combine) -> Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]:
+    def _no_sum(self, x: Tensor) -> Summands:
+        """Return what gives a tensor as it is."""
+        place = self._use(x)
+        return lambda p: (p.rows(place), None, NOTHING)
+
+    def _sum(self, op: ops.Add | ops.Combine) -> Summands:
         """Return what gives the summands and the place of their sum."""
         total = self._use(op.out)
         if isinstance(op, ops.Add):
@@ -539,8 +532,8 @@ class Lowering:
             groups.setdefault(weight.format, []).append(i)
         outs = [self._use(out) for out in op.outs]
         for weight_format, members in groups.items():
-            for first in range(0, len(members), kernels.MAX_MATRICES):
-                self._linear_launch(op, weight_format, members[first : first + kernels.MAX_MATRICES], outs)
+            for first in range(0, len(members), MAX_MATRICES):
+                self._linear_launch(op, weight_format, members[first : first + MAX_MATRICES], outs)
 
     def _linear_launch(self, op: ops.Linear, weight_format: QuantFormat, members: list[int], outs: list[Place]) -> None:
         x, grid = self._activations(op.x, weight_format.activation), self._grid(weight_format)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from engine.devices.cuda.driver import GPU, DriverCallError, bindings, call
 from engine.devices.cuda.jit import Compiler, NVRTCCompiler, Progress
-from engine.devices.cuda.kernels import Launch
+from engine.devices.cuda.launch import Launch
 from engine.errors import DeviceError
 
 _WRONG_IMAGE = {"CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX"}
@@ -150,7 +150,7 @@ class Stream:
         """Queue a kernel."""
         arguments, function = launch.arguments, self.context.function(launch)
         packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        if not (launch.overlaps and self.context.gpu.can_overlap):
+        if not self.context.gpu.can_overlap:
             sizes = (*launch.grid, launch.block, 1, 1, launch.shared_bytes)
             call("cuLaunchKernel", function, *sizes, self.handle, ctypes.addressof(packed), 0)
             return

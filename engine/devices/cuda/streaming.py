@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
-from engine.devices.cuda.host_memory import PinnedExperts
-from engine.devices.cuda.kernels import Launch
-from engine.devices.cuda.lowering import Lowering, Streamed
+from engine.devices.cuda.host_memory import ExpertPaths
+from engine.devices.cuda.launch import Launch
+from engine.devices.cuda.lowering import Streamed
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
-from engine.devices.graph import WeightAccess
 
 T = TypeVar("T", Stream, PinnedMemory, Event)
 _HOST_BUFFERS = 3  # that the CPU's threads fill, where experts cannot be copied from where they lie
@@ -32,31 +31,22 @@ class ExpertStream:
         table_address: of the same, for copies to the device.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        lowering: Lowering,
-        weights: WeightAccess,
-        base: int,
-        n_threads: int,
-        pinned: PinnedExperts,
-    ) -> None:
-        """Make the ring; `base` is where the device allocation begins, `n_threads` fill buffers if any are needed."""
-        assert lowering.staging is not None
-        self._lowering, self._staging = lowering, lowering.staging
-        self._weights, self._base, self._n_threads = weights, base, n_threads
+    def __init__(self, context: Context, paths: ExpertPaths) -> None:
+        """Make the ring."""
+        self._paths, self._lowering = paths, paths.lowering
+        assert self._lowering.staging is not None
+        self._staging = self._lowering.staging
         self._owned: list[Stream | PinnedMemory | Event] = []
         self._cold: list[list[int]] = []
         try:
             self._stream = self._own(Stream(context))
             self._filled = [self._own(Event()) for _ in range(self._staging.n_buffers)]
             self._emptied = [self._own(Event()) for _ in range(self._staging.n_buffers)]
-            n_host = 0 if pinned.is_pinned else _HOST_BUFFERS
-            self._host = [
-                (self._own(PinnedMemory(lowering.staging_buffer_bytes)), self._own(Event())) for _ in range(n_host)
-            ]
-            n_layers = len(lowering.expert_layers)
-            self._table = self._own(PinnedMemory(4 * n_layers * lowering.n_experts))
+            n_host = 0 if paths.is_pinned else _HOST_BUFFERS
+            n_bytes = self._lowering.staging_buffer_bytes
+            self._host = [(self._own(PinnedMemory(n_bytes)), self._own(Event())) for _ in range(n_host)]
+            n_layers = len(self._lowering.expert_layers)
+            self._table = self._own(PinnedMemory(4 * n_layers * self._lowering.n_experts))
         except BaseException:
             self.close()
             raise
@@ -119,7 +109,7 @@ class ExpertStream:
     def _copy(self, step: Streamed, experts: list[int], turn: int) -> None:
         """Queue the copy of some experts' matrices into the next buffer, after the kernels that read it before."""
         buffer = turn % self._staging.n_buffers
-        to = self._base + self._lowering.staging_offset + buffer * self._lowering.staging_buffer_bytes
+        to = self._paths.base + self._lowering.staging_offset + buffer * self._lowering.staging_buffer_bytes
         pieces = list(self._pieces(step, experts))
         if turn >= self._staging.n_buffers:
             self._stream.wait(self._emptied[buffer])
@@ -127,7 +117,7 @@ class ExpertStream:
             host, sent = self._host[turn % len(self._host)]
             sent.synchronize()
             for address, offset, n_bytes in pieces:
-                _kernels.parallel_copy(address, host.address + offset, n_bytes, self._n_threads)
+                _kernels.parallel_copy(address, host.address + offset, n_bytes, self._paths.n_threads)
             _, offset, n_bytes = pieces[-1]
             self._stream.upload(to, host.address, offset + n_bytes)
             sent.record(self._stream)
@@ -140,7 +130,7 @@ class ExpertStream:
         """Yield (address in RAM, offset in the buffer, bytes) of stretches that lie together in both."""
         layer = self._lowering.expert_layers[step.layer]
         for i, start in zip(step.matrices, layer.staged(step.matrices, self._staging.at_once), strict=True):
-            array, stride = self._weights.array(layer.weights[i].name), layer.slot_bytes[i]
+            array, stride = self._paths.weights.array(layer.weights[i].name), layer.slot_bytes[i]
             address, first, n_bytes = -1, 0, 0
             for position, expert in enumerate(experts):
                 source = layer.expert(array, i, expert)

@@ -11,10 +11,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine import _kernels
-from engine.devices.cuda.host_memory import PinnedExperts
-from engine.devices.cuda.lowering import Lowering
+from engine.devices.cuda.host_memory import ExpertPaths
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
-from engine.devices.graph import WeightAccess
 from engine.errors import DeviceError
 
 N_AT_ONCE = 8
@@ -40,21 +38,10 @@ class Copy:
 class ExpertCopies:
     """The copies that are under way. To be used by the thread that runs the steps."""
 
-    def __init__(
-        self,
-        context: Context,
-        lowering: Lowering,
-        weights: WeightAccess,
-        base: int,
-        n_threads: int,
-        pinned: PinnedExperts,
-    ) -> None:
-        """Make the ring; `base` is where the device allocation begins, `n_threads` fill buffers if any are needed."""
-        self._lowering = lowering
-        self._weights = weights
-        self._base = base
-        self._n_threads = n_threads
-        largest = max((sum(layer.slot_bytes) for layer in lowering.expert_layers), default=0)
+    def __init__(self, context: Context, paths: ExpertPaths) -> None:
+        """Make the ring."""
+        self._paths = paths
+        largest = max((sum(layer.slot_bytes) for layer in paths.lowering.expert_layers), default=0)
         self._owned: list[Stream | PinnedMemory | Event] = []
         self._waiting: deque[Copy] = deque()
         self._under_way: deque[tuple[Copy, PinnedMemory | None, Event]] = deque()
@@ -63,7 +50,7 @@ class ExpertCopies:
             self._stream = Stream(context)
             self._owned.append(self._stream)
             for _ in range(N_AT_ONCE):
-                buffer = None if pinned.is_pinned else PinnedMemory(largest)
+                buffer = None if paths.is_pinned else PinnedMemory(largest)
                 if buffer is not None:
                     self._owned.append(buffer)
                 self._owned.append(event := Event())
@@ -119,14 +106,15 @@ class ExpertCopies:
         close_all(owned)
 
     def _start(self, copy: Copy, buffer: PinnedMemory | None, event: Event) -> None:
-        experts, at = self._lowering.expert_layers[copy.layer], 0
+        paths, at = self._paths, 0
+        experts = paths.lowering.expert_layers[copy.layer]
         for i, weight in enumerate(experts.weights):
-            source = experts.expert(self._weights.array(weight.name), i, copy.expert)
+            source = experts.expert(paths.weights.array(weight.name), i, copy.expert)
             address = int(source.ctypes.data)
             if buffer is not None:
-                _kernels.parallel_copy(address, buffer.address + at, source.nbytes, self._n_threads)
+                _kernels.parallel_copy(address, buffer.address + at, source.nbytes, paths.n_threads)
                 address = buffer.address + at
-            to = self._base + experts.slots[i] + copy.slot * experts.slot_bytes[i]
+            to = paths.base + experts.slots[i] + copy.slot * experts.slot_bytes[i]
             self._stream.upload(to, address, source.nbytes)
             at += experts.slot_bytes[i]
         event.record(self._stream)

@@ -10,25 +10,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.devices import graph
-from engine.devices.cuda.kernels import (
-    MAX_MATRICES,
+from engine.devices.cuda.launch import (
     ONE_HEAD,
     WARP,
+    WITH_MINIMUM,
     Count,
     ExpertMatrix,
     Heads,
     Launch,
     Matrix,
     Rows,
-    _at,
-    _blocks,
-    _expert_matrix,
-    _int,
-    _long,
-    _Matrices,
-    _Matrix,
-    _pointer,
     alignment,
+    at,
+    ceil_div,
+    int32,
+    int64,
+    pack_expert_matrix,
+    pack_matrices,
+    pointer,
 )
 from engine.quants.formats import Activation, QuantFormat
 
@@ -39,7 +38,6 @@ _CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights 
 _WARPS, _ROWS, _TOKENS, _STEP = 4, 64, 64, 256  # of a tile; `tiles.cuh`
 _FLOAT_ROWS, _FLOAT_TOKENS = 32, 16  # `linear_float_tiles.cu`
 _MANY_BLOCKS = 2048
-_WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
 
 
 def has_integer_form(weight_format: QuantFormat) -> bool:
@@ -57,7 +55,7 @@ def shared_bytes(weight_format: QuantFormat) -> int:
     n_blocks, stride = _STEP // weight_format.block_size, _STEP + 16
     raw = (n_blocks * weight_format.block_bytes + (0 if alignment(weight_format) == 16 else 30)) // 16 * 16
     x = 2 * _TOKENS * (stride + 4 * n_blocks)
-    sums = (2 * _TOKENS if weight_format.name in _WITH_MINIMUM else 1) * 2 * (_STEP // 16)
+    sums = (2 * _TOKENS if weight_format.name in WITH_MINIMUM else 1) * 2 * (_STEP // 16)
     scales = 2 * (16 if n_blocks == 1 else 1) * (_STEP // 16)
     return x + sums + _WARPS * (16 * (raw + stride) + scales)
 
@@ -72,32 +70,26 @@ def linear(
     heads: Heads = ONE_HEAD,
 ) -> Launch:
     """Do what `kernels.linear` does, for many tokens, with the same bits."""
-    assert 0 < len(matrices) <= MAX_MATRICES
-    assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
-    assert all(m.address % alignment(weight_format) == 0 for m in matrices)
     is_integer = has_integer_form(weight_format)
     assert not is_integer or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
     n_rows, n_tokens = (_ROWS, _TOKENS) if is_integer else (_FLOAT_ROWS, _FLOAT_TOKENS)
     name = "linear_tiles" if is_integer else "linear_float_tiles"
-    packed, first_block = _Matrices(n=len(matrices)), 0
-    for i, m in enumerate(matrices):
-        packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, first_block)
-        first_block += _blocks(m.n_rows, n_rows)
+    packed, n_blocks = pack_matrices(matrices, weight_format, heads, n_rows)
     return Launch(
         f"{name}.cu",
         name,
         (f"FORMAT={weight_format.name}",),
-        (first_block, _blocks(count.most, n_tokens), heads.n),
+        (n_blocks, ceil_div(count.most, n_tokens), heads.n),
         _WARPS * WARP,
         (
             packed,
-            _long(weight_format.row_bytes(n_cols)),
-            _long(heads.weight_bytes),
-            *_at(x),
-            _long(heads.x_bytes),
-            _int(n_cols),
-            _pointer(grid),
-            _pointer(count.address),
+            int64(weight_format.row_bytes(n_cols)),
+            int64(heads.weight_bytes),
+            *at(x),
+            int64(heads.x_bytes),
+            int32(n_cols),
+            pointer(grid),
+            pointer(count.address),
         ),
         shared_bytes(weight_format) if is_integer else 0,
     )
@@ -133,7 +125,7 @@ class Sizes(NamedTuple):
     @property
     def n_groups(self) -> int:
         """Return the groups that there can be: the experts in slots, and batches of all others."""
-        return 1 + _blocks(self.n_experts, self.at_once)
+        return 1 + ceil_div(self.n_experts, self.at_once)
 
 
 def pays_to_group(sizes: Sizes, max_tokens: int) -> bool:
@@ -157,23 +149,23 @@ def group_choices(ids: int, places: int, sizes: Sizes, groups: Groups, count: Co
     shared = 8 * sizes.n_experts
     assert shared <= 48 << 10
     sort = (
-        _pointer(ids),
-        _pointer(places),
-        _int(sizes.n_used),
-        _int(sizes.n_experts),
-        _int(sizes.at_once),
-        _int(sizes.n_groups),
-        _pointer(groups.first_choice),
-        _pointer(groups.tiles),
-        _pointer(groups.first_tile),
-        _pointer(count.address),
+        pointer(ids),
+        pointer(places),
+        int32(sizes.n_used),
+        int32(sizes.n_experts),
+        int32(sizes.at_once),
+        int32(sizes.n_groups),
+        pointer(groups.first_choice),
+        pointer(groups.tiles),
+        pointer(groups.first_tile),
+        pointer(count.address),
     )
     place = (
-        _pointer(ids),
-        _int(sizes.n_used),
-        _pointer(groups.first_choice),
-        _pointer(groups.choices),
-        _pointer(count.address),
+        pointer(ids),
+        int32(sizes.n_used),
+        pointer(groups.first_choice),
+        pointer(groups.choices),
+        pointer(count.address),
     )
     return [
         Launch("group_choices.cu", "group_choices", (), (1, 1, 1), 512, sort, shared),
@@ -208,15 +200,15 @@ def expert_gate_up(
         _WARPS * WARP,
         (
             *_group(groups, group, sizes),
-            _expert_matrix(gate, sizes.hidden_size),
-            _expert_matrix(up, sizes.hidden_size),
-            *_at(x_gate),
-            *_at(x_up),
-            _int(sizes.hidden_size),
-            _int(sizes.ffn_size),
-            _pointer(h),
-            _pointer(grids[0]),
-            _pointer(grids[1]),
+            pack_expert_matrix(gate, sizes.hidden_size),
+            pack_expert_matrix(up, sizes.hidden_size),
+            *at(x_gate),
+            *at(x_up),
+            int32(sizes.hidden_size),
+            int32(sizes.ffn_size),
+            pointer(h),
+            pointer(grids[0]),
+            pointer(grids[1]),
         ),
         max(shared_bytes(gate.format), shared_bytes(up.format)),
     )
@@ -242,23 +234,23 @@ def expert_down(
         _WARPS * WARP,
         (
             *_group(groups, group, sizes),
-            _expert_matrix(down, sizes.ffn_size),
-            *_at(h),
-            _int(sizes.hidden_size),
-            _int(sizes.ffn_size),
-            *_at(out),
-            _pointer(grid),
+            pack_expert_matrix(down, sizes.ffn_size),
+            *at(h),
+            int32(sizes.hidden_size),
+            int32(sizes.ffn_size),
+            *at(out),
+            pointer(grid),
         ),
         shared_bytes(down.format),
     )
 
 
 def _group(groups: Groups, group: ctypes.c_int32, sizes: Sizes) -> tuple[object, ...]:
-    places = (_pointer(groups.tiles), _pointer(groups.first_tile), group, _pointer(groups.choices))
-    return (*places, _int(sizes.n_used))
+    places = (pointer(groups.tiles), pointer(groups.first_tile), group, pointer(groups.choices))
+    return (*places, int32(sizes.n_used))
 
 
 def _expert_grid(n_rows: int, most: int) -> tuple[int, int, int]:
     """Return a grid that fills any GPU a few times; blocks go on to further tiles."""
-    n_blocks = _blocks(n_rows, _ROWS)
-    return n_blocks, min(most, max(8, _blocks(_MANY_BLOCKS, n_blocks))), 1
+    n_blocks = ceil_div(n_rows, _ROWS)
+    return n_blocks, min(most, max(8, ceil_div(_MANY_BLOCKS, n_blocks))), 1

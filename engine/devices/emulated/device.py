@@ -144,6 +144,11 @@ class EmulatedProgram:
     # -- a program ---------------------------------------------------------------------------------------------------
 
     @property
+    def limits(self) -> Limits:
+        """Return what a step may be."""
+        return self._program.limits
+
+    @property
     def state_bytes(self) -> int:
         """Return the bytes of all KV caches and recurrent states."""
         return self._program.state_bytes
