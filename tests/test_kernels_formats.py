@@ -205,6 +205,15 @@ def test_few_tokens_and_long_rows_change_no_bit(fmt: QuantFormat, n_tokens: int)
 
 
 @each_format
+def test_one_token_and_very_long_rows_change_no_bit(fmt: QuantFormat) -> None:
+    """More columns than one token's activations are put in order for at a time, and no whole number of 256."""
+    n_rows, n_cols = 5, 9216 + (96 if fmt.block_size == 32 else 0)
+    raw, x = random_rows(fmt, n_rows, n_cols, seed=6), normal(2, n_cols, seed=6)
+    found = [_kernels.matmul(fmt.ggml_type, raw, x, 1, isa) for isa in LEVELS]
+    assert all(np.array_equal(bits(each), bits(found[0])) for each in found)
+
+
+@each_format
 def test_the_error_against_exact_arithmetic_is_that_of_the_activations(fmt: QuantFormat) -> None:
     """8-bit activations cost about 0.4 % of the norm of the result for normal values; float formats nothing."""
     n_cols = 3072

@@ -5,6 +5,8 @@
 #ifndef ENGINE_BLOCKS_H
 #define ENGINE_BLOCKS_H
 
+#include "table.h"
+
 #include <assert.h>
 #include <stdint.h>
 
@@ -39,7 +41,8 @@
     X(Q1_0, 41, 128, 18, F32)                                                                                          \
     X(Q2_0, 42, 64, 18, F32)
 
-#define BLOCK_ENUM(NAME, TYPE, SIZE, BYTES, ACTIVATION) NAME##_BLOCK_SIZE = SIZE, NAME##_BLOCK_BYTES = BYTES,
+#define BLOCK_ENUM(NAME, TYPE, SIZE, BYTES, ACTIVATION)                                                                \
+    NAME##_BLOCK_SIZE = SIZE, NAME##_BLOCK_BYTES = BYTES, NAME##_ACTIVATION = ACTIVATION_##ACTIVATION,
 enum { EACH_FORMAT(BLOCK_ENUM) };
 #undef BLOCK_ENUM
 

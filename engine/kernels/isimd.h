@@ -1,7 +1,5 @@
-// Integer vectors of 256 bits for the weight kernels: exact sums of 8-bit products.
-//
-// The AVX-512 level keeps this width for single tokens, where memory is the limit, and gains VNNI's fused dot products;
-// its batches use full registers (tile.h). Integer sums are exact, so lanes and instructions never show in the result.
+// Integer vectors of 256 bits for the weight kernels: exact sums of 8-bit products. Integer sums are exact, so lanes
+// and instructions never show in the result.
 #ifndef ENGINE_ISIMD_H
 #define ENGINE_ISIMD_H
 
@@ -13,17 +11,10 @@ static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
 static inline __m128i load_128(const void *p) { return _mm_loadu_si128(p); }
 static inline __m256i load_128_twice(const void *p) { return _mm256_broadcastsi128_si256(load_128(p)); }
 
-// Two runs of 32 weights side by side: the first sixteen of each, and the last sixteen of each. To signed weights
-// SIGNED_OFFSET is added, as VNNI multiplies unsigned with signed bytes.
+// Two runs of 32 weights side by side: the first sixteen of each, and the last sixteen of each.
 typedef struct {
     __m256i low, high;
 } two_runs;
-
-#if defined(__AVX512VNNI__)
-enum { SIGNED_OFFSET = 128 };
-#else
-enum { SIGNED_OFFSET = 0 };
-#endif
 
 static inline __m256i load_two_128(const void *first, const void *second) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(first)), load_128(second), 1);
@@ -39,15 +30,6 @@ static inline two_runs nibbles_of_runs(__m256i packed) {
 static inline __m256i nibbles_32(const uint8_t *packed) {
     const __m256i shifted = _mm256_srlv_epi64(load_128_twice(packed), _mm256_setr_epi64x(0, 0, 4, 4));
     return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
-}
-
-// acc[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1], int16 to int32.
-static inline __m256i add_dot_i16(__m256i acc, __m256i a, __m256i b) {
-#if defined(__AVX512VNNI__)
-    return _mm256_dpwssd_epi32(acc, a, b);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-#endif
 }
 
 // All ones in each byte whose bit is set.
@@ -105,15 +87,6 @@ static inline __m256i odd_scales(__m256i scales) {
 // Sums of two neighbouring products to int16: exact while 2 * 127 * max(u) fits, that is u <= 129.
 static inline __m256i dot_pairs_u8(__m256i u, __m256i s) { return _mm256_maddubs_epi16(u, s); }
 
-// Sums of four neighbouring products to int32, with u <= 129.
-static inline __m256i dot_fours_u8(__m256i u, __m256i s) {
-#if defined(__AVX512VNNI__)
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s);
-#else
-    return _mm256_madd_epi16(dot_pairs_u8(u, s), _mm256_set1_epi16(1));
-#endif
-}
-
 // Four vectors to one: lane r is the sum of the eight lanes of a_r. Blends run on more ports than shuffles, so each
 // step gathers by blending and needs one shuffle.
 static inline __m128i sum_lanes_of_4(__m256i a0, __m256i a1, __m256i a2, __m256i a3) {
@@ -156,6 +129,20 @@ static inline __m128 halves_of_4(const uint8_t *const w[4], int offset) {
     return _mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)halves));
 }
 
+// The two half floats at `offset` of each of four blocks, as they lie, one pair a lane; and the lower or upper ones.
+static inline __m128i pairs_of_4(const uint8_t *const w[4], int offset) {
+    const __m128i a = _mm_insert_epi32(_mm_cvtsi32_si128(load_i32(w[0] + offset)), load_i32(w[1] + offset), 1);
+    return _mm_insert_epi32(_mm_insert_epi32(a, load_i32(w[2] + offset), 2), load_i32(w[3] + offset), 3);
+}
+static inline __m128 lower_of_pairs(__m128i pairs) {
+    const __m128i lower = _mm_blend_epi16(pairs, _mm_setzero_si128(), 0xaa);
+    return _mm_cvtph_ps(_mm_packus_epi32(lower, lower));
+}
+static inline __m128 upper_of_pairs(__m128i pairs) {
+    const __m128i upper = _mm_srli_epi32(pairs, 16);
+    return _mm_cvtph_ps(_mm_packus_epi32(upper, upper));
+}
+
 // Two int16 scales spread over the products of a chunk of 32 weights: the first over the lower half. `scales` holds the
 // eight scales of this half of the block in each of its halves.
 static inline __m256i spread_two_scales(__m256i scales, int first) {
@@ -166,13 +153,6 @@ static inline __m256i spread_two_scales(__m256i scales, int first) {
 // One int16 scale spread over all products.
 static inline __m256i spread_scale(__m256i scales, int index) {
     return _mm256_shuffle_epi8(scales, _mm256_set1_epi16((short)((2 * index + 1) * 256 + 2 * index)));
-}
-
-// One int16 scale spread over four products, the next over the next four, in each half.
-static inline __m256i spread_two_scales_by_4(__m256i scales, int first) {
-    const int64_t low = (2 * first + 1) * 256 + 2 * first, pattern = low * 0x0001000100010001;
-    return _mm256_shuffle_epi8(scales,
-                               _mm256_broadcastsi128_si256(_mm_set_epi64x(pattern + 0x0202020202020202, pattern)));
 }
 
 static inline __m256i low_half_twice(__m256i a) { return _mm256_permute2x128_si256(a, a, 0x00); }

@@ -62,6 +62,16 @@ ALWAYS_INLINE void dequantize_integer(unpack_fn unpack, int block_size, int bloc
     }
 }
 
+// Where to fetch weights into the second-level cache while others are computed with: at least this far ahead.
+enum { BYTES_AHEAD = 16 << 10 };
+static inline int64_t rows_ahead(int64_t row_bytes, int together) {
+    return (BYTES_AHEAD / (together * row_bytes) + 1) * together;
+}
+ALWAYS_INLINE void fetch(const uint8_t *first, int n_bytes) {
+    for (int line = 0; line < n_bytes; line += 64)
+        __builtin_prefetch(first + line, 0, 2);
+}
+
 // Float formats: sixteen chains, chain i takes the weights i, i + 16, ...; then the tree of v16_sum.
 ALWAYS_INLINE void matmul_float(load_fn load, int weight_bytes, const uint8_t *w, int64_t row_bytes, int n_rows,
                                 int n_cols, const void *const *x, int n_x, float *const *y) {

@@ -31,12 +31,12 @@ enum { TILE_MIN_TOKENS = 4 }; // where tiles begin to pay
     }
 
 // A format without vector code.
-#define INTEGER_FORMAT(NAME, HAS_MIN, ACTIVATION)                                                                      \
+#define INTEGER_FORMAT(NAME, HAS_MIN)                                                                                  \
     enum { is_fast_##NAME = 0 };                                                                                       \
     INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
-        matmul_integer(unpack_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, HAS_MIN, ACTIVATION_##ACTIVATION, w,      \
-                       row_bytes, n_rows, n_cols, x, n_x, y);                                                          \
+        matmul_integer(unpack_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, HAS_MIN, NAME##_ACTIVATION, w, row_bytes, \
+                       n_rows, n_cols, x, n_x, y);                                                                     \
     }
 
 #if defined(__AVX2__)
@@ -56,29 +56,31 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
         matmul_tiles(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
 }
 
-#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D, RUNS)           \
+// What each level's products with one token need.
+#if defined(__AVX512VNNI__)
+#define PER_LEVEL(ON_AVX2, ...) __VA_ARGS__
+#define WIDE(NAME) .wide = wide_##NAME,
+#else
+#define PER_LEVEL(ON_AVX2, ...) ON_AVX2
+#define WIDE(NAME)
+#endif
+
+#define VECTOR_FORMAT(NAME, HAS_MIN, ...)                                                                              \
     enum { is_fast_##NAME = 1 };                                                                                       \
     INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
-        const vector_format f = {NAME##_BLOCK_SIZE,                                                                    \
-                                 NAME##_BLOCK_BYTES,                                                                   \
-                                 SUB_BLOCK,                                                                            \
-                                 HAS_MIN,                                                                              \
-                                 ACTIVATION_##ACTIVATION,                                                              \
-                                 SIGNED,                                                                               \
-                                 LARGEST,                                                                              \
-                                 OFFSET,                                                                               \
-                                 chunk_##NAME,                                                                         \
-                                 SCALES,                                                                               \
-                                 D,                                                                                    \
-                                 MIN_D,                                                                                \
-                                 RUNS};                                                                                \
+        const vector_format f = {.block_size = NAME##_BLOCK_SIZE,                                                      \
+                                 .block_bytes = NAME##_BLOCK_BYTES,                                                    \
+                                 .activation = NAME##_ACTIVATION,                                                      \
+                                 .has_min = HAS_MIN,                                                                   \
+                                 .chunk = chunk_##NAME,                                                                \
+                                 .d = d_##NAME,                                                                        \
+                                 WIDE(NAME) __VA_ARGS__};                                                              \
         matmul_vectors(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                    \
     }
 #else
 enum { HAS_VECTORS = 0 };
-#define VECTOR_FORMAT(NAME, SUB_BLOCK, HAS_MIN, ACTIVATION, SIGNED, LARGEST, OFFSET, SCALES, D, MIN_D, RUNS)           \
-    INTEGER_FORMAT(NAME, HAS_MIN, ACTIVATION)
+#define VECTOR_FORMAT(NAME, HAS_MIN, ...) INTEGER_FORMAT(NAME, HAS_MIN)
 #endif
 
 #define D_AT(NAME)                                                                                                     \
@@ -89,9 +91,23 @@ enum { HAS_VECTORS = 0 };
     static inline __m128 d_##NAME(const uint8_t *const blocks[4]) {                                                    \
         return _mm_mul_ps(halves_of_4(blocks, offsetof(block_##NAME, d)), _mm_set1_ps(FACTOR));                        \
     }
-#define MIN_AT(NAME, FIELD, SIGN)                                                                                      \
+// d at the beginning of blocks that scales_4 reads the heads of, too.
+#define D_IN_HEAD(NAME)                                                                                                \
+    static inline __m128 d_##NAME(const uint8_t *const blocks[4]) {                                                    \
+        return _mm256_castps256_ps128(halves_of_heads(heads_of_4(blocks)));                                            \
+    }
+#define D_AND_MIN_IN_HEAD(NAME)                                                                                        \
+    D_IN_HEAD(NAME)                                                                                                    \
     static inline __m128 min_d_##NAME(const uint8_t *const blocks[4]) {                                                \
-        return _mm_xor_ps(halves_of_4(blocks, offsetof(block_##NAME, FIELD)), _mm_set1_ps(SIGN));                      \
+        return _mm_xor_ps(_mm256_extractf128_ps(halves_of_heads(heads_of_4(blocks)), 1), _mm_set1_ps(-0.0f));          \
+    }
+// Formats with a minimum have it next to d, so that both are read at once.
+#define D_AND_MIN_AT(NAME, SIGN)                                                                                       \
+    static inline __m128 d_##NAME(const uint8_t *const blocks[4]) {                                                    \
+        return lower_of_pairs(pairs_of_4(blocks, offsetof(block_##NAME, d)));                                          \
+    }                                                                                                                  \
+    static inline __m128 min_d_##NAME(const uint8_t *const blocks[4]) {                                                \
+        return _mm_xor_ps(upper_of_pairs(pairs_of_4(blocks, offsetof(block_##NAME, d))), _mm_set1_ps(SIGN));           \
     }
 
 #define FLOAT_FORMAT(NAME)                                                                                             \
@@ -115,11 +131,15 @@ enum { HAS_VECTORS = 0 };
 
 // clang-format off
 #if defined(__AVX2__)
-D_AT(Q4_0) D_AT(Q4_1) D_AT(Q5_0) D_AT(Q5_1) D_AT(Q8_0) D_AT(IQ4_NL)
-D_AT(Q2_K) D_AT(Q3_K) D_AT(Q4_K) D_AT(Q5_K) D_AT(Q6_K) D_AT(IQ4_XS) D_AT(IQ3_S)
+D_AT(Q4_0) D_AT(Q5_0) D_AT(Q8_0) D_AT(IQ4_NL) D_AT(Q3_K) D_AT(Q6_K) D_AT(IQ3_S)
 SCALED_D_AT(IQ2_XXS, 0.125f) SCALED_D_AT(IQ2_XS, 0.125f) SCALED_D_AT(IQ2_S, 0.125f)
 SCALED_D_AT(IQ3_XXS, 0.25f) SCALED_D_AT(IQ1_S, 0.125f)
-MIN_AT(Q4_1, m, 0.0f) MIN_AT(Q5_1, m, 0.0f) MIN_AT(Q2_K, dmin, -0.0f) MIN_AT(Q4_K, dmin, -0.0f) MIN_AT(Q5_K, dmin, -0.0f)
+D_AND_MIN_AT(Q4_1, 0.0f) D_AND_MIN_AT(Q5_1, 0.0f) D_AND_MIN_AT(Q2_K, -0.0f)
+#endif
+#if defined(__AVX512VNNI__)
+D_AND_MIN_IN_HEAD(Q4_K) D_AND_MIN_IN_HEAD(Q5_K) D_IN_HEAD(IQ4_XS)
+#elif defined(__AVX2__)
+D_AND_MIN_AT(Q4_K, -0.0f) D_AND_MIN_AT(Q5_K, -0.0f) D_AT(IQ4_XS)
 #endif
 
 FLOAT_FORMAT(F32)
@@ -130,26 +150,26 @@ EXPANDED_FORMAT(TQ2_0)
 EXPANDED_FORMAT(NVFP4)
 EXPANDED_FORMAT(Q1_0)
 EXPANDED_FORMAT(Q2_0)
-VECTOR_FORMAT(Q4_0, 32, 0, Q8_32, 0, 15, 8, NULL, d_Q4_0, NULL, runs_Q4_0)
-VECTOR_FORMAT(Q4_1, 32, 1, Q8_32, 0, 15, 0, NULL, d_Q4_1, min_d_Q4_1, runs_Q4_1)
-VECTOR_FORMAT(Q5_0, 32, 0, Q8_32, 0, 31, 16, NULL, d_Q5_0, NULL, runs_Q5_0)
-VECTOR_FORMAT(Q5_1, 32, 1, Q8_32, 0, 31, 0, NULL, d_Q5_1, min_d_Q5_1, runs_Q5_1)
-VECTOR_FORMAT(Q8_0, 32, 0, Q8_32, 1, 128, 0, NULL, d_Q8_0, NULL, runs_Q8_0)
-VECTOR_FORMAT(IQ4_NL, 32, 0, Q8_32, 1, 127, 0, NULL, d_IQ4_NL, NULL, runs_IQ4_NL)
-VECTOR_FORMAT(MXFP4, 32, 0, Q8_32, 0, 24, 12, NULL, d_MXFP4, NULL, runs_MXFP4)
-VECTOR_FORMAT(Q2_K, 16, 1, Q8_256, 0, 3, 0, scales_Q2_K, d_Q2_K, min_d_Q2_K, NULL)
-VECTOR_FORMAT(Q3_K, 16, 0, Q8_256, 0, 7, 4, scales_Q3_K, d_Q3_K, NULL, NULL)
-VECTOR_FORMAT(Q4_K, 32, 1, Q8_256, 0, 15, 0, scales_Q4_K, d_Q4_K, min_d_Q4_K, NULL)
-VECTOR_FORMAT(Q5_K, 32, 1, Q8_256, 0, 31, 0, scales_Q5_K, d_Q5_K, min_d_Q5_K, NULL)
-VECTOR_FORMAT(Q6_K, 16, 0, Q8_256, 0, 63, 32, scales_Q6_K, d_Q6_K, NULL, NULL)
-VECTOR_FORMAT(IQ4_XS, 32, 0, Q8_256, 1, 127, 0, scales_IQ4_XS, d_IQ4_XS, NULL, runs_IQ4_XS)
-VECTOR_FORMAT(IQ2_XXS, 32, 0, Q8_256, 1, 43, 0, scales_IQ2_XXS, d_IQ2_XXS, NULL, NULL)
-VECTOR_FORMAT(IQ2_XS, 16, 0, Q8_256, 1, 43, 0, scales_IQ2_XS, d_IQ2_XS, NULL, NULL)
-VECTOR_FORMAT(IQ2_S, 16, 0, Q8_256, 1, 43, 0, scales_IQ2_S, d_IQ2_S, NULL, NULL)
-VECTOR_FORMAT(IQ3_XXS, 32, 0, Q8_256, 1, 62, 0, scales_IQ3_XXS, d_IQ3_XXS, NULL, NULL)
-VECTOR_FORMAT(IQ3_S, 32, 0, Q8_256, 1, 15, 0, scales_IQ3_S, d_IQ3_S, NULL, NULL)
-VECTOR_FORMAT(IQ1_S, 32, 0, Q8_256, 0, 18, 9, scales_IQ1_S, d_IQ1_S, NULL, NULL)
-VECTOR_FORMAT(IQ1_M, 16, 0, Q8_256, 0, 18, 9, scales_IQ1_M, d_IQ1_M, NULL, NULL)
+VECTOR_FORMAT(Q4_0, 0, .sub_block = 32, .largest = 15, .offset = 8, PER_LEVEL(.runs = runs_Q4_0, .order = BY_2))
+VECTOR_FORMAT(Q4_1, 1, .sub_block = 32, .largest = 15, .min_d = min_d_Q4_1, PER_LEVEL(.runs = runs_Q4_1, .order = BY_2))
+VECTOR_FORMAT(Q5_0, 0, .sub_block = 32, .largest = 31, .offset = 16, PER_LEVEL(.runs = runs_Q5_0, .order = BY_2))
+VECTOR_FORMAT(Q5_1, 1, .sub_block = 32, .largest = 31, .min_d = min_d_Q5_1, PER_LEVEL(.runs = runs_Q5_1, .order = BY_2))
+VECTOR_FORMAT(Q8_0, 0, .sub_block = 32, .is_signed = 1, .largest = 128, PER_LEVEL(.runs = runs_Q8_0, .order = BY_2))
+VECTOR_FORMAT(IQ4_NL, 0, .sub_block = 32, .is_signed = 1, .largest = 127, PER_LEVEL(.runs = runs_IQ4_NL, .order = BY_2))
+VECTOR_FORMAT(MXFP4, 0, .sub_block = 32, .largest = 24, .offset = 12, PER_LEVEL(.runs = runs_MXFP4, .order = BY_2, .d_16 = d_16_MXFP4))
+VECTOR_FORMAT(Q2_K, 1, .sub_block = 16, .scales = scales_Q2_K, .largest = 3, .min_d = min_d_Q2_K, PER_LEVEL(.runs = NULL, .order = HALVES))
+VECTOR_FORMAT(Q3_K, 0, .sub_block = 16, .scales = scales_Q3_K, .largest = 7, .offset = 4, PER_LEVEL(.runs = NULL, .order = HALVES))
+VECTOR_FORMAT(Q4_K, 1, .sub_block = 32, .scales = scales_Q4_K, .largest = 15, .min_d = min_d_Q4_K, PER_LEVEL(.runs = NULL, .order = BY_4, .scales_4 = scales_4_of_q4_k, .second_shift = 4))
+VECTOR_FORMAT(Q5_K, 1, .sub_block = 32, .scales = scales_Q5_K, .largest = 31, .min_d = min_d_Q5_K, PER_LEVEL(.runs = NULL, .order = BY_4, .scales_4 = scales_4_of_q4_k))
+VECTOR_FORMAT(Q6_K, 0, .sub_block = 16, .scales = scales_Q6_K, .largest = 63, .offset = 32, PER_LEVEL(.runs = NULL, .order = IN_ORDER))
+VECTOR_FORMAT(IQ4_XS, 0, .sub_block = 32, .scales = scales_IQ4_XS, .is_signed = 1, .largest = 127, PER_LEVEL(.runs = runs_IQ4_XS, .order = BY_2, .scales_4 = scales_4_of_iq4_xs))
+VECTOR_FORMAT(IQ2_XXS, 0, .sub_block = 32, .scales = scales_IQ2_XXS, .is_signed = 1, .largest = 43, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
+VECTOR_FORMAT(IQ2_XS, 0, .sub_block = 16, .scales = scales_IQ2_XS, .is_signed = 1, .largest = 43, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
+VECTOR_FORMAT(IQ2_S, 0, .sub_block = 16, .scales = scales_IQ2_S, .is_signed = 1, .largest = 43, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
+VECTOR_FORMAT(IQ3_XXS, 0, .sub_block = 32, .scales = scales_IQ3_XXS, .is_signed = 1, .largest = 62, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
+VECTOR_FORMAT(IQ3_S, 0, .sub_block = 32, .scales = scales_IQ3_S, .is_signed = 1, .largest = 15, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
+VECTOR_FORMAT(IQ1_S, 0, .sub_block = 32, .scales = scales_IQ1_S, .largest = 18, .offset = 9, PER_LEVEL(.runs = NULL, .order = IN_ORDER))
+VECTOR_FORMAT(IQ1_M, 0, .sub_block = 16, .scales = scales_IQ1_M, .largest = 18, .offset = 9, PER_LEVEL(.runs = NULL, .order = IN_ORDER))
 
 #define MATMUL_ENTRY(NAME, TYPE, SIZE, BYTES, ACTIVATION) [TYPE] = matmul_##NAME,
 #define DEQUANTIZE_ENTRY(NAME, TYPE, SIZE, BYTES, ACTIVATION) [TYPE] = dequantize_##NAME,

@@ -136,14 +136,6 @@ typedef struct {
     _Alignas(64) int16_t mins[8][N_SUB_BLOCKS];
 } unpacked_rows;
 
-// Sixteen int16, one for 16 weights, from scales or minimums as a format gives them.
-ALWAYS_INLINE __m256i one_a_sub_block(vector_format f, __m256i values) {
-    if (f.sub_block == 16)
-        return values;
-    const __m256i spread = _mm256_permute4x64_epi64(values, 0x50); // lower four in the lower half, upper four above
-    return _mm256_unpacklo_epi16(spread, spread);
-}
-
 ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uint8_t *block, unpacked_rows *out,
                                   int r) {
     __m256i mins = _mm256_setzero_si256();

@@ -5,7 +5,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
-#include "../isimd.h"
+#include "../isimd512.h"
 
 static inline void set_shifted_iq1(int8_t *q, int index, int shift) {
     for (int i = 0; i < 8; i++)
@@ -88,6 +88,49 @@ static inline __m128 d_IQ1_M(const uint8_t *const blocks[4]) {
     for (int r = 0; r < 4; r++)
         d[r] = d_of_iq1_m((const void *)blocks[r]);
     return _mm_loadu_ps(d);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+// As chunk_of_iq1, for eight indexes.
+static inline __m512i wide_of_iq1(const uint8_t *low, __m256i high, __m512i shifts) {
+    const __m256i high_bits = _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(7)), 8);
+    const __m256i low_bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)low));
+    const __m512i points = _mm512_i32gather_epi64(_mm256_or_si256(low_bits, high_bits), engine_grid_iq1, 8);
+    const __m512i eightfold = _mm512_and_si512(_mm512_slli_epi16(points, 3), _mm512_set1_epi8((char)0xf8));
+    return _mm512_add_epi8(eightfold, shifts);
+}
+
+// shift + 9 for the weights of eight indexes, where a bit says that the shift is minus.
+static inline __m512i shifts_of_iq1(__mmask8 is_minus) {
+    return _mm512_mask_blend_epi64(is_minus, _mm512_set1_epi8(10), _mm512_set1_epi8(8));
+}
+
+static inline weights_256 wide_IQ1_S(const uint8_t *block) {
+    const block_IQ1_S *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const int first = b->qh[2 * i], second = b->qh[2 * i + 1];
+        const __m256i high = _mm256_srlv_epi32(_mm256_setr_m128i(_mm_set1_epi32(first), _mm_set1_epi32(second)),
+                                               _mm256_setr_epi32(0, 3, 6, 9, 0, 3, 6, 9));
+        w.u[i] = wide_of_iq1(b->qs + 8 * i, high,
+                             shifts_of_iq1((__mmask8)((first & 0x8000 ? 0x0f : 0) | (second & 0x8000 ? 0xf0 : 0))));
+    }
+    return w;
+}
+
+static inline weights_256 wide_IQ1_M(const uint8_t *block) {
+    const block_IQ1_M *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(load_i32(b->qh + 4 * i)),
+                                                  _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+        w.u[i] =
+            wide_of_iq1(b->qs + 8 * i, nibbles, shifts_of_iq1(_mm256_test_epi32_mask(nibbles, _mm256_set1_epi32(8))));
+    }
+    return w;
 }
 #endif
 

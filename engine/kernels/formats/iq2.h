@@ -4,7 +4,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
-#include "../isimd.h"
+#include "../isimd512.h"
 
 // Signs from a 7-bit index: the eighth makes the number of minus signs even.
 static const uint8_t signs_of_7_bits[128] = {
@@ -105,6 +105,70 @@ static inline __m256i chunk_IQ2_S(const void *block, int k) {
 static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {
     (void)mins;
     return odd_scales_of_nibbles(((const block_IQ2_S *)block)->scales);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+// Eight times 7 bits, one in each byte, with their parity as the eighth.
+static inline __mmask64 with_parity(uint64_t bits) {
+    uint64_t folded = bits ^ bits >> 4;
+    folded ^= folded >> 2;
+    folded ^= folded >> 1;
+    return bits | (folded & 0x0101010101010101) << 7;
+}
+
+// The signs of 64 weights from two words of four 7-bit indexes below a scale.
+static inline __mmask64 signs_of_words(uint32_t first, uint32_t second) {
+    const uint64_t spread = 0x7f7f7f7f;
+    return with_parity(_pdep_u64(first, spread) | _pdep_u64(second, spread) << 32);
+}
+
+static inline weights_256 wide_IQ2_XXS(const uint8_t *block) {
+    const block_IQ2_XXS *b = (const void *)block;
+    const __m128i places = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1);
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256i indexes = _mm256_cvtepu8_epi32(_mm_shuffle_epi8(load_128(&b->group[2 * i]), places));
+        w.u[i] = _mm512_i32gather_epi64(indexes, engine_grid_iq2_xxs, 8);
+        w.minus[i] = signs_of_words(b->group[2 * i].signs_scale, b->group[2 * i + 1].signs_scale);
+    }
+    return w;
+}
+
+static inline weights_256 wide_IQ2_XS(const uint8_t *block) {
+    const block_IQ2_XS *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m128i packed = load_128(b->qs + 8 * i);
+        const __m256i indexes = _mm256_cvtepu16_epi32(_mm_and_si128(packed, _mm_set1_epi16(511)));
+        const __m128i signs = _mm_srli_epi16(packed, 9);
+        w.u[i] = _mm512_i32gather_epi64(indexes, engine_grid_iq2_xs, 8);
+        w.minus[i] = with_parity((uint64_t)_mm_cvtsi128_si64(_mm_packus_epi16(signs, signs)));
+    }
+    return w;
+}
+
+static inline uint64_t load_u64(const void *p) {
+    uint64_t value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return value;
+}
+
+static inline weights_256 wide_IQ2_S(const uint8_t *block) {
+    const block_IQ2_S *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(b->qh[2 * i] | b->qh[2 * i + 1] << 8),
+                                               _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+        const __m256i high_bits = _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 8);
+        const __m256i low_bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(b->qs + 8 * i)));
+        w.u[i] = _mm512_i32gather_epi64(_mm256_or_si256(low_bits, high_bits), engine_grid_iq2_s, 8);
+        w.minus[i] = load_u64(b->signs + 8 * i);
+    }
+    return w;
 }
 #endif
 

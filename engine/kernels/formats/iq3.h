@@ -59,4 +59,31 @@ static inline __m256i scales_IQ3_S(const void *block, __m256i *mins) {
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+static inline weights_256 wide_IQ3_XXS(const uint8_t *block) {
+    const block_IQ3_XXS *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        w.u[i] = _mm512_i32gather_epi32(_mm512_cvtepu8_epi32(load_128(b->qs + 16 * i)), engine_grid_iq3_xxs, 4);
+        w.minus[i] = signs_of_words(b->signs_scale[2 * i], b->signs_scale[2 * i + 1]);
+    }
+    return w;
+}
+
+static inline weights_256 wide_IQ3_S(const uint8_t *block) {
+    const block_IQ3_S *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512i low = _mm512_cvtepu8_epi32(load_128(b->qs + 16 * i));
+        const __mmask16 high = (__mmask16)(b->qh[2 * i] | b->qh[2 * i + 1] << 8);
+        w.u[i] =
+            _mm512_i32gather_epi32(_mm512_mask_add_epi32(low, high, low, _mm512_set1_epi32(256)), engine_grid_iq3_s, 4);
+        w.minus[i] = load_u64(b->signs + 8 * i);
+    }
+    return w;
+}
+#endif
+
 #endif

@@ -3,7 +3,7 @@
 #define ENGINE_FORMATS_Q2_K_H
 
 #include "../integer_block.h"
-#include "../isimd.h"
+#include "../isimd512.h"
 
 // The 2-bit part of both: half h of the block is 32 bytes, whose bit pairs j hold weights 128 h + 32 j + 0..31.
 static inline int two_bits_of(const uint8_t *qs, int i) { return qs[i / 128 * 32 + i % 32] >> 2 * (i % 128 / 32) & 3; }
@@ -66,6 +66,29 @@ static inline __m256i scales_Q3_K(const void *block, __m256i *mins) {
     const __m128i scales = _mm_or_si128(low_bits, _mm_slli_epi16(high_bits, 4));
     (void)mins;
     return _mm256_cvtepi8_epi16(_mm_sub_epi8(scales, _mm_set1_epi8(32)));
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+static inline weights_256 wide_of_two_bits(const uint8_t *qs) {
+    const __m512i packed = load_512(qs), mask = _mm512_set1_epi8(3);
+    return (weights_256){.u = {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 2), mask),
+                               _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask),
+                               _mm512_and_si512(_mm512_srli_epi16(packed, 6), mask)}};
+}
+
+static inline weights_256 wide_Q2_K(const uint8_t *block) { return wide_of_two_bits(((const block_Q2_K *)block)->qs); }
+
+static inline weights_256 wide_Q3_K(const uint8_t *block) {
+    const block_Q3_K *b = (const void *)block;
+    // bit k is of the 32 weights from 32 k on; those in the upper halves of the registers are 128 further on
+    const __m512i high = _mm512_srlv_epi64(load_256_twice(b->hmask), _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+    weights_256 w = wide_of_two_bits(b->qs);
+    w.u[0] = with_bits(w.u[0], _mm512_slli_epi16(high, 2), 4);
+    w.u[1] = with_bits(w.u[1], _mm512_slli_epi16(high, 1), 4);
+    w.u[2] = with_bits(w.u[2], high, 4);
+    w.u[3] = with_bits(w.u[3], _mm512_srli_epi16(high, 1), 4);
+    return w;
 }
 #endif
 

@@ -3,7 +3,7 @@
 #define ENGINE_FORMATS_Q4_K_H
 
 #include "../integer_block.h"
-#include "../isimd.h"
+#include "../isimd512.h"
 
 // Twelve bytes hold eight scales and eight minimums of 6 bits: bytes 0-3 and 4-7 the first four of each, with the high
 // pairs of the last four on top; bytes 8-11 the low nibbles of the last four.
@@ -67,6 +67,59 @@ static inline __m256i chunk_Q5_K(const void *block, int k) {
                            k < 4 ? _mm256_slli_epi16(high, 4 - k) : _mm256_srli_epi16(high, k - 4));
 }
 static inline __m256i scales_Q5_K(const void *block, __m256i *mins) { return scales_of_q4_k(block, mins); }
+#endif
+
+#if defined(__AVX512VNNI__)
+// Registers 0 and 1 get the sub-blocks 0, 2, 4, 6, registers 2 and 3 the others, so bytes (s, s', m, m') of sub-blocks
+// 2l and 2l + 1 go to the l-th 128 bits: as they stand in the bytes 4-11 of a head, or from bytes 12-15 with their
+// upper two bits from there.
+static inline scales_of_4 scales_4_of_q4_k(const uint8_t *const blocks[4]) {
+    const __m512i heads = heads_of_4(blocks);
+    // words 2-3, 4-5 and 6-7 of a head are the bytes 4-7, 8-11 and 12-15
+    const __m512i rows = four_times(_mm_setr_epi32(0, 0x00080008, 0x00100010, 0x00180018));
+    const __m512i low_words = _mm512_add_epi32(rows, each_128(0x00040002, 0x00050003, 0x00060006, 0x00070007));
+    const __m512i high_words = _mm512_add_epi32(rows, each_128(0, 0, 0x00040002, 0x00050003));
+    const __m512i steps = join_256(_mm256_setzero_si256(), _mm256_set1_epi32(0x00040000));
+    const __m512i low_mask = join_256(_mm256_set1_epi8(63), _mm256_set1_epi8(15));
+    const __m512i high_mask = join_256(_mm256_setzero_si256(), _mm256_set1_epi8(0x30));
+    const __m512i low = _mm512_srlv_epi16(_mm512_permutexvar_epi16(low_words, heads), steps);
+    const __m512i high = _mm512_srli_epi16(_mm512_permutexvar_epi16(high_words, heads), 2);
+    const __m512i all = _mm512_or_si512(_mm512_and_si512(low, low_mask), _mm512_and_si512(high, high_mask));
+    const __m128i odd = _mm_setr_epi8(1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13, -1, -1, -1);
+    const __m128i mins = _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    return (scales_of_4){{_mm512_and_si512(all, _mm512_set1_epi32(255)), _mm512_shuffle_epi8(all, four_times(odd))},
+                         _mm512_shuffle_epi8(all, four_times(mins))};
+}
+
+// The first 16 of each 32 bytes, and the last 16.
+static inline void load_halves_of_32(const uint8_t *p, __m512i *first, __m512i *last) {
+    const __m512i a = load_512(p), b = load_512(p + 64);
+    *first = _mm512_shuffle_i64x2(a, b, 0x88);
+    *last = _mm512_shuffle_i64x2(a, b, 0xdd);
+}
+
+static inline weights_256 wide_Q4_K(const uint8_t *block) {
+    __m512i first, last;
+    load_halves_of_32(((const block_Q4_K *)block)->qs, &first, &last);
+    const __m512i low = _mm512_set1_epi8(0x0f), high = _mm512_set1_epi8((char)0xf0);
+    return (weights_256){.u = {_mm512_and_si512(first, low), _mm512_and_si512(last, low), _mm512_and_si512(first, high),
+                               _mm512_and_si512(last, high)}};
+}
+
+static inline weights_256 wide_Q5_K(const uint8_t *block) {
+    const block_Q5_K *b = (const void *)block;
+    __m512i first, last;
+    load_halves_of_32(b->qs, &first, &last);
+    const __m512i bits[2] = {four_times(load_128(b->qh)), four_times(load_128(b->qh + 16))};
+    // bit k of a byte is of sub-block k: rotated to bit 4, for even sub-blocks and for odd ones
+    const __m512i even = each_128(4, 2, 0, 30), odd = each_128(3, 1, 31, 29), low = _mm512_set1_epi8(15);
+    weights_256 w;
+    w.u[0] = with_bits(_mm512_and_si512(first, low), _mm512_rolv_epi32(bits[0], even), 16);
+    w.u[1] = with_bits(_mm512_and_si512(last, low), _mm512_rolv_epi32(bits[1], even), 16);
+    w.u[2] = with_bits(_mm512_and_si512(_mm512_srli_epi16(first, 4), low), _mm512_rolv_epi32(bits[0], odd), 16);
+    w.u[3] = with_bits(_mm512_and_si512(_mm512_srli_epi16(last, 4), low), _mm512_rolv_epi32(bits[1], odd), 16);
+    return w;
+}
 #endif
 
 #endif

@@ -3,7 +3,7 @@
 #define ENGINE_FORMATS_Q6_K_H
 
 #include "../integer_block.h"
-#include "../isimd.h"
+#include "../isimd512.h"
 
 // Half h of the block: 64 bytes of low nibbles (bytes 0-63 low halves: weights 0-63; high halves: 64-127) and 32 bytes
 // of high bit pairs (pair j: weights 32 j + 0..31).
@@ -33,6 +33,24 @@ static inline __m256i chunk_Q6_K(const void *block, int k) {
 static inline __m256i scales_Q6_K(const void *block, __m256i *mins) {
     (void)mins;
     return _mm256_cvtepi8_epi16(load_128(((const block_Q6_K *)block)->scales));
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+static inline weights_256 wide_Q6_K(const uint8_t *block) {
+    const block_Q6_K *b = (const void *)block;
+    weights_256 w;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        // pairs 0 and 1, and four bits further 2 and 3
+        const __m512i pairs =
+            _mm512_srlv_epi64(load_256_twice(b->qh + 32 * half), _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2));
+        __m512i *u = w.u + 2 * half;
+        set_nibbles(u, load_512(b->ql + 64 * half));
+        u[0] = with_bits(u[0], _mm512_slli_epi16(pairs, 4), 0x30);
+        u[1] = with_bits(u[1], pairs, 0x30);
+    }
+    return w;
 }
 #endif
 

@@ -1,0 +1,258 @@
+// Four rows against one activation row on AVX-512 VNNI, 64 weights in a register.
+//
+// The activations of 256 columns are put in the order of the format's weights once for all rows of a call. VNNI sums
+// four products in a lane. From there on there are two ways:
+//
+//   pairs   Two registers hold the halves of four sub-blocks of 32, so that a lane gets eight products. The lanes of
+//           four rows are added up and interleaved: then a register has four sub-blocks of four rows, which meet their
+//           scales, or are the terms of the rows' chains.
+//   others  The sums of two registers are packed to int16, where they always fit. One instruction multiplies them by
+//           the scales of their sub-blocks of 16 and adds them up.
+#ifndef ENGINE_DECODE512_H
+#define ENGINE_DECODE512_H
+
+#include "vector_format.h"
+
+#if defined(__AVX512VNNI__)
+
+enum { MAX_UNITS = 32 }; // of 256 columns whose activations are kept in order at a time
+
+// The activations of a unit of 256 columns.
+typedef struct {
+    __m512i x[4];
+    __m512i sums[2]; // see prepare_activations
+    float d[8];      // one, or one for each block of 32
+} activation_unit;
+
+// What the bytes of `wide` are too large by.
+ALWAYS_INLINE int offset_of_wide(vector_format f) { return f.is_signed && !f.has_signs ? 128 : f.offset; }
+
+// Whether sub-blocks of 32 stand in pairs of registers.
+ALWAYS_INLINE int has_pairs(vector_format f) { return f.order == BY_2 || f.order == BY_4; }
+
+// Whether a sum of sixteen products fits in an int16 whatever the activations are.
+ALWAYS_INLINE int sixteens_fit(vector_format f) {
+    const int largest = f.is_signed ? 128 : f.offset > f.largest - f.offset ? f.offset : f.largest - f.offset;
+    return 16 * 127 * largest <= 32767 && !f.second_shift;
+}
+
+// `sums` is what the minimums or offsets of the weights need, and starts from the sums of x over groups of 16:
+//
+//   pairs, minimum, 256   [0]: sums of the two sub-blocks of each lane, as int16
+//   pairs, minimum, 32    sums of the blocks as float, one in each 128 bits
+//   pairs, offset         what the offset takes off the eight products of each lane
+//   others                [0]: the sixteen sums
+ALWAYS_INLINE activation_unit prepare_unit(vector_format f, const int8_t *q, const float *d, const int16_t *x_sums) {
+    const __m512i lanes = each_128(0, 1, 2, 3);
+    const __m256i sums_16 = load_256(x_sums);
+    const __m256i sums_32 = _mm256_madd_epi16(sums_16, _mm256_set1_epi16(1));
+    const __m512i offset = _mm512_set1_epi8((char)offset_of_wide(f)), zero = _mm512_setzero_si512();
+    activation_unit unit;
+    memcpy(unit.d, d, (size_t)(256 / f.block_size) * sizeof *d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        unit.x[i] = join_256(load_two_128(q + 16 * group_at(f.order, i, 0), q + 16 * group_at(f.order, i, 1)),
+                             load_two_128(q + 16 * group_at(f.order, i, 2), q + 16 * group_at(f.order, i, 3)));
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; p++) {
+        if (!has_pairs(f))
+            unit.sums[p] = _mm512_castsi256_si512(sums_16);
+        else if (!f.has_min) {
+            const __m512i fours = _mm512_dpbusd_epi32(zero, offset, unit.x[2 * p]);
+            unit.sums[p] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(fours, offset, unit.x[2 * p + 1]));
+        } else if (f.block_size == 32)
+            unit.sums[p] = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_permutexvar_epi32(
+                _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * p)), _mm512_castsi256_si512(sums_32))));
+        else
+            unit.sums[p] = _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(_mm256_cvtepi32_epi16(sums_32)));
+    }
+    return unit;
+}
+
+ALWAYS_INLINE void prepare_activations(vector_format f, activation_row x, int n_cols, int first, int end,
+                                       activation_unit *units) {
+    const int step = 256 / activation_group(f.activation);
+    for (int u = first; u < end; u++) {
+        const int8_t *q = x.q + 256 * (int64_t)u;
+        const float *d = x.d + (int64_t)u * step;
+        const int16_t *sums = x.sums + 16 * (int64_t)u;
+        if (256 * (u + 1) <= n_cols)
+            units[u - first] = prepare_unit(f, q, d, sums);
+        else { // the end of a row of blocks of 32
+            const int n = n_cols - 256 * u;
+            int8_t q_padded[256] = {0};
+            float d_padded[8] = {0};
+            int16_t sums_padded[16] = {0};
+            memcpy(q_padded, q, (size_t)n);
+            memcpy(d_padded, d, (size_t)(n / 32) * sizeof *d);
+            memcpy(sums_padded, sums, (size_t)(n / 16) * sizeof *sums);
+            units[u - first] = prepare_unit(f, q_padded, d_padded, sums_padded);
+        }
+    }
+}
+
+// Adds the products of register i, four in a lane.
+ALWAYS_INLINE __m512i add_dot(vector_format f, __m512i acc, const weights_256 *w, const activation_unit *a, int i) {
+    const __m512i x =
+        f.has_signs ? _mm512_mask_sub_epi8(a->x[i], w->minus[i], _mm512_setzero_si512(), a->x[i]) : a->x[i];
+    return _mm512_dpbusd_epi32(acc, w->u[i], x);
+}
+
+// The products of eight sub-blocks of 32 of four rows: lane r of each 128 bits is of row r.
+typedef struct {
+    __m512i p[2];
+} sub_block_sums;
+
+ALWAYS_INLINE sub_block_sums sums_of_pairs(vector_format f, const uint8_t *const blocks[4], const activation_unit *a) {
+    __m512i dots[2][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        const weights_256 w = f.wide(blocks[r]);
+#pragma GCC unroll 2
+        for (int p = 0; p < 2; p++) {
+            const __m512i start = !f.has_min && offset_of_wide(f) ? a->sums[p] : _mm512_setzero_si512();
+            dots[p][r] = add_dot(f, add_dot(f, start, &w, a, 2 * p), &w, a, 2 * p + 1);
+        }
+    }
+    if (sixteens_fit(f))
+        return (sub_block_sums){{sum_small_fours_of_4(dots[0]), sum_small_fours_of_4(dots[1])}};
+    return (sub_block_sums){{sum_fours_of_4(dots[0]), sum_fours_of_4(dots[1])}};
+}
+
+// One 256-block of four rows, added to their chains.
+ALWAYS_INLINE __m128 add_block_of_pairs(vector_format f, const uint8_t *const blocks[4], const activation_unit *a,
+                                        __m128 acc) {
+    const sub_block_sums sums = sums_of_pairs(f, blocks, a);
+    const scales_of_4 s = f.scales_4(blocks);
+    const __m512i first = _mm512_mullo_epi32(sums.p[0], s.scales[0]),
+                  second = _mm512_mullo_epi32(sums.p[1], s.scales[1]);
+    const __m128i isum =
+        sum_lanes_128(_mm512_add_epi32(first, f.second_shift ? _mm512_srai_epi32(second, f.second_shift) : second));
+    const __m128 d = _mm_set1_ps(a->d[0]);
+    acc = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(isum), acc);
+    if (f.has_min) {
+        const __m128i imin = sum_lanes_128(_mm512_madd_epi16(s.mins, a->sums[0]));
+        acc = _mm_fmadd_ps(_mm_mul_ps(f.min_d(blocks), d), _mm_cvtepi32_ps(imin), acc);
+    }
+    return acc;
+}
+
+// The same for sub-blocks of 16.
+ALWAYS_INLINE __m128 add_block_of_16(vector_format f, const uint8_t *const blocks[4], const activation_unit *a,
+                                     __m128 acc) {
+    const __m512i zero = _mm512_setzero_si512();
+    const int offset = offset_of_wide(f);
+    __m512i dots[4];
+    __m256i min_dots[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        __m256i mins = _mm256_setzero_si256();
+        const __m256i scales = one_a_sub_block(f, f.scales(blocks[r], &mins)),
+                      sums = _mm512_castsi512_si256(a->sums[0]);
+        min_dots[r] = _mm256_madd_epi16(f.has_min ? mins : scales, sums);
+        dots[r] = offset ? _mm512_zextsi256_si512(_mm256_mullo_epi32(min_dots[r], _mm256_set1_epi32(-offset))) : zero;
+        const weights_256 w = f.wide(blocks[r]);
+#pragma GCC unroll 2
+        for (int p = 0; p < 2; p++) {
+            const __m512i places = places_of_scales(f.order, p);
+            const __m512i fours =
+                _mm512_packs_epi32(add_dot(f, zero, &w, a, 2 * p), add_dot(f, zero, &w, a, 2 * p + 1));
+            dots[r] =
+                _mm512_dpwssd_epi32(dots[r], fours, _mm512_permutexvar_epi16(places, _mm512_castsi256_si512(scales)));
+        }
+    }
+    const __m128 d = _mm_set1_ps(a->d[0]);
+    acc = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(sum_lanes_128(sum_fours_of_4(dots))), acc);
+    if (f.has_min) {
+        const __m128i imin = sum_lanes_of_4(min_dots[0], min_dots[1], min_dots[2], min_dots[3]);
+        acc = _mm_fmadd_ps(_mm_mul_ps(f.min_d(blocks), d), _mm_cvtepi32_ps(imin), acc);
+    }
+    return acc;
+}
+
+enum { BLOCKS_TOGETHER = 8 }; // of 32
+
+// The first n of eight 32-blocks of four rows.
+ALWAYS_INLINE __m128 add_blocks_32(vector_format f, int n, const uint8_t *const blocks[4], const activation_unit *a,
+                                   __m128 acc) {
+    const sub_block_sums sums = sums_of_pairs(f, blocks, a);
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; p++) {
+        const __m512 isums = _mm512_cvtepi32_ps(sums.p[p]), x_sums = _mm512_castsi512_ps(a->sums[p]);
+        const int first = 4 * p * f.block_bytes;
+        const __m512 d_16 = f.d_16 ? f.d_16(blocks, first) : isums;
+#define ADD_BLOCK(i)                                                                                                   \
+    if (4 * p + (i) < n) {                                                                                             \
+        const int at = first + (i) * f.block_bytes;                                                                    \
+        const uint8_t *const rows[4] = {blocks[0] + at, blocks[1] + at, blocks[2] + at, blocks[3] + at};               \
+        const __m128 d_x = _mm_set1_ps(a->d[4 * p + (i)]);                                                             \
+        const __m128 d = f.d_16 ? _mm512_extractf32x4_ps(d_16, i) : f.d(rows);                                         \
+        acc = _mm_fmadd_ps(_mm_mul_ps(d, d_x), _mm512_extractf32x4_ps(isums, i), acc);                                 \
+        if (f.has_min)                                                                                                 \
+            acc = _mm_fmadd_ps(_mm_mul_ps(f.min_d(rows), d_x), _mm512_extractf32x4_ps(x_sums, i), acc);                \
+    }
+        ADD_BLOCK(0)
+        ADD_BLOCK(1)
+        ADD_BLOCK(2)
+        ADD_BLOCK(3)
+#undef ADD_BLOCK
+    }
+    return acc;
+}
+
+// The last blocks of a row, fewer than eight, in copies that can be read like eight.
+ALWAYS_INLINE __m128 add_last_blocks_32(vector_format f, int n, const uint8_t *const blocks[4],
+                                        const activation_unit *a, __m128 acc) {
+    enum { MAX_BLOCK_BYTES = 34 };
+    uint8_t copies[4][BLOCKS_TOGETHER * MAX_BLOCK_BYTES] = {0};
+    for (int r = 0; r < 4; r++)
+        memcpy(copies[r], blocks[r], (size_t)(n * f.block_bytes));
+    const uint8_t *const rows[4] = {copies[0], copies[1], copies[2], copies[3]};
+    return add_blocks_32(f, n, rows, a, acc);
+}
+
+ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
+                                 const void *const *x, int n_x, float *const *y) {
+    const int unit_blocks = 256 / f.block_size, unit_bytes = unit_blocks * f.block_bytes;
+    const int n_blocks = n_cols / f.block_size, n_units = (n_blocks + unit_blocks - 1) / unit_blocks;
+    const int64_t ahead = rows_ahead(row_bytes, 4) * row_bytes;
+    activation_unit units[MAX_UNITS];
+    for (int t = 0; t < n_x; t++)
+        for (int first = 0; first < n_units; first += MAX_UNITS) {
+            const int end = n_units - first < MAX_UNITS ? n_units : first + MAX_UNITS;
+            prepare_activations(f, activation_view(x[t], f.activation, n_cols), n_cols, first, end, units);
+            for (int r = 0; r < n_rows; r += 4) {
+                const int n = n_rows - r < 4 ? n_rows - r : 4;
+                const uint8_t *rows[4];
+                for (int i = 0; i < 4; i++) // what is missing repeats the last row
+                    rows[i] = w + (r + (i < n ? i : n - 1)) * row_bytes;
+                float sums[4] = {0};
+                if (first)
+                    memcpy(sums, y[t] + r, (size_t)n * sizeof *sums);
+                __m128 acc = _mm_loadu_ps(sums);
+                for (int u = first; u < end; u++) {
+                    const int64_t at = (int64_t)u * unit_bytes;
+                    const uint8_t *const blocks[4] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at};
+                    const activation_unit *a = units + u - first;
+                    if (t == 0 && n_units <= MAX_UNITS)
+                        fetch(rows[0] + ahead + 4 * at, 4 * unit_bytes);
+                    else if (t == 0)
+                        for (int i = 0; i < 4; i++)
+                            fetch(blocks[i] + ahead, unit_bytes);
+                    if (f.block_size == 32)
+                        acc = u * unit_blocks + unit_blocks <= n_blocks
+                                  ? add_blocks_32(f, unit_blocks, blocks, a, acc)
+                                  : add_last_blocks_32(f, n_blocks - u * unit_blocks, blocks, a, acc);
+                    else if (has_pairs(f))
+                        acc = add_block_of_pairs(f, blocks, a, acc);
+                    else
+                        acc = add_block_of_16(f, blocks, a, acc);
+                }
+                _mm_storeu_ps(sums, acc);
+                memcpy(y[t] + r, sums, (size_t)n * sizeof *sums);
+            }
+        }
+}
+
+#endif
+#endif

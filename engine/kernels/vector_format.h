@@ -1,0 +1,58 @@
+// What a weight format gives the vector levels.
+//
+// A format of 256-blocks gives `chunk(block, k)`, 32 weights as bytes u, and `scales(block, &mins)`. The weights are
+// u - offset with u <= 129, or u itself where `is_signed`. Scales are sixteen int16, one for 16 weights, or
+// (`sub_block` 32) eight in each half; minimums likewise sixteen, or eight in the lower half. A format of 32-blocks
+// gives its only chunk.
+//
+// For single tokens (decode.h) AVX2 asks a format whose packing puts the two halves of 32 weights into the nibbles of
+// 16 bytes, or whose blocks are 32 weights, for `runs`: two runs of 32 weights side by side. AVX-512 asks every format
+// for `wide`: 256 weights in four registers, of one block or of eight.
+#ifndef ENGINE_VECTOR_FORMAT_H
+#define ENGINE_VECTOR_FORMAT_H
+
+#include "isimd512.h"
+#include "matmul.h"
+
+#if defined(__AVX2__)
+
+typedef __m256i chunk_fn(const void *block, int k);
+typedef __m256i scales_fn(const void *block, __m256i *mins);
+typedef __m128 d_fn(const uint8_t *const blocks[4]);
+
+#if defined(__AVX512VNNI__)
+typedef weights_256 wide_fn(const uint8_t *block);
+typedef scales_of_4 scales_4_fn(const uint8_t *const blocks[4]);
+typedef __m512 d_16_fn(const uint8_t *const blocks[4], int at);
+#else
+typedef two_runs runs_fn(const uint8_t *first, const uint8_t *second, int index);
+#endif
+
+typedef struct {
+    int block_size, block_bytes, sub_block, has_min, activation;
+    int is_signed, largest, offset; // largest u, for unsigned ones
+    chunk_fn *chunk;
+    scales_fn *scales; // of 256-blocks
+    d_fn *d, *min_d;
+#if defined(__AVX512VNNI__)
+    wide_fn *wide;
+    group_order order;
+    int has_signs;         // wide gives magnitudes and signs
+    scales_4_fn *scales_4; // of sub-blocks of 32 in pairs of registers
+    int second_shift;      // by which registers 2 and 3 are too large, as a power of two
+    d_16_fn *d_16;         // of four blocks of 32 of four rows, a block in each 128 bits; or NULL
+#else
+    runs_fn *runs; // or NULL
+#endif
+} vector_format;
+
+// Sixteen int16, one for 16 weights, from scales or minimums as a format gives them.
+ALWAYS_INLINE __m256i one_a_sub_block(vector_format f, __m256i values) {
+    if (f.sub_block == 16)
+        return values;
+    const __m256i spread = _mm256_permute4x64_epi64(values, 0x50); // lower four in the lower half, upper four above
+    return _mm256_unpacklo_epi16(spread, spread);
+}
+
+#endif
+#endif
