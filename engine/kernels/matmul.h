@@ -72,22 +72,68 @@ ALWAYS_INLINE void fetch(const uint8_t *first, int n_bytes) {
         __builtin_prefetch(first + line, 0, 2);
 }
 
+// Rows and tokens whose sums are in registers together.
+#if defined(__AVX512F__)
+enum { FLOAT_ROWS = 4, FLOAT_TOKENS = 4 };
+#elif defined(__AVX2__)
+enum { FLOAT_ROWS = 2, FLOAT_TOKENS = 2 };
+#else
+enum { FLOAT_ROWS = 1, FLOAT_TOKENS = 1 };
+#endif
+
+ALWAYS_INLINE void dot_float(load_fn load, int weight_bytes, const uint8_t *const rows[FLOAT_ROWS], const uint8_t *next,
+                             int n_cols, int n, const float *const x[FLOAT_TOKENS],
+                             float sums[FLOAT_TOKENS][FLOAT_ROWS]) {
+    const int tail = n_cols % 16, whole = n_cols - tail;
+    v16 acc[FLOAT_TOKENS][FLOAT_ROWS], w[FLOAT_ROWS];
+    for (int t = 0; t < n; t++)
+        for (int r = 0; r < FLOAT_ROWS; r++)
+            acc[t][r] = v16_set(0.0f);
+    for (int i = 0; i < whole; i += 16) {
+        if (next)
+            fetch(next + (int64_t)i * weight_bytes * FLOAT_ROWS, 16 * weight_bytes * FLOAT_ROWS);
+        for (int r = 0; r < FLOAT_ROWS; r++)
+            w[r] = load(rows[r] + (int64_t)i * weight_bytes);
+        for (int t = 0; t < n; t++) {
+            const v16 values = v16_load(x[t] + i);
+            for (int r = 0; r < FLOAT_ROWS; r++)
+                acc[t][r] = v16_fma(w[r], values, acc[t][r]);
+        }
+    }
+    for (int r = 0; r < FLOAT_ROWS; r++) {
+        if (tail) {
+            uint8_t padded[64] = {0};
+            memcpy(padded, rows[r] + (int64_t)whole * weight_bytes, (size_t)(tail * weight_bytes));
+            for (int t = 0; t < n; t++)
+                acc[t][r] = v16_fma(load(padded), v16_load_first(x[t] + whole, tail), acc[t][r]);
+        }
+        for (int t = 0; t < n; t++)
+            sums[t][r] = v16_sum(acc[t][r]);
+    }
+}
+
 // Float formats: sixteen chains, chain i takes the weights i, i + 16, ...; then the tree of v16_sum.
 ALWAYS_INLINE void matmul_float(load_fn load, int weight_bytes, const uint8_t *w, int64_t row_bytes, int n_rows,
                                 int n_cols, const void *const *x, int n_x, float *const *y) {
-    const int tail = n_cols % 16, whole = n_cols - tail;
-    for (int r = 0; r < n_rows; r++) {
-        const uint8_t *row = w + r * row_bytes;
-        uint8_t padded[64] = {0};
-        memcpy(padded, row + (int64_t)whole * weight_bytes, (size_t)(tail * weight_bytes));
-        for (int t = 0; t < n_x; t++) {
-            const float *values = x[t];
-            v16 acc = v16_set(0.0f);
-            for (int i = 0; i < whole; i += 16)
-                acc = v16_fma(load(row + (int64_t)i * weight_bytes), v16_load(values + i), acc);
-            if (tail)
-                acc = v16_fma(load(padded), v16_load_first(values + whole, tail), acc);
-            y[t][r] = v16_sum(acc);
+    const int64_t ahead = rows_ahead(row_bytes, FLOAT_ROWS) * row_bytes;
+    for (int first = 0; first < n_rows; first += FLOAT_ROWS) {
+        const int n = n_rows - first < FLOAT_ROWS ? n_rows - first : FLOAT_ROWS;
+        const uint8_t *rows[FLOAT_ROWS];
+        for (int r = 0; r < FLOAT_ROWS; r++) // what is missing repeats the last row
+            rows[r] = w + (first + (r < n ? r : n - 1)) * row_bytes;
+        for (int t = 0; t < n_x;) {
+            const float *values[FLOAT_TOKENS] = {x[t]};
+            float sums[FLOAT_TOKENS][FLOAT_ROWS];
+            const int together = n_x - t < FLOAT_TOKENS ? 1 : FLOAT_TOKENS;
+            for (int i = 0; i < together; i++)
+                values[i] = x[t + i];
+            if (together == FLOAT_TOKENS)
+                dot_float(load, weight_bytes, rows, NULL, n_cols, FLOAT_TOKENS, values, sums);
+            else
+                dot_float(load, weight_bytes, rows, n_x == 1 ? rows[0] + ahead : NULL, n_cols, 1, values, sums);
+            for (int i = 0; i < together; i++)
+                memcpy(y[t + i] + first, sums[i], (size_t)n * sizeof(float));
+            t += together;
         }
     }
 }
