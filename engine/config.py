@@ -109,6 +109,9 @@ class MoESettings(Table):
             brought up to date at the end; "" = none.
         record_trace: write the routing of every token to this file at the end, for `python -m engine.bench --replay`;
             "" = do not.
+        routing: who chooses the experts of a token that is made: "own" = the routers. For models of random weights
+            ("synthetic:NAME"), whose routers have no favourites: "made-up" = a process that behaves like recorded
+            routing, or a trace file, whose answer is played back.
     """
 
     table: ClassVar[str] = "moe"
@@ -122,6 +125,7 @@ class MoESettings(Table):
     prompt_seeds_heat: bool = True
     profile: str = ""
     record_trace: str = ""
+    routing: str = "own"
 
     def check(self) -> None:
         """Raise `ConfigError` for a hot cache and whole layers at the same time."""
@@ -210,9 +214,7 @@ class EmulatedSettings(Table):
         pcie_bandwidth: GB/s of copies from RAM to the GPU.
         handshake_us: what it costs to have the CPU compute some experts of a layer.
         layer_us: what a layer costs the GPU beside reading weights.
-        routing: "own" = the model's; "made-up" = the cache and the clock see a made-up process instead, as random
-            weights (synthetic models) have no favourite experts. What is computed stays the same.
-        seed: of made-up routing, and of the chance in `adversarial`.
+        seed: of the chance in `adversarial`.
         adversarial: copies end in any order and late, to test that nobody relies on theirs; the text stays the same.
     """
 
@@ -224,7 +226,6 @@ class EmulatedSettings(Table):
     pcie_bandwidth: float = setting(25.0, low=0.001, high=1e6)
     handshake_us: float = setting(6.0, low=0.0, high=1e6)
     layer_us: float = setting(30.0, low=0.0, high=1e6)
-    routing: Literal["own", "made-up"] = "own"
     seed: int = setting(0, low=0, high=(1 << 63) - 1)
     adversarial: bool = False
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from engine import _kernels
 from engine.devices.timing import Traffic
+from engine.experts.hot_cache import CacheStatistics
 from engine.machine import resident_bytes
-from engine.runtime import Engine, EngineStatistics
+from engine.runtime import Engine
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -47,8 +48,7 @@ class Placed:
         swaps: experts copied into slots for a token.
         ram_bytes_s, link_bytes_s, vram_bytes_s: read from RAM, sent over PCIe and read from VRAM in a second.
         cold_tok_s: tokens a second of the first run, right after the start.
-        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took; None if
-            the device does not count them.
+        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took.
         is_virtual: times are those of a virtual clock.
     """
 
@@ -59,7 +59,7 @@ class Placed:
     link_bytes_s: float
     vram_bytes_s: float
     cold_tok_s: float
-    share_of_limit: float | None
+    share_of_limit: float
     is_virtual: bool
 
 
@@ -179,22 +179,22 @@ def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
         for token in tokens[n_prompt:]:
             _kernels.argmax(session.run([token])[-1])
         end = engine.now()
-    return Sample(ran - start, first - start, end - first, _cache_work(before, engine.statistics))
+    positions = range(n_prompt, len(tokens))
+    return Sample(ran - start, first - start, end - first, _cache_work(engine, before.cache, positions))
 
 
-def _cache_work(before: EngineStatistics, after: EngineStatistics) -> CacheWork | None:
-    """Return what the cache did between two looks."""
-    if before.cache is None or after.cache is None:
+def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range) -> CacheWork | None:
+    """Return what the cache did for tokens that were run one by one, and what of model and cache was moved for them."""
+    after, footprint = engine.statistics.cache, engine.footprint
+    if before is None or after is None:
         return None
-    moved = Traffic()
-    if before.traffic is not None and after.traffic is not None:
-        moved = after.traffic - before.traffic
-    return CacheWork(
-        int(after.cache.hits.sum() - before.cache.hits.sum()),
-        int(after.cache.choices.sum() - before.cache.choices.sum()),
-        after.cache.n_loads - before.cache.n_loads,
-        moved,
-    )
+    hits, choices = after.hits - before.hits, after.choices - before.choices
+    loaded = after.loaded_bytes - before.loaded_bytes
+    missed = int((choices - hits) @ footprint.expert_bytes)
+    on_device = len(positions) * footprint.dense_bytes + float(hits @ footprint.expert_bytes)
+    on_device += sum(footprint.attention_bytes(position) for position in positions)
+    moved = Traffic(missed + loaded, loaded, on_device)
+    return CacheWork(int(hits.sum()), int(choices.sum()), after.n_loads - before.n_loads, moved)
 
 
 def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | None:
@@ -214,6 +214,6 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
         moved.link / seconds,
         moved.vram / seconds,
         n_gen / samples[0].decode_s,
-        least / seconds if least else None,
+        least / seconds,
         statistics.has_virtual_clock,
     )

@@ -1,7 +1,8 @@
 """A compiled forward pass with someone who watches its routing: the hot-expert cache, a trace recorder, or both.
 
 Whoever runs steps need not know. After each step, before the next one, the watchers see what was routed, and the
-cache moves its swaps on; the logits are the same with and without.
+cache moves its swaps on; the logits are the same with and without. Where routing is played back to the routers, that
+happens here, too.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ import numpy.typing as npt
 from engine.devices.graph import Limits, Program
 from engine.devices.slots import ClockedProgram
 from engine.experts.hot_cache import HotCache
+from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
 
 
 class WatchedProgram:
     """Implements `graph.Program` on top of another one, which stays its owner's."""
 
-    def __init__(self, program: Program, cache: HotCache | None = None, recorder: TraceRecorder | None = None) -> None:
-        self._program, self._cache, self._recorder = program, cache, recorder
+    def __init__(
+        self,
+        program: Program,
+        cache: HotCache | None = None,
+        recorder: TraceRecorder | None = None,
+        steering: Steering | None = None,
+    ) -> None:
+        self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -47,6 +55,8 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
+        if self._steering is not None:
+            self._steering.begin_step(len(token_ids))
         start = self.now()
         logits = self._program.run(token_ids, positions, slots, output_rows)
         if self._cache is None and self._recorder is None:

@@ -11,13 +11,12 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, EngineSettings
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, survey
-from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
+from engine.devices.emulated import Behaviour, EmulatedDevice
 from engine.devices.footprint import Footprint
 from engine.devices.graph import Device, KVType, Limits
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
-from engine.experts.routing_process import RoutingProcess
 from engine.gguf import available_memory
 from engine.model_spec import ModelSpec
 
@@ -154,10 +153,6 @@ def _emulated_machine(config: EngineConfig) -> Machine:
 
 def _emulated_device(config: EngineConfig) -> EmulatedDevice:
     played, settings = config.emulated, config.engine
-
-    def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
-        return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
-
     return EmulatedDevice(
         _emulated_machine(config),
         wish=memory_wish(config),
@@ -166,7 +161,6 @@ def _emulated_device(config: EngineConfig) -> EmulatedDevice:
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         behaviour=Behaviour(played.seed, played.adversarial),
-        make_routing=make_up if played.routing == "made-up" else None,
     )
 
 

@@ -177,6 +177,7 @@ class CUDAProgram:
         self._weights = weights
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
+        self._vectors: PinnedMemory | None = None  # new values on their way
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
         self._pinned: PinnedExperts | None = None
@@ -288,6 +289,16 @@ class CUDAProgram:
         ids: npt.NDArray[np.int32] = self._ids.bytes.view(np.int32)[: shape[0] * shape[1] * shape[2]].reshape(shape)
         kept: npt.NDArray[np.int32] = ids[:, : self._n_tokens].copy()
         return kept
+
+    def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
+        """Replace the values of some vectors, [len(names), size], for all steps from now on."""
+        self._context.make_current()
+        if self._vectors is None or self._vectors.n_bytes < values.nbytes:
+            self._vectors = self._own(PinnedMemory(values.nbytes))
+        self._vectors.bytes[: values.nbytes] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
+        for i, name in enumerate(names):
+            to = self._memory.address + self._lowering.vector_offset(name, values.shape[1])
+            self._stream.upload(to, self._vectors.address + i * values[0].nbytes, values[0].nbytes)
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
