@@ -95,9 +95,10 @@ class MoESettings(Table):
         hot_k: experts of each MoE layer that are kept in GPU memory; 0 = none, "auto" = as many as fit.
         hot_rebalance_interval: tokens between two looks at which experts to swap, for "window_topk"; the other policies
             look at every token and are held back by `swap_budget`.
-        hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache: the experts they choose
-            that are not in it are streamed through the GPU. With many fast cores the CPU's help is quicker for up to
-            some hundred tokens; `bench/gpu.py --sections prompt` shows from how many on streaming pays.
+        hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache.
+        stream_n_tokens: batches of at least this many tokens have the experts that are not in the cache streamed
+            through the GPU; in smaller ones the CPU computes them. "auto" = where that becomes quicker by the measured
+            bandwidths: at some hundred tokens with many fast cores.
         policy: who decides which experts are kept: "adaptive" (a forecast that is learned, and a budget for swaps),
             "decayed" (forgetting counts), "window_topk" (counts over the last tokens), "lru", "lfru", or "static".
         swap_budget: share of a token's time that copying experts to the GPU may take.
@@ -119,6 +120,7 @@ class MoESettings(Table):
     hot_k: int | Literal["auto"] = setting("auto", low=0, high=1 << 16, env="LLAMA_ARG_MOE_HOT_K")
     hot_rebalance_interval: int = setting(60, low=1, high=1 << 20, env="LLAMA_ARG_MOE_HOT_REBALANCE_INTERVAL")
     hot_pp_bypass_n_tokens: int = setting(32, low=1, high=1 << 20, env="LLAMA_MOE_HOT_PP_BYPASS_N_TOKENS")
+    stream_n_tokens: int | Literal["auto"] = setting("auto", low=1, high=1 << 20)
     policy: Literal["adaptive", "decayed", "window_topk", "lru", "lfru", "static"] = "adaptive"
     swap_budget: float = setting(0.2, low=0.0, high=1.0)
     n_cpu_moe: int = setting(-1, low=-1, high=1 << 16)

@@ -58,7 +58,7 @@ class Model:
     def open(self, setup: Setup) -> tuple[ForwardPass, HotCache, EmulatedProgram]:
         behaviour = Behaviour(setup.seed, setup.adversarial, setup.failing)
         device = EmulatedDevice(
-            MACHINE, n_threads=setup.n_threads, bypass_n_tokens=setup.bypass_n_tokens, behaviour=behaviour
+            MACHINE, n_threads=setup.n_threads, stream_n_tokens=setup.bypass_n_tokens, behaviour=behaviour
         )
         plan = plan_memory(self.footprint, MACHINE.vram_bytes, device.wish)
         n_slots = np.minimum(np.resize(np.array(setup.n_slots, np.intp), self.n_layers), self.n_experts)

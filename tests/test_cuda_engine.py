@@ -40,9 +40,9 @@ def expected() -> tuple[int, ...]:
     "moe",
     [
         {},
-        {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
+        {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000, "stream_n_tokens": 1000},
         {"n_cpu_moe": 5},
-        {"hot_k": 9, "hot_pp_bypass_n_tokens": 4},
+        {"hot_k": 9, "hot_pp_bypass_n_tokens": 4, "stream_n_tokens": 4},
     ],
     ids=str,
 )
@@ -89,7 +89,7 @@ def test_auto_takes_the_gpu_and_says_so(caplog) -> None:
 
 def test_it_says_how_prompts_are_streamed(caplog) -> None:
     caplog.set_level(logging.INFO, logger="engine")
-    loaded = replace(config(hot_k=4, hot_pp_bypass_n_tokens=5), model=ModelSettings(load="memory"))
+    loaded = replace(config(hot_k=4, hot_pp_bypass_n_tokens=5, stream_n_tokens=5), model=ModelSettings(load="memory"))
     with Engine.open(config=loaded):
         pass
     assert (

@@ -453,7 +453,7 @@ def test_sequences_of_one_step_each_read_their_own_keys(models) -> None:
     """Two sequences side by side, the second one position ahead, read more than one sequence of two tokens."""
     limits = replace(LIMITS, n_slots=2)
     model = models("qwen3moe/qwen3moe-micro-Q8_0.gguf")
-    program = EmulatedDevice(MACHINE, bypass_n_tokens=64).compile(model.loaded.graph, model.weights, limits)
+    program = EmulatedDevice(MACHINE, stream_n_tokens=64).compile(model.loaded.graph, model.weights, limits)
     ids, rows = np.array([7, 8], np.int32), np.zeros(0, np.int32)
     seconds = []
     for slots, positions in (([0, 0], [0, 1]), ([0, 1], [0, 0]), ([0, 1], [0, 1])):

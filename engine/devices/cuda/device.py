@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
@@ -28,7 +29,7 @@ from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
 from engine.devices.slots import Ticket
-from engine.devices.timing import Bandwidths
+from engine.devices.timing import CPU_MACS, Bandwidths
 from engine.errors import RequestError
 from engine.quants import install_grids
 
@@ -57,7 +58,7 @@ class CUDADevice:
         isa: str | None = None,
         bandwidths: Bandwidths | None = None,
         prompt_tokens: int = 4096,
-        bypass_n_tokens: int = 32,
+        stream_n_tokens: int | None = None,
         compiler: Compiler | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -71,8 +72,8 @@ class CUDADevice:
             isa: instruction-set level that they may use; None for the best.
             bandwidths: of the machine; None to measure them.
             prompt_tokens: of a prompt that are run together, if memory allows and more than `Limits.max_tokens`.
-            bypass_n_tokens: steps of this many tokens or more bring the experts that have no slot to the GPU; in
-                smaller ones the CPU computes them.
+            stream_n_tokens: steps of this many tokens or more bring the experts that have no slot to the GPU; in
+                smaller ones the CPU computes them. None for where that pays.
             compiler: makes the kernels; None for NVIDIA's.
             progress: called while kernels are compiled.
         """
@@ -83,7 +84,7 @@ class CUDADevice:
         self.isa = isa
         self.bandwidths = bandwidths
         self.prompt_tokens = prompt_tokens
-        self.bypass_n_tokens = max(bypass_n_tokens, tiles.MIN_TOKENS)
+        self.stream_n_tokens = stream_n_tokens
         self.progress = progress
         install_grids()
         self.context = Context(self.gpu, compiler)
@@ -96,20 +97,35 @@ class CUDADevice:
     def compile(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> CUDAProgram:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
-        return CUDAProgram(self, self._fit(graph, weights, limits), weights)
+        speeds = self.bandwidths or self._measure_speeds()
+        threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
+        threshold = max(threshold, tiles.MIN_TOKENS)
+        return CUDAProgram(self, self._fit(graph, weights, limits, threshold), weights, speeds, threshold)
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
         self.context.close()
 
-    def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
+    def _measure_speeds(self) -> Bandwidths:
+        stream = Stream(self.context)
+        try:
+            return measure_speeds(stream, self.n_threads)
+        finally:
+            stream.close()
+
+    def _where_streaming_pays(self, graph: ForwardGraph, limits: Limits, speeds: Bandwidths) -> int:
+        """Return from how many tokens on; at most what was asked for in a step, as only streaming allows more."""
+        cpu_macs = self.n_threads * CPU_MACS[self.isa or _kernels.isa_levels()[-1]]
+        return min(measure(graph, limits).streaming_pays_from(speeds, cpu_macs), limits.max_tokens)
+
+    def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, threshold: int) -> Lowering:
         """Plan the memory, with as many expert slots as asked for or as fit."""
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
         bare = self._bare(graph, weights, limits)
         left = allowed - bare.layout.n_bytes
-        limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes)
+        limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes, threshold)
         bare = self._bare(graph, weights, limits)
         footprint = replace(
             measure(graph, limits),
@@ -118,7 +134,7 @@ class CUDADevice:
             scratch_bytes=bare.scratch_bytes,
             expert_bytes=np.array([sum(layer.slot_bytes) for layer in bare.expert_layers], np.int64),
         )
-        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE))
+        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)
         staging_bytes = 0 if staging is None else staging.n_buffers * _batch_bytes(bare, staging.at_once)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_slots < bare.n_experts).any())
@@ -131,10 +147,12 @@ class CUDADevice:
         bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
         return bare
 
-    def _larger_steps(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, scratch_bytes: int) -> Limits:
+    def _larger_steps(
+        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, scratch_bytes: int, threshold: int
+    ) -> Limits:
         """Return limits with as many tokens in a step as asked for, or half as often as the scratch memory allows."""
         n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length)
-        if not self._bare(graph, weights, limits).can_stream or self.bypass_n_tokens > limits.max_tokens:
+        if not self._bare(graph, weights, limits).can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
         max_outputs = max(limits.max_tokens, limits.n_slots)
         while n_tokens > limits.max_tokens:
@@ -144,9 +162,9 @@ class CUDADevice:
             n_tokens //= 2
         return limits
 
-    def _staging(self, bare: Lowering, n_bytes: int) -> Staging | None:
+    def _staging(self, bare: Lowering, n_bytes: int, threshold: int) -> Staging | None:
         """Return a ring of about so many bytes, two buffers of one expert at least; None if none can be used."""
-        if not bare.can_stream or bare.limits.max_tokens < self.bypass_n_tokens:
+        if not bare.can_stream or bare.limits.max_tokens < threshold:
             return None
         one = _batch_bytes(bare, 1)
         at_once = max(1, min(STAGED_EXPERTS, bare.n_experts, n_bytes // (2 * one)))
@@ -171,10 +189,18 @@ class CUDAProgram:
 
     state_layout = "positions"
 
-    def __init__(self, device: CUDADevice, lowering: Lowering, weights: WeightAccess) -> None:
+    def __init__(
+        self,
+        device: CUDADevice,
+        lowering: Lowering,
+        weights: WeightAccess,
+        bandwidths: Bandwidths,
+        stream_n_tokens: int,
+    ) -> None:
         self._context = context = device.context
         self._lowering = lowering
         self._weights = weights
+        self._bandwidths = bandwidths
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
         self._vectors: PinnedMemory | None = None  # new values on their way
@@ -182,7 +208,7 @@ class CUDAProgram:
         self._copies: ExpertCopies | None = None
         self._pinned: PinnedExperts | None = None
         self._expert_stream: ExpertStream | None = None
-        self._bypass_n_tokens = limits.max_tokens + 1  # no step streams experts
+        self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
         self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
@@ -207,13 +233,12 @@ class CUDAProgram:
                 self._copies = ExpertCopies(context, paths)
                 if lowering.staging is not None:
                     self._expert_stream = ExpertStream(context, paths)
-                    self._bypass_n_tokens = device.bypass_n_tokens
-                most = min(limits.max_tokens, self._bypass_n_tokens - 1)
+                    self._stream_n_tokens = stream_n_tokens
+                most = min(limits.max_tokens, self._stream_n_tokens - 1)
                 self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)
                 exchange = self._misses.exchange(self._memory.address)
                 _log.info("%s", self._describe_streaming(self._pinned))
             self._prepare_steps(exchange, device.progress)
-            self._bandwidths = device.bandwidths or measure_speeds(self._stream, device.n_threads)
         except BaseException:
             self.close()
             raise
@@ -254,7 +279,7 @@ class CUDAProgram:
             start = 4 + i * limits.max_tokens
             self._words[start : start + len(values)] = values
         most = next(size for size in self._sizes if size >= n)
-        streams = n >= self._bypass_n_tokens
+        streams = n >= self._stream_n_tokens
         logits = self._logits.bytes.view(np.float32).reshape(1, -1)
         if n_outputs != 1:
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
@@ -446,7 +471,7 @@ class CUDAProgram:
             return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
         size = staging.n_buffers * lowering.staging_buffer_bytes
         return (
-            f"{pinned.describe()}; steps of {self._bypass_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
+            f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
             f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB)"
         )
 
@@ -456,7 +481,7 @@ class CUDAProgram:
         The launches of a step that waits for the CPU must all be queued before it is answered: only a graph is.
         """
         lowering, base, max_tokens = self._lowering, self._memory.address, self._limits.max_tokens
-        largest = min(self._bypass_n_tokens - 1, max_tokens)  # of the steps that stream nothing
+        largest = min(self._stream_n_tokens - 1, max_tokens)  # of the steps that stream nothing
         recorded: dict[int, Sequence[Launch | Streamed]] = {}
         for size in sorted({min(size, largest) for size in (*_SIZES, largest)}):
             recorded[size] = lowering.launches(base, size, exchange)

@@ -56,7 +56,7 @@ class EmulatedDevice:
         *,
         wish: Wish | None = None,
         vram_budget: int | None = None,
-        bypass_n_tokens: int = 32,
+        stream_n_tokens: int | None = None,
         n_threads: int = 1,
         isa: str | None = None,
         behaviour: Behaviour | None = None,
@@ -67,14 +67,15 @@ class EmulatedDevice:
             machine: its speeds and sizes.
             wish: what to do with its memory; by default as many expert slots as fit.
             vram_budget: bytes of it to use at most; None for all.
-            bypass_n_tokens: steps of this many tokens or more stream the experts that have no slot.
+            stream_n_tokens: steps of this many tokens or more stream the experts that have no slot; None for where
+                that pays.
             n_threads: of the CPU, which does the arithmetic of both.
             isa: instruction-set level that is not to be exceeded.
             behaviour: chance; None for none.
         """
         self.machine, self.wish = machine, wish or Wish()
         self.allowed_bytes = min(machine.vram_bytes, vram_budget or machine.vram_bytes)
-        self.bypass_n_tokens = bypass_n_tokens
+        self.stream_n_tokens = stream_n_tokens
         self.behaviour = behaviour or Behaviour()
         self.cpu = CPUDevice(n_threads, isa)
 
@@ -123,6 +124,9 @@ class EmulatedProgram:
         )
         self._tables = lowered.expert_tables
         self._memory = SlotMemory(self._tables, [int(n) for n in plan.n_slots], self._clock)
+        self._stream_n_tokens = device.stream_n_tokens or footprint.streaming_pays_from(
+            device.machine.bandwidths, device.machine.cpu_macs
+        )
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._copied_bytes = 0
@@ -156,7 +160,7 @@ class EmulatedProgram:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
         cold = self._without_slot()
-        if len(positions) >= self._device.bypass_n_tokens and any(map(len, cold)):
+        if len(positions) >= self._stream_n_tokens and any(map(len, cold)):
             self._program.begin(token_ids, positions, slots, output_rows)
             work, spent = self._stream(positions, slots, cold)
             logits = self._program.logits(len(output_rows))
