@@ -98,9 +98,8 @@ class CUDADevice:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
         speeds = self.bandwidths or self._measure_speeds()
-        threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
-        threshold = max(threshold, tiles.MIN_TOKENS)
-        return CUDAProgram(self, self._fit(graph, weights, limits, threshold), weights, speeds, threshold)
+        lowering, stream_n_tokens = self._fit(graph, weights, limits, speeds)
+        return CUDAProgram(self, lowering, weights, speeds, stream_n_tokens)
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
@@ -118,12 +117,16 @@ class CUDADevice:
         cpu_macs = self.n_threads * CPU_MACS[self.isa or _kernels.isa_levels()[-1]]
         return min(measure(graph, limits).streaming_pays_from(speeds, cpu_macs), limits.max_tokens)
 
-    def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, threshold: int) -> Lowering:
-        """Plan the memory, with as many expert slots as asked for or as fit."""
+    def _fit(
+        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths
+    ) -> tuple[Lowering, int]:
+        """Plan the memory, with as many expert slots as asked for or as fit; return from when on steps stream, too."""
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
         bare = self._bare(graph, weights, limits)
+        threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
+        threshold = max(threshold, tiles.MIN_TOKENS)
         left = allowed - bare.layout.n_bytes
         limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes, threshold)
         bare = self._bare(graph, weights, limits)
@@ -138,7 +141,7 @@ class CUDADevice:
         staging_bytes = 0 if staging is None else staging.n_buffers * _batch_bytes(bare, staging.at_once)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_slots < bare.n_experts).any())
-        return Lowering(graph, weights, limits, plan.n_slots.tolist(), staging if streams else None)
+        return Lowering(graph, weights, limits, plan.n_slots.tolist(), staging if streams else None), threshold
 
     @staticmethod
     def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
