@@ -7,8 +7,8 @@ tokens mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
@@ -21,6 +21,7 @@ from engine.runtime import Engine
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
+COLD_TOKENS = 16  # of an answer, in which a cache that was just filled has learned little
 _WARM_UP = 8  # tokens
 
 
@@ -47,7 +48,9 @@ class Placed:
         hit_rate: share of the chosen experts that were read from it.
         swaps: experts copied into slots for a token.
         ram_bytes_s, link_bytes_s, vram_bytes_s: read from RAM, sent over PCIe and read from VRAM in a second.
-        cold_tok_s: tokens a second of the first run, right after the start.
+        cold_tok_s: tokens a second of the first tokens after the start, `COLD_TOKENS` at most.
+        first_turn_tok_s: of the whole first run.
+        steady_tok_s: of all later ones together; of the first if there is no other.
         share_of_limit: time in which the memories could have moved those bytes at best, over the time it took.
         is_virtual: times are those of a virtual clock.
     """
@@ -59,6 +62,8 @@ class Placed:
     link_bytes_s: float
     vram_bytes_s: float
     cold_tok_s: float
+    first_turn_tok_s: float
+    steady_tok_s: float
     share_of_limit: float
     is_virtual: bool
 
@@ -76,7 +81,7 @@ class Row:
         token_bytes: weights that making one token reads; 0 if not known.
         note: what a reader must know to compare.
         placed: where experts are placed, for devices with memory of their own.
-        gain: in decode speed over the row that it is compared to; None for no comparison.
+        gains: in decode speed over other rows, by what those are called in a table.
     """
 
     name: str
@@ -89,7 +94,7 @@ class Row:
     token_bytes: int
     note: str = ""
     placed: Placed | None = None
-    gain: float | None = None
+    gains: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bandwidth(self) -> float:
@@ -109,11 +114,12 @@ class CacheWork:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run."""
+    """One run, in seconds; `cold_s` are those of the first `COLD_TOKENS` tokens of `decode_s`, 0 if not known."""
 
     prompt_s: float
     first_token_s: float
     decode_s: float
+    cold_s: float = 0.0
     cache: CacheWork | None = None
 
 
@@ -176,11 +182,13 @@ def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
         _kernels.argmax(logits[-1])
         first = engine.now()
         before = engine.statistics
+        ends = []
         for token in tokens[n_prompt:]:
             _kernels.argmax(session.run([token])[-1])
-        end = engine.now()
-    positions = range(n_prompt, len(tokens))
-    return Sample(ran - start, first - start, end - first, _cache_work(engine, before.cache, positions))
+            ends.append(engine.now())
+    cold, positions = ends[min(COLD_TOKENS, len(ends)) - 1], range(n_prompt, len(tokens))
+    work = _cache_work(engine, before.cache, positions)
+    return Sample(ran - start, first - start, ends[-1] - first, cold - first, work)
 
 
 def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range) -> CacheWork | None:
@@ -203,6 +211,7 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
     if not works or statistics.bandwidths is None:
         return None
     seconds = sum(sample.decode_s for sample in samples)
+    later = samples[1:] or samples
     moved = sum((work.traffic for work in works), Traffic())
     speeds = statistics.bandwidths
     least = max(moved.ram / speeds.ram, moved.link / speeds.pcie, moved.vram / speeds.vram)
@@ -213,7 +222,9 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
         moved.ram / seconds,
         moved.link / seconds,
         moved.vram / seconds,
+        min(COLD_TOKENS, n_gen) / samples[0].cold_s,
         n_gen / samples[0].decode_s,
+        n_gen * len(later) / sum(sample.decode_s for sample in later),
         least / seconds,
         statistics.has_virtual_clock,
     )

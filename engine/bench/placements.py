@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.bench.measure import Progress, Row, Tokens, measure, random_tokens
+from engine.bench.measure import COLD_TOKENS, Progress, Row, Tokens, measure, random_tokens
 from engine.cli.terminal import Bars
 from engine.config import EngineConfig, SamplingParams
 from engine.devices.footprint import Footprint
@@ -36,17 +36,19 @@ def measure_placements(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, 
     cpu = replace(config, moe=replace(config.moe, hot_k=0, n_cpu_moe=-1))
     with Engine.open(config=cpu, progress=bars.loading) as engine:
         on_cpu = _measure(engine, "all experts on the CPU", config, tokens, bars.steps)
-    baselines = {row.n_prompt: row.decode_tok_s.median for row in on_cpu}
-    rows = [row for same in zip(on_cpu, layers, found, strict=True) for row in same]
-    return used, statistics, [_with_gain(row, baselines[row.n_prompt]) for row in rows]
+    rows = []
+    for cpu_row, layers_row, hot_row in zip(on_cpu, layers, found, strict=True):
+        rows += [cpu_row, _compared(layers_row, CPU=cpu_row), _compared(hot_row, CPU=cpu_row, layers=layers_row)]
+    return used, statistics, rows
 
 
 def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
     """Return what a reader of the rows must know."""
     notes = [
         statistics.cache_line,
-        "Rows use equal VRAM. swaps: experts copied for a token; gain: decode speed over all experts on the CPU; cold: "
-        "the first run; of limit: the time the memories would need for the bytes moved, over the time taken.",
+        f"Rows use equal VRAM. cold: the first {COLD_TOKENS} tokens after the start; first turn: the whole first run; "
+        "steady: all later ones. gain: in decode speed. swaps: experts copied for a token; of limit: the time the "
+        "memories would need for the bytes moved, over the time taken.",
     ]
     if statistics.has_virtual_clock:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
@@ -55,9 +57,10 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
     return notes
 
 
-def _with_gain(row: Row, baseline: float) -> Row:
+def _compared(row: Row, **baselines: Row) -> Row:
+    """Return a row with its gains over others."""
     speed = row.decode_tok_s.median
-    return row if speed == baseline else replace(row, gain=speed / baseline - 1)
+    return replace(row, gains={name: speed / other.decode_tok_s.median - 1 for name, other in baselines.items()})
 
 
 def _with_favourites(config: EngineConfig) -> EngineConfig:
