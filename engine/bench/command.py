@@ -70,6 +70,10 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     _check_outputs([path for path in (args.json, args.csv, args.plot) if path])
     if (args.kernels or args.profile) and (args.peer or args.json or args.csv or args.plot):
         raise RequestError("--peer, --json, --csv and --plot do not go with --kernels or --profile")
+    if (args.conversation or args.watch) and (args.peer or args.csv):
+        raise RequestError("--peer and --csv do not go with --conversation or --watch; there is --json")
+    if args.replay and args.peer:
+        raise RequestError("--peer does not go with --replay, which runs no model")
     if args.plot:
         plots.check_plot(args.plot)
     is_terminal = sys.stdout.isatty()

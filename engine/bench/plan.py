@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from engine.bench.units import format_bytes, parse_bytes, parse_rate
+from engine.bench.units import format_bytes, parse_rate
 from engine.cli.options import add_output
 from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint, measure
@@ -32,6 +32,7 @@ from engine.experts.routing_process import RoutingProcess
 from engine.experts.trace import Trace, load_trace
 from engine.gguf import open_model_file
 from engine.models import load_model
+from engine.tables import parse_bytes
 
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing
 PROMPT_BATCH = 512  # tokens of a prompt that are run together
@@ -282,7 +283,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             )
         make_policy(args.cache_policy, 1, 1)  # raises for a name that is none, also where nothing is replayed
         trace = load_trace(args.trace) if args.trace else made_up_trace(footprint)
-        with Progress(console=console, transient=True, disable=args.quiet) as bar:
+        with Progress(console=console, transient=True, disable=args.quiet or not console.is_terminal) as bar:
             task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
             found = predict(
                 machine,
@@ -319,16 +320,16 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
     given = {key: getattr(args, key) for key in known}
     if args.machine == REFERENCE_MACHINE:
         given = {key: value or known[key] for key, value in given.items()}
-    missing = [f"--{key.replace('_', '-')}" for key, value in given.items() if not value]
+    options = {key: f"--{key.replace('_', '-')}" for key in known}
+    missing = [options[key] for key, value in given.items() if not value]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: missing; give the machine's figures, or start from known ones with --machine "
             f"{REFERENCE_MACHINE}; for the machine at hand there is `python -m engine info`"
         )
-    speeds = Bandwidths(
-        parse_rate(given["ram_bandwidth"]), parse_rate(given["pcie"]), parse_rate(given["vram_bandwidth"])
-    )
-    return Machine(speeds, parse_bytes(given["vram"])), parse_bytes(given["ram"])
+    ram, pcie, vram = (parse_rate(given[key], options[key]) for key in ("ram_bandwidth", "pcie", "vram_bandwidth"))
+    vram_bytes, ram_bytes = (parse_bytes(given[key], options[key]) for key in ("vram", "ram"))
+    return Machine(Bandwidths(ram, pcie, vram), vram_bytes), ram_bytes
 
 
 def made_up_trace(footprint: Footprint) -> Trace:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError
+from engine.files import whole_file
 
 if TYPE_CHECKING:
     from engine.bench.conversation import Turn
@@ -47,10 +48,13 @@ def figure(n_rows: int, n_columns: int, height: float) -> tuple[Any, Any]:
 
 def save(fig: Any, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the file's ending; raise `ConfigError` if that is not possible."""
+    path = Path(path)
     try:
-        fig.savefig(path, dpi=140)
+        with whole_file(path) as file:
+            fig.savefig(file, dpi=140, format=path.suffix.removeprefix("."))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the plot cannot be written: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: the plot cannot be written: {reason}") from error
 
 
 def moving_rate(hits: npt.NDArray[np.int64], choices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
