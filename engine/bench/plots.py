@@ -92,6 +92,8 @@ def plot_speeds(rows: Sequence[Row], title: str, path: str | Path) -> None:
             )
         axis.set_xlabel(what)
         axis.margins(x=0.22)
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,.0f}" if medians.max() >= 10 else "{x:g}")
         axis.set_yticks(places, [f"{row.name}\n{row.n_prompt} + {row.n_gen} tokens" for row in rows])
         axis.grid(axis="x", alpha=0.25)
         axis.set_axisbelow(True)
