@@ -133,6 +133,7 @@ def _scratch_bytes(graph: Graph, limits: Limits) -> int:
     for i, op in enumerate(graph.operations):
         for tensor in op.tensors():
             buffer = tensor.buffer
-            interval = intervals.setdefault(buffer, Interval(4 * limits.max_tokens * buffer.width, i, i))
+            n_bytes = 4 * limits.most(buffer.rows) * buffer.width
+            interval = intervals.setdefault(buffer, Interval(n_bytes, i, i))
             interval.last = i
     return plan_offsets(list(intervals.values()))
