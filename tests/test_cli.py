@@ -455,12 +455,19 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     assert seen[1][1]["content"] == "".join(written[:3])
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     if shell == "zsh":
         assert script.startswith("autoload")
+        return
+    if shell == "fish":
+        start = "complete -c hot-experts -n '__fish_seen_subcommand_from"
+        assert f"{start} run' -l kv-type -x -a 'f32 f16 q8_0'\n" in script  # choices
+        assert f"{start} run' -s p -l prompt -r\n" in script  # some value
+        assert f"{start} run' -l chat\n" in script  # none
+        assert f"{start} completion' -x -a 'bash zsh fish'\n" in script
         return
     path = tmp_path / "complete.sh"
     path.write_text(
