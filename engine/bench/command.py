@@ -28,6 +28,7 @@ from engine.runtime import Engine, EngineStatistics
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
 the same run. Prompts and answers are fixed random tokens."""
 _CONVERSATION_TOKENS = 768  # of context beside the longest answer
+_LINES_AROUND_LAYERS = 7  # title, which may take two lines, headings, frame, and the cursor's
 _FILE_WIDTH = 160  # columns, where the output is not a terminal
 BENCH_OPTIONS = {
     "bench.prompt_tokens": ("--prompt-tokens",),
@@ -182,7 +183,8 @@ def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
         bars.close()
         if args.watch:
             with Live(console=out, auto_refresh=False) as live:
-                watcher = conversation.Watcher(lambda table: live.update(table, refresh=True))
+                room = max(out.height - _LINES_AROUND_LAYERS, 1)
+                watcher = conversation.Watcher(lambda table: live.update(table, refresh=True), room)
                 turns = conversation.converse(engine, n_gen, watcher)
         else:
             turns = conversation.converse(engine, n_gen, lambda *_: None)

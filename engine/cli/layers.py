@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.table import Table
 
 from engine.runtime import EngineStatistics
 
 
-def layer_table(what: str, now: EngineStatistics, before: EngineStatistics) -> Table:
-    """Return what happened between two looks: for each MoE layer hits, swaps, and where the time went.
+def layer_table(what: str, now: EngineStatistics, before: EngineStatistics, max_rows: int = 0) -> Table:
+    """Return what happened between two looks at decoding: for each MoE layer hits, swaps, and where the time went.
 
-    Both must be of an engine with a cache; `what` is the title's beginning.
+    Both must be of an engine with a cache; `what` is the title's beginning. Layers for which `max_rows` leaves no room
+    stand beside the others; 0 for as many rows as layers.
     """
     cache, old = now.cache, before.cache
     assert cache is not None
@@ -30,14 +32,26 @@ def layer_table(what: str, now: EngineStatistics, before: EngineStatistics) -> T
     if now.has_virtual_clock:
         title += " (virtual clock)"
     table = Table(title=title, title_justify="left", padding=(0, 1))
-    for heading in ("layer", "hits", "", "swaps", *(["device us", "CPU us", "wait us"] if times is not None else [])):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for layer in range(len(hits)):
+    n_layers = len(hits)
+    n_blocks = -(-n_layers // max_rows) if max_rows else 1
+    n_rows = -(-n_layers // n_blocks)
+    bars = ("",) if n_blocks == 1 else ()
+    headings = ("layer", "hits", *bars, "swaps", *(("device us", "CPU us", "wait us") if times is not None else ()))
+    for heading in headings * n_blocks:
+        table.add_column(heading, justify="right" if heading else "left")
+
+    def cells(layer: int) -> list[str]:
+        if layer >= n_layers:
+            return [""] * len(headings)
         rate = hits[layer] / max(int(choices[layer]), 1)
-        cells = [str(layer), f"{rate:.0%}", "█" * round(20 * rate), f"{loads[layer] / n_tokens:.2f}"]
-        if times is not None and times.layers.size:
-            cells += [f"{value / n_tokens * 1e6:.1f}" for value in times.layers[:, layer]]
-        table.add_row(*cells)
+        found = [str(layer), f"{rate:.0%}", *("█" * round(20 * rate) for _ in bars), f"{loads[layer] / n_tokens:.2f}"]
+        if times is not None:
+            at = times.layers[:, layer] if times.layers.size else np.zeros(3)
+            found += [f"{value / n_tokens * 1e6:.1f}" for value in at]
+        return found
+
+    for row in range(n_rows):
+        table.add_row(*(cell for block in range(n_blocks) for cell in cells(block * n_rows + row)))
     return table
 
 
