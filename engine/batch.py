@@ -119,7 +119,8 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
     settings: BatchSettings = tables.pop(BatchSettings.table)
     config = EngineConfig(**tables)
     config = replace(config, engine=replace(config.engine, n_sequences=settings.n_parallel))
-    salt = json.dumps([asdict(config.sampling), config.model.path, config.model.chat_template])
+    model = config.model
+    salt = json.dumps([asdict(config.sampling), model.path, model.chat_template, *model.chat_variables])
     config = _beside(path.parent, config, overrides or {})
     items: list[Item] = []
     for source, fields in _read_input(settings, path):

@@ -7,7 +7,15 @@ import sys
 
 from rich.console import Console
 
-from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
+from engine.cli.options import (
+    ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_chat_variables,
+    add_common,
+    add_settings,
+    read_settings,
+    stop_texts,
+)
 from engine.cli.terminal import Bars
 from engine.errors import RequestError
 from engine.generate.answer import Completion
@@ -27,6 +35,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--special", action="store_true", help="read control tokens spelled out in the prompt as such")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    add_chat_variables(parser)
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
