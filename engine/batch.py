@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, ClassVar, Literal
 
-from engine.config import TABLES, EngineConfig
+from engine.config import TABLES, EngineConfig, EngineSettings
 from engine.data import tiny_model_path
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.generate.answer import Completion, TokenLogprob
@@ -49,7 +49,7 @@ class BatchSettings(Table):
         system: system message before it, with fields like the prompt; only with `chat`.
         messages_field: field that holds a whole conversation, a list of {"role", "content"}; replaces `prompt`.
         output: JSON lines, one for each item as it is finished; a file that is there is continued.
-        n_parallel: answers that are made together.
+        n_parallel: answers that are made together; it takes the place of [engine] n_sequences.
     """
 
     table: ClassVar[str] = "batch"
@@ -118,6 +118,11 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
     )
     settings: BatchSettings = tables.pop(BatchSettings.table)
     config = EngineConfig(**tables)
+    if config.engine.n_sequences not in {EngineSettings().n_sequences, settings.n_parallel}:
+        raise ConfigError(
+            f"{path}: engine.n_sequences is {config.engine.n_sequences} and batch.n_parallel is {settings.n_parallel}, "
+            "which is the same; leave engine.n_sequences out"
+        )
     config = replace(config, engine=replace(config.engine, n_sequences=settings.n_parallel))
     model = config.model
     salt = json.dumps([asdict(config.sampling), model.path, model.chat_template, *model.chat_variables])
@@ -295,6 +300,10 @@ def _read_file(path: Path, name: str, form: str) -> Iterator[tuple[str, dict[str
 def _read_csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = rows.fieldnames or ()
+        if len(set(names)) < len(names):
+            twice = next(column for i, column in enumerate(names) if column in names[:i])
+            raise ConfigError(f"{name}:1: the header names {twice!r} twice; expected a name of its own for each column")
         for row in rows:
             if None in row or None in row.values():
                 raise ConfigError(f"{name}:{rows.line_num}: has not as many values as the header has names")
@@ -420,13 +429,18 @@ def _open_locked(path: Path) -> BinaryIO:
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # replaced since it was opened
-            raise BlockingIOError
-    except OSError:
+        is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not replaced since it was opened
+    except BlockingIOError:
+        is_ours = False
+    except OSError as error:
         file.close()
         raise ConfigError(
-            f"batch.output: {path}: another run is writing it; wait for that, or choose another file"
+            f"batch.output: {path}: cannot be kept from other runs: {error.strerror or error}; choose a file on "
+            "another file system"
         ) from None
+    if not is_ours:
+        file.close()
+        raise ConfigError(f"batch.output: {path}: another run is writing it; wait for that, or choose another file")
     return file
 
 
