@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import weakref
@@ -9,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from engine.__main__ import main
+from engine.cli.layers import layer_table
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.devices.cuda import jit, probe
 from engine.errors import DeviceError
@@ -56,6 +59,23 @@ def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) ->
     if moe.get("policy") == "lru":
         assert found.cache.n_loads > 0
         assert 0 < found.cache.hit_rate < 1
+
+
+def test_it_is_measured_how_gpu_and_cpu_share_the_time() -> None:
+    with Engine.open(config=config(hot_k=9)) as engine:
+        engine.generate(PROMPT, GREEDY)
+        before = engine.statistics
+        engine.generate(PROMPT[::-1], replace(GREEDY, max_tokens=3))
+        now = engine.statistics
+    assert now.layer_times is not None
+    assert before.layer_times is not None
+    times = now.layer_times - before.layer_times
+    assert times.n_tokens == 2  # the first token comes out of the prompt
+    assert (times.device > 0).all()
+    assert (times.cpu > 0).any()
+    out = Console(width=200, record=True, file=io.StringIO())
+    out.print(layer_table("answer", now, before))
+    assert "until the CPU is asked" in out.export_text()
 
 
 @pytest.mark.parametrize("moe", [{"hot_k": 0}, {"hot_k": 9}, {"n_cpu_moe": 5}], ids=str)

@@ -29,7 +29,7 @@ from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
 from engine.devices.slots import Ticket
-from engine.devices.timing import CPU_MACS, Bandwidths
+from engine.devices.timing import CPU_MACS, Bandwidths, LayerTimes
 from engine.errors import RequestError
 from engine.quants import install_grids
 
@@ -215,6 +215,8 @@ class CUDAProgram:
         self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
+        self._seconds = np.zeros((2, len(lowering.expert_layers)))  # see `layer_times`
+        self._n_single_tokens = 0
         self._n_tokens = 0
         self._rows_of_routing = 1
         n_layers = len(lowering.expert_layers)
@@ -309,7 +311,21 @@ class CUDAProgram:
             raise
         self._synchronize()
         self._n_tokens, self._rows_of_routing = n, most
+        if misses is not None:
+            self._count_seconds(misses, n)
         return logits
+
+    def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
+        if n_tokens == 1:
+            self._seconds += misses.seconds
+            self._n_single_tokens += 1
+        misses.seconds[:] = 0.0
+
+    @property
+    def layer_times(self) -> LayerTimes:
+        """Return the times of all steps of one token so far in which the CPU may have had to help."""
+        device, cpu = self._seconds.copy()
+        return LayerTimes(self._n_single_tokens, device, cpu)
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
