@@ -66,6 +66,11 @@ class SlotProgram(SlotDevice, Protocol):
         ...
 
     @property
+    def leaves_a_cpu(self) -> bool:
+        """Return whether another thread may work, and call all of the above, while a step runs."""
+        ...
+
+    @property
     def device_bytes(self) -> int:
         """Return the device memory in use, slots and everything else."""
         ...

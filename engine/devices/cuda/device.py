@@ -31,10 +31,12 @@ from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
 from engine.devices.slots import Ticket
 from engine.devices.timing import CPU_MACS, Bandwidths, LayerTimes
 from engine.errors import RequestError
+from engine.machine import n_logical_cpus
 from engine.quants import install_grids
 
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
+_THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
 _SIZES = (1, tiles.MIN_TOKENS - 1, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
@@ -187,7 +189,11 @@ class CUDAProgram:
     """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `SlotProgram`.
 
     Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
-    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step.
+    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step,
+    and what is published meanwhile for this one or the next.
+
+    Attributes:
+        leaves_a_cpu: another thread may work, and move experts, while a step runs.
     """
 
     state_layout = "positions"
@@ -215,6 +221,8 @@ class CUDAProgram:
         self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
+        self._n_begun = self._n_over = 0  # steps
+        self.leaves_a_cpu = False
         self._seconds = np.zeros((2, len(lowering.expert_layers)))  # see `layer_times`
         self._n_single_tokens = 0
         self._n_tokens = 0
@@ -240,7 +248,11 @@ class CUDAProgram:
                     self._expert_stream = ExpertStream(context, paths)
                     self._stream_n_tokens = stream_n_tokens
                 most = min(limits.max_tokens, self._stream_n_tokens - 1)
-                self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)
+                n_threads = device.n_threads
+                if self._pinned.is_pinned:  # else the threads must fill buffers, too
+                    self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
+                    n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
+                self._misses = MissServer(lowering, weights, most, n_threads, device.isa)
                 exchange = self._misses.exchange(self._memory.address)
                 _log.info("%s", self._describe_streaming(self._pinned))
             self._prepare_steps(exchange, device.progress)
@@ -275,9 +287,22 @@ class CUDAProgram:
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
         """
-        n, n_outputs = len(token_ids), len(output_rows)
         self._check(token_ids, positions, slots, output_rows)
         self._context.make_current()
+        self._n_begun += 1
+        try:
+            return self._run(token_ids, positions, slots, output_rows)
+        finally:
+            self._n_over = self._n_begun
+
+    def _run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        n, n_outputs = len(token_ids), len(output_rows)
         lowering, limits = self._lowering, self._limits
         self._words[:3] = n, n_outputs, self._step_number
         for i, values in enumerate((token_ids, positions, slots, output_rows)):
@@ -433,11 +458,13 @@ class CUDAProgram:
         return self._copies.begin(layer, expert, slot)
 
     def fence(self) -> Ticket:
-        """Return a ticket that is done when all steps started so far are: they are, since `run` waits for its step."""
-        return _DONE
+        """Return a ticket that is done when all steps started so far are."""
+        return self._n_begun
 
     def is_done(self, ticket: Ticket) -> bool:
         """Return whether the work is done; raise `DeviceError` if it failed."""
+        if isinstance(ticket, int):
+            return self._n_over >= ticket
         assert isinstance(ticket, Copy)
         if not ticket.is_done and self._copies is not None:
             self._context.make_current()
