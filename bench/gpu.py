@@ -24,10 +24,14 @@ import numpy as np
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, kernels, probe, tiles
+from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
+from engine.devices.cuda.attention import attend as attention_over
+from engine.devices.cuda.attention import inputs as attention_inputs
+from engine.devices.cuda.attention import scratch_bytes as attention_scratch_bytes
 from engine.devices.cuda.device import CUDAProgram
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
-from engine.devices.cuda.kernels import Cache, Combined, Exchange, Forms, Sight
+from engine.devices.cuda.kernels import Combined, Exchange, Forms, GateOf
 from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import Activation as ExpertActivation
@@ -373,43 +377,47 @@ def experts(bench: Bench) -> None:
             del spare
 
 
+def _attention_inputs(cache: Cache, x: int, out: int, weights: int, place: Place, count: Count) -> Launch:
+    """What a layer of the 122B does before it attends: 32 heads beside their gates, on 2 key heads of 256."""
+    q = Heads(Rows(x, 16384), 32, 512, normalize=True, weight=weights, rotate=True)
+    k = Heads(Rows(x, 16384), 2, 256, normalize=True, weight=weights, rotate=True)
+    v = Heads(Rows(x, 16384), 2, 256)
+    return attention_inputs(q, Rows(out, 8192), k, v, 1e-6, Rotation(weights, 64), cache, place, count)
+
+
 def attention(bench: Bench) -> None:
-    """One token of the 122B (32 heads on 2 key heads of 256) at several positions."""
+    """One token of the 122B at several positions, with all there is between two products."""
     for kv_type in (KVType.F16, KVType.Q8_0):
-        for n_positions in (1024, 8192, 65536):
+        for n_positions in (16, 1024, 8192, 65536, 131072):
             cache = Cache(0, kv_type, 1, n_positions, 2, 256, 256)
-            size = kernels.kv_cache_bytes(cache)
-            n = max(1, min(8, POOL_BYTES // size))
-            scratch = kernels.attention_scratch_bytes(cache, 32, 1)
-            with bench.memory(n * (size + 256), 1 << 20, 1 << 20, *scratch, 256) as (
+            n = max(1, min(8, POOL_BYTES // cache.n_bytes))
+            stride, scratch = -(-cache.n_bytes // 256) * 256, attention_scratch_bytes(cache, 32, 1)
+            row_bytes = kernels.activation_bytes(Activation.Q8_256, 8192)
+            with bench.memory(n * stride, 1 << 20, 1 << 20, 1 << 20, row_bytes, *scratch, 256) as (
                 memory,
+                x,
                 q,
                 out,
+                form,
                 values,
                 parts,
                 words,
             ):
                 bench.put(words, np.array([1, n_positions - 1, 0], np.int32))
-                launches = [
-                    launch
-                    for i in range(n)
-                    for launch in kernels.attention(
-                        Rows(q, 8192),
-                        Rows(q, 512),
-                        Rows(q, 512),
-                        Rows(out, 8192),
-                        cache._replace(address=memory + i * (size + 256) // 256 * 256),
-                        32,
-                        0.0625,
-                        Sight(),
-                        values,
-                        parts,
-                        words + 4,
-                        words + 8,
-                        Count(words, 1),
-                    )
-                ]
-                bench.share("attention", f"{kv_type.name}, {n_positions} positions", size, bench.replay_s(launches) / n)
+                place, count = Place(words + 4, words + 8), Count(words, 1)
+                gate, forms = GateOf(Gating.SIGMOID, Rows(x + 1024, 16384), 256, 512), Forms(Rows(form, row_bytes))
+                inputs, attends = [], []
+                for i in range(n):
+                    own = cache._replace(address=memory + i * stride)
+                    inputs.append(_attention_inputs(own, x, q, out, place, count))
+                    what = (own, 32, 0.0625, Sight(), (values, parts), place, count, gate, forms)
+                    attends.append(attention_over(Rows(q, 8192), Rows(out, 8192), *what))
+                name = f"{kv_type.name}, {n_positions} positions"
+                all_launches = [launch for i in range(n) for launch in (inputs[i], *attends[i])]
+                bench.share("attention", f"{name}: all", cache.n_bytes, bench.replay_s(all_launches) / n)
+                merges = [two[1] for two in attends]
+                bench.note("attention", f"{name}: inputs", bench.replay_s(inputs) / n * 1e6, "us")
+                bench.note("attention", f"{name}: merging", bench.replay_s(merges) / n * 1e6, "us")
 
 
 def prompt_attention(bench: Bench) -> None:
@@ -417,26 +425,15 @@ def prompt_attention(bench: Bench) -> None:
     n = 3000
     for kv_type in (KVType.F16, KVType.Q8_0):
         cache = Cache(0, kv_type, 1, 4096, 2, 256, 256)
-        sizes = (kernels.kv_cache_bytes(cache), n * 8192 * 4, n * 512 * 4, n * 8192 * 4, 4 * n, 4 * n, 4)
-        with bench.memory(*sizes) as (memory, q, k, out, positions, slots, count):
+        sizes = (cache.n_bytes, n * 16384 * 4, n * 8192 * 4, n * 8192 * 4, 1 << 16, 4 * n, 4 * n, 4)
+        with bench.memory(*sizes) as (memory, x, q, out, weights, positions, slots, counter):
             bench.put(positions, np.arange(n, dtype=np.int32))
-            bench.put(count, np.array([n], np.int32))
-            launches = kernels.attention(
-                Rows(q, 8192),
-                Rows(k, 512),
-                Rows(k, 512),
-                Rows(out, 8192),
-                cache._replace(address=memory),
-                32,
-                0.0625,
-                Sight(),
-                0,
-                0,
-                positions,
-                slots,
-                Count(count, n),
-            )
-            bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(launches) * 1e3, "ms")
+            bench.put(counter, np.array([n], np.int32))
+            own, place, count = cache._replace(address=memory), Place(positions, slots), Count(counter, n)
+            inputs = _attention_inputs(own, x, q, weights, place, count)
+            attends = attention_over(Rows(q, 8192), Rows(out, 8192), own, 32, 0.0625, Sight(), (0, 0), place, count)
+            bench.note("prompt", f"inputs of {n} tokens, {kv_type.name}", bench.replay_s([inputs]) * 1e3, "ms")
+            bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(attends) * 1e3, "ms")
     with bench.memory(
         n * 12288 * 4, n * 8192 * 4, n * 64 * 4, 64 * 128 * 128 * 4, 1 << 20, 4 * n, 4 * n, 4, n * 12288 * 4
     ) as (
@@ -516,10 +513,9 @@ def small(bench: Bench) -> None:
             ),
             "norm, gate and quantisation of 64 x 128": kernels.gate(
                 Rows(x, 8192),
-                Rows(y, 8192),
+                GateOf(Gating.SILU, Rows(y, 8192), 8192, 8192),
                 Rows(x, 8192),
                 8192,
-                Gating.SILU,
                 one,
                 Forms(Rows(state, 16384)),
                 128,

@@ -151,6 +151,17 @@ PTX unsigned f32_to_f16x2(float lo, float hi) {
     asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(bits) : "f"(hi), "f"(lo));
     return bits;
 }
+// Two numbers in a word at a time.
+PTX unsigned add_f16x2(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0,%1,%2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+PTX unsigned mul_f16x2(unsigned a, unsigned b) {
+    unsigned product;
+    asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
 PTX float bf16_to_f32(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
 PTX unsigned short f32_to_bf16(float v) {
     unsigned short bits;

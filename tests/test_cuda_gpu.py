@@ -22,6 +22,7 @@ from test_cuda_device import (  # noqa: F401 - collected here
 from test_cuda_kernels import (  # noqa: F401 - collected here
     test_activations_have_the_bits_of_the_cpu,
     test_attention,
+    test_attention_inputs_are_what_single_operations_make,
     test_combination_takes_misses_from_the_answers,
     test_elementwise_operations,
     test_embedding_is_the_dequantised_row,

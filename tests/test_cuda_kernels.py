@@ -10,9 +10,11 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import kernels, tiles
-from engine.devices.cuda.kernels import Cache, Combined, Forms, Sight
-from engine.devices.cuda.launch import ExpertMatrix, Heads, Launch, Matrix, Rows
+from engine.devices.cuda import attention, kernels, tiles
+from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
+from engine.devices.cuda.kernels import Combined, Forms, GateOf
+from engine.devices.cuda.launch import ExpertMatrix, Launch, Matrix, Rows
+from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
@@ -400,10 +402,10 @@ def test_gate(mode: str, gating: Gating, head_size: int) -> None:
     for order, seed in SCHEDULES:
         out = np.zeros_like(x)
         forms, made = make_forms(emulator, n_rows, n_cols, Activation.Q8_256, Activation.Q8_32)
-        rows = (emulator.rows(x), emulator.rows(by), emulator.rows(out))
-        launch = kernels.gate(
-            *rows, n_cols, gating, emulator.count(n_rows), forms, head_size, emulator.at(weight), 1e-6
-        )
+        gate = GateOf(gating, emulator.rows(by), n_cols, n_cols)
+        count, weights = emulator.count(n_rows), emulator.at(weight)
+        rows = emulator.rows(x), gate, emulator.rows(out)
+        launch = kernels.gate(*rows, n_cols, count, forms, head_size, weights, 1e-6)
         emulator.run(launch, order, seed)
         assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
         check_forms(out, made)
@@ -546,7 +548,7 @@ def test_router(
         (KVType.Q8_0, (256, 256), 8, 1, 0, 40, "fast", 3e-2),
         (KVType.Q8_0, (40, 24), 3, 2, 7, 0, "race", 3e-2),
         (KVType.F32, (16, 16), 2, 1, 0, 0, "asan", 1e-5),
-        (KVType.F32, (16, 16), 1, 90, 0, 0, "fast", 1e-5),  # parts of several tiles
+        (KVType.F32, (16, 16), 1, 130, 0, 0, "fast", 1e-5),  # parts of several tiles
         (KVType.F16, (576, 512), 11, 1, 0, 0, "fast", 2e-3),  # latent attention: values are parts of their keys
     ],
 )
@@ -565,7 +567,7 @@ def test_attention(
     n_slots, context_length, n_kept, is_latent = 2, 200, 150, key_dim == 576
     n_heads, scale = n_kv_heads * group, key_dim**-0.5
     cache = Cache(0, kv_type, n_slots, context_length, n_kv_heads, key_dim, value_dim, is_latent)
-    memory = aligned(np.full(kernels.kv_cache_bytes(cache), 0xFF, np.uint8))
+    memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
     cache = cache._replace(address=emulator.at(memory))
     k, v = (rng.standard_normal((n_kept, n_kv_heads * dim)).astype(F32) for dim in dims)
     if is_latent:
@@ -575,26 +577,31 @@ def test_attention(
     positions = np.array([149, 33, *range(60, 68)], np.int32)
     n_tokens = len(positions)
     q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
-    value_bytes, part_bytes = kernels.attention_scratch_bytes(cache, n_heads, n_tokens)
-    values, parts = np.full(value_bytes // 4, np.nan, F32), np.full(part_bytes // 4, np.nan, F32)
+    values, parts = (
+        np.full(n_bytes // 4, np.nan, F32) for n_bytes in attention.scratch_bytes(cache, n_heads, n_tokens)
+    )
+    store = attention.inputs(
+        None,
+        emulator.rows(q),
+        Heads(emulator.rows(k), n_kv_heads, key_dim),
+        None if is_latent else Heads(emulator.rows(v), n_kv_heads, value_dim),
+        0.0,
+        Rotation(),
+        cache,
+        Place(emulator.at(all_positions), emulator.at(slots)),
+        emulator.count(n_kept, n_kept),
+    )
 
-    def launches(at: np.ndarray, out: np.ndarray, n: int) -> list[Launch]:
-        return kernels.attention(
-            emulator.rows(q),
-            emulator.rows(k),
-            None if is_latent else emulator.rows(v),
-            emulator.rows(out),
-            cache,
-            n_heads,
-            scale,
-            Sight(0 if sinks is None else emulator.at(sinks), window, chunk),
-            emulator.at(values),
-            emulator.at(parts),
-            emulator.at(at),
-            emulator.at(slots),
-            emulator.count(n, n),
-        )
+    def attend(out: np.ndarray, gate: GateOf | None = None, forms: Forms = kernels.NO_FORMS) -> list[Launch]:
+        sight = Sight(0 if sinks is None else emulator.at(sinks), window, chunk)
+        scratch, place = (emulator.at(values), emulator.at(parts)), Place(emulator.at(positions), emulator.at(slots))
+        what = (cache, n_heads, scale, sight, scratch, place, emulator.count(len(out), len(out)), gate, forms)
+        return attention.attend(emulator.rows(q), emulator.rows(out), *what)
 
+    wanted = [
+        form for form, size in ((Activation.Q8_256, 256), (Activation.Q8_32, 32)) if n_heads * value_dim % size == 0
+    ]
+    by = rng.standard_normal((4, n_heads, 2 * value_dim)).astype(F32)  # what is before each head's gate does not matter
     expected = []
     for token, position in enumerate(positions):
         first = max(position - window + 1 if window else 0, position // chunk * chunk if chunk else 0, 0)
@@ -608,12 +615,75 @@ def test_attention(
         expected.append(np.einsum("hp,phd->hd", p / total, vals).ravel())
     for order, seed in SCHEDULES:
         out = np.zeros((n_tokens, n_heads * value_dim), F32)
-        store = launches(all_positions, out, n_kept)[0]
-        emulator.run([store, *launches(positions, out, n_tokens)[1:]], order, seed)
+        emulator.run([store, *attend(out)], order, seed)
         assert out == pytest.approx(np.stack(expected), abs=tolerance * 4)
         few = np.zeros((4, n_heads * value_dim), F32)  # by parts that are merged afterwards
-        emulator.run(launches(positions, few, len(few))[1:], order, seed)
+        emulator.run(attend(few), order, seed)
         assert same_bits(few, out[: len(few)])
+        for gating in Gating:
+            gated, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
+            gate = Rows(emulator.rows(by).address + 4 * value_dim, n_heads * 2 * value_dim)
+            emulator.run(attend(gated, GateOf(gating, gate, value_dim, 2 * value_dim), forms), order, seed)
+            seen = by[:, :, value_dim:].reshape(few.shape)
+            assert gated == pytest.approx(few * sigmoid(seen) * (seen if gating == Gating.SILU else 1), rel=1e-5)
+            check_forms(gated, made)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(("normalizes", "style"), [(True, RopeStyle.NEOX), (False, RopeStyle.NORM), (True, None)])
+def test_attention_inputs_are_what_single_operations_make(mode: str, normalizes: bool, style: RopeStyle | None) -> None:
+    """Queries lie beside gates; keys are rotated, values are not."""
+    rng, emulator = np.random.default_rng(9), Emulator(mode)
+    n_tokens, n_heads, n_kv_heads, dim, n_rot, eps = 3, 5, 2, 48, 32, 1e-6
+    joined = rng.standard_normal((n_tokens, n_heads, 2 * dim)).astype(F32)
+    k, v = (rng.standard_normal((n_tokens, n_kv_heads * dim)).astype(F32) for _ in range(2))
+    q_weight, k_weight = (rng.standard_normal(dim).astype(F32) for _ in range(2))
+    frequencies = (1e4 ** (-np.arange(n_rot // 2) / (n_rot // 2))).astype(F32)
+    positions, slots = np.array([3, 40, 7], np.int32), np.array([0, 1, 1], np.int32)
+    count, place = emulator.count(n_tokens), Place(emulator.at(positions), emulator.at(slots))
+
+    def one_by_one(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        x = np.ascontiguousarray(x).reshape(n_tokens, -1).copy()
+        n = x.shape[1] // dim
+        if normalizes:
+            out = np.zeros_like(x)
+            emulator.run(
+                kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), n, dim, eps, count)
+            )
+            x = out
+        if style is not None:
+            rope = (place.positions, emulator.at(frequencies), n, dim, n_rot, style, 1.5, count)
+            emulator.run(kernels.rope(emulator.rows(x), *rope))
+        return x
+
+    expected_q, expected_k = one_by_one(joined[:, :, :dim], q_weight), one_by_one(k, k_weight)
+    cache = Cache(0, KVType.F32, 2, 64, n_kv_heads, dim, dim)
+    rotation = Rotation() if style is None else Rotation(emulator.at(frequencies), n_rot, style, 1.5)
+    for order, seed in SCHEDULES:
+        memory, q = np.zeros((2, *(2, 64, n_kv_heads * dim)), F32), np.zeros((n_tokens, n_heads * dim), F32)
+        launch = attention.inputs(
+            Heads(
+                Rows(emulator.at(joined), n_heads * 2 * dim),
+                n_heads,
+                2 * dim,
+                normalizes,
+                emulator.at(q_weight),
+                style is not None,
+            ),
+            emulator.rows(q),
+            Heads(emulator.rows(k), n_kv_heads, dim, normalizes, emulator.at(k_weight), style is not None),
+            Heads(emulator.rows(v), n_kv_heads, dim),
+            eps,
+            rotation,
+            cache._replace(address=emulator.at(memory)),
+            place,
+            count,
+        )
+        emulator.run(launch, order, seed)
+        assert q == pytest.approx(expected_q, rel=1e-5, abs=1e-6)
+        assert memory[0, slots, positions] == pytest.approx(expected_k, rel=1e-5, abs=1e-6)
+        assert same_bits(memory[1, slots, positions], v)
+        assert (memory != 0).sum() == (memory[:, slots, positions] != 0).sum()
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])
@@ -631,7 +701,7 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
         [Matrix(emulator.at(weights), n_rows, emulator.rows(out), 0, emulator.at(scale))],
         0,
         emulator.count(n_tokens),
-        Heads(n_heads, n_rows * weights.shape[1], rows.strides[0]),
+        MatrixHeads(n_heads, n_rows * weights.shape[1], rows.strides[0]),
     )
     emulator.run(launch)
     for head in range(n_heads):

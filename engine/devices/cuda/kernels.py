@@ -32,8 +32,7 @@ from engine.devices.cuda.launch import (
     pack_matrices,
     pointer,
 )
-from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
-from engine.errors import DeviceError
+from engine.devices.graph import Gating, RopeStyle, Scoring
 from engine.quants.formats import Activation, QuantFormat
 
 N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
@@ -41,11 +40,7 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
 _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
-_MAX_HEAD_DIM = 576
-_MAX_PARTS = 256  # of the positions; `attention.cu`
 _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
-_KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
-_ATTENTION_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
@@ -76,16 +71,6 @@ class _Experts(ctypes.Structure):
         ("shared_gate", ctypes.c_void_p),
         ("shared_gate_stride", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        ("unused", ctypes.c_int32),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        ("address", ctypes.c_void_p),
-        ("n_slots", ctypes.c_int32),
-        ("context_length", ctypes.c_int32),
-        ("n_kv_heads", ctypes.c_int32),
         ("unused", ctypes.c_int32),
     ]
 
@@ -388,12 +373,20 @@ def can_gate_heads(head_size: int) -> bool:
     return 8 <= head_size <= 256 and head_size & (head_size - 1) == 0
 
 
+class GateOf(NamedTuple):
+    """A gate: float32 rows that begin with the first head's, the values of a head, and from one head to the next."""
+
+    gating: Gating
+    x: Rows
+    width: int
+    step: int
+
+
 def gate(
     x: Rows,
-    by: Rows,
+    by: GateOf,
     out: Rows,
     n_cols: int,
-    gating: Gating,
     count: Count,
     forms: Forms = NO_FORMS,
     head_size: int = 0,
@@ -402,18 +395,21 @@ def gate(
 ) -> Launch:
     """Multiply by the sigmoid or SiLU of a gate; with a `head_size`, x is normalised head by head before that."""
     assert n_cols % _LANE == 0
-    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by, out))
+    assert by.width % _LANE == by.step % 4 == 0
+    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by.x, out))
     assert weight % 16 == 0
     assert head_size == 0 or (can_gate_heads(head_size) and n_cols % head_size == 0)
     return Launch(
         "gate.cu",
         "gate",
-        (f"IS_SILU={int(gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
+        (f"IS_SILU={int(by.gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
         (ceil_div(n_cols, 4 * WARP * _LANE), count.most, 1),
         4 * WARP,
         (
             *at(x),
-            *at(by),
+            *at(by.x),
+            int32(by.width),
+            int32(by.step),
             pointer(weight),
             float32(eps),
             *at(out),
@@ -600,115 +596,6 @@ def router(
         ),
         shared_bytes,
     )
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer; layout in `attention.cu`."""
-
-    address: int
-    type: KVType
-    n_slots: int
-    context_length: int
-    n_kv_heads: int
-    key_dim: int
-    value_dim: int
-    values_in_keys: bool = False
-
-
-class Sight(NamedTuple):
-    """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0."""
-
-    sinks: int = 0
-    window: int = 0
-    chunk: int = 0
-
-
-def kv_cache_bytes(cache: Cache) -> int:
-    """Return the bytes of a layer's cache (its address does not matter)."""
-    dims = (cache.key_dim,) if cache.values_in_keys else (cache.key_dim, cache.value_dim)
-    n_heads = cache.n_slots * cache.context_length * cache.n_kv_heads
-    if cache.type == KVType.Q8_0:
-        return n_heads * sum(dim + 2 * ceil_div(dim, 32) for dim in dims)
-    return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
-
-
-def check_heads(key_dim: int, value_dim: int) -> None:
-    """Raise `DeviceError` for heads that the kernels cannot take."""
-    for name, dim in (("keys", key_dim), ("values", value_dim)):
-        if dim % _KV_VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
-            raise DeviceError(
-                f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_KV_VECTOR}, "
-                f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
-            )
-
-
-def n_attention_parts(cache: Cache) -> int:
-    """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    return max(1, min(ceil_div(_MAX_PARTS, cache.n_kv_heads), ceil_div(cache.context_length, 32)))
-
-
-def attention_scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
-    """Return the bytes of the parts' values, and of their sums."""
-    n_parts = min(max_tokens, _ATTENTION_TOKENS) * n_heads * n_attention_parts(cache)
-    return n_parts * cache.value_dim * 4, n_parts * 8
-
-
-def attention(
-    q: Rows,
-    k: Rows,
-    v: Rows | None,
-    out: Rows,
-    cache: Cache,
-    n_heads: int,
-    scale: float,
-    sight: Sight,
-    values: int,
-    parts: int,
-    positions: int,
-    slots: int,
-    count: Count,
-) -> list[Launch]:
-    """Store the new keys and values; then attend: few tokens over parts that are merged, many over all of them."""
-    n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
-    assert n_heads % cache.n_kv_heads == 0
-    assert cache.address % 16 == 0
-    check_heads(cache.key_dim, cache.value_dim)
-    assert (v is None) == cache.values_in_keys
-    n_tiles = ceil_div(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
-    definitions = (
-        f"KV_TYPE={int(cache.type)}",
-        f"KEY_DIM={cache.key_dim}",
-        f"VALUE_DIM={cache.value_dim}",
-        f"GROUP={group}",
-        f"HEADS={ceil_div(group, n_tiles)}",
-        f"SHARED={int(cache.values_in_keys)}",
-    )
-    places = (
-        _Cache(cache.address, cache.n_slots, cache.context_length, cache.n_kv_heads),
-        pointer(positions),
-        pointer(slots),
-    )
-
-    def launch(kernel: str, grid: tuple[int, int, int], block: int, *arguments: Any) -> Launch:
-        return Launch("attention.cu", kernel, definitions, grid, block, (*arguments, pointer(count.address)))
-
-    threads = ceil_div(max(cache.key_dim, cache.value_dim), WARP) * WARP
-    grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
-    launches = [launch("store_kv", grid, threads, *at(k), *at(v or NOTHING), *places)]
-    scratch, limits = (pointer(values), pointer(parts)), (int32(sight.window), int32(sight.chunk))
-    what = (*at(q), *places, float32(scale), *limits)
-    if count.most > _ATTENTION_TOKENS:
-        grid = (cache.n_kv_heads * n_tiles, count.most, 1)
-        merging = (int32(n_parts), pointer(sight.sinks))
-        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *at(out))]
-    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), int32(0)
-    launches.append(launch("attend", grid, 4 * WARP, *what, *scratch, begin))
-    sums = (*scratch, int32(n_parts), pointer(sight.sinks), pointer(positions))
-    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *at(out), begin))
-    return launches
 
 
 # -- recurrent layers -------------------------------------------------------------------------------------------------

@@ -9,18 +9,18 @@ program has such a list for each of some sizes of steps, over the same memory.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import kernels, tiles
-from engine.devices.cuda.kernels import Cache, Combined, Exchange, Forms, Sight
+from engine.devices.cuda import attention, fusion, kernels, tiles
+from engine.devices.cuda.attention import Cache
+from engine.devices.cuda.kernels import Combined, Exchange, Forms, GateOf
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.sequence_state import Owners
 from engine.devices.cuda.tiles import Groups, Sizes
@@ -204,15 +204,6 @@ class StepLayout:
         )
 
 
-def _is_sum(op: ops.Operation) -> TypeGuard[ops.Add | ops.Combine]:
-    return isinstance(op, (ops.Add, ops.Combine))
-
-
-def _is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
-    """Return whether a norm is that of all of a tensor's columns."""
-    return norm.x == x and norm.group_size == x.width
-
-
 class Lowering:
     """What a graph needs on the device, and its launches."""
 
@@ -268,37 +259,9 @@ class Lowering:
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
     def _lower(self, operations: Sequence[ops.Operation]) -> None:
-        """Record every operation; some together with the one before."""
-        n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
-        before: ops.Operation | None = None  # an operation that waits for the next one
-        for self._index, op in enumerate(operations):
-            following = operations[self._index + 1] if self._index + 1 < len(operations) else None
-            if before is not None and isinstance(op, ops.Gate):
-                assert isinstance(before, ops.RMSNorm)
-                self._gate(op, before)
-                before = None
-            elif before is not None:
-                assert _is_sum(before)
-                assert isinstance(op, ops.RMSNorm)
-                self._residual(before, op)
-                before = None
-            elif following is not None and self._goes_with(op, following, n_users):
-                before = op
-            else:
-                _LOWER[type(op)](self, op)
-
-    @staticmethod
-    def _goes_with(op: ops.Operation, following: ops.Operation, n_users: Counter[ops.Buffer]) -> bool:
-        """Return whether two operations become one launch: a sum and its norm, or the norm of heads and their gate."""
-        if _is_sum(op):
-            return isinstance(following, ops.RMSNorm) and _is_of_row(following, op.out)
-        return (
-            isinstance(op, ops.RMSNorm)
-            and isinstance(following, ops.Gate)
-            and following.x == op.out
-            and n_users[op.out.buffer] == 2  # nobody else reads the norm
-            and kernels.can_gate_heads(op.group_size)
-        )
+        """Record every operation; some together with those around them."""
+        for self._index, item in fusion.fused(operations):
+            _LOWER[type(item)](self, item)
 
     @property
     def needs_cpu(self) -> bool:
@@ -332,7 +295,7 @@ class Lowering:
     def _reserve_state(self, graph: Graph) -> None:
         limits = self.limits
         for cache in graph.kv_caches:
-            self._offsets[cache] = self.layout.reserve(kernels.kv_cache_bytes(self._cache(cache, 0)))
+            self._offsets[cache] = self.layout.reserve(self._cache(cache, 0).n_bytes)
             self.states.append((cache, self._offsets[cache]))
         for state in graph.states:
             self._offsets[state] = self.layout.reserve(state.width * 4 * limits.n_slots)
@@ -451,7 +414,7 @@ class Lowering:
         return finish
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
-        if _is_of_row(op, op.x):
+        if fusion.is_of_row(op, op.x):
             self._residual(None, op)
             return
         x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
@@ -469,7 +432,7 @@ class Lowering:
             ]
         )
 
-    def _residual(self, before: ops.Add | ops.Combine | None, norm: ops.RMSNorm | None) -> None:
+    def _residual(self, before: fusion.Sum | None, norm: ops.RMSNorm | None) -> None:
         """Record a sum into the residual stream, a norm of a whole row, or both as one."""
         tensor = before.out if before else norm.x if norm else None
         assert tensor is not None
@@ -497,7 +460,7 @@ class Lowering:
         place = self._use(x)
         return lambda p: (p.rows(place), None, NOTHING)
 
-    def _sum(self, op: ops.Add | ops.Combine) -> Summands:
+    def _sum(self, op: fusion.Sum) -> Summands:
         """Return what gives the summands and the place of their sum."""
         total = self._use(op.out)
         if isinstance(op, ops.Add):
@@ -625,10 +588,9 @@ class Lowering:
             lambda p: [
                 kernels.gate(
                     p.rows(x),
-                    p.rows(by),
+                    GateOf(op.gating, p.rows(by), op.x.width, op.x.width),
                     p.rows(out),
                     op.x.width,
-                    op.gating,
                     p.count(op.x.rows),
                     finish.at(p),
                     norm.group_size if norm else 0,
@@ -656,12 +618,15 @@ class Lowering:
             ]
         )
 
-    def _rope(self, op: ops.Rope) -> None:
-        x = self._use(op.x)
+    def _frequencies(self, op: ops.Rope) -> tuple[int, int]:
+        """Return the offset of a rotation's frequencies, and how many values of a head turn."""
         with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
             divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
         values = np.ascontiguousarray(divided, np.float32)
-        frequencies = self._constant(("frequencies", values.tobytes()), lambda: values)
+        return self._constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
+
+    def _rope(self, op: ops.Rope) -> None:
+        x, (frequencies, n_rot) = self._use(op.x), self._frequencies(op)
         self._calls.append(
             lambda p: [
                 kernels.rope(
@@ -670,7 +635,7 @@ class Lowering:
                     p.base + frequencies,
                     op.n_heads,
                     op.head_dim,
-                    2 * len(values),
+                    n_rot,
                     op.style,
                     op.magnitude,
                     p.count(op.x.rows),
@@ -678,29 +643,70 @@ class Lowering:
             ]
         )
 
-    def _attention(self, op: ops.Attention) -> None:
-        kernels.check_heads(op.cache.head_dim, op.cache.value_dim)
-        q, k, out, sinks = self._use(op.q), self._use(op.k), self._use(op.out), self._vector(op.sinks)
-        v = self._use(op.v) if op.v else None
-        sizes = kernels.attention_scratch_bytes(self._cache(op.cache, 0), op.n_heads, self.limits.max_tokens)
-        values, parts = (self._temporary(n_bytes) for n_bytes in sizes)
-        self._calls.append(
-            lambda p: kernels.attention(
-                p.rows(q),
-                p.rows(k),
-                p.rows(v) if v else None,
-                p.rows(out),
-                self._cache(op.cache, p.base + self._offsets[op.cache]),
-                op.n_heads,
-                op.scale,
-                Sight(p.at(sinks), op.window, op.chunk),
-                p.rows(values).address,
-                p.rows(parts).address,
-                p.base + self.step.positions,
-                p.base + self.step.slots,
-                p.count(op.q.rows),
+    def _attention(self, item: fusion.Attention) -> None:
+        """Record attention with what makes its inputs ready, and the gate behind it."""
+        op, cache = item.attention, self._cache(item.attention.cache, 0)
+        attention.check_heads(cache.key_dim, cache.value_dim)
+        q, k, v = self._use(item.q), self._use(item.k), self._use(op.v) if op.v else None
+        q_out, found, sinks = self._use(op.q), self._use(op.out), self._vector(op.sinks)
+        q_weight, k_weight = (self._vector(norm.weight) if norm else None for norm in (item.q_norm, item.k_norm))
+        frequencies, n_rot = self._frequencies(item.rope) if item.rope else (0, 0)
+        q_step = cache.key_dim + (cache.value_dim if item.split else 0)
+        by = self._use(item.gate.gate) if item.gate and not item.split else q
+        out = item.gate.out if item.gate else op.out
+        to, finish = self._use(out), self._finish(out)
+        scratch = [self._temporary(n) for n in attention.scratch_bytes(cache, op.n_heads, self.limits.max_tokens)]
+
+        def gate(p: Pass) -> GateOf | None:
+            if item.gate is None:
+                return None
+            first, stride = p.rows(by)
+            if item.split:
+                return GateOf(item.gate.gating, Rows(first + 4 * cache.key_dim, stride), cache.value_dim, q_step)
+            return GateOf(item.gate.gating, Rows(first, stride), cache.value_dim, cache.value_dim)
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            count, own = p.count(op.q.rows), cache._replace(address=p.base + self._offsets[op.cache])
+            place = attention.Place(p.base + self.step.positions, p.base + self.step.slots)
+            q_heads = attention.Heads(
+                p.rows(q), op.n_heads, q_step, item.q_norm is not None, p.at(q_weight), item.q_rope is not None
             )
-        )
+            k_heads = attention.Heads(
+                p.rows(k),
+                cache.n_kv_heads,
+                cache.key_dim,
+                item.k_norm is not None,
+                p.at(k_weight),
+                item.k_rope is not None,
+            )
+            yield attention.inputs(
+                q_heads if item.split or item.q_norm or item.q_rope else None,
+                p.rows(q_out),
+                k_heads,
+                attention.Heads(p.rows(v), cache.n_kv_heads, cache.value_dim) if v else None,
+                item.norm.eps if item.norm else 0.0,
+                attention.Rotation(p.at(frequencies), n_rot, item.rope.style, item.rope.magnitude)
+                if item.rope
+                else attention.Rotation(),
+                own,
+                place,
+                count,
+            )
+            sight = attention.Sight(p.at(sinks), op.window, op.chunk)
+            addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
+            what = (own, op.n_heads, op.scale, sight, addresses, place, count)
+            if p.most <= attention.FEW_TOKENS:
+                yield from attention.attend(p.rows(q_out), p.rows(to), *what, gate(p), finish.at(p))
+                return
+            yield from attention.attend(p.rows(q_out), p.rows(found), *what)
+            by_heads = gate(p)
+            if by_heads:
+                yield kernels.gate(p.rows(found), by_heads, p.rows(to), out.width, count, finish.at(p))
+            else:
+                for form, rows in finish.forms.items():
+                    yield kernels.quantize(p.rows(to), out.width, form, p.rows(rows), 1, count)
+
+        self._calls.append(launches)
 
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
@@ -941,7 +947,7 @@ class Lowering:
         )
 
 
-_LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
+_LOWER: dict[type[fusion.Fused], Callable[[Lowering, Any], None]] = {
     ops.Embed: Lowering._embed,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,
@@ -953,7 +959,9 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.SplitHeads: Lowering._split_heads,
     ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,
-    ops.Attention: Lowering._attention,
+    fusion.Attention: Lowering._attention,
+    fusion.SumAndNorm: lambda lowering, two: lowering._residual(two.sum, two.norm),
+    fusion.NormAndGate: lambda lowering, two: lowering._gate(two.gate, two.norm),
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,

@@ -174,6 +174,14 @@ static inline unsigned short f32_to_f16(float v) { return cusim_float_to_half(v)
 static inline unsigned f32_to_f16x2(float lo, float hi) {
     return cusim_float_to_half(lo) | (unsigned)cusim_float_to_half(hi) << 16;
 }
+static inline unsigned add_f16x2(unsigned a, unsigned b) {
+    return f32_to_f16x2(f16_to_f32((unsigned short)a) + f16_to_f32((unsigned short)b),
+                        f16_to_f32((unsigned short)(a >> 16)) + f16_to_f32((unsigned short)(b >> 16)));
+}
+static inline unsigned mul_f16x2(unsigned a, unsigned b) {
+    return f32_to_f16x2(f16_to_f32((unsigned short)a) * f16_to_f32((unsigned short)b),
+                        f16_to_f32((unsigned short)(a >> 16)) * f16_to_f32((unsigned short)(b >> 16)));
+}
 static inline float bf16_to_f32(unsigned short bits) { return cusim_bfloat16_to_float(bits); }
 static inline unsigned short f32_to_bf16(float v) { return cusim_float_to_bfloat16(v); }
 
