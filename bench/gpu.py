@@ -31,11 +31,11 @@ from engine.devices.cuda.attention import scratch_bytes as attention_scratch_byt
 from engine.devices.cuda.device import CUDAProgram
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
-from engine.devices.cuda.kernels import Combined, Exchange, Forms, GateOf
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import Activation as ExpertActivation
-from engine.devices.graph import Gating, KVType, Limits
+from engine.devices.graph import Gating, KVType, Limits, Scoring
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.generate.forward import ForwardPass
@@ -326,20 +326,17 @@ def experts(bench: Bench) -> None:
             1 << 20,
             1 << 20,
             1 << 20,
-            1 << 20,
-            1 << 20,
             4 * n_slots,
             n_slots * 4,
             4,
-        ) as (g, u, d, x, h, hq, out, spare, ids, slots, count):
+        ) as (g, u, d, x, h, out, ids, slots, count):
             bench.put(slots, np.arange(n_slots, dtype=np.int32))
             bench.put(ids, np.arange(n_slots, dtype=np.int32))
             bench.put(count, np.array([1], np.int32))
             x_rows = Rows(x, kernels.activation_bytes(gate.activation, hidden))
-            h_rows = Rows(hq, kernels.activation_bytes(down.activation, ffn))
             matrices = [ExpertMatrix(a, size, f) for a, size, (f, _, _) in zip((g, u, d), sizes, shapes, strict=True)]
             for n_hits in (8, 4, 2):
-                firsts, seconds_, thirds = [], [], []
+                firsts, seconds_ = [], []
                 for i in range(min(64, n_slots // n_hits)):
                     at, one = ids + 4 * i * n_hits, Count(count, 1)
                     firsts.append(
@@ -358,10 +355,19 @@ def experts(bench: Bench) -> None:
                             one,
                         )
                     )
-                    seconds_.append(kernels.quantize(Rows(h, ffn), ffn, down.activation, h_rows, n_hits, one))
-                    thirds.append(
+                    seconds_.append(
                         kernels.expert_down(
-                            at, slots, n_hits, matrices[2], h_rows, hidden, ffn, Rows(out, hidden * n_used), 0, one
+                            at,
+                            slots,
+                            n_hits,
+                            matrices[2],
+                            h,
+                            hidden,
+                            ffn,
+                            Rows(out, hidden * n_used),
+                            0,
+                            one,
+                            all_resident=True,
                         )
                     )
                 n, name = len(firsts), "/".join(formats)
@@ -371,10 +377,9 @@ def experts(bench: Bench) -> None:
                     n_hits * sum(sizes[:2]),
                     bench.replay_s(firsts) / n,
                 )
-                bench.share("experts", f"{name}, {n_hits} hits: down", n_hits * sizes[2], bench.replay_s(thirds) / n)
-                together = [launch for three in zip(firsts, seconds_, thirds, strict=True) for launch in three]
+                bench.share("experts", f"{name}, {n_hits} hits: down", n_hits * sizes[2], bench.replay_s(seconds_) / n)
+                together = [launch for two in zip(firsts, seconds_, strict=True) for launch in two]
                 bench.share("experts", f"{name}, {n_hits} hits: all", n_hits * sum(sizes), bench.replay_s(together) / n)
-            del spare
 
 
 def _attention_inputs(cache: Cache, x: int, out: int, weights: int, place: Place, count: Count) -> Launch:
@@ -476,9 +481,11 @@ def prompt_attention(bench: Bench) -> None:
 
 def small(bench: Bench) -> None:
     """What the small kernels of a layer cost inside a graph."""
-    with bench.memory(1 << 20, 1 << 20, 1 << 20, 256, 1 << 20) as (x, y, z, words, state):
+    with bench.memory(1 << 20, 1 << 20, 1 << 20, 256, 4 << 20) as (x, y, z, words, state):
         bench.put(words, np.array([1, 5, 0], np.int32))
         one = Count(words, 1)
+        routing = Routing(Rows(z, 256), 0, z + 4096, y, 256, 8, Scoring.SOFTMAX, 1, 1, True, 1.0)
+        logits = (Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 256, Rows(z, 256))], 0, one)
         made = {
             "add of 16 values": kernels.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
             "sum, norm and quantisation of 3072": kernels.residual(
@@ -494,15 +501,12 @@ def small(bench: Bench) -> None:
             ),
             "rms_norm of 32 x 256": kernels.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
             "quantize 3072": kernels.quantize(Rows(x, 3072), 3072, Activation.Q8_256, Rows(z, 4096), 1, one),
-            "router of 256": kernels.router(
-                Rows(x, 256), 0, z, y, 256, 8, kernels.Scoring.SOFTMAX, 1, 1, True, 1.0, one
-            ),
-            "router logits F32 256 x 3072": kernels.linear(
-                Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 64, Rows(z, 256))], 0, one
-            ),
+            "router of 256": kernels.router(routing, one),
+            "router logits F32 256 x 3072": kernels.linear(*logits),
+            "the same, and the choice": kernels.linear(*logits, routed=Routed(routing, words + 32)),
             "combination, norm and quantisation of 8 x 3072": kernels.residual(
                 Rows(x, 3072),
-                Combined(Rows(y, 8 * 3072), 0, z, z, y, 8),
+                Combined(Rows(y, 8 * 3072), None, z, z, y, 8),
                 Rows(x, 3072),
                 3072,
                 one,
@@ -554,11 +558,13 @@ def handshake(bench: Bench) -> None:
             )
             launches: list[Launch] = []
             for layer in range(n_layers):
-                ids = words + 256
+                ids, own = words + 256, exchange._replace(layer=layer)
+                asked = Asked(slots, Rows(x, hidden), hidden, own)
+                launches.append(kernels.publish_misses(ids, 8, asked, Count(words, 1)))
+                combined = Combined(Rows(x, 8 * hidden), own, ids, slots, 0, 8)
                 launches.append(
-                    kernels.publish_misses(ids, slots, 8, Rows(x, hidden), hidden, exchange, layer, Count(words, 1))
+                    kernels.residual(Rows(x, hidden), combined, Rows(x + 8192, hidden), hidden, Count(words, 1))
                 )
-                launches.append(kernels.await_answer(exchange, layer))
             launches.append(kernels.publish_end(exchange))
             bench.context.prepare(launches)
             for launch in launches:

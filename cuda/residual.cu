@@ -8,6 +8,7 @@
 // NORMALIZE (0: the sum is all that is wanted), FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), THREADS of a block
 // and ROUNDS of eight columns that each of them takes.
 // Grid: (1, rows); a block has a warp for each 256 columns, at most 32 of them. n_cols is a multiple of 8.
+#include "handshake.cuh"
 #include "quantize.cuh"
 
 struct Experts {
@@ -20,8 +21,8 @@ struct Experts {
     int64_t shared_stride;
     const float *shared_gate; // [tokens]; null for ungated
     int64_t shared_gate_stride;
+    Exchange exchange; // where they come from
     float scale;
-    int unused;
 };
 
 // The experts' part for eight columns.
@@ -83,6 +84,8 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
     const int row = blockIdx.y;
     if (row >= *n_rows)
         return;
+    if (SOURCE == 2 && experts.answers)
+        experts.exchange.await();
     float x[ROUNDS][8], squares = 0.0f;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {

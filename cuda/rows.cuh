@@ -17,6 +17,7 @@
 #pragma once
 
 #include "formats.cuh"
+#include "quantize.cuh"
 
 // The activation rows of one group of N tokens.
 template <int N> struct Tokens {
@@ -55,6 +56,27 @@ template <int BLOCK> struct Record {
                 if (at % BLOCK == 0)
                     *(float *)(record + D) = x.d[at / BLOCK];
             }
+        }
+    }
+
+    // The same for one row of float32 values, which are put into the form on the way.
+    static __device__ __forceinline__ void quantize(uint8_t *records, const float *x, int n_cols) {
+        for (int first = threadIdx.x / WARP * WARP * 8; first < n_cols; first += 8 * blockDim.x) {
+            const int at = first + threadIdx.x % WARP * 8;
+            float v[8] = {}, d;
+            uint2 q;
+            int sum;
+            if (at < n_cols)
+                load_8(x + at, v);
+            quantize_8<BLOCK>(v, q, sum, d);
+            if (at >= n_cols)
+                continue;
+            uint8_t *record = records + at / BLOCK * BYTES;
+            *(uint2 *)(record + at % BLOCK) = q;
+            if (at % 16 == 0)
+                *(int16_t *)(record + SUMS + at % BLOCK / 8) = (int16_t)sum;
+            if (at % BLOCK == 0)
+                *(float *)(record + D) = d;
         }
     }
 };

@@ -12,7 +12,7 @@ from engine import _kernels
 from engine.devices import graph
 from engine.devices.cuda import attention, kernels, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
-from engine.devices.cuda.kernels import Combined, Forms, GateOf
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
@@ -197,15 +197,10 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
             order,
             seed,
         )
-        if down.activation == Activation.F32:
-            h_rows = Rows(emulator.at(h), ffn_size * 4)
-        else:
-            h_form = aligned(np.zeros((len(h), kernels.activation_bytes(down.activation, ffn_size)), np.uint8))
-            h_rows = emulator.byte_rows(h_form)
-            launch = kernels.quantize(emulator.rows(h), ffn_size, down.activation, h_rows, n_used, count)
-            emulator.run(launch, order, seed)
         emulator.run(
-            kernels.expert_down(*common, matrices[2], h_rows, hidden_size, ffn_size, emulator.rows(out), 0, count),
+            kernels.expert_down(
+                *common, matrices[2], emulator.at(h), hidden_size, ffn_size, emulator.rows(out), 0, count
+            ),
             order,
             seed,
         )
@@ -213,6 +208,36 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
         elsewhere = (ids < 0) | (slots[ids] < 0)
         assert (found[elsewhere] == 7).all()
         assert same_bits(found[~elsewhere], expected[~elsewhere])
+
+
+@pytest.mark.parametrize(("name", "mode"), [("mixed", "fast"), ("blocks of 32", "asan"), ("float", "race")])
+def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
+    """Of each token, with matrices of its own and a place of its own for its result, also where nobody has a slot."""
+    formats, hidden_size, ffn_size, _ = EXPERTS[name]
+    formats, activation = tuple(BY_NAME[f] for f in formats), graph.Activation.SILU
+    n_experts, n_used, n_tokens, own = 4, 2, 2, 3
+    rng, emulator = np.random.default_rng(12), Emulator(mode)
+    x = rng.standard_normal((n_tokens, hidden_size)).astype(F32)
+    ids, slots = np.array([[2, 0], [1, 2]], np.int32), np.array([0, 1, -1, -1], np.int32)
+    stacks, biases = random_experts(rng, formats, n_experts, hidden_size, ffn_size)
+    biases = [np.zeros_like(bias) for bias in biases]
+    all_ids = np.hstack([ids, np.full((n_tokens, 1), own, np.int32)])
+    expected = cpu_experts(x, all_ids, stacks, formats, np.ones(n_experts, F32), biases, activation)
+    matrices = [ExpertMatrix(emulator.at(s), s.strides[0], f) for s, f in zip(stacks, formats, strict=True)]
+    shared = [ExpertMatrix(m.address + own * m.slot_bytes, 0, m.format) for m in matrices]
+    x_gate, x_up = (emulator.byte_rows(activations(x, f.activation)) for f in formats[:2])
+    for order, seed in SCHEDULES:
+        h = np.full((n_tokens * (n_used + 1), ffn_size), np.nan, F32)
+        out, shared_out = np.full((n_tokens, n_used * hidden_size), 7, F32), np.zeros((n_tokens, hidden_size), F32)
+        count, common = emulator.count(n_tokens), (emulator.at(ids), emulator.at(slots), n_used)
+        first = (*matrices[:2], x_gate, x_up, hidden_size, ffn_size, emulator.at(h), (0, 0), activation, count)
+        emulator.run(kernels.expert_gate_up(*common, *first, (shared[0], shared[1])), order, seed)
+        second = (matrices[2], emulator.at(h), hidden_size, ffn_size, emulator.rows(out), 0, count)
+        emulator.run(kernels.expert_down(*common, *second, (shared[2], emulator.rows(shared_out))), order, seed)
+        found, elsewhere = out.reshape(n_tokens, n_used, hidden_size), slots[ids] < 0
+        assert (found[elsewhere] == 7).all()
+        assert same_bits(found[~elsewhere], expected[:, :n_used][~elsewhere])
+        assert same_bits(shared_out, np.ascontiguousarray(expected[:, n_used]))
 
 
 def random_experts(
@@ -441,6 +466,13 @@ def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight
             check_forms(out, made)
 
 
+def answered(emulator: Emulator, answers: np.ndarray) -> Exchange:
+    """What a layer shares with a CPU that has answered already: request 3 of step 1, layer 0 of 1."""
+    words = np.array([0, 3, 0, 1, 1], np.uint32)
+    at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
+    return Exchange(0, 0, emulator.at(answers), *at, n_layers=1)
+
+
 @pytest.mark.parametrize("mode", ["fast", "race"])
 @pytest.mark.parametrize("has_shared", [False, True])
 @pytest.mark.parametrize("n_used", [4, 11])
@@ -456,7 +488,7 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, 
     )
     combined = Combined(
         Rows(emulator.at(expert_out), n_used * n_cols),
-        emulator.at(answers),
+        answered(emulator, answers),
         emulator.at(ids),
         emulator.at(slots),
         emulator.at(weights) if has_shared else 0,
@@ -496,22 +528,22 @@ def test_router(
     bias = (rng.random(n_experts) * 0.1).astype(F32)
     ids, weights = np.zeros((n_tokens, n_used), np.int32), np.zeros((n_tokens, n_used), F32)
 
+    routing = Routing(
+        emulator.rows(logits),
+        emulator.at(bias) if has_bias else 0,
+        emulator.at(ids),
+        emulator.at(weights),
+        n_experts,
+        n_used,
+        scoring,
+        n_groups,
+        n_groups_used,
+        normalize,
+        2.5,
+    )
+
     def run(order: str = "forward", seed: int = 1) -> None:
-        launch = kernels.router(
-            emulator.rows(logits),
-            emulator.at(bias) if has_bias else 0,
-            emulator.at(ids),
-            emulator.at(weights),
-            n_experts,
-            n_used,
-            scoring,
-            n_groups,
-            n_groups_used,
-            normalize,
-            2.5,
-            emulator.count(n_tokens),
-        )
-        emulator.run(launch, order, seed)
+        emulator.run(kernels.router(routing, emulator.count(n_tokens)), order, seed)
 
     x = logits.astype(np.float64)
     softmax = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
@@ -535,6 +567,51 @@ def test_router(
     logits[:] = np.nan  # whatever the weights are then, the ids must be ids, each once
     run()
     assert all(len(set(row)) == n_used and min(row) >= 0 and max(row) < n_experts for row in ids.tolist())
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize("name", ["F32", "Q8_0"])
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, asks: bool) -> None:
+    """As the launches one by one do; the counter is left as it was."""
+    rng, emulator, weight_format = np.random.default_rng(11), Emulator(mode), BY_NAME[name]
+    n_tokens, n_cols, n_experts, n_used = 2, 320, 43, 4  # the matrices end at a multiple of 16 bytes
+    matrix = aligned(random_weights(weight_format, n_experts + 1, n_cols))  # and the shared expert's gate
+    x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
+    slots = rng.integers(-1, 1, n_experts).astype(np.int32)
+    rows, n_done = emulator.byte_rows(activations(x, weight_format.activation)), np.zeros(1, np.int32)
+    for order, seed in SCHEDULES:
+        found = []
+        for together in (False, True):
+            logits, gate = np.zeros((n_tokens, n_experts), F32), np.zeros((n_tokens, 1), F32)
+            ids, weights = np.zeros((n_tokens, n_used), np.int32), np.zeros((n_tokens, n_used), F32)
+            missing, sent = np.full((n_tokens, n_used), 7, np.int32), np.zeros_like(x)
+            words = np.array([0, 0, 0, 5, 0], np.uint32)
+            at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
+            exchange = Exchange(emulator.at(missing), emulator.at(sent), 0, *at, n_layers=3, layer=2)
+            asked = Asked(emulator.at(slots), emulator.rows(x), n_cols, exchange) if asks else None
+            matrices = [
+                Matrix(emulator.at(matrix), n_experts, emulator.rows(logits)),
+                Matrix(emulator.at(matrix) + n_experts * matrix.strides[0], 1, emulator.rows(gate)),
+            ]
+            places = (emulator.rows(logits), 0, emulator.at(ids), emulator.at(weights))
+            routing = Routing(*places, n_experts, n_used, Scoring.SOFTMAX, 1, 1, True, 1.0)
+            count = emulator.count(n_tokens, n_tokens)
+            what = (rows, n_cols, weight_format, matrices, 0, count)
+            if together:
+                routed = Routed(routing, emulator.at(n_done), asked)
+                emulator.run(kernels.linear(*what, routed=routed), order, seed)
+            else:
+                emulator.run([kernels.linear(*what), kernels.router(routing, count)], order, seed)
+                if asked:
+                    emulator.run(kernels.publish_misses(emulator.at(ids), n_used, asked, count), order, seed)
+            found.append([part.copy() for part in (logits, gate, ids, weights, missing, sent, words)])
+        assert all((a.view(np.uint32) == b.view(np.uint32)).all() for a, b in zip(*found, strict=True))
+        *_, missing, sent, words = found[1]
+        assert n_done[0] == 0
+        assert words[0] == (5 * 4 + 2 + 1) * asks
+        assert (sent == (x if asks else 0)).all()
+        assert (missing == (np.where(slots[ids] < 0, ids, -1) if asks else 7)).all()
 
 
 # -- attention and recurrent layers -----------------------------------------------------------------------------------

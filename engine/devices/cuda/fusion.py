@@ -33,6 +33,25 @@ class NormAndGate:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAndRouter:
+    """Products of which one gives the logits of a router, the choice, and the experts that are chosen."""
+
+    linear: ops.Linear
+    router: ops.Router
+    experts: ops.Experts
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """Routed experts, and a shared expert that is like one of them: two projections, what joins them, and the third."""
+
+    experts: ops.Experts
+    gate_up: ops.Linear
+    gate: ops.Gate
+    down: ops.Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Attention, what makes its queries and keys ready before it, and the gate behind it.
 
@@ -80,21 +99,29 @@ class Attention:
         return [op for op in (*before, self.attention, self.gate) if op is not None]
 
 
-Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | Attention
+Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | SharedExpert | Attention
 
 
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     """Yield everything there is to record, in order, each with the index of its last operation."""
     n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
-    attentions = {}
+    groups: dict[int, Attention | SharedExpert] = {}  # by the index of their first operation
     for i, op in enumerate(operations):
         if isinstance(op, ops.Attention):
             first, attention = _around(operations, i, n_users)
-            attentions[first] = attention
+            groups[first] = attention
+    operations = list(operations)
+    for i, op in enumerate(operations):
+        if isinstance(op, ops.Experts) and (shared := _shared_expert(operations[i : i + 3], operations[:i], n_users)):
+            groups[i], producer = shared
+            operations[producer] = _without(operations[producer], shared[0])
     i = 0
     while i < len(operations):
-        item = attentions.get(i) or _pair(operations[i : i + 2], n_users) or operations[i]
-        i += len(item.operations) if isinstance(item, Attention) else 1 if isinstance(item, ops.Operation) else 2
+        item = groups.get(i) or _pair(operations[i : i + 2], operations[i:], n_users) or operations[i]
+        if isinstance(item, Attention):
+            i += len(item.operations)
+        else:
+            i += 1 if isinstance(item, ops.Operation) else 3 if isinstance(item, SharedExpert) else 2
         yield i - 1, item
 
 
@@ -103,7 +130,9 @@ def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
     return norm.x == x and norm.group_size == x.width
 
 
-def _pair(two: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> SumAndNorm | NormAndGate | None:
+def _pair(
+    two: Sequence[ops.Operation], following_ones: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
+) -> SumAndNorm | NormAndGate | LinearAndRouter | None:
     if len(two) < 2:
         return None
     op, following = two
@@ -117,7 +146,46 @@ def _pair(two: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> SumAndN
         and kernels.can_gate_heads(op.group_size)
     ):
         return NormAndGate(op, following)
+    if isinstance(op, ops.Linear) and isinstance(following, ops.Router) and following.logits in op.outs:
+        users = (user for user in following_ones if isinstance(user, ops.Experts) and user.routing == following.out)
+        return LinearAndRouter(op, following, next(users))
     return None
+
+
+def _shared_expert(
+    three: Sequence[ops.Operation], before: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
+) -> tuple[SharedExpert, int] | None:
+    """Return experts with a shared one, and the index of what projects for it, if it is like one of them."""
+    if len(three) < 3:
+        return None
+    experts, gate, down = three
+    assert isinstance(experts, ops.Experts)
+    if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
+        return None
+    is_plain = experts.activation == ops.Activation.SILU and gate.gating == ops.Gating.SILU and down.biases == (None,)
+    own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))
+    for i, op in enumerate(before):
+        if not (isinstance(op, ops.Linear) and op.x == experts.x and gate.gate in op.outs and gate.x in op.outs):
+            continue
+        places = [op.outs.index(gate.gate), op.outs.index(gate.x)]
+        gate_up = ops.Linear(op.x, tuple(op.weights[j] for j in places), (None, None), (gate.gate, gate.x))
+        weights = (*gate_up.weights, *down.weights)
+        routed = (experts.gate, experts.up, experts.down)
+        alike = all(
+            (a.format, a.n_rows, a.n_cols, a.scale) == (b.format, b.n_rows, b.n_cols, None)
+            for a, b in zip(weights, routed, strict=True)
+        )
+        if is_plain and own and alike and not any(op.biases[j] for j in places):
+            return SharedExpert(experts, gate_up, gate, down), i
+    return None
+
+
+def _without(op: ops.Operation, shared: SharedExpert) -> ops.Operation:
+    """Return a product without the projections of a shared expert."""
+    assert isinstance(op, ops.Linear)
+    parts = zip(op.weights, op.biases, op.outs, strict=True)
+    weights, biases, outs = zip(*(part for part in parts if part[2] not in shared.gate_up.outs), strict=True)
+    return ops.Linear(op.x, weights, biases, outs)
 
 
 def _around(operations: Sequence[ops.Operation], i: int, n_users: Counter[ops.Buffer]) -> tuple[int, Attention]:

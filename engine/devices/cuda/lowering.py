@@ -20,7 +20,7 @@ from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.cuda import attention, fusion, kernels, tiles
 from engine.devices.cuda.attention import Cache
-from engine.devices.cuda.kernels import Combined, Exchange, Forms, GateOf
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.sequence_state import Owners
 from engine.devices.cuda.tiles import Groups, Sizes
@@ -187,6 +187,18 @@ class Pass:
         return 0 if offset is None else self.base + offset
 
 
+RoutedOf: TypeAlias = tuple[int, Callable[[Pass], Routed | None]]
+"""Which of some products gives the logits of a router, and the choice that is made with it, if it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLaunches:
+    """A shared expert: its matrices and where its result goes, and the launches that compute it alone."""
+
+    matrices: Callable[[Pass], tuple[list[ExpertMatrix], Rows]]
+    plain: Callable[[Pass], Iterable[Launch | Streamed]]
+
+
 Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]
 """Gives what is added to the residual stream, what to it, and where the sum goes."""
 
@@ -228,6 +240,7 @@ class Lowering:
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[Pass], Iterable[Launch | Streamed]]] = []
         self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
+        self._asks_early: dict[object, Callable[[Pass], bool]] = {}  # by the ids: whether the choice asked the CPU
         self._index = 0
 
         layers = [op for op in graph.operations if isinstance(op, ops.Experts)]
@@ -440,20 +453,19 @@ class Lowering:
         out, weight = (self._use(norm.out), self._vector(norm.weight)) if norm else (None, None)
         finish = self._finish(norm.out) if norm else Finish(self._index)
 
-        def launches(p: Pass) -> Iterable[Launch]:
-            if isinstance(before, ops.Combine):
-                yield from self._await_answer(before.routing, p)
-            yield kernels.residual(
-                *source(p),
-                tensor.width,
-                p.count(tensor.rows),
-                p.at(weight),
-                norm.eps if norm else 0.0,
-                p.rows(out) if out else None,
-                finish.at(p),
-            )
-
-        self._calls.append(launches)
+        self._calls.append(
+            lambda p: [
+                kernels.residual(
+                    *source(p),
+                    tensor.width,
+                    p.count(tensor.rows),
+                    p.at(weight),
+                    norm.eps if norm else 0.0,
+                    p.rows(out) if out else None,
+                    finish.at(p),
+                )
+            ]
+        )
 
     def _no_sum(self, x: Tensor) -> Summands:
         """Return what gives a tensor as it is."""
@@ -475,7 +487,7 @@ class Lowering:
                 p.rows(residual),
                 Combined(
                     p.rows(expert_out),
-                    p.exchange.answers if p.exchange is not None and self._asks(op.routing) else 0,
+                    self._exchange(op.routing, p),
                     self._ids(op.routing, p),
                     self._slots(op.routing, p),
                     p.rows(weights).address if op.weighted else 0,
@@ -489,16 +501,26 @@ class Lowering:
 
         return combined
 
-    def _linear(self, op: ops.Linear) -> None:
+    def _linear(self, op: ops.Linear, routed: RoutedOf | None = None) -> None:
+        """Record products; `routed` gives the choice that is made with those of one format."""
         groups: dict[QuantFormat, list[int]] = {}
         for i, weight in enumerate(op.weights):
             groups.setdefault(weight.format, []).append(i)
         outs = [self._use(out) for out in op.outs]
         for weight_format, members in groups.items():
             for first in range(0, len(members), MAX_MATRICES):
-                self._linear_launch(op, weight_format, members[first : first + MAX_MATRICES], outs)
+                own = members[first : first + MAX_MATRICES]
+                chosen = routed if routed is not None and routed[0] in own else None
+                self._linear_launch(op, weight_format, own, outs, chosen)
 
-    def _linear_launch(self, op: ops.Linear, weight_format: QuantFormat, members: list[int], outs: list[Place]) -> None:
+    def _linear_launch(
+        self,
+        op: ops.Linear,
+        weight_format: QuantFormat,
+        members: list[int],
+        outs: list[Place],
+        routed: RoutedOf | None,
+    ) -> None:
         x, grid = self._activations(op.x, weight_format.activation), self._grid(weight_format)
         parts = [
             (
@@ -510,21 +532,17 @@ class Lowering:
             )
             for i in members
         ]
-        self._calls.append(
-            lambda p: [
-                p.linear(weight_format)(
-                    p.rows(x),
-                    op.x.width,
-                    weight_format,
-                    [
-                        Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale))
-                        for matrix, n, out, bias, scale in parts
-                    ],
-                    p.at(grid),
-                    p.count(op.x.rows),
-                )
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            matrices = [
+                Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale))
+                for matrix, n, out, bias, scale in parts
             ]
-        )
+            what = (p.rows(x), op.x.width, weight_format, matrices, p.at(grid), p.count(op.x.rows))
+            choice = routed[1](p) if routed is not None else None
+            yield p.linear(weight_format)(*what) if choice is None else kernels.linear(*what, routed=choice)
+
+        self._calls.append(launches)
 
     def _head_linear(self, op: ops.HeadLinear) -> None:
         weight, n = op.weight, op.weight.n_experts
@@ -765,29 +783,77 @@ class Lowering:
     def _slots(self, routing: Routing, p: Pass) -> int:
         return p.base + self.expert_table + 4 * self._routing_index[routing.ids.buffer] * self.n_experts
 
-    def _router(self, op: ops.Router) -> None:
+    def _routing(self, op: ops.Router) -> Callable[[Pass], kernels.Routing]:
+        """Return what says how experts are chosen."""
         logits, weights, bias = self._use(op.logits), self._use(op.out.weights), self._vector(op.bias)
         assert op.out.ids.width == self.n_used, "layers that use different numbers of experts"
-        self._calls.append(
-            lambda p: [
-                kernels.router(
-                    p.rows(logits),
-                    p.at(bias),
-                    self._ids(op.out, p),
-                    p.rows(weights).address,
-                    op.out.n_experts,
-                    op.out.ids.width,
-                    op.scoring,
-                    op.n_groups,
-                    op.n_groups_used,
-                    op.normalize,
-                    op.scale,
-                    p.count(op.logits.rows),
-                )
-            ]
+        return lambda p: kernels.Routing(
+            p.rows(logits),
+            p.at(bias),
+            self._ids(op.out, p),
+            p.rows(weights).address,
+            op.out.n_experts,
+            op.out.ids.width,
+            op.scoring,
+            op.n_groups,
+            op.n_groups_used,
+            op.normalize,
+            op.scale,
         )
 
-    def _experts(self, op: ops.Experts) -> None:
+    def _router(self, op: ops.Router) -> None:
+        routing = self._routing(op)
+        self._calls.append(lambda p: [kernels.router(routing(p), p.count(op.logits.rows))])
+
+    def _linear_and_router(self, item: fusion.LinearAndRouter) -> None:
+        """Record products, and the choice of experts by one of them: for few tokens that is one launch."""
+        op, routing, x = item.linear, self._routing(item.router), self._use(item.linear.x)
+        place = op.outs.index(item.router.logits)
+        weight_format, sends_x = op.weights[place].format, item.experts.x == op.x
+        n_done = self._constant("n_done", lambda: np.zeros(1, np.int32))
+
+        def routed(p: Pass) -> Routed | None:
+            count = p.count(op.x.rows)
+            if tiles.pays(weight_format, p.most) or not kernels.can_route(weight_format, op.x.width, count.most):
+                return None
+            exchange = self._exchange(item.router.out, p) if sends_x else None
+            asked = Asked(self._slots(item.router.out, p), p.rows(x), op.x.width, exchange) if exchange else None
+            return Routed(routing(p), p.base + n_done, asked)
+
+        def asks(p: Pass) -> bool:
+            choice = routed(p)
+            return choice is not None and choice.asked is not None
+
+        self._linear(op, (place, routed))
+        self._calls.append(lambda p: [] if routed(p) else [kernels.router(routing(p), p.count(op.x.rows))])
+        self._asks_early[item.router.out.ids.buffer] = asks
+
+    def _exchange(self, routing: Routing, p: Pass) -> Exchange | None:
+        """Return what a layer shares with the CPU, if that computes some of its experts."""
+        layer = self._routing_index[routing.ids.buffer]
+        if p.exchange is None or self._n_slots[layer] == routing.n_experts:
+            return None
+        return p.exchange._replace(layer=layer)
+
+    def _shared_expert(self, item: fusion.SharedExpert) -> None:
+        """Record experts with a shared one: for few tokens it is computed like one more that was chosen."""
+        calls, self._calls = self._calls, []
+        self._linear(item.gate_up)
+        self._gate(item.gate)
+        self._linear(item.down)
+        plain, self._calls = self._calls, calls
+        weights = (*item.gate_up.weights, *item.down.weights)
+        offsets, out = [self._matrix(weight) for weight in weights], self._use(item.down.outs[0])
+
+        def matrices(p: Pass) -> tuple[list[ExpertMatrix], Rows]:
+            own = zip(offsets, weights, strict=True)
+            return [ExpertMatrix(p.base + offset, 0, weight.format) for offset, weight in own], p.rows(out)
+
+        self._experts(
+            item.experts, SharedLaunches(matrices, lambda p: (launch for call in plain for launch in call(p)))
+        )
+
+    def _experts(self, op: ops.Experts, shared: SharedLaunches | None = None) -> None:
         number = len(self.expert_layers)
         layer = ExpertLayer(op, self._n_slots[number])
         self.expert_layers.append(layer)
@@ -802,7 +868,7 @@ class Lowering:
         x_gate, x_up = (self._activations(op.x, weight.format.activation) for weight in layer.weights[:2])
         out = self._use(op.out)
         n_used, ffn_size, hidden_size = op.routing.ids.width, op.gate.n_rows, op.x.width
-        h = self._temporary(self.limits.max_tokens * n_used * ffn_size * 4)
+        h = self._temporary(self.limits.max_tokens * (n_used + 1) * ffn_size * 4)
         h.stride = ffn_size
         form = op.down.format.activation
         if form == Activation.F32:
@@ -828,6 +894,7 @@ class Lowering:
             """Each choice for itself: for few tokens."""
             ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
             gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
+            own, own_out = shared.matrices(p) if shared is not None else (None, NOTHING)
             yield kernels.expert_gate_up(
                 ids,
                 slots,
@@ -842,20 +909,21 @@ class Lowering:
                 (p.at(grids[0]), p.at(grids[1])),
                 op.activation,
                 count,
+                (own[0], own[1]) if own else None,
             )
-            if form != Activation.F32:
-                yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
             yield kernels.expert_down(
                 ids,
                 slots,
                 n_used,
                 down,
-                p.rows(h_in_form),
+                p.rows(h).address,
                 hidden_size,
                 ffn_size,
                 p.rows(out),
                 p.at(grids[2]),
                 count,
+                (own[2], own_out) if own else None,
+                all_resident=layer.is_resident,
             )
 
         def by_expert(p: Pass) -> Iterable[Launch | Streamed]:
@@ -911,26 +979,19 @@ class Lowering:
                 yield streamed((2,), second_half)
 
         def launches(p: Pass) -> Iterable[Launch | Streamed]:
-            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
-                ids, slots = self._ids(op.routing, p), self._slots(op.routing, p)
-                yield kernels.publish_misses(
-                    ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, p.count(op.x.rows)
-                )
-            if not layer.n_slots and not p.streams:
-                return
+            exchange, asks_early = self._exchange(op.routing, p), self._asks_early.get(op.routing.ids.buffer)
+            if exchange is not None and not (asks_early and asks_early(p)):
+                # before our share, so that both work at the same time
+                asked = Asked(self._slots(op.routing, p), p.rows(x), hidden_size, exchange)
+                yield kernels.publish_misses(self._ids(op.routing, p), n_used, asked, p.count(op.x.rows))
             can_group = all(tiles.has_integer_form(f) for f in formats)
             groups = p.streams or (can_group and tiles.pays_to_group(sizes, p.most))
-            yield from by_expert(p) if groups else by_choice(p)
+            if shared is not None and (groups or not layer.n_slots):
+                yield from shared.plain(p)
+            if layer.n_slots or p.streams:
+                yield from by_expert(p) if groups else by_choice(p)
 
         self._calls.append(launches)
-
-    def _asks(self, routing: Routing) -> bool:
-        """Return whether the CPU computes some experts of that layer."""
-        return not self.expert_layers[self._routing_index[routing.ids.buffer]].is_resident
-
-    def _await_answer(self, routing: Routing, p: Pass) -> Iterable[Launch]:
-        if p.exchange is not None and self._asks(routing):
-            yield kernels.await_answer(p.exchange, self._routing_index[routing.ids.buffer])
 
     def _select_outputs(self, op: ops.SelectOutputs) -> None:
         x, out = self._use(op.x), self._use(op.out)
@@ -966,6 +1027,8 @@ _LOWER: dict[type[fusion.Fused], Callable[[Lowering, Any], None]] = {
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,
     ops.Experts: Lowering._experts,
+    fusion.LinearAndRouter: Lowering._linear_and_router,
+    fusion.SharedExpert: Lowering._shared_expert,
     ops.Combine: lambda lowering, op: lowering._residual(op, None),
     ops.SelectOutputs: Lowering._select_outputs,
 }
