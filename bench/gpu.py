@@ -666,7 +666,7 @@ def prompt(bench: Bench) -> None:
         ):
             name = f"{hot_k} of {n_experts} experts in slots, {'streams' if bypass == 32 else 'the CPU helps'}"
             start = time.perf_counter()
-            with compiled(bench, loaded, weights, limits, Wish(hot_k), bypass_n_tokens=bypass) as program:
+            with compiled(bench, loaded, weights, limits, Wish(hot_k), stream_n_tokens=bypass) as program:
                 bench.note("prompt", f"{name}: seconds to open", time.perf_counter() - start)
                 bench.note("prompt", f"{name}: tokens in a step", program.limits.max_tokens)
                 _fill(bench, name, program)

@@ -10,6 +10,7 @@ import csv
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import os
 import string
@@ -34,7 +35,8 @@ class BatchSettings(Table):
     """What a batch run reads and writes. File names are relative to the job file.
 
     Attributes:
-        input: files or patterns such as "texts/*.txt", in the order of their items.
+        input: files or patterns such as "texts/*.txt", in the order of their items; a file that is found twice is read
+            once.
         format: "jsonl" (an object a line), "csv" (a header line, then a row each), "lines" (a text a line), "text" (the
             whole file is one item), or "auto" = jsonl and csv by the file's ending, text for all others.
         prompt: the prompt, in which {name} stands for an item's field; lines and texts have the one field "text".
@@ -115,7 +117,7 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
     config = replace(config, engine=replace(config.engine, n_sequences=settings.n_parallel))
     salt = json.dumps([asdict(config.sampling), config.model.path, config.model.chat_template])
     items: list[Item] = []
-    for source, fields in _read_input(settings, path.parent):
+    for source, fields in _read_input(settings, path):
         prompt = _fill_in(settings, source, fields)
         key = hashlib.sha256(json.dumps([salt, prompt], sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
         items.append(Item(source, fields, prompt, key[:16]))
@@ -179,22 +181,32 @@ def _field(fields: Mapping[str, Any], name: str, key: str, source: str) -> Any:
     return fields[name]
 
 
-def _read_input(settings: BatchSettings, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (source, fields) of every item."""
+def _read_input(settings: BatchSettings, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (source, fields) of every item; path: of the job file."""
+    for name in _input_files(settings, path):
+        by_ending = _FORMATS.get(Path(name).suffix.lower(), "text")
+        yield from _read_file(path.parent / name, name, by_ending if settings.format == "auto" else settings.format)
+
+
+def _input_files(settings: BatchSettings, path: Path) -> Iterator[str]:
+    """Yield the names of all input files, each file once; a pattern does not find the run's own files."""
+    folder = path.parent
+    own, seen = {path.resolve(), (folder / settings.output).resolve()}, set[Path]()
     for pattern in settings.input:
+        if (folder / pattern).is_dir():
+            inside = pattern.rstrip("/") + "/*"
+            raise ConfigError(f"batch.input: {pattern!r} is a folder; write {inside!r} for the files in it")
         names = [pattern]
         if not (folder / pattern).exists():
-            names = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 - it may be absolute
+            found = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 - it may be absolute
+            names = [name for name in found if (folder / name).is_file() and (folder / name).resolve() not in own]
             if not names:
                 raise ConfigError(f"batch.input: no file matches {pattern!r} in {folder.resolve()}")
         for name in names:
-            if (folder / name).is_dir():
-                continue
-            form = settings.format
-            if form == "auto":
-                yield from _read_file(folder / name, name, _FORMATS.get(Path(name).suffix.lower(), "text"))
-            else:
-                yield from _read_file(folder / name, name, form)
+            file = (folder / name).resolve()
+            if file not in seen:
+                seen.add(file)
+                yield name
 
 
 def _read_file(path: Path, name: str, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -227,7 +239,7 @@ def _read_file(path: Path, name: str, form: str) -> Iterator[tuple[str, dict[str
 
 
 def _read_csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in rows:
             if None in row or None in row.values():

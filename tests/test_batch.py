@@ -83,6 +83,19 @@ def test_every_kind_of_input(tmp_path: Path) -> None:
     assert [item.prompt for item in lines.items] == ["five", "six"]
 
 
+def test_a_run_never_reads_its_own_files_nor_a_file_twice(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "results.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    job = load_job(write_job(tmp_path, f'input = ["b.jsonl", "*.jsonl", "{tmp_path}/a.jsonl", "*"]', ""))
+    assert [item.source for item in job.items] == ["b.jsonl:1", "a.jsonl:1"]
+
+
+def test_a_row_of_csv_ends_where_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text,n\r\none\u2028two\x0cthree\x85,1\r\nfour,2\r\n".encode())
+    job = load_job(write_job(tmp_path, 'input = ["a.csv"]'))
+    assert [item.prompt for item in job.items] == ["one\u2028two\x0cthree\x85", "four"]
+
+
 def test_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one", "talk": [{"role": "user", "content": "two"}]}\n')
     job = load_job(write_job(tmp_path, 'input = ["a.jsonl"]\nchat = true\nsystem = "Say {text}"'))
@@ -109,6 +122,8 @@ def test_conversations(tmp_path: Path) -> None:
             r"in.jsonl:1: there is no field 'a', which batch.prompt asks.*found q",
         ),
         ('input = ["in.jsonl"]\nmessages_field = "q"', r'in.jsonl:1: field "q" is no conversation'),
+        ('input = ["folder/"]', r"batch.input: 'folder/' is a folder; write 'folder/\*' for the files in it"),
+        ('input = ["fold*"]', r"no file matches 'fold\*' in "),
         ('input = ["*.md"]', r"no file matches '\*.md' in "),
         ('input = ["bad.jsonl"]\nprompt = "{q}"', r"bad.jsonl:2: is not JSON: .*column 1"),
         ('input = ["list.jsonl"]', r"list.jsonl:1: expected an object"),
@@ -128,6 +143,7 @@ def test_what_is_wrong_is_said_before_a_model_is_opened(
     (tmp_path / "bad.csv").write_text("a,b\n1\n")
     (tmp_path / "latin.txt").write_bytes(b"a\xe4")
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "folder").mkdir()
     monkeypatch.setattr(Engine, "open", None)
     path = write_job(tmp_path, batch, "")
     assert main(["batch", "-q", str(path)]) == 2

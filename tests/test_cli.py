@@ -434,7 +434,7 @@ def test_completion(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert complete("ba") == ["batch"]
     assert complete("run", "--temp") == ["--temperature"]
     assert complete("run", "--kv-type", "") == ["f32", "f16", "q8_0"]
-    assert complete("completion", "") == ["bash", "zsh"]
+    assert complete("completion", "") == ["bash", "zsh", "fish"]
     assert complete("run", "mod") == []
 
 

@@ -30,7 +30,7 @@ def config(vram_budget: str = "", **moe) -> EngineConfig:
         engine=EngineSettings(
             device="emulated", n_threads=2, context_length=256, max_batch_tokens=32, vram_budget=vram_budget
         ),
-        moe=MoESettings(**{"hot_pp_bypass_n_tokens": 8, **moe}),
+        moe=MoESettings(**{"hot_pp_bypass_n_tokens": 8, "stream_n_tokens": 8, **moe}),
     )
 
 
@@ -48,7 +48,7 @@ def expected() -> tuple[int, ...]:
         {},
         {"hot_k": 0},
         {"hot_k": 3},
-        {"hot_k": 3, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
+        {"hot_k": 3, "policy": "lru", "hot_pp_bypass_n_tokens": 1000, "stream_n_tokens": 1000},
         {"hot_k": 12, "policy": "window_topk", "hot_rebalance_interval": 2},
         {"hot_k": 12, "policy": "static", "prompt_seeds_heat": True},
         {"n_cpu_moe": 0},
@@ -168,13 +168,15 @@ def test_a_folder_that_is_gone_at_the_end_costs_a_warning(tmp_path, caplog) -> N
 
 def test_a_profile_warms_the_next_run(tmp_path, expected) -> None:
     path = tmp_path / "profile.npz"
-    settings = config(hot_k=12, profile=str(path), policy="static", hot_pp_bypass_n_tokens=1)
+    settings = config(hot_k=12, profile=str(path), policy="static", hot_pp_bypass_n_tokens=1, stream_n_tokens=1)
     with Engine.open(config=settings) as engine:
         engine.generate(PROMPT, GREEDY)
     saved = load_profile(path, MODEL)
     assert load_profile(path).model == MODEL
     assert saved.counts.sum() == saved.n_tokens * 8 * 4
-    with Engine.open(config=replace(settings, moe=replace(settings.moe, hot_pp_bypass_n_tokens=1000))) as engine:
+    with Engine.open(
+        config=replace(settings, moe=replace(settings.moe, hot_pp_bypass_n_tokens=1000, stream_n_tokens=1000))
+    ) as engine:
         assert engine.generate(PROMPT, GREEDY).token_ids == expected
         assert engine.statistics.cache is not None
         assert engine.statistics.cache.hit_rate > 0.4

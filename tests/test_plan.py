@@ -14,7 +14,7 @@ from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingPar
 from engine.data import tiny_model_path
 from engine.devices.footprint import measure
 from engine.devices.graph import KVType, Limits
-from engine.devices.timing import Bandwidths, Machine
+from engine.devices.timing import Bandwidths, Machine, StepWork, streaming_pays_from, time_step
 from engine.experts.policy import make_policy
 from engine.experts.replay import Clairvoyant, replay
 from engine.experts.routing_process import RoutingProcess
@@ -150,3 +150,37 @@ def test_a_trace_can_be_replayed_whatever_its_shape(data, capsys) -> None:
     trace = data / "traces" / "gpt-oss-120b_chat_bigmoe.npz"
     assert main(["plan", "-q", "--machine", "4090", "--vram", "20MB", "-c", "128", "--trace", str(trace)]) == 0
     assert "gpt-oss" in capsys.readouterr().out
+
+
+# -- streaming -------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_pays_where_the_cpu_gets_slower_than_the_link() -> None:
+    """By hand: 100 bytes over a link of 10 take 10 s; the CPU has its 100 MACs done for n / 8 experts in n / 8 s."""
+    slow_link = Bandwidths(ram=1000.0, pcie=10.0, vram=1e6)
+    assert streaming_pays_from(slow_link, 100.0, 100.0, 100.0, 1 / 8) == 80
+    assert streaming_pays_from(slow_link, 200.0, 100.0, 100.0, 1 / 8) == 160
+    fast_link = Bandwidths(ram=50.0, pcie=100.0, vram=1e6)  # half of the experts are chosen by 0.875^n = 0.5: n = 5.2
+    assert streaming_pays_from(fast_link, 1e9, 100.0, 100.0, 1 / 8) == 6
+    assert streaming_pays_from(fast_link, 1e9, 100.0, 100.0, 1.0) == 10**7
+
+
+def test_steps_that_stream_are_those_for_which_it_is_quicker(footprint) -> None:
+    """The same threshold by the clock of all predictions, for a model whose every expert is in RAM."""
+    threshold = footprint.streaming_pays_from(MACHINE.bandwidths, MACHINE.cpu_macs)
+    n_layers = len(footprint.expert_bytes)
+    for n, streams in ((threshold // 2, False), (2 * threshold, True)):
+        chosen = footprint.n_experts * (1 - (1 - footprint.n_experts_used / footprint.n_experts) ** n)
+        work = StepWork(
+            n_layers=footprint.n_layers,
+            dense_bytes=0.0,
+            attention_bytes=0.0,
+            dense_macs=0.0,
+            hit_bytes=np.zeros(n_layers),
+            hit_macs=np.zeros(n_layers),
+            miss_bytes=chosen * footprint.expert_bytes.astype(float),
+            miss_macs=float(n * footprint.n_experts_used) * footprint.expert_macs,
+            streamed_bytes=np.zeros(n_layers),
+        )
+        sent = float(footprint.expert_total_bytes) / MACHINE.bandwidths.pcie
+        assert (time_step(MACHINE, work).total_s > sent) == streams

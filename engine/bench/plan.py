@@ -366,10 +366,10 @@ def _show(
     out.print(header)
     out.print(placement_table(found))
     best = max(found, key=lambda p: p.decode_tok_s)
-    slowest = found[0].decode_tok_s
-    out.print(
-        f"use [moe] {best.setting}: {best.decode_tok_s:.1f} tok/s, {best.decode_tok_s / slowest - 1:+.0%} over the CPU"
+    gains = " and ".join(
+        f"{best.decode_tok_s / other.decode_tok_s - 1:+.0%} over {other.name}" for other in found if other is not best
     )
+    out.print(f"use [moe] {best.setting}: {best.decode_tok_s:.1f} tok/s, {gains}")
     if best.reference_tok_s:
         out.print(
             "fork's: measured by its author; ours are what the bandwidths allow, and no more than that until measured"

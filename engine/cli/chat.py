@@ -127,7 +127,7 @@ class Chat:
         self._console.print(now.cache_line)
 
     def _answer(self, text: str) -> None:
-        """Stream one answer. One that is stopped counts as far as it came; a message that fails does not count."""
+        """Stream one answer. One that is stopped counts as far as it came; a message without any does not count."""
         messages, answer = [*self.messages, {"role": "user", "content": text}], ""
         try:
             with closing(self._engine.generate(messages, stream=True, progress=self._bars.prompt)) as chunks:
@@ -140,6 +140,8 @@ class Chat:
         except KeyboardInterrupt:
             self._bars.close()
             write("\n")
+            if not answer:
+                return
         except EngineError as error:
             self._bars.close()
             self._console.print(f"error: {error}; /reset begins anew")

@@ -11,6 +11,7 @@ from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.graph import Graph, Limits, Weight
 from engine.devices.intervals import Interval, plan_offsets
+from engine.devices.timing import Bandwidths, streaming_pays_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,13 @@ class Footprint:
     def chosen_bytes(self) -> int:
         """Return the bytes of the experts that one token uses."""
         return int(self.expert_bytes.sum()) * self.n_experts_used
+
+    def streaming_pays_from(self, speeds: Bandwidths, cpu_macs: float) -> int:
+        """Return how many tokens a step must have for streamed experts to pay; see `timing.streaming_pays_from`."""
+        if not self.n_experts:
+            return 1
+        n_bytes, macs = float(self.expert_bytes.sum()), float(self.expert_macs.sum())
+        return streaming_pays_from(speeds, cpu_macs, n_bytes, macs, self.n_experts_used / self.n_experts)
 
     def attention_bytes(self, position: float) -> float:
         """Return the keys, values and states that the device reads for a token at a position."""

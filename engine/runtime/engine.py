@@ -20,12 +20,13 @@ import numpy.typing as npt
 from engine.config import EngineConfig, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
-from engine.devices.footprint import measure
+from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import ProfiledProgram, Program, RecurrentProgram, SavingProgram
-from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
+from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
 from engine.errors import ConfigError, DeviceError, EngineError, RequestError
 from engine.experts.caching import ExpertCaching
+from engine.experts.steering import OWN
 from engine.files import check_target
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Outputs
@@ -59,6 +60,7 @@ class Engine(Answering):
         config: the settings in use, with every "auto" and 0 replaced by what was chosen.
         spec: the model's hyper-parameters.
         tokenizer: text to token ids and back.
+        footprint: what the model needs of memory with these settings.
     """
 
     def __init__(self, model_file: ModelFile, config: EngineConfig, progress: OpenProgress | None = None) -> None:
@@ -74,8 +76,9 @@ class Engine(Answering):
         settings = self.config.engine
         self._limits = limits_of(settings)
         try:
+            self.footprint: Footprint = measure(model.graph, self._limits)
             if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
-                check_memory(measure(model.graph, self._limits), settings)
+                check_memory(self.footprint, settings)
             self._weights = WeightMemory.load(
                 model_file,
                 model.tensor_names,
@@ -88,7 +91,7 @@ class Engine(Answering):
         try:
             self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
             try:
-                self._caching = ExpertCaching(self._program, self.config, self.spec)
+                self._caching = ExpertCaching(self._program, self.config, self.spec, model.tensor_names)
             except BaseException:
                 self._program.close()
                 raise
@@ -141,7 +144,9 @@ class Engine(Answering):
             DeviceError: for a device that is not there or has too little memory.
         """
         config = config if config is not None else EngineConfig.load()
-        model_file = open_model_file(path or config.model.path or tiny_model_path())
+        model_file = open_model_file(
+            path or config.model.path or tiny_model_path(), has_router_biases=config.moe.routing != OWN
+        )
         try:
             return cls(model_file, config, progress)
         except BaseException:
@@ -414,12 +419,14 @@ class Engine(Answering):
         """Return what the engine is and what it has done so far."""
         with self._lock:
             metered = self._program if self._is_open and isinstance(self._program, MeteredProgram) else None
+            timed = self._program if self._is_open and isinstance(self._program, TimedProgram) else None
             return replace(
                 self._statistics,
                 snapshot_bytes=0 if self._snapshots is None else self._snapshots.n_bytes,
                 cache_line=self._caching.describe(),
                 cache=self._caching.statistics,
                 time_spent=None if metered is None else metered.time_spent,
+                layer_times=None if timed is None else timed.layer_times,
                 traffic=None if metered is None else metered.traffic,
             )
 

@@ -391,6 +391,10 @@ class Lowering:
         values = vector
         return self._constant((vector.name, vector.first, vector.size), lambda: self.values(values))
 
+    def vector_offset(self, name: str, size: int) -> int:
+        """Return where the `size` values of a whole vector are."""
+        return self._offsets[name, 0, size]
+
     def _matrix(self, weight: Weight) -> int:
         """Return the offset of a matrix that always stays on the device."""
         first = self._constant(weight.name, lambda: self._weights.array(weight.name))

@@ -10,9 +10,10 @@ import numpy as np
 from engine import _kernels
 from engine.devices.cuda.runtime import DeviceMemory, PinnedMemory, Stream
 from engine.devices.timing import Bandwidths
+from engine.machine import bandwidth_buffer_bytes
 
 _COPY_BYTES = 32 << 20
-_RAM_BYTES = 256 << 20  # more than the caches hold
+_RAM_BYTES = 256 << 20
 _REPEATS = 3
 
 
@@ -25,7 +26,7 @@ def measure_speeds(stream: Stream, n_threads: int) -> Bandwidths:
     finally:
         device.close()
         pinned.close()
-    ram = _kernels.read_bandwidth(np.ones(_RAM_BYTES, np.uint8), n_threads, _REPEATS)
+    ram = _kernels.read_bandwidth(np.ones(bandwidth_buffer_bytes(_RAM_BYTES), np.uint8), n_threads, _REPEATS)
     return Bandwidths(ram, _COPY_BYTES / upload, 2 * _COPY_BYTES / within)
 
 
