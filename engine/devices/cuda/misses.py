@@ -1,6 +1,6 @@
 """The CPU's half of a step: answers the GPU's requests for experts that have no slot.
 
-The protocol is written down in `cuda/handshake.cu`.
+The protocol is written down in `cuda/handshake.cuh`.
 """
 
 from __future__ import annotations
