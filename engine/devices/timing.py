@@ -133,6 +133,24 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Where the time of decoding went, measured; seconds, float64 [n_moe_layers].
+
+    Attributes:
+        n_tokens: that were made one by one.
+        device: the device worked, and the CPU had nothing to do until it was asked for this layer's experts.
+        cpu: the CPU answered. The device computed those in its slots meanwhile, and waited.
+    """
+
+    n_tokens: int
+    device: Bytes
+    cpu: Bytes
+
+    def __sub__(self, other: LayerTimes) -> LayerTimes:
+        return LayerTimes(self.n_tokens - other.n_tokens, self.device - other.device, self.cpu - other.cpu)
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes moved, by path: read from RAM, sent over PCIe, read from VRAM."""
 

@@ -56,7 +56,13 @@ class ExpertCaching:
         if self._trace_path:
             recorder = TraceRecorder(spec.name, spec.moe.n_experts, {"architecture": spec.architecture})
         self._recorder = recorder
-        self.program = WatchedProgram(program, self.cache, recorder, steering)
+        self.program = WatchedProgram(
+            program,
+            self.cache,
+            recorder,
+            steering,
+            in_background=isinstance(program, SlotProgram) and self.cache is not None and program.leaves_a_cpu,
+        )
 
     def _make_cache(self, program: SlotProgram, moe: MoESettings, n_experts_used: int) -> HotCache:
         speeds, n_slots = program.bandwidths, program.n_slots
@@ -92,6 +98,7 @@ class ExpertCaching:
     @property
     def statistics(self) -> CacheStatistics | None:
         """Return what the cache did so far, None if there is none."""
+        self.program.settle()
         return None if self.cache is None else self.cache.statistics
 
     def describe(self) -> str:
@@ -102,6 +109,8 @@ class ExpertCaching:
 
     def close(self) -> None:
         """Wait for the cache and write profile and trace; what cannot be written costs a warning."""
+        self.program.settle()
+        self.program.close()
         if self.cache is not None:
             self.cache.close()
         try:

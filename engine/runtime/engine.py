@@ -21,7 +21,7 @@ from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import ProfiledProgram, Program, RecurrentProgram, SavingProgram
-from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram
+from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
 from engine.errors import DeviceError, EngineError, RequestError
 from engine.experts.caching import ExpertCaching
@@ -409,12 +409,14 @@ class Engine(Answering):
         """Return what the engine is and what it has done so far."""
         with self._lock:
             metered = self._program if self._is_open and isinstance(self._program, MeteredProgram) else None
+            timed = self._program if self._is_open and isinstance(self._program, TimedProgram) else None
             return replace(
                 self._statistics,
                 snapshot_bytes=0 if self._snapshots is None else self._snapshots.n_bytes,
                 cache_line=self._caching.describe(),
                 cache=self._caching.statistics,
                 time_spent=None if metered is None else metered.time_spent,
+                layer_times=None if timed is None else timed.layer_times,
                 traffic=None if metered is None else metered.traffic,
             )
 

@@ -29,13 +29,15 @@ from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
 from engine.devices.slots import Ticket
-from engine.devices.timing import CPU_MACS, Bandwidths
+from engine.devices.timing import CPU_MACS, Bandwidths, LayerTimes
 from engine.errors import RequestError
+from engine.machine import n_logical_cpus
 from engine.quants import install_grids
 
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
-T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
+_THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
+T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
 _SIZES = (1, tiles.MIN_TOKENS - 1, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
@@ -187,7 +189,11 @@ class CUDAProgram:
     """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `SlotProgram`.
 
     Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
-    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step.
+    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step,
+    and what is published meanwhile for this one or the next.
+
+    Attributes:
+        leaves_a_cpu: another thread may work, and move experts, while a step runs.
     """
 
     state_layout = "positions"
@@ -206,7 +212,7 @@ class CUDAProgram:
         self._bandwidths = bandwidths
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
-        self._vectors: PinnedMemory | None = None  # new values on their way
+        self._vector_writes: dict[tuple[str | int, ...], tuple[PinnedMemory, Graph]] = {}  # by names and size
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
         self._pinned: PinnedExperts | None = None
@@ -215,6 +221,10 @@ class CUDAProgram:
         self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
+        self._n_begun = self._n_over = 0  # steps
+        self.leaves_a_cpu = False
+        self._seconds = np.zeros((2, len(lowering.expert_layers)))  # see `layer_times`
+        self._n_single_tokens = 0
         self._n_tokens = 0
         self._rows_of_routing = 1
         n_layers = len(lowering.expert_layers)
@@ -238,7 +248,11 @@ class CUDAProgram:
                     self._expert_stream = ExpertStream(context, paths)
                     self._stream_n_tokens = stream_n_tokens
                 most = min(limits.max_tokens, self._stream_n_tokens - 1)
-                self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)
+                n_threads = device.n_threads
+                if self._pinned.is_pinned:  # else the threads must fill buffers, too
+                    self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
+                    n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
+                self._misses = MissServer(lowering, weights, most, n_threads, device.isa)
                 exchange = self._misses.exchange(self._memory.address)
                 _log.info("%s", self._describe_streaming(self._pinned))
             self._prepare_steps(exchange, device.progress)
@@ -273,9 +287,22 @@ class CUDAProgram:
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
         """
-        n, n_outputs = len(token_ids), len(output_rows)
         self._check(token_ids, positions, slots, output_rows)
         self._context.make_current()
+        self._n_begun += 1
+        try:
+            return self._run(token_ids, positions, slots, output_rows)
+        finally:
+            self._n_over = self._n_begun
+
+    def _run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        n, n_outputs = len(token_ids), len(output_rows)
         lowering, limits = self._lowering, self._limits
         self._words[:3] = n, n_outputs, self._step_number
         for i, values in enumerate((token_ids, positions, slots, output_rows)):
@@ -309,7 +336,21 @@ class CUDAProgram:
             raise
         self._synchronize()
         self._n_tokens, self._rows_of_routing = n, most
+        if misses is not None:
+            self._count_seconds(misses, n)
         return logits
+
+    def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
+        if n_tokens == 1:
+            self._seconds += misses.seconds
+            self._n_single_tokens += 1
+        misses.seconds[:] = 0.0
+
+    @property
+    def layer_times(self) -> LayerTimes:
+        """Return the times of all steps of one token so far in which the CPU may have had to help."""
+        device, cpu = self._seconds.copy()
+        return LayerTimes(self._n_single_tokens, device, cpu)
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
@@ -321,12 +362,20 @@ class CUDAProgram:
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors, [len(names), size], for all steps from now on."""
         self._context.make_current()
-        if self._vectors is None or self._vectors.n_bytes < values.nbytes:
-            self._vectors = self._own(PinnedMemory(values.nbytes))
-        self._vectors.bytes[: values.nbytes] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
-        for i, name in enumerate(names):
-            to = self._memory.address + self._lowering.vector_offset(name, values.shape[1])
-            self._stream.upload(to, self._vectors.address + i * values[0].nbytes, values[0].nbytes)
+        key = (*names, values.shape[1])
+        if key not in self._vector_writes:
+            memory = self._own(PinnedMemory(values.nbytes))
+            offsets = [self._lowering.vector_offset(name, values.shape[1]) for name in names]
+
+            def upload() -> None:
+                for i, offset in enumerate(offsets):
+                    source = memory.address + i * values[0].nbytes
+                    self._stream.upload(self._memory.address + offset, source, values[0].nbytes)
+
+            self._vector_writes[key] = memory, self._own(self._stream.capture(upload))
+        memory, graph = self._vector_writes[key]
+        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
+        graph.launch(self._stream)
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
@@ -417,11 +466,13 @@ class CUDAProgram:
         return self._copies.begin(layer, expert, slot)
 
     def fence(self) -> Ticket:
-        """Return a ticket that is done when all steps started so far are: they are, since `run` waits for its step."""
-        return _DONE
+        """Return a ticket that is done when all steps started so far are."""
+        return self._n_begun
 
     def is_done(self, ticket: Ticket) -> bool:
         """Return whether the work is done; raise `DeviceError` if it failed."""
+        if isinstance(ticket, int):
+            return self._n_over >= ticket
         assert isinstance(ticket, Copy)
         if not ticket.is_done and self._copies is not None:
             self._context.make_current()
