@@ -106,6 +106,7 @@ def test_file_names_are_relative_to_the_job(tmp_path: Path) -> None:
         ('[model]\npath = "nothing.gguf"', 1, "nothing.gguf: cannot be read"),
         ('[model]\nchat_template = "no.jinja"', 2, "model.chat_template is .*no.jinja', which cannot be read"),
         ('[moe]\nprofile = "in.jsonl"', 2, "in.jsonl: is not an expert profile"),
+        ('[moe]\nrouting = "in.jsonl"', 2, "/in.jsonl: is not a routing trace"),
         ('[moe]\nrecord_trace = "no/t.npz"', 2, "moe.record_trace is .*no/t.npz', which cannot be written"),
     ],
 )

@@ -17,6 +17,7 @@ from engine.batch.settings import BatchSettings
 from engine.config import TABLES, EngineConfig, EngineSettings
 from engine.data import tiny_model_path
 from engine.errors import ConfigError, EngineError
+from engine.experts.steering import MADE_UP, OWN
 from engine.generate.answer import Completion
 from engine.gguf import open_model_file
 from engine.gguf.synthetic import PREFIX
@@ -89,6 +90,7 @@ def _beside(folder: Path, config: EngineConfig, overrides: Mapping[str, object])
             moe,
             profile=name("moe.profile", moe.profile),
             record_trace=name("moe.record_trace", moe.record_trace),
+            routing=moe.routing if moe.routing in {OWN, MADE_UP} else name("moe.routing", moe.routing),
         ),
     )
 

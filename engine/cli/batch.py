@@ -17,6 +17,7 @@ from engine.cli.options import (
     add_settings,
     read_overrides,
 )
+from engine.cli.run import VIRTUAL
 from engine.cli.terminal import Bars
 from engine.errors import EngineError
 from engine.generate.answer import Completion
@@ -120,4 +121,4 @@ def speed(statistics: EngineStatistics) -> str:
     text = f"{(statistics.n_prompt_tokens + statistics.n_decode_tokens) / seconds if seconds else 0.0:,.1f} tok/s"
     if statistics.cache is not None:
         text += f", {statistics.cache.hit_rate:.0%} of experts from VRAM"
-    return text
+    return text + (VIRTUAL if statistics.has_virtual_clock else "")

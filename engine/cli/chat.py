@@ -146,7 +146,8 @@ class Chat:
                     if chunk.completion is not None:
                         write("\n")
                         if not self._quiet:
-                            self._console.print(describe(chunk.completion))
+                            is_virtual = self._engine.statistics.has_virtual_clock
+                            self._console.print(describe(chunk.completion, is_virtual=is_virtual))
         except KeyboardInterrupt:
             self._bars.close()
             write("\n")

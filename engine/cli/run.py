@@ -21,6 +21,8 @@ from engine.errors import RequestError
 from engine.generate.answer import Completion
 from engine.runtime import Engine, Prompt
 
+VIRTUAL = " (speeds of a virtual clock)"
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the parser."""
@@ -56,7 +58,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             if chunk.completion is not None:
                 write("\n")
                 if not args.quiet:
-                    console.print(describe(chunk.completion))
+                    console.print(describe(chunk.completion, is_virtual=engine.statistics.has_virtual_clock))
                     if engine.statistics.cache is not None:
                         console.print(engine.statistics.cache_line)
     return 0
@@ -68,14 +70,14 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def describe(completion: Completion) -> str:
-    """Return one line about an answer: tokens, speed, why it ended."""
+def describe(completion: Completion, *, is_virtual: bool = False) -> str:
+    """Return one line about an answer: tokens, speed (of a virtual clock or not), why it ended."""
     usage, timings = completion.usage, completion.timings
     reused = f" ({usage.n_reused_tokens} reused)" if usage.n_reused_tokens else ""
     return (
         f"prompt {usage.n_prompt_tokens} tokens{reused}, {timings.prompt_tok_s:,.1f} tok/s; "
         f"answer {usage.n_generated_tokens} tokens, {timings.decode_tok_s:,.1f} tok/s; "
-        f"ended by {completion.finish_reason}; seed {completion.seed}"
+        f"ended by {completion.finish_reason}; seed {completion.seed}{VIRTUAL if is_virtual else ''}"
     )
 
 
