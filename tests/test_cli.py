@@ -306,6 +306,15 @@ def test_what_the_system_says_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_terminal_that_lacks_a_character_shows_its_number() -> None:
+    line = [sys.executable, "-m", "engine", "run", "-q", "--echo", "-p", "é\u2192", "-n", "1", *SMALL]
+    done = subprocess.run(
+        line, check=True, cwd=REPO, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
+    )
+    assert done.stdout.startswith(b"\xe9\\u2192")
+    assert done.stderr == b""
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
