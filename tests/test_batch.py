@@ -273,6 +273,16 @@ def test_an_output_of_other_prompts_or_sampling_is_refused(tmp_path: Path, capsy
     assert main(["batch", "-q", str(path)]) == 2
 
 
+@pytest.mark.parametrize("content", ["my notes", "my\nnotes", '{"a": 1}', '{"source": "x", "key": "y"}\nnotes'])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    write_items(tmp_path, 1)
+    job = load_job(write_job(tmp_path))
+    job.output.write_text(content)
+    with pytest.raises(ConfigError, match=r"results.jsonl, line [12]: (is no result|was made from another)"):
+        ResultFile(job.output, job.items)
+    assert job.output.read_text() == content
+
+
 def test_an_output_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

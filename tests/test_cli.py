@@ -434,12 +434,15 @@ def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[lis
 
 def test_chat_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "talk.json"
-    lines = f"first\n/stats\n/save {file}\n/save\n/save {tmp_path}\n/nothing\n/help\n/system be long\nsecond\n"
+    (tmp_path / "notes.txt").write_text("mine")
+    lines = f"first\n/save {tmp_path}/notes.txt\n/stats\n/save {file}\n/save\n/save {tmp_path}\n/nothing\n/help\n/system be long\nsecond\n"
     seen = chat(lines, monkeypatch, "--system", "be short")
     err = capsys.readouterr().err
     for part in ("1 answers; prompts", "saved 3 messages", "/save needs", "cannot be written", "no command /nothing"):
         assert part in err
     assert "begin anew" in err
+    assert "notes.txt: is not a conversation that /save wrote; give another name" in err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [message["content"] for message in seen[1]] == ["be long", "second"]
     seen = chat("third\n", monkeypatch, "--resume", str(file))
     assert [message["content"] for message in seen[0]][:2] == ["be short", "first"]

@@ -157,6 +157,19 @@ def test_a_trace_or_profile_that_cannot_be_written_is_refused_at_once(tmp_path) 
             Engine.open(config=refused)
 
 
+def test_a_trace_replaces_another_trace_and_nothing_else(tmp_path, expected) -> None:
+    path = tmp_path / "run.npz"
+    path.write_text("a model, perhaps")
+    with pytest.raises(ConfigError, match=r"run.npz', which is there and is no routing trace; give another name"):
+        Engine.open(config=config(hot_k=8, record_trace=str(path)))
+    assert path.read_text() == "a model, perhaps"
+    path.unlink()
+    for n_tokens in (3, 5):
+        with Engine.open(config=config(hot_k=8, record_trace=str(path))) as engine:
+            n_prompt = engine.generate(PROMPT, replace(GREEDY, max_tokens=n_tokens)).usage.n_prompt_tokens
+        assert load_trace(path).n_tokens == n_prompt + n_tokens - 1
+
+
 def test_a_folder_that_is_gone_at_the_end_costs_a_warning(tmp_path, caplog) -> None:
     folder = tmp_path / "results"
     folder.mkdir()

@@ -15,6 +15,8 @@ from engine.batch.items import Item
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.generate.answer import Completion, TokenLogprob
 
+_START = b'{"source": '  # of every line
+
 
 class ResultFile:
     """The output of a run, and what earlier runs left in it. A context manager; one process at a time.
@@ -41,27 +43,37 @@ class ResultFile:
             raise
 
     def _read(self, keys: Mapping[str, str]) -> None:
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            self._file.truncate(whole)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                result = json.loads(line)
-                source, key = result["source"], result["key"]
-            except (ValueError, TypeError, KeyError):
-                raise ConfigError(
-                    f"batch.output: {self._path}, line {number}: is no result of a batch run; choose another file"
-                ) from None
-            if keys.get(source) != key:
-                raise ConfigError(
-                    f"batch.output: {self._path}, line {number}: was made from another prompt, model or sampling than "
-                    f"{source} has now; choose another file, or delete this one to begin anew"
-                )
-            self.done.add(source)
-            if "error" in result:
-                self.failed.add(source)
+        """Take note of what is there; only then is a last line that was torn dropped, and only if it is one of ours."""
+        n_whole = 0
+        with self._path.open("rb") as reader:
+            for number, line in enumerate(reader, 1):
+                if not line.endswith(b"\n"):
+                    if not (line.startswith(_START) or _START.startswith(line)):
+                        raise self._foreign(number)
+                    self._file.truncate(n_whole)
+                    return
+                n_whole += len(line)
+                self._note(number, line, keys)
+
+    def _note(self, number: int, line: bytes, keys: Mapping[str, str]) -> None:
+        try:
+            result = json.loads(line)
+            source, key = result["source"], result["key"]
+        except (ValueError, TypeError, KeyError):
+            raise self._foreign(number) from None
+        if keys.get(source) != key:
+            raise ConfigError(
+                f"batch.output: {self._path}, line {number}: was made from another prompt, model or sampling than "
+                f"{source} has now; choose another file, or delete this one to begin anew"
+            )
+        self.done.add(source)
+        if "error" in result:
+            self.failed.add(source)
+
+    def _foreign(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"batch.output: {self._path}, line {number}: is no result of a batch run; choose another file"
+        )
 
     def forget_failed(self) -> None:
         """Take the results that are errors out of the file, so that their items are run again.

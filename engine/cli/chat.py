@@ -166,10 +166,15 @@ class Chat:
             self._console.print("error: /save needs the name of a file")
             return
         try:
+            if Path(name).is_file():
+                load_conversation(Path(name))  # anything else that is there is not for us to replace
             with whole_file(Path(name)) as file:
                 file.write(json.dumps(self.messages, indent=1, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             self._console.print(f"error: {name}: cannot be written: {error.strerror or error}")
+            return
+        except RequestError as error:
+            self._console.print(f"error: {error}; give another name")
             return
         self._console.print(f"saved {len(self.messages)} messages to {name}")
 

@@ -21,6 +21,13 @@ def check_files(config: EngineConfig) -> None:
     except OSError as error:
         key = "profile" if error.filename == moe.profile else "record_trace"
         raise ConfigError(f"moe.{key} is {error.filename!r}, which cannot be written: {error.strerror}") from None
+    if moe.record_trace and Path(moe.record_trace).exists():
+        try:
+            load_trace(moe.record_trace)
+        except ConfigError:
+            raise ConfigError(
+                f"moe.record_trace is {moe.record_trace!r}, which is there and is no routing trace; give another name"
+            ) from None
     if moe.profile and Path(moe.profile).exists():
         load_profile(moe.profile)
     if moe.routing not in {OWN, MADE_UP}:
