@@ -435,7 +435,8 @@ def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[lis
 def test_chat_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "talk.json"
     (tmp_path / "notes.txt").write_text("mine")
-    lines = f"first\n/save {tmp_path}/notes.txt\n/stats\n/save {file}\n/save\n/save {tmp_path}\n/nothing\n/help\n/system be long\nsecond\n"
+    commands = (f"/save {tmp_path}/notes.txt", "/stats", f"/save {file}", "/save", f"/save {tmp_path}", "/nothing")
+    lines = "\n".join(["first", *commands, "/help", "/system be long", "second", ""])
     seen = chat(lines, monkeypatch, "--system", "be short")
     err = capsys.readouterr().err
     for part in ("1 answers; prompts", "saved 3 messages", "/save needs", "cannot be written", "no command /nothing"):
