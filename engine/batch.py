@@ -22,9 +22,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, ClassVar, Literal
 
 from engine.config import TABLES, EngineConfig
+from engine.data import tiny_model_path
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.generate.answer import Completion, TokenLogprob
-from engine.runtime import Engine, Prompt
+from engine.gguf import open_model_file
+from engine.gguf.synthetic import PREFIX
+from engine.models import load_model
+from engine.runtime import Engine, Prompt, check_files, read_chat_template, resolve
 from engine.tables import Table, read_tables, setting
 
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
@@ -102,7 +106,7 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
     """Read a job file and all its input.
 
     Args:
-        path: TOML file with a [batch] table and any of the engine's own.
+        path: TOML file with a [batch] table and any of the engine's own. Names of files in it are relative to it.
         overrides: settings by "table.key", which win over the file.
 
     Raises:
@@ -116,6 +120,7 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
     config = EngineConfig(**tables)
     config = replace(config, engine=replace(config.engine, n_sequences=settings.n_parallel))
     salt = json.dumps([asdict(config.sampling), config.model.path, config.model.chat_template])
+    config = _beside(path.parent, config, overrides or {})
     items: list[Item] = []
     for source, fields in _read_input(settings, path):
         prompt = _fill_in(settings, source, fields)
@@ -124,6 +129,43 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
     if not items:
         raise ConfigError(f"{path}: the files of batch.input hold no items")
     return Job(config, settings, tuple(items), path.parent / settings.output)
+
+
+def _beside(folder: Path, config: EngineConfig, overrides: Mapping[str, object]) -> EngineConfig:
+    """Return settings whose file names are relative to a folder, but for those of the command line."""
+
+    def name(key: str, given: str) -> str:
+        is_file = given and not given.startswith(PREFIX) and key not in overrides
+        return os.fspath(folder / given) if is_file else given
+
+    model, moe = config.model, config.moe
+    return replace(
+        config,
+        model=replace(
+            model,
+            path=name("model.path", model.path),
+            chat_template=name("model.chat_template", model.chat_template),
+        ),
+        moe=replace(
+            moe,
+            profile=name("moe.profile", moe.profile),
+            record_trace=name("moe.record_trace", moe.record_trace),
+        ),
+    )
+
+
+def check_job(job: Job) -> None:
+    """Look at everything that a run needs and that can be looked at before weights are loaded.
+
+    Raises `EngineError` for a model, a file or an output that cannot be used.
+    """
+    check_files(job.config)
+    read_chat_template(job.config.model)
+    model_file = open_model_file(job.config.model.path or tiny_model_path())
+    try:
+        resolve(job.config, load_model(model_file).spec)
+    finally:
+        model_file.close()
 
 
 # -- input -----------------------------------------------------------------------------------------------------------
@@ -193,20 +235,28 @@ def _input_files(settings: BatchSettings, path: Path) -> Iterator[str]:
     folder = path.parent
     own, seen = {path.resolve(), (folder / settings.output).resolve()}, set[Path]()
     for pattern in settings.input:
-        if (folder / pattern).is_dir():
-            inside = pattern.rstrip("/") + "/*"
-            raise ConfigError(f"batch.input: {pattern!r} is a folder; write {inside!r} for the files in it")
-        names = [pattern]
-        if not (folder / pattern).exists():
-            found = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 - it may be absolute
-            names = [name for name in found if (folder / name).is_file() and (folder / name).resolve() not in own]
-            if not names:
-                raise ConfigError(f"batch.input: no file matches {pattern!r} in {folder.resolve()}")
-        for name in names:
+        for name in _matching(folder, pattern, own):
             file = (folder / name).resolve()
             if file not in seen:
                 seen.add(file)
                 yield name
+
+
+def _matching(folder: Path, pattern: str, own: set[Path]) -> list[str]:
+    """Return the file of that name, or the files that match a pattern but for the run's own, in order."""
+    try:
+        if (folder / pattern).is_dir():
+            inside = pattern.rstrip("/") + "/*"
+            raise ConfigError(f"batch.input: {pattern!r} is a folder; write {inside!r} for the files in it")
+        if (folder / pattern).exists():
+            return [pattern]
+        found = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 - it may be absolute
+        names = [name for name in found if (folder / name).is_file() and (folder / name).resolve() not in own]
+    except OSError as error:
+        raise ConfigError(f"batch.input: {pattern!r} cannot be read: {error.strerror or error}") from None
+    if not names:
+        raise ConfigError(f"batch.input: no file matches {pattern!r} in {folder.resolve()}")
+    return names
 
 
 def _read_file(path: Path, name: str, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -215,7 +265,10 @@ def _read_file(path: Path, name: str, form: str) -> Iterator[tuple[str, dict[str
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: is not UTF-8 text (byte {error.start})") from None
+        raise ConfigError(
+            f"{name}: is not UTF-8 text (byte {error.start}); convert it, with iconv for example, or leave it out of "
+            "batch.input"
+        ) from None
     if form == "text":
         yield name, {"text": text}
         return

@@ -117,6 +117,12 @@ def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["run", "-p", "x", "-t", "-3"], 2, "error: engine.n_threads is '-3'"),
         (["run", "-p", "x", "--set", "engine.threads=1"], 2, "unknown key engine.threads; did you mean n_threads?"),
+        (["run", "-p", "x", "--set", "engine=1"], 2, 'setting engine: is a table; expected "engine.key"; the keys are'),
+        (["run", "-p", "x", "-t", "1", "--vram-budget", "12"], 2, "error: engine.vram_budget is '12'; expected a size"),
+        (["plan", "--machine", "4090", "--vram", "24"], 2, "error: --vram is '24'; expected a size above 0 such as"),
+        (["plan", "--machine", "4090", "--pcie", "0"], 2, "error: --pcie is '0'; expected a bandwidth above 0 such as"),
+        (["bench", "--watch", "--csv", "x.csv"], 1, "--peer and --csv do not go with --conversation or --watch"),
+        (["bench", "--replay", "x", "--peer", "llama.cpp"], 1, "--peer does not go with --replay"),
         (["run", "-p", "x", "--set", "nonsense"], 2, "--set nonsense: expected TABLE.KEY=VALUE"),
         (["run", "-p", "x", "--top-p", "7"], 2, "sampling.top_p is '7'; expected a number from 0 to 1"),
         (["run", "-p", "x", "--config", "nothing.toml"], 2, "nothing.toml: cannot be read"),
@@ -253,6 +259,41 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait(60) == 141
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_output_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["config"], ["run", "-q", "-p", "x", "-n", "3", *SMALL], ["info", "--device", "cpu"]):
+        with open("/dev/full", "w") as full:  # noqa: PTH123
+            line = [sys.executable, "-m", "engine", *argv]
+            done = subprocess.run(line, check=False, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "error: the system gave no more memory; close other programs, or lower"),
+        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied"),
+    ],
+)
+def test_what_the_system_says_is_one_line(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Engine, "open", fail)
+    assert main(["run", "-q", "-p", "x"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("hot-experts ")
 
 
 # -- the small commands ----------------------------------------------------------------------------------------------
@@ -414,12 +455,19 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     assert seen[1][1]["content"] == "".join(written[:3])
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     if shell == "zsh":
         assert script.startswith("autoload")
+        return
+    if shell == "fish":
+        start = "complete -c hot-experts -n '__fish_seen_subcommand_from"
+        assert f"{start} run' -l kv-type -x -a 'f32 f16 q8_0'\n" in script  # choices
+        assert f"{start} run' -s p -l prompt -r\n" in script  # some value
+        assert f"{start} run' -l chat\n" in script  # none
+        assert f"{start} completion' -x -a 'bash zsh fish'\n" in script
         return
     path = tmp_path / "complete.sh"
     path.write_text(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.__main__ import main
 from engine.bench.replay import study
-from engine.config import EmulatedSettings, EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.config import EmulatedSettings, EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.errors import ConfigError, DeviceError
 from engine.experts.profile import Profile, load_profile, merge_profiles, save_profile
@@ -243,6 +245,46 @@ def test_a_budget_that_is_too_small_names_what_to_change() -> None:
         Engine.open(config=config(vram_budget="10MB", hot_k=50))
     with pytest.raises(DeviceError, match=r"n_cpu_moe = [5-8] fits"):
         Engine.open(config=config(vram_budget="9MB", n_cpu_moe=1))
+
+
+def test_memory_that_the_system_refuses_at_any_time_costs_no_more_than_an_error(expected, monkeypatch) -> None:
+    """The n-th allocation fails, for every n: so does opening, or the answer that needed it; the next one is right."""
+    real, left, refused = mmap.mmap, 0, []
+
+    def grudging(fileno, *args, **options):
+        nonlocal left
+        left -= fileno == -1
+        if fileno == -1 and left == 0:
+            refused.append(args)
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fileno, *args, **options)
+
+    monkeypatch.setattr(mmap, "mmap", grudging)
+    settings = replace(config(hot_k=8), model=ModelSettings(load="memory"))
+    n_opened = 0
+    for n in range(1, 100):
+        left = n
+        try:
+            with Engine.open(config=settings) as engine:
+                n_opened += 1
+                try:
+                    assert engine.generate(PROMPT, GREEDY).token_ids == expected
+                except DeviceError as error:
+                    assert "the system gave no memory" in str(error)  # noqa: PT017 - one of the two must fail
+                    assert engine.generate(PROMPT, GREEDY).token_ids == expected
+                engine._caching.cache.table.check_integrity()
+        except DeviceError as error:
+            assert "the system gave no memory" in str(error)  # noqa: PT017
+        if len(refused) < n:
+            break
+    assert len(refused) >= 5  # weights, states, scratch, slots, staging
+    assert n_opened >= 2
+
+
+def test_an_emulated_gpu_larger_than_the_ram_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("engine.devices.emulated.device.available_memory", lambda: 10**6)
+    with pytest.raises(DeviceError, match=r"emulated GPU's memory need .* GB are free; lower .moe. hot_k"):
+        Engine.open(config=config(hot_k=20))
 
 
 # -- what people see -------------------------------------------------------------------------------------------------

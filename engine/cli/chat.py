@@ -99,10 +99,7 @@ class Chat:
         command, _, rest = text.partition(" ")
         rest = rest.strip()
         if not command.startswith("/"):
-            before = self._engine.statistics
             self._answer(text)
-            if self._show_layers:
-                self._show_cache(before)
         elif command == "/exit":
             return False
         elif command == "/reset":
@@ -120,7 +117,7 @@ class Chat:
         return True
 
     def _show_cache(self, before: EngineStatistics) -> None:
-        """Show what the cache did since a look, or why there is none."""
+        """Show what the cache has done since, or why there is none."""
         now = self._engine.statistics
         if now.cache is not None and before.cache is not None:
             self._console.print(layer_table("this answer", now, before))
@@ -129,14 +126,18 @@ class Chat:
     def _answer(self, text: str) -> None:
         """Stream one answer. One that is stopped counts as far as it came; a message without any does not count."""
         messages, answer = [*self.messages, {"role": "user", "content": text}], ""
+        after_prompt = None
         try:
             with closing(self._engine.generate(messages, stream=True, progress=self._bars.prompt)) as chunks:
                 for chunk in chunks:
+                    if after_prompt is None and self._show_layers:
+                        after_prompt = self._engine.statistics
                     answer += chunk.text
                     write(chunk.text)
-                    if chunk.completion is not None and not self._quiet:
+                    if chunk.completion is not None:
                         write("\n")
-                        self._console.print(describe(chunk.completion))
+                        if not self._quiet:
+                            self._console.print(describe(chunk.completion))
         except KeyboardInterrupt:
             self._bars.close()
             write("\n")
@@ -147,6 +148,8 @@ class Chat:
             self._console.print(f"error: {error}; /reset begins anew")
             return
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+        if after_prompt is not None:
+            self._show_cache(after_prompt)
 
     def _save(self, name: str) -> None:
         if not name:

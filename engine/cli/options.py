@@ -18,6 +18,8 @@ ENGINE_OPTIONS = {
     "model.load": ("--load",),
     "model.chat_template": ("--chat-template",),
     "moe.hot_k": ("--hot-k",),
+    "moe.hot_rebalance_interval": ("--hot-rebalance-interval",),
+    "moe.hot_pp_bypass_n_tokens": ("--hot-pp-bypass-n-tokens",),
     "moe.n_cpu_moe": ("--n-cpu-moe",),
     "moe.policy": ("--cache-policy",),
     "moe.profile": ("--expert-profile",),
