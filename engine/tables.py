@@ -303,6 +303,14 @@ def _read(table: str, spec: FieldSpec, given: _Given) -> object:
     raise ConfigError(f"{place}{name} is {shown!r}; expected {spec.expected}")
 
 
+def read_assignment(text: str, key: str) -> tuple[str, object]:
+    """Return name and value of "name=value"; a value that is not TOML is text. Raises `ConfigError` naming `key`."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier():
+        raise ConfigError(f'{key} has {text!r}; expected NAME=VALUE such as "enable_thinking=false"')
+    return name, next(iter(_as_toml(value)), value)
+
+
 def _as_toml(text: str) -> list[object]:
     """Return the value that a text is in TOML, as a list of one; empty if it is none. "1, 2" is a list too."""
     found: list[object] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -105,6 +106,7 @@ def test_file_names_are_relative_to_the_job(tmp_path: Path) -> None:
         ('[model]\npath = "nothing.gguf"', 1, "nothing.gguf: cannot be read"),
         ('[model]\nchat_template = "no.jinja"', 2, "model.chat_template is .*no.jinja', which cannot be read"),
         ('[moe]\nprofile = "in.jsonl"', 2, "in.jsonl: is not an expert profile"),
+        ('[moe]\nrouting = "in.jsonl"', 2, "/in.jsonl: is not a routing trace"),
         ('[moe]\nrecord_trace = "no/t.npz"', 2, "moe.record_trace is .*no/t.npz', which cannot be written"),
     ],
 )
@@ -162,6 +164,8 @@ def test_conversations(tmp_path: Path) -> None:
         ('input = ["*.md"]', r"no file matches '\*.md' in "),
         ('input = ["bad.jsonl"]\nprompt = "{q}"', r"bad.jsonl:2: is not JSON: .*column 1"),
         ('input = ["list.jsonl"]', r"list.jsonl:1: expected an object"),
+        ('input = ["twice.csv"]', r"twice.csv:1: the header names 'a' twice"),
+        ('input = ["in.jsonl"]\n[engine]\nn_sequences = 3', r"n_sequences is 3 and batch.n_parallel is 8, which"),
         ('input = ["bad.csv"]', r"bad.csv:2: has not as many values as the header has names"),
         ('input = ["latin.txt"]', r"latin.txt: is not UTF-8 text \(byte 1\)"),
         ('input = ["empty.jsonl"]', r"hold no items"),
@@ -176,6 +180,7 @@ def test_what_is_wrong_is_said_before_a_model_is_opened(
     (tmp_path / "bad.jsonl").write_text('{"q": 1}\nnonsense\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "bad.csv").write_text("a,b\n1\n")
+    (tmp_path / "twice.csv").write_text("b,a,a\n1,2,3\n")
     (tmp_path / "latin.txt").write_bytes(b"a\xe4")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
@@ -266,6 +271,17 @@ def test_an_output_of_other_prompts_or_sampling_is_refused(tmp_path: Path, capsy
     assert "results.jsonl, line 1: was made from another prompt, model or sampling" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text('{"q": "other"}\n')
     assert main(["batch", "-q", str(path)]) == 2
+
+
+def test_an_output_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write_items(tmp_path, 1)
+    job = load_job(write_job(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ConfigError, match="cannot be kept from other runs: No locks available; choose a file on"):
+        ResultFile(job.output, job.items)
 
 
 def test_two_runs_at_a_time_are_one_too_many(tmp_path: Path) -> None:

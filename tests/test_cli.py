@@ -96,6 +96,22 @@ def test_run_in_chat_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(n_tokens[1]) > 5  # the markup around it
 
 
+def test_the_chat_template_can_be_told_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ effort }}{% if thinks %} hmm{% endif %}{{ 'a' * n }}{{ messages[0].content }}")
+    options = ["--chat", "--chat-template", str(template), "--chat-variable", "effort=low", "--chat-variable", "n=3"]
+    lengths = []
+    for more in ("thinks=true", "thinks=false"):
+        assert main(["run", "-p", "x", *options, "--chat-variable", more, *GREEDY]) == 0
+        lengths.append(int(re.search(r"prompt (\d+) tokens", capsys.readouterr().err)[1]))
+    with Engine.open(config=EngineConfig.load(environ={}, overrides={"engine.n_threads": 1})) as engine:
+        assert lengths == [len(engine.tokenize(text)) for text in ("low hmmaaax", "lowaaax")]
+    assert main(["run", "-q", "-p", "x", "--chat", "--chat-variable", "thinks"]) == 2
+    assert "model.chat_variables has 'thinks'; expected NAME=VALUE such as" in capsys.readouterr().err
+    assert main(["run", "-q", "-p", "x", "--chat", "--chat-variable", "tools=1"]) == 2
+    assert "model.chat_variables has 'tools', which is what the engine tells" in capsys.readouterr().err
+
+
 def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "my.toml"
     file.write_text("[sampling]\nmax_tokens = 2\ntemperature = 0\n[engine]\ncontext_length = 100\n")
@@ -288,6 +304,15 @@ def test_what_the_system_says_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_number() -> None:
+    line = [sys.executable, "-m", "engine", "run", "-q", "--echo", "-p", "é\u2192", "-n", "1", *SMALL]
+    done = subprocess.run(
+        line, check=True, cwd=REPO, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
+    )
+    assert done.stdout.startswith(b"\xe9\\u2192")
+    assert done.stderr == b""
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,9 +520,9 @@ class PlainTemplate:
     def from_metadata(cls, metadata, tokenizer) -> PlainTemplate:
         return cls()
 
-    def render(self, messages) -> str:
+    def render(self, messages, **variables) -> str:
         self.seen.append([dict(message) for message in messages])
-        return "\n".join(message["content"] for message in messages)
+        return "\n".join([*(message["content"] for message in messages), *map(str, variables.items())])
 
 
 def test_bars_are_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,4 +302,6 @@ def test_a_chat_can_show_the_cache_layer_by_layer(capsys, monkeypatch) -> None:
 
 def test_a_run_ends_with_what_the_cache_did(capsys) -> None:
     assert main(["run", "-p", "def", "--device", "emulated", "--hot-k", "8", "-n", "8", "-t", "2"]) == 0
-    assert "swaps a token" in capsys.readouterr().err.splitlines()[-1]
+    *_, speeds, cache = capsys.readouterr().err.splitlines()
+    assert speeds.endswith("(speeds of a virtual clock)")
+    assert "swaps a token" in cache

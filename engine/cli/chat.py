@@ -14,7 +14,15 @@ from pathlib import Path
 from rich.console import Console
 
 from engine.cli.layers import layer_table
-from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
+from engine.cli.options import (
+    ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_chat_variables,
+    add_common,
+    add_settings,
+    read_settings,
+    stop_texts,
+)
 from engine.cli.run import describe, write
 from engine.cli.terminal import Bars
 from engine.errors import EngineError, RequestError
@@ -49,6 +57,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--stats", action="store_true", help="after each answer, show hits and times of every layer")
+    add_chat_variables(parser)
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
@@ -137,7 +146,8 @@ class Chat:
                     if chunk.completion is not None:
                         write("\n")
                         if not self._quiet:
-                            self._console.print(describe(chunk.completion))
+                            is_virtual = self._engine.statistics.has_virtual_clock
+                            self._console.print(describe(chunk.completion, is_virtual=is_virtual))
         except KeyboardInterrupt:
             self._bars.close()
             write("\n")

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the model, the machine or the request is at fault; 2 the c
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ def program_version() -> str:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse a command line and call the function that its command left in `execute`; return the exit code."""
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = error_console()
     handler = start_logging(console, quiet=args.quiet, debug=args.debug)
     try:

@@ -194,7 +194,8 @@ class Engine(Answering):
         if isinstance(prompt, str):
             return self.tokenize(prompt, add_special=True)
         if _is_messages(prompt):
-            return self.tokenizer.encode_chat(self._chat_template.render(prompt))
+            text = self._chat_template.render(prompt, **self.config.model.template_variables())
+            return self.tokenizer.encode_chat(text)
         return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # not messages, so ids
 
     @cached_property

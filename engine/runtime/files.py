@@ -7,6 +7,8 @@ from pathlib import Path
 from engine.config import EngineConfig, ModelSettings
 from engine.errors import ConfigError
 from engine.experts.profile import load_profile
+from engine.experts.steering import MADE_UP, OWN
+from engine.experts.trace import load_trace
 from engine.files import check_target
 
 
@@ -21,6 +23,8 @@ def check_files(config: EngineConfig) -> None:
         raise ConfigError(f"moe.{key} is {error.filename!r}, which cannot be written: {error.strerror}") from None
     if moe.profile and Path(moe.profile).exists():
         load_profile(moe.profile)
+    if moe.routing not in {OWN, MADE_UP}:
+        load_trace(moe.routing)
 
 
 def read_chat_template(settings: ModelSettings) -> str:
