@@ -26,7 +26,7 @@ def layer_table(what: str, now: EngineStatistics, before: EngineStatistics, max_
     title = f"{what}: {hits.sum() / max(int(choices.sum()), 1):.0%} hits, {loads.sum() / n_tokens:.1f} swaps a token"
     times: Times = {}
     if now.time_spent is not None and before.time_spent is not None:
-        spent, times = _of_steps(now.time_spent - before.time_spent, n_tokens)
+        spent, times = _of_steps(now.time_spent - before.time_spent, n_tokens, len(hits))
         title += spent
     elif now.layer_times is not None and before.layer_times is not None:
         spent, times = _of_layers(now.layer_times - before.layer_times)
@@ -54,23 +54,20 @@ def layer_table(what: str, now: EngineStatistics, before: EngineStatistics, max_
     return table
 
 
-def _of_steps(times: StepTime, n_tokens: int) -> tuple[str, Times]:
+def _of_steps(times: StepTime, n_tokens: int, n_layers: int) -> tuple[str, Times]:
     """Return what a device says that knows where all its time goes."""
     spent = (
         f"; of a token {_ms(times.total_s, n_tokens)} ms: dense {_ms(times.dense_s, n_tokens)}, attention "
         f"{_ms(times.attention_s, n_tokens)}, experts {_ms(times.hits_s, n_tokens)}, waiting for the CPU "
         f"{_ms(times.wait_s, n_tokens)}"
     )
-    if not times.layers.size:
-        return spent, {}
-    return spent, dict(zip(("device us", "CPU us", "wait us"), times.layers / n_tokens, strict=True))
+    layers = times.layers if times.layers.size else np.zeros((3, n_layers))
+    return spent, dict(zip(("device us", "CPU us", "wait us"), layers / n_tokens, strict=True))
 
 
 def _of_layers(times: LayerTimes) -> tuple[str, Times]:
     """Return what a device says that measures when the CPU was asked and had answered."""
-    n_tokens = times.n_tokens
-    if not n_tokens:
-        return "", {}
+    n_tokens = max(times.n_tokens, 1)
     device, cpu = float(times.device.sum()), float(times.cpu.sum())
     spent = (
         f"; of a token {_ms(device, n_tokens)} ms until the CPU is asked, {_ms(cpu, n_tokens)} until it has answered"
