@@ -318,3 +318,9 @@ def test_a_run_ends_with_what_the_cache_did(capsys) -> None:
     *_, speeds, cache = capsys.readouterr().err.splitlines()
     assert speeds.endswith("(speeds of a virtual clock)")
     assert "swaps a token" in cache
+
+
+def test_what_is_in_the_slots_from_the_start_is_no_swap() -> None:
+    with Engine.open(config=config()) as engine:
+        engine.generate(PROMPT, replace(GREEDY, max_tokens=3))
+        assert engine.statistics.cache_line.endswith("100% hits, 0.0 swaps a token")

@@ -93,6 +93,7 @@ class ExpertCaching:
         # Where all experts of a layer fit there is nothing to choose.
         everything = np.broadcast_to((n_slots == program.n_experts)[:, None], cache.table.held.shape)
         cache.fill(everything.astype(np.float32), wait=True)
+        cache.reset_statistics()  # what was put there before the first token is no swap
         return cache
 
     @property
