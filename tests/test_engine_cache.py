@@ -108,6 +108,13 @@ def test_a_cache_that_can_hardly_pay_warns_once(caplog) -> None:
         assert "not faster than RAM" in caplog.text
 
 
+def test_an_interval_that_the_policy_does_not_know_is_told(caplog) -> None:
+    for policy, n_warnings in (("adaptive", 1), ("window_topk", 0)):
+        caplog.clear()
+        with Engine.open(config=config(hot_k=8, policy=policy, hot_rebalance_interval=30)):
+            assert caplog.text.count("moe.hot_rebalance_interval is 30, which has no effect") == n_warnings
+
+
 def test_the_cache_stays_warm_from_turn_to_turn(expected) -> None:
     with Engine.open(config=config(hot_k=12)) as engine:
         first = engine.generate(PROMPT, GREEDY)
