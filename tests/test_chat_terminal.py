@@ -7,7 +7,7 @@ import os
 import pty
 import re
 import select
-import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,8 @@ from engine.data import tiny_model_path
 
 REPO = Path(__file__).resolve().parent.parent
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
+# The first terminal that the leader of a session opens is the one whose Ctrl-C reaches it.
+TAKE_TERMINAL = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
 QUIET_S = 0.4  # in which an answer that is being made goes on
 PATIENCE_S = 60  # after which the program is taken for hung; nothing is timed
 
@@ -27,13 +29,19 @@ class Terminal:
     """A program on a terminal of its own, and everything that it has shown there."""
 
     def __init__(self, argv: list[str], environ: dict[str, str]) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(REPO)
-            os.execve(argv[0], argv, environ)
+        self._fd, theirs = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, *argv],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            cwd=REPO,
+            env=environ,
+        )
+        os.close(theirs)
         self.shown = ""
         self._seen = 0
-        self._code: int | None = None
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
@@ -64,7 +72,7 @@ class Terminal:
 
     def interrupt(self) -> None:
         """Press Ctrl-C once the program sleeps: Python misses one between showing a key and waiting for the next."""
-        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        while Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
             time.sleep(0.01)
         self.type(CTRL_C)
 
@@ -80,14 +88,11 @@ class Terminal:
         """Return the exit code of a program that should end by itself now."""
         while self._read():
             pass
-        _, status = os.waitpid(self.pid, 0)
-        self._code = os.waitstatus_to_exitcode(status)
-        return self._code
+        return self._process.wait(PATIENCE_S)
 
     def close(self) -> None:
-        if self._code is None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self._process.kill()
+        self._process.wait()
         os.close(self._fd)
 
 
