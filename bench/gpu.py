@@ -24,14 +24,18 @@ import numpy as np
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, kernels, probe, tiles
+from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
+from engine.devices.cuda.attention import attend as attention_over
+from engine.devices.cuda.attention import inputs as attention_inputs
+from engine.devices.cuda.attention import scratch_bytes as attention_scratch_bytes
 from engine.devices.cuda.device import CUDAProgram
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
-from engine.devices.cuda.kernels import Cache, Combined, Exchange, Forms, Sight
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import Activation as ExpertActivation
-from engine.devices.graph import Gating, KVType, Limits
+from engine.devices.graph import Gating, KVType, Limits, Scoring
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.generate.forward import ForwardPass
@@ -322,20 +326,17 @@ def experts(bench: Bench) -> None:
             1 << 20,
             1 << 20,
             1 << 20,
-            1 << 20,
-            1 << 20,
             4 * n_slots,
             n_slots * 4,
             4,
-        ) as (g, u, d, x, h, hq, out, spare, ids, slots, count):
+        ) as (g, u, d, x, h, out, ids, slots, count):
             bench.put(slots, np.arange(n_slots, dtype=np.int32))
             bench.put(ids, np.arange(n_slots, dtype=np.int32))
             bench.put(count, np.array([1], np.int32))
             x_rows = Rows(x, kernels.activation_bytes(gate.activation, hidden))
-            h_rows = Rows(hq, kernels.activation_bytes(down.activation, ffn))
             matrices = [ExpertMatrix(a, size, f) for a, size, (f, _, _) in zip((g, u, d), sizes, shapes, strict=True)]
             for n_hits in (8, 4, 2):
-                firsts, seconds_, thirds = [], [], []
+                firsts, seconds_ = [], []
                 for i in range(min(64, n_slots // n_hits)):
                     at, one = ids + 4 * i * n_hits, Count(count, 1)
                     firsts.append(
@@ -354,10 +355,19 @@ def experts(bench: Bench) -> None:
                             one,
                         )
                     )
-                    seconds_.append(kernels.quantize(Rows(h, ffn), ffn, down.activation, h_rows, n_hits, one))
-                    thirds.append(
+                    seconds_.append(
                         kernels.expert_down(
-                            at, slots, n_hits, matrices[2], h_rows, hidden, ffn, Rows(out, hidden * n_used), 0, one
+                            at,
+                            slots,
+                            n_hits,
+                            matrices[2],
+                            h,
+                            hidden,
+                            ffn,
+                            Rows(out, hidden * n_used),
+                            0,
+                            one,
+                            all_resident=True,
                         )
                     )
                 n, name = len(firsts), "/".join(formats)
@@ -367,49 +377,52 @@ def experts(bench: Bench) -> None:
                     n_hits * sum(sizes[:2]),
                     bench.replay_s(firsts) / n,
                 )
-                bench.share("experts", f"{name}, {n_hits} hits: down", n_hits * sizes[2], bench.replay_s(thirds) / n)
-                together = [launch for three in zip(firsts, seconds_, thirds, strict=True) for launch in three]
+                bench.share("experts", f"{name}, {n_hits} hits: down", n_hits * sizes[2], bench.replay_s(seconds_) / n)
+                together = [launch for two in zip(firsts, seconds_, strict=True) for launch in two]
                 bench.share("experts", f"{name}, {n_hits} hits: all", n_hits * sum(sizes), bench.replay_s(together) / n)
-            del spare
+
+
+def _attention_inputs(cache: Cache, x: int, out: int, weights: int, place: Place, count: Count) -> Launch:
+    """What a layer of the 122B does before it attends: 32 heads beside their gates, on 2 key heads of 256."""
+    q = Heads(Rows(x, 16384), 32, 512, normalize=True, weight=weights, rotate=True)
+    k = Heads(Rows(x, 16384), 2, 256, normalize=True, weight=weights, rotate=True)
+    v = Heads(Rows(x, 16384), 2, 256)
+    return attention_inputs(q, Rows(out, 8192), k, v, 1e-6, Rotation(weights, 64), cache, place, count)
 
 
 def attention(bench: Bench) -> None:
-    """One token of the 122B (32 heads on 2 key heads of 256) at several positions."""
+    """One token of the 122B at several positions, with all there is between two products."""
     for kv_type in (KVType.F16, KVType.Q8_0):
-        for n_positions in (1024, 8192, 65536):
+        for n_positions in (16, 1024, 8192, 65536, 131072):
             cache = Cache(0, kv_type, 1, n_positions, 2, 256, 256)
-            size = kernels.kv_cache_bytes(cache)
-            n = max(1, min(8, POOL_BYTES // size))
-            scratch = kernels.attention_scratch_bytes(cache, 32, 1)
-            with bench.memory(n * (size + 256), 1 << 20, 1 << 20, *scratch, 256) as (
+            n = max(1, min(8, POOL_BYTES // cache.n_bytes))
+            stride, scratch = -(-cache.n_bytes // 256) * 256, attention_scratch_bytes(cache, 32, 1)
+            row_bytes = kernels.activation_bytes(Activation.Q8_256, 8192)
+            with bench.memory(n * stride, 1 << 20, 1 << 20, 1 << 20, row_bytes, *scratch, 256) as (
                 memory,
+                x,
                 q,
                 out,
+                form,
                 values,
                 parts,
                 words,
             ):
                 bench.put(words, np.array([1, n_positions - 1, 0], np.int32))
-                launches = [
-                    launch
-                    for i in range(n)
-                    for launch in kernels.attention(
-                        Rows(q, 8192),
-                        Rows(q, 512),
-                        Rows(q, 512),
-                        Rows(out, 8192),
-                        cache._replace(address=memory + i * (size + 256) // 256 * 256),
-                        32,
-                        0.0625,
-                        Sight(),
-                        values,
-                        parts,
-                        words + 4,
-                        words + 8,
-                        Count(words, 1),
-                    )
-                ]
-                bench.share("attention", f"{kv_type.name}, {n_positions} positions", size, bench.replay_s(launches) / n)
+                place, count = Place(words + 4, words + 8), Count(words, 1)
+                gate, forms = GateOf(Gating.SIGMOID, Rows(x + 1024, 16384), 256, 512), Forms(Rows(form, row_bytes))
+                inputs, attends = [], []
+                for i in range(n):
+                    own = cache._replace(address=memory + i * stride)
+                    inputs.append(_attention_inputs(own, x, q, out, place, count))
+                    what = (own, 32, 0.0625, Sight(), (values, parts), place, count, gate, forms)
+                    attends.append(attention_over(Rows(q, 8192), Rows(out, 8192), *what))
+                name = f"{kv_type.name}, {n_positions} positions"
+                all_launches = [launch for i in range(n) for launch in (inputs[i], *attends[i])]
+                bench.share("attention", f"{name}: all", cache.n_bytes, bench.replay_s(all_launches) / n)
+                merges = [two[1] for two in attends]
+                bench.note("attention", f"{name}: inputs", bench.replay_s(inputs) / n * 1e6, "us")
+                bench.note("attention", f"{name}: merging", bench.replay_s(merges) / n * 1e6, "us")
 
 
 def prompt_attention(bench: Bench) -> None:
@@ -417,26 +430,15 @@ def prompt_attention(bench: Bench) -> None:
     n = 3000
     for kv_type in (KVType.F16, KVType.Q8_0):
         cache = Cache(0, kv_type, 1, 4096, 2, 256, 256)
-        sizes = (kernels.kv_cache_bytes(cache), n * 8192 * 4, n * 512 * 4, n * 8192 * 4, 4 * n, 4 * n, 4)
-        with bench.memory(*sizes) as (memory, q, k, out, positions, slots, count):
+        sizes = (cache.n_bytes, n * 16384 * 4, n * 8192 * 4, n * 8192 * 4, 1 << 16, 4 * n, 4 * n, 4)
+        with bench.memory(*sizes) as (memory, x, q, out, weights, positions, slots, counter):
             bench.put(positions, np.arange(n, dtype=np.int32))
-            bench.put(count, np.array([n], np.int32))
-            launches = kernels.attention(
-                Rows(q, 8192),
-                Rows(k, 512),
-                Rows(k, 512),
-                Rows(out, 8192),
-                cache._replace(address=memory),
-                32,
-                0.0625,
-                Sight(),
-                0,
-                0,
-                positions,
-                slots,
-                Count(count, n),
-            )
-            bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(launches) * 1e3, "ms")
+            bench.put(counter, np.array([n], np.int32))
+            own, place, count = cache._replace(address=memory), Place(positions, slots), Count(counter, n)
+            inputs = _attention_inputs(own, x, q, weights, place, count)
+            attends = attention_over(Rows(q, 8192), Rows(out, 8192), own, 32, 0.0625, Sight(), (0, 0), place, count)
+            bench.note("prompt", f"inputs of {n} tokens, {kv_type.name}", bench.replay_s([inputs]) * 1e3, "ms")
+            bench.note("prompt", f"attention of {n} tokens, {kv_type.name}", bench.replay_s(attends) * 1e3, "ms")
     with bench.memory(
         n * 12288 * 4, n * 8192 * 4, n * 64 * 4, 64 * 128 * 128 * 4, 1 << 20, 4 * n, 4 * n, 4, n * 12288 * 4
     ) as (
@@ -479,9 +481,11 @@ def prompt_attention(bench: Bench) -> None:
 
 def small(bench: Bench) -> None:
     """What the small kernels of a layer cost inside a graph."""
-    with bench.memory(1 << 20, 1 << 20, 1 << 20, 256, 1 << 20) as (x, y, z, words, state):
+    with bench.memory(1 << 20, 1 << 20, 1 << 20, 256, 4 << 20) as (x, y, z, words, state):
         bench.put(words, np.array([1, 5, 0], np.int32))
         one = Count(words, 1)
+        routing = Routing(Rows(z, 256), 0, z + 4096, y, 256, 8, Scoring.SOFTMAX, 1, 1, True, 1.0)
+        logits = (Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 256, Rows(z, 256))], 0, one)
         made = {
             "add of 16 values": kernels.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
             "sum, norm and quantisation of 3072": kernels.residual(
@@ -497,15 +501,12 @@ def small(bench: Bench) -> None:
             ),
             "rms_norm of 32 x 256": kernels.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
             "quantize 3072": kernels.quantize(Rows(x, 3072), 3072, Activation.Q8_256, Rows(z, 4096), 1, one),
-            "router of 256": kernels.router(
-                Rows(x, 256), 0, z, y, 256, 8, kernels.Scoring.SOFTMAX, 1, 1, True, 1.0, one
-            ),
-            "router logits F32 256 x 3072": kernels.linear(
-                Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 64, Rows(z, 256))], 0, one
-            ),
+            "router of 256": kernels.router(routing, one),
+            "router logits F32 256 x 3072": kernels.linear(*logits),
+            "the same, and the choice": kernels.linear(*logits, routed=Routed(routing, words + 32)),
             "combination, norm and quantisation of 8 x 3072": kernels.residual(
                 Rows(x, 3072),
-                Combined(Rows(y, 8 * 3072), 0, z, z, y, 8),
+                Combined(Rows(y, 8 * 3072), None, z, z, y, 8),
                 Rows(x, 3072),
                 3072,
                 one,
@@ -516,10 +517,9 @@ def small(bench: Bench) -> None:
             ),
             "norm, gate and quantisation of 64 x 128": kernels.gate(
                 Rows(x, 8192),
-                Rows(y, 8192),
+                GateOf(Gating.SILU, Rows(y, 8192), 8192, 8192),
                 Rows(x, 8192),
                 8192,
-                Gating.SILU,
                 one,
                 Forms(Rows(state, 16384)),
                 128,
@@ -558,11 +558,13 @@ def handshake(bench: Bench) -> None:
             )
             launches: list[Launch] = []
             for layer in range(n_layers):
-                ids = words + 256
+                ids, own = words + 256, exchange._replace(layer=layer)
+                asked = Asked(slots, Rows(x, hidden), hidden, own)
+                launches.append(kernels.publish_misses(ids, 8, asked, Count(words, 1)))
+                combined = Combined(Rows(x, 8 * hidden), own, ids, slots, 0, 8)
                 launches.append(
-                    kernels.publish_misses(ids, slots, 8, Rows(x, hidden), hidden, exchange, layer, Count(words, 1))
+                    kernels.residual(Rows(x, hidden), combined, Rows(x + 8192, hidden), hidden, Count(words, 1))
                 )
-                launches.append(kernels.await_answer(exchange, layer))
             launches.append(kernels.publish_end(exchange))
             bench.context.prepare(launches)
             for launch in launches:
@@ -664,7 +666,7 @@ def prompt(bench: Bench) -> None:
         ):
             name = f"{hot_k} of {n_experts} experts in slots, {'streams' if bypass == 32 else 'the CPU helps'}"
             start = time.perf_counter()
-            with compiled(bench, loaded, weights, limits, Wish(hot_k), bypass_n_tokens=bypass) as program:
+            with compiled(bench, loaded, weights, limits, Wish(hot_k), stream_n_tokens=bypass) as program:
                 bench.note("prompt", f"{name}: seconds to open", time.perf_counter() - start)
                 bench.note("prompt", f"{name}: tokens in a step", program.limits.max_tokens)
                 _fill(bench, name, program)

@@ -1,343 +1,319 @@
-// Attention of a step's tokens over the cache of keys and values: store the new keys and values; then, for few tokens,
-// attend over parts of the positions and merge the parts, or, for many, both in one kernel.
+// Attention of a step's tokens over the cache of keys and values (`kv_cache.cuh`), for many tokens in one kernel, for few
+// over parts of the positions, which are then merged.
 //
-// Compiled for KV_TYPE (0 float32, 1 float16, 2 int8 with a float16 scale for each 32 values), KEY_DIM and VALUE_DIM (of
-// a head), GROUP (query heads that share a key head), HEADS (of a group that a block takes) and SHARED (1: there are no
-// values of their own, a head's value is the first VALUE_DIM values of its key). A cache holds K and then V, each
-// [n_slots, context_length, n_kv_heads, KEY_DIM or VALUE_DIM] of its type, and for int8 then the scales of K and of V,
-// [n_slots, context_length, n_kv_heads, ceil(dim / 32)].
+// Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), GATE (of `merge_parts`: 0 none,
+// 1 sigmoid, 2 SiLU) and FORMS (likewise, see `quantize.cuh`).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
 // 0 sets no limit. Positions are taken in tiles of 32, tile i by part i % n_parts, and parts are merged in order: what a
 // token's result is made of depends on its position alone, not on how a prompt was cut or what else is in the step.
-#include "common.cuh"
+//
+// A block takes up to 16 heads that share keys: the rows of matrices of float16 numbers that tensor cores multiply, with
+// float32 sums. A query, and a weight of a value, is the sum of two such numbers, so is a float32 key or value; products
+// of two second numbers are too small to count. The eight warps share the work on a tile three times: products with
+// keys by quarters of a head's values and halves of the tile, the softmax by query, products with values by values.
+#include "kv_cache.cuh"
+#include "quantize.cuh"
 
-constexpr int THREADS = 128;
-constexpr int N_WARPS = THREADS / WARP;
+constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
 constexpr int TILE = 32;
-constexpr int VECTOR = 8;      // values that a lane reads at once
-constexpr int MAX_PARTS = 256; // see `n_attention_parts`
+constexpr int HEADS = 16;                            // of a block
+constexpr int MOST_TOKENS = 8;                       // of a step that is attended by parts; `attention.py`
 constexpr int N_TILES = (GROUP + HEADS - 1) / HEADS; // of heads
-
-// How the rows of a tile are shared out among the lanes of a block, DIM values of each.
-template <int DIM> struct Split {
-    static constexpr int LANES = DIM <= 32 ? 4 : DIM <= 64 ? 8 : DIM <= 128 ? 16 : 32; // that share a row
-    static constexpr int PIECES = (DIM + LANES * VECTOR - 1) / (LANES * VECTOR);       // that each of them reads
-    static constexpr int ROWS = N_WARPS * WARP / LANES;                                // that a block reads at once
-    static constexpr int ROUNDS = TILE / ROWS;
-    static constexpr int WISH = 8 / (PIECES * (KV_TYPE == 0 ? 2 : 1)); // as many as the registers allow
-    static constexpr int AT_ONCE = WISH < 1 ? 1 : WISH < ROUNDS ? WISH : ROUNDS; // rounds that are on the way together
-
-    static __device__ __forceinline__ int row(int round) { return round * ROWS + threadIdx.x / LANES; }
-    static __device__ __forceinline__ int column(int piece) { return (piece * LANES + threadIdx.x % LANES) * VECTOR; }
-};
-
-// VECTOR values as they are stored. All zero bits are zeros.
-struct Piece {
-#if KV_TYPE == 0
-    float4 low, high;
-#elif KV_TYPE == 1
-    uint4 halves;
-#else
-    uint2 bytes;
-    uint16_t scale;
+constexpr int KEY_STEPS = (KEY_DIM + 63) / 64;       // a warp's sixteens of a key's values: it has a quarter of them
+constexpr int VALUE_PAIRS = (VALUE_DIM + 127) / 128; // a warp's sixteens of a value's
+// Rows of tiles in shared memory, in float16 numbers: ldmatrix then meets no bank twice. What is beyond a head is zero.
+constexpr int KEY_STRIDE = 64 * KEY_STEPS + 8;
+#if !SHARED
+constexpr int VALUE_STRIDE = (VALUE_DIM + 15) / 16 * 16 + 8;
 #endif
 
-    __device__ __forceinline__ void unpack(float (&x)[VECTOR]) const {
-#if KV_TYPE == 0
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-#elif KV_TYPE == 1
-        const unsigned words[4] = {halves.x, halves.y, halves.z, halves.w};
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++)
-            x[i] = f16_to_f32((uint16_t)(words[i / 2] >> 16 * (i % 2)));
-#else
-        const unsigned words[2] = {bytes.x, bytes.y};
-        const float d = f16_to_f32(scale);
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++)
-            x[i] = d * (float)(int8_t)(words[i / 4] >> 8 * (i % 4));
-#endif
-    }
-};
-
-// Keys or values, of DIM values each, of all positions of one sequence and one head.
-template <int DIM> struct Side {
-    static constexpr int N_SCALES = (DIM + 31) / 32;
-    uint8_t *values;  // of position 0
-    uint16_t *scales; // likewise
-    int n_kv_heads;
-
-    // Values i to i + VECTOR - 1; i is a multiple of VECTOR.
-    __device__ __forceinline__ Piece load(int position, int i) const {
-        const int64_t row = (int64_t)position * n_kv_heads;
-#if KV_TYPE == 0
-        const float4 *from = (const float4 *)((const float *)values + row * DIM + i);
-        return {from[0], from[1]};
-#elif KV_TYPE == 1
-        return {*(const uint4 *)((const uint16_t *)values + row * DIM + i)};
-#else
-        return {*(const uint2 *)(values + row * DIM + i), scales[row * N_SCALES + i / 32]};
-#endif
-    }
-};
-
-// The cache of one layer.
-struct Cache {
-    uint8_t *address;
-    int n_slots, context_length, n_kv_heads;
-};
-
-// `before` and `scales_before`: values and scales of one head that lie before this side of the cache, for each head.
-template <int DIM> DEVICE Side<DIM> side_of(const Cache &c, int before, int scales_before, int slot, int head) {
-    constexpr int BYTES = KV_TYPE == 0 ? 4 : KV_TYPE == 1 ? 2 : 1;
-    const int64_t n = (int64_t)c.n_slots * c.context_length * c.n_kv_heads; // heads
-    const int64_t first = (int64_t)slot * c.context_length * c.n_kv_heads + head;
-    uint16_t *scales = (uint16_t *)(c.address + n * (KEY_DIM + (SHARED ? 0 : VALUE_DIM)) * BYTES);
-    return {c.address + (n * before + first * DIM) * BYTES,
-            scales + n * scales_before + first * Side<DIM>::N_SCALES, c.n_kv_heads};
-}
-DEVICE Side<KEY_DIM> keys_of(const Cache &cache, int slot, int head) {
-    return side_of<KEY_DIM>(cache, 0, 0, slot, head);
-}
-#if SHARED
-using Values = Side<KEY_DIM>;
-DEVICE Values values_of(const Cache &cache, int slot, int head) { return keys_of(cache, slot, head); }
-#else
-using Values = Side<VALUE_DIM>;
-DEVICE Values values_of(const Cache &cache, int slot, int head) {
-    return side_of<VALUE_DIM>(cache, KEY_DIM, Side<KEY_DIM>::N_SCALES, slot, head);
-}
-#endif
-
-// Stores value i of a head, by a block of whole warps. Those beyond the head are zeros and help with the scales.
-template <int DIM> DEVICE void store(const Side<DIM> &out, int position, int i, const float *x) {
-    const int64_t row = (int64_t)position * out.n_kv_heads;
-    const float value = i < DIM ? x[i] : 0.0f;
-#if KV_TYPE == 0
-    if (i < DIM)
-        ((float *)out.values)[row * DIM + i] = value;
-#elif KV_TYPE == 1
-    if (i < DIM)
-        ((uint16_t *)out.values)[row * DIM + i] = f32_to_f16(value);
-#else
-    const uint16_t stored = f32_to_f16(__fdiv_rn(warp_max(fabsf(value)), 127.0f));
-    const float d = f16_to_f32(stored), q = d > 0.0f ? rintf(__fdiv_rn(value, d)) : 0.0f;
-    if (i < DIM) { // a NaN becomes -127
-        ((int8_t *)out.values)[row * DIM + i] = (int8_t)__float2int_rn(fminf(fmaxf(q, -127.0f), 127.0f));
-        if (i % 32 == 0)
-            out.scales[row * Side<DIM>::N_SCALES + i / 32] = stored;
-    }
-#endif
-}
-
-// Grid: (n_kv_heads, tokens, 2: k and v; 1 without values). A block is one warp for each 32 values of a head, a thread a
-// value.
-KERNEL(1024)
-store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, Cache cache, const int *positions,
-         const int *slots, const int *n_tokens) {
-    begin_kernel();
-    const int head = blockIdx.x, token = blockIdx.y, i = threadIdx.x;
-    if (token >= *n_tokens)
-        return;
-    if (blockIdx.z == 0)
-        store(keys_of(cache, slots[token], head), positions[token], i, k + token * k_stride + head * KEY_DIM);
-    else
-        store(values_of(cache, slots[token], head), positions[token], i, v + token * v_stride + head * VALUE_DIM);
-}
+#define ATTENTION_KERNEL                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, KV_TYPE != 0 && KEY_DIM <= 256 && VALUE_DIM <= 256 ? 2 : 1)
 
 // The softmax over some positions, not yet divided: sum_p exp(score_p - largest) v_p, and sum_p exp(score_p - largest).
 struct Part {
     float largest, sum;
 };
 
-// Fetches some rounds of a tile that begins at position `first`; rows outside of [begin, end) become zeros.
-template <int DIM, int STORED_DIM>
-DEVICE void fetch(const Side<STORED_DIM> &side, int first, int begin, int end, int first_round,
-                  Piece (&out)[Split<DIM>::AT_ONCE][Split<DIM>::PIECES]) {
-    using Shares = Split<DIM>;
-#pragma unroll
-    for (int r = 0; r < Shares::AT_ONCE; r++)
-#pragma unroll
-        for (int c = 0; c < Shares::PIECES; c++) {
-            const int p = Shares::row(first_round + r), i = Shares::column(c);
-            out[r][c] = p >= begin && p < end && i < DIM ? side.load(first + p, i) : Piece{};
-        }
-}
-
 // What a block shares while it goes through positions.
-struct Shared {
-    __align__(16) float queries[HEADS][KEY_DIM];
-    __align__(16) float sums[HEADS][VALUE_DIM]; // of a part
-    float scores[HEADS][TILE];                  // of a tile; then their exponentials
-    float rescale[HEADS];                       // of what was added up before the tile
-    Part totals[HEADS];
+struct Tile {
+    __align__(16) uint16_t keys[PLANES][TILE][KEY_STRIDE];
+#if !SHARED
+    __align__(16) uint16_t values[PLANES][TILE][VALUE_STRIDE];
+#endif
+    __align__(16) uint16_t weights[2][HEADS][TILE + 8]; // of the values
+    float scores[4][HEADS][TILE + 4];                   // from each quarter of a key
+    float rescale[HEADS];                               // of what was added up before the tile
+
+    __device__ __forceinline__ const uint16_t *value(int plane, int row, int column) const {
+#if SHARED
+        return &keys[plane][row][column];
+#else
+        return &values[plane][row][column];
+#endif
+    }
+
+    // Zeroes what is beyond the heads, once; the first barrier of `attend_part` follows.
+    __device__ __forceinline__ void clear_margins() {
+        clear_columns<KEY_DIM>(keys);
+#if !SHARED
+        clear_columns<VALUE_DIM>(values);
+#endif
+    }
+
+  private:
+    template <int FIRST, int STRIDE> static __device__ __forceinline__ void clear_columns(uint16_t (&planes)[PLANES][TILE][STRIDE]) {
+        constexpr int N = STRIDE - FIRST;
+        for (int i = threadIdx.x; i < PLANES * TILE * N; i += THREADS)
+            planes[i / (TILE * N)][i / N % TILE][FIRST + i % N] = 0;
+    }
 };
 
-// Puts a token's queries, times `scale`, where the block shares them; zeros for heads that do not exist.
-DEVICE void load_queries(Shared &shared, const float *q, int n_heads, float scale) {
-    for (int i = threadIdx.x; i < HEADS * KEY_DIM; i += THREADS)
-        shared.queries[i / KEY_DIM][i % KEY_DIM] = i / KEY_DIM < n_heads ? q[i] * scale : 0.0f;
-}
+// The pieces of a tile that a thread brings from the cache: they are on the way while the tile before is worked at.
+template <int DIM> struct Pieces {
+    static constexpr int ROW = DIM / VECTOR, ALL = TILE * ROW, N = (ALL + THREADS - 1) / THREADS;
+    Piece list[N];
 
-// Attends over every n_parts-th tile of positions from `first_tile` on, as far as the token at `position` sees them, from
-// `from` on. Whole block. Leaves `sums` and `totals`, to be read after it and before the next call's first barrier.
-DEVICE void attend_part(Shared &shared, const Side<KEY_DIM> &keys, const Values &vals, int first_tile, int n_parts, int from,
-                        int position) {
-    using Keys = Split<KEY_DIM>;
-    using Vals = Split<VALUE_DIM>;
-    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    auto &queries = shared.queries;
-    auto &sums = shared.sums;
-    auto &scores = shared.scores;
-    auto &rescale = shared.rescale;
-    auto &totals = shared.totals;
-    if (thread < HEADS)
-        totals[thread] = {NEVER, 0.0f};
-    float acc[HEADS][Vals::PIECES][VECTOR] = {}; // of the positions that this thread reads
-    __syncthreads();
-    for (int first = first_tile * TILE; first <= position; first += n_parts * TILE) {
-        const int begin = max(from - first, 0), end = min(TILE, position + 1 - first); // of what is seen of the tile
+    // Of the tile that begins at position `first`; rows outside of [begin, end) become zeros.
+    __device__ __forceinline__ void load(const Side<DIM> &side, int first, int begin, int end) {
 #pragma unroll
-        for (int round = 0; round < Keys::ROUNDS; round += Keys::AT_ONCE) {
-            Piece fetched[Keys::AT_ONCE][Keys::PIECES];
-            fetch<KEY_DIM>(keys, first, begin, end, round, fetched);
-            float key[Keys::AT_ONCE][Keys::PIECES][VECTOR];
-#pragma unroll
-            for (int r = 0; r < Keys::AT_ONCE; r++)
-#pragma unroll
-                for (int c = 0; c < Keys::PIECES; c++)
-                    fetched[r][c].unpack(key[r][c]);
-#pragma unroll
-            for (int g = 0; g < HEADS; g++) {
-                float dots[Keys::AT_ONCE] = {};
-#pragma unroll
-                for (int c = 0; c < Keys::PIECES; c++) {
-                    if (Keys::column(c) >= KEY_DIM)
-                        continue;
-                    const float4 *query = (const float4 *)&queries[g][Keys::column(c)];
-                    const float4 low = query[0], high = query[1];
-                    const float by[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-                    for (int r = 0; r < Keys::AT_ONCE; r++)
-#pragma unroll
-                        for (int i = 0; i < VECTOR; i++)
-                            dots[r] = __fmaf_rn(key[r][c][i], by[i], dots[r]);
-                }
-                add_over_lanes<Keys::LANES, Keys::AT_ONCE>(dots);
-                constexpr int OWN = Keys::AT_ONCE > Keys::LANES ? Keys::AT_ONCE / Keys::LANES : 1;
-                const int first_own = lane % Keys::LANES * Keys::AT_ONCE / Keys::LANES;
-#pragma unroll
-                for (int r = 0; r < OWN; r++) {
-                    const int p = Keys::row(round + first_own + r);
-                    if (lane * Keys::AT_ONCE % Keys::LANES == 0)
-                        scores[g][p] = p >= begin && p < end ? dots[r] : NEVER;
-                }
-            }
+        for (int i = 0; i < N; i++) {
+            const int at = i * THREADS + threadIdx.x, p = at / ROW;
+            list[i] = p >= begin && p < end ? side.load(first + p, at % ROW * VECTOR) : Piece{};
         }
-        Piece fetched[Vals::AT_ONCE][Vals::PIECES]; // on the way while the exponentials are taken
-        fetch<VALUE_DIM>(vals, first, begin, end, 0, fetched);
-        __syncthreads();
-        for (int g = warp; g < HEADS; g += N_WARPS) { // a warp takes the exponentials of one query
-            const Part before = totals[g];
-            const float score = scores[g][lane], largest = fmaxf(before.largest, warp_max(score));
-            const float e = lane >= begin && lane < end ? exp_canonical(score - largest) : 0.0f;
-            const float sum = warp_sum(e);
-            scores[g][lane] = e;
-            __syncwarp(); // all have read the old total
-            if (lane == 0) {
-                rescale[g] = exp_canonical(before.largest - largest);
-                totals[g] = {largest, __fmaf_rn(before.sum, exp_canonical(before.largest - largest), sum)};
-            }
+    }
+    template <int STRIDE> __device__ __forceinline__ void put(uint16_t (*planes)[TILE][STRIDE]) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int at = i * THREADS + threadIdx.x;
+            if (at < ALL)
+                list[i].put(&planes[0][at / ROW][at % ROW * VECTOR], TILE * STRIDE);
         }
-        __syncthreads();
-#pragma unroll
-        for (int g = 0; g < HEADS; g++)
-#pragma unroll
-            for (int c = 0; c < Vals::PIECES; c++)
-#pragma unroll
-                for (int i = 0; i < VECTOR; i++)
-                    acc[g][c][i] *= rescale[g];
-#pragma unroll
-        for (int round = 0; round < Vals::ROUNDS; round += Vals::AT_ONCE) {
-            if (round)
-                fetch<VALUE_DIM>(vals, first, begin, end, round, fetched);
-#pragma unroll
-            for (int r = 0; r < Vals::AT_ONCE; r++)
-#pragma unroll
-                for (int c = 0; c < Vals::PIECES; c++) {
-                    float value[VECTOR];
-                    fetched[r][c].unpack(value);
-#pragma unroll
-                    for (int g = 0; g < HEADS; g++)
-#pragma unroll
-                        for (int i = 0; i < VECTOR; i++)
-                            acc[g][c][i] = __fmaf_rn(scores[g][Vals::row(round + r)], value[i], acc[g][c][i]);
-                }
-        }
-        __syncthreads();
+    }
+};
+
+// Which token and heads a block works at.
+struct Work {
+    int position, slot, from, kv_head, head, n_heads;
+
+    __device__ __forceinline__ Work(int token, const int *positions, const int *slots, int window, int chunk)
+        : position(positions[token]), slot(slots[token]),
+          from(max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0)),
+          kv_head(blockIdx.x / N_TILES), head(kv_head * GROUP + blockIdx.x % N_TILES * HEADS),
+          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)) {}
+
+    // The first position of the first tile of a part that has a position in sight.
+    __device__ __forceinline__ int start(int part, int n_parts) const {
+        return (from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts) * TILE;
+    }
+};
+
+// Brings tiles of keys and values from the cache.
+struct Fetched {
+    const Work &work;
+    Side<KEY_DIM> key_side;
+    Pieces<KEY_DIM> keys;
+#if !SHARED
+    Side<VALUE_DIM> value_side;
+    Pieces<VALUE_DIM> values;
+#endif
+
+    __device__ __forceinline__ Fetched(const Cache &cache, const Work &w)
+        : work(w), key_side(keys_of(cache, w.slot, w.kv_head))
+#if !SHARED
+          ,
+          value_side(values_of(cache, w.slot, w.kv_head))
+#endif
+    {
     }
 
-    // Add up what the threads have: within a warp, then warp after warp.
+    // Begins to load the tile from position `first` on; what the token does not see becomes zeros.
+    __device__ __forceinline__ void load(int first) {
+        const int begin = max(work.from - first, 0), end = min(TILE, work.position + 1 - first);
+        keys.load(key_side, first, begin, end);
+#if !SHARED
+        values.load(value_side, first, begin, end);
+#endif
+    }
+
+    __device__ __forceinline__ void put(Tile &tile) const {
+        keys.put(tile.keys);
+#if !SHARED
+        values.put(tile.values);
+#endif
+    }
+};
+
+// A lane's share of up to 16 query heads, as the tensor cores take it: rows g and g + 8, a quarter of their values.
+struct Queries {
+    unsigned halves[KEY_STEPS][2][4]; // [][0]: float16 numbers, [][1]: what they miss
+
+    __device__ __forceinline__ Queries(const float *q, int n_heads, float scale) {
+        const int lane = threadIdx.x % WARP, quarter = threadIdx.x / WARP % 4;
 #pragma unroll
-    for (int g = 0; g < HEADS; g++)
+        for (int step = 0; step < KEY_STEPS; step++)
 #pragma unroll
-        for (int c = 0; c < Vals::PIECES; c++)
+            for (int r = 0; r < 4; r++) {
+                const int row = lane / 4 + r % 2 * 8, i = (quarter * KEY_STEPS + step) * 16 + lane % 4 * 2 + r / 2 * 8;
+                const bool exists = row < n_heads && i < KEY_DIM;
+                const float2 x = exists ? *(const float2 *)(q + row * KEY_DIM + i) : make_float2(0.0f, 0.0f);
+                split_halves(x.x * scale, x.y * scale, halves[step][0][r], halves[step][1][r]);
+            }
+    }
+};
+
+// A lane's share of sums over values: of 16 columns each, the two eights of a pair; fragments as in `ptx.cuh`.
+using Sums = float[VALUE_PAIRS][2][4];
+
+DEVICE int first_column(int pair) { return (threadIdx.x / WARP * VALUE_PAIRS + pair) * 16; }
+
+// c += a * b for two float16 numbers of a and, where there are two, of b.
+DEVICE void add_products(float (&c)[4], const unsigned (&a)[2][4], const unsigned (&b)[PLANES][4], int half) {
 #pragma unroll
-            for (int i = 0; i < VECTOR; i++)
-#pragma unroll
-                for (int step = WARP / 2; step >= Vals::LANES; step /= 2)
-                    acc[g][c][i] += __shfl_xor_sync(ALL_LANES, acc[g][c][i], step);
-    for (int turn = 0; turn < N_WARPS; turn++) {
-        if (warp == turn && lane < Vals::LANES)
-#pragma unroll
-            for (int c = 0; c < Vals::PIECES; c++)
-                if (Vals::column(c) < VALUE_DIM)
-#pragma unroll
-                    for (int g = 0; g < HEADS; g++)
-#pragma unroll
-                        for (int i = 0; i < VECTOR; i += 4) {
-                            float4 &sum = *(float4 *)&sums[g][Vals::column(c) + i];
-                            const float *own = &acc[g][c][i];
-                            sum = turn ? make_float4(sum.x + own[0], sum.y + own[1], sum.z + own[2], sum.w + own[3])
-                                       : make_float4(own[0], own[1], own[2], own[3]);
-                        }
-        __syncthreads();
+    for (int plane = 0; plane < PLANES; plane++) {
+        const unsigned of_b[2] = {b[plane][2 * half], b[plane][2 * half + 1]};
+        mma_m16n8k16_f16(c, a[0], of_b);
+        if (plane == 0)
+            mma_m16n8k16_f16(c, a[1], of_b);
     }
 }
 
-// Grid: (n_kv_heads * N_TILES, n_parts, tokens from `first_token` on). values: float
-// [grid tokens, n_heads, n_parts, VALUE_DIM]; parts: [grid tokens, n_heads, n_parts]. Parts beyond a token's last tile
-// are left alone.
-KERNEL(THREADS)
+// Attends over the tiles that begin at position `first` and every `step` positions from there on, as far as the token sees
+// them; the first is fetched already. Whole block; sixteen threads share a row of `total`. Begins and ends with everybody
+// done with `tile`.
+DEVICE void attend_part(Tile &tile, const Queries &queries, Fetched &fetched, int first, int step, Sums &sums, Part &total) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quarter = warp % 4, half = warp / 4;
+    const int from = fetched.work.from, position = fetched.work.position;
+    total = {NEVER, 0.0f};
+#pragma unroll
+    for (int pair = 0; pair < VALUE_PAIRS; pair++)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            sums[pair][i / 4][i % 4] = 0.0f;
+    for (; first <= position; first += step) {
+        fetched.put(tile);
+        __syncthreads();
+        if (first + step <= position)
+            fetched.load(first + step); // on the way while this one is worked at
+
+        float scores[2][4] = {}; // of the warp's 16 positions
+#pragma unroll
+        for (int i = 0; i < KEY_STEPS; i++) {
+            const int column = (quarter * KEY_STEPS + i) * 16 + lane / 8 % 2 * 8;
+            unsigned b[PLANES][4];
+#pragma unroll
+            for (int plane = 0; plane < PLANES; plane++)
+                ldmatrix_x4(b[plane], &tile.keys[plane][16 * half + lane % 8 + lane / 16 * 8][column]);
+            add_products(scores[0], queries.halves[i], b, 0);
+            add_products(scores[1], queries.halves[i], b, 1);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float *to = &tile.scores[quarter][lane / 4 + i % 2 * 8][16 * half + i / 2 * 8 + lane % 4 * 2];
+            *(float2 *)to = make_float2(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
+        }
+        __syncthreads();
+        {
+            const int row = threadIdx.x / 16, p = threadIdx.x % 16 * 2;
+            float score[2], e[2], largest = total.largest;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float a = tile.scores[0][row][p + i] + tile.scores[1][row][p + i];
+                const float b = tile.scores[2][row][p + i] + tile.scores[3][row][p + i];
+                score[i] = first + p + i >= from && first + p + i <= position ? a + b : NEVER;
+                largest = fmaxf(largest, score[i]);
+            }
+            for (int lanes = 8; lanes; lanes /= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lanes));
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                e[i] = first + p + i >= from && first + p + i <= position ? exp_canonical(score[i] - largest) : 0.0f;
+            float sum = e[0] + e[1];
+            for (int lanes = 8; lanes; lanes /= 2)
+                sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+            const float keep = exp_canonical(total.largest - largest);
+            total = {largest, __fmaf_rn(total.sum, keep, sum)};
+            unsigned near, rest;
+            split_halves(e[0], e[1], near, rest);
+            *(unsigned *)&tile.weights[0][row][p] = near;
+            *(unsigned *)&tile.weights[1][row][p] = rest;
+            if (p == 0)
+                tile.rescale[row] = keep;
+        }
+        __syncthreads();
+
+        unsigned weights[TILE / 16][2][4];
+#pragma unroll
+        for (int k = 0; k < TILE / 16; k++)
+#pragma unroll
+            for (int plane = 0; plane < 2; plane++)
+                ldmatrix_x4(weights[k][plane], &tile.weights[plane][lane % 16][16 * k + lane / 16 * 8]);
+        const float rescale[2] = {tile.rescale[lane / 4], tile.rescale[lane / 4 + 8]};
+#pragma unroll
+        for (int pair = 0; pair < VALUE_PAIRS; pair++) {
+            if (first_column(pair) >= VALUE_DIM)
+                break;
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                sums[pair][i / 4][i % 4] *= rescale[i % 4 / 2];
+#pragma unroll
+            for (int k = 0; k < TILE / 16; k++) {
+                unsigned b[PLANES][4];
+                const int row = 16 * k + lane % 16, column = first_column(pair) + lane / 16 * 8;
+#pragma unroll
+                for (int plane = 0; plane < PLANES; plane++)
+                    ldmatrix_x4_trans(b[plane], tile.value(plane, row, column));
+                add_products(sums[pair][0], weights[k], b, 0);
+                add_products(sums[pair][1], weights[k], b, 1);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// Grid: (n_kv_heads * N_TILES, n_parts, tokens). values: float [tokens, n_heads, n_parts, VALUE_DIM]; parts:
+// [tokens, n_heads, n_parts]. Parts beyond a token's last tile are left alone.
+ATTENTION_KERNEL
 attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
-       int chunk, float *values, Part *parts, int first_token, const int *n_tokens) {
-    begin_kernel();
-    __shared__ Shared shared;
-    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
-    const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
-    const int part = blockIdx.y, n_parts = gridDim.y, token = first_token + blockIdx.z;
-    if (token >= *n_tokens)
+       int chunk, float *values, Part *parts, const int *n_tokens) {
+    extern __shared__ __align__(16) uint8_t dynamic[];
+    Tile &tile = *(Tile *)dynamic;
+    const int part = blockIdx.y, n_parts = gridDim.y, token = blockIdx.z, lane = threadIdx.x % WARP;
+    const int seen = token < *n_tokens ? positions[token] : -1; // as the caller gave them: old
+    if (part > (seen >= 0 ? seen / TILE : -1)) {
+        begin_kernel();
         return;
-    const int position = positions[token], slot = slots[token];
-    if (part > position / TILE)
-        return;
-    const int from = max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0);
-    const int thread = threadIdx.x;
-    load_queries(shared, q + token * q_stride + head * KEY_DIM, n_heads, scale);
-    // the first tile of this part that has a position in sight
-    const int first_tile = from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts;
-    attend_part(shared, keys_of(cache, slot, kv_head), values_of(cache, slot, kv_head), first_tile, n_parts, from,
-                position);
-
-    const int64_t first_result = (int64_t)blockIdx.z * cache.n_kv_heads * GROUP + head;
-    for (int i = thread; i < n_heads * VALUE_DIM; i += THREADS) {
-        const int g = i / VALUE_DIM, column = i % VALUE_DIM;
-        values[((first_result + g) * n_parts + part) * VALUE_DIM + column] = shared.sums[g][column];
     }
-    if (thread < n_heads)
-        parts[(first_result + thread) * n_parts + part] = shared.totals[thread];
+    const Work work(token, positions, slots, window, chunk);
+    Fetched fetched(cache, work);
+    const int start = work.start(part, n_parts);
+    // The kernel before stores keys and values of this step's tokens, at most MOST_TOKENS of them.
+    const bool is_old = start + TILE <= work.position + 1 - MOST_TOKENS;
+    if (is_old)
+        fetched.load(start);
+    begin_kernel();
+    if (!is_old)
+        fetched.load(start);
+    const Queries queries(q + token * q_stride + work.head * KEY_DIM, work.n_heads, scale);
+    tile.clear_margins();
+    Sums sums;
+    Part total;
+    attend_part(tile, queries, fetched, start, n_parts * TILE, sums, total);
+
+    const int64_t result = ((int64_t)token * cache.n_kv_heads * GROUP + work.head) * n_parts + part; // of the first head
+    const int row = threadIdx.x / 16;
+    if (threadIdx.x % 16 == 0 && row < work.n_heads)
+        parts[result + row * n_parts] = total;
+#pragma unroll
+    for (int pair = 0; pair < VALUE_PAIRS; pair++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int g = lane / 4 + i % 2 * 8, column = first_column(pair) + i / 2 * 8 + lane % 4 * 2;
+            const float2 two = make_float2(sums[pair][i / 2][i % 2 * 2], sums[pair][i / 2][i % 2 * 2 + 1]);
+            if (g < work.n_heads && column < VALUE_DIM)
+                *(float2 *)&values[(result + (int64_t)g * n_parts) * VALUE_DIM + column] = two;
+        }
 }
 
 // What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values
@@ -355,110 +331,138 @@ DEVICE Merged with_part(const Merged &before, const Part &part) {
     const float keep = exp_canonical(before.largest - largest), take = exp_canonical(part.largest - largest);
     return {largest, __fmaf_rn(part.sum, take, before.sum * keep), keep, take};
 }
-DEVICE float merged_value(const Merged &merged, float before, float of_part) {
-    return __fmaf_rn(of_part, merged.take, before * merged.keep);
+DEVICE float merged_value(float keep, float take, float before, float of_part) {
+    return __fmaf_rn(of_part, take, before * keep);
 }
 
-// Grid: (n_heads, tokens from `first_token` on). out: float32 rows of n_heads * VALUE_DIM. sinks: a score for each head
-// that has no value, or null.
-KERNEL(THREADS)
-merge_parts(const float *values, const Part *parts, int n_parts, const float *sinks, const int *positions, float *out,
-            int64_t out_stride, int first_token, const int *n_tokens) {
+// Merges the parts of 256 columns, then gates them: out = x * sigmoid(gate) or x * silu(gate), in all forms that are wanted.
+// gate: float32 rows, VALUE_DIM values for each head, `gate_step` values from head to head. sinks: a score for each head
+// that has no value, or null. Grid: (ceil(n_heads * VALUE_DIM / 256), tokens). Dynamic shared memory: 16 bytes for each part
+// of the heads that 256 columns can touch.
+KERNEL(256)
+merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, const float *sinks, const int *positions,
+            const float *gate, int64_t gate_stride, int gate_step, float *out, int64_t out_stride, Forms forms,
+            const int *n_tokens) {
     begin_kernel();
-    constexpr int THREAD_DIMS = (VALUE_DIM + THREADS - 1) / THREADS;
-    __shared__ Merged merged[MAX_PARTS];
-    const int head = blockIdx.x, token = first_token + blockIdx.y, thread = threadIdx.x;
+    constexpr int AT_ONCE = 32; // values that are on the way together
+    extern __shared__ __align__(16) uint8_t dynamic[];
+    __shared__ __align__(16) float results[256];
+    Merged *merged = (Merged *)dynamic; // [heads of the block][n_parts]; `sum` is that of the part
+    const int token = blockIdx.y, thread = threadIdx.x, lane = thread % WARP, n_cols = n_heads * VALUE_DIM;
     if (token >= *n_tokens)
         return;
-    const int64_t first = ((int64_t)blockIdx.y * gridDim.x + head) * n_parts;
+    const int column = blockIdx.x * 256 + thread, first_head = blockIdx.x * 256 / VALUE_DIM;
+    const int end_head = (min(blockIdx.x * 256 + 256, n_cols) + VALUE_DIM - 1) / VALUE_DIM;
+    const int64_t before_token = (int64_t)token * n_heads * n_parts;
     const int n = min(n_parts, positions[token] / TILE + 1); // those that `attend` has filled
-    if (thread < WARP) { // a warp takes the running maximum of 32 parts at a time
-        float largest = sinks ? sinks[head] : NEVER;
+    for (int head = first_head + thread / WARP; head < end_head; head += 256 / WARP) {
+        // a warp takes the running maximum of 32 parts at a time
+        float largest = before_parts(sinks, head).largest;
         for (int base = 0; base < n; base += WARP) {
-            const Part part = base + thread < n ? parts[first + base + thread] : Part{NEVER, 0.0f};
+            const bool exists = base + lane < n;
+            const Part part = exists ? parts[before_token + head * n_parts + base + lane] : Part{NEVER, 0.0f};
             float up_to = part.largest;
             for (int step = 1; step < WARP; step *= 2) {
                 const float other = __shfl_up_sync(ALL_LANES, up_to, step);
-                up_to = thread >= step ? fmaxf(up_to, other) : up_to;
+                up_to = lane >= step ? fmaxf(up_to, other) : up_to;
             }
             up_to = fmaxf(up_to, largest);
             const float before = __shfl_up_sync(ALL_LANES, up_to, 1);
-            const Merged added = with_part({thread ? before : largest, 0.0f, 0.0f, 0.0f}, part);
-            if (base + thread < n)
-                merged[base + thread] = {added.largest, part.sum, added.keep, added.take};
+            const Merged added = with_part({lane ? before : largest, 0.0f, 0.0f, 0.0f}, part);
+            if (exists)
+                merged[(head - first_head) * n_parts + base + lane] = {added.largest, part.sum, added.keep, added.take};
             largest = __shfl_sync(ALL_LANES, up_to, WARP - 1);
         }
     }
     __syncthreads();
-    float acc[THREAD_DIMS] = {}, sum = before_parts(sinks, head).sum;
-#pragma unroll 8
-    for (int i = 0; i < n; i++) {
-        const Merged part = merged[i];
-        sum = __fmaf_rn(part.sum, part.take, sum * part.keep);
+    if (column < n_cols) {
+        const int head = column / VALUE_DIM;
+        const float *own = values + (before_token + head * n_parts) * VALUE_DIM + column % VALUE_DIM;
+        float acc = 0.0f, sum = before_parts(sinks, head).sum;
+        for (int base = 0; base < n; base += AT_ONCE) {
+            float of_parts[AT_ONCE];
 #pragma unroll
-        for (int d = 0; d < THREAD_DIMS; d++)
-            if (d * THREADS + thread < VALUE_DIM) {
-                const float added = merged_value(part, acc[d], values[(first + i) * VALUE_DIM + d * THREADS + thread]);
-                acc[d] = part.sum == 0.0f ? acc[d] : added; // nothing in sight
+            for (int i = 0; i < AT_ONCE; i++)
+                of_parts[i] = base + i < n ? own[(base + i) * VALUE_DIM] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (base + i >= n)
+                    break;
+                const Merged part = merged[(head - first_head) * n_parts + base + i];
+                sum = __fmaf_rn(part.sum, part.take, sum * part.keep);
+                const float added = merged_value(part.keep, part.take, acc, of_parts[i]);
+                acc = part.sum == 0.0f ? acc : added; // nothing in sight
             }
+        }
+        results[thread] = __fdiv_rn(acc, sum);
     }
+    __syncthreads();
+    if (thread >= WARP)
+        return;
+    const int at = blockIdx.x * 256 + thread * 8;
+    float x[8] = {};
+    if (at < n_cols) {
+        load_8(&results[thread * 8], x);
+        if (GATE) {
+            float g[8];
+            load_8(gate + token * gate_stride + at / VALUE_DIM * gate_step + at % VALUE_DIM, g);
 #pragma unroll
-    for (int d = 0; d < THREAD_DIMS; d++)
-        if (d * THREADS + thread < VALUE_DIM)
-            out[token * out_stride + head * VALUE_DIM + d * THREADS + thread] = __fdiv_rn(acc[d], sum);
+            for (int i = 0; i < 8; i++)
+                x[i] *= GATE == 2 ? silu(g[i]) : sigmoid(g[i]);
+        }
+        store_8(out + token * out_stride + at, x);
+    }
+    forms.store<FORMS>(x, token, at, n_cols);
 }
 
-// Both for many tokens: a block takes HEADS heads of one token through all parts, the same way and in the same order.
-// Grid: (n_kv_heads * N_TILES, tokens, the last one first: it has most to do).
-extern "C" __global__ void __launch_bounds__(THREADS, VALUE_DIM <= 256 ? 3 : 1)
+// Both for many tokens: a block takes heads of one token through all parts, the same way and in the same order, and leaves
+// gate and forms to others. Grid: (n_kv_heads * N_TILES, tokens, the last one first: it has most to do).
+ATTENTION_KERNEL
 attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
            int chunk, int n_parts, const float *sinks, float *out, int64_t out_stride, const int *n_tokens) {
     begin_kernel();
-    constexpr int QUADS = HEADS * VALUE_DIM / 4, OWN = (QUADS + THREADS - 1) / THREADS;
-    __shared__ Shared shared;
+    extern __shared__ __align__(16) uint8_t dynamic[];
     __shared__ Merged merged[HEADS];
-    const int kv_head = blockIdx.x / N_TILES, first_head = blockIdx.x % N_TILES * HEADS;
-    const int n_heads = min(HEADS, GROUP - first_head), head = kv_head * GROUP + first_head;
-    const int token = *n_tokens - 1 - (int)blockIdx.y, thread = threadIdx.x;
+    Tile &tile = *(Tile *)dynamic;
+    const int token = *n_tokens - 1 - (int)blockIdx.y, lane = threadIdx.x % WARP, row = threadIdx.x / 16;
     if (token < 0)
         return;
-    const int position = positions[token], slot = slots[token];
-    const int from = max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0);
-    const Side<KEY_DIM> keys = keys_of(cache, slot, kv_head);
-    const Values vals = values_of(cache, slot, kv_head);
-    load_queries(shared, q + token * q_stride + head * KEY_DIM, n_heads, scale);
-    if (thread < HEADS)
-        merged[thread] = before_parts(sinks, min(head + thread, head + n_heads - 1));
-    float4 acc[OWN] = {}; // of the values of all heads, every THREADS-th four
-    for (int part = 0; part < n_parts && part <= position / TILE; part++) {
-        // the first tile of this part that has a position in sight
-        const int first_tile = from / TILE + (part - from / TILE % n_parts + n_parts) % n_parts;
-        if (first_tile * TILE > position)
+    const Work work(token, positions, slots, window, chunk);
+    const Queries queries(q + token * q_stride + work.head * KEY_DIM, work.n_heads, scale);
+    Fetched fetched(cache, work);
+    tile.clear_margins();
+    if (threadIdx.x % 16 == 0)
+        merged[row] = before_parts(sinks, work.head + min(row, work.n_heads - 1));
+    Sums acc = {};
+    for (int part = 0; part < n_parts && part <= work.position / TILE; part++) {
+        const int start = work.start(part, n_parts);
+        if (start > work.position)
             continue; // nothing in sight
-        attend_part(shared, keys, vals, first_tile, n_parts, from, position);
-        if (thread < HEADS)
-            merged[thread] = with_part(merged[thread], shared.totals[thread]);
+        Sums sums;
+        Part total;
+        fetched.load(start);
+        attend_part(tile, queries, fetched, start, n_parts * TILE, sums, total);
+        if (threadIdx.x % 16 == 0)
+            merged[row] = with_part(merged[row], total);
         __syncthreads();
+        const Merged added[2] = {merged[lane / 4], merged[lane / 4 + 8]};
 #pragma unroll
-        for (int k = 0; k < OWN; k++) {
-            const int i = k * THREADS + thread;
-            if (i >= QUADS)
-                break;
-            const Merged added = merged[i / (VALUE_DIM / 4)];
-            const float4 sums = ((const float4 *)shared.sums)[i];
-            acc[k] = make_float4(merged_value(added, acc[k].x, sums.x), merged_value(added, acc[k].y, sums.y),
-                                 merged_value(added, acc[k].z, sums.z), merged_value(added, acc[k].w, sums.w));
+        for (int pair = 0; pair < VALUE_PAIRS; pair++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float &value = acc[pair][i / 4][i % 4];
+                const Merged &of_row = added[i % 4 / 2];
+                value = merged_value(of_row.keep, of_row.take, value, sums[pair][i / 4][i % 4]);
+            }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int pair = 0; pair < VALUE_PAIRS; pair++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int g = lane / 4 + i % 4 / 2 * 8, column = first_column(pair) + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (g < work.n_heads && column < VALUE_DIM)
+                out[token * out_stride + (work.head + g) * VALUE_DIM + column] =
+                    __fdiv_rn(acc[pair][i / 4][i % 4], merged[g].sum);
         }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int k = 0; k < OWN; k++) {
-        const int i = k * THREADS + thread, g = i / (VALUE_DIM / 4);
-        if (i >= QUADS || g >= n_heads)
-            break;
-        const float sum = merged[g].sum;
-        float *to = out + token * out_stride + head * VALUE_DIM + 4 * i;
-        to[0] = __fdiv_rn(acc[k].x, sum), to[1] = __fdiv_rn(acc[k].y, sum);
-        to[2] = __fdiv_rn(acc[k].z, sum), to[3] = __fdiv_rn(acc[k].w, sum);
-    }
 }

@@ -37,25 +37,31 @@ DEVICE void move_on(float (&past)[BEFORE], float now) {
 KERNEL(256)
 causal_conv(const float *x, int64_t x_stride, const float *weight, float *state, float *out, int64_t out_stride,
             int n_channels, const int *positions, const int *slots, const int *n_tokens) {
-    begin_kernel();
     const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
+    float w[KERNEL_SIZE], past[BEFORE];
+    auto state_of = [&](int t) { return state + (int64_t)slots[t] * BEFORE * n_channels + channel; };
+    auto load_past = [&](int t) {
+#pragma unroll
+        for (int j = 0; j < BEFORE; j++)
+            past[j] = positions[t] == 0 ? 0.0f : state_of(t)[j * n_channels];
+    };
+    if (channel < n_channels) { // older than this step
+        load_weights(w, weight, channel);
+        load_past(0);
+    }
+    begin_kernel();
     if (channel >= n_channels)
         return;
-    float w[KERNEL_SIZE], past[BEFORE];
-    load_weights(w, weight, channel);
     for (int t = 0; t < n; t++) {
-        float *kept = state + (int64_t)slots[t] * BEFORE * n_channels + channel;
-        if (t == 0 || slots[t] != slots[t - 1] || positions[t] == 0)
-#pragma unroll
-            for (int j = 0; j < BEFORE; j++)
-                past[j] = positions[t] == 0 ? 0.0f : kept[j * n_channels];
+        if (t && (slots[t] != slots[t - 1] || positions[t] == 0))
+            load_past(t);
         const float now = x[t * x_stride + channel];
         out[t * out_stride + channel] = convolved(past, now, w);
         move_on(past, now);
         if (t + 1 == n || slots[t + 1] != slots[t])
 #pragma unroll
             for (int j = 0; j < BEFORE; j++)
-                kept[j * n_channels] = past[j];
+                state_of(t)[j * n_channels] = past[j];
     }
 }
 

@@ -33,7 +33,6 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, float *state, float *out,
           int64_t out_stride, int n_k_heads, int is_grouped, float eps, const int *positions, const int *slots,
           const int *n_tokens) {
-    begin_kernel();
     __shared__ Tokens fetched[2];
     __shared__ Token tokens[AT_ONCE];
     const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens;
@@ -41,6 +40,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
     const int first_row = blockIdx.y * ROWS, row = first_row + warp;
     const int key_head = is_grouped ? head / (n_v_heads / n_k_heads) : head % n_k_heads;
 
+    auto state_of = [&](int slot) { return state + (((int64_t)slot * n_v_heads + head) * V_DIM + row) * K_DIM; };
     auto fetch = [&](int first) {
         Tokens &to = fetched[first / AT_ONCE % 2];
         const int n_values = min(AT_ONCE, n - first) * K_DIM;
@@ -74,7 +74,13 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
                      sigmoid(beta[t * beta_stride + head]), begins, t + 1 == n || slots[t + 1] != slot, slot};
     };
 
+    // The first token's state is older than this step: it comes while the kernel before still computes.
     float s[PER_LANE];
+    const bool goes_on = row < V_DIM && positions[0] != 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        s[j] = goes_on && j * WARP + lane < K_DIM ? state_of(slots[0])[j * WARP + lane] : 0.0f;
+    begin_kernel();
     fetch(0);
     for (int first = 0; first < n; first += AT_ONCE) {
         const int n_now = min(AT_ONCE, n - first);
@@ -95,9 +101,8 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         for (int i = 0; i <= n_now; i++) {
             const bool exists = i < n_now; // in the last round there is only the result before it
             const Token token = tokens[exists ? i : n_now - 1];
-            float *kept = state + (((int64_t)token.slot * n_v_heads + head) * V_DIM + row) * K_DIM;
-            float key[PER_LANE], recalled = 0.0f;
-            if (exists && token.begins)
+            float *kept = state_of(token.slot), key[PER_LANE], recalled = 0.0f;
+            if (exists && token.begins && first + i)
 #pragma unroll
                 for (int j = 0; j < PER_LANE; j++)
                     s[j] = j * WARP + lane < K_DIM && token.begins == 2 ? kept[j * WARP + lane] : 0.0f;

@@ -1,6 +1,6 @@
 // The small operations between the matrix products. Matrices are float32, row-major, `*_stride` values from row to row.
 // Row t exists if t < *n_rows; the grids are as large as the largest step and the blocks of missing rows return.
-#include "common.cuh"
+#include "rope.cuh"
 
 constexpr int THREADS = 256;
 
@@ -66,8 +66,7 @@ select_outputs(const float *x, int64_t x_stride, const int *output_rows, float *
         out[row * out_stride + col] = x[output_rows[row] * x_stride + col];
 }
 
-// Rotates, in place, the first n_rot values of each head: pairs (i, i + n_rot / 2), or (2i, 2i + 1) if `is_adjacent`, by
-// position * frequencies[i]; cosine and sine times `magnitude`. Grid: (ceil(n_heads * n_rot / 2 / 256), rows).
+// Rotates, in place, the first n_rot values of each head (`rope.cuh`). Grid: (ceil(n_heads * n_rot / 2 / 256), rows).
 KERNEL(THREADS)
 rope(float *x, int64_t x_stride, const int *positions, const float *frequencies, int n_heads, int head_dim, int n_rot,
      int is_adjacent, float magnitude, const int *n_rows) {
@@ -75,19 +74,7 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
     const int row = blockIdx.y, n_pairs = n_rot / 2, head = column() / n_pairs, i = column() % n_pairs;
     if (row >= *n_rows || head >= n_heads)
         return;
-    // The angle is kept as a float and what rounding it lost, which for long contexts is not small.
-    const float position = (float)positions[row], angle = position * frequencies[i];
-    const float lost = __fmaf_rn(position, frequencies[i], -angle);
-    float c = cosf(angle), s = sinf(angle);
-    const float c_rounded = c;
-    c = __fmaf_rn(-s, lost, c) * magnitude;
-    s = __fmaf_rn(c_rounded, lost, s) * magnitude;
-
-    float *values = x + row * x_stride + head * head_dim;
-    float *first = values + (is_adjacent ? 2 * i : i), *second = values + (is_adjacent ? 2 * i + 1 : i + n_pairs);
-    const float a = *first, b = *second;
-    *first = __fmaf_rn(a, c, -b * s);
-    *second = __fmaf_rn(a, s, b * c);
+    rotate(x + row * x_stride + head * head_dim, i, n_rot, is_adjacent, positions[row], frequencies[i], magnitude);
 }
 
 // out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; in

@@ -1,35 +1,42 @@
 // Second half of the chosen experts' feed-forward network: out[t][rank][r] = down_e[r] . h[t][rank], not yet weighted.
 //
-// Compiled for DOWN_FORMAT. Grid: (row blocks, tokens * n_used); a block is 4 warps of `rows_per_warp` rows. Experts
-// without a slot are left alone, as in `expert_gate_up`. h holds activation rows in the form the format takes, one for
-// each token and rank; out is float32, `out_stride` values from token to token, hidden_size from rank to rank.
+// Compiled for DOWN_FORMAT. Grid: (row blocks, tokens * ranks); a block is 4 warps of `rows_per_warp` rows. Experts
+// without a slot are left alone, and there may be a shared expert, as in `expert_gate_up`. h is float32
+// [tokens * ranks, ffn_size]; every block puts its row into the form that the format takes. out is float32, `out_stride`
+// values from token to token, hidden_size from rank to rank; what the shared expert gives goes to `shared_out`.
 #include "experts.cuh"
 
 constexpr int N_WARPS = 4;
 
 KERNEL(N_WARPS *WARP)
-expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, const uint8_t *h, int64_t h_row_bytes,
-            int hidden_size, int ffn_size, float *out, int64_t out_stride, const int8_t *grid, int rows_per_warp,
-            const int *n_tokens) {
+expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, ExpertMatrix shared_down, const float *h,
+            int hidden_size, int ffn_size, float *out, int64_t out_stride, float *shared_out, int64_t shared_out_stride,
+            const int8_t *grid, int rows_per_warp, const int *n_tokens) {
     using Dots = RowDots<DOWN_FORMAT, 1>;
     extern __shared__ __align__(16) uint8_t shared[];
-    const int choice = blockIdx.y, token = choice / n_used, rank = choice % n_used, warp = threadIdx.x / WARP;
-    const int first_row = ((int)blockIdx.x * N_WARPS + warp) * rows_per_warp;
+    const Choice choice(n_used, shared_down.slots != nullptr);
+    const int warp = threadIdx.x / WARP, first_row = ((int)blockIdx.x * N_WARPS + warp) * rows_per_warp;
     // The kernel before made h; the ids are older.
-    const int slot = token < *n_tokens ? slot_of(ids, slots, choice) : -1;
+    const int slot = choice.token < *n_tokens ? choice.slot(ids, slots) : -1;
     const int n_rows = slot < 0 ? 0 : max(0, min(rows_per_warp, hidden_size - first_row));
+    const ExpertMatrix matrix = choice.is_shared ? shared_down : down;
 
     uint8_t *scratch = shared + Dots::staged_bytes(ffn_size) + warp * Dots::SCRATCH_BYTES;
-    Dots dots(down.slots + slot * down.slot_bytes + first_row * down.row_bytes, down.row_bytes, n_rows, ffn_size, scratch);
+    Dots dots(matrix.slots + slot * matrix.slot_bytes + first_row * matrix.row_bytes, matrix.row_bytes, n_rows, ffn_size, scratch);
     begin_kernel();
     if (slot < 0)
         return;
 
-    const Tokens<1> tokens(h, h_row_bytes, choice, choice + 1);
-    Dots::stage(shared, tokens, ffn_size);
+    const float *row = h + (int64_t)blockIdx.y * ffn_size;
+    const Tokens<1> tokens((const uint8_t *)row, 0, 0, 1);
+    if constexpr (DOWN_FORMAT::INTEGER)
+        Record<DOWN_FORMAT::BLOCK>::quantize(shared, row, ffn_size);
+    else
+        Dots::stage(shared, tokens, ffn_size);
     __syncthreads();
-    float *rows = out + token * out_stride + (int64_t)rank * hidden_size + first_row;
+    float *rows = choice.is_shared ? shared_out + choice.token * shared_out_stride
+                                   : out + choice.token * out_stride + (int64_t)choice.rank * hidden_size;
     dots.run(shared, tokens, grid, [&](int i, int, float value) {
-        rows[i] = projected(value, down, ids[choice], hidden_size, first_row + i);
+        rows[first_row + i] = projected(value, matrix, choice.expert(ids), hidden_size, first_row + i);
     });
 }

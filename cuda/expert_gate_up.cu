@@ -2,8 +2,10 @@
 // h[t][rank][r] = activated(gate_e[r] . x[t], up_e[r] . x[t]), e = ids[t][rank].
 //
 // Compiled for GATE_FORMAT, UP_FORMAT and ACTIVATION (0 silu(g) * u; 1 the clamped swish of gpt-oss). Grid: (row blocks,
-// tokens * n_used); a block is 4 warps: the first two take `rows_per_warp` rows of gate each, the others the same rows of up. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them.
-// x_gate and x_up are the same activations, each in the form its format takes. h is float32 [tokens * n_used, ffn_size].
+// tokens * ranks); a block is 4 warps: the first two take `rows_per_warp` rows of gate each, the others the same rows of
+// up. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them. There are n_used
+// ranks, and one more for a shared expert, if there is one (its matrices then are not null).
+// x_gate and x_up are the same activations, each in the form its format takes. h is float32 [tokens * ranks, ffn_size].
 #include "experts.cuh"
 
 constexpr int N_WARPS = 4;
@@ -22,9 +24,9 @@ DEVICE void project(const ExpertMatrix &matrix, int expert, int slot, int first_
 }
 
 KERNEL(N_WARPS *WARP)
-expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate,
-               int64_t x_gate_row_bytes, const uint8_t *x_up, int64_t x_up_row_bytes, int hidden_size, int ffn_size,
-               float *h, const int8_t *gate_grid, const int8_t *up_grid, int rows_per_warp, const int *n_tokens) {
+expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, ExpertMatrix up, ExpertMatrix shared_gate,
+               ExpertMatrix shared_up, const uint8_t *x_gate, int64_t x_gate_row_bytes, const uint8_t *x_up,
+               int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h, const int8_t *gate_grid, const int8_t *up_grid, int rows_per_warp, const int *n_tokens) {
     using Gate = RowDots<GATE_FORMAT, 1>;
     using Up = RowDots<UP_FORMAT, 1>;
     constexpr int SCRATCH_BYTES = Gate::SCRATCH_BYTES > Up::SCRATCH_BYTES ? Gate::SCRATCH_BYTES : Up::SCRATCH_BYTES;
@@ -32,13 +34,13 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     __shared__ float gates[N_WARPS / 2][MAX_ROWS], ups[N_WARPS / 2][MAX_ROWS];
 
     begin_kernel();
-    const int choice = blockIdx.y, token = choice / n_used; // of all tokens' ranks
-    if (token >= *n_tokens)
+    const Choice choice(n_used, shared_gate.slots != nullptr);
+    if (choice.token >= *n_tokens)
         return;
-    const int slot = slot_of(ids, slots, choice);
+    const int slot = choice.slot(ids, slots);
     if (slot < 0)
         return;
-    const int expert = ids[choice], warp = threadIdx.x / WARP, pair = warp % (N_WARPS / 2);
+    const int expert = choice.expert(ids), token = choice.token, warp = threadIdx.x / WARP, pair = warp % (N_WARPS / 2);
     const int first_row = ((int)blockIdx.x * N_WARPS / 2 + pair) * rows_per_warp;
     const int n_rows = max(0, min(rows_per_warp, ffn_size - first_row));
 
@@ -49,11 +51,11 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
         Up::stage(up_records, up_tokens, hidden_size);
     uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * SCRATCH_BYTES;
     if (warp < N_WARPS / 2)
-        project<Gate>(gate, expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_tokens, gate_grid, scratch, gates[pair]);
+        project<Gate>(choice.is_shared ? shared_gate : gate, expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_tokens, gate_grid, scratch, gates[pair]);
     else
-        project<Up>(up, expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_tokens, up_grid, scratch, ups[pair]);
+        project<Up>(choice.is_shared ? shared_up : up, expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_tokens, up_grid, scratch, ups[pair]);
     __syncthreads();
     const int lane = threadIdx.x % WARP;
     if (warp < N_WARPS / 2 && lane < n_rows)
-        h[(int64_t)choice * ffn_size + first_row + lane] = activated(ACTIVATION, gates[pair][lane], ups[pair][lane]);
+        h[(int64_t)blockIdx.y * ffn_size + first_row + lane] = activated(ACTIVATION, gates[pair][lane], ups[pair][lane]);
 }

@@ -21,11 +21,25 @@ DEVICE float projected(float value, const ExpertMatrix &matrix, int expert, int 
     return value;
 }
 
-// The slot of the expert with that place in the ids of all tokens, or -1: no slot, or an id below 0.
-DEVICE int slot_of(const int *ids, const int *slots, int choice) {
-    const int expert = ids[choice];
-    return expert < 0 ? -1 : slots[expert];
-}
+// Which expert of which token a block works at. A shared expert comes after the last rank; its matrices are in slot 0 of
+// their own.
+struct Choice {
+    int token, rank, place; // place: in the ids of all tokens
+    bool is_shared;
+
+    __device__ __forceinline__ Choice(int n_used, bool has_shared)
+        : token(blockIdx.y / (n_used + has_shared)), rank(blockIdx.y % (n_used + has_shared)),
+          place(token * n_used + rank), is_shared(rank == n_used) {}
+
+    __device__ __forceinline__ int expert(const int *ids) const { return is_shared ? 0 : ids[place]; }
+
+    // -1: no slot, or an id below 0.
+    __device__ __forceinline__ int slot(const int *ids, const int *slots) const {
+        if (is_shared)
+            return 0;
+        return ids[place] < 0 ? -1 : slots[ids[place]];
+    }
+};
 
 // How the two projections are joined: 0 silu(g) * u; 1 the clamped swish of gpt-oss.
 DEVICE float activated(int kind, float gate, float up) {

@@ -2,13 +2,13 @@
 // the forms that integer formats take.
 //
 // Compiled for IS_SILU, HEAD_SIZE (a power of two from 8 to 256: x = weight * x / sqrt(mean(x^2) + eps) over so many
-// columns; 0: x as it is) and FORMS (`quantize.cuh`). In place allowed. Grid: (ceil(n_cols / 1024), rows); n_cols is a
-// multiple of 8, and of HEAD_SIZE.
+// columns; 0: x as it is) and FORMS (`quantize.cuh`). The gate has `gate_width` values for each head, `gate_step` apart. In
+// place allowed. Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
 #include "quantize.cuh"
 
 KERNEL(4 * WARP)
-gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, const float *weight, float eps, float *out,
-     int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
+gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, int gate_width, int gate_step,
+     const float *weight, float eps, float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
     begin_kernel();
     const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8;
     if (row >= *n_rows || at - threadIdx.x % WARP * 8 >= n_cols)
@@ -17,7 +17,7 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, c
     float v[8] = {}, g[8] = {};
     if (exists) {
         load_8(x + row * x_stride + at, v);
-        load_8(gate + row * gate_stride + at, g);
+        load_8(gate + row * gate_stride + at / gate_width * gate_step + at % gate_width, g);
     }
     if constexpr (HEAD_SIZE > 0) {
         float squares = 0.0f;

@@ -5,15 +5,18 @@
 // x: activation rows in the form of the format, or float32 rows for float formats, `x_row_bytes` apart.
 // Heads have a matrix and an activation row each: `head_weight_bytes` and `head_x_bytes` from one to the next, and their
 // results and scales follow one another. There is one head, but for multi-head latent attention.
+//
+// With N_EXPERTS above 0 there is `linear_and_route`, too: the last block that is done goes on and chooses experts from
+// what some of the matrices gave, for one group of tokens, and asks the CPU for those without a slot.
 #include "matrices.cuh"
 #include "rows.cuh"
 
 constexpr int N_WARPS = 4;
-KERNEL(N_WARPS *WARP)
-linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
-       int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp, const int *n_tokens) {
+
+DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x,
+                     int64_t x_row_bytes, int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp,
+                     const int *n_tokens, uint8_t *shared) {
     using Dots = RowDots<FORMAT, N_TOKENS>;
-    extern __shared__ __align__(16) uint8_t shared[];
     const int warp = threadIdx.x / WARP, head = blockIdx.z;
     const Matrix &matrix = matrix_of(matrices, blockIdx.x);
     const int first_row = (((int)blockIdx.x - matrix.first_block) * N_WARPS + warp) * rows_per_warp;
@@ -38,3 +41,45 @@ linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const ui
         matrix.put(head, row, token, value);
     });
 }
+
+KERNEL(N_WARPS *WARP)
+linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
+       int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp, const int *n_tokens) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    multiply(matrices, row_bytes, head_weight_bytes, x, x_row_bytes, head_x_bytes, n_cols, grid, rows_per_warp, n_tokens,
+             shared);
+}
+
+#if N_EXPERTS
+#include "handshake.cuh"
+#include "router.cuh"
+
+// n_done: a word of device memory, 0 before and after. slots: of the experts, or null if nobody is asked; then `activations`
+// are what is sent. Grid: (row blocks of all matrices). Dynamic shared memory for the choice, too: for each warp
+// `Routing::scratch_words`.
+KERNEL(N_WARPS *WARP)
+linear_and_route(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_bytes, int n_cols, const int8_t *grid,
+                 int rows_per_warp, Routing routing, unsigned *n_done, const int *slots, const float *activations,
+                 int64_t activations_stride, int hidden_size, Exchange exchange, const int *n_tokens) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    __shared__ int is_last;
+    multiply(matrices, row_bytes, 0, x, x_row_bytes, 0, n_cols, grid, rows_per_warp, n_tokens, shared);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(n_done, 1u) + 1 == gridDim.x;
+        if (is_last)
+            *n_done = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!is_last)
+        return;
+    const int warp = threadIdx.x / WARP, n = *n_tokens;
+    for (int token = warp; token < n; token += N_WARPS)
+        choose(routing, token, (float *)shared + warp * routing.scratch_words());
+    __syncthreads();
+    if (slots)
+        exchange.ask(routing.ids, slots, routing.n_used, activations, activations_stride, hidden_size, n);
+}
+#endif

@@ -109,6 +109,13 @@ PTX uint4 ld_stream16(const void *p) {
     return v;
 }
 
+// Lets the L2 cache fetch n_bytes, a multiple of 16, from a 16-byte aligned address on; by one thread. From Hopper on.
+PTX void prefetch_l2(const void *p, unsigned n_bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(p), "r"(n_bytes) : "memory");
+#endif
+}
+
 // Flags shared with the host: what was stored before the release is seen after the acquire that reads it.
 PTX unsigned ld_acquire_sys(const unsigned *p) {
     unsigned v;
@@ -150,6 +157,17 @@ PTX unsigned f32_to_f16x2(float lo, float hi) {
     unsigned bits;
     asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(bits) : "f"(hi), "f"(lo));
     return bits;
+}
+// Two numbers in a word at a time.
+PTX unsigned add_f16x2(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0,%1,%2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+PTX unsigned mul_f16x2(unsigned a, unsigned b) {
+    unsigned product;
+    asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
 }
 PTX float bf16_to_f32(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
 PTX unsigned short f32_to_bf16(float v) {

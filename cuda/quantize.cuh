@@ -21,9 +21,9 @@ DEVICE void store_8(float *p, const float (&v)[8]) {
     ((float4 *)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-// Eight consecutive values of each lane to a row. A group's lanes stand together, and exist together (a row is whole
-// groups); `at` is beyond n_cols for lanes without values, which take part all the same. Whole warps only.
-template <int SIZE> DEVICE void store_quantized(uint8_t *row, const float (&v)[8], int at, int n_cols) {
+// What eight consecutive values of each lane become: q, four to a word, the sum of q over the sixteen of two lanes, and d.
+// A group's lanes stand together; whole warps only.
+template <int SIZE> DEVICE void quantize_8(const float (&v)[8], uint2 &q, int &sum, float &d) {
     float amax = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -32,23 +32,34 @@ template <int SIZE> DEVICE void store_quantized(uint8_t *row, const float (&v)[8
         amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, step));
     const float ratio = amax > 0.0f ? __fdiv_rn(127.0f, amax) : 0.0f;
 
-    int sum = 0;
     unsigned packed[2] = {0, 0};
+    sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        const int q = __float2int_rn(fminf(fmaxf(rintf(v[i] * ratio), -127.0f), 127.0f));
-        sum += q;
-        packed[i / 4] |= (unsigned)(q & 255) << 8 * (i % 4);
+        const int value = __float2int_rn(fminf(fmaxf(rintf(v[i] * ratio), -127.0f), 127.0f));
+        sum += value;
+        packed[i / 4] |= (unsigned)(value & 255) << 8 * (i % 4);
     }
     sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    q = make_uint2(packed[0], packed[1]);
+    d = __fdiv_rn(amax, 127.0f);
+}
+
+// Eight consecutive values of each lane to a row. Groups exist as a whole (a row is whole groups); `at` is beyond n_cols
+// for lanes without values, which take part all the same. Whole warps only.
+template <int SIZE> DEVICE void store_quantized(uint8_t *row, const float (&v)[8], int at, int n_cols) {
+    uint2 q;
+    int sum;
+    float d;
+    quantize_8<SIZE>(v, q, sum, d);
     if (at >= n_cols)
         return;
     const Activation out = activation_view(row, SIZE, n_cols);
-    *(uint2 *)(out.q + at) = make_uint2(packed[0], packed[1]);
+    *(uint2 *)(out.q + at) = q;
     if (at % 16 == 0)
         out.sums[at / 16] = (int16_t)sum;
     if (at % SIZE == 0)
-        out.d[at / SIZE] = __fdiv_rn(amax, 127.0f);
+        out.d[at / SIZE] = d;
 }
 
 // Where the rows of both forms go, for kernels that make them beside their float32 result.

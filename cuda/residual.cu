@@ -8,6 +8,7 @@
 // NORMALIZE (0: the sum is all that is wanted), FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), THREADS of a block
 // and ROUNDS of eight columns that each of them takes.
 // Grid: (1, rows); a block has a warp for each 256 columns, at most 32 of them. n_cols is a multiple of 8.
+#include "handshake.cuh"
 #include "quantize.cuh"
 
 struct Experts {
@@ -20,8 +21,8 @@ struct Experts {
     int64_t shared_stride;
     const float *shared_gate; // [tokens]; null for ungated
     int64_t shared_gate_stride;
+    Exchange exchange; // where they come from
     float scale;
-    int unused;
 };
 
 // The experts' part for eight columns.
@@ -71,10 +72,20 @@ KERNEL(THREADS)
 residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Experts experts, float *sum, int64_t sum_stride,
      const float *weight, float eps, float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
     __shared__ float partial[32];
+    float w[ROUNDS][8];
+    if (NORMALIZE && weight)
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            const int at = (round * blockDim.x + threadIdx.x) * 8;
+            if (at < n_cols)
+                load_8(weight + at, w[round]);
+        }
     begin_kernel();
     const int row = blockIdx.y;
     if (row >= *n_rows)
         return;
+    if (SOURCE == 2 && experts.answers)
+        experts.exchange.await();
     float x[ROUNDS][8], squares = 0.0f;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
@@ -105,12 +116,10 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
     for (int round = 0; round < ROUNDS; round++) {
         const int at = (round * blockDim.x + threadIdx.x) * 8;
         const bool exists = at < n_cols;
-        float y[8], w[8];
-        if (exists && weight)
-            load_8(weight + at, w);
+        float y[8];
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            y[i] = !exists ? 0.0f : weight ? x[round][i] * factor * w[i] : x[round][i] * factor;
+            y[i] = !exists ? 0.0f : weight ? x[round][i] * factor * w[round][i] : x[round][i] * factor;
         if (exists)
             store_8(out + row * out_stride + at, y);
         forms.store<FORMS>(y, row, at, n_cols);

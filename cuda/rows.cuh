@@ -2,7 +2,8 @@
 //
 // Integer formats. The blocks of a warp's rows lie one behind the other in memory. They are brought to shared memory in
 // 16-byte pieces, chunks ahead of the arithmetic (cp.async), so any block size and alignment is read at full width and
-// enough bytes are on the way without registers for them. A lane multiplies whole blocks, which of its warp's rows they
+// enough bytes are on the way without registers for them; what shared memory has no place for yet comes as far as the L2
+// cache. A lane multiplies whole blocks, which of its warp's rows they
 // are of does not matter, and leaves what each adds to its row in shared memory. Some chunks later one lane for each row
 // and token runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
 //
@@ -16,6 +17,7 @@
 #pragma once
 
 #include "formats.cuh"
+#include "quantize.cuh"
 
 // The activation rows of one group of N tokens.
 template <int N> struct Tokens {
@@ -56,6 +58,27 @@ template <int BLOCK> struct Record {
             }
         }
     }
+
+    // The same for one row of float32 values, which are put into the form on the way.
+    static __device__ __forceinline__ void quantize(uint8_t *records, const float *x, int n_cols) {
+        for (int first = threadIdx.x / WARP * WARP * 8; first < n_cols; first += 8 * blockDim.x) {
+            const int at = first + threadIdx.x % WARP * 8;
+            float v[8] = {}, d;
+            uint2 q;
+            int sum;
+            if (at < n_cols)
+                load_8(x + at, v);
+            quantize_8<BLOCK>(v, q, sum, d);
+            if (at >= n_cols)
+                continue;
+            uint8_t *record = records + at / BLOCK * BYTES;
+            *(uint2 *)(record + at % BLOCK) = q;
+            if (at % 16 == 0)
+                *(int16_t *)(record + SUMS + at % BLOCK / 8) = (int16_t)sum;
+            if (at % BLOCK == 0)
+                *(float *)(record + D) = d;
+        }
+    }
 };
 
 // Brings n_bytes from anywhere to 16-byte aligned shared memory; returns where the first one will be.
@@ -64,6 +87,14 @@ DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes,
     for (int i = thread; i < n_pieces; i += n_threads)
         cp_async16(to + 16 * i, from - misalignment + 16 * i);
     return to + misalignment;
+}
+
+// Lets the L2 cache fetch n_bytes from anywhere, by a warp: shared memory holds only what is next, but the memory has much
+// to do at once, also while the kernel before still computes.
+DEVICE void prefetch_bytes(const uint8_t *from, int64_t n_bytes) {
+    const uint8_t *aligned = (const uint8_t *)((uint64_t)from & ~(uint64_t)15);
+    if (n_bytes > 0 && threadIdx.x % WARP == 0)
+        prefetch_l2(aligned, (unsigned)(from + n_bytes - aligned + 15) / 16 * 16);
 }
 
 // What a block adds to a chain: d * isum, and min_d * imin.
@@ -149,6 +180,8 @@ template <class Format, int N> class RowDots<Format, N, true> {
           n_chunks((n_items + CHUNK - 1) / CHUNK), stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
+        const int64_t fetched_bytes = (int64_t)(STAGES - 1) * CHUNK * Format::BYTES;
+        prefetch_bytes(weights + fetched_bytes, (int64_t)n_items * Format::BYTES - fetched_bytes);
     }
 
     // Bytes of the activations of N tokens in shared memory.
@@ -246,6 +279,7 @@ template <class Format, int N> class RowDots<Format, N, false> {
         : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
+        prefetch_bytes(weights, n_rows * row_bytes);
     }
 
     static __device__ __forceinline__ int staged_bytes(int n_cols) { return (N * n_cols * (int)sizeof(float) + 15) / 16 * 16; }

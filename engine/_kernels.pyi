@@ -419,7 +419,13 @@ class RequestServer:
 
     A request is a uint32 that counts up: `first` + i asks for layer i, a larger one ends the step; layers may be left
     out. Whoever asks writes the number last, and finds it in `answered` when all it asked for is written.
+
+    Attributes:
+        seconds: float64 [2, n_layers], the server's own: waited for the request of each layer, and spent to answer it,
+            added up over all steps.
     """
+
+    seconds: npt.NDArray[np.float64]
 
     def __init__(self, programs: Sequence[Program], requested: int, answered: int, abandoned: int) -> None:
         """Serve these layers, in order, through three addresses of uint32, each on a cache line of its own.

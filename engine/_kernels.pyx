@@ -221,6 +221,7 @@ cdef extern from "kernels/program.h" nogil:
         const uint32_t *abandoned
         uint32_t first, last
         double timeout_s
+        double *seconds
     ctypedef enum serve_result:
         SERVE_DONE
         SERVE_TIMED_OUT
@@ -1134,6 +1135,8 @@ cdef class RequestServer:
     cdef list _programs
     cdef program **_layers
     cdef exchange _exchange
+    cdef readonly object seconds
+    cdef double[::1] _seconds
 
     def __init__(self, programs, uintptr_t requested, uintptr_t answered, uintptr_t abandoned):
         need(self._layers == NULL, "a server is made once")
@@ -1147,6 +1150,9 @@ cdef class RequestServer:
         for i, layer in enumerate(self._programs):
             need(layer.n_threads == first.n_threads, "the programs of a server have the same number of threads")
             self._layers[i] = layer._program
+        self.seconds = np.zeros((2, len(self._programs)))
+        self._seconds = self.seconds.reshape(-1)
+        self._exchange.seconds = &self._seconds[0]
         self._exchange.requested = <const uint32_t *> need_address("requested", requested)
         self._exchange.answered = <uint32_t *> need_address("answered", answered)
         self._exchange.abandoned = <const uint32_t *> need_address("abandoned", abandoned)

@@ -11,6 +11,7 @@ from contextlib import aclosing, closing
 from types import TracebackType
 
 from engine.config import EngineConfig, SamplingParams
+from engine.errors import RequestError
 from engine.generate.answer import Chunk, Completion
 from engine.runtime import Engine, EngineStatistics, Prompt
 
@@ -67,7 +68,10 @@ class AsyncEngine:
             except BaseException as error:
                 loop.call_soon_threadsafe(pieces.put_nowait, error)
 
-        task = self._threads.submit(work)
+        try:
+            task = self._threads.submit(work)
+        except RuntimeError:
+            raise RequestError("the engine is closed; open it again") from None
         try:
             while True:
                 piece = await pieces.get()

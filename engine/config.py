@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from engine.errors import ConfigError, EngineError, RequestError
-from engine.tables import Table, parse_bytes, read_tables, setting, summary, table_fields, to_toml
+from engine.tables import Table, parse_bytes, read_assignment, read_tables, setting, summary, table_fields, to_toml
+
+_ENGINE_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ModelSettings(Table):
         load: "mmap" leaves the weights in the file's pages (opens at once; the first pass reads the disk), "memory"
             copies them into huge pages (takes as much RAM as the file is big; steady speed from then on).
         chat_template: a Jinja file to use instead of the chat template in the model file; "" = none.
+        chat_variables: values for what the chat template can be told, each as "NAME=VALUE", for example
+            "enable_thinking=false" or "reasoning_effort=low"; the template says which there are.
     """
 
     table: ClassVar[str] = "model"
@@ -35,6 +39,16 @@ class ModelSettings(Table):
     path: str = ""
     load: Literal["mmap", "memory"] = "mmap"
     chat_template: str = ""
+    chat_variables: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a variable that is none, or is not for the user to give."""
+        for name in self.template_variables().keys() & _ENGINE_VARIABLES:
+            raise ConfigError(f"model.chat_variables has {name!r}, which is what the engine tells the template")
+
+    def template_variables(self) -> dict[str, Any]:
+        """Return the chat template's variables by name."""
+        return dict(read_assignment(text, "model.chat_variables") for text in self.chat_variables)
 
 
 @dataclass(frozen=True)
@@ -95,9 +109,10 @@ class MoESettings(Table):
         hot_k: experts of each MoE layer that are kept in GPU memory; 0 = none, "auto" = as many as fit.
         hot_rebalance_interval: tokens between two looks at which experts to swap, for "window_topk"; the other policies
             look at every token and are held back by `swap_budget`.
-        hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache: the experts they choose
-            that are not in it are streamed through the GPU. With many fast cores the CPU's help is quicker for up to
-            some hundred tokens; `bench/gpu.py --sections prompt` shows from how many on streaming pays.
+        hot_pp_bypass_n_tokens: batches of at least this many tokens do not change the cache.
+        stream_n_tokens: batches of at least this many tokens have the experts that are not in the cache streamed
+            through the GPU; in smaller ones the CPU computes them. "auto" = where that becomes quicker by the measured
+            bandwidths: at some hundred tokens with many fast cores.
         policy: who decides which experts are kept: "adaptive" (a forecast that is learned, and a budget for swaps),
             "decayed" (forgetting counts), "window_topk" (counts over the last tokens), "lru", "lfru", or "static".
         swap_budget: share of a token's time that copying experts to the GPU may take.
@@ -109,6 +124,9 @@ class MoESettings(Table):
             brought up to date at the end; "" = none.
         record_trace: write the routing of every token to this file at the end, for `python -m engine.bench --replay`;
             "" = do not.
+        routing: who chooses the experts of a token that is made: "own" = the routers. For models of random weights
+            ("synthetic:NAME"), whose routers have no favourites: "made-up" = a process that behaves like recorded
+            routing, or a trace file, whose answer is played back.
     """
 
     table: ClassVar[str] = "moe"
@@ -116,12 +134,14 @@ class MoESettings(Table):
     hot_k: int | Literal["auto"] = setting("auto", low=0, high=1 << 16, env="LLAMA_ARG_MOE_HOT_K")
     hot_rebalance_interval: int = setting(60, low=1, high=1 << 20, env="LLAMA_ARG_MOE_HOT_REBALANCE_INTERVAL")
     hot_pp_bypass_n_tokens: int = setting(32, low=1, high=1 << 20, env="LLAMA_MOE_HOT_PP_BYPASS_N_TOKENS")
+    stream_n_tokens: int | Literal["auto"] = setting("auto", low=1, high=1 << 20)
     policy: Literal["adaptive", "decayed", "window_topk", "lru", "lfru", "static"] = "adaptive"
     swap_budget: float = setting(0.2, low=0.0, high=1.0)
     n_cpu_moe: int = setting(-1, low=-1, high=1 << 16)
     prompt_seeds_heat: bool = True
     profile: str = ""
     record_trace: str = ""
+    routing: str = "own"
 
     def check(self) -> None:
         """Raise `ConfigError` for a hot cache and whole layers at the same time."""
@@ -210,9 +230,7 @@ class EmulatedSettings(Table):
         pcie_bandwidth: GB/s of copies from RAM to the GPU.
         handshake_us: what it costs to have the CPU compute some experts of a layer.
         layer_us: what a layer costs the GPU beside reading weights.
-        routing: "own" = the model's; "made-up" = the cache and the clock see a made-up process instead, as random
-            weights (synthetic models) have no favourite experts. What is computed stays the same.
-        seed: of made-up routing, and of the chance in `adversarial`.
+        seed: of the chance in `adversarial`.
         adversarial: copies end in any order and late, to test that nobody relies on theirs; the text stays the same.
     """
 
@@ -224,7 +242,6 @@ class EmulatedSettings(Table):
     pcie_bandwidth: float = setting(25.0, low=0.001, high=1e6)
     handshake_us: float = setting(6.0, low=0.0, high=1e6)
     layer_us: float = setting(30.0, low=0.0, high=1e6)
-    routing: Literal["own", "made-up"] = "own"
     seed: int = setting(0, low=0, high=(1 << 63) - 1)
     adversarial: bool = False
 

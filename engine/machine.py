@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -17,10 +18,21 @@ def n_physical_cores() -> int:
         return os.cpu_count() or 1
     allowed = os.sched_getaffinity(0)
     cores = {_read(_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu) for cpu in allowed}
+    return min(len(cores), _quota())
+
+
+def _quota() -> int:
+    """Return the CPUs that the container allows, rounded up; more than there are if it sets no limit."""
     quota, _, period = _read(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
     if quota.isdigit() and period.isdigit():
-        return max(1, min(len(cores), math.ceil(int(quota) / int(period))))
-    return len(cores)
+        return max(1, math.ceil(int(quota) / int(period)))
+    return sys.maxsize
+
+
+def n_logical_cpus() -> int:
+    """Return the CPUs this process may use, all threads of its cores counted: affinity and quota limit them."""
+    n_allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(n_allowed, _quota())
 
 
 def cpu_name() -> str:
@@ -44,6 +56,11 @@ def last_level_cache_bytes() -> int:
     sizes = [_read(path) for path in (_CPUS / "cpu0" / "cache").glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
+
+
+def bandwidth_buffer_bytes(at_least: int) -> int:
+    """Return the size of a buffer that shows the bandwidth of the RAM: several times what the caches hold."""
+    return max(at_least, 4 * last_level_cache_bytes())
 
 
 def _kilobytes(path: Path, key: str) -> int:

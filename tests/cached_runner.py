@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated import Behaviour, EmulatedDevice
@@ -26,6 +28,7 @@ from engine.gguf.weights import WeightMemory
 from engine.models import load_model
 
 MACHINE = Machine(Bandwidths(ram=20e6, pcie=10e6, vram=300e6), vram_bytes=10**9)
+POLICIES = ("adaptive", "decayed", "window_topk:interval=3", "lru", "lfru", "static")
 LIMITS = Limits(max_tokens=16, n_slots=1, context_length=64, kv_type=KVType.F32)
 
 
@@ -45,6 +48,20 @@ class Setup:
     swapper: type[Swapper] = Swapper
 
 
+SETUPS = st.builds(
+    Setup,
+    n_slots=st.lists(st.integers(0, 64), min_size=1, max_size=8).map(tuple),
+    policy=st.sampled_from(POLICIES),
+    seed=st.integers(0, 2**32 - 1),
+    adversarial=st.booleans(),
+    failing=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+    bypass_n_tokens=st.integers(1, 20),
+    budget_share=st.sampled_from([0.0, 0.1, 1.0]),
+    max_in_flight=st.integers(1, 64),
+    n_threads=st.integers(1, 3),
+)
+
+
 class Model:
     """An opened model file, and what it computes without any cache."""
 
@@ -58,7 +75,7 @@ class Model:
     def open(self, setup: Setup) -> tuple[ForwardPass, HotCache, EmulatedProgram]:
         behaviour = Behaviour(setup.seed, setup.adversarial, setup.failing)
         device = EmulatedDevice(
-            MACHINE, n_threads=setup.n_threads, bypass_n_tokens=setup.bypass_n_tokens, behaviour=behaviour
+            MACHINE, n_threads=setup.n_threads, stream_n_tokens=setup.bypass_n_tokens, behaviour=behaviour
         )
         plan = plan_memory(self.footprint, MACHINE.vram_bytes, device.wish)
         n_slots = np.minimum(np.resize(np.array(setup.n_slots, np.intp), self.n_layers), self.n_experts)
@@ -75,10 +92,10 @@ class Model:
         cache._swapper = setup.swapper(program, cache.table, setup.max_in_flight)
         return ForwardPass(WatchedProgram(program, cache), LIMITS, self.loaded.spec.n_vocab), cache, program
 
-    def logits(self, forward: ForwardPass, tokens: list[int], n_prompt: int) -> np.ndarray:
-        """Logits of all tokens: the prompt in steps as long as they may be, the rest one by one."""
-        parts = [forward.run(0, tokens[:n_prompt], 0, "all")]
-        parts += [forward.run(0, [token], n_prompt + i, "all") for i, token in enumerate(tokens[n_prompt:])]
+    def logits(self, forward: ForwardPass, tokens: list[int], n_prompt: int, chunk: int = 1) -> np.ndarray:
+        """Logits of all tokens: the prompt in steps as long as they may be, the rest `chunk` at a time."""
+        starts = [0, *range(n_prompt, len(tokens), chunk), len(tokens)]
+        parts = [forward.run(0, tokens[start:stop], start, "all") for start, stop in pairwise(starts) if start < stop]
         return np.concatenate(parts)
 
     def close(self) -> None:

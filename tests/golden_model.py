@@ -17,8 +17,11 @@ from cached_runner import Model, Setup
 from golden_files import model_path
 from model_runner import ModelRunner, divergence
 
+from engine.experts.hot_cache import CacheStatistics
+
 FLOOR = 3e-5  # of the mean divergence of a quantised file: below it llama.cpp's own noise is no measure
 F32_FLOOR, F32_LOGIT = 1e-9, 1e-3
+BUSY = Setup((3, 1, 0, 5), "lru", adversarial=True, bypass_n_tokens=30)  # a cache that has much to do
 
 
 @dataclass
@@ -53,17 +56,21 @@ class GoldenModel:
         assert found.mean() <= max(FLOOR, 2 * mean) + extra
         assert found.max() <= max(10 * FLOOR, 4 * largest) + 10 * extra
 
-    def check_with_a_cache(self) -> None:
-        """Demand the same bits while experts come and go in few slots; the end of the prompt is run token by token."""
+    def check_with_a_cache(self, setup: Setup = BUSY, n_prompt: int = 12, chunk: int = 1) -> CacheStatistics:
+        """Demand the same bits on the emulated device while experts come and go; return what its cache did.
+
+        The prompt is run in steps as long as they may be, but for its end, which is run `chunk` tokens at a time.
+        """
         expected = self.runner.logits(self.prompt)
         model = Model(self.path)
-        forward, cache, program = model.open(Setup((3, 1, 0, 5), "lru", adversarial=True, bypass_n_tokens=30))
-        logits = model.logits(forward, self.prompt, n_prompt=12)
+        forward, cache, program = model.open(setup)
+        logits = model.logits(forward, self.prompt, min(n_prompt, len(self.prompt)), chunk)
         cache.close()
+        cache.table.check_integrity()
         program.close()
         model.close()
         assert np.array_equal(logits.view(np.uint32), expected.view(np.uint32))
-        assert cache.statistics.n_loads > 0
+        return cache.statistics
 
     def llama_noise(self, *more: str) -> tuple[float, float]:
         """Return mean and largest divergence of llama.cpp's own logits for this file."""

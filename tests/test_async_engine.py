@@ -78,3 +78,13 @@ def test_errors_arrive_where_they_are_awaited(expected: list[tuple[int, ...]]) -
             assert isinstance(bad, RequestError)
 
     asyncio.run(main())
+
+
+def test_a_closed_engine_says_so() -> None:
+    async def main() -> None:
+        async with await AsyncEngine.open(config=CONFIG) as engine:
+            pass
+        with pytest.raises(RequestError, match="the engine is closed; open it again"):
+            await engine.generate("a", PARAMS)
+
+    asyncio.run(main())

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,19 @@ from rich.console import Console
 from engine.bench.__main__ import main
 from engine.bench.conversation import Turn
 from engine.bench.kernels import KernelSpeed
-from engine.bench.measure import Row, Sample, Spread, random_tokens, summarise
+from engine.bench.measure import Placed, Row, Sample, Spread, random_tokens, summarise
 from engine.bench.peers import import_llama_cpp, measure_llama_cpp
 from engine.bench.plots import plot_conversation, plot_speeds
 from engine.bench.table import Report, render, to_csv, to_json, write_file
+from engine.cli.layers import layer_table
 from engine.data import tiny_model_path
+from engine.devices.timing import StepTime
 from engine.devices.traffic import count_weights
 from engine.errors import RequestError
+from engine.experts.hot_cache import CacheStatistics
 from engine.gguf import open_model_file
 from engine.models import load_model
-from engine.runtime import Engine
+from engine.runtime import Engine, EngineStatistics
 
 QUICK = ["-q", "-t", "1", "--gen-tokens", "2", "--reps", "2", "--set", "bench.bandwidth_mb=16"]
 ROWS = [
@@ -55,7 +59,7 @@ def shown(report: Report) -> str:
 
 
 def test_figures_of_a_row() -> None:
-    samples = [Sample(prompt_s=2.0, first_token_s=2.5, decode_s=4.0), Sample(1.0, 1.5, 8.0), Sample(4.0, 4.5, 2.0)]
+    samples = [Sample(2.0, 2.5, 4.0), Sample(1.0, 1.5, 8.0), Sample(4.0, 4.5, 2.0)]
     row = summarise("x", samples, n_prompt=8, n_gen=16, token_bytes=1000)
     assert row.prompt_tok_s == Spread(4.0, 2.0, 8.0)
     assert row.first_token_s == Spread(2.5, 1.5, 4.5)
@@ -82,6 +86,19 @@ def test_the_table_shows_median_spread_and_share() -> None:
     bare = shown(Report({}, 20e9, ROWS[1:]))
     assert "limit" not in bare.partition("tokens")[2]
     assert "GB/s" not in bare.partition("tokens")[2]
+    assert "RAM GB" not in bare
+
+
+def test_three_placements_fit_a_terminal_of_usual_width() -> None:
+    placed = Placed(12_345_678_900, 0.66, 20.5, 45.6e9, 6.5e9, 345.6e9, 54.6, 61.2, 77.7, 0.86, is_virtual=True)
+    names = ("all experts on the CPU", "whole layers (n_cpu_moe = 39)", "hot experts (window_topk)")
+    rows = [replace(ROWS[0], name=name, placed=placed, gains={"CPU": 0.57, "layers": 0.3}) for name in names]
+    out = io.StringIO()
+    render(Report({}, 0.0, rows), Console(file=out, width=80, highlight=False, markup=False))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert "…" not in out.getvalue()
+    wanted = ("steady 77.7", "over layers +30%", "PCIe GB/s 6.5", "VRAM GB 12.3", "of limit 86%", "virtual clock")
+    assert all(any(line.startswith(start) for line in lines) for start in wanted)
 
 
 def test_files_hold_every_figure(tmp_path: Path) -> None:
@@ -136,17 +153,21 @@ def test_three_placements_at_equal_memory(tmp_path: Path, capsys: pytest.Capture
     files = ["--json", str(tmp_path / "o.json"), "--csv", str(tmp_path / "o.csv")]
     assert main([*PLACED, "--vram-budget", "12MB", *files]) == 0
     out = capsys.readouterr().out
-    assert all(part in out for part in ("all experts on the CPU", "whole layers", "hot experts", "virtual clock's"))
+    assert all(part in out for part in ("all experts", "on the CPU", "whole layers", "hot experts", "virtual clock's"))
     assert "measured now" not in out
     cpu, layers, hot = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert cpu["placed"]["hit_rate"] == 0
-    assert cpu["gain"] is None
+    assert cpu["gains"] == {}
     assert 0 < layers["placed"]["hit_rate"] < hot["placed"]["hit_rate"] < 1
-    assert hot["gain"] > layers["gain"] > 0
+    assert hot["gains"]["CPU"] > layers["gains"]["CPU"] > 0
+    assert hot["gains"]["layers"] > 0
+    assert "over layers" in out
     assert hot["placed"]["swaps"] > 0
     assert layers["placed"]["vram_bytes"] <= hot["placed"]["vram_bytes"] <= 12_000_000
     for row in (cpu, layers, hot):
         placed = row["placed"]
+        assert f"{placed['first_turn_tok_s']:,.0f}" in out
+        assert min(placed["cold_tok_s"], placed["steady_tok_s"]) > 0
         assert placed["is_virtual"]
         assert 0 < placed["share_of_limit"] < 1
         assert placed["vram_bytes_s"] > 0
@@ -188,6 +209,27 @@ def test_the_live_view_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> 
     assert "waiting for the CPU" in out
     assert "wait us" in out
     assert "(virtual clock)" in " ".join(out.split())
+
+
+def test_layers_stand_side_by_side_where_a_terminal_is_low() -> None:
+    def seen(n_tokens: int) -> EngineStatistics:
+        counts = np.full(7, 4 * n_tokens)
+        cache = CacheStatistics(n_tokens, counts // 2, counts, counts, 0, 0)
+        times = StepTime(dense_s=1.0 * n_tokens, layers=np.full((3, 7), 1e-6 * n_tokens))
+        return EngineStatistics("m", "d", None, 0, 0, 0, cache=cache, time_spent=times)
+
+    def columns(max_rows: int) -> list[tuple[str, list[str]]]:
+        table = layer_table("now", seen(12), seen(2), max_rows)
+        return [(str(column.header), list(column.cells)) for column in table.columns]
+
+    alone, beside = columns(7), columns(3)
+    assert [name for name, _ in alone] == ["layer", "hits", "", "swaps", "device us", "CPU us", "wait us"]
+    assert dict(alone)["layer"] == list("0123456")
+    assert dict(alone)["hits"] == ["50%"] * 7
+    assert dict(alone)["swaps"] == ["4.00"] * 7
+    assert dict(alone)["wait us"] == ["1.0"] * 7
+    assert [cells for name, cells in beside if name == "layer"] == [["0", "1", "2"], ["3", "4", "5"], ["6", "", ""]]
+    assert len(beside) == 3 * 6  # without bars
 
 
 def test_speeds_are_drawn(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python and NVRTC")
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KERNELS = [
-    ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1")),
-    ("linear.cu", ("FORMAT=Q6_K", "N_TOKENS=8")),
-    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1")),
+    ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1", "N_EXPERTS=0")),
+    ("linear.cu", ("FORMAT=Q6_K", "N_TOKENS=8", "N_EXPERTS=0")),
+    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "N_EXPERTS=256")),
     ("linear_tiles.cu", ("FORMAT=Q4_K",)),
     ("linear_tiles.cu", ("FORMAT=Q6_K",)),
     ("linear_tiles.cu", ("FORMAT=Q5_1",)),
@@ -35,8 +35,10 @@ KERNELS = [
     ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=384", "ROUNDS=1")),
     ("gate.cu", ("IS_SILU=1", "HEAD_SIZE=128", "FORMS=1")),
     ("router.cu", ("N_EXPERTS=256",)),
-    ("attention.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "GROUP=8", "HEADS=8", "SHARED=0")),
-    ("attention.cu", ("KV_TYPE=1", "KEY_DIM=576", "VALUE_DIM=512", "GROUP=128", "HEADS=8", "SHARED=1")),
+    ("attention_inputs.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0")),
+    ("attention.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0", "GROUP=16", "GATE=1", "FORMS=1")),
+    ("attention.cu", ("KV_TYPE=1", "KEY_DIM=576", "VALUE_DIM=512", "SHARED=1", "GROUP=128", "GATE=0", "FORMS=0")),
+    ("attention.cu", ("KV_TYPE=0", "KEY_DIM=64", "VALUE_DIM=64", "SHARED=0", "GROUP=1", "GATE=2", "FORMS=2")),
     ("causal_conv.cu", ("KERNEL_SIZE=4",)),
     ("delta_net.cu", ("K_DIM=128", "V_DIM=128")),
     ("handshake.cu", ()),
@@ -57,7 +59,7 @@ def test_every_kernel_file_is_among_them() -> None:
 @pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
 def test_every_format_compiles(weight_format, tmp_path: Path) -> None:
     compiler = jit.NVRTCCompiler("sm_89", tmp_path)
-    assert compiler.compile("linear.cu", (f"FORMAT={weight_format.name}", "N_TOKENS=1"))
+    assert compiler.compile("linear.cu", (f"FORMAT={weight_format.name}", "N_TOKENS=1", "N_EXPERTS=0"))
 
 
 def test_the_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch) -> None:

@@ -55,7 +55,7 @@ class Opened:
 
     def __init__(self, model: Model, limits: Limits = LIMITS, hot_k: int | None = None, **settings) -> None:
         self.model = model
-        settings = {"bandwidths": SPEEDS, "n_threads": 2} | settings
+        settings = {"bandwidths": SPEEDS, "n_threads": 2, "stream_n_tokens": 32} | settings
         self.device = CUDADevice(compiler=StandInCompiler(), wish=Wish(hot_k), **settings)
         try:
             self.program: CUDAProgram = self.device.compile(model.model.graph, model.weights, limits)
@@ -284,7 +284,7 @@ def test_heads_that_no_kernel_takes_are_a_clear_error(dim: int) -> None:
     graph = Graph()
     q, k, v = (graph.embed(Weight("w", BY_NAME["F32"], 4, 2 * dim)) for _ in range(3))
     graph.logits = graph.attention(q, k, v, 2, 2, 1.0)
-    device = CUDADevice(compiler=StandInCompiler())
+    device = CUDADevice(compiler=StandInCompiler(), bandwidths=SPEEDS)
     with pytest.raises(DeviceError, match=rf"keys of {dim} values; .* multiple of 8, at most 576"):
         device.compile(graph, WeightMemory({"w": np.zeros(32 * dim, np.uint8)}, "memory"), LIMITS)
     device.close()

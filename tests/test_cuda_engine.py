@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import weakref
@@ -9,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from engine.__main__ import main
+from engine.cli.layers import layer_table
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.devices.cuda import jit, probe
 from engine.errors import DeviceError
@@ -40,9 +43,9 @@ def expected() -> tuple[int, ...]:
     "moe",
     [
         {},
-        {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000},
+        {"hot_k": 9, "policy": "lru", "hot_pp_bypass_n_tokens": 1000, "stream_n_tokens": 1000},
         {"n_cpu_moe": 5},
-        {"hot_k": 9, "hot_pp_bypass_n_tokens": 4},
+        {"hot_k": 9, "hot_pp_bypass_n_tokens": 4, "stream_n_tokens": 4},
     ],
     ids=str,
 )
@@ -56,6 +59,42 @@ def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) ->
     if moe.get("policy") == "lru":
         assert found.cache.n_loads > 0
         assert 0 < found.cache.hit_rate < 1
+
+
+def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:
+    """Where memory is pinned and a CPU is left; swaps, counts and text as in the thread that runs the steps."""
+    driver.set(order="random", copy_us=300)
+    found = {}
+    for n_logical in (1, 64):
+        monkeypatch.setattr("engine.devices.cuda.device.n_logical_cpus", lambda n=n_logical: n)
+        loaded = replace(config(hot_k=9, policy="lru"), model=ModelSettings(load="memory"))
+        with Engine.open(config=loaded) as engine:
+            assert engine._program.leaves_a_cpu == (n_logical > 2)
+            assert engine.generate(PROMPT, GREEDY).token_ids == expected
+            statistics = engine.statistics.cache
+            assert statistics is not None
+            assert statistics.n_tokens == len(engine.prompt_ids(PROMPT)) + GREEDY.max_tokens - 1
+            assert statistics.n_loads > 0
+            found[n_logical] = statistics
+            engine._caching.cache.table.check_integrity()
+    assert found[1].choices.tolist() == found[64].choices.tolist()
+
+
+def test_it_is_measured_how_gpu_and_cpu_share_the_time() -> None:
+    with Engine.open(config=config(hot_k=9)) as engine:
+        engine.generate(PROMPT, GREEDY)
+        before = engine.statistics
+        engine.generate(PROMPT[::-1], replace(GREEDY, max_tokens=3))
+        now = engine.statistics
+    assert now.layer_times is not None
+    assert before.layer_times is not None
+    times = now.layer_times - before.layer_times
+    assert times.n_tokens == 2  # the first token comes out of the prompt
+    assert (times.cpu > 0).any()
+    assert ((times.device > 0) == (times.cpu > 0)).all()  # layers that found all they needed in slots did not ask
+    out = Console(width=200, record=True, file=io.StringIO())
+    out.print(layer_table("answer", now, before))
+    assert "until the CPU is asked" in out.export_text()
 
 
 @pytest.mark.parametrize("moe", [{"hot_k": 0}, {"hot_k": 9}, {"n_cpu_moe": 5}], ids=str)
@@ -89,7 +128,7 @@ def test_auto_takes_the_gpu_and_says_so(caplog) -> None:
 
 def test_it_says_how_prompts_are_streamed(caplog) -> None:
     caplog.set_level(logging.INFO, logger="engine")
-    loaded = replace(config(hot_k=4, hot_pp_bypass_n_tokens=5), model=ModelSettings(load="memory"))
+    loaded = replace(config(hot_k=4, hot_pp_bypass_n_tokens=5, stream_n_tokens=5), model=ModelSettings(load="memory"))
     with Engine.open(config=loaded):
         pass
     assert (

@@ -20,8 +20,10 @@ from test_cuda_device import (  # noqa: F401 - collected here
     test_two_sequences_in_one_step,
 )
 from test_cuda_kernels import (  # noqa: F401 - collected here
+    test_a_shared_expert_is_one_more_choice,
     test_activations_have_the_bits_of_the_cpu,
     test_attention,
+    test_attention_inputs_are_what_single_operations_make,
     test_combination_takes_misses_from_the_answers,
     test_elementwise_operations,
     test_embedding_is_the_dequantised_row,
@@ -33,6 +35,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_recurrent_layers,
     test_rope_is_accurate_at_long_positions,
     test_router,
+    test_the_launch_of_the_logits_can_choose_and_ask,
     test_tiles_have_the_bits_of_the_cpu,
     test_tiles_take_any_number_of_tokens,
 )

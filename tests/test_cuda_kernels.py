@@ -10,9 +10,11 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import kernels, tiles
-from engine.devices.cuda.kernels import Cache, Combined, Forms, Sight
-from engine.devices.cuda.launch import ExpertMatrix, Heads, Launch, Matrix, Rows
+from engine.devices.cuda import attention, kernels, tiles
+from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
+from engine.devices.cuda.launch import ExpertMatrix, Launch, Matrix, Rows
+from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
@@ -195,15 +197,10 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
             order,
             seed,
         )
-        if down.activation == Activation.F32:
-            h_rows = Rows(emulator.at(h), ffn_size * 4)
-        else:
-            h_form = aligned(np.zeros((len(h), kernels.activation_bytes(down.activation, ffn_size)), np.uint8))
-            h_rows = emulator.byte_rows(h_form)
-            launch = kernels.quantize(emulator.rows(h), ffn_size, down.activation, h_rows, n_used, count)
-            emulator.run(launch, order, seed)
         emulator.run(
-            kernels.expert_down(*common, matrices[2], h_rows, hidden_size, ffn_size, emulator.rows(out), 0, count),
+            kernels.expert_down(
+                *common, matrices[2], emulator.at(h), hidden_size, ffn_size, emulator.rows(out), 0, count
+            ),
             order,
             seed,
         )
@@ -211,6 +208,36 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
         elsewhere = (ids < 0) | (slots[ids] < 0)
         assert (found[elsewhere] == 7).all()
         assert same_bits(found[~elsewhere], expected[~elsewhere])
+
+
+@pytest.mark.parametrize(("name", "mode"), [("mixed", "fast"), ("blocks of 32", "asan"), ("float", "race")])
+def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
+    """Of each token, with matrices of its own and a place of its own for its result, also where nobody has a slot."""
+    formats, hidden_size, ffn_size, _ = EXPERTS[name]
+    formats, activation = tuple(BY_NAME[f] for f in formats), graph.Activation.SILU
+    n_experts, n_used, n_tokens, own = 4, 2, 2, 3
+    rng, emulator = np.random.default_rng(12), Emulator(mode)
+    x = rng.standard_normal((n_tokens, hidden_size)).astype(F32)
+    ids, slots = np.array([[2, 0], [1, 2]], np.int32), np.array([0, 1, -1, -1], np.int32)
+    stacks, biases = random_experts(rng, formats, n_experts, hidden_size, ffn_size)
+    biases = [np.zeros_like(bias) for bias in biases]
+    all_ids = np.hstack([ids, np.full((n_tokens, 1), own, np.int32)])
+    expected = cpu_experts(x, all_ids, stacks, formats, np.ones(n_experts, F32), biases, activation)
+    matrices = [ExpertMatrix(emulator.at(s), s.strides[0], f) for s, f in zip(stacks, formats, strict=True)]
+    shared = [ExpertMatrix(m.address + own * m.slot_bytes, 0, m.format) for m in matrices]
+    x_gate, x_up = (emulator.byte_rows(activations(x, f.activation)) for f in formats[:2])
+    for order, seed in SCHEDULES:
+        h = np.full((n_tokens * (n_used + 1), ffn_size), np.nan, F32)
+        out, shared_out = np.full((n_tokens, n_used * hidden_size), 7, F32), np.zeros((n_tokens, hidden_size), F32)
+        count, common = emulator.count(n_tokens), (emulator.at(ids), emulator.at(slots), n_used)
+        first = (*matrices[:2], x_gate, x_up, hidden_size, ffn_size, emulator.at(h), (0, 0), activation, count)
+        emulator.run(kernels.expert_gate_up(*common, *first, (shared[0], shared[1])), order, seed)
+        second = (matrices[2], emulator.at(h), hidden_size, ffn_size, emulator.rows(out), 0, count)
+        emulator.run(kernels.expert_down(*common, *second, (shared[2], emulator.rows(shared_out))), order, seed)
+        found, elsewhere = out.reshape(n_tokens, n_used, hidden_size), slots[ids] < 0
+        assert (found[elsewhere] == 7).all()
+        assert same_bits(found[~elsewhere], expected[:, :n_used][~elsewhere])
+        assert same_bits(shared_out, np.ascontiguousarray(expected[:, n_used]))
 
 
 def random_experts(
@@ -400,10 +427,10 @@ def test_gate(mode: str, gating: Gating, head_size: int) -> None:
     for order, seed in SCHEDULES:
         out = np.zeros_like(x)
         forms, made = make_forms(emulator, n_rows, n_cols, Activation.Q8_256, Activation.Q8_32)
-        rows = (emulator.rows(x), emulator.rows(by), emulator.rows(out))
-        launch = kernels.gate(
-            *rows, n_cols, gating, emulator.count(n_rows), forms, head_size, emulator.at(weight), 1e-6
-        )
+        gate = GateOf(gating, emulator.rows(by), n_cols, n_cols)
+        count, weights = emulator.count(n_rows), emulator.at(weight)
+        rows = emulator.rows(x), gate, emulator.rows(out)
+        launch = kernels.gate(*rows, n_cols, count, forms, head_size, weights, 1e-6)
         emulator.run(launch, order, seed)
         assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
         check_forms(out, made)
@@ -439,6 +466,13 @@ def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight
             check_forms(out, made)
 
 
+def answered(emulator: Emulator, answers: np.ndarray) -> Exchange:
+    """What a layer shares with a CPU that has answered already: request 3 of step 1, layer 0 of 1."""
+    words = np.array([0, 3, 0, 1, 1], np.uint32)
+    at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
+    return Exchange(0, 0, emulator.at(answers), *at, n_layers=1)
+
+
 @pytest.mark.parametrize("mode", ["fast", "race"])
 @pytest.mark.parametrize("has_shared", [False, True])
 @pytest.mark.parametrize("n_used", [4, 11])
@@ -454,7 +488,7 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, 
     )
     combined = Combined(
         Rows(emulator.at(expert_out), n_used * n_cols),
-        emulator.at(answers),
+        answered(emulator, answers),
         emulator.at(ids),
         emulator.at(slots),
         emulator.at(weights) if has_shared else 0,
@@ -494,22 +528,22 @@ def test_router(
     bias = (rng.random(n_experts) * 0.1).astype(F32)
     ids, weights = np.zeros((n_tokens, n_used), np.int32), np.zeros((n_tokens, n_used), F32)
 
+    routing = Routing(
+        emulator.rows(logits),
+        emulator.at(bias) if has_bias else 0,
+        emulator.at(ids),
+        emulator.at(weights),
+        n_experts,
+        n_used,
+        scoring,
+        n_groups,
+        n_groups_used,
+        normalize,
+        2.5,
+    )
+
     def run(order: str = "forward", seed: int = 1) -> None:
-        launch = kernels.router(
-            emulator.rows(logits),
-            emulator.at(bias) if has_bias else 0,
-            emulator.at(ids),
-            emulator.at(weights),
-            n_experts,
-            n_used,
-            scoring,
-            n_groups,
-            n_groups_used,
-            normalize,
-            2.5,
-            emulator.count(n_tokens),
-        )
-        emulator.run(launch, order, seed)
+        emulator.run(kernels.router(routing, emulator.count(n_tokens)), order, seed)
 
     x = logits.astype(np.float64)
     softmax = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
@@ -535,6 +569,51 @@ def test_router(
     assert all(len(set(row)) == n_used and min(row) >= 0 and max(row) < n_experts for row in ids.tolist())
 
 
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize("name", ["F32", "Q8_0"])
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, asks: bool) -> None:
+    """As the launches one by one do; the counter is left as it was."""
+    rng, emulator, weight_format = np.random.default_rng(11), Emulator(mode), BY_NAME[name]
+    n_tokens, n_cols, n_experts, n_used = 2, 320, 43, 4  # the matrices end at a multiple of 16 bytes
+    matrix = aligned(random_weights(weight_format, n_experts + 1, n_cols))  # and the shared expert's gate
+    x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
+    slots = rng.integers(-1, 1, n_experts).astype(np.int32)
+    rows, n_done = emulator.byte_rows(activations(x, weight_format.activation)), np.zeros(1, np.int32)
+    for order, seed in SCHEDULES:
+        found = []
+        for together in (False, True):
+            logits, gate = np.zeros((n_tokens, n_experts), F32), np.zeros((n_tokens, 1), F32)
+            ids, weights = np.zeros((n_tokens, n_used), np.int32), np.zeros((n_tokens, n_used), F32)
+            missing, sent = np.full((n_tokens, n_used), 7, np.int32), np.zeros_like(x)
+            words = np.array([0, 0, 0, 5, 0], np.uint32)
+            at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
+            exchange = Exchange(emulator.at(missing), emulator.at(sent), 0, *at, n_layers=3, layer=2)
+            asked = Asked(emulator.at(slots), emulator.rows(x), n_cols, exchange) if asks else None
+            matrices = [
+                Matrix(emulator.at(matrix), n_experts, emulator.rows(logits)),
+                Matrix(emulator.at(matrix) + n_experts * matrix.strides[0], 1, emulator.rows(gate)),
+            ]
+            places = (emulator.rows(logits), 0, emulator.at(ids), emulator.at(weights))
+            routing = Routing(*places, n_experts, n_used, Scoring.SOFTMAX, 1, 1, True, 1.0)
+            count = emulator.count(n_tokens, n_tokens)
+            what = (rows, n_cols, weight_format, matrices, 0, count)
+            if together:
+                routed = Routed(routing, emulator.at(n_done), asked)
+                emulator.run(kernels.linear(*what, routed=routed), order, seed)
+            else:
+                emulator.run([kernels.linear(*what), kernels.router(routing, count)], order, seed)
+                if asked:
+                    emulator.run(kernels.publish_misses(emulator.at(ids), n_used, asked, count), order, seed)
+            found.append([part.copy() for part in (logits, gate, ids, weights, missing, sent, words)])
+        assert all((a.view(np.uint32) == b.view(np.uint32)).all() for a, b in zip(*found, strict=True))
+        *_, missing, sent, words = found[1]
+        assert n_done[0] == 0
+        assert words[0] == (5 * 4 + 2 + 1) * asks
+        assert (sent == (x if asks else 0)).all()
+        assert (missing == (np.where(slots[ids] < 0, ids, -1) if asks else 7)).all()
+
+
 # -- attention and recurrent layers -----------------------------------------------------------------------------------
 
 
@@ -546,7 +625,7 @@ def test_router(
         (KVType.Q8_0, (256, 256), 8, 1, 0, 40, "fast", 3e-2),
         (KVType.Q8_0, (40, 24), 3, 2, 7, 0, "race", 3e-2),
         (KVType.F32, (16, 16), 2, 1, 0, 0, "asan", 1e-5),
-        (KVType.F32, (16, 16), 1, 90, 0, 0, "fast", 1e-5),  # parts of several tiles
+        (KVType.F32, (16, 16), 1, 130, 0, 0, "fast", 1e-5),  # parts of several tiles
         (KVType.F16, (576, 512), 11, 1, 0, 0, "fast", 2e-3),  # latent attention: values are parts of their keys
     ],
 )
@@ -565,7 +644,7 @@ def test_attention(
     n_slots, context_length, n_kept, is_latent = 2, 200, 150, key_dim == 576
     n_heads, scale = n_kv_heads * group, key_dim**-0.5
     cache = Cache(0, kv_type, n_slots, context_length, n_kv_heads, key_dim, value_dim, is_latent)
-    memory = aligned(np.full(kernels.kv_cache_bytes(cache), 0xFF, np.uint8))
+    memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
     cache = cache._replace(address=emulator.at(memory))
     k, v = (rng.standard_normal((n_kept, n_kv_heads * dim)).astype(F32) for dim in dims)
     if is_latent:
@@ -575,26 +654,31 @@ def test_attention(
     positions = np.array([149, 33, *range(60, 68)], np.int32)
     n_tokens = len(positions)
     q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
-    value_bytes, part_bytes = kernels.attention_scratch_bytes(cache, n_heads, n_tokens)
-    values, parts = np.full(value_bytes // 4, np.nan, F32), np.full(part_bytes // 4, np.nan, F32)
+    values, parts = (
+        np.full(n_bytes // 4, np.nan, F32) for n_bytes in attention.scratch_bytes(cache, n_heads, n_tokens)
+    )
+    store = attention.inputs(
+        None,
+        emulator.rows(q),
+        Heads(emulator.rows(k), n_kv_heads, key_dim),
+        None if is_latent else Heads(emulator.rows(v), n_kv_heads, value_dim),
+        0.0,
+        Rotation(),
+        cache,
+        Place(emulator.at(all_positions), emulator.at(slots)),
+        emulator.count(n_kept, n_kept),
+    )
 
-    def launches(at: np.ndarray, out: np.ndarray, n: int) -> list[Launch]:
-        return kernels.attention(
-            emulator.rows(q),
-            emulator.rows(k),
-            None if is_latent else emulator.rows(v),
-            emulator.rows(out),
-            cache,
-            n_heads,
-            scale,
-            Sight(0 if sinks is None else emulator.at(sinks), window, chunk),
-            emulator.at(values),
-            emulator.at(parts),
-            emulator.at(at),
-            emulator.at(slots),
-            emulator.count(n, n),
-        )
+    def attend(out: np.ndarray, gate: GateOf | None = None, forms: Forms = kernels.NO_FORMS) -> list[Launch]:
+        sight = Sight(0 if sinks is None else emulator.at(sinks), window, chunk)
+        scratch, place = (emulator.at(values), emulator.at(parts)), Place(emulator.at(positions), emulator.at(slots))
+        what = (cache, n_heads, scale, sight, scratch, place, emulator.count(len(out), len(out)), gate, forms)
+        return attention.attend(emulator.rows(q), emulator.rows(out), *what)
 
+    wanted = [
+        form for form, size in ((Activation.Q8_256, 256), (Activation.Q8_32, 32)) if n_heads * value_dim % size == 0
+    ]
+    by = rng.standard_normal((4, n_heads, 2 * value_dim)).astype(F32)  # what is before each head's gate does not matter
     expected = []
     for token, position in enumerate(positions):
         first = max(position - window + 1 if window else 0, position // chunk * chunk if chunk else 0, 0)
@@ -608,12 +692,75 @@ def test_attention(
         expected.append(np.einsum("hp,phd->hd", p / total, vals).ravel())
     for order, seed in SCHEDULES:
         out = np.zeros((n_tokens, n_heads * value_dim), F32)
-        store = launches(all_positions, out, n_kept)[0]
-        emulator.run([store, *launches(positions, out, n_tokens)[1:]], order, seed)
+        emulator.run([store, *attend(out)], order, seed)
         assert out == pytest.approx(np.stack(expected), abs=tolerance * 4)
         few = np.zeros((4, n_heads * value_dim), F32)  # by parts that are merged afterwards
-        emulator.run(launches(positions, few, len(few))[1:], order, seed)
+        emulator.run(attend(few), order, seed)
         assert same_bits(few, out[: len(few)])
+        for gating in Gating:
+            gated, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
+            gate = Rows(emulator.rows(by).address + 4 * value_dim, n_heads * 2 * value_dim)
+            emulator.run(attend(gated, GateOf(gating, gate, value_dim, 2 * value_dim), forms), order, seed)
+            seen = by[:, :, value_dim:].reshape(few.shape)
+            assert gated == pytest.approx(few * sigmoid(seen) * (seen if gating == Gating.SILU else 1), rel=1e-5)
+            check_forms(gated, made)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(("normalizes", "style"), [(True, RopeStyle.NEOX), (False, RopeStyle.NORM), (True, None)])
+def test_attention_inputs_are_what_single_operations_make(mode: str, normalizes: bool, style: RopeStyle | None) -> None:
+    """Queries lie beside gates; keys are rotated, values are not."""
+    rng, emulator = np.random.default_rng(9), Emulator(mode)
+    n_tokens, n_heads, n_kv_heads, dim, n_rot, eps = 3, 5, 2, 48, 32, 1e-6
+    joined = rng.standard_normal((n_tokens, n_heads, 2 * dim)).astype(F32)
+    k, v = (rng.standard_normal((n_tokens, n_kv_heads * dim)).astype(F32) for _ in range(2))
+    q_weight, k_weight = (rng.standard_normal(dim).astype(F32) for _ in range(2))
+    frequencies = (1e4 ** (-np.arange(n_rot // 2) / (n_rot // 2))).astype(F32)
+    positions, slots = np.array([3, 40, 7], np.int32), np.array([0, 1, 1], np.int32)
+    count, place = emulator.count(n_tokens), Place(emulator.at(positions), emulator.at(slots))
+
+    def one_by_one(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        x = np.ascontiguousarray(x).reshape(n_tokens, -1).copy()
+        n = x.shape[1] // dim
+        if normalizes:
+            out = np.zeros_like(x)
+            emulator.run(
+                kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), n, dim, eps, count)
+            )
+            x = out
+        if style is not None:
+            rope = (place.positions, emulator.at(frequencies), n, dim, n_rot, style, 1.5, count)
+            emulator.run(kernels.rope(emulator.rows(x), *rope))
+        return x
+
+    expected_q, expected_k = one_by_one(joined[:, :, :dim], q_weight), one_by_one(k, k_weight)
+    cache = Cache(0, KVType.F32, 2, 64, n_kv_heads, dim, dim)
+    rotation = Rotation() if style is None else Rotation(emulator.at(frequencies), n_rot, style, 1.5)
+    for order, seed in SCHEDULES:
+        memory, q = np.zeros((2, *(2, 64, n_kv_heads * dim)), F32), np.zeros((n_tokens, n_heads * dim), F32)
+        launch = attention.inputs(
+            Heads(
+                Rows(emulator.at(joined), n_heads * 2 * dim),
+                n_heads,
+                2 * dim,
+                normalizes,
+                emulator.at(q_weight),
+                style is not None,
+            ),
+            emulator.rows(q),
+            Heads(emulator.rows(k), n_kv_heads, dim, normalizes, emulator.at(k_weight), style is not None),
+            Heads(emulator.rows(v), n_kv_heads, dim),
+            eps,
+            rotation,
+            cache._replace(address=emulator.at(memory)),
+            place,
+            count,
+        )
+        emulator.run(launch, order, seed)
+        assert q == pytest.approx(expected_q, rel=1e-5, abs=1e-6)
+        assert memory[0, slots, positions] == pytest.approx(expected_k, rel=1e-5, abs=1e-6)
+        assert same_bits(memory[1, slots, positions], v)
+        assert (memory != 0).sum() == (memory[:, slots, positions] != 0).sum()
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])
@@ -631,7 +778,7 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
         [Matrix(emulator.at(weights), n_rows, emulator.rows(out), 0, emulator.at(scale))],
         0,
         emulator.count(n_tokens),
-        Heads(n_heads, n_rows * weights.shape[1], rows.strides[0]),
+        MatrixHeads(n_heads, n_rows * weights.shape[1], rows.strides[0]),
     )
     emulator.run(launch)
     for head in range(n_heads):

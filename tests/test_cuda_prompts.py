@@ -23,7 +23,7 @@ pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 SMALL = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
 LIMITS = Limits(max_tokens=12, n_slots=2, context_length=64, kv_type=KVType.F16)
 N_TOKENS = 30  # of the prompt
-SETTINGS = {"limits": LIMITS, "prompt_tokens": 40, "bypass_n_tokens": 10}
+SETTINGS = {"limits": LIMITS, "prompt_tokens": 40, "stream_n_tokens": 10}
 
 
 @pytest.fixture(scope="module", params=["mmap", "memory"])

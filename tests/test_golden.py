@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from cached_runner import SETUPS, Setup
 from golden_files import ALL_FILES
 from golden_model import F32_FLOOR, FLOOR, GoldenModel, open_golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_runner import ModelRunner, divergence
 
 from engine import _kernels
@@ -97,8 +100,18 @@ def test_levels_and_threads_change_no_bit(golden: GoldenModel) -> None:
                 assert np.array_equal(runner.logits(tokens).view(np.uint32), expected), (isa, n_threads)
 
 
-def test_a_hot_cache_changes_no_bit(golden: GoldenModel) -> None:
-    golden.check_with_a_cache()
+def test_a_busy_cache_changes_no_bit(golden: GoldenModel) -> None:
+    found = golden.check_with_a_cache()
+    assert found.n_loads > 0
+    assert found.hits.sum() > 0
+
+
+@settings(max_examples=5, deadline=None)
+@given(setup=SETUPS, n_prompt=st.integers(1, 64), chunk=st.integers(1, 16))
+def test_whatever_the_cache_and_the_cuts_are_changes_no_bit(
+    golden: GoldenModel, setup: Setup, n_prompt: int, chunk: int
+) -> None:
+    golden.check_with_a_cache(setup, n_prompt, chunk)
 
 
 def test_sequences_in_one_step_do_not_see_each_other(golden: GoldenModel) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cached_runner import SETUPS, Setup
 from golden_files import PEER_FILES
 from golden_model import GoldenModel, open_golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_runner import ModelRunner
 from reference_device import ReferenceProgram
 
@@ -48,11 +51,20 @@ def test_routing_has_a_row_for_each_layer_with_experts(peer: GoldenModel) -> Non
     assert peer.runner.experts(peer.prompt).shape == (n_layers, len(peer.prompt), moe.n_experts_used)
 
 
-def test_a_hot_cache_changes_no_bit(peer: GoldenModel) -> None:
-    if peer.runner.model.spec.moe.n_experts:
-        peer.check_with_a_cache()
-    else:
+@settings(max_examples=5, deadline=None)
+@given(setup=SETUPS, n_prompt=st.integers(1, 64), chunk=st.integers(1, 16))
+def test_whatever_the_cache_and_the_cuts_are_changes_no_bit(
+    peer: GoldenModel, setup: Setup, n_prompt: int, chunk: int
+) -> None:
+    if not peer.runner.model.spec.moe.n_experts:
         assert not peer.runner.model.graph.routings
+        return
+    peer.check_with_a_cache(setup, n_prompt, chunk)
+
+
+def test_a_busy_cache_changes_no_bit(peer: GoldenModel) -> None:
+    if peer.runner.model.spec.moe.n_experts:
+        assert peer.check_with_a_cache().n_loads > 0
 
 
 def test_llama4_beyond_one_chunk(data: Path) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from engine.__main__ import main
-from engine.bench.plan import predict
+from engine.bench.plan import measure_on_gpu, predict
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.footprint import measure
 from engine.devices.graph import KVType, Limits
-from engine.devices.timing import Bandwidths, Machine
+from engine.devices.timing import Bandwidths, Machine, StepWork, streaming_pays_from, time_step
 from engine.experts.policy import make_policy
 from engine.experts.replay import Clairvoyant, replay
 from engine.experts.routing_process import RoutingProcess
@@ -91,6 +91,21 @@ def test_the_cache_beats_whole_layers_and_these_the_cpu(footprint, trace) -> Non
     assert cpu.decode_tok_s < 60e9 / footprint.chosen_bytes
 
 
+def test_prompts_are_run_in_steps_as_long_as_the_memory_allows(trace) -> None:
+    model_file = open_model_file("synthetic:qwen3-30b-a3b")
+    try:
+        graph, limits = load_model(model_file).graph, Limits(512, 1, 8192, KVType.F16)
+        small, large = (measure_on_gpu(graph, limits, megabytes * 10**6) for megabytes in (2000, 12_000))
+        assert measure_on_gpu(graph, replace(limits, context_length=1500), 12 * 10**9).max_tokens == 1500
+    finally:
+        model_file.close()
+    assert (small.max_tokens, large.max_tokens) == (2048, 4096)
+    assert small.scratch_bytes < large.scratch_bytes < 10**9  # logits are kept for 512 tokens only
+    slow, fast = (predict(MACHINE, footprint, 12 * 10**9, trace, 1000)[0] for footprint in (small, large))
+    assert slow.decode_tok_s == fast.decode_tok_s
+    assert 1.5 * slow.prompt_tok_s < fast.prompt_tok_s < 2 * slow.prompt_tok_s  # one pass for twice as many
+
+
 def test_with_room_for_everything_both_are_the_same(footprint, trace) -> None:
     _, layers, hot = predict(MACHINE, footprint, 24 * 10**9, trace, 1000)
     assert layers.hit_rate == hot.hit_rate == 1
@@ -150,3 +165,37 @@ def test_a_trace_can_be_replayed_whatever_its_shape(data, capsys) -> None:
     trace = data / "traces" / "gpt-oss-120b_chat_bigmoe.npz"
     assert main(["plan", "-q", "--machine", "4090", "--vram", "20MB", "-c", "128", "--trace", str(trace)]) == 0
     assert "gpt-oss" in capsys.readouterr().out
+
+
+# -- streaming -------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_pays_where_the_cpu_gets_slower_than_the_link() -> None:
+    """By hand: 100 bytes over a link of 10 take 10 s; the CPU has its 100 MACs done for n / 8 experts in n / 8 s."""
+    slow_link = Bandwidths(ram=1000.0, pcie=10.0, vram=1e6)
+    assert streaming_pays_from(slow_link, 100.0, 100.0, 100.0, 1 / 8) == 80
+    assert streaming_pays_from(slow_link, 200.0, 100.0, 100.0, 1 / 8) == 160
+    fast_link = Bandwidths(ram=50.0, pcie=100.0, vram=1e6)  # half of the experts are chosen by 0.875^n = 0.5: n = 5.2
+    assert streaming_pays_from(fast_link, 1e9, 100.0, 100.0, 1 / 8) == 6
+    assert streaming_pays_from(fast_link, 1e9, 100.0, 100.0, 1.0) == 10**7
+
+
+def test_steps_that_stream_are_those_for_which_it_is_quicker(footprint) -> None:
+    """The same threshold by the clock of all predictions, for a model whose every expert is in RAM."""
+    threshold = footprint.streaming_pays_from(MACHINE.bandwidths, MACHINE.cpu_macs)
+    n_layers = len(footprint.expert_bytes)
+    for n, streams in ((threshold // 2, False), (2 * threshold, True)):
+        chosen = footprint.n_experts * (1 - (1 - footprint.n_experts_used / footprint.n_experts) ** n)
+        work = StepWork(
+            n_layers=footprint.n_layers,
+            dense_bytes=0.0,
+            attention_bytes=0.0,
+            dense_macs=0.0,
+            hit_bytes=np.zeros(n_layers),
+            hit_macs=np.zeros(n_layers),
+            miss_bytes=chosen * footprint.expert_bytes.astype(float),
+            miss_macs=float(n * footprint.n_experts_used) * footprint.expert_macs,
+            streamed_bytes=np.zeros(n_layers),
+        )
+        sent = float(footprint.expert_total_bytes) / MACHINE.bandwidths.pcie
+        assert (time_step(MACHINE, work).total_s > sent) == streams

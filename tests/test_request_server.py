@@ -54,6 +54,21 @@ def test_layers_are_run_when_asked_for(n_threads: int, first: int) -> None:
         np.testing.assert_array_equal(layers.out[layer], expected)
 
 
+def test_the_time_of_each_layer_is_known() -> None:
+    layers = Layers(3, 2)
+    thread = threading.Thread(target=lambda: (time.sleep(0.05), layers.ask([1, 3, 4], must_answer=2)))
+    thread.start()
+    start = time.monotonic()
+    assert layers.server.run(layers.step, 1, 0, 20.0)
+    taken = time.monotonic() - start
+    thread.join()
+    waited, spent = layers.server.seconds
+    assert waited[0] > 0.03  # it was asked after 0.05 s
+    assert (spent[[0, 2]] > 0).all()
+    assert waited[1] == spent[1] == 0
+    assert waited.sum() + spent.sum() <= taken
+
+
 def test_a_request_from_before_the_step_is_not_served_again() -> None:
     layers = Layers(2, 2)
     layers.flags[0, 0] = 7

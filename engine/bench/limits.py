@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine import _kernels
-from engine.machine import last_level_cache_bytes
+from engine.machine import bandwidth_buffer_bytes
 
 _PASSES = 5
 
@@ -15,6 +15,5 @@ def read_bandwidth(n_threads: int, buffer_bytes: int) -> float:
 
     The buffer is made larger than the caches if it is not: a model that fits in a cache can exceed what comes out.
     """
-    n_bytes = max(buffer_bytes, 4 * last_level_cache_bytes())
-    buffer = np.ones(n_bytes, np.uint8)  # written, so that it has pages of its own
+    buffer = np.ones(bandwidth_buffer_bytes(buffer_bytes), np.uint8)  # written, so that it has pages of its own
     return _kernels.read_bandwidth(buffer, n_threads, _PASSES)

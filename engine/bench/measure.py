@@ -7,19 +7,21 @@ tokens mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
 
 from engine import _kernels
 from engine.devices.timing import Traffic
+from engine.experts.hot_cache import CacheStatistics
 from engine.machine import resident_bytes
-from engine.runtime import Engine, EngineStatistics
+from engine.runtime import Engine
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
+COLD_TOKENS = 16  # of an answer, in which a cache that was just filled has learned little
 _WARM_UP = 8  # tokens
 
 
@@ -46,9 +48,10 @@ class Placed:
         hit_rate: share of the chosen experts that were read from it.
         swaps: experts copied into slots for a token.
         ram_bytes_s, link_bytes_s, vram_bytes_s: read from RAM, sent over PCIe and read from VRAM in a second.
-        cold_tok_s: tokens a second of the first run, right after the start.
-        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took; None if
-            the device does not count them.
+        cold_tok_s: tokens a second of the first tokens after the start, `COLD_TOKENS` at most.
+        first_turn_tok_s: of the whole first run.
+        steady_tok_s: of all later ones together; of the first if there is no other.
+        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took.
         is_virtual: times are those of a virtual clock.
     """
 
@@ -59,7 +62,9 @@ class Placed:
     link_bytes_s: float
     vram_bytes_s: float
     cold_tok_s: float
-    share_of_limit: float | None
+    first_turn_tok_s: float
+    steady_tok_s: float
+    share_of_limit: float
     is_virtual: bool
 
 
@@ -76,7 +81,7 @@ class Row:
         token_bytes: weights that making one token reads; 0 if not known.
         note: what a reader must know to compare.
         placed: where experts are placed, for devices with memory of their own.
-        gain: in decode speed over the row that it is compared to; None for no comparison.
+        gains: in decode speed over other rows, by what those are called in a table.
     """
 
     name: str
@@ -89,7 +94,7 @@ class Row:
     token_bytes: int
     note: str = ""
     placed: Placed | None = None
-    gain: float | None = None
+    gains: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bandwidth(self) -> float:
@@ -109,11 +114,12 @@ class CacheWork:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run."""
+    """One run, in seconds; `cold_s` are those of the first `COLD_TOKENS` tokens of `decode_s`, 0 if not known."""
 
     prompt_s: float
     first_token_s: float
     decode_s: float
+    cold_s: float = 0.0
     cache: CacheWork | None = None
 
 
@@ -176,25 +182,27 @@ def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
         _kernels.argmax(logits[-1])
         first = engine.now()
         before = engine.statistics
+        ends = []
         for token in tokens[n_prompt:]:
             _kernels.argmax(session.run([token])[-1])
-        end = engine.now()
-    return Sample(ran - start, first - start, end - first, _cache_work(before, engine.statistics))
+            ends.append(engine.now())
+    cold, positions = ends[min(COLD_TOKENS, len(ends)) - 1], range(n_prompt, len(tokens))
+    work = _cache_work(engine, before.cache, positions)
+    return Sample(ran - start, first - start, ends[-1] - first, cold - first, work)
 
 
-def _cache_work(before: EngineStatistics, after: EngineStatistics) -> CacheWork | None:
-    """Return what the cache did between two looks."""
-    if before.cache is None or after.cache is None:
+def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range) -> CacheWork | None:
+    """Return what the cache did for tokens that were run one by one, and what of model and cache was moved for them."""
+    after, footprint = engine.statistics.cache, engine.footprint
+    if before is None or after is None:
         return None
-    moved = Traffic()
-    if before.traffic is not None and after.traffic is not None:
-        moved = after.traffic - before.traffic
-    return CacheWork(
-        int(after.cache.hits.sum() - before.cache.hits.sum()),
-        int(after.cache.choices.sum() - before.cache.choices.sum()),
-        after.cache.n_loads - before.cache.n_loads,
-        moved,
-    )
+    hits, choices = after.hits - before.hits, after.choices - before.choices
+    loaded = after.loaded_bytes - before.loaded_bytes
+    missed = int((choices - hits) @ footprint.expert_bytes)
+    on_device = len(positions) * footprint.dense_bytes + float(hits @ footprint.expert_bytes)
+    on_device += sum(footprint.attention_bytes(position) for position in positions)
+    moved = Traffic(missed + loaded, loaded, on_device)
+    return CacheWork(int(hits.sum()), int(choices.sum()), after.n_loads - before.n_loads, moved)
 
 
 def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | None:
@@ -203,6 +211,7 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
     if not works or statistics.bandwidths is None:
         return None
     seconds = sum(sample.decode_s for sample in samples)
+    later = samples[1:] or samples
     moved = sum((work.traffic for work in works), Traffic())
     speeds = statistics.bandwidths
     least = max(moved.ram / speeds.ram, moved.link / speeds.pcie, moved.vram / speeds.vram)
@@ -213,7 +222,9 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
         moved.ram / seconds,
         moved.link / seconds,
         moved.vram / seconds,
+        min(COLD_TOKENS, n_gen) / samples[0].cold_s,
         n_gen / samples[0].decode_s,
-        least / seconds if least else None,
+        n_gen * len(later) / sum(sample.decode_s for sample in later),
+        least / seconds,
         statistics.has_virtual_clock,
     )

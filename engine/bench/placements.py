@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.bench.measure import Progress, Row, Tokens, measure, random_tokens
+from engine.bench.measure import COLD_TOKENS, Progress, Row, Tokens, measure, random_tokens
 from engine.cli.terminal import Bars
 from engine.config import EngineConfig, SamplingParams
-from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint
-from engine.devices.footprint import measure as measure_footprint
 from engine.devices.placement import least_cpu_layers
 from engine.errors import DeviceError
-from engine.gguf import open_model_file
+from engine.experts.steering import MADE_UP, OWN
 from engine.gguf.synthetic import PREFIX
-from engine.models import load_model
-from engine.runtime import Engine, EngineStatistics, limits_of
+from engine.runtime import Engine, EngineStatistics
 
 SMALL_VOCABULARY = 256
 SHORT_TEXT = 16  # random tokens that a model goes on after, to make text
@@ -26,54 +23,57 @@ def measure_placements(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, 
 
     Returns the settings in use, what the engine of the last row said of itself, and the rows. All three get the VRAM
     that the hot experts take, and the same tokens: text of the model's own, or random ones for a model of random
-    weights, for which the emulated device makes routing up.
+    weights, whose routers are told whom to choose.
     """
-    config = _with_made_up_routing(config)
+    config = _with_favourites(config)
     hot = replace(config, moe=replace(config.moe, n_cpu_moe=-1))
     tokens = _random_tokens(config) if config.model.path.startswith(PREFIX) else _text(hot, bars)
     with Engine.open(config=hot, progress=bars.loading) as engine:
         found = _measure(engine, f"hot experts ({config.moe.policy})", config, tokens, bars.steps)
-        statistics, used = engine.statistics, engine.config
+        statistics, used, footprint = engine.statistics, engine.config, engine.footprint
     budget = statistics.device_bytes
-    layers = _measure_layers(used, budget, tokens, bars)
+    layers = _measure_layers(used, footprint, budget, tokens, bars)
     cpu = replace(config, moe=replace(config.moe, hot_k=0, n_cpu_moe=-1))
     with Engine.open(config=cpu, progress=bars.loading) as engine:
         on_cpu = _measure(engine, "all experts on the CPU", config, tokens, bars.steps)
-    baselines = {row.n_prompt: row.decode_tok_s.median for row in on_cpu}
-    rows = [row for same in zip(on_cpu, layers, found, strict=True) for row in same]
-    return used, statistics, [_with_gain(row, baselines[row.n_prompt]) for row in rows]
+    rows = []
+    for cpu_row, layers_row, hot_row in zip(on_cpu, layers, found, strict=True):
+        rows += [cpu_row, _compared(layers_row, CPU=cpu_row), _compared(hot_row, CPU=cpu_row, layers=layers_row)]
+    return used, statistics, rows
 
 
 def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
     """Return what a reader of the rows must know."""
     notes = [
         statistics.cache_line,
-        "Rows use equal VRAM. swaps: experts copied for a token; gain: decode speed over all experts on the CPU; cold: "
-        "the first run; of limit: the time the memories would need for the bytes moved, over the time taken.",
+        f"Rows use equal VRAM. cold: the first {COLD_TOKENS} tokens after the start; first turn: the whole first run; "
+        "steady: all later ones. gain: in decode speed. swaps: experts copied for a token; of limit: the time the "
+        "memories would need for the bytes moved, over the time taken.",
     ]
     if statistics.has_virtual_clock:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
     if config.model.path.startswith(PREFIX):
-        notes.append(
-            "The weights are random, so the routing is that of no real model: "
-            + (
-                "the cache was shown made-up routing that behaves like recorded routing."
-                if statistics.has_virtual_clock
-                else "hits say little about a trained one."
-            )
-        )
+        notes.append(f"The weights are random, and so would be the routing; instead it is {_played(config)}.")
     return notes
 
 
-def _with_gain(row: Row, baseline: float) -> Row:
+def _compared(row: Row, **baselines: Row) -> Row:
+    """Return a row with its gains over others."""
     speed = row.decode_tok_s.median
-    return row if speed == baseline else replace(row, gain=speed / baseline - 1)
+    return replace(row, gains={name: speed / other.decode_tok_s.median - 1 for name, other in baselines.items()})
 
 
-def _with_made_up_routing(config: EngineConfig) -> EngineConfig:
-    if config.engine.device == "emulated" and config.model.path.startswith(PREFIX):
-        return replace(config, emulated=replace(config.emulated, routing="made-up"))
+def _with_favourites(config: EngineConfig) -> EngineConfig:
+    """Give a model of random weights routing that has favourites, unless the settings name some."""
+    if config.moe.routing == OWN and config.model.path.startswith(PREFIX):
+        return replace(config, moe=replace(config.moe, routing=MADE_UP))
     return config
+
+
+def _played(config: EngineConfig) -> str:
+    if config.moe.routing in {OWN, MADE_UP}:
+        return "made-up routing, which behaves like that of trained models"
+    return f"that of {config.moe.routing}"
 
 
 def _measure(engine: Engine, name: str, config: EngineConfig, tokens: Tokens, progress: Progress) -> list[Row]:
@@ -81,9 +81,8 @@ def _measure(engine: Engine, name: str, config: EngineConfig, tokens: Tokens, pr
     return measure(engine, name, bench.prompt_tokens, bench.gen_tokens, bench.reps, progress, tokens)
 
 
-def _measure_layers(used: EngineConfig, budget: int, tokens: Tokens, bars: Bars) -> list[Row]:
+def _measure_layers(used: EngineConfig, footprint: Footprint, budget: int, tokens: Tokens, bars: Bars) -> list[Row]:
     """Measure with as many whole layers as the budget holds."""
-    footprint = _footprint(used)
     n_layers = len(footprint.expert_bytes)
     for n_cpu in range(least_cpu_layers(footprint, budget), n_layers + 1):
         config = replace(
@@ -99,14 +98,6 @@ def _measure_layers(used: EngineConfig, budget: int, tokens: Tokens, bars: Bars)
             if n_cpu == n_layers:  # else a device that lays its memory out in larger steps than the plan
                 raise
     raise AssertionError("the last number of layers either fits or raises")
-
-
-def _footprint(used: EngineConfig) -> Footprint:
-    model_file = open_model_file(used.model.path or tiny_model_path())
-    try:
-        return measure_footprint(load_model(model_file).graph, limits_of(used.engine))
-    finally:
-        model_file.close()
 
 
 def _longest(config: EngineConfig) -> int:

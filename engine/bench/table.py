@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 from rich import box
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from engine import machine
 from engine.bench.measure import Placed, Row, Spread
+from engine.cli.command import program_version
 from engine.errors import RequestError
 from engine.files import whole_file
 
@@ -43,14 +43,10 @@ class Report:
 
 def machine_facts() -> dict[str, str]:
     """Return what this machine and program are."""
-    try:
-        version = metadata.version("hot-experts")
-    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
-        version = "not installed"
     facts = {
         "machine": f"{machine.cpu_name()}, {machine.n_physical_cores()} cores, {machine.ram_bytes() / 1e9:.0f} GB RAM",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "version": version,
+        "version": program_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     commit = _commit()
@@ -71,7 +67,7 @@ def _commit() -> str:
         return ""
 
 
-# -- the columns: heading, text of a row (empty: nothing to say) -----------------------------------------------------
+# -- the lines of the table: what it is, and its text for a row of the report (empty: nothing to say) ------------------
 
 
 def _spread(value: Spread) -> str:
@@ -90,15 +86,7 @@ def _milliseconds(value: Spread) -> Spread:
 
 
 def _gigabytes(value: float) -> str:
-    return _figure(value / 1e9)
-
-
-def _paths(row: Row) -> str:
-    """Return GB/s by path, those that move something."""
-    if row.placed is None:
-        return _gigabytes(row.bandwidth) if row.token_bytes else ""
-    paths = {"RAM": row.placed.ram_bytes_s, "PCIe": row.placed.link_bytes_s, "VRAM": row.placed.vram_bytes_s}
-    return "\n".join(f"{name} {_gigabytes(value)}" for name, value in paths.items() if value)
+    return _figure(value / 1e9) if value else ""
 
 
 def _share_of_limit(row: Row, limit: float) -> str:
@@ -109,33 +97,46 @@ def _share_of_limit(row: Row, limit: float) -> str:
 
 
 def _note(row: Row) -> str:
-    virtual = "virtual\nclock" if row.placed is not None and row.placed.is_virtual else ""
+    virtual = "virtual clock" if row.placed is not None and row.placed.is_virtual else ""
     return ", ".join(filter(None, (row.note, virtual)))
 
 
-Column = tuple[str, Callable[[Row, float], str]]
+def _of_placed(text: Callable[[Placed], str]) -> Callable[[Row, float], str]:
+    return lambda row, _: "" if row.placed is None else text(row.placed)
 
-COLUMNS: tuple[Column, ...] = (
-    ("", lambda row, _: row.name.replace(" (", "\n(")),
+
+def _gain_over(name: str) -> Callable[[Row, float], str]:
+    return lambda row, _: f"{row.gains[name]:+.0%}" if name in row.gains else ""
+
+
+Line = tuple[str, Callable[[Row, float], str]]
+
+LINES: tuple[Line, ...] = (
     ("tokens", lambda row, _: f"{row.n_prompt} + {row.n_gen}"),
-    ("prompt\ntok/s", lambda row, _: _spread(row.prompt_tok_s)),
-    ("first\ntoken ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
-    ("decode\ntok/s", lambda row, _: _spread(row.decode_tok_s)),
-    ("cold", lambda row, _: _figure(row.placed.cold_tok_s) if row.placed else ""),
-    ("gain", lambda row, _: "" if row.gain is None else f"{row.gain:+.0%}"),
-    ("VRAM\nGB", lambda row, _: _gigabytes(row.placed.vram_bytes) if row.placed else ""),
-    ("RAM\nGB", lambda row, _: _gigabytes(row.ram_bytes) if row.ram_bytes else ""),
-    ("hits", lambda row, _: f"{row.placed.hit_rate:.0%}" if row.placed else ""),
-    ("swaps", lambda row, _: _figure(row.placed.swaps) if row.placed else ""),
-    ("GB a\ntoken", lambda row, _: _gigabytes(row.token_bytes) if row.token_bytes and not row.placed else ""),
-    ("GB/s", lambda row, _: _paths(row)),
-    ("of\nlimit", _share_of_limit),
+    ("prompt tok/s", lambda row, _: _spread(row.prompt_tok_s)),
+    ("first token ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
+    ("decode tok/s", lambda row, _: _spread(row.decode_tok_s)),
+    ("  cold", _of_placed(lambda placed: _figure(placed.cold_tok_s))),
+    ("  first turn", _of_placed(lambda placed: _figure(placed.first_turn_tok_s))),
+    ("  steady", _of_placed(lambda placed: _figure(placed.steady_tok_s))),
+    ("  over CPU", _gain_over("CPU")),
+    ("  over layers", _gain_over("layers")),
+    ("VRAM GB", _of_placed(lambda placed: _gigabytes(placed.vram_bytes))),
+    ("RAM GB", lambda row, _: _gigabytes(row.ram_bytes)),
+    ("hits", _of_placed(lambda placed: f"{placed.hit_rate:.0%}")),
+    ("swaps a token", _of_placed(lambda placed: _figure(placed.swaps))),
+    ("GB a token", lambda row, _: "" if row.placed else _gigabytes(row.token_bytes)),
+    ("GB/s", lambda row, _: "" if row.placed else _gigabytes(row.bandwidth)),
+    ("RAM GB/s", _of_placed(lambda placed: _gigabytes(placed.ram_bytes_s))),
+    ("PCIe GB/s", _of_placed(lambda placed: _gigabytes(placed.link_bytes_s))),
+    ("VRAM GB/s", _of_placed(lambda placed: _gigabytes(placed.vram_bytes_s))),
+    ("of limit", _share_of_limit),
     ("", lambda row, _: _note(row)),
 )
 
 
 def render(report: Report, console: Console) -> None:
-    """Print the report. Columns that say nothing in any row are left out."""
+    """Print the report, a column for each row so that a narrow terminal has room, without lines that say nothing."""
     header = Table(show_header=False, box=None, pad_edge=False)
     for key, value in report.facts.items():
         header.add_row(key, value)
@@ -144,11 +145,13 @@ def render(report: Report, console: Console) -> None:
     console.print(header)
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    filled = [c for c in COLUMNS if any(c[1](row, report.bandwidth) for row in report.rows)]
-    for i, (heading, _) in enumerate(filled):
-        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    table.add_column("")
     for row in report.rows:
-        table.add_row(*(text(row, report.bandwidth) for _, text in filled))
+        table.add_column(row.name.replace(" (", "\n(").replace(" on the", "\non the"), justify="right", no_wrap=True)
+    for name, text in LINES:
+        cells = [text(row, report.bandwidth) for row in report.rows]
+        if any(cells):
+            table.add_row(name, *cells)
     console.print(table)
     for note in report.notes:
         console.print(note)
@@ -165,17 +168,20 @@ def to_csv(report: Report) -> str:
     writer = csv.writer(out, lineterminator="\n")
     spreads = ("prompt_tok_s", "first_token_s", "decode_tok_s")
     placed = [f.name for f in fields(Placed)]
+    names = list(dict.fromkeys(name for row in report.rows for name in row.gains))
+    gains = [f"gain_over_{name}" for name in names]
     writer.writerow(
         ["name", "n_prompt", "n_gen"]
         + [f"{name}{end}" for name in spreads for end in ("", "_low", "_high")]
-        + ["ram_bytes", "token_bytes", "read_bandwidth", "note", "gain", *placed, *report.facts]
+        + ["ram_bytes", "token_bytes", "read_bandwidth", "note", *gains, *placed, *report.facts]
     )
     for row in report.rows:
         figures = [x for name in spreads for x in asdict(row)[name].values()]
         writer.writerow(
             [
                 *(row.name, row.n_prompt, row.n_gen, *figures),
-                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note, row.gain),
+                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note),
+                *(row.gains.get(name) for name in names),
                 *(None if row.placed is None else getattr(row.placed, name) for name in placed),
                 *report.facts.values(),
             ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engine.cli.completion import completion_script
+from engine.cli.completion import SHELLS, completion_script
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_output, add_settings, read_settings
 from engine.cli.terminal import Bars
 from engine.errors import RequestError
@@ -41,9 +41,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "completion",
         help="print a script that completes commands in a shell",
         description="Print a script that completes commands and options of `hot-experts`. For bash: "
-        'eval "$(hot-experts completion bash)" in ~/.bashrc; for zsh the same with zsh in ~/.zshrc.',
+        'eval "$(hot-experts completion bash)" in ~/.bashrc; for zsh the same with zsh in ~/.zshrc; for fish: '
+        "hot-experts completion fish | source in ~/.config/fish/config.fish.",
     )
-    parser.add_argument("shell", choices=["bash", "zsh"])
+    parser.add_argument("shell", choices=SHELLS)
     add_output(parser)
     parser.set_defaults(execute=lambda args, _: completion(args, commands))
 

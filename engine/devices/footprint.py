@@ -11,6 +11,7 @@ from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.graph import Graph, Limits, Weight
 from engine.devices.intervals import Interval, plan_offsets
+from engine.devices.timing import Bandwidths, streaming_pays_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Footprint:
         recurrent_bytes: states of one sequence.
         state_bytes: keys, values and states of all sequences.
         scratch_bytes: intermediate results.
+        max_tokens: of a step, which those are of.
     """
 
     n_layers: int
@@ -45,6 +47,7 @@ class Footprint:
     recurrent_bytes: int
     state_bytes: int
     scratch_bytes: int
+    max_tokens: int
 
     @property
     def expert_total_bytes(self) -> int:
@@ -55,6 +58,13 @@ class Footprint:
     def chosen_bytes(self) -> int:
         """Return the bytes of the experts that one token uses."""
         return int(self.expert_bytes.sum()) * self.n_experts_used
+
+    def streaming_pays_from(self, speeds: Bandwidths, cpu_macs: float) -> int:
+        """Return how many tokens a step must have for streamed experts to pay; see `timing.streaming_pays_from`."""
+        if not self.n_experts:
+            return 1
+        n_bytes, macs = float(self.expert_bytes.sum()), float(self.expert_macs.sum())
+        return streaming_pays_from(speeds, cpu_macs, n_bytes, macs, self.n_experts_used / self.n_experts)
 
     def attention_bytes(self, position: float) -> float:
         """Return the keys, values and states that the device reads for a token at a position."""
@@ -83,6 +93,7 @@ def measure(graph: Graph, limits: Limits) -> Footprint:
         recurrent_bytes=recurrent,
         state_bytes=all_positions + recurrent * limits.n_slots,
         scratch_bytes=_scratch_bytes(graph, limits),
+        max_tokens=limits.max_tokens,
     )
 
 
@@ -122,6 +133,7 @@ def _scratch_bytes(graph: Graph, limits: Limits) -> int:
     for i, op in enumerate(graph.operations):
         for tensor in op.tensors():
             buffer = tensor.buffer
-            interval = intervals.setdefault(buffer, Interval(4 * limits.max_tokens * buffer.width, i, i))
+            n_bytes = 4 * limits.most(buffer.rows) * buffer.width
+            interval = intervals.setdefault(buffer, Interval(n_bytes, i, i))
             interval.last = i
     return plan_offsets(list(intervals.values()))

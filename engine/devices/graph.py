@@ -721,6 +721,15 @@ class ProfiledProgram(Protocol):
 
 
 @runtime_checkable
+class TunableProgram(Protocol):
+    """A program whose vectors can be changed."""
+
+    def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
+        """Replace the values of some vectors for all steps from now on; values: [len(names), size], all of one size."""
+        ...
+
+
+@runtime_checkable
 class SavingProgram(Protocol):
     """A program whose sequences can be taken out and put back.
 

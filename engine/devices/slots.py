@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.timing import Bandwidths, StepTime, Traffic
+from engine.devices.timing import Bandwidths, LayerTimes, StepTime, Traffic
 
 Ticket: TypeAlias = object
 """Stands for work that was started; whoever started it asks `is_done` until it is, and then forgets it."""
@@ -66,6 +66,11 @@ class SlotProgram(SlotDevice, Protocol):
         ...
 
     @property
+    def leaves_a_cpu(self) -> bool:
+        """Return whether another thread may work, and call all of the above, while a step runs."""
+        ...
+
+    @property
     def device_bytes(self) -> int:
         """Return the device memory in use, slots and everything else."""
         ...
@@ -92,4 +97,14 @@ class MeteredProgram(Protocol):
     @property
     def traffic(self) -> Traffic:
         """Return what was moved."""
+        ...
+
+
+@runtime_checkable
+class TimedProgram(Protocol):
+    """A program that measures how device and CPU share the time."""
+
+    @property
+    def layer_times(self) -> LayerTimes:
+        """Return the times of all steps of one token so far."""
         ...

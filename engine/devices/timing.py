@@ -52,7 +52,7 @@ class Machine:
     handshake_s: float = 6e-6
     layer_s: float = 30e-6
     device_macs: float = 60e12
-    cpu_macs: float = 1e12
+    cpu_macs: float = 16 * 40e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,24 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Where the time of decoding went, measured; seconds, float64 [n_moe_layers].
+
+    Attributes:
+        n_tokens: that were made one by one.
+        device: the device worked, and the CPU had nothing to do until it was asked for this layer's experts.
+        cpu: the CPU answered. The device computed those in its slots meanwhile, and waited.
+    """
+
+    n_tokens: int
+    device: Bytes
+    cpu: Bytes
+
+    def __sub__(self, other: LayerTimes) -> LayerTimes:
+        return LayerTimes(self.n_tokens - other.n_tokens, self.device - other.device, self.cpu - other.cpu)
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes moved, by path: read from RAM, sent over PCIe, read from VRAM."""
 
@@ -152,6 +170,34 @@ def traffic_of(work: StepWork) -> Traffic:
     streamed, missed = float(work.streamed_bytes.sum()), float(work.miss_bytes.sum())
     on_device = work.dense_bytes + work.attention_bytes + float(work.hit_bytes.sum())
     return Traffic(missed + streamed + work.copied_bytes, streamed + work.copied_bytes, on_device)
+
+
+# Of a CPU thread, in products with experts that have a few tokens each.
+CPU_MACS = {"avx512": 40e9, "avx2": 20e9, "scalar": 1e9}
+
+
+def streaming_pays_from(
+    speeds: Bandwidths, cpu_macs: float, expert_bytes: float, expert_macs: float, used_share: float
+) -> int:
+    """Return how many tokens a step must have for the device to do its experts sooner than the CPU.
+
+    The device has to be sent all experts that it lacks, however few tokens there are; the CPU reads those that are
+    chosen, 1 - (1 - used_share)^n of them, and multiplies each token with its own. All of it is proportional to how
+    many the device lacks.
+
+    Args:
+        speeds: of the machine.
+        cpu_macs: multiply-adds a second of all its threads.
+        expert_bytes: one expert.
+        expert_macs: multiply-adds of one token with it.
+        used_share: of a layer's experts that a token uses.
+    """
+    sending = expert_bytes / speeds.pcie
+    by_arithmetic = sending * cpu_macs / (used_share * expert_macs)
+    by_reading = math.inf
+    if speeds.ram < speeds.pcie and used_share < 1:
+        by_reading = math.log1p(-speeds.ram / speeds.pcie) / math.log1p(-used_share)
+    return max(1, math.ceil(min(by_arithmetic, by_reading)))
 
 
 STAGED_LAYERS = 2  # that have their experts on the device, or on the way, at the same time

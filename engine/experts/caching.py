@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.experts.hot_cache import CacheStatistics, HotCache, why_useless
 from engine.experts.policy import make_policy
 from engine.experts.profile import Profile, fingerprint, load_profile, merge_profiles, save_profile
 from engine.experts.slots import SlotTable
+from engine.experts.steering import make_steering
 from engine.experts.trace import TraceRecorder
 from engine.experts.watched_program import WatchedProgram
 from engine.model_spec import ModelSpec
@@ -31,9 +33,13 @@ class ExpertCaching:
         cache: None if there is nothing to cache.
     """
 
-    def __init__(self, program: Program, config: EngineConfig, spec: ModelSpec) -> None:
-        """Set up what the settings ask for; raise `ConfigError` for a profile that cannot be used."""
+    def __init__(self, program: Program, config: EngineConfig, spec: ModelSpec, tensor_names: Sequence[str]) -> None:
+        """Set up what the settings ask for; raise `ConfigError` for a profile or a trace that cannot be used.
+
+        tensor_names: those that the program reads.
+        """
         moe = config.moe
+        steering = make_steering(moe.routing, program, tensor_names, spec)
         self._profile_path, self._trace_path = moe.profile, moe.record_trace
         self._profile: Profile | None = None
         self._name = spec.name
@@ -50,11 +56,24 @@ class ExpertCaching:
         if self._trace_path:
             recorder = TraceRecorder(spec.name, spec.moe.n_experts, {"architecture": spec.architecture})
         self._recorder = recorder
-        self.program = WatchedProgram(program, self.cache, recorder)
+        self.program = WatchedProgram(
+            program,
+            self.cache,
+            recorder,
+            steering,
+            in_background=isinstance(program, SlotProgram) and self.cache is not None and program.leaves_a_cpu,
+        )
 
     def _make_cache(self, program: SlotProgram, moe: MoESettings, n_experts_used: int) -> HotCache:
         speeds, n_slots = program.bandwidths, program.n_slots
         whole = moe.n_cpu_moe >= 0
+        if moe.hot_rebalance_interval != MoESettings().hot_rebalance_interval and moe.policy != "window_topk":
+            log.warning(
+                "moe.hot_rebalance_interval is %d, which has no effect: the policy %s looks at every token and is held "
+                'back by moe.swap_budget; set policy = "window_topk" for swaps every so many tokens',
+                moe.hot_rebalance_interval,
+                moe.policy,
+            )
         cache = HotCache(
             program,
             SlotTable(n_slots, program.n_experts, program.expert_bytes),
@@ -81,11 +100,13 @@ class ExpertCaching:
         # Where all experts of a layer fit there is nothing to choose.
         everything = np.broadcast_to((n_slots == program.n_experts)[:, None], cache.table.held.shape)
         cache.fill(everything.astype(np.float32), wait=True)
+        cache.reset_statistics()  # what was put there before the first token is no swap
         return cache
 
     @property
     def statistics(self) -> CacheStatistics | None:
         """Return what the cache did so far, None if there is none."""
+        self.program.settle()
         return None if self.cache is None else self.cache.statistics
 
     def describe(self) -> str:
@@ -96,6 +117,8 @@ class ExpertCaching:
 
     def close(self) -> None:
         """Wait for the cache and write profile and trace; what cannot be written costs a warning."""
+        self.program.settle()
+        self.program.close()
         if self.cache is not None:
             self.cache.close()
         try:

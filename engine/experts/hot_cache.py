@@ -116,8 +116,20 @@ class HotCache:
             self._swapper.n_failures - failures,
         )
 
-    def observe(self, routing: npt.NDArray[np.integer]) -> None:
-        """Take in the step that has just run, before `step`; routing: ids [n_layers, n_tokens, n_experts_used]."""
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """Return a copy of who is in a slot for steps that start now, [n_layers, n_experts]."""
+        ready: npt.NDArray[np.bool_] = self.table.ready.copy()
+        return ready
+
+    def observe(self, routing: npt.NDArray[np.integer], resident: npt.NDArray[np.bool_] | None = None) -> None:
+        """Take in a step that has run, before `step`.
+
+        Args:
+            routing: ids [n_layers, n_tokens, n_experts_used].
+            resident: who was in a slot for it; None for those who are now.
+        """
+        if resident is None:
+            resident = self.table.ready
         n_tokens = routing.shape[1]
         tokens = routing.transpose(1, 0, 2)
         counts = count_choices(tokens, self._n_experts)
@@ -133,7 +145,7 @@ class HotCache:
         self._used = True
         self._n_tokens += n_tokens
         layers = np.arange(routing.shape[0])[:, None, None]
-        self._hits += self.table.ready[layers, routing].sum((1, 2))
+        self._hits += resident[layers, routing].sum((1, 2))
         self._choices += routing[0].size
         for chosen in tokens:
             self.policy.observe(chosen)

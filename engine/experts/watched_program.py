@@ -1,12 +1,17 @@
 """A compiled forward pass with someone who watches its routing: the hot-expert cache, a trace recorder, or both.
 
-Whoever runs steps need not know. After each step, before the next one, the watchers see what was routed, and the
-cache moves its swaps on; the logits are the same with and without.
+Whoever runs steps need not know. After each step the watchers see what was routed, and the cache moves its swaps on;
+the logits are the same with and without. On a device that leaves a CPU free for it, the cache does so in a thread of
+its own while the next step runs: its milliseconds of Python would else come on top of every token. Where routing is
+played back to the routers, that happens here, too.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +19,36 @@ import numpy.typing as npt
 from engine.devices.graph import Limits, Program
 from engine.devices.slots import ClockedProgram
 from engine.experts.hot_cache import HotCache
+from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that is over: what it routed, which experts it found in slots, and how long it took."""
+
+    routing: npt.NDArray[np.int32]
+    resident: npt.NDArray[np.bool_]
+    seconds: float
 
 
 class WatchedProgram:
     """Implements `graph.Program` on top of another one, which stays its owner's."""
 
-    def __init__(self, program: Program, cache: HotCache | None = None, recorder: TraceRecorder | None = None) -> None:
-        self._program, self._cache, self._recorder = program, cache, recorder
+    def __init__(
+        self,
+        program: Program,
+        cache: HotCache | None = None,
+        recorder: TraceRecorder | None = None,
+        steering: Steering | None = None,
+        *,
+        in_background: bool = False,
+    ) -> None:
+        """Watch a program; `in_background` lets the cache work while steps run."""
+        self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
+        self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
+        self._settling = threading.Lock()  # an interrupt may leave the thread at work
+        self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -47,18 +74,35 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
+        if self._steering is not None:
+            self._steering.begin_step(len(token_ids))
+        resident = None if self._cache is None else self._cache.resident()
+        looking = self._thread.submit(self.settle) if self._thread is not None and self._unseen is not None else None
         start = self.now()
-        logits = self._program.run(token_ids, positions, slots, output_rows)
+        try:
+            logits = self._program.run(token_ids, positions, slots, output_rows)
+            step_s = self.now() - start
+        finally:
+            if looking is not None:
+                looking.result()
         if self._cache is None and self._recorder is None:
             return logits
-        step_s = self.now() - start
         routing = self._program.routing()
         if self._recorder is not None:
             self._record(self._recorder, routing, slots)
-        if self._cache is not None:
-            self._cache.observe(routing)
-            self._cache.step(step_s)
+        if resident is not None:
+            self._unseen = _Step(routing, resident, step_s)
+        if self._thread is None:
+            self.settle()
         return logits
+
+    def settle(self) -> None:
+        """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""
+        with self._settling:
+            step, self._unseen = self._unseen, None
+            if step is not None and self._cache is not None:
+                self._cache.observe(step.routing, step.resident)
+                self._cache.step(step.seconds)
 
     @staticmethod
     def _record(recorder: TraceRecorder, routing: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
@@ -73,4 +117,6 @@ class WatchedProgram:
         return self._program.routing()
 
     def close(self) -> None:
-        """Leave the program to its owner."""
+        """End the thread; the program is left to its owner."""
+        if self._thread is not None:
+            self._thread.shutdown()

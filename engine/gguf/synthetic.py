@@ -2,7 +2,7 @@
 
 A model of 75 GB is there in half a minute, without a download, to see how fast a machine would run the real one. The
 text it writes is nonsense, and its routers have no favourites: a cache of hot experts must be measured with recorded
-routing.
+routing. For that the routers can be given a bias for the choice of experts, which is zero until somebody writes it.
 """
 
 from __future__ import annotations
@@ -183,16 +183,19 @@ _FLOAT_PARTS = (
     "ssm_conv1d.weight",
     "ssm_a",
     "ssm_dt.bias",
+    "exp_probs_b.bias",
 )
 
 
-def _shapes(g: Geometry) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Yield name, layer and shape of all tensors, in the order of the file."""
     yield "token_embd.weight", 0, (g.n_vocab, g.hidden_size)
     for layer in range(g.n_layers):
         parts: Parts = [("attn_norm.weight", (g.hidden_size,))]
         parts += _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g)
         parts += _feed_forward_shapes(g)
+        if has_router_biases:
+            parts.append(("exp_probs_b.bias", (g.n_experts,)))
         for part, shape in parts:
             yield f"blk.{layer}.{part}", layer, shape
     yield "output_norm.weight", 0, (g.hidden_size,)
@@ -248,9 +251,9 @@ def _feed_forward_shapes(g: Geometry) -> Parts:
     return parts
 
 
-def _tensor_infos(g: Geometry, recipe: Recipe) -> dict[str, TensorInfo]:
+def _tensor_infos(g: Geometry, recipe: Recipe, *, has_router_biases: bool) -> dict[str, TensorInfo]:
     infos = {}
-    for name, layer, shape in _shapes(g):
+    for name, layer, shape in _shapes(g, has_router_biases=has_router_biases):
         if name.endswith(_FLOAT_PARTS):
             chosen = BY_NAME["F32"]
         else:
@@ -336,15 +339,17 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
 class SyntheticModel:
     """A `ModelFile` that makes its weights when they are read: the same bytes for the same name, options and seed."""
 
-    def __init__(self, name: str, geometry: Geometry, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, name: str, geometry: Geometry, recipe: Recipe, seed: int, *, has_router_biases: bool = False
+    ) -> None:
         self.name = name
         self.geometry = geometry
         self.seed = seed
         self.metadata = Metadata(name, _metadata_values(name.removeprefix(PREFIX), geometry, recipe))
-        self.tensors = _tensor_infos(geometry, recipe)
+        self.tensors = _tensor_infos(geometry, recipe, has_router_biases=has_router_biases)
 
     @classmethod
-    def open(cls, name: str) -> SyntheticModel:
+    def open(cls, name: str, *, has_router_biases: bool = False) -> SyntheticModel:
         """Make a model from a name like `synthetic:qwen3.5-35b-a3b@q4_k_m:layers=8,seed=1`.
 
         Options: `layers`, `experts`, `used` (experts of a token), `vocab`, `context` and `seed`.
@@ -357,7 +362,7 @@ class SyntheticModel:
         seed = options.pop("seed", 0)
         geometry = replace(geometry, **{_OPTIONS[key]: value for key, value in options.items()})  # type: ignore[arg-type]
         _check(name, geometry)
-        return cls(name, geometry, recipe, seed)
+        return cls(name, geometry, recipe, seed, has_router_biases=has_router_biases)
 
     @property
     def n_bytes(self) -> int:
@@ -393,6 +398,8 @@ def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> boo
     elif info.name.endswith("ssm_dt.bias"):  # softplus of it is a time step from 0.001 to 0.1
         step = np.exp(random.uniform(np.log(1e-3), np.log(1e-1), info.shape))
         drawn = step + np.log(-np.expm1(-step))
+    elif info.name.endswith("exp_probs_b.bias"):
+        drawn = np.zeros(info.shape)
     else:
         return False
     assert values is not None

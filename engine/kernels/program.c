@@ -768,6 +768,13 @@ static int await_request(const exchange *e, uint32_t last, int n_layers, serve_r
     }
 }
 
+// Adds the seconds since `before`, and returns the time.
+static double add_time(double *sum, double before) {
+    const double now = seconds_now();
+    *sum += now - before;
+    return now;
+}
+
 serve_result program_serve(program *const *layers, int n_layers, const program_step *step, const exchange *e) {
     program *leader = layers[0];
     const step_view view = view_step(leader, step);
@@ -778,11 +785,14 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
     {
         const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
         uint32_t last = e->last;
+        double before = thread == 0 ? seconds_now() : 0.0;
         for (;;) {
             if (thread == 0) {
                 layer = await_request(e, last, n_layers, &result);
-                if (layer >= 0 && layer < n_layers)
+                if (layer >= 0 && layer < n_layers) {
                     begin_run(layers[layer]);
+                    before = add_time(&e->seconds[layer], before);
+                }
             }
             team_meet(&leader->barrier, n_threads);
             if (layer < 0 || layer == n_layers)
@@ -798,6 +808,7 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             if (thread == 0) {
                 last = e->first + (uint32_t)layer;
                 __atomic_store_n(e->answered, last, __ATOMIC_RELEASE);
+                before = add_time(&e->seconds[n_layers + layer], before);
             }
         }
     }

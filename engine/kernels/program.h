@@ -70,6 +70,7 @@ typedef struct {
     const uint32_t *abandoned; // not 0: the other side has given up
     uint32_t first, last;      // `last`: what `requested` held before the step began
     double timeout_s;          // for one request
+    double *seconds;           // [2 * n_layers]: waited for each layer's request, and spent to answer it; added up
 } exchange;
 
 typedef enum { SERVE_DONE, SERVE_TIMED_OUT, SERVE_ABANDONED } serve_result;

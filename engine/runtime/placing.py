@@ -11,13 +11,12 @@ from engine import _kernels, machine
 from engine.config import EngineConfig, EngineSettings
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, survey
-from engine.devices.emulated import Behaviour, EmulatedDevice, RoutingSource
+from engine.devices.emulated import Behaviour, EmulatedDevice
 from engine.devices.footprint import Footprint
 from engine.devices.graph import Device, KVType, Limits
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
-from engine.experts.routing_process import RoutingProcess
 from engine.gguf import available_memory
 from engine.model_spec import ModelSpec
 
@@ -116,7 +115,7 @@ def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADev
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         prompt_tokens=settings.max_prompt_tokens,
-        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
+        stream_n_tokens=_stream_n_tokens(config),
         progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
     )
 
@@ -154,20 +153,20 @@ def _emulated_machine(config: EngineConfig) -> Machine:
 
 def _emulated_device(config: EngineConfig) -> EmulatedDevice:
     played, settings = config.emulated, config.engine
-
-    def make_up(n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
-        return RoutingProcess(n_layers, n_experts, n_used, seed=played.seed).next_token
-
     return EmulatedDevice(
         _emulated_machine(config),
         wish=memory_wish(config),
         vram_budget=settings.vram_budget_bytes,
-        bypass_n_tokens=config.moe.hot_pp_bypass_n_tokens,
+        stream_n_tokens=_stream_n_tokens(config),
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         behaviour=Behaviour(played.seed, played.adversarial),
-        make_routing=make_up if played.routing == "made-up" else None,
     )
+
+
+def _stream_n_tokens(config: EngineConfig) -> int | None:
+    wanted = config.moe.stream_n_tokens
+    return None if wanted == "auto" else wanted
 
 
 def memory_wish(config: EngineConfig) -> Wish:

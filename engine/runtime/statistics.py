@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.devices.timing import Bandwidths, StepTime, Traffic
+from engine.devices.timing import Bandwidths, LayerTimes, StepTime, Traffic
 from engine.devices.traffic import WeightTraffic
 from engine.experts.hot_cache import CacheStatistics
 from engine.generate.answer import TokenSpeeds
@@ -25,7 +25,8 @@ class EngineStatistics(TokenSpeeds):
         device_bytes: memory of the GPU in use; 0 without one.
         cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
         cache: what it did; None if there is none.
-        time_spent: where the time of all steps went, if the device knows.
+        time_spent: where the time of all steps went, if the device can say.
+        layer_times: how device and CPU shared the time of decoding, if the device measures it.
         traffic: what they moved, if the device knows.
         bandwidths: what bounds them, if the device knows.
         has_virtual_clock: all seconds are those of a virtual clock.
@@ -47,6 +48,7 @@ class EngineStatistics(TokenSpeeds):
     cache_line: str = ""
     cache: CacheStatistics | None = None
     time_spent: StepTime | None = None
+    layer_times: LayerTimes | None = None
     traffic: Traffic | None = None
     bandwidths: Bandwidths | None = None
     has_virtual_clock: bool = False

@@ -51,7 +51,7 @@ class ChatTemplate:
             if _KEY not in metadata:
                 raise TokenizerError(
                     f"the file has no {_KEY}, so it is not known how to write a conversation for this model: "
-                    "give it plain text, or a template of your own"
+                    "give it plain text, or a template of your own with [model] chat_template"
                 )
             tool_key = f"{_KEY}.{_TOOL_USE}"
             return cls(

@@ -70,7 +70,7 @@ class Lowering:
         self.program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
         self._weights = weights
         self._keep: list[npt.NDArray[np.generic]] = []  # memory that the C program refers to by address
-        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
+        self.vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[], None]] = []
         self._index = 0
@@ -146,11 +146,11 @@ class Lowering:
 
     def _values(self, vector: Vector) -> npt.NDArray[np.float32]:
         """Return float32 values, converted once whatever the file stores."""
-        values = self._vectors.get(vector.name)
+        values = self.vectors.get(vector.name)
         if values is None:
             raw = self._weights.array(vector.name).reshape(1, -1)
             size = vector.stored_size or vector.size
-            values = self._vectors[vector.name] = _kernels.dequantize(vector.format.ggml_type, raw, size)
+            values = self.vectors[vector.name] = _kernels.dequantize(vector.format.ggml_type, raw, size)
         return values.reshape(-1)[vector.first : vector.first + vector.size]
 
     def _vector(self, vector: Vector | None) -> int:

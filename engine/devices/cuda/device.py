@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
@@ -28,13 +29,15 @@ from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
 from engine.devices.slots import Ticket
-from engine.devices.timing import Bandwidths
+from engine.devices.timing import CPU_MACS, Bandwidths, LayerTimes
 from engine.errors import RequestError
+from engine.machine import n_logical_cpus
 from engine.quants import install_grids
 
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
-T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
+_THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
+T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
 _SIZES = (1, tiles.MIN_TOKENS - 1, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
@@ -57,7 +60,7 @@ class CUDADevice:
         isa: str | None = None,
         bandwidths: Bandwidths | None = None,
         prompt_tokens: int = 4096,
-        bypass_n_tokens: int = 32,
+        stream_n_tokens: int | None = None,
         compiler: Compiler | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -71,8 +74,8 @@ class CUDADevice:
             isa: instruction-set level that they may use; None for the best.
             bandwidths: of the machine; None to measure them.
             prompt_tokens: of a prompt that are run together, if memory allows and more than `Limits.max_tokens`.
-            bypass_n_tokens: steps of this many tokens or more bring the experts that have no slot to the GPU; in
-                smaller ones the CPU computes them.
+            stream_n_tokens: steps of this many tokens or more bring the experts that have no slot to the GPU; in
+                smaller ones the CPU computes them. None for where that pays.
             compiler: makes the kernels; None for NVIDIA's.
             progress: called while kernels are compiled.
         """
@@ -83,7 +86,7 @@ class CUDADevice:
         self.isa = isa
         self.bandwidths = bandwidths
         self.prompt_tokens = prompt_tokens
-        self.bypass_n_tokens = max(bypass_n_tokens, tiles.MIN_TOKENS)
+        self.stream_n_tokens = stream_n_tokens
         self.progress = progress
         install_grids()
         self.context = Context(self.gpu, compiler)
@@ -96,20 +99,38 @@ class CUDADevice:
     def compile(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> CUDAProgram:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
-        return CUDAProgram(self, self._fit(graph, weights, limits), weights)
+        speeds = self.bandwidths or self._measure_speeds()
+        lowering, stream_n_tokens = self._fit(graph, weights, limits, speeds)
+        return CUDAProgram(self, lowering, weights, speeds, stream_n_tokens)
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
         self.context.close()
 
-    def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
-        """Plan the memory, with as many expert slots as asked for or as fit."""
+    def _measure_speeds(self) -> Bandwidths:
+        stream = Stream(self.context)
+        try:
+            return measure_speeds(stream, self.n_threads)
+        finally:
+            stream.close()
+
+    def _where_streaming_pays(self, graph: ForwardGraph, limits: Limits, speeds: Bandwidths) -> int:
+        """Return from how many tokens on; at most what was asked for in a step, as only streaming allows more."""
+        cpu_macs = self.n_threads * CPU_MACS[self.isa or _kernels.isa_levels()[-1]]
+        return min(measure(graph, limits).streaming_pays_from(speeds, cpu_macs), limits.max_tokens)
+
+    def _fit(
+        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths
+    ) -> tuple[Lowering, int]:
+        """Plan the memory, with as many expert slots as asked for or as fit; return from when on steps stream, too."""
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
         bare = self._bare(graph, weights, limits)
+        threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
+        threshold = max(threshold, tiles.MIN_TOKENS)
         left = allowed - bare.layout.n_bytes
-        limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes)
+        limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes, threshold)
         bare = self._bare(graph, weights, limits)
         footprint = replace(
             measure(graph, limits),
@@ -118,11 +139,11 @@ class CUDADevice:
             scratch_bytes=bare.scratch_bytes,
             expert_bytes=np.array([sum(layer.slot_bytes) for layer in bare.expert_layers], np.int64),
         )
-        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE))
+        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)
         staging_bytes = 0 if staging is None else staging.n_buffers * _batch_bytes(bare, staging.at_once)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_slots < bare.n_experts).any())
-        return Lowering(graph, weights, limits, plan.n_slots.tolist(), staging if streams else None)
+        return Lowering(graph, weights, limits, plan.n_slots.tolist(), staging if streams else None), threshold
 
     @staticmethod
     def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
@@ -131,10 +152,12 @@ class CUDADevice:
         bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
         return bare
 
-    def _larger_steps(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, scratch_bytes: int) -> Limits:
+    def _larger_steps(
+        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, scratch_bytes: int, threshold: int
+    ) -> Limits:
         """Return limits with as many tokens in a step as asked for, or half as often as the scratch memory allows."""
         n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length)
-        if not self._bare(graph, weights, limits).can_stream or self.bypass_n_tokens > limits.max_tokens:
+        if not self._bare(graph, weights, limits).can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
         max_outputs = max(limits.max_tokens, limits.n_slots)
         while n_tokens > limits.max_tokens:
@@ -144,9 +167,9 @@ class CUDADevice:
             n_tokens //= 2
         return limits
 
-    def _staging(self, bare: Lowering, n_bytes: int) -> Staging | None:
+    def _staging(self, bare: Lowering, n_bytes: int, threshold: int) -> Staging | None:
         """Return a ring of about so many bytes, two buffers of one expert at least; None if none can be used."""
-        if not bare.can_stream or bare.limits.max_tokens < self.bypass_n_tokens:
+        if not bare.can_stream or bare.limits.max_tokens < threshold:
             return None
         one = _batch_bytes(bare, 1)
         at_once = max(1, min(STAGED_EXPERTS, bare.n_experts, n_bytes // (2 * one)))
@@ -166,25 +189,42 @@ class CUDAProgram:
     """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `SlotProgram`.
 
     Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
-    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step.
+    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step,
+    and what is published meanwhile for this one or the next.
+
+    Attributes:
+        leaves_a_cpu: another thread may work, and move experts, while a step runs.
     """
 
     state_layout = "positions"
 
-    def __init__(self, device: CUDADevice, lowering: Lowering, weights: WeightAccess) -> None:
+    def __init__(
+        self,
+        device: CUDADevice,
+        lowering: Lowering,
+        weights: WeightAccess,
+        bandwidths: Bandwidths,
+        stream_n_tokens: int,
+    ) -> None:
         self._context = context = device.context
         self._lowering = lowering
         self._weights = weights
+        self._bandwidths = bandwidths
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
+        self._vector_writes: dict[tuple[str | int, ...], tuple[PinnedMemory, Graph]] = {}  # by names and size
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
         self._pinned: PinnedExperts | None = None
         self._expert_stream: ExpertStream | None = None
-        self._bypass_n_tokens = limits.max_tokens + 1  # no step streams experts
+        self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
         self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
         self._step_number = 0
+        self._n_begun = self._n_over = 0  # steps
+        self.leaves_a_cpu = False
+        self._seconds = np.zeros((2, len(lowering.expert_layers)))  # see `layer_times`
+        self._n_single_tokens = 0
         self._n_tokens = 0
         self._rows_of_routing = 1
         n_layers = len(lowering.expert_layers)
@@ -206,13 +246,16 @@ class CUDAProgram:
                 self._copies = ExpertCopies(context, paths)
                 if lowering.staging is not None:
                     self._expert_stream = ExpertStream(context, paths)
-                    self._bypass_n_tokens = device.bypass_n_tokens
-                most = min(limits.max_tokens, self._bypass_n_tokens - 1)
-                self._misses = MissServer(lowering, weights, most, device.n_threads, device.isa)
+                    self._stream_n_tokens = stream_n_tokens
+                most = min(limits.max_tokens, self._stream_n_tokens - 1)
+                n_threads = device.n_threads
+                if self._pinned.is_pinned:  # else the threads must fill buffers, too
+                    self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
+                    n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
+                self._misses = MissServer(lowering, weights, most, n_threads, device.isa)
                 exchange = self._misses.exchange(self._memory.address)
                 _log.info("%s", self._describe_streaming(self._pinned))
             self._prepare_steps(exchange, device.progress)
-            self._bandwidths = device.bandwidths or measure_speeds(self._stream, device.n_threads)
         except BaseException:
             self.close()
             raise
@@ -244,16 +287,29 @@ class CUDAProgram:
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
         """
-        n, n_outputs = len(token_ids), len(output_rows)
         self._check(token_ids, positions, slots, output_rows)
         self._context.make_current()
+        self._n_begun += 1
+        try:
+            return self._run(token_ids, positions, slots, output_rows)
+        finally:
+            self._n_over = self._n_begun
+
+    def _run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        n, n_outputs = len(token_ids), len(output_rows)
         lowering, limits = self._lowering, self._limits
         self._words[:3] = n, n_outputs, self._step_number
         for i, values in enumerate((token_ids, positions, slots, output_rows)):
             start = 4 + i * limits.max_tokens
             self._words[start : start + len(values)] = values
         most = next(size for size in self._sizes if size >= n)
-        streams = n >= self._bypass_n_tokens
+        streams = n >= self._stream_n_tokens
         logits = self._logits.bytes.view(np.float32).reshape(1, -1)
         if n_outputs != 1:
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
@@ -280,7 +336,21 @@ class CUDAProgram:
             raise
         self._synchronize()
         self._n_tokens, self._rows_of_routing = n, most
+        if misses is not None:
+            self._count_seconds(misses, n)
         return logits
+
+    def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
+        if n_tokens == 1:
+            self._seconds += misses.seconds
+            self._n_single_tokens += 1
+        misses.seconds[:] = 0.0
+
+    @property
+    def layer_times(self) -> LayerTimes:
+        """Return the times of all steps of one token so far in which the CPU may have had to help."""
+        device, cpu = self._seconds.copy()
+        return LayerTimes(self._n_single_tokens, device, cpu)
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
@@ -288,6 +358,24 @@ class CUDAProgram:
         ids: npt.NDArray[np.int32] = self._ids.bytes.view(np.int32)[: shape[0] * shape[1] * shape[2]].reshape(shape)
         kept: npt.NDArray[np.int32] = ids[:, : self._n_tokens].copy()
         return kept
+
+    def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
+        """Replace the values of some vectors, [len(names), size], for all steps from now on."""
+        self._context.make_current()
+        key = (*names, values.shape[1])
+        if key not in self._vector_writes:
+            memory = self._own(PinnedMemory(values.nbytes))
+            offsets = [self._lowering.vector_offset(name, values.shape[1]) for name in names]
+
+            def upload() -> None:
+                for i, offset in enumerate(offsets):
+                    source = memory.address + i * values[0].nbytes
+                    self._stream.upload(self._memory.address + offset, source, values[0].nbytes)
+
+            self._vector_writes[key] = memory, self._own(self._stream.capture(upload))
+        memory, graph = self._vector_writes[key]
+        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
+        graph.launch(self._stream)
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
@@ -378,11 +466,13 @@ class CUDAProgram:
         return self._copies.begin(layer, expert, slot)
 
     def fence(self) -> Ticket:
-        """Return a ticket that is done when all steps started so far are: they are, since `run` waits for its step."""
-        return _DONE
+        """Return a ticket that is done when all steps started so far are."""
+        return self._n_begun
 
     def is_done(self, ticket: Ticket) -> bool:
         """Return whether the work is done; raise `DeviceError` if it failed."""
+        if isinstance(ticket, int):
+            return self._n_over >= ticket
         assert isinstance(ticket, Copy)
         if not ticket.is_done and self._copies is not None:
             self._context.make_current()
@@ -435,7 +525,7 @@ class CUDAProgram:
             return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
         size = staging.n_buffers * lowering.staging_buffer_bytes
         return (
-            f"{pinned.describe()}; steps of {self._bypass_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
+            f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
             f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB)"
         )
 
@@ -445,7 +535,7 @@ class CUDAProgram:
         The launches of a step that waits for the CPU must all be queued before it is answered: only a graph is.
         """
         lowering, base, max_tokens = self._lowering, self._memory.address, self._limits.max_tokens
-        largest = min(self._bypass_n_tokens - 1, max_tokens)  # of the steps that stream nothing
+        largest = min(self._stream_n_tokens - 1, max_tokens)  # of the steps that stream nothing
         recorded: dict[int, Sequence[Launch | Streamed]] = {}
         for size in sorted({min(size, largest) for size in (*_SIZES, largest)}):
             recorded[size] = lowering.launches(base, size, exchange)

@@ -32,8 +32,7 @@ from engine.devices.cuda.launch import (
     pack_matrices,
     pointer,
 )
-from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
-from engine.errors import DeviceError
+from engine.devices.graph import Gating, RopeStyle, Scoring
 from engine.quants.formats import Activation, QuantFormat
 
 N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
@@ -41,11 +40,7 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
 _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
-_MAX_HEAD_DIM = 576
-_MAX_PARTS = 256  # of the positions; `attention.cu`
 _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
-_KV_VECTOR = 8  # values of keys that a lane reads at once; `attention.cu`
-_ATTENTION_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
@@ -63,6 +58,36 @@ class _Forms(ctypes.Structure):
     ]
 
 
+class _Exchange(ctypes.Structure):
+    _fields_ = [
+        ("missing_ids", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("requested", ctypes.c_void_p),
+        ("answered", ctypes.c_void_p),
+        ("abandoned", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("n_misses", ctypes.c_void_p),
+        ("layer", ctypes.c_int32),
+        ("n_layers", ctypes.c_int32),
+    ]
+
+
+class _Routing(ctypes.Structure):
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("logits_stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("n_used", ctypes.c_int32),
+        ("scoring", ctypes.c_int32),
+        ("n_groups", ctypes.c_int32),
+        ("n_groups_used", ctypes.c_int32),
+        ("normalize", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    ]
+
+
 class _Experts(ctypes.Structure):
     _fields_ = [
         ("out", ctypes.c_void_p),
@@ -75,17 +100,8 @@ class _Experts(ctypes.Structure):
         ("shared_stride", ctypes.c_int64),
         ("shared_gate", ctypes.c_void_p),
         ("shared_gate_stride", ctypes.c_int64),
+        ("exchange", _Exchange),
         ("scale", ctypes.c_float),
-        ("unused", ctypes.c_int32),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        ("address", ctypes.c_void_p),
-        ("n_slots", ctypes.c_int32),
-        ("context_length", ctypes.c_int32),
-        ("n_kv_heads", ctypes.c_int32),
         ("unused", ctypes.c_int32),
     ]
 
@@ -161,35 +177,58 @@ def linear(
     grid: int,
     count: Count,
     heads: Heads = ONE_HEAD,
+    routed: Routed | None = None,
 ) -> Launch:
     """Multiply several matrices of one format with the same activation rows; `x.stride` is in bytes.
 
-    With several heads the one matrix is the first head's, as is `x`.
+    With several heads the one matrix is the first head's, as is `x`. With `routed` the same launch chooses experts from
+    what some matrix gives, see `can_route`.
     """
     assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, N_WARPS * per_warp)
+    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format, n_tokens)
+    compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}")
+    first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
+    if routed is not None:
+        assert heads == ONE_HEAD
+        assert count.most <= n_tokens
+        return Launch(
+            "linear.cu",
+            "linear_and_route",
+            (*compiled, f"N_EXPERTS={routed.routing.n_experts}"),
+            (n_blocks, 1, 1),
+            N_WARPS * WARP,
+            (*first, *at(x), *rest, *routed.arguments, pointer(count.address)),
+            max(shared, N_WARPS * routed.routing.scratch_bytes),
+        )
     return Launch(
         "linear.cu",
         "linear",
-        (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}"),
+        (*compiled, "N_EXPERTS=0"),
         (n_blocks, ceil_div(count.most, n_tokens), heads.n),
         N_WARPS * WARP,
         (
-            packed,
-            int64(row_bytes),
+            *first,
             int64(heads.weight_bytes),
             *at(x),
             int64(heads.x_bytes),
-            int32(n_cols),
-            pointer(grid),
-            int32(per_warp),
+            *rest,
             pointer(count.address),
         ),
-        _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format, n_tokens),
+        shared,
     )
+
+
+def can_route(weight_format: QuantFormat, n_cols: int, most: int) -> bool:
+    """Return whether `linear` can choose experts for so many tokens: they must share one reading of the weights."""
+    return most <= _tokens_at_once(weight_format.activation, n_cols, most)
+
+
+def _no_expert(like: ExpertMatrix) -> ExpertMatrix:
+    return ExpertMatrix(0, 0, like.format)
 
 
 def expert_gate_up(
@@ -206,8 +245,12 @@ def expert_gate_up(
     grids: tuple[int, int],
     activation: graph.Activation,
     count: Count,
+    shared: tuple[ExpertMatrix, ExpertMatrix] | None = None,
 ) -> Launch:
-    """First half of the resident experts; h is float32 [tokens * n_used, ffn_size], activation strides in bytes."""
+    """First half of the resident experts, and of a shared expert, which has gate and up of the same formats and sizes.
+
+    h is float32 [tokens * (n_used + 1 for the shared expert), ffn_size], activation strides are in bytes.
+    """
     # Of two matrices, but half of the experts may have no slot.
     per_warp = rows_per_warp(gate.format, hidden_size, ffn_size * n_used)
     forms = [gate.format.activation] if x_gate == x_up else [gate.format.activation, up.format.activation]
@@ -215,7 +258,7 @@ def expert_gate_up(
         "expert_gate_up.cu",
         "expert_gate_up",
         (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
-        (ceil_div(ffn_size, N_WARPS // 2 * per_warp), count.most * n_used, 1),
+        (ceil_div(ffn_size, N_WARPS // 2 * per_warp), count.most * (n_used + (shared is not None)), 1),
         N_WARPS * WARP,
         (
             pointer(ids),
@@ -223,6 +266,7 @@ def expert_gate_up(
             int32(n_used),
             pack_expert_matrix(gate, hidden_size),
             pack_expert_matrix(up, hidden_size),
+            *(pack_expert_matrix(matrix, hidden_size) for matrix in shared or (_no_expert(gate), _no_expert(up))),
             *at(x_gate),
             *at(x_up),
             int32(hidden_size),
@@ -243,30 +287,41 @@ def expert_down(
     slots: int,
     n_used: int,
     down: ExpertMatrix,
-    h: Rows,
+    h: int,
     hidden_size: int,
     ffn_size: int,
     out: Rows,
     grid: int,
     count: Count,
+    shared: tuple[ExpertMatrix, Rows] | None = None,
+    *,
+    all_resident: bool = False,
 ) -> Launch:
-    """Second half of the resident experts; `h` holds activation rows, its stride is in bytes."""
-    per_warp = rows_per_warp(down.format, ffn_size, hidden_size * n_used // 2)
+    """Second half of the resident experts, and of a shared one: its matrix, and where its result goes.
+
+    `all_resident` says that no choice is left to the CPU.
+    """
+    assert h % 16 == 0
+    n_hits = n_used if all_resident else ceil_div(n_used, 2)
+    per_warp = rows_per_warp(down.format, ffn_size, hidden_size * n_hits)
+    shared_down, shared_out = shared or (_no_expert(down), NOTHING)
     return Launch(
         "expert_down.cu",
         "expert_down",
         (f"DOWN_FORMAT={down.format.name}",),
-        (ceil_div(hidden_size, N_WARPS * per_warp), count.most * n_used, 1),
+        (ceil_div(hidden_size, N_WARPS * per_warp), count.most * (n_used + (shared is not None)), 1),
         N_WARPS * WARP,
         (
             pointer(ids),
             pointer(slots),
             int32(n_used),
             pack_expert_matrix(down, ffn_size),
-            *at(h),
+            pack_expert_matrix(shared_down, ffn_size),
+            pointer(h),
             int32(hidden_size),
             int32(ffn_size),
             *at(out),
+            *at(shared_out),
             pointer(grid),
             int32(per_warp),
             pointer(count.address),
@@ -304,7 +359,7 @@ class Combined(NamedTuple):
 
     Attributes:
         out: float32 [tokens, n_used, n_cols].
-        answers: of experts without a slot, mapped host memory; 0 if all have one.
+        exchange: where the answers for experts without a slot come from; None if all have one.
         ids, slots: who was chosen, and where they are.
         weights: 0 if all are 1.
         n_used: experts of a token.
@@ -313,7 +368,7 @@ class Combined(NamedTuple):
     """
 
     out: Rows
-    answers: int
+    exchange: Exchange | None
     ids: int
     slots: int
     weights: int
@@ -338,7 +393,7 @@ def residual(
 
     `weight` may be 0; without `out` nothing is normalised.
     """
-    combined = added if isinstance(added, Combined) else Combined(NOTHING, 0, 0, 0, 0, 0)
+    combined = added if isinstance(added, Combined) else Combined(NOTHING, None, 0, 0, 0, 0)
     shared, shared_gate = combined.shared or NOTHING, combined.shared_gate or NOTHING
     plain = added if isinstance(added, Rows) else NOTHING
     rows = (a, plain, total, out or NOTHING, combined.out, shared)
@@ -364,12 +419,13 @@ def residual(
             *at(plain),
             _Experts(
                 *combined.out,
-                combined.answers,
+                combined.exchange.answers if combined.exchange else 0,
                 combined.ids,
                 combined.slots,
                 combined.weights,
                 *shared,
                 *shared_gate,
+                combined.exchange.argument if combined.exchange else _Exchange(),
                 combined.scale,
             ),
             *at(total),
@@ -388,12 +444,20 @@ def can_gate_heads(head_size: int) -> bool:
     return 8 <= head_size <= 256 and head_size & (head_size - 1) == 0
 
 
+class GateOf(NamedTuple):
+    """A gate: float32 rows that begin with the first head's, the values of a head, and from one head to the next."""
+
+    gating: Gating
+    x: Rows
+    width: int
+    step: int
+
+
 def gate(
     x: Rows,
-    by: Rows,
+    by: GateOf,
     out: Rows,
     n_cols: int,
-    gating: Gating,
     count: Count,
     forms: Forms = NO_FORMS,
     head_size: int = 0,
@@ -402,18 +466,21 @@ def gate(
 ) -> Launch:
     """Multiply by the sigmoid or SiLU of a gate; with a `head_size`, x is normalised head by head before that."""
     assert n_cols % _LANE == 0
-    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by, out))
+    assert by.width % _LANE == by.step % 4 == 0
+    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by.x, out))
     assert weight % 16 == 0
     assert head_size == 0 or (can_gate_heads(head_size) and n_cols % head_size == 0)
     return Launch(
         "gate.cu",
         "gate",
-        (f"IS_SILU={int(gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
+        (f"IS_SILU={int(by.gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
         (ceil_div(n_cols, 4 * WARP * _LANE), count.most, 1),
         4 * WARP,
         (
             *at(x),
-            *at(by),
+            *at(by.x),
+            int32(by.width),
+            int32(by.step),
             pointer(weight),
             float32(eps),
             *at(out),
@@ -559,156 +626,80 @@ def rope(
     )
 
 
-def router(
-    logits: Rows,
-    bias: int,
-    ids: int,
-    weights: int,
-    n_experts: int,
-    n_used: int,
-    scoring: Scoring,
-    n_groups: int,
-    n_groups_used: int,
-    normalize: bool,
-    scale: float,
-    count: Count,
-) -> Launch:
+class Routing(NamedTuple):
+    """How experts are chosen, see `router.cuh`: logits float32 rows, ids int32 and weights float32 [tokens, n_used]."""
+
+    logits: Rows
+    bias: int
+    ids: int
+    weights: int
+    n_experts: int
+    n_used: int
+    scoring: Scoring
+    n_groups: int
+    n_groups_used: int
+    normalize: bool
+    scale: float
+
+    @property
+    def argument(self) -> Any:
+        """Return the kernels' argument."""
+        assert self.n_used <= self.n_experts
+        assert self.n_experts % self.n_groups == 0
+        assert self.n_groups == 1 or self.n_used <= self.n_experts // self.n_groups * self.n_groups_used
+        return _Routing(
+            *self.logits,
+            self.bias,
+            self.ids,
+            self.weights,
+            self.n_used,
+            self.scoring,
+            self.n_groups,
+            self.n_groups_used,
+            self.normalize,
+            self.scale,
+        )
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the shared memory of a warp that chooses."""
+        return 8 * (self.n_experts + self.n_groups)
+
+
+class Routed(NamedTuple):
+    """A choice that is made in the launch that computes its logits.
+
+    Attributes:
+        routing: the choice.
+        n_done: address of a zero in device memory.
+        asked: who has a slot, what is sent (float32 rows of `hidden_size`), and to where; None if nobody is asked.
+    """
+
+    routing: Routing
+    n_done: int
+    asked: Asked | None = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the kernel's arguments."""
+        asked = self.asked or Asked(0, NOTHING, 0, None)
+        exchange = _Exchange() if asked.exchange is None else asked.exchange.argument
+        places = (pointer(asked.slots), *at(asked.x), int32(asked.hidden_size), exchange)
+        return (self.routing.argument, pointer(self.n_done), *places)
+
+
+def router(routing: Routing, count: Count) -> Launch:
     """Choose experts."""
-    assert n_used <= n_experts
-    assert n_experts % n_groups == 0
-    assert n_groups == 1 or n_used <= n_experts // n_groups * n_groups_used
-    shared_bytes = 4 * (2 * n_experts + 2 * n_groups)
-    assert shared_bytes <= 48 << 10
+    assert routing.scratch_bytes <= 48 << 10
     return Launch(
         "router.cu",
         "router",
-        (f"N_EXPERTS={n_experts}",),
+        (f"N_EXPERTS={routing.n_experts}",),
         (1, count.most, 1),
         WARP,
-        (
-            *at(logits),
-            pointer(bias),
-            pointer(ids),
-            pointer(weights),
-            int32(n_used),
-            int32(scoring),
-            int32(n_groups),
-            int32(n_groups_used),
-            int32(normalize),
-            float32(scale),
-            pointer(count.address),
-        ),
-        shared_bytes,
+        (routing.argument, pointer(count.address)),
+        routing.scratch_bytes,
     )
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer; layout in `attention.cu`."""
-
-    address: int
-    type: KVType
-    n_slots: int
-    context_length: int
-    n_kv_heads: int
-    key_dim: int
-    value_dim: int
-    values_in_keys: bool = False
-
-
-class Sight(NamedTuple):
-    """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0."""
-
-    sinks: int = 0
-    window: int = 0
-    chunk: int = 0
-
-
-def kv_cache_bytes(cache: Cache) -> int:
-    """Return the bytes of a layer's cache (its address does not matter)."""
-    dims = (cache.key_dim,) if cache.values_in_keys else (cache.key_dim, cache.value_dim)
-    n_heads = cache.n_slots * cache.context_length * cache.n_kv_heads
-    if cache.type == KVType.Q8_0:
-        return n_heads * sum(dim + 2 * ceil_div(dim, 32) for dim in dims)
-    return n_heads * sum(dims) * (4 if cache.type == KVType.F32 else 2)
-
-
-def check_heads(key_dim: int, value_dim: int) -> None:
-    """Raise `DeviceError` for heads that the kernels cannot take."""
-    for name, dim in (("keys", key_dim), ("values", value_dim)):
-        if dim % _KV_VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
-            raise DeviceError(
-                f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_KV_VECTOR}, "
-                f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
-            )
-
-
-def n_attention_parts(cache: Cache) -> int:
-    """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    return max(1, min(ceil_div(_MAX_PARTS, cache.n_kv_heads), ceil_div(cache.context_length, 32)))
-
-
-def attention_scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
-    """Return the bytes of the parts' values, and of their sums."""
-    n_parts = min(max_tokens, _ATTENTION_TOKENS) * n_heads * n_attention_parts(cache)
-    return n_parts * cache.value_dim * 4, n_parts * 8
-
-
-def attention(
-    q: Rows,
-    k: Rows,
-    v: Rows | None,
-    out: Rows,
-    cache: Cache,
-    n_heads: int,
-    scale: float,
-    sight: Sight,
-    values: int,
-    parts: int,
-    positions: int,
-    slots: int,
-    count: Count,
-) -> list[Launch]:
-    """Store the new keys and values; then attend: few tokens over parts that are merged, many over all of them."""
-    n_parts, group = n_attention_parts(cache), n_heads // cache.n_kv_heads
-    assert n_heads % cache.n_kv_heads == 0
-    assert cache.address % 16 == 0
-    check_heads(cache.key_dim, cache.value_dim)
-    assert (v is None) == cache.values_in_keys
-    n_tiles = ceil_div(group, 8 if cache.value_dim <= 256 else 4)  # so many heads share a reading of the cache
-    definitions = (
-        f"KV_TYPE={int(cache.type)}",
-        f"KEY_DIM={cache.key_dim}",
-        f"VALUE_DIM={cache.value_dim}",
-        f"GROUP={group}",
-        f"HEADS={ceil_div(group, n_tiles)}",
-        f"SHARED={int(cache.values_in_keys)}",
-    )
-    places = (
-        _Cache(cache.address, cache.n_slots, cache.context_length, cache.n_kv_heads),
-        pointer(positions),
-        pointer(slots),
-    )
-
-    def launch(kernel: str, grid: tuple[int, int, int], block: int, *arguments: Any) -> Launch:
-        return Launch("attention.cu", kernel, definitions, grid, block, (*arguments, pointer(count.address)))
-
-    threads = ceil_div(max(cache.key_dim, cache.value_dim), WARP) * WARP
-    grid = (cache.n_kv_heads, count.most, 1 if v is None else 2)
-    launches = [launch("store_kv", grid, threads, *at(k), *at(v or NOTHING), *places)]
-    scratch, limits = (pointer(values), pointer(parts)), (int32(sight.window), int32(sight.chunk))
-    what = (*at(q), *places, float32(scale), *limits)
-    if count.most > _ATTENTION_TOKENS:
-        grid = (cache.n_kv_heads * n_tiles, count.most, 1)
-        merging = (int32(n_parts), pointer(sight.sinks))
-        return [*launches, launch("attend_all", grid, 4 * WARP, *what, *merging, *at(out))]
-    grid, begin = (cache.n_kv_heads * n_tiles, n_parts, count.most), int32(0)
-    launches.append(launch("attend", grid, 4 * WARP, *what, *scratch, begin))
-    sums = (*scratch, int32(n_parts), pointer(sight.sinks), pointer(positions))
-    launches.append(launch("merge_parts", (n_heads, count.most, 1), 4 * WARP, *sums, *at(out), begin))
-    return launches
 
 
 # -- recurrent layers -------------------------------------------------------------------------------------------------
@@ -795,7 +786,7 @@ def delta_net(
 
 
 class Exchange(NamedTuple):
-    """Device addresses of the memory shared with the CPU; see `handshake.cu`."""
+    """Device addresses of what a layer shares with the CPU; see `handshake.cuh`."""
 
     missing_ids: int
     x: int
@@ -806,45 +797,33 @@ class Exchange(NamedTuple):
     step: int  # in device memory, as is n_misses
     n_misses: int
     n_layers: int
+    layer: int = 0
+
+    @property
+    def argument(self) -> Any:
+        """Return the kernels' argument."""
+        words = (self.requested, self.answered, self.abandoned, self.step, self.n_misses)
+        return _Exchange(self.missing_ids, self.x, *words, self.layer, self.n_layers)
 
 
-def publish_misses(
-    ids: int, slots: int, n_used: int, x: Rows, hidden_size: int, exchange: Exchange, layer: int, count: Count
-) -> Launch:
+class Asked(NamedTuple):
+    """What the CPU is asked with: the experts' slots, float32 rows of activations, and where they go."""
+
+    slots: int
+    x: Rows
+    hidden_size: int
+    exchange: Exchange | None
+
+
+def publish_misses(ids: int, n_used: int, asked: Asked, count: Count) -> Launch:
     """Ask the CPU for the experts that have no slot."""
-    return Launch(
-        "handshake.cu",
-        "publish_misses",
-        (),
-        (1, 1, 1),
-        512,
-        (
-            pointer(ids),
-            pointer(slots),
-            int32(n_used),
-            *at(x),
-            int32(hidden_size),
-            pointer(exchange.missing_ids),
-            pointer(exchange.x),
-            pointer(exchange.requested),
-            pointer(exchange.step),
-            int32(layer),
-            int32(exchange.n_layers),
-            pointer(exchange.n_misses),
-            pointer(count.address),
-        ),
-    )
-
-
-def await_answer(exchange: Exchange, layer: int) -> Launch:
-    """Wait for the CPU's answer, if anything was asked."""
-    words = (exchange.answered, exchange.abandoned, exchange.step)
-    numbers = (int32(layer), int32(exchange.n_layers))
-    arguments = (*map(pointer, words), *numbers, pointer(exchange.n_misses))
-    return Launch("handshake.cu", "await_answer", (), (1, 1, 1), 1, arguments)
+    assert asked.exchange is not None
+    slots, hidden_size = pointer(asked.slots), int32(asked.hidden_size)
+    arguments = (pointer(ids), slots, int32(n_used), *at(asked.x), hidden_size, asked.exchange.argument)
+    return Launch("handshake.cu", "publish_misses", (), (1, 1, 1), 512, (*arguments, pointer(count.address)))
 
 
 def publish_end(exchange: Exchange) -> Launch:
     """Tell the CPU that the step is over."""
-    arguments = (pointer(exchange.requested), pointer(exchange.step), int32(exchange.n_layers))
-    return Launch("handshake.cu", "publish_end", (), (1, 1, 1), 1, arguments)
+    end = exchange._replace(layer=exchange.n_layers)
+    return Launch("handshake.cu", "publish_end", (), (1, 1, 1), 1, (end.argument,))

@@ -9,18 +9,18 @@ program has such a list for each of some sizes of steps, over the same memory.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import kernels, tiles
-from engine.devices.cuda.kernels import Cache, Combined, Exchange, Forms, Sight
+from engine.devices.cuda import attention, fusion, kernels, tiles
+from engine.devices.cuda.attention import Cache
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.sequence_state import Owners
 from engine.devices.cuda.tiles import Groups, Sizes
@@ -187,6 +187,18 @@ class Pass:
         return 0 if offset is None else self.base + offset
 
 
+RoutedOf: TypeAlias = tuple[int, Callable[[Pass], Routed | None]]
+"""Which of some products gives the logits of a router, and the choice that is made with it, if it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedLaunches:
+    """A shared expert: its matrices and where its result goes, and the launches that compute it alone."""
+
+    matrices: Callable[[Pass], tuple[list[ExpertMatrix], Rows]]
+    plain: Callable[[Pass], Iterable[Launch | Streamed]]
+
+
 Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]
 """Gives what is added to the residual stream, what to it, and where the sum goes."""
 
@@ -202,15 +214,6 @@ class StepLayout:
         self.token_ids, self.positions, self.slots, self.output_rows = (
             self.offset + 4 * (4 + i * max_tokens) for i in range(4)
         )
-
-
-def _is_sum(op: ops.Operation) -> TypeGuard[ops.Add | ops.Combine]:
-    return isinstance(op, (ops.Add, ops.Combine))
-
-
-def _is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
-    """Return whether a norm is that of all of a tensor's columns."""
-    return norm.x == x and norm.group_size == x.width
 
 
 class Lowering:
@@ -237,6 +240,7 @@ class Lowering:
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[Pass], Iterable[Launch | Streamed]]] = []
         self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
+        self._asks_early: dict[object, Callable[[Pass], bool]] = {}  # by the ids: whether the choice asked the CPU
         self._index = 0
 
         layers = [op for op in graph.operations if isinstance(op, ops.Experts)]
@@ -268,37 +272,9 @@ class Lowering:
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
     def _lower(self, operations: Sequence[ops.Operation]) -> None:
-        """Record every operation; some together with the one before."""
-        n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
-        before: ops.Operation | None = None  # an operation that waits for the next one
-        for self._index, op in enumerate(operations):
-            following = operations[self._index + 1] if self._index + 1 < len(operations) else None
-            if before is not None and isinstance(op, ops.Gate):
-                assert isinstance(before, ops.RMSNorm)
-                self._gate(op, before)
-                before = None
-            elif before is not None:
-                assert _is_sum(before)
-                assert isinstance(op, ops.RMSNorm)
-                self._residual(before, op)
-                before = None
-            elif following is not None and self._goes_with(op, following, n_users):
-                before = op
-            else:
-                _LOWER[type(op)](self, op)
-
-    @staticmethod
-    def _goes_with(op: ops.Operation, following: ops.Operation, n_users: Counter[ops.Buffer]) -> bool:
-        """Return whether two operations become one launch: a sum and its norm, or the norm of heads and their gate."""
-        if _is_sum(op):
-            return isinstance(following, ops.RMSNorm) and _is_of_row(following, op.out)
-        return (
-            isinstance(op, ops.RMSNorm)
-            and isinstance(following, ops.Gate)
-            and following.x == op.out
-            and n_users[op.out.buffer] == 2  # nobody else reads the norm
-            and kernels.can_gate_heads(op.group_size)
-        )
+        """Record every operation; some together with those around them."""
+        for self._index, item in fusion.fused(operations):
+            _LOWER[type(item)](self, item)
 
     @property
     def needs_cpu(self) -> bool:
@@ -332,7 +308,7 @@ class Lowering:
     def _reserve_state(self, graph: Graph) -> None:
         limits = self.limits
         for cache in graph.kv_caches:
-            self._offsets[cache] = self.layout.reserve(kernels.kv_cache_bytes(self._cache(cache, 0)))
+            self._offsets[cache] = self.layout.reserve(self._cache(cache, 0).n_bytes)
             self.states.append((cache, self._offsets[cache]))
         for state in graph.states:
             self._offsets[state] = self.layout.reserve(state.width * 4 * limits.n_slots)
@@ -415,6 +391,10 @@ class Lowering:
         values = vector
         return self._constant((vector.name, vector.first, vector.size), lambda: self.values(values))
 
+    def vector_offset(self, name: str, size: int) -> int:
+        """Return where the `size` values of a whole vector are."""
+        return self._offsets[name, 0, size]
+
     def _matrix(self, weight: Weight) -> int:
         """Return the offset of a matrix that always stays on the device."""
         first = self._constant(weight.name, lambda: self._weights.array(weight.name))
@@ -451,7 +431,7 @@ class Lowering:
         return finish
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
-        if _is_of_row(op, op.x):
+        if fusion.is_of_row(op, op.x):
             self._residual(None, op)
             return
         x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
@@ -469,7 +449,7 @@ class Lowering:
             ]
         )
 
-    def _residual(self, before: ops.Add | ops.Combine | None, norm: ops.RMSNorm | None) -> None:
+    def _residual(self, before: fusion.Sum | None, norm: ops.RMSNorm | None) -> None:
         """Record a sum into the residual stream, a norm of a whole row, or both as one."""
         tensor = before.out if before else norm.x if norm else None
         assert tensor is not None
@@ -477,27 +457,26 @@ class Lowering:
         out, weight = (self._use(norm.out), self._vector(norm.weight)) if norm else (None, None)
         finish = self._finish(norm.out) if norm else Finish(self._index)
 
-        def launches(p: Pass) -> Iterable[Launch]:
-            if isinstance(before, ops.Combine):
-                yield from self._await_answer(before.routing, p)
-            yield kernels.residual(
-                *source(p),
-                tensor.width,
-                p.count(tensor.rows),
-                p.at(weight),
-                norm.eps if norm else 0.0,
-                p.rows(out) if out else None,
-                finish.at(p),
-            )
-
-        self._calls.append(launches)
+        self._calls.append(
+            lambda p: [
+                kernels.residual(
+                    *source(p),
+                    tensor.width,
+                    p.count(tensor.rows),
+                    p.at(weight),
+                    norm.eps if norm else 0.0,
+                    p.rows(out) if out else None,
+                    finish.at(p),
+                )
+            ]
+        )
 
     def _no_sum(self, x: Tensor) -> Summands:
         """Return what gives a tensor as it is."""
         place = self._use(x)
         return lambda p: (p.rows(place), None, NOTHING)
 
-    def _sum(self, op: ops.Add | ops.Combine) -> Summands:
+    def _sum(self, op: fusion.Sum) -> Summands:
         """Return what gives the summands and the place of their sum."""
         total = self._use(op.out)
         if isinstance(op, ops.Add):
@@ -512,7 +491,7 @@ class Lowering:
                 p.rows(residual),
                 Combined(
                     p.rows(expert_out),
-                    p.exchange.answers if p.exchange is not None and self._asks(op.routing) else 0,
+                    self._exchange(op.routing, p),
                     self._ids(op.routing, p),
                     self._slots(op.routing, p),
                     p.rows(weights).address if op.weighted else 0,
@@ -526,16 +505,26 @@ class Lowering:
 
         return combined
 
-    def _linear(self, op: ops.Linear) -> None:
+    def _linear(self, op: ops.Linear, routed: RoutedOf | None = None) -> None:
+        """Record products; `routed` gives the choice that is made with those of one format."""
         groups: dict[QuantFormat, list[int]] = {}
         for i, weight in enumerate(op.weights):
             groups.setdefault(weight.format, []).append(i)
         outs = [self._use(out) for out in op.outs]
         for weight_format, members in groups.items():
             for first in range(0, len(members), MAX_MATRICES):
-                self._linear_launch(op, weight_format, members[first : first + MAX_MATRICES], outs)
+                own = members[first : first + MAX_MATRICES]
+                chosen = routed if routed is not None and routed[0] in own else None
+                self._linear_launch(op, weight_format, own, outs, chosen)
 
-    def _linear_launch(self, op: ops.Linear, weight_format: QuantFormat, members: list[int], outs: list[Place]) -> None:
+    def _linear_launch(
+        self,
+        op: ops.Linear,
+        weight_format: QuantFormat,
+        members: list[int],
+        outs: list[Place],
+        routed: RoutedOf | None,
+    ) -> None:
         x, grid = self._activations(op.x, weight_format.activation), self._grid(weight_format)
         parts = [
             (
@@ -547,21 +536,17 @@ class Lowering:
             )
             for i in members
         ]
-        self._calls.append(
-            lambda p: [
-                p.linear(weight_format)(
-                    p.rows(x),
-                    op.x.width,
-                    weight_format,
-                    [
-                        Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale))
-                        for matrix, n, out, bias, scale in parts
-                    ],
-                    p.at(grid),
-                    p.count(op.x.rows),
-                )
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            matrices = [
+                Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale))
+                for matrix, n, out, bias, scale in parts
             ]
-        )
+            what = (p.rows(x), op.x.width, weight_format, matrices, p.at(grid), p.count(op.x.rows))
+            choice = routed[1](p) if routed is not None else None
+            yield p.linear(weight_format)(*what) if choice is None else kernels.linear(*what, routed=choice)
+
+        self._calls.append(launches)
 
     def _head_linear(self, op: ops.HeadLinear) -> None:
         weight, n = op.weight, op.weight.n_experts
@@ -625,10 +610,9 @@ class Lowering:
             lambda p: [
                 kernels.gate(
                     p.rows(x),
-                    p.rows(by),
+                    GateOf(op.gating, p.rows(by), op.x.width, op.x.width),
                     p.rows(out),
                     op.x.width,
-                    op.gating,
                     p.count(op.x.rows),
                     finish.at(p),
                     norm.group_size if norm else 0,
@@ -656,12 +640,15 @@ class Lowering:
             ]
         )
 
-    def _rope(self, op: ops.Rope) -> None:
-        x = self._use(op.x)
+    def _frequencies(self, op: ops.Rope) -> tuple[int, int]:
+        """Return the offset of a rotation's frequencies, and how many values of a head turn."""
         with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
             divided = op.frequencies if op.divisors is None else op.frequencies / self.values(op.divisors)
         values = np.ascontiguousarray(divided, np.float32)
-        frequencies = self._constant(("frequencies", values.tobytes()), lambda: values)
+        return self._constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
+
+    def _rope(self, op: ops.Rope) -> None:
+        x, (frequencies, n_rot) = self._use(op.x), self._frequencies(op)
         self._calls.append(
             lambda p: [
                 kernels.rope(
@@ -670,7 +657,7 @@ class Lowering:
                     p.base + frequencies,
                     op.n_heads,
                     op.head_dim,
-                    2 * len(values),
+                    n_rot,
                     op.style,
                     op.magnitude,
                     p.count(op.x.rows),
@@ -678,29 +665,70 @@ class Lowering:
             ]
         )
 
-    def _attention(self, op: ops.Attention) -> None:
-        kernels.check_heads(op.cache.head_dim, op.cache.value_dim)
-        q, k, out, sinks = self._use(op.q), self._use(op.k), self._use(op.out), self._vector(op.sinks)
-        v = self._use(op.v) if op.v else None
-        sizes = kernels.attention_scratch_bytes(self._cache(op.cache, 0), op.n_heads, self.limits.max_tokens)
-        values, parts = (self._temporary(n_bytes) for n_bytes in sizes)
-        self._calls.append(
-            lambda p: kernels.attention(
-                p.rows(q),
-                p.rows(k),
-                p.rows(v) if v else None,
-                p.rows(out),
-                self._cache(op.cache, p.base + self._offsets[op.cache]),
-                op.n_heads,
-                op.scale,
-                Sight(p.at(sinks), op.window, op.chunk),
-                p.rows(values).address,
-                p.rows(parts).address,
-                p.base + self.step.positions,
-                p.base + self.step.slots,
-                p.count(op.q.rows),
+    def _attention(self, item: fusion.Attention) -> None:
+        """Record attention with what makes its inputs ready, and the gate behind it."""
+        op, cache = item.attention, self._cache(item.attention.cache, 0)
+        attention.check_heads(cache.key_dim, cache.value_dim)
+        q, k, v = self._use(item.q), self._use(item.k), self._use(op.v) if op.v else None
+        q_out, found, sinks = self._use(op.q), self._use(op.out), self._vector(op.sinks)
+        q_weight, k_weight = (self._vector(norm.weight) if norm else None for norm in (item.q_norm, item.k_norm))
+        frequencies, n_rot = self._frequencies(item.rope) if item.rope else (0, 0)
+        q_step = cache.key_dim + (cache.value_dim if item.split else 0)
+        by = self._use(item.gate.gate) if item.gate and not item.split else q
+        out = item.gate.out if item.gate else op.out
+        to, finish = self._use(out), self._finish(out)
+        scratch = [self._temporary(n) for n in attention.scratch_bytes(cache, op.n_heads, self.limits.max_tokens)]
+
+        def gate(p: Pass) -> GateOf | None:
+            if item.gate is None:
+                return None
+            first, stride = p.rows(by)
+            if item.split:
+                return GateOf(item.gate.gating, Rows(first + 4 * cache.key_dim, stride), cache.value_dim, q_step)
+            return GateOf(item.gate.gating, Rows(first, stride), cache.value_dim, cache.value_dim)
+
+        def launches(p: Pass) -> Iterable[Launch]:
+            count, own = p.count(op.q.rows), cache._replace(address=p.base + self._offsets[op.cache])
+            place = attention.Place(p.base + self.step.positions, p.base + self.step.slots)
+            q_heads = attention.Heads(
+                p.rows(q), op.n_heads, q_step, item.q_norm is not None, p.at(q_weight), item.q_rope is not None
             )
-        )
+            k_heads = attention.Heads(
+                p.rows(k),
+                cache.n_kv_heads,
+                cache.key_dim,
+                item.k_norm is not None,
+                p.at(k_weight),
+                item.k_rope is not None,
+            )
+            yield attention.inputs(
+                q_heads if item.split or item.q_norm or item.q_rope else None,
+                p.rows(q_out),
+                k_heads,
+                attention.Heads(p.rows(v), cache.n_kv_heads, cache.value_dim) if v else None,
+                item.norm.eps if item.norm else 0.0,
+                attention.Rotation(p.at(frequencies), n_rot, item.rope.style, item.rope.magnitude)
+                if item.rope
+                else attention.Rotation(),
+                own,
+                place,
+                count,
+            )
+            sight = attention.Sight(p.at(sinks), op.window, op.chunk)
+            addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
+            what = (own, op.n_heads, op.scale, sight, addresses, place, count)
+            if p.most <= attention.FEW_TOKENS:
+                yield from attention.attend(p.rows(q_out), p.rows(to), *what, gate(p), finish.at(p))
+                return
+            yield from attention.attend(p.rows(q_out), p.rows(found), *what)
+            by_heads = gate(p)
+            if by_heads:
+                yield kernels.gate(p.rows(found), by_heads, p.rows(to), out.width, count, finish.at(p))
+            else:
+                for form, rows in finish.forms.items():
+                    yield kernels.quantize(p.rows(to), out.width, form, p.rows(rows), 1, count)
+
+        self._calls.append(launches)
 
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
@@ -759,29 +787,77 @@ class Lowering:
     def _slots(self, routing: Routing, p: Pass) -> int:
         return p.base + self.expert_table + 4 * self._routing_index[routing.ids.buffer] * self.n_experts
 
-    def _router(self, op: ops.Router) -> None:
+    def _routing(self, op: ops.Router) -> Callable[[Pass], kernels.Routing]:
+        """Return what says how experts are chosen."""
         logits, weights, bias = self._use(op.logits), self._use(op.out.weights), self._vector(op.bias)
         assert op.out.ids.width == self.n_used, "layers that use different numbers of experts"
-        self._calls.append(
-            lambda p: [
-                kernels.router(
-                    p.rows(logits),
-                    p.at(bias),
-                    self._ids(op.out, p),
-                    p.rows(weights).address,
-                    op.out.n_experts,
-                    op.out.ids.width,
-                    op.scoring,
-                    op.n_groups,
-                    op.n_groups_used,
-                    op.normalize,
-                    op.scale,
-                    p.count(op.logits.rows),
-                )
-            ]
+        return lambda p: kernels.Routing(
+            p.rows(logits),
+            p.at(bias),
+            self._ids(op.out, p),
+            p.rows(weights).address,
+            op.out.n_experts,
+            op.out.ids.width,
+            op.scoring,
+            op.n_groups,
+            op.n_groups_used,
+            op.normalize,
+            op.scale,
         )
 
-    def _experts(self, op: ops.Experts) -> None:
+    def _router(self, op: ops.Router) -> None:
+        routing = self._routing(op)
+        self._calls.append(lambda p: [kernels.router(routing(p), p.count(op.logits.rows))])
+
+    def _linear_and_router(self, item: fusion.LinearAndRouter) -> None:
+        """Record products, and the choice of experts by one of them: for few tokens that is one launch."""
+        op, routing, x = item.linear, self._routing(item.router), self._use(item.linear.x)
+        place = op.outs.index(item.router.logits)
+        weight_format, sends_x = op.weights[place].format, item.experts.x == op.x
+        n_done = self._constant("n_done", lambda: np.zeros(1, np.int32))
+
+        def routed(p: Pass) -> Routed | None:
+            count = p.count(op.x.rows)
+            if tiles.pays(weight_format, p.most) or not kernels.can_route(weight_format, op.x.width, count.most):
+                return None
+            exchange = self._exchange(item.router.out, p) if sends_x else None
+            asked = Asked(self._slots(item.router.out, p), p.rows(x), op.x.width, exchange) if exchange else None
+            return Routed(routing(p), p.base + n_done, asked)
+
+        def asks(p: Pass) -> bool:
+            choice = routed(p)
+            return choice is not None and choice.asked is not None
+
+        self._linear(op, (place, routed))
+        self._calls.append(lambda p: [] if routed(p) else [kernels.router(routing(p), p.count(op.x.rows))])
+        self._asks_early[item.router.out.ids.buffer] = asks
+
+    def _exchange(self, routing: Routing, p: Pass) -> Exchange | None:
+        """Return what a layer shares with the CPU, if that computes some of its experts."""
+        layer = self._routing_index[routing.ids.buffer]
+        if p.exchange is None or self._n_slots[layer] == routing.n_experts:
+            return None
+        return p.exchange._replace(layer=layer)
+
+    def _shared_expert(self, item: fusion.SharedExpert) -> None:
+        """Record experts with a shared one: for few tokens it is computed like one more that was chosen."""
+        calls, self._calls = self._calls, []
+        self._linear(item.gate_up)
+        self._gate(item.gate)
+        self._linear(item.down)
+        plain, self._calls = self._calls, calls
+        weights = (*item.gate_up.weights, *item.down.weights)
+        offsets, out = [self._matrix(weight) for weight in weights], self._use(item.down.outs[0])
+
+        def matrices(p: Pass) -> tuple[list[ExpertMatrix], Rows]:
+            own = zip(offsets, weights, strict=True)
+            return [ExpertMatrix(p.base + offset, 0, weight.format) for offset, weight in own], p.rows(out)
+
+        self._experts(
+            item.experts, SharedLaunches(matrices, lambda p: (launch for call in plain for launch in call(p)))
+        )
+
+    def _experts(self, op: ops.Experts, shared: SharedLaunches | None = None) -> None:
         number = len(self.expert_layers)
         layer = ExpertLayer(op, self._n_slots[number])
         self.expert_layers.append(layer)
@@ -796,7 +872,7 @@ class Lowering:
         x_gate, x_up = (self._activations(op.x, weight.format.activation) for weight in layer.weights[:2])
         out = self._use(op.out)
         n_used, ffn_size, hidden_size = op.routing.ids.width, op.gate.n_rows, op.x.width
-        h = self._temporary(self.limits.max_tokens * n_used * ffn_size * 4)
+        h = self._temporary(self.limits.max_tokens * (n_used + 1) * ffn_size * 4)
         h.stride = ffn_size
         form = op.down.format.activation
         if form == Activation.F32:
@@ -822,6 +898,7 @@ class Lowering:
             """Each choice for itself: for few tokens."""
             ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
             gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
+            own, own_out = shared.matrices(p) if shared is not None else (None, NOTHING)
             yield kernels.expert_gate_up(
                 ids,
                 slots,
@@ -836,20 +913,21 @@ class Lowering:
                 (p.at(grids[0]), p.at(grids[1])),
                 op.activation,
                 count,
+                (own[0], own[1]) if own else None,
             )
-            if form != Activation.F32:
-                yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
             yield kernels.expert_down(
                 ids,
                 slots,
                 n_used,
                 down,
-                p.rows(h_in_form),
+                p.rows(h).address,
                 hidden_size,
                 ffn_size,
                 p.rows(out),
                 p.at(grids[2]),
                 count,
+                (own[2], own_out) if own else None,
+                all_resident=layer.is_resident,
             )
 
         def by_expert(p: Pass) -> Iterable[Launch | Streamed]:
@@ -905,26 +983,19 @@ class Lowering:
                 yield streamed((2,), second_half)
 
         def launches(p: Pass) -> Iterable[Launch | Streamed]:
-            if p.exchange is not None and not layer.is_resident:  # before our share, so that both work at the same time
-                ids, slots = self._ids(op.routing, p), self._slots(op.routing, p)
-                yield kernels.publish_misses(
-                    ids, slots, n_used, p.rows(x), hidden_size, p.exchange, number, p.count(op.x.rows)
-                )
-            if not layer.n_slots and not p.streams:
-                return
+            exchange, asks_early = self._exchange(op.routing, p), self._asks_early.get(op.routing.ids.buffer)
+            if exchange is not None and not (asks_early and asks_early(p)):
+                # before our share, so that both work at the same time
+                asked = Asked(self._slots(op.routing, p), p.rows(x), hidden_size, exchange)
+                yield kernels.publish_misses(self._ids(op.routing, p), n_used, asked, p.count(op.x.rows))
             can_group = all(tiles.has_integer_form(f) for f in formats)
             groups = p.streams or (can_group and tiles.pays_to_group(sizes, p.most))
-            yield from by_expert(p) if groups else by_choice(p)
+            if shared is not None and (groups or not layer.n_slots):
+                yield from shared.plain(p)
+            if layer.n_slots or p.streams:
+                yield from by_expert(p) if groups else by_choice(p)
 
         self._calls.append(launches)
-
-    def _asks(self, routing: Routing) -> bool:
-        """Return whether the CPU computes some experts of that layer."""
-        return not self.expert_layers[self._routing_index[routing.ids.buffer]].is_resident
-
-    def _await_answer(self, routing: Routing, p: Pass) -> Iterable[Launch]:
-        if p.exchange is not None and self._asks(routing):
-            yield kernels.await_answer(p.exchange, self._routing_index[routing.ids.buffer])
 
     def _select_outputs(self, op: ops.SelectOutputs) -> None:
         x, out = self._use(op.x), self._use(op.out)
@@ -941,7 +1012,7 @@ class Lowering:
         )
 
 
-_LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
+_LOWER: dict[type[fusion.Fused], Callable[[Lowering, Any], None]] = {
     ops.Embed: Lowering._embed,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,
@@ -953,11 +1024,15 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.SplitHeads: Lowering._split_heads,
     ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,
-    ops.Attention: Lowering._attention,
+    fusion.Attention: Lowering._attention,
+    fusion.SumAndNorm: lambda lowering, two: lowering._residual(two.sum, two.norm),
+    fusion.NormAndGate: lambda lowering, two: lowering._gate(two.gate, two.norm),
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,
     ops.Experts: Lowering._experts,
+    fusion.LinearAndRouter: Lowering._linear_and_router,
+    fusion.SharedExpert: Lowering._shared_expert,
     ops.Combine: lambda lowering, op: lowering._residual(op, None),
     ops.SelectOutputs: Lowering._select_outputs,
 }

@@ -1,6 +1,6 @@
 """The CPU's half of a step: answers the GPU's requests for experts that have no slot.
 
-The protocol is written down in `cuda/handshake.cu`.
+The protocol is written down in `cuda/handshake.cuh`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class MissServer:
     """Computes misses while a step runs, with one team of threads from its first layer to its last.
 
     It holds one small CPU program for each layer: the activations put into the forms the weights take, and the experts.
+
+    Attributes:
+        seconds: float64 [2, n_moe_layers], waited for each layer's request, and spent to answer it, in all steps.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MissServer:
         self._last_request = 0
         programs = [self._program(layer, n_threads, isa) for layer in lowering.expert_layers]
         self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE)
+        self.seconds = self._server.seconds
 
     def exchange(self, base: int) -> Exchange:
         """Return the addresses that the kernels need; `base` is where the device allocation begins."""

@@ -38,7 +38,7 @@ def _state_of(state: State, offset: int, slot: int) -> Part:
 
 
 def _rows(cache: KVCache, kv_type: KVType) -> Iterator[int]:
-    """Yield the bytes of a head of one position in each array of a cache, in the order of `cuda/attention.cu`."""
+    """Yield the bytes of a head of one position in each array of a cache, in the order of `cuda/kv_cache.cuh`."""
     dims = (cache.head_dim,) if cache.values_in_keys else (cache.head_dim, cache.value_dim)
     size = {KVType.F32: 4, KVType.F16: 2, KVType.Q8_0: 1}[kv_type]
     yield from (dim * size for dim in dims)

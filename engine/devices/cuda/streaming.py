@@ -60,6 +60,7 @@ class ExpertStream:
     def begin(self, slots: npt.NDArray[np.int32]) -> None:
         """Note who has a slot in the coming step, int32 [n_moe_layers, n_experts], -1 for nobody."""
         self._cold = []
+        slots = slots.copy()  # the cache may go on while the step runs
         for layer, (places, own_slots) in enumerate(zip(self.places, slots, strict=True)):
             n_experts = self._lowering.expert_layers[layer].n_experts
             places[:] = own_slots

@@ -15,7 +15,8 @@ from engine.devices.cuda.host_memory import ExpertPaths
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
 from engine.errors import DeviceError
 
-N_AT_ONCE = 8
+N_AT_ONCE = 64  # that need no buffer
+N_BUFFERS = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +37,7 @@ class Copy:
 
 
 class ExpertCopies:
-    """The copies that are under way. To be used by the thread that runs the steps."""
+    """The copies that are under way. To be used by one thread at a time."""
 
     def __init__(self, context: Context, paths: ExpertPaths) -> None:
         """Make the ring."""
@@ -49,7 +50,7 @@ class ExpertCopies:
         try:
             self._stream = Stream(context)
             self._owned.append(self._stream)
-            for _ in range(N_AT_ONCE):
+            for _ in range(N_AT_ONCE if paths.is_pinned else N_BUFFERS):
                 buffer = None if paths.is_pinned else PinnedMemory(largest)
                 if buffer is not None:
                     self._owned.append(buffer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -28,10 +28,10 @@ from engine.devices.timing import (
     time_step,
     traffic_of,
 )
+from engine.errors import DeviceError
+from engine.gguf import available_memory
 
 Routing: TypeAlias = npt.NDArray[np.int32]
-RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
-"""Returns the experts of one more token, [n_moe_layers, n_experts_used]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,10 @@ class EmulatedDevice:
         *,
         wish: Wish | None = None,
         vram_budget: int | None = None,
-        bypass_n_tokens: int = 32,
+        stream_n_tokens: int | None = None,
         n_threads: int = 1,
         isa: str | None = None,
         behaviour: Behaviour | None = None,
-        make_routing: Callable[[int, int, int], RoutingSource] | None = None,
     ) -> None:
         """Open it.
 
@@ -70,18 +69,16 @@ class EmulatedDevice:
             machine: its speeds and sizes.
             wish: what to do with its memory; by default as many expert slots as fit.
             vram_budget: bytes of it to use at most; None for all.
-            bypass_n_tokens: steps of this many tokens or more stream the experts that have no slot.
+            stream_n_tokens: steps of this many tokens or more stream the experts that have no slot; None for where
+                that pays.
             n_threads: of the CPU, which does the arithmetic of both.
             isa: instruction-set level that is not to be exceeded.
             behaviour: chance; None for none.
-            make_routing: called with the numbers of MoE layers, of their experts and of experts used; what it returns
-                stands in for the routers where hits are counted, timed and reported. None for the model's own routing.
         """
         self.machine, self.wish = machine, wish or Wish()
         self.allowed_bytes = min(machine.vram_bytes, vram_budget or machine.vram_bytes)
-        self.bypass_n_tokens = bypass_n_tokens
+        self.stream_n_tokens = stream_n_tokens
         self.behaviour = behaviour or Behaviour()
-        self.make_routing = make_routing
         self.cpu = CPUDevice(n_threads, isa)
 
     @property
@@ -98,6 +95,7 @@ class EmulatedDevice:
         """Make a program; raise `DeviceError` if it needs more device memory than there is."""
         footprint = measure(graph, limits)
         plan = plan_memory(footprint, self.allowed_bytes, self.wish)
+        _check_ram(footprint, plan)
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
         return EmulatedProgram(self, lowered, footprint, plan)
 
@@ -129,17 +127,14 @@ class EmulatedProgram:
         )
         self._tables = lowered.expert_tables
         self._memory = SlotMemory(self._tables, [int(n) for n in plan.n_slots], self._clock)
+        self._stream_n_tokens = device.stream_n_tokens or footprint.streaming_pays_from(
+            device.machine.bandwidths, device.machine.cpu_macs
+        )
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._copied_bytes = 0
         self._time_spent = StepTime()
         self._traffic = Traffic()
-        self._routing_source: RoutingSource | None = None
-        self._routing: Routing | None = None  # of the last step, where it is not the model's own
-        if device.make_routing and footprint.n_experts:
-            self._routing_source = device.make_routing(
-                len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used
-            )
 
     # -- a program ---------------------------------------------------------------------------------------------------
 
@@ -167,11 +162,8 @@ class EmulatedProgram:
     ) -> npt.NDArray[np.float32]:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
-        if self._routing_source is not None:
-            source = self._routing_source
-            self._routing = np.stack([source() for _ in positions], axis=1).astype(np.int32)
         cold = self._without_slot()
-        if len(positions) >= self._device.bypass_n_tokens and any(map(len, cold)):
+        if len(positions) >= self._stream_n_tokens and any(map(len, cold)):
             self._program.begin(token_ids, positions, slots, output_rows)
             work, spent = self._stream(positions, slots, cold)
             logits = self._program.logits(len(output_rows))
@@ -230,7 +222,11 @@ class EmulatedProgram:
 
     def routing(self) -> Routing:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        return self._program.routing() if self._routing is None else self._routing.copy()
+        return self._program.routing()
+
+    def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
+        """Replace the values of some vectors, [len(names), size], for all steps from now on."""
+        self._program.write_vectors(names, values)
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
@@ -274,6 +270,11 @@ class EmulatedProgram:
     def bandwidths(self) -> Bandwidths:
         """Return the speeds that decide which swaps pay."""
         return self._device.machine.bandwidths
+
+    @property
+    def leaves_a_cpu(self) -> bool:
+        """Return False: a virtual clock has one thread."""
+        return False
 
     @property
     def device_bytes(self) -> int:
@@ -363,6 +364,18 @@ class EmulatedProgram:
             miss_macs=(counts * ~on_device).sum(1) * macs,
             streamed_bytes=np.array([len(experts) for experts in cold]) * sizes if cold else np.zeros(n_layers),
             copied_bytes=self._copied_bytes,
+        )
+
+
+def _check_ram(footprint: Footprint, plan: MemoryPlan) -> None:
+    """Raise `DeviceError` if the RAM cannot play the part of the device's memory."""
+    needed, available = plan.slot_bytes, available_memory()
+    if (plan.n_slots < plan.n_experts).any():
+        needed += STAGED_LAYERS * plan.n_experts * int(footprint.expert_bytes.max())
+    if available is not None and needed > available:
+        raise DeviceError(
+            f"the experts in the emulated GPU's memory need {needed / 1e9:.1f} GB of RAM beside the weights, and "
+            f"{available / 1e9:.1f} GB are free; lower [moe] hot_k, [engine] vram_budget or [emulated] vram"
         )
 
 

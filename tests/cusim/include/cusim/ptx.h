@@ -161,6 +161,10 @@ static inline uint4 ld_stream16(const void *p) {
         cusim_fail("ld_stream16: address %p is not 16-byte aligned", p);
     return *(const uint4 *)p;
 }
+static inline void prefetch_l2(const void *p, unsigned n_bytes) {
+    if ((uintptr_t)p % 16 || n_bytes % 16)
+        cusim_fail("prefetch_l2: %u bytes from %p on are not 16-byte pieces", n_bytes, p);
+}
 // The other threads of the block run before each look, so a loop around it cannot hang the emulator.
 static inline unsigned ld_acquire_sys(const unsigned *p) {
     cusim_yield();
@@ -173,6 +177,14 @@ static inline float f16_to_f32(unsigned short bits) { return cusim_half_to_float
 static inline unsigned short f32_to_f16(float v) { return cusim_float_to_half(v); }
 static inline unsigned f32_to_f16x2(float lo, float hi) {
     return cusim_float_to_half(lo) | (unsigned)cusim_float_to_half(hi) << 16;
+}
+static inline unsigned add_f16x2(unsigned a, unsigned b) {
+    return f32_to_f16x2(f16_to_f32((unsigned short)a) + f16_to_f32((unsigned short)b),
+                        f16_to_f32((unsigned short)(a >> 16)) + f16_to_f32((unsigned short)(b >> 16)));
+}
+static inline unsigned mul_f16x2(unsigned a, unsigned b) {
+    return f32_to_f16x2(f16_to_f32((unsigned short)a) * f16_to_f32((unsigned short)b),
+                        f16_to_f32((unsigned short)(a >> 16)) * f16_to_f32((unsigned short)(b >> 16)));
 }
 static inline float bf16_to_f32(unsigned short bits) { return cusim_bfloat16_to_float(bits); }
 static inline unsigned short f32_to_bf16(float v) { return cusim_float_to_bfloat16(v); }

@@ -1,0 +1,63 @@
+// Misses: experts without a slot, which the CPU computes while the GPU computes the others.
+//
+// All of it goes through mapped host memory, one request at a time: the missing ids, the activations, the CPU's answers
+// (float32 [tokens, n_used, hidden_size], the rows of misses only), and three words, each on its own cache line:
+//
+//     requested  written by the GPU when a request is complete
+//     answered   written by the CPU when its answer is
+//     abandoned  not 0 once the CPU cannot answer any more: the graph then runs to its end, with wrong values
+//
+// A request's number is step * (n_layers + 1) + layer + 1, and step * (n_layers + 1) + n_layers + 1 says that the step is
+// over. `step` is counted up by the host and read from device memory, so one graph serves every token and no flag is
+// ever reset. A layer without misses makes no request: the CPU sees from the next number that it was skipped, and it
+// cannot be overtaken, since a request is written only after the one before was answered.
+//
+// Order: all threads store, fence and meet; then one thread stores the number with release semantics. The CPU reads the
+// number (acquire), then the request; it stores its answer, then the number (release). The GPU reads that with acquire,
+// and the kernels after it read the answers past their caches.
+#pragma once
+
+#include "common.cuh"
+
+// Where a layer's request goes, and where the answer comes from.
+struct Exchange {
+    int *missing_ids; // [tokens, n_used]: the ids without a slot, and -1 for the others
+    float *x;         // [tokens, hidden_size]
+    unsigned *requested;
+    const unsigned *answered, *abandoned, *step;
+    int *n_misses; // in device memory: whether there is anything to wait for
+    int layer, n_layers;
+
+    __device__ __forceinline__ unsigned number() const { return *step * (unsigned)(n_layers + 1) + (unsigned)layer + 1; }
+
+    // Asks for the experts that have no slot, by the whole block.
+    __device__ __forceinline__ void ask(const int *ids, const int *slots, int n_used, const float *activations,
+                                        int64_t stride, int hidden_size, int n_tokens) const {
+        const int n = n_tokens * n_used;
+        int is_missing = 0;
+        for (int i = threadIdx.x; i < n; i += blockDim.x)
+            is_missing |= ids[i] >= 0 && slots[ids[i]] < 0;
+        is_missing = __syncthreads_or(is_missing);
+        if (threadIdx.x == 0)
+            *n_misses = is_missing;
+        if (!is_missing)
+            return;
+        for (int i = threadIdx.x; i < n; i += blockDim.x)
+            missing_ids[i] = ids[i] >= 0 && slots[ids[i]] < 0 ? ids[i] : -1;
+        for (int t = 0; t < n_tokens; t++)
+            for (int i = threadIdx.x; i < hidden_size; i += blockDim.x)
+                x[(int64_t)t * hidden_size + i] = activations[t * stride + i];
+        __threadfence_system();
+        __syncthreads();
+        if (threadIdx.x == 0)
+            st_release_sys(requested, number());
+    }
+
+    // Waits for the answer, if anything was asked, by the whole block.
+    __device__ __forceinline__ void await() const {
+        if (threadIdx.x == 0 && *n_misses)
+            while (ld_acquire_sys(answered) != number() && !ld_acquire_sys(abandoned))
+                __nanosleep(100);
+        __syncthreads();
+    }
+};

@@ -1,0 +1,142 @@
+// Chooses experts: ids and weights [tokens, n_used], falling score, ties to the lower id.
+//
+// scoring: 0 softmax over all experts, 1 a sigmoid for each, 2 softmax over the chosen ones only. `bias` (or null) is
+// added to the scores for choosing only. With groups (n_groups > 1), only the experts of the best `n_groups_used` groups
+// can be chosen; a group is as good as its two best experts together. `normalize` divides the weights by their sum, or
+// by 2^-14 if that is smaller; then they are multiplied by `scale`.
+//
+// Compiled for N_EXPERTS.
+#pragma once
+
+#include "common.cuh"
+
+struct Routing {
+    const float *logits;
+    int64_t logits_stride;
+    const float *bias;
+    int *ids;
+    float *weights;
+    int n_used, scoring, n_groups, n_groups_used, normalize;
+    float scale;
+
+    // Four-byte words that `choose` needs.
+    __device__ __forceinline__ int scratch_words() const { return 2 * (N_EXPERTS + n_groups); }
+};
+
+// The index of the best of `n` values spread over the warp (value j * WARP + lane is the lane's j-th), the lowest on a
+// tie; NaN counts as the smallest. Takes it away, for every lane. Some value must be left.
+template <int PER_LANE> DEVICE int take_best(unsigned (&keys)[PER_LANE]) {
+    unsigned best = 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        best = max(best, keys[j]);
+    best = __reduce_max_sync(ALL_LANES, best);
+    unsigned index = 0xffffffffu;
+#pragma unroll
+    for (int j = PER_LANE - 1; j >= 0; j--)
+        index = keys[j] == best ? j * WARP + threadIdx.x % WARP : index;
+    index = __reduce_min_sync(ALL_LANES, index);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        keys[j] = index == j * WARP + threadIdx.x % WARP ? 0 : keys[j];
+    return (int)index;
+}
+
+// A float as a number that compares as it does; 0 is nobody's, and NaN counts as the smallest float.
+DEVICE unsigned key_of(float value) {
+    const unsigned bits = (unsigned)__float_as_int(value > NEVER ? value + 0.0f : NEVER); // + 0: no minus zero
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Chooses for one token, by a warp.
+DEVICE void choose(const Routing &routing, int token, float *scratch) {
+    constexpr int n_experts = N_EXPERTS, PER_LANE = (N_EXPERTS + WARP - 1) / WARP;
+    const int lane = threadIdx.x % WARP, n_used = routing.n_used, n_groups = routing.n_groups, scoring = routing.scoring;
+    float *scores = scratch, *choices = scores + n_experts, *groups = choices + n_experts;
+    int *groups_taken = (int *)(groups + n_groups), *ids = routing.ids + token * n_used;
+    float *weights = routing.weights + token * n_used;
+    float x[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) // other blocks may have written them a moment ago
+        x[j] = j * WARP + lane < n_experts ? __ldcv(routing.logits + token * routing.logits_stride + j * WARP + lane) : NEVER;
+
+    float largest = NEVER, sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        largest = fmaxf(largest, x[j]);
+    largest = warp_max(largest);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+        x[j] = scoring == 0 ? exp_canonical(x[j] - largest) : scoring == 1 ? sigmoid(x[j]) : x[j];
+        if (j * WARP + lane < n_experts)
+            sum += x[j];
+    }
+    sum = warp_sum(sum);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+        const int i = j * WARP + lane;
+        if (i >= n_experts)
+            continue;
+        scores[i] = scoring == 0 ? __fdiv_rn(x[j], sum) : x[j];
+        choices[i] = routing.bias ? scores[i] + routing.bias[i] : scores[i];
+    }
+    __syncwarp();
+
+    if (n_groups > 1) {
+        const int size = n_experts / n_groups;
+        for (int g = lane; g < n_groups; g += WARP) {
+            float first = NEVER, second = NEVER;
+            for (int i = g * size; i < (g + 1) * size; i++)
+                if (choices[i] > first)
+                    second = first, first = choices[i];
+                else if (choices[i] > second)
+                    second = choices[i];
+            groups[g] = size > 1 ? first + second : first;
+            groups_taken[g] = 0;
+        }
+        __syncwarp();
+        for (int k = 0; k < routing.n_groups_used; k++)
+            if (lane == 0) {
+                int best = -1;
+                for (int g = 0; g < n_groups; g++)
+                    if (!groups_taken[g] && (best < 0 || groups[g] > groups[best]))
+                        best = g;
+                groups_taken[best] = 1;
+            }
+        __syncwarp();
+        for (int i = lane; i < n_experts; i += WARP)
+            if (!groups_taken[i / size])
+                choices[i] = NEVER;
+        __syncwarp();
+    }
+
+    unsigned keys[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        keys[j] = j * WARP + lane < n_experts ? key_of(choices[j * WARP + lane]) : 0;
+    float total = 0.0f, first_score = 0.0f;
+    for (int rank = 0; rank < n_used; rank++) {
+        const int id = take_best(keys);
+        float weight = scores[id];
+        if (scoring == 2) { // the first is the largest
+            first_score = rank ? first_score : weight;
+            weight = exp_canonical(weight - first_score);
+        }
+        total += weight;
+        if (lane == 0) {
+            ids[rank] = id;
+            weights[rank] = weight;
+        }
+    }
+    __syncwarp();
+    const float softmax_sum = scoring == 2 ? total : 1.0f;
+    const float divisor = routing.normalize ? fmaxf(__fdiv_rn(total, softmax_sum), 0x1p-14f) : 1.0f;
+    for (int rank = lane; rank < n_used; rank += WARP) {
+        float weight = weights[rank];
+        if (scoring == 2)
+            weight = __fdiv_rn(weight, softmax_sum);
+        if (routing.normalize)
+            weight = __fdiv_rn(weight, divisor);
+        weights[rank] = weight * routing.scale;
+    }
+}

@@ -1,0 +1,281 @@
+"""Launches of attention: what it reads made ready, then few tokens by parts of the positions, or many in one kernel.
+
+As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+from engine.devices.cuda.kernels import NO_FORMS, Forms, GateOf
+from engine.devices.cuda.launch import (
+    NOTHING,
+    WARP,
+    Count,
+    Launch,
+    Rows,
+    at,
+    ceil_div,
+    float32,
+    int32,
+    pointer,
+)
+from engine.devices.graph import Gating, KVType, RopeStyle
+from engine.errors import DeviceError
+
+FEW_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without; `attention.cu`
+
+_MAX_HEAD_DIM = 576
+_BLOCKS = 256  # that parts make of a token: two for each multiprocessor of the largest GPUs
+_VECTOR = 8  # values that a lane reads at once; `kv_cache.cuh`
+_TILE, _HEADS, _WARPS = 32, 16, 8  # positions, heads and warps of a block; `attention.cu`
+_INPUT_WARPS = 4  # `attention_inputs.cu`
+_MERGED = 256  # columns of a block that merges parts
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("address", ctypes.c_void_p),
+        ("n_slots", ctypes.c_int32),
+        ("context_length", ctypes.c_int32),
+        ("n_kv_heads", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    ]
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("n", ctypes.c_int32),
+        ("step", ctypes.c_int32),
+        ("normalize", ctypes.c_int32),
+        ("rotate", ctypes.c_int32),
+    ]
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer; layout in `kv_cache.cuh`."""
+
+    address: int
+    type: KVType
+    n_slots: int
+    context_length: int
+    n_kv_heads: int
+    key_dim: int
+    value_dim: int
+    values_in_keys: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        """Return its size."""
+        dims = (self.key_dim,) if self.values_in_keys else (self.key_dim, self.value_dim)
+        n_heads = self.n_slots * self.context_length * self.n_kv_heads
+        if self.type == KVType.Q8_0:
+            return n_heads * sum(dim + 2 * ceil_div(dim, 32) for dim in dims)
+        return n_heads * sum(dims) * (4 if self.type == KVType.F32 else 2)
+
+    @property
+    def definitions(self) -> tuple[str, ...]:
+        """Return what kernels that read or write it are compiled for."""
+        return (
+            f"KV_TYPE={int(self.type)}",
+            f"KEY_DIM={self.key_dim}",
+            f"VALUE_DIM={self.value_dim}",
+            f"SHARED={int(self.values_in_keys)}",
+        )
+
+    @property
+    def argument(self) -> Any:
+        """Return the kernels' argument."""
+        return _Cache(self.address, self.n_slots, self.context_length, self.n_kv_heads)
+
+
+class Place(NamedTuple):
+    """Where a step's tokens belong: device addresses of their positions and of their sequences' slots, int32."""
+
+    positions: int
+    slots: int
+
+
+class Sight(NamedTuple):
+    """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0."""
+
+    sinks: int = 0
+    window: int = 0
+    chunk: int = 0
+
+
+class Heads(NamedTuple):
+    """Heads of queries, keys or values, and what is to be done with them before they are used.
+
+    Attributes:
+        x: float32 rows that begin with the first head.
+        n: how many heads.
+        step: values from one head to the next.
+        normalize: whether each head is normalised.
+        weight: of that norm, float32 for each value of a head; 0 for 1.
+        rotate: whether they are rotated by their position.
+    """
+
+    x: Rows
+    n: int
+    step: int
+    normalize: bool = False
+    weight: int = 0
+    rotate: bool = False
+
+    @property
+    def argument(self) -> Any:
+        """Return the kernel's argument."""
+        return _Heads(*self.x, self.weight, self.n, self.step, self.normalize, self.rotate)
+
+
+class Rotation(NamedTuple):
+    """How heads are rotated: float32 frequencies of their pairs, the number of values that turn, and how."""
+
+    frequencies: int = 0
+    n_rot: int = 0
+    style: RopeStyle = RopeStyle.NEOX
+    magnitude: float = 1.0
+
+
+def check_heads(key_dim: int, value_dim: int) -> None:
+    """Raise `DeviceError` for heads that the kernels cannot take."""
+    for name, dim in (("keys", key_dim), ("values", value_dim)):
+        if dim % _VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
+            raise DeviceError(
+                f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_VECTOR}, "
+                f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
+            )
+
+
+def _n_head_tiles(cache: Cache, n_heads: int) -> int:
+    return cache.n_kv_heads * ceil_div(n_heads // cache.n_kv_heads, _HEADS)
+
+
+def n_parts(cache: Cache, n_heads: int) -> int:
+    """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
+    return min(ceil_div(_BLOCKS, _n_head_tiles(cache, n_heads)), ceil_div(cache.context_length, _TILE))
+
+
+def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
+    """Return the bytes of the parts' values, and of their sums."""
+    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads)
+    return n * cache.value_dim * 4, n * 8
+
+
+def _tile_bytes(cache: Cache) -> int:
+    """Return the size of `attention.cu`'s `Tile`."""
+    planes = 2 if cache.type == KVType.F32 else 1
+    numbers = ceil_div(cache.key_dim, 64) * 64 + 8
+    if not cache.values_in_keys:
+        numbers += ceil_div(cache.value_dim, 16) * 16 + 8
+    return 2 * planes * _TILE * numbers + 4 * _HEADS * (_TILE + 8) + 16 * _HEADS * (_TILE + 4) + 4 * _HEADS
+
+
+def inputs(
+    q: Heads | None,
+    q_out: Rows,
+    k: Heads,
+    v: Heads | None,
+    eps: float,
+    rotation: Rotation,
+    cache: Cache,
+    place: Place,
+    count: Count,
+) -> Launch:
+    """Normalise and rotate heads as each wants, write queries to `q_out` (None: they stay), the others to the cache."""
+    check_heads(cache.key_dim, cache.value_dim)
+    assert cache.address % 16 == 0
+    assert (v is None) == cache.values_in_keys
+    assert rotation.n_rot % 2 == 0
+    assert rotation.n_rot <= cache.key_dim
+    nothing = Heads(NOTHING, 0, 0)
+    parts = (q or nothing, k, v or nothing)
+    return Launch(
+        "attention_inputs.cu",
+        "attention_inputs",
+        cache.definitions,
+        (ceil_div(sum(part.n for part in parts), _INPUT_WARPS), count.most, 1),
+        _INPUT_WARPS * WARP,
+        (
+            parts[0].argument,
+            *at(q_out),
+            parts[1].argument,
+            parts[2].argument,
+            float32(eps),
+            pointer(rotation.frequencies),
+            int32(rotation.n_rot),
+            int32(rotation.style == RopeStyle.NORM),
+            float32(rotation.magnitude),
+            cache.argument,
+            pointer(place.positions),
+            pointer(place.slots),
+            pointer(count.address),
+        ),
+    )
+
+
+def attend(
+    q: Rows,
+    out: Rows,
+    cache: Cache,
+    n_heads: int,
+    scale: float,
+    sight: Sight,
+    scratch: tuple[int, int],
+    place: Place,
+    count: Count,
+    gate: GateOf | None = None,
+    forms: Forms = NO_FORMS,
+) -> list[Launch]:
+    """Attend over the cache: few tokens over parts that are merged, many over all of them, with the same bits.
+
+    `gate` and `forms` are for few tokens only. `scratch` holds addresses, see `scratch_bytes`.
+    """
+    assert n_heads % cache.n_kv_heads == 0
+    assert cache.address % 16 == 0
+    check_heads(cache.key_dim, cache.value_dim)
+    group, blocks, parts = n_heads // cache.n_kv_heads, _n_head_tiles(cache, n_heads), n_parts(cache, n_heads)
+    definitions = (
+        *cache.definitions,
+        f"GROUP={group}",
+        f"GATE={0 if gate is None else 2 if gate.gating == Gating.SILU else 1}",
+        forms.definition,
+    )
+    threads, shared = _WARPS * WARP, _tile_bytes(cache)
+    places = (cache.argument, pointer(place.positions), pointer(place.slots))
+    what = (*at(q), *places, float32(scale), int32(sight.window), int32(sight.chunk))
+
+    def launch(kernel: str, grid: tuple[int, int, int], shared_bytes: int, *arguments: Any) -> Launch:
+        arguments = (*arguments, pointer(count.address))
+        return Launch("attention.cu", kernel, definitions, grid, threads, arguments, shared_bytes)
+
+    if count.most > FEW_TOKENS:
+        assert gate is None
+        assert forms == NO_FORMS
+        merging = (int32(parts), pointer(sight.sinks))
+        return [launch("attend_all", (blocks, count.most, 1), shared, *what, *merging, *at(out))]
+    n_cols = n_heads * cache.value_dim
+    merged_heads = 1 if cache.value_dim % _MERGED == 0 else min(n_heads, (_MERGED - 2) // cache.value_dim + 2)
+    results = tuple(pointer(address) for address in scratch)
+    return [
+        launch("attend", (blocks, parts, count.most), shared, *what, *results),
+        launch(
+            "merge_parts",
+            (ceil_div(n_cols, _MERGED), count.most, 1),
+            16 * merged_heads * parts,
+            *results,
+            int32(n_heads),
+            int32(parts),
+            pointer(sight.sinks),
+            pointer(place.positions),
+            *at(gate.x if gate else NOTHING),
+            int32(gate.step if gate else 0),
+            *at(out),
+            forms.argument,
+        ),
+    ]

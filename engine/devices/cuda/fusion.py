@@ -1,0 +1,237 @@
+"""Which operations of a forward pass become one launch, or some launches that are made together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from engine.devices import graph as ops
+from engine.devices.cuda import kernels
+from engine.devices.graph import Tensor
+
+Sum: TypeAlias = ops.Add | ops.Combine
+
+
+@dataclass(frozen=True, slots=True)
+class SumAndNorm:
+    """A sum into the residual stream, and the norm of the whole row that follows it."""
+
+    sum: Sum
+    norm: ops.RMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class NormAndGate:
+    """The norm of heads, and their gate."""
+
+    norm: ops.RMSNorm
+    gate: ops.Gate
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAndRouter:
+    """Products of which one gives the logits of a router, the choice, and the experts that are chosen."""
+
+    linear: ops.Linear
+    router: ops.Router
+    experts: ops.Experts
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """Routed experts, and a shared expert that is like one of them: two projections, what joins them, and the third."""
+
+    experts: ops.Experts
+    gate_up: ops.Linear
+    gate: ops.Gate
+    down: ops.Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention, what makes its queries and keys ready before it, and the gate behind it.
+
+    Attributes:
+        attention: the operation.
+        split: takes queries and gate apart.
+        q_norm, k_norm: of heads, before they are rotated.
+        q_rope, k_rope: both the same, or None.
+        gate: of what attention finds; it is `split.second` if there is a split.
+    """
+
+    attention: ops.Attention
+    split: ops.SplitHeads | None = None
+    q_norm: ops.RMSNorm | None = None
+    k_norm: ops.RMSNorm | None = None
+    q_rope: ops.Rope | None = None
+    k_rope: ops.Rope | None = None
+    gate: ops.Gate | None = None
+
+    @property
+    def q(self) -> Tensor:
+        """Return the queries as they were before all of it; with a split, what was split."""
+        first = self.q_norm.x if self.q_norm else self.attention.q
+        return self.split.x if self.split else first
+
+    @property
+    def k(self) -> Tensor:
+        """Return the keys as they were before all of it."""
+        return self.k_norm.x if self.k_norm else self.attention.k
+
+    @property
+    def rope(self) -> ops.Rope | None:
+        """Return how queries or keys are rotated."""
+        return self.q_rope or self.k_rope
+
+    @property
+    def norm(self) -> ops.RMSNorm | None:
+        """Return a norm with the `eps` of all."""
+        return self.q_norm or self.k_norm
+
+    @property
+    def operations(self) -> list[ops.Operation]:
+        """Return what it is made of."""
+        before = (self.split, self.q_norm, self.k_norm, self.q_rope, self.k_rope)
+        return [op for op in (*before, self.attention, self.gate) if op is not None]
+
+
+Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | SharedExpert | Attention
+
+
+def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
+    """Yield everything there is to record, in order, each with the index of its last operation."""
+    n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
+    groups: dict[int, Attention | SharedExpert] = {}  # by the index of their first operation
+    for i, op in enumerate(operations):
+        if isinstance(op, ops.Attention):
+            first, attention = _around(operations, i, n_users)
+            groups[first] = attention
+    operations = list(operations)
+    for i, op in enumerate(operations):
+        if isinstance(op, ops.Experts) and (shared := _shared_expert(operations[i : i + 3], operations[:i], n_users)):
+            groups[i], producer = shared
+            operations[producer] = _without(operations[producer], shared[0])
+    i = 0
+    while i < len(operations):
+        item = groups.get(i) or _pair(operations[i : i + 2], operations[i:], n_users) or operations[i]
+        if isinstance(item, Attention):
+            i += len(item.operations)
+        else:
+            i += 1 if isinstance(item, ops.Operation) else 3 if isinstance(item, SharedExpert) else 2
+        yield i - 1, item
+
+
+def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
+    """Return whether a norm is that of all of a tensor's columns."""
+    return norm.x == x and norm.group_size == x.width
+
+
+def _pair(
+    two: Sequence[ops.Operation], following_ones: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
+) -> SumAndNorm | NormAndGate | LinearAndRouter | None:
+    if len(two) < 2:
+        return None
+    op, following = two
+    if isinstance(op, ops.Add | ops.Combine) and isinstance(following, ops.RMSNorm) and is_of_row(following, op.out):
+        return SumAndNorm(op, following)
+    if (
+        isinstance(op, ops.RMSNorm)
+        and isinstance(following, ops.Gate)
+        and following.x == op.out
+        and n_users[op.out.buffer] == 2  # nobody else reads the norm
+        and kernels.can_gate_heads(op.group_size)
+    ):
+        return NormAndGate(op, following)
+    if isinstance(op, ops.Linear) and isinstance(following, ops.Router) and following.logits in op.outs:
+        users = (user for user in following_ones if isinstance(user, ops.Experts) and user.routing == following.out)
+        return LinearAndRouter(op, following, next(users))
+    return None
+
+
+def _shared_expert(
+    three: Sequence[ops.Operation], before: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
+) -> tuple[SharedExpert, int] | None:
+    """Return experts with a shared one, and the index of what projects for it, if it is like one of them."""
+    if len(three) < 3:
+        return None
+    experts, gate, down = three
+    assert isinstance(experts, ops.Experts)
+    if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
+        return None
+    is_plain = experts.activation == ops.Activation.SILU and gate.gating == ops.Gating.SILU and down.biases == (None,)
+    own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))
+    for i, op in enumerate(before):
+        if not (isinstance(op, ops.Linear) and op.x == experts.x and gate.gate in op.outs and gate.x in op.outs):
+            continue
+        places = [op.outs.index(gate.gate), op.outs.index(gate.x)]
+        gate_up = ops.Linear(op.x, tuple(op.weights[j] for j in places), (None, None), (gate.gate, gate.x))
+        weights = (*gate_up.weights, *down.weights)
+        routed = (experts.gate, experts.up, experts.down)
+        alike = all(
+            (a.format, a.n_rows, a.n_cols, a.scale) == (b.format, b.n_rows, b.n_cols, None)
+            for a, b in zip(weights, routed, strict=True)
+        )
+        if is_plain and own and alike and not any(op.biases[j] for j in places):
+            return SharedExpert(experts, gate_up, gate, down), i
+    return None
+
+
+def _without(op: ops.Operation, shared: SharedExpert) -> ops.Operation:
+    """Return a product without the projections of a shared expert."""
+    assert isinstance(op, ops.Linear)
+    parts = zip(op.weights, op.biases, op.outs, strict=True)
+    weights, biases, outs = zip(*(part for part in parts if part[2] not in shared.gate_up.outs), strict=True)
+    return ops.Linear(op.x, weights, biases, outs)
+
+
+def _around(operations: Sequence[ops.Operation], i: int, n_users: Counter[ops.Buffer]) -> tuple[int, Attention]:
+    """Return what belongs to the attention at an index, and the index of the first operation of it."""
+    attention = operations[i]
+    assert isinstance(attention, ops.Attention)
+    found, first = Attention(attention), i
+    following = operations[i + 1] if i + 1 < len(operations) else None
+    if isinstance(following, ops.Gate) and following.x == attention.out and n_users[attention.out.buffer] == 2:
+        found = replace(found, gate=following)
+    while first:
+        more = _with(found, operations[first - 1])
+        if more is None or not _alone(more, n_users):
+            break
+        found, first = more, first - 1
+    return first, found
+
+
+def _with(found: Attention, op: ops.Operation) -> Attention | None:
+    """Return a group that begins with one operation more, if that belongs to it."""
+    if isinstance(op, ops.Rope):
+        if found.rope and not _same_rotation(found.rope, op):
+            return None
+        if op.x == found.q and not found.q_rope and not found.q_norm and not found.split:
+            return replace(found, q_rope=op)
+        if op.x == found.k and not found.k_rope and not found.k_norm:
+            return replace(found, k_rope=op)
+    if isinstance(op, ops.RMSNorm) and op.group_size == found.attention.cache.head_dim:
+        if found.norm and found.norm.eps != op.eps:
+            return None
+        if op.out == found.q and not found.q_norm and not found.split:
+            return replace(found, q_norm=op)
+        if op.out == found.k and not found.k_norm:
+            return replace(found, k_norm=op)
+    if isinstance(op, ops.SplitHeads) and op.first == found.q and found.gate and op.second == found.gate.gate:
+        return replace(found, split=op)
+    return None
+
+
+def _same_rotation(a: ops.Rope, b: ops.Rope) -> bool:
+    same = (a.head_dim, a.divisors, a.style, a.magnitude) == (b.head_dim, b.divisors, b.style, b.magnitude)
+    return same and np.array_equal(a.frequencies, b.frequencies)
+
+
+def _alone(found: Attention, n_users: Counter[ops.Buffer]) -> bool:
+    """Return whether nobody else uses what is made on the way, but for one operation that makes what comes in."""
+    own = Counter(buffer for op in found.operations for buffer in {tensor.buffer for tensor in op.tensors()})
+    out = (found.gate or found.attention).out.buffer
+    return all(n_users[buffer] - n <= 1 for buffer, n in own.items() if buffer is not out)

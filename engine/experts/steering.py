@@ -1,0 +1,87 @@
+"""Plays routing back to a model of random weights, whose routers have no favourites.
+
+A router that has a bias for the choice of experts, and only for that, can be told whom to choose: biases far above all
+scores, the best rank's the highest. Weights of the chosen ones still come from the scores, and everything else runs as
+it always does, so that what is measured is the real thing, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.graph import Program, TunableProgram
+from engine.errors import ConfigError
+from engine.experts.routing_process import RoutingProcess
+from engine.experts.trace import NOT_RECORDED, Trace, load_trace
+from engine.model_spec import ModelSpec
+
+OWN, MADE_UP = "own", "made-up"
+BIAS_NAME = "exp_probs_b.bias"
+_ABOVE_SCORES = 16.0  # which are probabilities
+
+RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
+"""Returns the experts of one more token, [n_moe_layers, n_experts_used], best first."""
+
+
+class Steering:
+    """Sets the biases of all routers before each step: one token gets the next routing, several their own."""
+
+    def __init__(
+        self, program: TunableProgram, bias_names: Sequence[str], n_experts: int, next_token: RoutingSource
+    ) -> None:
+        self._program, self._names, self._next_token = program, bias_names, next_token
+        self._values = np.zeros((len(bias_names), n_experts), np.float32)
+
+    def begin_step(self, n_tokens: int) -> None:
+        """Set the biases for a step of so many tokens."""
+        self._values[:] = 0.0
+        if n_tokens == 1:
+            ids = self._next_token()
+            ranks = np.arange(ids.shape[1], dtype=np.float32)
+            np.put_along_axis(self._values, ids.astype(np.intp), _ABOVE_SCORES - ranks / ids.shape[1], axis=1)
+        self._program.write_vectors(self._names, self._values)
+
+
+def make_steering(setting: str, program: Program, tensor_names: Sequence[str], spec: ModelSpec) -> Steering | None:
+    """Return what `moe.routing` asks for: None for "own".
+
+    Raises `ConfigError` if this model's routers cannot be told, or the trace is that of another kind of model.
+    """
+    if setting == OWN:
+        return None
+    names = [name for name in tensor_names if name.endswith(BIAS_NAME)]
+    if not names or not isinstance(program, TunableProgram):
+        raise ConfigError(
+            f"moe.routing is {setting!r}, but the routers of {spec.name} cannot be told whom to choose; it is for "
+            'models of random weights ("synthetic:NAME"); set routing = "own"'
+        )
+    n_experts, n_used = spec.moe.n_experts, spec.moe.n_experts_used
+    if setting == MADE_UP:
+        return Steering(program, names, n_experts, RoutingProcess(len(names), n_experts, n_used).next_token)
+    return Steering(program, names, n_experts, _played(load_trace(setting), setting, len(names), n_experts, n_used))
+
+
+def _played(trace: Trace, path: str, n_layers: int, n_experts: int, n_used: int) -> RoutingSource:
+    """Return the answer of a trace token by token, again and again; the layers are those that are as far up."""
+    if trace.n_experts != n_experts or trace.n_experts_used < n_used:
+        raise ConfigError(
+            f"{path}: a trace of {trace.n_experts} experts, {trace.n_experts_used} of them used; "
+            f"the model has {n_experts} and uses {n_used}"
+        )
+    tokens = trace.ids[trace.n_prompt :, :, :n_used]
+    tokens = tokens[(tokens != NOT_RECORDED).all(axis=(1, 2))][:, np.arange(n_layers) * trace.n_layers // n_layers]
+    if not len(tokens):
+        raise ConfigError(f"{path}: no token of this trace has the routing of all layers")
+    at = -1
+
+    def next_token() -> npt.NDArray[np.integer]:
+        nonlocal at
+        at = (at + 1) % len(tokens)
+        chosen: npt.NDArray[np.integer] = tokens[at]
+        return chosen
+
+    return next_token

@@ -1,0 +1,88 @@
+"""Routing that is played back to models of random weights: every device chooses exactly those experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import EngineConfig, EngineSettings, MoESettings
+from engine.data import tiny_model_path
+from engine.errors import ConfigError
+from engine.experts.routing_process import RoutingProcess
+from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
+from engine.runtime import Engine
+from tests.cusim import needs_emulator
+
+NAME = "synthetic:tiny:layers=3"  # 16 experts, 4 of them used
+PROMPT_TOKENS, N_TOKENS = 6, 5
+
+
+def routing_of_run(device: str, tmp_path: Path, routing: str) -> np.ndarray:
+    """Return the experts of some tokens made after a prompt, [n_tokens, n_layers, n_used]."""
+    recorded = tmp_path / f"{device}.npz"
+    settings = EngineSettings(device=device, n_threads=2, context_length=32, max_batch_tokens=8)
+    moe = MoESettings(hot_k=0 if device == "cpu" else 5, routing=routing, record_trace=str(recorded))
+    with Engine.open(NAME, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:
+        session.run(list(range(PROMPT_TOKENS)))
+        for token in range(N_TOKENS):
+            session.run([token])
+    trace = load_trace(recorded)
+    assert trace.phase.tolist() == [PROMPT] * PROMPT_TOKENS + [ANSWER] * N_TOKENS
+    assert (
+        len({tuple(sorted(chosen)) for chosen in trace.ids[:PROMPT_TOKENS, 0].tolist()}) > 1
+    )  # a prompt's are its own
+    return trace.ids[PROMPT_TOKENS:]
+
+
+@pytest.fixture
+def process() -> np.ndarray:
+    """The experts that the made-up process chooses first."""
+    source = RoutingProcess(3, 16, 4)
+    return np.stack([source.next_token() for _ in range(N_TOKENS)])
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_made_up_routing_is_what_the_routers_choose(device: str, tmp_path: Path, process: np.ndarray) -> None:
+    np.testing.assert_array_equal(routing_of_run(device, tmp_path, "made-up"), process)
+
+
+@needs_emulator
+def test_the_gpu_chooses_them_too(driver, tmp_path: Path, process: np.ndarray) -> None:
+    driver.set(order="random", copy_us=200)
+    np.testing.assert_array_equal(routing_of_run("cuda", tmp_path, "made-up"), process)
+
+
+def test_the_answer_of_a_trace_is_played_again_and_again(tmp_path: Path) -> None:
+    trace = RoutingProcess(6, 16, 5, seed=3).trace(4, 3)
+    save_trace(tmp_path / "played.npz", trace)
+    found = routing_of_run("cpu", tmp_path, str(tmp_path / "played.npz"))
+    expected = trace.ids[4:, ::2, :4]  # every other layer of six, the best four of five
+    np.testing.assert_array_equal(found, np.concatenate([expected, expected])[:N_TOKENS])
+
+
+def test_without_it_the_routers_choose_for_themselves(tmp_path: Path, process: np.ndarray) -> None:
+    found = routing_of_run("cpu", tmp_path, "own")
+    assert (np.sort(found) != np.sort(process)).any()
+
+
+def refused(path: object, config: EngineConfig) -> str:
+    with pytest.raises(ConfigError) as error:
+        Engine.open(path, config)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+def test_what_cannot_be_played_is_refused(tmp_path: Path) -> None:
+    config = EngineConfig(engine=EngineSettings(device="cpu"), moe=MoESettings(routing="made-up"))
+    assert 'set moe.routing = "own"' in refused(tiny_model_path(), config)
+    missing = replace(config, moe=MoESettings(routing=str(tmp_path / "none.npz")))
+    assert "none.npz: cannot be read as a routing trace" in refused(NAME, missing)
+    save_trace(tmp_path / "other.npz", RoutingProcess(3, 8, 2).trace(1, 1))
+    other = replace(config, moe=MoESettings(routing=str(tmp_path / "other.npz")))
+    assert "8 experts, 2 of them used; the model has 16 and uses 4" in refused(NAME, other)
+    nothing = Trace("x", np.full((2, 3, 4), 65535, np.uint16), np.full(2, ANSWER, np.uint8), 16)
+    save_trace(tmp_path / "nothing.npz", nothing)
+    empty = replace(config, moe=MoESettings(routing=str(tmp_path / "nothing.npz")))
+    assert "no token of this trace has the routing of all layers" in refused(NAME, empty)
