@@ -18,7 +18,11 @@ MODULES = (
     "engine.runtime.answering",  # what Engine and Session inherit
     "engine.model_spec",
     "engine.devices.graph",
+    "engine.devices.timing",  # of statistics: where time and bytes went
+    "engine.experts.hot_cache",  # of statistics: what the cache did
     "engine.experts.policy",
+    "engine.experts.profile",
+    "engine.experts.trace",
     "engine.gguf",
 )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from engine.bench import command as bench
 from engine.bench import info, plan
 from engine.cli import batch, chat, run, tools
+from engine.cli.command import program_version
 from engine.cli.command import run as run_command
 from engine.cli.options import Parser
 
@@ -31,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"hot-experts {program_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (run, chat, batch, bench, plan, info, tools):
         module.add_commands(commands)

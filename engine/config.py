@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from engine.errors import ConfigError, EngineError, RequestError
-from engine.tables import Table, parse_bytes, read_tables, setting, summary, table_fields, to_toml
+from engine.tables import Table, parse_bytes, read_assignment, read_tables, setting, summary, table_fields, to_toml
+
+_ENGINE_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ModelSettings(Table):
         load: "mmap" leaves the weights in the file's pages (opens at once; the first pass reads the disk), "memory"
             copies them into huge pages (takes as much RAM as the file is big; steady speed from then on).
         chat_template: a Jinja file to use instead of the chat template in the model file; "" = none.
+        chat_variables: values for what the chat template can be told, each as "NAME=VALUE", for example
+            "enable_thinking=false" or "reasoning_effort=low"; the template says which there are.
     """
 
     table: ClassVar[str] = "model"
@@ -35,6 +39,16 @@ class ModelSettings(Table):
     path: str = ""
     load: Literal["mmap", "memory"] = "mmap"
     chat_template: str = ""
+    chat_variables: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a variable that is none, or is not for the user to give."""
+        for name in self.template_variables().keys() & _ENGINE_VARIABLES:
+            raise ConfigError(f"model.chat_variables has {name!r}, which is what the engine tells the template")
+
+    def template_variables(self) -> dict[str, Any]:
+        """Return the chat template's variables by name."""
+        return dict(read_assignment(text, "model.chat_variables") for text in self.chat_variables)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ class _Given:
     value: object
     origin: str
     is_text: bool = False
+    is_override: bool = False
 
 
 _GivenTables = dict[str, dict[str, _Given]]
@@ -252,15 +253,15 @@ def _take_environment(tables: Tables, given: _GivenTables, environ: Mapping[str,
 
 def _take_override(tables: Tables, given: _GivenTables, key: str, value: object) -> None:
     name, _, short = key.partition(".")
-    origin = _origin_of_override(key)
-    if name not in tables or not short:
+    origin = f"setting {key}"
+    if name in tables and not short:
+        raise ConfigError(
+            f'{origin}: is a table; expected "{name}.key"; the keys are {", ".join(table_fields(tables[name]))}'
+        )
+    if name not in tables:
         raise ConfigError(f'{origin}: unknown; expected "table.key"; {_known(name, tables, "tables")}')
     _check_key(tables, name, short, origin)
-    given[name][short] = _Given(value, origin, is_text=isinstance(value, str))
-
-
-def _origin_of_override(key: str) -> str:
-    return f"setting {key}"
+    given[name][short] = _Given(value, origin, is_text=isinstance(value, str), is_override=True)
 
 
 def _check_key(tables: Tables, name: str, key: str, origin: str) -> None:
@@ -285,8 +286,8 @@ def _make_table(table: type[Table], given: dict[str, _Given]) -> Table:
     try:
         return table(**values)
     except EngineError as error:  # values that are each right, but not together
-        origins = dict.fromkeys(g.origin.partition(", line ")[0] for g in given.values())
-        raise ConfigError(f"{', '.join(origins)}: {error}") from None
+        origins = dict.fromkeys(g.origin.partition(", line ")[0] for g in given.values() if not g.is_override)
+        raise ConfigError(": ".join(filter(None, (", ".join(origins), str(error))))) from None
 
 
 def _read(table: str, spec: FieldSpec, given: _Given) -> object:
@@ -298,8 +299,16 @@ def _read(table: str, spec: FieldSpec, given: _Given) -> object:
             return float(value) if spec.kind is float else value  # type: ignore[arg-type]
     shown = list(given.value) if isinstance(given.value, tuple) else given.value
     name = f"{table}.{spec.key}"
-    place = "" if given.origin == _origin_of_override(name) else f"{given.origin}: "  # which is the name
+    place = "" if given.is_override else f"{given.origin}: "  # whose origin is the name
     raise ConfigError(f"{place}{name} is {shown!r}; expected {spec.expected}")
+
+
+def read_assignment(text: str, key: str) -> tuple[str, object]:
+    """Return name and value of "name=value"; a value that is not TOML is text. Raises `ConfigError` naming `key`."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier():
+        raise ConfigError(f'{key} has {text!r}; expected NAME=VALUE such as "enable_thinking=false"')
+    return name, next(iter(_as_toml(value)), value)
 
 
 def _as_toml(text: str) -> list[object]:

@@ -22,12 +22,15 @@ from engine.bench.measure import Placed, Row, Sample, Spread, random_tokens, sum
 from engine.bench.peers import import_llama_cpp, measure_llama_cpp
 from engine.bench.plots import plot_conversation, plot_speeds
 from engine.bench.table import Report, render, to_csv, to_json, write_file
+from engine.cli.layers import layer_table
 from engine.data import tiny_model_path
+from engine.devices.timing import StepTime
 from engine.devices.traffic import count_weights
 from engine.errors import RequestError
+from engine.experts.hot_cache import CacheStatistics
 from engine.gguf import open_model_file
 from engine.models import load_model
-from engine.runtime import Engine
+from engine.runtime import Engine, EngineStatistics
 
 QUICK = ["-q", "-t", "1", "--gen-tokens", "2", "--reps", "2", "--set", "bench.bandwidth_mb=16"]
 ROWS = [
@@ -206,6 +209,27 @@ def test_the_live_view_shows_every_layer(capsys: pytest.CaptureFixture[str]) -> 
     assert "waiting for the CPU" in out
     assert "wait us" in out
     assert "(virtual clock)" in " ".join(out.split())
+
+
+def test_layers_stand_side_by_side_where_a_terminal_is_low() -> None:
+    def seen(n_tokens: int) -> EngineStatistics:
+        counts = np.full(7, 4 * n_tokens)
+        cache = CacheStatistics(n_tokens, counts // 2, counts, counts, 0, 0)
+        times = StepTime(dense_s=1.0 * n_tokens, layers=np.full((3, 7), 1e-6 * n_tokens))
+        return EngineStatistics("m", "d", None, 0, 0, 0, cache=cache, time_spent=times)
+
+    def columns(max_rows: int) -> list[tuple[str, list[str]]]:
+        table = layer_table("now", seen(12), seen(2), max_rows)
+        return [(str(column.header), list(column.cells)) for column in table.columns]
+
+    alone, beside = columns(7), columns(3)
+    assert [name for name, _ in alone] == ["layer", "hits", "", "swaps", "device us", "CPU us", "wait us"]
+    assert dict(alone)["layer"] == list("0123456")
+    assert dict(alone)["hits"] == ["50%"] * 7
+    assert dict(alone)["swaps"] == ["4.00"] * 7
+    assert dict(alone)["wait us"] == ["1.0"] * 7
+    assert [cells for name, cells in beside if name == "layer"] == [["0", "1", "2"], ["3", "4", "5"], ["6", "", ""]]
+    assert len(beside) == 3 * 6  # without bars
 
 
 def test_speeds_are_drawn(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from engine.data import tiny_model_path
 
 REPO = Path(__file__).resolve().parent.parent
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
+QUIET_S = 0.4  # in which an answer that is being made goes on
 PATIENCE_S = 60  # after which the program is taken for hung; nothing is timed
 
 
@@ -49,6 +50,23 @@ class Terminal:
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown[self._seen :]!r}"
             if select.select([self._fd], [], [], 0.2)[0] and not self._read():
                 pytest.fail(f"ended without {pattern!r}: {self.shown[self._seen :]!r}")
+
+    def wait_for_prompt(self, prompt: str = "> ") -> str:
+        """Return what came until the program asks for more, and says nothing else: answers hold lines with ">", too."""
+        start, deadline = self._seen, time.monotonic() + PATIENCE_S
+        while True:
+            assert time.monotonic() < deadline, f"no prompt {prompt!r} in {self.shown[start:]!r}"
+            if select.select([self._fd], [], [], QUIET_S)[0]:
+                assert self._read(), f"ended without the prompt {prompt!r}: {self.shown[start:]!r}"
+            elif self.shown[start:].endswith(f"\n{prompt}"):
+                self._seen = len(self.shown)
+                return self.shown[start:]
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C once the program sleeps: Python misses one between showing a key and waiting for the next."""
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+        self.type(CTRL_C)
 
     def _read(self) -> bool:
         try:
@@ -97,34 +115,36 @@ def test_a_chat_at_a_terminal(start: Callable[[], Terminal], tmp_path: Path) -> 
     chat.type("first\n")
     chat.wait_for(r"first\r\n[^>]")  # it has begun to answer
     chat.type(CTRL_C)
-    chat.wait_for(r"\n> ")
-    chat.type(f"half a line{CTRL_C}")  # is thrown away
-    chat.wait_for(r"\n> ")
+    chat.wait_for_prompt()
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    chat.interrupt()  # throws it away
+    chat.wait_for_prompt()
     chat.type("one\\\n")
-    chat.wait_for(r"\.\.\. ")
-    chat.type(CTRL_C)
-    chat.wait_for(r"\n> ")
+    chat.wait_for_prompt("... ")
+    chat.interrupt()
+    chat.wait_for_prompt()
     chat.type('"""two\n')
-    chat.wait_for(r"\.\.\. ")
+    chat.wait_for_prompt("... ")
     chat.type('lines"""\n')
     chat.wait_for(r'"""\r\n[^>]')
     chat.type(CTRL_C)
-    chat.wait_for(r"\n> ")
+    chat.wait_for_prompt()
     chat.type(f"/save {file}\n")
-    chat.wait_for(r"saved 4 messages to .*\n> ")
+    assert "saved 4 messages to" in chat.wait_for_prompt()
     messages = json.loads(file.read_text())
     assert [m["content"] for m in messages if m["role"] == "user"] == ["first", "two\nlines"]
     chat.type("/stats\n")
-    assert "2 answers" in chat.wait_for(r"MiB of weights.*\n> ")
+    assert "2 answers" in chat.wait_for_prompt()
     chat.type("/reset\n")
-    chat.wait_for(r"\n> ")
+    chat.wait_for_prompt()
     chat.type(f"{UP}{UP}{UP}\n")  # back to what was saved
-    chat.wait_for(r"saved 0 messages to .*\n> ")
+    assert "saved 0 messages to" in chat.wait_for_prompt()
     chat.type(CTRL_D)
     assert chat.end() == 0
     assert "Traceback" not in chat.shown
     again = start()
     again.type(f"{UP}\n")  # what was entered the last time
-    again.wait_for(r"saved 0 messages to .*\n> ")
+    assert "saved 0 messages to" in again.wait_for_prompt()
     again.type("/exit\n")
     assert again.end() == 0

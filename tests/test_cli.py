@@ -96,6 +96,22 @@ def test_run_in_chat_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(n_tokens[1]) > 5  # the markup around it
 
 
+def test_the_chat_template_can_be_told_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ effort }}{% if thinks %} hmm{% endif %}{{ 'a' * n }}{{ messages[0].content }}")
+    options = ["--chat", "--chat-template", str(template), "--chat-variable", "effort=low", "--chat-variable", "n=3"]
+    lengths = []
+    for more in ("thinks=true", "thinks=false"):
+        assert main(["run", "-p", "x", *options, "--chat-variable", more, *GREEDY]) == 0
+        lengths.append(int(re.search(r"prompt (\d+) tokens", capsys.readouterr().err)[1]))
+    with Engine.open(config=EngineConfig.load(environ={}, overrides={"engine.n_threads": 1})) as engine:
+        assert lengths == [len(engine.tokenize(text)) for text in ("low hmmaaax", "lowaaax")]
+    assert main(["run", "-q", "-p", "x", "--chat", "--chat-variable", "thinks"]) == 2
+    assert "model.chat_variables has 'thinks'; expected NAME=VALUE such as" in capsys.readouterr().err
+    assert main(["run", "-q", "-p", "x", "--chat", "--chat-variable", "tools=1"]) == 2
+    assert "model.chat_variables has 'tools', which is what the engine tells" in capsys.readouterr().err
+
+
 def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "my.toml"
     file.write_text("[sampling]\nmax_tokens = 2\ntemperature = 0\n[engine]\ncontext_length = 100\n")
@@ -117,6 +133,12 @@ def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["run", "-p", "x", "-t", "-3"], 2, "error: engine.n_threads is '-3'"),
         (["run", "-p", "x", "--set", "engine.threads=1"], 2, "unknown key engine.threads; did you mean n_threads?"),
+        (["run", "-p", "x", "--set", "engine=1"], 2, 'setting engine: is a table; expected "engine.key"; the keys are'),
+        (["run", "-p", "x", "-t", "1", "--vram-budget", "12"], 2, "error: engine.vram_budget is '12'; expected a size"),
+        (["plan", "--machine", "4090", "--vram", "24"], 2, "error: --vram is '24'; expected a size above 0 such as"),
+        (["plan", "--machine", "4090", "--pcie", "0"], 2, "error: --pcie is '0'; expected a bandwidth above 0 such as"),
+        (["bench", "--watch", "--csv", "x.csv"], 1, "--peer and --csv do not go with --conversation or --watch"),
+        (["bench", "--replay", "x", "--peer", "llama.cpp"], 1, "--peer does not go with --replay"),
         (["run", "-p", "x", "--set", "nonsense"], 2, "--set nonsense: expected TABLE.KEY=VALUE"),
         (["run", "-p", "x", "--top-p", "7"], 2, "sampling.top_p is '7'; expected a number from 0 to 1"),
         (["run", "-p", "x", "--config", "nothing.toml"], 2, "nothing.toml: cannot be read"),
@@ -255,6 +277,50 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     process.stderr.close()
 
 
+def test_output_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["config"], ["run", "-q", "-p", "x", "-n", "3", *SMALL], ["info", "--device", "cpu"]):
+        with open("/dev/full", "w") as full:  # noqa: PTH123
+            line = [sys.executable, "-m", "engine", *argv]
+            done = subprocess.run(line, check=False, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "error: the system gave no more memory; close other programs, or lower"),
+        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied"),
+    ],
+)
+def test_what_the_system_says_is_one_line(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Engine, "open", fail)
+    assert main(["run", "-q", "-p", "x"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_number() -> None:
+    line = [sys.executable, "-m", "engine", "run", "-q", "--echo", "-p", "é\u2192", "-n", "1", *SMALL]
+    done = subprocess.run(
+        line, check=True, cwd=REPO, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
+    )
+    assert done.stdout.startswith(b"\xe9\\u2192")
+    assert done.stderr == b""
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("hot-experts ")
+
+
 # -- the small commands ----------------------------------------------------------------------------------------------
 
 
@@ -368,12 +434,16 @@ def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[lis
 
 def test_chat_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "talk.json"
-    lines = f"first\n/stats\n/save {file}\n/save\n/save {tmp_path}\n/nothing\n/help\n/system be long\nsecond\n"
+    (tmp_path / "notes.txt").write_text("mine")
+    commands = (f"/save {tmp_path}/notes.txt", "/stats", f"/save {file}", "/save", f"/save {tmp_path}", "/nothing")
+    lines = "\n".join(["first", *commands, "/help", "/system be long", "second", ""])
     seen = chat(lines, monkeypatch, "--system", "be short")
     err = capsys.readouterr().err
     for part in ("1 answers; prompts", "saved 3 messages", "/save needs", "cannot be written", "no command /nothing"):
         assert part in err
     assert "begin anew" in err
+    assert "notes.txt: is not a conversation that /save wrote; give another name" in err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [message["content"] for message in seen[1]] == ["be long", "second"]
     seen = chat("third\n", monkeypatch, "--resume", str(file))
     assert [message["content"] for message in seen[0]][:2] == ["be short", "first"]
@@ -414,12 +484,19 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     assert seen[1][1]["content"] == "".join(written[:3])
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     if shell == "zsh":
         assert script.startswith("autoload")
+        return
+    if shell == "fish":
+        start = "complete -c hot-experts -n '__fish_seen_subcommand_from"
+        assert f"{start} run' -l kv-type -x -a 'f32 f16 q8_0'\n" in script  # choices
+        assert f"{start} run' -s p -l prompt -r\n" in script  # some value
+        assert f"{start} run' -l chat\n" in script  # none
+        assert f"{start} completion' -x -a 'bash zsh fish'\n" in script
         return
     path = tmp_path / "complete.sh"
     path.write_text(
@@ -447,9 +524,9 @@ class PlainTemplate:
     def from_metadata(cls, metadata, tokenizer) -> PlainTemplate:
         return cls()
 
-    def render(self, messages) -> str:
+    def render(self, messages, **variables) -> str:
         self.seen.append([dict(message) for message in messages])
-        return "\n".join(message["content"] for message in messages)
+        return "\n".join([*(message["content"] for message in messages), *map(str, variables.items())])
 
 
 def test_bars_are_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,7 +250,7 @@ def test_there_are_enough_bad_files() -> None:
         ({"engine.n_threads": "x"}, {}, ["engine.n_threads is 'x'", "an integer"]),
         ({"engine.nthreads": "1"}, {}, ["setting engine.nthreads", "did you mean n_threads"]),
         ({"n_threads": "1"}, {}, ["setting n_threads", '"table.key"']),
-        ({"engine.": "1"}, {}, ["setting engine.", '"table.key"']),
+        ({"engine.": "1"}, {}, ["setting engine.", '"engine.key"', "n_threads"]),
         ({"": "1"}, {}, ['"table.key"']),
         ({"bench.prompt_tokens": "1,x"}, {}, ["bench.prompt_tokens is '1,x'"]),
         ({"sampling.stop": "a"}, {}, ["sampling.stop is 'a'", "a list"]),

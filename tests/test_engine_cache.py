@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.__main__ import main
 from engine.bench.replay import study
-from engine.config import EmulatedSettings, EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.config import EmulatedSettings, EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.errors import ConfigError, DeviceError
 from engine.experts.profile import Profile, load_profile, merge_profiles, save_profile
@@ -106,6 +108,13 @@ def test_a_cache_that_can_hardly_pay_warns_once(caplog) -> None:
         assert "not faster than RAM" in caplog.text
 
 
+def test_an_interval_that_the_policy_does_not_know_is_told(caplog) -> None:
+    for policy, n_warnings in (("adaptive", 1), ("window_topk", 0)):
+        caplog.clear()
+        with Engine.open(config=config(hot_k=8, policy=policy, hot_rebalance_interval=30)):
+            assert caplog.text.count("moe.hot_rebalance_interval is 30, which has no effect") == n_warnings
+
+
 def test_the_cache_stays_warm_from_turn_to_turn(expected) -> None:
     with Engine.open(config=config(hot_k=12)) as engine:
         first = engine.generate(PROMPT, GREEDY)
@@ -153,6 +162,19 @@ def test_a_trace_or_profile_that_cannot_be_written_is_refused_at_once(tmp_path) 
     for refused in (config(hot_k=8, record_trace=nowhere), config(hot_k=8, profile=nowhere)):
         with pytest.raises(ConfigError, match="cannot be written: there is no folder"):
             Engine.open(config=refused)
+
+
+def test_a_trace_replaces_another_trace_and_nothing_else(tmp_path, expected) -> None:
+    path = tmp_path / "run.npz"
+    path.write_text("a model, perhaps")
+    with pytest.raises(ConfigError, match=r"run.npz', which is there and is no routing trace; give another name"):
+        Engine.open(config=config(hot_k=8, record_trace=str(path)))
+    assert path.read_text() == "a model, perhaps"
+    path.unlink()
+    for n_tokens in (3, 5):
+        with Engine.open(config=config(hot_k=8, record_trace=str(path))) as engine:
+            n_prompt = engine.generate(PROMPT, replace(GREEDY, max_tokens=n_tokens)).usage.n_prompt_tokens
+        assert load_trace(path).n_tokens == n_prompt + n_tokens - 1
 
 
 def test_a_folder_that_is_gone_at_the_end_costs_a_warning(tmp_path, caplog) -> None:
@@ -245,6 +267,46 @@ def test_a_budget_that_is_too_small_names_what_to_change() -> None:
         Engine.open(config=config(vram_budget="9MB", n_cpu_moe=1))
 
 
+def test_memory_that_the_system_refuses_at_any_time_costs_no_more_than_an_error(expected, monkeypatch) -> None:
+    """The n-th allocation fails, for every n: so does opening, or the answer that needed it; the next one is right."""
+    real, left, refused = mmap.mmap, 0, []
+
+    def grudging(fileno, *args, **options):
+        nonlocal left
+        left -= fileno == -1
+        if fileno == -1 and left == 0:
+            refused.append(args)
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fileno, *args, **options)
+
+    monkeypatch.setattr(mmap, "mmap", grudging)
+    settings = replace(config(hot_k=8), model=ModelSettings(load="memory"))
+    n_opened = 0
+    for n in range(1, 100):
+        left = n
+        try:
+            with Engine.open(config=settings) as engine:
+                n_opened += 1
+                try:
+                    assert engine.generate(PROMPT, GREEDY).token_ids == expected
+                except DeviceError as error:
+                    assert "the system gave no memory" in str(error)  # noqa: PT017 - one of the two must fail
+                    assert engine.generate(PROMPT, GREEDY).token_ids == expected
+                engine._caching.cache.table.check_integrity()
+        except DeviceError as error:
+            assert "the system gave no memory" in str(error)  # noqa: PT017
+        if len(refused) < n:
+            break
+    assert len(refused) >= 5  # weights, states, scratch, slots, staging
+    assert n_opened >= 2
+
+
+def test_an_emulated_gpu_larger_than_the_ram_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("engine.devices.emulated.device.available_memory", lambda: 10**6)
+    with pytest.raises(DeviceError, match=r"emulated GPU's memory need .* GB are free; lower .moe. hot_k"):
+        Engine.open(config=config(hot_k=20))
+
+
 # -- what people see -------------------------------------------------------------------------------------------------
 
 
@@ -260,4 +322,12 @@ def test_a_chat_can_show_the_cache_layer_by_layer(capsys, monkeypatch) -> None:
 
 def test_a_run_ends_with_what_the_cache_did(capsys) -> None:
     assert main(["run", "-p", "def", "--device", "emulated", "--hot-k", "8", "-n", "8", "-t", "2"]) == 0
-    assert "swaps a token" in capsys.readouterr().err.splitlines()[-1]
+    *_, speeds, cache = capsys.readouterr().err.splitlines()
+    assert speeds.endswith("(speeds of a virtual clock)")
+    assert "swaps a token" in cache
+
+
+def test_what_is_in_the_slots_from_the_start_is_no_swap() -> None:
+    with Engine.open(config=config()) as engine:
+        engine.generate(PROMPT, replace(GREEDY, max_tokens=3))
+        assert engine.statistics.cache_line.endswith("100% hits, 0.0 swaps a token")

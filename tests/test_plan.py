@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.__main__ import main
-from engine.bench.plan import predict
+from engine.bench.plan import measure_on_gpu, predict
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.footprint import measure
@@ -89,6 +89,21 @@ def test_the_cache_beats_whole_layers_and_these_the_cpu(footprint, trace) -> Non
     assert 0.2 < layers.hit_rate < 0.5 < hot.hit_rate < 1
     assert max(p.vram_bytes for p in (cpu, layers, hot)) <= 8 * 10**9
     assert cpu.decode_tok_s < 60e9 / footprint.chosen_bytes
+
+
+def test_prompts_are_run_in_steps_as_long_as_the_memory_allows(trace) -> None:
+    model_file = open_model_file("synthetic:qwen3-30b-a3b")
+    try:
+        graph, limits = load_model(model_file).graph, Limits(512, 1, 8192, KVType.F16)
+        small, large = (measure_on_gpu(graph, limits, megabytes * 10**6) for megabytes in (2000, 12_000))
+        assert measure_on_gpu(graph, replace(limits, context_length=1500), 12 * 10**9).max_tokens == 1500
+    finally:
+        model_file.close()
+    assert (small.max_tokens, large.max_tokens) == (2048, 4096)
+    assert small.scratch_bytes < large.scratch_bytes < 10**9  # logits are kept for 512 tokens only
+    slow, fast = (predict(MACHINE, footprint, 12 * 10**9, trace, 1000)[0] for footprint in (small, large))
+    assert slow.decode_tok_s == fast.decode_tok_s
+    assert 1.5 * slow.prompt_tok_s < fast.prompt_tok_s < 2 * slow.prompt_tok_s  # one pass for twice as many
 
 
 def test_with_room_for_everything_both_are_the_same(footprint, trace) -> None:

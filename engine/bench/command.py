@@ -28,6 +28,7 @@ from engine.runtime import Engine, EngineStatistics
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
 the same run. Prompts and answers are fixed random tokens."""
 _CONVERSATION_TOKENS = 768  # of context beside the longest answer
+_LINES_AROUND_LAYERS = 7  # title, which may take two lines, headings, frame, and the cursor's
 _FILE_WIDTH = 160  # columns, where the output is not a terminal
 BENCH_OPTIONS = {
     "bench.prompt_tokens": ("--prompt-tokens",),
@@ -70,6 +71,10 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     _check_outputs([path for path in (args.json, args.csv, args.plot) if path])
     if (args.kernels or args.profile) and (args.peer or args.json or args.csv or args.plot):
         raise RequestError("--peer, --json, --csv and --plot do not go with --kernels or --profile")
+    if (args.conversation or args.watch) and (args.peer or args.csv):
+        raise RequestError("--peer and --csv do not go with --conversation or --watch; there is --json")
+    if args.replay and args.peer:
+        raise RequestError("--peer does not go with --replay, which runs no model")
     if args.plot:
         plots.check_plot(args.plot)
     is_terminal = sys.stdout.isatty()
@@ -178,7 +183,8 @@ def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
         bars.close()
         if args.watch:
             with Live(console=out, auto_refresh=False) as live:
-                watcher = conversation.Watcher(lambda table: live.update(table, refresh=True))
+                room = max(out.height - _LINES_AROUND_LAYERS, 1)
+                watcher = conversation.Watcher(lambda table: live.update(table, refresh=True), room)
                 turns = conversation.converse(engine, n_gen, watcher)
         else:
             turns = conversation.converse(engine, n_gen, lambda *_: None)

@@ -146,19 +146,20 @@ def _rate(turn: Turn, part: slice) -> float:
 
 
 class Watcher:
-    """Calls `show` with a live view of the last tokens, every few tokens."""
+    """Calls `show` with a live view of the last tokens, at most `max_rows` layers high, every few tokens."""
 
-    def __init__(self, show: Callable[[Table], None], every: int = 16) -> None:
-        self._show, self._every = show, every
+    def __init__(self, show: Callable[[Table], None], max_rows: int = 0, every: int = 16) -> None:
+        self._show, self._max_rows, self._every = show, max_rows, every
+        self._kind = ""
         self._before: EngineStatistics | None = None
 
     def __call__(self, kind: str, now: EngineStatistics) -> None:
-        """Take in one token."""
+        """Take in one token; the first of a subject comes out of a prompt, whose time is not a token's."""
         before = self._before
-        if before is None or before.cache is None or now.cache is None:
-            self._before = now
+        if before is None or before.cache is None or now.cache is None or kind != self._kind:
+            self._kind, self._before = kind, now
         elif now.cache.n_tokens - before.cache.n_tokens >= self._every:
-            self._show(layer_table(kind, now, before))
+            self._show(layer_table(kind, now, before, self._max_rows))
             self._before = now
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.bench.limits import read_bandwidth
-from engine.bench.plan import Prediction, made_up_trace, placement_table, predict, predict_wish
+from engine.bench.plan import Prediction, made_up_trace, measure_on_gpu, placement_table, predict, predict_wish
 from engine.bench.units import format_bytes
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
 from engine.config import EngineConfig
@@ -120,8 +120,11 @@ def machine_facts(model: Model, config: EngineConfig) -> tuple[Facts, list[Predi
     With a GPU the figures are those of `engine plan` for this machine; without one they are what the RAM allows.
     """
     config = resolve(config, model.spec)
-    footprint, weights = measure(model.graph, limits_of(config.engine)), count_weights(model.graph)
+    limits, weights = limits_of(config.engine), count_weights(model.graph)
+    footprint = measure(model.graph, limits)
     name, machine = survey_machine(config)
+    if machine is not None and config.engine.device != "emulated":
+        footprint = measure_on_gpu(model.graph, limits, machine.vram_bytes, config.engine.max_prompt_tokens)
     if machine is None:
         return _facts_without_gpu(config, footprint, weights) | {"GPU": f"none is used: {name}"}, []
     try:

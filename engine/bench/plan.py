@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from engine.bench.units import format_bytes, parse_bytes, parse_rate
+from engine.bench.units import format_bytes, parse_rate
 from engine.cli.options import add_output
 from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import Graph, KVType, Limits
 from engine.devices.placement import MemoryPlan, Wish, least_cpu_layers, plan_memory
 from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
 from engine.errors import ConfigError
@@ -32,9 +32,12 @@ from engine.experts.routing_process import RoutingProcess
 from engine.experts.trace import Trace, load_trace
 from engine.gguf import open_model_file
 from engine.models import load_model
+from engine.tables import parse_bytes
 
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing
-PROMPT_BATCH = 512  # tokens of a prompt that are run together
+BATCH_TOKENS = 512  # of a step
+LONG_STEP = 4096  # tokens of a prompt that a GPU runs together at most, through which all experts pass once
+LONG_STEP_SHARE = 1 / 8  # of the memory that is left for experts, which the intermediate results of it may take
 SWAP_SHARE = 0.2  # of a token's time
 
 # A Ryzen 9 7950X with 96 GB of DDR5 and an RTX 4090, on which a fork of llama.cpp with a hot-expert cache reports these
@@ -215,24 +218,44 @@ def _prediction(
 
 
 def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, position: int) -> float:
-    """Return prompt tokens a second in long batches: all experts without a slot are streamed, nearly all are chosen."""
-    n_experts = max(plan.n_experts, 1)
-    unused = (1 - footprint.n_experts_used / n_experts) ** PROMPT_BATCH
+    """Return prompt tokens a second in long steps: all experts without a slot are streamed, nearly all are chosen."""
+    n_experts, n_tokens = max(plan.n_experts, 1), footprint.max_tokens
+    unused = (1 - footprint.n_experts_used / n_experts) ** n_tokens
     chosen = n_experts * (1 - unused) * footprint.expert_bytes.astype(np.float64)
     nothing = np.zeros(len(plan.n_slots))
-    macs = footprint.expert_macs.astype(np.float64) * footprint.n_experts_used * PROMPT_BATCH
+    macs = footprint.expert_macs.astype(np.float64) * footprint.n_experts_used * n_tokens
     work = StepWork(
         n_layers=footprint.n_layers,
         dense_bytes=footprint.dense_bytes,
         attention_bytes=footprint.attention_bytes(position),
-        dense_macs=float(footprint.dense_macs) * PROMPT_BATCH,
+        dense_macs=float(footprint.dense_macs) * n_tokens,
         hit_bytes=chosen,
         hit_macs=macs,
         miss_bytes=nothing,
         miss_macs=nothing,
         streamed_bytes=(n_experts - plan.n_slots).astype(np.float64) * footprint.expert_bytes,
     )
-    return PROMPT_BATCH / time_step(machine, work).total_s
+    return n_tokens / time_step(machine, work).total_s
+
+
+def measure_on_gpu(graph: Graph, limits: Limits, allowed_bytes: int, most: int = LONG_STEP) -> Footprint:
+    """Return what a forward pass needs where a GPU runs as much of a prompt together as its memory allows.
+
+    Args:
+        graph: the forward pass.
+        limits: asked for; its steps are those of a GPU that is too small for longer ones.
+        allowed_bytes: of VRAM.
+        most: tokens of a step.
+    """
+    bare = measure(graph, limits)
+    left = allowed_bytes - bare.dense_bytes - bare.state_bytes - bare.scratch_bytes
+    n_tokens = min(most, limits.n_slots * limits.context_length)
+    while n_tokens > limits.max_tokens:
+        longer = measure(graph, replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens))
+        if longer.scratch_bytes - bare.scratch_bytes <= left * LONG_STEP_SHARE:
+            return longer
+        n_tokens //= 2
+    return bare
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -273,8 +296,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     try:
         model = load_model(model_file)
         n_weight_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
-        limits = Limits(PROMPT_BATCH, 1, args.context, KVType[args.kv_type.upper()])
-        footprint = measure(model.graph, limits)
+        limits = Limits(min(BATCH_TOKENS, args.context), 1, args.context, KVType[args.kv_type.upper()])
+        footprint = measure_on_gpu(model.graph, limits, machine.vram_bytes)
         if not footprint.n_experts:
             raise ConfigError(
                 f"{model_file.name} has no experts, so there is nothing to place; `python -m engine info` says how a "
@@ -282,7 +305,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             )
         make_policy(args.cache_policy, 1, 1)  # raises for a name that is none, also where nothing is replayed
         trace = load_trace(args.trace) if args.trace else made_up_trace(footprint)
-        with Progress(console=console, transient=True, disable=args.quiet) as bar:
+        with Progress(console=console, transient=True, disable=args.quiet or not console.is_terminal) as bar:
             task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
             found = predict(
                 machine,
@@ -319,16 +342,16 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
     given = {key: getattr(args, key) for key in known}
     if args.machine == REFERENCE_MACHINE:
         given = {key: value or known[key] for key, value in given.items()}
-    missing = [f"--{key.replace('_', '-')}" for key, value in given.items() if not value]
+    options = {key: f"--{key.replace('_', '-')}" for key in known}
+    missing = [options[key] for key, value in given.items() if not value]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: missing; give the machine's figures, or start from known ones with --machine "
             f"{REFERENCE_MACHINE}; for the machine at hand there is `python -m engine info`"
         )
-    speeds = Bandwidths(
-        parse_rate(given["ram_bandwidth"]), parse_rate(given["pcie"]), parse_rate(given["vram_bandwidth"])
-    )
-    return Machine(speeds, parse_bytes(given["vram"])), parse_bytes(given["ram"])
+    ram, pcie, vram = (parse_rate(given[key], options[key]) for key in ("ram_bandwidth", "pcie", "vram_bandwidth"))
+    vram_bytes, ram_bytes = (parse_bytes(given[key], options[key]) for key in ("vram", "ram"))
+    return Machine(Bandwidths(ram, pcie, vram), vram_bytes), ram_bytes
 
 
 def made_up_trace(footprint: Footprint) -> Trace:
@@ -362,7 +385,11 @@ def _show(
         f"{format_bytes(speeds.ram)}/s, PCIe {format_bytes(speeds.pcie)}/s",
     )
     header.add_row("routing", f"{trace.name}, {trace.n_tokens - trace.n_prompt} tokens replayed")
-    header.add_row("times", f"predicted, not measured; at token {context // 2} of a context of {context}")
+    header.add_row(
+        "times",
+        f"predicted, not measured; at token {context // 2} of a context of {context}; prompts in steps of "
+        f"{footprint.max_tokens} tokens",
+    )
     out.print(header)
     out.print(placement_table(found))
     best = max(found, key=lambda p: p.decode_tok_s)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError
+from engine.files import whole_file
 
 if TYPE_CHECKING:
     from engine.bench.conversation import Turn
@@ -47,10 +48,13 @@ def figure(n_rows: int, n_columns: int, height: float) -> tuple[Any, Any]:
 
 def save(fig: Any, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the file's ending; raise `ConfigError` if that is not possible."""
+    path = Path(path)
     try:
-        fig.savefig(path, dpi=140)
+        with whole_file(path) as file:
+            fig.savefig(file, dpi=140, format=path.suffix.removeprefix("."))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the plot cannot be written: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: the plot cannot be written: {reason}") from error
 
 
 def moving_rate(hits: npt.NDArray[np.int64], choices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -88,6 +92,8 @@ def plot_speeds(rows: Sequence[Row], title: str, path: str | Path) -> None:
             )
         axis.set_xlabel(what)
         axis.margins(x=0.22)
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,.0f}" if medians.max() >= 10 else "{x:g}")
         axis.set_yticks(places, [f"{row.name}\n{row.n_prompt} + {row.n_gen} tokens" for row in rows])
         axis.grid(axis="x", alpha=0.25)
         axis.set_axisbelow(True)

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from engine.bench.units import format_bytes, parse_bytes
+from engine.bench.units import format_bytes
 from engine.errors import ConfigError
 from engine.experts.policy import POLICIES, make_policy
 from engine.experts.replay import Clairvoyant, Replay, replay, static_optimum
 from engine.experts.trace import Trace, load_trace
+from engine.tables import parse_bytes
 
 BELADY = "Belady, bypass"
 STATIC_OPTIMUM = "best static set"
@@ -233,14 +234,15 @@ def run(args: argparse.Namespace, out: Console, console: Console) -> None:
         raise ConfigError(f"--policy {args.policy!r} names no policy; there are {', '.join(POLICIES)}")
     if args.swap_budget and not args.expert_bytes:
         raise ConfigError("--swap-budget needs --expert-bytes, the size of one expert")
-    swap_bytes = float(parse_bytes(args.swap_budget)) if args.swap_budget else np.inf
+    swap_bytes = float(parse_bytes(args.swap_budget, "--swap-budget")) if args.swap_budget else np.inf
+    expert_bytes = parse_bytes(args.expert_bytes, "--expert-bytes") if args.expert_bytes else None
     traces = [load_trace(path) for path in args.replay]
     studies = []
-    with Progress(console=console, transient=True, disable=args.quiet) as progress:
+    with Progress(console=console, transient=True, disable=args.quiet or not console.is_terminal) as progress:
         for trace in traces:
             sizes = None
-            if args.expert_bytes:
-                sizes = np.full(trace.n_layers, parse_bytes(args.expert_bytes), np.int64)
+            if expert_bytes is not None:
+                sizes = np.full(trace.n_layers, expert_bytes, np.int64)
             studies.append(
                 study(
                     trace,

@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 from rich import box
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from engine import machine
 from engine.bench.measure import Placed, Row, Spread
+from engine.cli.command import program_version
 from engine.errors import RequestError
 from engine.files import whole_file
 
@@ -43,14 +43,10 @@ class Report:
 
 def machine_facts() -> dict[str, str]:
     """Return what this machine and program are."""
-    try:
-        version = metadata.version("hot-experts")
-    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
-        version = "not installed"
     facts = {
         "machine": f"{machine.cpu_name()}, {machine.n_physical_cores()} cores, {machine.ram_bytes() / 1e9:.0f} GB RAM",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "version": version,
+        "version": program_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     commit = _commit()

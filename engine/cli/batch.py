@@ -7,9 +7,17 @@ import argparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engine.batch import Item, Job, ResultFile, load_job, run_job
+from engine.batch import Item, Job, ResultFile, check_job, load_job, run_job
 from engine.cli.command import EXIT_SOME_FAILED
-from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_overrides
+from engine.cli.options import (
+    ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_chat_variables,
+    add_common,
+    add_settings,
+    read_overrides,
+)
+from engine.cli.run import VIRTUAL
 from engine.cli.terminal import Bars
 from engine.errors import EngineError
 from engine.generate.answer import Completion
@@ -42,8 +50,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("job", metavar="JOB.toml", help="what to do: a [batch] table, and any settings of the engine")
-    parser.add_argument("--check", action="store_true", help="check the job and its input, and run nothing")
+    parser.add_argument("--check", action="store_true", help="check the job, its input and its model, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="run the items again that failed in earlier runs")
+    add_chat_variables(parser)
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser, has_config=False)
     parser.set_defaults(execute=execute)
@@ -53,6 +62,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
     job = load_job(args.job, read_overrides(args))
     if args.check:
+        check_job(job)
         if not args.quiet:
             console.print(f"{args.job}: {len(job.items)} items, nothing wrong")
         return 0
@@ -111,4 +121,4 @@ def speed(statistics: EngineStatistics) -> str:
     text = f"{(statistics.n_prompt_tokens + statistics.n_decode_tokens) / seconds if seconds else 0.0:,.1f} tok/s"
     if statistics.cache is not None:
         text += f", {statistics.cache.hit_rate:.0%} of experts from VRAM"
-    return text
+    return text + (VIRTUAL if statistics.has_virtual_clock else "")

@@ -14,7 +14,15 @@ from pathlib import Path
 from rich.console import Console
 
 from engine.cli.layers import layer_table
-from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
+from engine.cli.options import (
+    ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_chat_variables,
+    add_common,
+    add_settings,
+    read_settings,
+    stop_texts,
+)
 from engine.cli.run import describe, write
 from engine.cli.terminal import Bars
 from engine.errors import EngineError, RequestError
@@ -49,6 +57,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--stats", action="store_true", help="after each answer, show hits and times of every layer")
+    add_chat_variables(parser)
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
@@ -99,10 +108,7 @@ class Chat:
         command, _, rest = text.partition(" ")
         rest = rest.strip()
         if not command.startswith("/"):
-            before = self._engine.statistics
             self._answer(text)
-            if self._show_layers:
-                self._show_cache(before)
         elif command == "/exit":
             return False
         elif command == "/reset":
@@ -120,7 +126,7 @@ class Chat:
         return True
 
     def _show_cache(self, before: EngineStatistics) -> None:
-        """Show what the cache did since a look, or why there is none."""
+        """Show what the cache has done since, or why there is none."""
         now = self._engine.statistics
         if now.cache is not None and before.cache is not None:
             self._console.print(layer_table("this answer", now, before))
@@ -129,14 +135,19 @@ class Chat:
     def _answer(self, text: str) -> None:
         """Stream one answer. One that is stopped counts as far as it came; a message without any does not count."""
         messages, answer = [*self.messages, {"role": "user", "content": text}], ""
+        after_prompt = None
         try:
             with closing(self._engine.generate(messages, stream=True, progress=self._bars.prompt)) as chunks:
                 for chunk in chunks:
+                    if after_prompt is None and self._show_layers:
+                        after_prompt = self._engine.statistics
                     answer += chunk.text
                     write(chunk.text)
-                    if chunk.completion is not None and not self._quiet:
+                    if chunk.completion is not None:
                         write("\n")
-                        self._console.print(describe(chunk.completion))
+                        if not self._quiet:
+                            is_virtual = self._engine.statistics.has_virtual_clock
+                            self._console.print(describe(chunk.completion, is_virtual=is_virtual))
         except KeyboardInterrupt:
             self._bars.close()
             write("\n")
@@ -147,16 +158,23 @@ class Chat:
             self._console.print(f"error: {error}; /reset begins anew")
             return
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+        if after_prompt is not None:
+            self._show_cache(after_prompt)
 
     def _save(self, name: str) -> None:
         if not name:
             self._console.print("error: /save needs the name of a file")
             return
         try:
+            if Path(name).is_file():
+                load_conversation(Path(name))  # anything else that is there is not for us to replace
             with whole_file(Path(name)) as file:
                 file.write(json.dumps(self.messages, indent=1, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             self._console.print(f"error: {name}: cannot be written: {error.strerror or error}")
+            return
+        except RequestError as error:
+            self._console.print(f"error: {error}; give another name")
             return
         self._console.print(f"saved {len(self.messages)} messages to {name}")
 

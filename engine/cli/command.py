@@ -7,9 +7,11 @@ Exit codes: 0 done; 1 the model, the machine or the request is at fault; 2 the c
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from engine.cli.terminal import error_console, start_logging, stop_logging
 from engine.errors import ConfigError, EngineError
@@ -17,9 +19,19 @@ from engine.errors import ConfigError, EngineError
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 3, 130, 141
 
 
+def program_version() -> str:
+    """Return the version of this program as it was installed."""
+    try:
+        return metadata.version("hot-experts")
+    except metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse a command line and call the function that its command left in `execute`; return the exit code."""
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = error_console()
     handler = start_logging(console, quiet=args.quiet, debug=args.debug)
     try:
@@ -28,14 +40,30 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes standard output once more when it ends; that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_PIPE
-    except EngineError as error:
+    except (EngineError, OSError, MemoryError) as error:
         if args.debug:
             raise
-        console.print(f"error: {error}")
+        console.print(f"error: {_explained(error)}")
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
     finally:
         stop_logging(handler)
     return code
+
+
+def _drop_output() -> None:
+    """Send what is still to be written nowhere: the interpreter flushes once more at its end, which must not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explained(error: EngineError | OSError | MemoryError) -> str:
+    """Return what happened, also where the system, and not the engine, says so."""
+    if isinstance(error, OSError):
+        place = "the output cannot be written" if error.filename is None else f"{error.filename}"
+        return f"{place}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "the system gave no more memory; close other programs, or lower [engine] context_length or n_sequences"
+    return str(error)

@@ -18,6 +18,8 @@ ENGINE_OPTIONS = {
     "model.load": ("--load",),
     "model.chat_template": ("--chat-template",),
     "moe.hot_k": ("--hot-k",),
+    "moe.hot_rebalance_interval": ("--hot-rebalance-interval",),
+    "moe.hot_pp_bypass_n_tokens": ("--hot-pp-bypass-n-tokens",),
     "moe.n_cpu_moe": ("--n-cpu-moe",),
     "moe.policy": ("--cache-policy",),
     "moe.profile": ("--expert-profile",),
@@ -98,6 +100,8 @@ def read_overrides(args: argparse.Namespace) -> dict[str, object]:
             raise ConfigError(f"--set {assignment}: expected TABLE.KEY=VALUE")
         overrides[key.strip()] = value.strip()
     overrides |= {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    if getattr(args, "chat_variable", None):
+        overrides["model.chat_variables"] = tuple(args.chat_variable)
     model = getattr(args, "model", None)
     if model == "":  # an unset variable of the shell must not run another model than was meant
         raise ConfigError("the name of the model is empty; give a file, or leave it out for the bundled model")
@@ -112,6 +116,17 @@ def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = No
     Raises `ConfigError` for a wrong value, naming the option's setting.
     """
     return EngineConfig.load(args.config, read_overrides(args) | (extra or {}))
+
+
+def add_chat_variables(parser: argparse.ArgumentParser) -> None:
+    """Add the option for variables of the chat template."""
+    parser.add_argument(
+        "--chat-variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="tell the chat template something, for example enable_thinking=false (repeatable)",
+    )
 
 
 def stop_texts(given: Sequence[str]) -> dict[str, object]:

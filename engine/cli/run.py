@@ -7,11 +7,21 @@ import sys
 
 from rich.console import Console
 
-from engine.cli.options import ENGINE_OPTIONS, SAMPLING_OPTIONS, add_common, add_settings, read_settings, stop_texts
+from engine.cli.options import (
+    ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_chat_variables,
+    add_common,
+    add_settings,
+    read_settings,
+    stop_texts,
+)
 from engine.cli.terminal import Bars
 from engine.errors import RequestError
 from engine.generate.answer import Completion
 from engine.runtime import Engine, Prompt
+
+VIRTUAL = " (speeds of a virtual clock)"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,6 +37,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--special", action="store_true", help="read control tokens spelled out in the prompt as such")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
+    add_chat_variables(parser)
     add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
     parser.set_defaults(execute=execute)
@@ -47,7 +58,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             if chunk.completion is not None:
                 write("\n")
                 if not args.quiet:
-                    console.print(describe(chunk.completion))
+                    console.print(describe(chunk.completion, is_virtual=engine.statistics.has_virtual_clock))
                     if engine.statistics.cache is not None:
                         console.print(engine.statistics.cache_line)
     return 0
@@ -59,14 +70,14 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def describe(completion: Completion) -> str:
-    """Return one line about an answer: tokens, speed, why it ended."""
+def describe(completion: Completion, *, is_virtual: bool = False) -> str:
+    """Return one line about an answer: tokens, speed (of a virtual clock or not), why it ended."""
     usage, timings = completion.usage, completion.timings
     reused = f" ({usage.n_reused_tokens} reused)" if usage.n_reused_tokens else ""
     return (
         f"prompt {usage.n_prompt_tokens} tokens{reused}, {timings.prompt_tok_s:,.1f} tok/s; "
         f"answer {usage.n_generated_tokens} tokens, {timings.decode_tok_s:,.1f} tok/s; "
-        f"ended by {completion.finish_reason}; seed {completion.seed}"
+        f"ended by {completion.finish_reason}; seed {completion.seed}{VIRTUAL if is_virtual else ''}"
     )
 
 

@@ -32,6 +32,7 @@ class Footprint:
         recurrent_bytes: states of one sequence.
         state_bytes: keys, values and states of all sequences.
         scratch_bytes: intermediate results.
+        max_tokens: of a step, which those are of.
     """
 
     n_layers: int
@@ -46,6 +47,7 @@ class Footprint:
     recurrent_bytes: int
     state_bytes: int
     scratch_bytes: int
+    max_tokens: int
 
     @property
     def expert_total_bytes(self) -> int:
@@ -91,6 +93,7 @@ def measure(graph: Graph, limits: Limits) -> Footprint:
         recurrent_bytes=recurrent,
         state_bytes=all_positions + recurrent * limits.n_slots,
         scratch_bytes=_scratch_bytes(graph, limits),
+        max_tokens=limits.max_tokens,
     )
 
 
@@ -130,6 +133,7 @@ def _scratch_bytes(graph: Graph, limits: Limits) -> int:
     for i, op in enumerate(graph.operations):
         for tensor in op.tensors():
             buffer = tensor.buffer
-            interval = intervals.setdefault(buffer, Interval(4 * limits.max_tokens * buffer.width, i, i))
+            n_bytes = 4 * limits.most(buffer.rows) * buffer.width
+            interval = intervals.setdefault(buffer, Interval(n_bytes, i, i))
             interval.last = i
     return plan_offsets(list(intervals.values()))

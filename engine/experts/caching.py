@@ -67,6 +67,13 @@ class ExpertCaching:
     def _make_cache(self, program: SlotProgram, moe: MoESettings, n_experts_used: int) -> HotCache:
         speeds, n_slots = program.bandwidths, program.n_slots
         whole = moe.n_cpu_moe >= 0
+        if moe.hot_rebalance_interval != MoESettings().hot_rebalance_interval and moe.policy != "window_topk":
+            log.warning(
+                "moe.hot_rebalance_interval is %d, which has no effect: the policy %s looks at every token and is held "
+                'back by moe.swap_budget; set policy = "window_topk" for swaps every so many tokens',
+                moe.hot_rebalance_interval,
+                moe.policy,
+            )
         cache = HotCache(
             program,
             SlotTable(n_slots, program.n_experts, program.expert_bytes),
@@ -93,6 +100,7 @@ class ExpertCaching:
         # Where all experts of a layer fit there is nothing to choose.
         everything = np.broadcast_to((n_slots == program.n_experts)[:, None], cache.table.held.shape)
         cache.fill(everything.astype(np.float32), wait=True)
+        cache.reset_statistics()  # what was put there before the first token is no swap
         return cache
 
     @property

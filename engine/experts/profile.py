@@ -50,7 +50,9 @@ def load_profile(path: str | os.PathLike[str], model: str | None = None) -> Prof
     arrays = read_npz(path, "an expert profile", ("counts", "meta"))
     try:
         counts, meta = arrays["counts"], json.loads(str(arrays["meta"]))
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        raise ConfigError(f"{path}: is no profile: it has no {error}; give another name or delete it") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: is no profile: {error}; give another name or delete it") from error
     return _checked(path, counts, meta, model)
 

@@ -8,6 +8,7 @@ played back to the routers, that happens here, too.
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class WatchedProgram:
         """Watch a program; `in_background` lets the cache work while steps run."""
         self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
+        self._settling = threading.Lock()  # an interrupt may leave the thread at work
         self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
@@ -96,10 +98,11 @@ class WatchedProgram:
 
     def settle(self) -> None:
         """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""
-        step, self._unseen = self._unseen, None
-        if step is not None and self._cache is not None:
-            self._cache.observe(step.routing, step.resident)
-            self._cache.step(step.seconds)
+        with self._settling:
+            step, self._unseen = self._unseen, None
+            if step is not None and self._cache is not None:
+                self._cache.observe(step.routing, step.resident)
+                self._cache.step(step.seconds)
 
     @staticmethod
     def _record(recorder: TraceRecorder, routing: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:

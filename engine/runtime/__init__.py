@@ -5,6 +5,7 @@
 
 from engine.runtime.answering import Messages, Prompt
 from engine.runtime.engine import Engine
+from engine.runtime.files import check_files, read_chat_template
 from engine.runtime.placing import limits_of, memory_wish, open_device, resolve, survey_machine
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
@@ -15,9 +16,11 @@ __all__ = [
     "Messages",
     "Prompt",
     "Session",
+    "check_files",
     "limits_of",
     "memory_wish",
     "open_device",
+    "read_chat_template",
     "resolve",
     "survey_machine",
 ]

@@ -10,24 +10,22 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.config import EngineConfig, MoESettings, SamplingParams
+from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
-from engine.errors import ConfigError, DeviceError, EngineError, RequestError
+from engine.errors import DeviceError, EngineError, RequestError
 from engine.experts.caching import ExpertCaching
 from engine.experts.steering import OWN
-from engine.files import check_target
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.leases import Lease, SlotTable
@@ -39,6 +37,7 @@ from engine.gguf import ModelFile, WeightMemory, open_model_file
 from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
+from engine.runtime.files import check_files, read_chat_template
 from engine.runtime.placing import OpenProgress, check_memory, limits_of, open_device, resolve
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
@@ -66,7 +65,8 @@ class Engine(Answering):
     def __init__(self, model_file: ModelFile, config: EngineConfig, progress: OpenProgress | None = None) -> None:
         """Open a model file that is open already; the engine closes it. `Engine.open` is the usual way."""
         self._file = model_file
-        _check_outputs(config.moe)
+        check_files(config)
+        self._template_source = read_chat_template(config.model)
         model = load_model(model_file)
         self.spec: ModelSpec = model.spec
         self._tensor_names = model.tensor_names
@@ -194,25 +194,15 @@ class Engine(Answering):
         if isinstance(prompt, str):
             return self.tokenize(prompt, add_special=True)
         if _is_messages(prompt):
-            return self.tokenizer.encode_chat(self._chat_template.render(prompt))
+            text = self._chat_template.render(prompt, **self.config.model.template_variables())
+            return self.tokenizer.encode_chat(text)
         return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # not messages, so ids
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
-        path = self.config.model.chat_template
-        if not path:
-            return ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
-        try:
-            source = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"model.chat_template is {path!r}, which cannot be read: {error.strerror or error}"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"model.chat_template is {path!r}, which is not UTF-8 text (byte {error.start})"
-            ) from None
-        return ChatTemplate(source, self.tokenizer)
+        if self._template_source:
+            return ChatTemplate(self._template_source, self.tokenizer)
+        return ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -462,16 +452,6 @@ class Engine(Answering):
             f"context {settings.context_length} x {settings.n_sequences}, {settings.kv_type} keys and values, "
             f"{s.state_bytes / 2**20:,.1f} MiB; {self._caching.describe()}"
         )
-
-
-def _check_outputs(moe: MoESettings) -> None:
-    """Raise `ConfigError` if what is written when the engine is closed cannot be, as far as can be told now."""
-    try:
-        for path in filter(None, (moe.profile, moe.record_trace)):
-            check_target(Path(path))
-    except OSError as error:
-        key = "profile" if error.filename == moe.profile else "record_trace"
-        raise ConfigError(f"moe.{key} is {error.filename!r}, which cannot be written: {error.strerror}") from None
 
 
 def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:

@@ -37,7 +37,7 @@ from engine.quants import install_grids
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
 _THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
-T = TypeVar("T", DeviceMemory, PinnedMemory, Stream)
+T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
 _SIZES = (1, 4, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
@@ -212,7 +212,7 @@ class CUDAProgram:
         self._bandwidths = bandwidths
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph] = []
-        self._vectors: PinnedMemory | None = None  # new values on their way
+        self._vector_writes: dict[tuple[str | int, ...], tuple[PinnedMemory, Graph]] = {}  # by names and size
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
         self._pinned: PinnedExperts | None = None
@@ -362,12 +362,20 @@ class CUDAProgram:
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors, [len(names), size], for all steps from now on."""
         self._context.make_current()
-        if self._vectors is None or self._vectors.n_bytes < values.nbytes:
-            self._vectors = self._own(PinnedMemory(values.nbytes))
-        self._vectors.bytes[: values.nbytes] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
-        for i, name in enumerate(names):
-            to = self._memory.address + self._lowering.vector_offset(name, values.shape[1])
-            self._stream.upload(to, self._vectors.address + i * values[0].nbytes, values[0].nbytes)
+        key = (*names, values.shape[1])
+        if key not in self._vector_writes:
+            memory = self._own(PinnedMemory(values.nbytes))
+            offsets = [self._lowering.vector_offset(name, values.shape[1]) for name in names]
+
+            def upload() -> None:
+                for i, offset in enumerate(offsets):
+                    source = memory.address + i * values[0].nbytes
+                    self._stream.upload(self._memory.address + offset, source, values[0].nbytes)
+
+            self._vector_writes[key] = memory, self._own(self._stream.capture(upload))
+        memory, graph = self._vector_writes[key]
+        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
+        graph.launch(self._stream)
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""

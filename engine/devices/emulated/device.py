@@ -28,6 +28,8 @@ from engine.devices.timing import (
     time_step,
     traffic_of,
 )
+from engine.errors import DeviceError
+from engine.gguf import available_memory
 
 Routing: TypeAlias = npt.NDArray[np.int32]
 
@@ -93,6 +95,7 @@ class EmulatedDevice:
         """Make a program; raise `DeviceError` if it needs more device memory than there is."""
         footprint = measure(graph, limits)
         plan = plan_memory(footprint, self.allowed_bytes, self.wish)
+        _check_ram(footprint, plan)
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
         return EmulatedProgram(self, lowered, footprint, plan)
 
@@ -361,6 +364,18 @@ class EmulatedProgram:
             miss_macs=(counts * ~on_device).sum(1) * macs,
             streamed_bytes=np.array([len(experts) for experts in cold]) * sizes if cold else np.zeros(n_layers),
             copied_bytes=self._copied_bytes,
+        )
+
+
+def _check_ram(footprint: Footprint, plan: MemoryPlan) -> None:
+    """Raise `DeviceError` if the RAM cannot play the part of the device's memory."""
+    needed, available = plan.slot_bytes, available_memory()
+    if (plan.n_slots < plan.n_experts).any():
+        needed += STAGED_LAYERS * plan.n_experts * int(footprint.expert_bytes.max())
+    if available is not None and needed > available:
+        raise DeviceError(
+            f"the experts in the emulated GPU's memory need {needed / 1e9:.1f} GB of RAM beside the weights, and "
+            f"{available / 1e9:.1f} GB are free; lower [moe] hot_k, [engine] vram_budget or [emulated] vram"
         )
 
 
