@@ -2,8 +2,8 @@
 // matrix product on tensor cores, with the bits of `rows.cuh`. One reading of the weights, unpacked once, serves all.
 //
 // A block takes 16 rows. Its warps take 256 columns each, one step of TileDots (`tiles.cuh`), and leave the integer sums of
-// its blocks in shared memory; then every thread goes on with the chain of one row and one token, in order. Weights are
-// fetched a round ahead of the arithmetic, and from the L2 cache all that is missing of them; activations likewise.
+// its blocks in shared memory; then every thread goes on with the chain of one row and one token, in order. Weights and
+// activations are fetched a round ahead of the arithmetic.
 //
 // Compiled for FORMAT, an integer one. Grid: (row blocks of all matrices, groups of 8 tokens, heads). Dynamic shared memory:
 // `Shared`.
@@ -138,8 +138,6 @@ linear_few(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, cons
             rows_of(round).fetch(shared.warp[warp].raw[round % 2], n_parts_of(round));
     };
     fetch_rows(0);
-    if (warp == 0)
-        prefetch_bytes(weights + first_row * row_bytes, min(WARP_ROWS, matrix.n_rows - first_row) * row_bytes);
     begin_kernel();
 
     const int first_token = blockIdx.y * TOKENS, n = min(TOKENS, *n_tokens - first_token);

@@ -2,8 +2,7 @@
 //
 // Integer formats. The blocks of a warp's rows lie one behind the other in memory. They are brought to shared memory in
 // 16-byte pieces, chunks ahead of the arithmetic (cp.async), so any block size and alignment is read at full width and
-// enough bytes are on the way without registers for them; what shared memory has no place for yet comes as far as the L2
-// cache. A lane multiplies whole blocks, which of its warp's rows they
+// enough bytes are on the way without registers for them. A lane multiplies whole blocks, which of its warp's rows they
 // are of does not matter, and leaves what each adds to its row in shared memory. Some chunks later one lane for each row
 // runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
 //
@@ -85,14 +84,6 @@ DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes,
     return to + misalignment;
 }
 
-// Lets the L2 cache fetch n_bytes from anywhere, by a warp: shared memory holds only what is next, but the memory has much
-// to do at once, also while the kernel before still computes.
-DEVICE void prefetch_bytes(const uint8_t *from, int64_t n_bytes) {
-    const uint8_t *aligned = (const uint8_t *)((uint64_t)from & ~(uint64_t)15);
-    if (n_bytes > 0 && threadIdx.x % WARP == 0)
-        prefetch_l2(aligned, (unsigned)(from + n_bytes - aligned + 15) / 16 * 16);
-}
-
 // What a block adds to a chain: d * isum, and min_d * imin.
 template <bool HAS_MIN> struct BlockTerm;
 template <> struct __align__(16) BlockTerm<true> {
@@ -165,8 +156,6 @@ template <class Format> class RowDots<Format, 1, true> {
           n_chunks((n_items + CHUNK - 1) / CHUNK), stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
-        const int64_t fetched_bytes = (int64_t)(STAGES - 1) * CHUNK * Format::BYTES;
-        prefetch_bytes(weights + fetched_bytes, (int64_t)n_items * Format::BYTES - fetched_bytes);
     }
 
     // Bytes of the activations in shared memory.
@@ -262,7 +251,6 @@ template <class Format, int N> class RowDots<Format, N, false> {
         : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
-        prefetch_bytes(weights, n_rows * row_bytes);
     }
 
     static __device__ __forceinline__ int staged_bytes(int n_cols) { return (N * n_cols * (int)sizeof(float) + 15) / 16 * 16; }
