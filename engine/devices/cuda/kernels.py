@@ -6,7 +6,6 @@ A function here checks what its kernel assumes and returns a `Launch`; nothing r
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,9 +111,19 @@ def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens
     wanted, most = ceil_div(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
     if weight_format.activation == Activation.F32:
         return max(_FLOAT_ROWS, min(wanted, most))
-    n_blocks = n_cols // weight_format.block_size
-    whole = WARP // math.gcd(WARP, n_blocks)  # rows whose blocks leave no lane without work
-    return max(1, min(ceil_div(wanted, whole) * whole if wanted > whole // 2 else wanted, most))
+    chunk, n_blocks = _chunk(weight_format), n_cols // weight_format.block_size
+
+    def wasted(rows: int) -> tuple[float, int]:
+        n_items = rows * n_blocks
+        return ceil_div(n_items, chunk) * chunk / n_items, abs(rows - wanted)
+
+    nearby = range(max(1, wanted // 2), max(1, min(2 * wanted, most)) + 1)
+    return min(nearby, key=wasted) if wanted <= most else most  # leaves the fewest lanes without work
+
+
+def _chunk(weight_format: QuantFormat) -> int:
+    """Return the blocks that a warp takes together; `RowDots::CHUNK`."""
+    return WARP * (1 if weight_format.block_size == 256 else 7 if weight_format.block_bytes < 20 else 5)
 
 
 def _warp_bytes(weight_format: QuantFormat) -> int:
@@ -122,7 +131,7 @@ def _warp_bytes(weight_format: QuantFormat) -> int:
     size, n_bytes = weight_format.block_size, weight_format.block_bytes
     if weight_format.activation == Activation.F32:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
-    chunk = WARP * (1 if size == 256 else 7 if n_bytes < 20 else 5)
+    chunk = _chunk(weight_format)
     term = 16 if weight_format.name in WITH_MINIMUM else 8
     return _STAGES * (chunk * n_bytes + 16) + (_CHUNKS_KEPT * chunk + _MAX_ROWS_PER_WARP) * term
 
