@@ -338,16 +338,17 @@ DEVICE float merged_value(float keep, float take, float before, float of_part) {
 // Merges the parts of 256 columns, then gates them: out = x * sigmoid(gate) or x * silu(gate), in all forms that are wanted.
 // gate: float32 rows, VALUE_DIM values for each head, `gate_step` values from head to head. sinks: a score for each head
 // that has no value, or null. Grid: (ceil(n_heads * VALUE_DIM / 256), tokens). Dynamic shared memory: 16 bytes for each part
-// of the heads that 256 columns can touch.
+// (32, 64, ... of them) of the heads that 256 columns can touch.
 KERNEL(256)
 merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, const float *sinks, const int *positions,
             const float *gate, int64_t gate_stride, int gate_step, float *out, int64_t out_stride, Forms forms,
             const int *n_tokens) {
     begin_kernel();
-    constexpr int AT_ONCE = 32; // values that are on the way together
+    constexpr int AT_ONCE = WARP; // values that are on the way together
     extern __shared__ __align__(16) uint8_t dynamic[];
     __shared__ __align__(16) float results[256];
-    Merged *merged = (Merged *)dynamic; // [heads of the block][n_parts]; `sum` is that of the part
+    Merged *merged = (Merged *)dynamic; // [heads of the block][stride]; `sum` is that of the part, 0 for those beyond n
+    const int stride = (n_parts + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
     const int token = blockIdx.y, thread = threadIdx.x, lane = thread % WARP, n_cols = n_heads * VALUE_DIM;
     if (token >= *n_tokens)
         return;
@@ -369,8 +370,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
             up_to = fmaxf(up_to, largest);
             const float before = __shfl_up_sync(ALL_LANES, up_to, 1);
             const Merged added = with_part({lane ? before : largest, 0.0f, 0.0f, 0.0f}, part);
-            if (exists)
-                merged[(head - first_head) * n_parts + base + lane] = {added.largest, part.sum, added.keep, added.take};
+            merged[(head - first_head) * stride + base + lane] = {added.largest, part.sum, added.keep, added.take};
             largest = __shfl_sync(ALL_LANES, up_to, WARP - 1);
         }
     }
@@ -386,9 +386,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
                 of_parts[i] = base + i < n ? own[(base + i) * VALUE_DIM] : 0.0f;
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                if (base + i >= n)
-                    break;
-                const Merged part = merged[(head - first_head) * n_parts + base + i];
+                const Merged part = merged[(head - first_head) * stride + base + i];
                 sum = __fmaf_rn(part.sum, part.take, sum * part.keep);
                 const float added = merged_value(part.keep, part.take, acc, of_parts[i]);
                 acc = part.sum == 0.0f ? acc : added; // nothing in sight

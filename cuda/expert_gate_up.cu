@@ -51,9 +51,9 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
         Up::stage(up_records, up_tokens, hidden_size);
     uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * SCRATCH_BYTES;
     if (warp < N_WARPS / 2)
-        project<Gate>(choice.is_shared ? shared_gate : gate, expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_tokens, gate_grid, scratch, gates[pair]);
+        project<Gate>(one_of(choice.is_shared, shared_gate, gate), expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_tokens, gate_grid, scratch, gates[pair]);
     else
-        project<Up>(choice.is_shared ? shared_up : up, expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_tokens, up_grid, scratch, ups[pair]);
+        project<Up>(one_of(choice.is_shared, shared_up, up), expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_tokens, up_grid, scratch, ups[pair]);
     __syncthreads();
     const int lane = threadIdx.x % WARP;
     if (warp < N_WARPS / 2 && lane < n_rows)

@@ -12,6 +12,12 @@ struct ExpertMatrix {
     const float *bias;  // [n_experts, rows] or null
 };
 
+// One of two, value by value: a reference to either would make copies of both in slow memory.
+DEVICE ExpertMatrix one_of(bool is_first, const ExpertMatrix &a, const ExpertMatrix &b) {
+    return {is_first ? a.slots : b.slots, is_first ? a.slot_bytes : b.slot_bytes, is_first ? a.row_bytes : b.row_bytes,
+            is_first ? a.scale : b.scale, is_first ? a.bias : b.bias};
+}
+
 // A row's product as the projection gives it: times the expert's scale, plus the row's bias.
 DEVICE float projected(float value, const ExpertMatrix &matrix, int expert, int n_rows, int row) {
     if (matrix.scale)

@@ -109,13 +109,6 @@ PTX uint4 ld_stream16(const void *p) {
     return v;
 }
 
-// Lets the L2 cache fetch n_bytes, a multiple of 16, from a 16-byte aligned address on; by one thread. From Hopper on.
-PTX void prefetch_l2(const void *p, unsigned n_bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(p), "r"(n_bytes) : "memory");
-#endif
-}
-
 // Flags shared with the host: what was stored before the release is seen after the acquire that reads it.
 PTX unsigned ld_acquire_sys(const unsigned *p) {
     unsigned v;

@@ -1,11 +1,10 @@
-// Rows of a weight matrix times up to N activation rows, by one warp, in the canonical arithmetic.
+// Rows of a weight matrix times an activation row, for float formats up to N, by one warp, in the canonical arithmetic.
 //
 // Integer formats. The blocks of a warp's rows lie one behind the other in memory. They are brought to shared memory in
 // 16-byte pieces, chunks ahead of the arithmetic (cp.async), so any block size and alignment is read at full width and
-// enough bytes are on the way without registers for them; what shared memory has no place for yet comes as far as the L2
-// cache. A lane multiplies whole blocks, which of its warp's rows they
+// enough bytes are on the way without registers for them. A lane multiplies whole blocks, which of its warp's rows they
 // are of does not matter, and leaves what each adds to its row in shared memory. Some chunks later one lane for each row
-// and token runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
+// runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
 //
 // The 16-byte pieces reach up to 15 bytes beyond both ends of a matrix: that memory must exist (the device's arenas
 // see to it); its contents do not matter.
@@ -30,7 +29,7 @@ template <int N> struct Tokens {
     }
 };
 
-// How activations lie in shared memory: a record for each block of BLOCK values, token after token. Its size keeps what
+// How activations lie in shared memory: a record for each block of BLOCK values. Its size keeps what
 // eight neighbouring lanes read of eight neighbouring records in different banks.
 template <int BLOCK> struct Record {
     static constexpr int SUMS = BLOCK, D = SUMS + BLOCK / 8, BYTES = (D + 4 + 15) / 16 * 16;
@@ -44,22 +43,18 @@ template <int BLOCK> struct Record {
     }
 
     // By the whole block; the others see it after a barrier.
-    template <int N> static __device__ __forceinline__ void stage(uint8_t *records, const Tokens<N> &tokens, int n_cols) {
-        const int n_blocks = n_cols / BLOCK;
-#pragma unroll
-        for (int t = 0; t < N; t++) {
-            const Activation x = activation_view((uint8_t *)tokens.row[t], BLOCK, n_cols);
-            for (int at = 16 * threadIdx.x; at < n_cols; at += 16 * blockDim.x) {
-                uint8_t *record = records + (t * n_blocks + at / BLOCK) * BYTES;
-                *(int4 *)(record + at % BLOCK) = *(const int4 *)(x.q + at);
-                *(int16_t *)(record + SUMS + at % BLOCK / 8) = x.sums[at / 16];
-                if (at % BLOCK == 0)
-                    *(float *)(record + D) = x.d[at / BLOCK];
-            }
+    static __device__ __forceinline__ void stage(uint8_t *records, const uint8_t *row, int n_cols) {
+        const Activation x = activation_view((uint8_t *)row, BLOCK, n_cols);
+        for (int at = 16 * threadIdx.x; at < n_cols; at += 16 * blockDim.x) {
+            uint8_t *record = records + at / BLOCK * BYTES;
+            *(int4 *)(record + at % BLOCK) = *(const int4 *)(x.q + at);
+            *(int16_t *)(record + SUMS + at % BLOCK / 8) = x.sums[at / 16];
+            if (at % BLOCK == 0)
+                *(float *)(record + D) = x.d[at / BLOCK];
         }
     }
 
-    // The same for one row of float32 values, which are put into the form on the way.
+    // The same for a row of float32 values, which are put into the form on the way.
     static __device__ __forceinline__ void quantize(uint8_t *records, const float *x, int n_cols) {
         for (int first = threadIdx.x / WARP * WARP * 8; first < n_cols; first += 8 * blockDim.x) {
             const int at = first + threadIdx.x % WARP * 8;
@@ -89,14 +84,6 @@ DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes,
     return to + misalignment;
 }
 
-// Lets the L2 cache fetch n_bytes from anywhere, by a warp: shared memory holds only what is next, but the memory has much
-// to do at once, also while the kernel before still computes.
-DEVICE void prefetch_bytes(const uint8_t *from, int64_t n_bytes) {
-    const uint8_t *aligned = (const uint8_t *)((uint64_t)from & ~(uint64_t)15);
-    if (n_bytes > 0 && threadIdx.x % WARP == 0)
-        prefetch_l2(aligned, (unsigned)(from + n_bytes - aligned + 15) / 16 * 16);
-}
-
 // What a block adds to a chain: d * isum, and min_d * imin.
 template <bool HAS_MIN> struct BlockTerm;
 template <> struct __align__(16) BlockTerm<true> {
@@ -108,7 +95,7 @@ template <> struct __align__(8) BlockTerm<false> {
 
 template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
 
-template <class Format, int N> class RowDots<Format, N, true> {
+template <class Format> class RowDots<Format, 1, true> {
     using X = Record<Format::BLOCK>;
 
     // Blocks of a chunk that a lane takes, one behind the other. What lanes read at the same time is so many blocks apart:
@@ -117,8 +104,8 @@ template <class Format, int N> class RowDots<Format, N, true> {
     static constexpr int CHUNK = WARP * PER_LANE;
     static constexpr int STAGES = 2; // chunks on the way or in use
     static constexpr int STAGE_BYTES = CHUNK * Format::BYTES + 16;
-    static constexpr int CHUNKS_KEPT = N == 1 ? 4 : N == 2 ? 2 : 1; // before the chains go on
-    static constexpr int MAX_ROWS = 16; // of a warp
+    static constexpr int CHUNKS_KEPT = 4; // before the chains go on
+    static constexpr int MAX_ROWS = 16;   // of a warp
 
     using Term = BlockTerm<Format::HAS_MIN>;
 
@@ -138,63 +125,49 @@ template <class Format, int N> class RowDots<Format, N, true> {
         cp_async_commit(); // also when empty, so that the count of groups stays in step
     }
 
-    // The terms of one block with each token.
-    static __device__ __forceinline__ void multiply(const uint8_t *block, const uint8_t *record, int token_bytes,
-                                                    const int8_t *grid, Term (&term)[N]) {
-        int isum[N], imin[N];
-#pragma unroll
-        for (int t = 0; t < N; t++)
-            isum[t] = 0, imin[t] = 0;
+    // The term of one block.
+    static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, const int8_t *grid) {
+        int isum = 0, imin = 0;
 #pragma unroll
         for (int part = 0; part < Format::BLOCK / 32; part++) {
             Part w;
             Format::unpack(block, part, grid, w);
-#pragma unroll
-            for (int t = 0; t < N; t++) {
-                const uint8_t *x = record + t * token_bytes;
-                const int4 first = *(const int4 *)(x + 32 * part), second = *(const int4 *)(x + 32 * part + 16);
-                const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
-                const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
-                isum[t] += low * w.scale[0] + high * w.scale[1];
-                if (Format::HAS_MIN) {
-                    imin[t] = __dp2a_lo(X::sums(x, part), w.min[0] | w.min[1] << 8, imin[t]);
-                }
-            }
+            const int4 first = *(const int4 *)(record + 32 * part), second = *(const int4 *)(record + 32 * part + 16);
+            const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
+            const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
+            isum += low * w.scale[0] + high * w.scale[1];
+            if (Format::HAS_MIN)
+                imin = __dp2a_lo(X::sums(record, part), w.min[0] | w.min[1] << 8, imin);
         }
-        const float d = Format::d(block), min_d = Format::min_d(block);
-#pragma unroll
-        for (int t = 0; t < N; t++) {
-            const float d_x = *(const float *)(record + t * token_bytes + X::D);
-            term[t].d = d * d_x, term[t].isum = (float)isum[t];
-            if constexpr (Format::HAS_MIN)
-                term[t].min_d = min_d * d_x, term[t].imin = (float)imin[t];
-        }
+        const float d_x = *(const float *)(record + X::D);
+        Term term;
+        term.d = Format::d(block) * d_x, term.isum = (float)isum;
+        if constexpr (Format::HAS_MIN)
+            term.min_d = Format::min_d(block) * d_x, term.imin = (float)imin;
+        return term;
     }
 
   public:
-    static constexpr int SCRATCH_BYTES = STAGES * STAGE_BYTES + (CHUNKS_KEPT * CHUNK + MAX_ROWS) * N * (int)sizeof(Term); // of a warp
+    static constexpr int SCRATCH_BYTES = STAGES * STAGE_BYTES + (CHUNKS_KEPT * CHUNK + MAX_ROWS) * (int)sizeof(Term); // of a warp
 
-    // A warp's rows, one behind the other from `first` on, MAX_ROWS / N at most; perhaps none.
+    // A warp's rows, one behind the other from `first` on, MAX_ROWS at most; perhaps none.
     __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, uint8_t *scratch)
         : weights(first), n_rows(rows), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks),
           n_chunks((n_items + CHUNK - 1) / CHUNK), stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
-        const int64_t fetched_bytes = (int64_t)(STAGES - 1) * CHUNK * Format::BYTES;
-        prefetch_bytes(weights + fetched_bytes, (int64_t)n_items * Format::BYTES - fetched_bytes);
     }
 
-    // Bytes of the activations of N tokens in shared memory.
-    static __device__ __forceinline__ int staged_bytes(int n_cols) { return N * (n_cols / Format::BLOCK) * X::BYTES; }
-    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<N> &tokens, int n_cols) {
-        X::stage(shared, tokens, n_cols);
+    // Bytes of the activations in shared memory.
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return n_cols / Format::BLOCK * X::BYTES; }
+    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<1> &tokens, int n_cols) {
+        X::stage(shared, tokens.row[0], n_cols);
     }
 
     // Calls emit(row, token, value) once for each, from some lane. `records` is what `stage` made. Whole warps only.
     template <class Emit>
-    __device__ __forceinline__ void run(const uint8_t *records, const Tokens<N> &, const int8_t *grid, Emit emit) {
+    __device__ __forceinline__ void run(const uint8_t *records, const Tokens<1> &, const int8_t *grid, Emit emit) {
         const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)weights & 15);
-        const int row = lane / N, token = lane % N; // of the lane's chain
         // Terms have a gap after each row, so that the chains find theirs in different banks.
         const int first_column = lane * PER_LANE % n_blocks, step = CHUNK % n_blocks;
         int chunk_column = first_column, chunk_row = lane * PER_LANE / n_blocks; // of the lane's first block
@@ -209,8 +182,7 @@ template <class Format, int N> class RowDots<Format, N, true> {
             for (int i = 0; i < PER_LANE; i++) {
                 const int in_chunk = lane * PER_LANE + i, item = chunk * CHUNK + in_chunk;
                 if (item < n_items)
-                    multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, n_blocks * X::BYTES, grid,
-                             *(Term(*)[N])(terms + (item - kept + gaps) * N));
+                    terms[item - kept + gaps] = multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, grid);
                 if (++column == n_blocks)
                     column = 0, gaps++;
             }
@@ -220,10 +192,10 @@ template <class Format, int N> class RowDots<Format, N, true> {
             __syncwarp();
             if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
                 continue;
-            const int first = max(kept, row * n_blocks), end = min(min((chunk + 1) * CHUNK, n_items), (row + 1) * n_blocks);
-            const Term *own = terms + (first - kept + row - kept_row) * N + token;
+            const int first = max(kept, lane * n_blocks), end = min(min((chunk + 1) * CHUNK, n_items), (lane + 1) * n_blocks);
+            const Term *own = terms + first - kept + lane - kept_row; // a lane goes on with the chain of a row
 #pragma unroll 8
-            for (int item = first; item < end; item++, own += N) {
+            for (int item = first; item < end; item++, own++) {
                 const Term term = *own;
                 acc = __fmaf_rn(term.d, term.isum, acc);
                 if constexpr (Format::HAS_MIN)
@@ -232,8 +204,8 @@ template <class Format, int N> class RowDots<Format, N, true> {
             kept = (chunk + 1) * CHUNK, kept_row = kept / n_blocks;
             __syncwarp();
         }
-        if (row < n_rows)
-            emit(row, token, acc);
+        if (lane < n_rows)
+            emit(lane, 0, acc);
         cp_async_wait<0>();
     }
 };
@@ -279,7 +251,6 @@ template <class Format, int N> class RowDots<Format, N, false> {
         : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
-        prefetch_bytes(weights, n_rows * row_bytes);
     }
 
     static __device__ __forceinline__ int staged_bytes(int n_cols) { return (N * n_cols * (int)sizeof(float) + 15) / 16 * 16; }

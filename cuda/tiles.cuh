@@ -35,6 +35,8 @@ template <class Format> struct TileDots {
     static constexpr int RAW_BYTES = BLOCKS * Format::BYTES + (Format::ALIGNMENT == 16 ? 0 : 30);
     static constexpr int RAW_STRIDE = RAW_BYTES / 16 * 16;
 
+    using Raw = uint8_t[WARP_ROWS][RAW_STRIDE]; // bytes of a warp's rows, from the 16-byte piece where each begins
+    using Unpacked = int8_t[WARP_ROWS][STRIDE];
     using Scales = int8_t[BLOCKS == 1 ? WARP_ROWS : 1][STEP / 16]; // of each row; blocks of 32 have none
 
     struct Shared {
@@ -42,8 +44,8 @@ template <class Format> struct TileDots {
         __align__(16) float d_x[2][TILE_TOKENS][BLOCKS];
         __align__(16) int16_t sums[Format::HAS_MIN ? 2 : 1][Format::HAS_MIN ? TILE_TOKENS : 1][STEP / 16];
         struct {
-            __align__(16) uint8_t raw[WARP_ROWS][RAW_STRIDE];
-            int8_t q[WARP_ROWS][STRIDE];
+            __align__(16) Raw raw;
+            Unpacked q;
             Scales scales, mins;
         } warp[TILE_WARPS];
     };
@@ -53,18 +55,76 @@ template <class Format> struct TileDots {
         float d[2][BLOCKS], min_d[2][BLOCKS];
     };
 
-    // Fetches the warp's rows of one step, from the 16-byte piece where each begins.
-    static __device__ __forceinline__ void fetch_weights(uint8_t (&raw)[WARP_ROWS][RAW_STRIDE], const uint8_t *weights,
-                                                         int64_t row_bytes, int first_row, int n_rows, int step,
-                                                         int n_bytes) {
-        constexpr int PIECES = RAW_STRIDE / 16;
-        for (int i = threadIdx.x % WARP; i < WARP_ROWS * PIECES; i += WARP) {
-            const int row = i / PIECES, piece = i % PIECES;
-            const uint8_t *from = weights + min(first_row + row, n_rows - 1) * row_bytes + (int64_t)step * BLOCKS * Format::BYTES;
-            const uint8_t *aligned = (const uint8_t *)((uint64_t)from & ~(uint64_t)15);
-            if (aligned + 16 * piece < from + n_bytes)
-                cp_async16(raw[row] + 16 * piece, aligned + 16 * piece);
+    static __device__ __forceinline__ int n_parts_of(int n_cols, int step) { return min(PARTS, (n_cols - step * STEP) / 32); }
+
+    // One step of a warp's 16 rows, of a matrix of n_rows, from first_row on.
+    struct Rows {
+        const uint8_t *weights;
+        int64_t row_bytes;
+        int first_row, n_rows, step;
+
+        __device__ __forceinline__ const uint8_t *at(int row) const { // those beyond the matrix repeat its last one
+            return weights + min(first_row + row, n_rows - 1) * row_bytes + (int64_t)step * BLOCKS * Format::BYTES;
         }
+        __device__ __forceinline__ const uint8_t *block(const Raw &raw, int row, int block) const {
+            return &raw[row][(uint64_t)at(row) & 15] + block * Format::BYTES;
+        }
+
+        __device__ __forceinline__ void fetch(Raw &raw, int n_parts) const {
+            constexpr int PIECES = RAW_STRIDE / 16;
+            const int n_bytes = n_parts * 32 / Format::BLOCK * Format::BYTES;
+            for (int i = threadIdx.x % WARP; i < WARP_ROWS * PIECES; i += WARP) {
+                const uint8_t *from = at(i / PIECES), *aligned = (const uint8_t *)((uint64_t)from & ~(uint64_t)15);
+                const int piece = i % PIECES;
+                if (aligned + 16 * piece < from + n_bytes)
+                    cp_async16(raw[i / PIECES] + 16 * piece, aligned + 16 * piece);
+            }
+        }
+
+        // To int8, with the scales of large blocks.
+        __device__ __forceinline__ void unpack(const Raw &raw, int n_parts, const int8_t *grid, Unpacked &q, Scales &scales,
+                                               Scales &mins) const {
+            const int lane = threadIdx.x % WARP;
+#pragma unroll
+            for (int k = 0; k < WARP_ROWS * PARTS / WARP; k++) {
+                const int row = k * (WARP / PARTS) + lane / PARTS, part = lane % PARTS;
+                if (part >= n_parts)
+                    continue;
+                Part w;
+                Format::unpack(block(raw, row, part * 32 / Format::BLOCK), part % (Format::BLOCK / 32), grid, w);
+                uint4 *to = (uint4 *)&q[row][32 * part];
+                to[0] = make_uint4((unsigned)w.q[0], (unsigned)w.q[1], (unsigned)w.q[2], (unsigned)w.q[3]);
+                to[1] = make_uint4((unsigned)w.q[4], (unsigned)w.q[5], (unsigned)w.q[6], (unsigned)w.q[7]);
+                if (BLOCKS == 1)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        scales[row][2 * part + half] = (int8_t)w.scale[half];
+                        if (Format::HAS_MIN)
+                            mins[row][2 * part + half] = (int8_t)w.min[half];
+                    }
+            }
+        }
+
+        __device__ __forceinline__ void load_factors(const Raw &raw, int n_parts, Factors &factors) const {
+            const int g = threadIdx.x % WARP / 4;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++)
+                    if (BLOCKS == 1 || b < n_parts) {
+                        factors.d[i][b] = Format::d(block(raw, g + 8 * i, b));
+                        factors.min_d[i][b] = Format::min_d(block(raw, g + 8 * i, b));
+                    }
+        }
+    };
+
+    // The fragments of unpacked rows.
+    static __device__ __forceinline__ void load_rows(const Unpacked &q, int n_parts, unsigned (&a)[PARTS][4]) {
+        const int lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+            if (part < n_parts)
+                ldmatrix_x4(a[part], &q[lane % 16][32 * part + lane / 16 * 16]);
     }
 
     // Fetches the activations of one step; `rows` are those of the tile's tokens.
@@ -98,14 +158,11 @@ template <class Format> struct TileDots {
     static __device__ __forceinline__ void run(const uint8_t *weights, int64_t row_bytes, int first_row, int n_rows,
                                                int n_cols, const uint8_t *const *rows, int n_tokens, const int8_t *grid,
                                                Shared &shared, TileSums &acc) {
-        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
         auto &own = shared.warp[threadIdx.x / WARP];
         const int own_row = first_row + threadIdx.x / WARP * WARP_ROWS;
         const int n_steps = (n_cols + STEP - 1) / STEP, n_eights = (n_tokens + 7) / 8;
-        auto n_parts_of = [&](int step) { return min(PARTS, (n_cols - step * STEP) / 32); };
         auto fetch_raw = [&](int step) {
-            const int n_bytes = n_parts_of(step) * 32 / Format::BLOCK * Format::BYTES;
-            fetch_weights(own.raw, weights, row_bytes, own_row, n_rows, step, n_bytes);
+            Rows{weights, row_bytes, own_row, n_rows, step}.fetch(own.raw, n_parts_of(n_cols, step));
         };
 #pragma unroll
         for (int j = 0; j < EIGHTS; j++)
@@ -118,49 +175,19 @@ template <class Format> struct TileDots {
         for (int step = 0; step < n_steps; step++) {
             cp_async_wait<0>();
             __syncthreads(); // this step is there, and everybody is done with the one before
-            const int buffer = step % 2, n_parts = n_parts_of(step);
+            const int buffer = step % 2, n_parts = n_parts_of(n_cols, step);
             if (step + 1 < n_steps)
                 fetch_x(shared, buffer ^ 1, rows, n_tokens, n_cols, step + 1);
-            auto block_of = [&](int row, int block) { // in shared memory
-                const int64_t at = min(own_row + row, n_rows - 1) * row_bytes + (int64_t)step * BLOCKS * Format::BYTES;
-                return &own.raw[row][(uint64_t)(weights + at) & 15] + block * Format::BYTES;
-            };
-#pragma unroll
-            for (int k = 0; k < WARP_ROWS * PARTS / WARP; k++) {
-                const int row = k * (WARP / PARTS) + lane / PARTS, part = lane % PARTS;
-                if (part >= n_parts)
-                    continue;
-                Part w;
-                Format::unpack(block_of(row, part * 32 / Format::BLOCK), part % (Format::BLOCK / 32), grid, w);
-                uint4 *q = (uint4 *)&own.q[row][32 * part];
-                q[0] = make_uint4((unsigned)w.q[0], (unsigned)w.q[1], (unsigned)w.q[2], (unsigned)w.q[3]);
-                q[1] = make_uint4((unsigned)w.q[4], (unsigned)w.q[5], (unsigned)w.q[6], (unsigned)w.q[7]);
-                if (BLOCKS == 1)
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        own.scales[row][2 * part + half] = (int8_t)w.scale[half];
-                        if (Format::HAS_MIN)
-                            own.mins[row][2 * part + half] = (int8_t)w.min[half];
-                    }
-            }
             Factors factors;
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int block = 0; block < BLOCKS; block++)
-                    if (BLOCKS == 1 || block < n_parts) {
-                        factors.d[i][block] = Format::d(block_of(g + 8 * i, block));
-                        factors.min_d[i][block] = Format::min_d(block_of(g + 8 * i, block));
-                    }
+            const Rows rows_of_step = {weights, row_bytes, own_row, n_rows, step};
+            rows_of_step.unpack(own.raw, n_parts, grid, own.q, own.scales, own.mins);
+            rows_of_step.load_factors(own.raw, n_parts, factors);
             __syncwarp(); // all is unpacked, and its bytes can be overwritten
             if (step + 1 < n_steps)
                 fetch_raw(step + 1);
             cp_async_commit();
             unsigned a[PARTS][4];
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                if (part < n_parts)
-                    ldmatrix_x4(a[part], &own.q[lane % 16][32 * part + lane / 16 * 16]);
+            load_rows(own.q, n_parts, a);
             if constexpr (BLOCKS == 1)
                 add_large_block(shared, buffer, own.scales, own.mins, factors, a, n_eights, acc);
             else
@@ -169,77 +196,104 @@ template <class Format> struct TileDots {
         __syncthreads();
     }
 
-    // The fragments of an eight of tokens for parts 2 * pair and the next: b[2 * i] and b[2 * i + 1] are those of the i-th.
-    static __device__ __forceinline__ void load_x(const Shared &shared, int buffer, int eight, int pair, unsigned (&b)[4]) {
+    // The fragments of eight tokens for parts 2 * pair and the next: b[2 * i] and b[2 * i + 1] are those of the i-th. x: the
+    // first token's 256 values in shared memory, STRIDE_X bytes from one token to the next.
+    template <int STRIDE_X>
+    static __device__ __forceinline__ void load_x(const int8_t *x, int pair, unsigned (&b)[4]) {
         const int lane = threadIdx.x % WARP;
-        ldmatrix_x4(b, &shared.x[buffer][8 * eight + lane % 8][64 * pair + lane / 8 * 16]);
+        ldmatrix_x4(b, x + lane % 8 * STRIDE_X + 64 * pair + lane / 8 * 16);
+    }
+
+    // The scales of the lane's two rows of one block of 256, and the words of the minimums that it multiplies.
+    struct BlockScales {
+        static constexpr int N = STEP / Format::PER_SCALE;
+        int scale[2][N];
+        unsigned mins[2];
+
+        __device__ __forceinline__ BlockScales(const Scales &scales, const Scales &minimums) {
+            const int g = threadIdx.x % WARP / 4, t = threadIdx.x % WARP % 4;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int s = 0; s < N; s++)
+                    scale[i][s] = scales[g + 8 * i][s * (Format::PER_SCALE / 16)];
+                mins[i] = Format::HAS_MIN ? *(const unsigned *)&minimums[g + 8 * i][4 * t] : 0;
+            }
+        }
+    };
+
+    // isum of one block of 256 with eight tokens.
+    template <int STRIDE_X>
+    static __device__ __forceinline__ void multiply_large(const int8_t *x, const BlockScales &scales,
+                                                          const unsigned (&a)[PARTS][4], int (&isum)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            isum[i] = 0;
+#pragma unroll
+        for (int pair = 0; pair < PARTS / 2; pair++) {
+            unsigned b[4];
+            load_x<STRIDE_X>(x, pair, b);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const unsigned(&w)[4] = a[2 * pair + h];
+                if constexpr (Format::PER_SCALE == 32) {
+                    int sums[4];
+                    const unsigned of_x[2] = {b[2 * h], b[2 * h + 1]};
+                    mma_m16n8k32_s8(sums, w, of_x);
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        isum[i] += scales.scale[i / 2][2 * pair + h] * sums[i];
+                } else {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        int sums[4];
+                        const unsigned rows[2] = {w[2 * half], w[2 * half + 1]};
+                        mma_m16n8k16_s8(sums, rows, b[2 * h + half]);
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            isum[i] += scales.scale[i / 2][2 * (2 * pair + h) + half] * sums[i];
+                    }
+                }
+            }
+        }
+    }
+
+    // imin of it; sums: the 16 sums of token g.
+    static __device__ __forceinline__ void multiply_mins(const int16_t *sums, const BlockScales &scales, int (&imin)[4]) {
+        // four sums, each 64 * (a byte from -32 to 31) + (0 to 63)
+        const uint2 four = *(const uint2 *)&sums[4 * (threadIdx.x % 4)];
+        const unsigned far = __byte_perm(four.x >> 6, four.y >> 6, 0x6420);
+        const unsigned near = __byte_perm(four.x & 0x003f003fu, four.y & 0x003f003fu, 0x6420);
+        int far_sums[4];
+        mma_m16n8k16_s8(far_sums, scales.mins, far);
+        mma_m16n8k16_s8(imin, scales.mins, near);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            imin[i] += 64 * far_sums[i];
     }
 
     // Adds the one block of 256 columns.
     static __device__ __forceinline__ void add_large_block(const Shared &shared, int buffer,
                                                            const Scales &scales, const Scales &mins, const Factors &factors,
                                                            const unsigned (&a)[PARTS][4], int n_eights, TileSums &acc) {
-        constexpr int N_SCALES = STEP / Format::PER_SCALE;
-        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-        int scale[2][N_SCALES];
-#pragma unroll
-        for (int s = 0; s < N_SCALES; s++) {
-            scale[0][s] = scales[g][s * (Format::PER_SCALE / 16)];
-            scale[1][s] = scales[g + 8][s * (Format::PER_SCALE / 16)];
-        }
+        const BlockScales own(scales, mins);
         const float d[2] = {factors.d[0][0], factors.d[1][0]}, min_d[2] = {factors.min_d[0][0], factors.min_d[1][0]};
-        unsigned own_mins[2];
-        if (Format::HAS_MIN) {
-            own_mins[0] = *(const unsigned *)&mins[g][4 * t];
-            own_mins[1] = *(const unsigned *)&mins[g + 8][4 * t];
-        }
 #pragma unroll
         for (int j = 0; j < EIGHTS; j++) {
             if (j >= n_eights)
                 break;
-            int isum[4] = {0, 0, 0, 0};
-#pragma unroll
-            for (int pair = 0; pair < PARTS / 2; pair++) {
-                unsigned b[4];
-                load_x(shared, buffer, j, pair, b);
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const unsigned(&w)[4] = a[2 * pair + h];
-                    if constexpr (Format::PER_SCALE == 32) {
-                        int sums[4];
-                        const unsigned x[2] = {b[2 * h], b[2 * h + 1]};
-                        mma_m16n8k32_s8(sums, w, x);
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            isum[i] += scale[i / 2][2 * pair + h] * sums[i];
-                    } else {
-#pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            int sums[4];
-                            const unsigned rows[2] = {w[2 * half], w[2 * half + 1]};
-                            mma_m16n8k16_s8(sums, rows, b[2 * h + half]);
-#pragma unroll
-                            for (int i = 0; i < 4; i++)
-                                isum[i] += scale[i / 2][2 * (2 * pair + h) + half] * sums[i];
-                        }
-                    }
-                }
-            }
+            int isum[4];
+            multiply_large<STRIDE>(shared.x[buffer][8 * j], own, a, isum);
             const float d_x[2] = {shared.d_x[buffer][tile_token(j, 0)][0], shared.d_x[buffer][tile_token(j, 1)][0]};
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 acc[j][i] = __fmaf_rn(d[i / 2] * d_x[i % 2], (float)isum[i], acc[j][i]);
             if constexpr (Format::HAS_MIN) {
-                // four sums, each 64 * (a byte from -32 to 31) + (0 to 63)
-                const uint2 four = *(const uint2 *)&shared.sums[buffer][8 * j + g][4 * t];
-                const unsigned far = __byte_perm(four.x >> 6, four.y >> 6, 0x6420);
-                const unsigned near = __byte_perm(four.x & 0x003f003fu, four.y & 0x003f003fu, 0x6420);
-                int far_sums[4], imin[4];
-                mma_m16n8k16_s8(far_sums, own_mins, far);
-                mma_m16n8k16_s8(imin, own_mins, near);
+                int imin[4];
+                multiply_mins(shared.sums[buffer][8 * j + threadIdx.x % WARP / 4], own, imin);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    acc[j][i] = __fmaf_rn(min_d[i / 2] * d_x[i % 2], (float)(64 * far_sums[i] + imin[i]), acc[j][i]);
+                    acc[j][i] = __fmaf_rn(min_d[i / 2] * d_x[i % 2], (float)imin[i], acc[j][i]);
             }
         }
     }
@@ -265,7 +319,7 @@ template <class Format> struct TileDots {
                     if (2 * pair >= n_parts)
                         break;
                     unsigned b[4];
-                    load_x(shared, buffer, j, pair, b);
+                    load_x<STRIDE>(shared.x[buffer][8 * j], pair, b);
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const int part = 2 * pair + h;

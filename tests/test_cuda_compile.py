@@ -17,8 +17,10 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python and NVRTC")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KERNELS = [
     ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1", "N_EXPERTS=0")),
-    ("linear.cu", ("FORMAT=Q6_K", "N_TOKENS=8", "N_EXPERTS=0")),
+    ("linear.cu", ("FORMAT=F16", "N_TOKENS=8", "N_EXPERTS=0")),
     ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "N_EXPERTS=256")),
+    ("linear_few.cu", ("FORMAT=Q4_K",)),
+    ("linear_few.cu", ("FORMAT=Q5_1",)),
     ("linear_tiles.cu", ("FORMAT=Q4_K",)),
     ("linear_tiles.cu", ("FORMAT=Q6_K",)),
     ("linear_tiles.cu", ("FORMAT=Q5_1",)),

@@ -28,6 +28,8 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_elementwise_operations,
     test_embedding_is_the_dequantised_row,
     test_experts_have_the_bits_of_the_cpu,
+    test_few_tokens_break_no_rule,
+    test_few_tokens_have_the_bits_of_the_cpu,
     test_heads_have_matrices_of_their_own,
     test_linear_has_the_bits_of_the_cpu,
     test_linear_takes_many_tokens_in_groups,

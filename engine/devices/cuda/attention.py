@@ -267,7 +267,7 @@ def attend(
         launch(
             "merge_parts",
             (ceil_div(n_cols, _MERGED), count.most, 1),
-            16 * merged_heads * parts,
+            16 * merged_heads * ceil_div(parts, WARP) * WARP,
             *results,
             int32(n_heads),
             int32(parts),

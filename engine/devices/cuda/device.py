@@ -39,7 +39,7 @@ _DONE = Copy(-1, -1, -1, is_done=True)
 _THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
-_SIZES = (1, tiles.MIN_TOKENS - 1, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
+_SIZES = (1, 4, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
 _PROMPT_SHARE = 1 / 8  # of the memory left for experts that larger steps of a prompt may take
 _STAGING_SHARE = 1 / 16  # likewise the ring that experts pass through

@@ -6,7 +6,6 @@ A function here checks what its kernel assumes and returns a `Launch`; nothing r
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
+_CHUNKS_KEPT = 4
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
 _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
 _MAX_ROWS_PER_WARP = 16
@@ -111,20 +111,29 @@ def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens
     wanted, most = ceil_div(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
     if weight_format.activation == Activation.F32:
         return max(_FLOAT_ROWS, min(wanted, most))
-    n_blocks = n_cols // weight_format.block_size
-    whole = WARP // math.gcd(WARP, n_blocks)  # rows whose blocks leave no lane without work
-    return max(1, min(ceil_div(wanted, whole) * whole if wanted > whole // 2 else wanted, most))
+    chunk, n_blocks = _chunk(weight_format), n_cols // weight_format.block_size
+
+    def wasted(rows: int) -> tuple[float, int]:
+        n_items = rows * n_blocks
+        return ceil_div(n_items, chunk) * chunk / n_items, abs(rows - wanted)
+
+    nearby = range(max(1, wanted // 2), max(1, min(2 * wanted, most)) + 1)
+    return min(nearby, key=wasted) if wanted <= most else most  # leaves the fewest lanes without work
 
 
-def _warp_bytes(weight_format: QuantFormat, n_tokens: int) -> int:
+def _chunk(weight_format: QuantFormat) -> int:
+    """Return the blocks that a warp takes together; `RowDots::CHUNK`."""
+    return WARP * (1 if weight_format.block_size == 256 else 7 if weight_format.block_bytes < 20 else 5)
+
+
+def _warp_bytes(weight_format: QuantFormat) -> int:
     """Return the shared memory of a warp; `RowDots::SCRATCH_BYTES`."""
     size, n_bytes = weight_format.block_size, weight_format.block_bytes
     if weight_format.activation == Activation.F32:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
-    chunk = WARP * (1 if size == 256 else 7 if n_bytes < 20 else 5)
-    kept = {1: 4, 2: 2}.get(n_tokens, 1)
+    chunk = _chunk(weight_format)
     term = 16 if weight_format.name in WITH_MINIMUM else 8
-    return _STAGES * (chunk * n_bytes + 16) + (kept * chunk + _MAX_ROWS_PER_WARP) * n_tokens * term
+    return _STAGES * (chunk * n_bytes + 16) + (_CHUNKS_KEPT * chunk + _MAX_ROWS_PER_WARP) * term
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
@@ -136,7 +145,9 @@ def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
 
 
 def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
-    """Return how many tokens share a reading of the weights: what is there, and fits into shared memory."""
+    """Return how many tokens share a reading of the weights: with float weights as many as fit into shared memory."""
+    if activation != Activation.F32:
+        return 1
     fitting = [1, *(n for n in (2, 4, MAX_TOKENS_AT_ONCE) if _records_bytes(activation, n_cols, n) <= _RECORDS_BYTES)]
     return next((n for n in fitting if n >= most), fitting[-1])
 
@@ -189,7 +200,7 @@ def linear(
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, N_WARPS * per_warp)
-    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format, n_tokens)
+    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format)
     compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}")
     first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
     if routed is not None:
@@ -278,7 +289,7 @@ def expert_gate_up(
             pointer(count.address),
         ),
         sum(_records_bytes(form, hidden_size, 1) for form in forms)
-        + N_WARPS * max(_warp_bytes(matrix.format, 1) for matrix in (gate, up)),
+        + N_WARPS * max(_warp_bytes(matrix.format) for matrix in (gate, up)),
     )
 
 
@@ -326,7 +337,7 @@ def expert_down(
             int32(per_warp),
             pointer(count.address),
         ),
-        _records_bytes(down.format.activation, ffn_size, 1) + N_WARPS * _warp_bytes(down.format, 1),
+        _records_bytes(down.format.activation, ffn_size, 1) + N_WARPS * _warp_bytes(down.format),
     )
 
 

@@ -175,7 +175,7 @@ class Pass:
 
     def linear(self, weight_format: QuantFormat) -> Callable[..., Launch]:
         """Return what multiplies matrices of a format with the rows of a step."""
-        return tiles.linear if tiles.pays(weight_format, self.most) else kernels.linear
+        return tiles.linear_for(weight_format, self.most)
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""
@@ -818,7 +818,9 @@ class Lowering:
 
         def routed(p: Pass) -> Routed | None:
             count = p.count(op.x.rows)
-            if tiles.pays(weight_format, p.most) or not kernels.can_route(weight_format, op.x.width, count.most):
+            if p.linear(weight_format) is not kernels.linear or not kernels.can_route(
+                weight_format, op.x.width, count.most
+            ):
                 return None
             exchange = self._exchange(item.router.out, p) if sends_x else None
             asked = Asked(self._slots(item.router.out, p), p.rows(x), op.x.width, exchange) if exchange else None

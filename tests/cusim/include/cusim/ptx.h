@@ -161,10 +161,6 @@ static inline uint4 ld_stream16(const void *p) {
         cusim_fail("ld_stream16: address %p is not 16-byte aligned", p);
     return *(const uint4 *)p;
 }
-static inline void prefetch_l2(const void *p, unsigned n_bytes) {
-    if ((uintptr_t)p % 16 || n_bytes % 16)
-        cusim_fail("prefetch_l2: %u bytes from %p on are not 16-byte pieces", n_bytes, p);
-}
 // The other threads of the block run before each look, so a loop around it cannot hang the emulator.
 static inline unsigned ld_acquire_sys(const unsigned *p) {
     cusim_yield();
