@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.devices import graph
 from engine.devices.cuda import kernels
@@ -91,17 +91,23 @@ def linear(
         (f"FORMAT={weight_format.name}",),
         (n_blocks, ceil_div(count.most, n_tokens), heads.n),
         _WARPS * WARP,
-        (
-            packed,
-            int64(weight_format.row_bytes(n_cols)),
-            int64(heads.weight_bytes),
-            *at(x),
-            int64(heads.x_bytes),
-            int32(n_cols),
-            pointer(grid),
-            pointer(count.address),
-        ),
+        (packed, *_arguments(x, n_cols, weight_format, grid, count, heads)),
         shared_bytes(weight_format) if is_integer else 0,
+    )
+
+
+def _arguments(
+    x: Rows, n_cols: int, weight_format: QuantFormat, grid: int, count: Count, heads: Heads
+) -> tuple[Any, ...]:
+    """Return what both kernels take after the matrices."""
+    return (
+        int64(weight_format.row_bytes(n_cols)),
+        int64(heads.weight_bytes),
+        *at(x),
+        int64(heads.x_bytes),
+        int32(n_cols),
+        pointer(grid),
+        pointer(count.address),
     )
 
 
@@ -137,16 +143,7 @@ def few(
         (f"FORMAT={weight_format.name}",),
         (n_blocks, ceil_div(count.most, _FEW_TOKENS), heads.n),
         _WARPS * WARP,
-        (
-            packed,
-            int64(weight_format.row_bytes(n_cols)),
-            int64(heads.weight_bytes),
-            *at(x),
-            int64(heads.x_bytes),
-            int32(n_cols),
-            pointer(grid),
-            pointer(count.address),
-        ),
+        (packed, *_arguments(x, n_cols, weight_format, grid, count, heads)),
         _few_bytes(weight_format),
     )
 
