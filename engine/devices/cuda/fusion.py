@@ -196,11 +196,14 @@ def _around(operations: Sequence[ops.Operation], i: int, n_users: Counter[ops.Bu
     following = operations[i + 1] if i + 1 < len(operations) else None
     if isinstance(following, ops.Gate) and following.x == attention.out and n_users[attention.out.buffer] == 2:
         found = replace(found, gate=following)
-    while first:
-        more = _with(found, operations[first - 1])
-        if more is None or not _alone(more, n_users):
+    candidate = found
+    for before in range(i - 1, -1, -1):
+        more = _with(candidate, operations[before])
+        if more is None:
             break
-        found, first = more, first - 1
+        candidate = more
+        if _alone(candidate, n_users):  # a rotation alone is not: the norm before it uses its tensor, too
+            found, first = candidate, before
     return first, found
 
 
