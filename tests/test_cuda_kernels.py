@@ -89,6 +89,13 @@ def test_linear_has_no_races(name: str) -> None:
     check_linear(BY_NAME[name], 3, "race")
 
 
+@pytest.mark.parametrize(("n_multiprocessors", "warps"), [(1, 4), (8, 2), (64, 1)])
+def test_a_block_takes_few_rows_where_there_are_few(n_multiprocessors: int, warps: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_MULTIPROCESSORS", n_multiprocessors)
+    assert kernels._row_warps(BY_NAME["F16"], 21) == warps  # the warps that check_linear's rows keep busy
+    check_linear(BY_NAME["F16"], 1, "race")
+
+
 def test_linear_takes_many_tokens_in_groups() -> None:
     check_linear(BY_NAME["BF16"], 11, "fast")
 

@@ -44,6 +44,7 @@ _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _CHUNKS_KEPT = 4
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
+_MULTIPROCESSORS = 128  # of the largest GPUs, about
 _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
@@ -119,6 +120,13 @@ def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens
 
     nearby = range(max(1, wanted // 2), max(1, min(2 * wanted, most)) + 1)
     return min(nearby, key=wasted) if wanted <= most else most  # leaves the fewest lanes without work
+
+
+def _row_warps(weight_format: QuantFormat, n_wanted: int) -> int:
+    """Return how many warps of a block take rows: with float weights, whose rows are long, few for few rows."""
+    if weight_format.activation != Activation.F32:
+        return N_WARPS
+    return next((n for n in (4, 2) if n_wanted >= n * _MULTIPROCESSORS), 1)
 
 
 def _chunk(weight_format: QuantFormat) -> int:
@@ -199,9 +207,10 @@ def linear(
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
-    packed, n_blocks = pack_matrices(matrices, weight_format, heads, N_WARPS * per_warp)
-    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format)
-    compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}")
+    row_warps = _row_warps(weight_format, ceil_div(sum(m.n_rows for m in matrices), per_warp))
+    packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
+    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(weight_format)
+    compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")
     first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
     if routed is not None:
         assert heads == ONE_HEAD
