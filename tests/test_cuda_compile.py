@@ -43,6 +43,7 @@ KERNELS = [
     ("attention.cu", ("KV_TYPE=0", "KEY_DIM=64", "VALUE_DIM=64", "SHARED=0", "GROUP=1", "GATE=2", "FORMS=2")),
     ("causal_conv.cu", ("KERNEL_SIZE=4",)),
     ("delta_net.cu", ("K_DIM=128", "V_DIM=128")),
+    ("delta_net_step.cu", ("K_DIM=128", "V_DIM=128", "KERNEL_SIZE=4", "IS_SILU=1", "FORMS=1")),
     ("handshake.cu", ()),
 ]
 

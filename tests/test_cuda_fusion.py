@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.devices import graph as ops
 from engine.devices.cuda import fusion
 from engine.gguf.reader import GGUFFile
 from engine.models import load_model
@@ -32,3 +33,10 @@ def test_attention_takes_all_that_is_around_it(name: str, around: set[str], gold
         assert (attention.q_rope is not None, attention.k_rope is not None) == ("Rope" in around,) * 2
         assert (attention.q_norm is not None, attention.k_norm is not None) == ("RMSNorm" in around,) * 2
     assert "Rope" not in {type(item).__name__ for item in items}
+
+
+@pytest.mark.parametrize("name", ["qwen35moe/qwen35moe-micro-F32", "qwen3next/qwen3next-micro-F32"])
+def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
+    kinds = [type(item) for item in groups(golden_path(f"{name}.gguf"))]
+    assert fusion.DeltaNetLayer in kinds
+    assert not {ops.CausalConv, ops.DeltaNet, fusion.NormAndGate} & set(kinds)

@@ -39,7 +39,6 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
 _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
-_CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _CHUNKS_KEPT = 4
@@ -719,86 +718,6 @@ def router(routing: Routing, count: Count) -> Launch:
         WARP,
         (routing.argument, pointer(count.address)),
         routing.scratch_bytes,
-    )
-
-
-# -- recurrent layers -------------------------------------------------------------------------------------------------
-
-
-def causal_conv(
-    x: Rows,
-    weight: int,
-    state: int,
-    out: Rows,
-    n_channels: int,
-    kernel_size: int,
-    positions: int,
-    slots: int,
-    count: Count,
-) -> list[Launch]:
-    """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
-    assert kernel_size >= 2
-    n_blocks, definitions = ceil_div(n_channels, _COLUMNS), (f"KERNEL_SIZE={kernel_size}",)
-    places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
-    what = (*at(x), pointer(weight), pointer(state), *at(out), *places)
-    if count.most <= _CONVOLVED_AT_ONCE:
-        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _COLUMNS, what)]
-    grid = (n_blocks, ceil_div(count.most, _CONVOLVED_AT_ONCE), 1)
-    kept = (*at(x), pointer(state), *places)
-    return [
-        Launch("causal_conv.cu", "convolve", definitions, grid, _COLUMNS, what),
-        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _COLUMNS, kept),
-    ]
-
-
-def delta_net(
-    q: int,
-    k: int,
-    v: int,
-    qkv_stride: int,
-    beta: Rows,
-    alpha: Rows,
-    a: int,
-    dt_bias: int,
-    state: int,
-    out: Rows,
-    n_k_heads: int,
-    n_v_heads: int,
-    k_dim: int,
-    v_dim: int,
-    grouped: bool,
-    eps: float,
-    positions: int,
-    slots: int,
-    count: Count,
-) -> Launch:
-    """Run the gated delta rule."""
-    assert n_v_heads % n_k_heads == 0
-    assert k_dim <= 256
-    return Launch(
-        "delta_net.cu",
-        "delta_net",
-        (f"K_DIM={k_dim}", f"V_DIM={v_dim}"),
-        (n_v_heads, ceil_div(v_dim, 8), 1),
-        8 * WARP,
-        (
-            pointer(q),
-            pointer(k),
-            pointer(v),
-            int64(qkv_stride),
-            *at(beta),
-            *at(alpha),
-            pointer(a),
-            pointer(dt_bias),
-            pointer(state),
-            *at(out),
-            int32(n_k_heads),
-            int32(grouped),
-            float32(eps),
-            pointer(positions),
-            pointer(slots),
-            pointer(count.address),
-        ),
     )
 
 
