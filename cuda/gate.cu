@@ -9,9 +9,9 @@
 KERNEL(4 * WARP)
 gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, int gate_width, int gate_step,
      const float *weight, float eps, float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
+    const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8, n = *n_rows; // as the caller gave it: old
     begin_kernel();
-    const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8;
-    if (row >= *n_rows || at - threadIdx.x % WARP * 8 >= n_cols)
+    if (row >= n || at - threadIdx.x % WARP * 8 >= n_cols)
         return;
     const bool exists = at < n_cols;
     float v[8] = {}, g[8] = {};
