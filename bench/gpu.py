@@ -23,7 +23,7 @@ import numpy as np
 
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice, kernels, probe, tiles
+from engine.devices.cuda import CUDADevice, kernels, probe, recurrent, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.attention import attend as attention_over
 from engine.devices.cuda.attention import inputs as attention_inputs
@@ -456,7 +456,7 @@ def prompt_attention(bench: Bench) -> None:
         bench.put(positions, np.arange(n, dtype=np.int32))
         bench.put(count, np.array([n], np.int32))
         rows, places = Rows(beta, 64), (positions, slots, Count(count, n))
-        net = kernels.delta_net(
+        net = recurrent.delta_net(
             qkv,
             qkv + 4 * 2048,
             qkv + 4 * 4096,
@@ -475,7 +475,7 @@ def prompt_attention(bench: Bench) -> None:
             1e-6,
             *places,
         )
-        conv = kernels.causal_conv(Rows(qkv, 12288), vectors, state, Rows(convolved, 12288), 12288, 4, *places)
+        conv = recurrent.causal_conv(Rows(qkv, 12288), vectors, state, Rows(convolved, 12288), 12288, 4, *places)
         bench.note("prompt", f"delta net of {n} tokens, 64 heads of 128 x 128", bench.replay_s([net]) * 1e3, "ms")
         bench.note("prompt", f"convolution of {n} tokens, 12288 channels", bench.replay_s(conv) * 1e3, "ms")
 
@@ -529,20 +529,17 @@ def small(bench: Bench) -> None:
         }
         for name, launch in made.items():
             bench.note("small", name, bench.replay_s([launch] * 200) / 200 * 1e6, "us")
-    with bench.memory(1 << 20, 64 << 20, 1 << 20, 256, 1 << 20) as (x, state, out, words, vectors):
+    with bench.memory(1 << 20, 64 << 20, 1 << 20, 256, 1 << 20, 1024) as (x, state, out, words, vectors, counters):
         bench.put(words, np.array([1, 5, 0], np.int32))
-        one = Count(words, 1)
-        launch = kernels.delta_net(
-            x, x, x, 12288, Rows(x, 64), Rows(x, 64), vectors, vectors, state, Rows(out, 8192), 16, 64, 128, 128, False,
-            1e-6, words + 4, words + 8, one,
+        net = recurrent.DeltaNet(
+            16, 64, 128, 128, 4, False, 1e-6, 1e-6, Gating.SILU,
+            vectors, vectors, vectors, vectors, state + (32 << 20), state,
         )  # fmt: skip
-        bench.share(
-            "small", "delta_net, 64 heads of 128 x 128", 2 * 64 * 128 * 128 * 4, bench.replay_s([launch] * 100) / 100
-        )
-        conv = kernels.causal_conv(
-            Rows(x, 12288), vectors, state, Rows(out, 12288), 12288, 4, words + 4, words + 8, one
-        )
-        bench.note("small", "causal_conv of 12288 channels", bench.replay_s(conv * 100) / 100 * 1e6, "us")
+        forms, places = Forms(Rows(out + 65536, 16384)), (words + 4, words + 8)
+        launch = recurrent.delta_net_step(x, x, x, x, net, out, out + 32768, counters, *places, forms)
+        n_bytes = 2 * 64 * 128 * 128 * 4
+        s = bench.replay_s([launch] * 100) / 100
+        bench.share("small", "delta net, 64 heads of 128 x 128, with all around it", n_bytes, s)
 
 
 def handshake(bench: Bench) -> None:

@@ -343,25 +343,36 @@ KERNEL(256)
 merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, const float *sinks, const int *positions,
             const float *gate, int64_t gate_stride, int gate_step, float *out, int64_t out_stride, Forms forms,
             const int *n_tokens) {
-    begin_kernel();
     constexpr int AT_ONCE = WARP; // values that are on the way together
     extern __shared__ __align__(16) uint8_t dynamic[];
     __shared__ __align__(16) float results[256];
-    Merged *merged = (Merged *)dynamic; // [heads of the block][stride]; `sum` is that of the part, 0 for those beyond n
+    Merged *merged = (Merged *)dynamic; // [heads of the block][stride]; `sum` is that of the part
     const int stride = (n_parts + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
     const int token = blockIdx.y, thread = threadIdx.x, lane = thread % WARP, n_cols = n_heads * VALUE_DIM;
-    if (token >= *n_tokens)
+    const bool exists = token < *n_tokens; // as the caller gave them: old, as are the positions
+    const int n = exists ? min(n_parts, positions[token] / TILE + 1) : 0; // parts that `attend` has filled
+    begin_kernel();
+    if (!exists)
         return;
     const int column = blockIdx.x * 256 + thread, first_head = blockIdx.x * 256 / VALUE_DIM;
     const int end_head = (min(blockIdx.x * 256 + 256, n_cols) + VALUE_DIM - 1) / VALUE_DIM;
     const int64_t before_token = (int64_t)token * n_heads * n_parts;
-    const int n = min(n_parts, positions[token] / TILE + 1); // those that `attend` has filled
+    const int own_head = min(column, n_cols - 1) / VALUE_DIM, at = blockIdx.x * 256 + thread * 8; // `at`: for the first warp
+    const float *own = values + (before_token + own_head * n_parts) * VALUE_DIM + column % VALUE_DIM;
+    float of_parts[AT_ONCE], g[8];
+    auto load_parts = [&](int base) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            of_parts[i] = base + i < n && column < n_cols ? own[(base + i) * VALUE_DIM] : 0.0f;
+    };
+    load_parts(0);
+    if (GATE && thread < WARP && at < n_cols)
+        load_8(gate + token * gate_stride + at / VALUE_DIM * gate_step + at % VALUE_DIM, g);
     for (int head = first_head + thread / WARP; head < end_head; head += 256 / WARP) {
         // a warp takes the running maximum of 32 parts at a time
         float largest = before_parts(sinks, head).largest;
         for (int base = 0; base < n; base += WARP) {
-            const bool exists = base + lane < n;
-            const Part part = exists ? parts[before_token + head * n_parts + base + lane] : Part{NEVER, 0.0f};
+            const Part part = base + lane < n ? parts[before_token + head * n_parts + base + lane] : Part{NEVER, 0.0f};
             float up_to = part.largest;
             for (int step = 1; step < WARP; step *= 2) {
                 const float other = __shfl_up_sync(ALL_LANES, up_to, step);
@@ -376,17 +387,15 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     }
     __syncthreads();
     if (column < n_cols) {
-        const int head = column / VALUE_DIM;
-        const float *own = values + (before_token + head * n_parts) * VALUE_DIM + column % VALUE_DIM;
-        float acc = 0.0f, sum = before_parts(sinks, head).sum;
+        float acc = 0.0f, sum = before_parts(sinks, own_head).sum;
         for (int base = 0; base < n; base += AT_ONCE) {
-            float of_parts[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                of_parts[i] = base + i < n ? own[(base + i) * VALUE_DIM] : 0.0f;
+            if (base)
+                load_parts(base);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const Merged part = merged[(head - first_head) * stride + base + i];
+                if (base + i >= n)
+                    break;
+                const Merged part = merged[(own_head - first_head) * stride + base + i];
                 sum = __fmaf_rn(part.sum, part.take, sum * part.keep);
                 const float added = merged_value(part.keep, part.take, acc, of_parts[i]);
                 acc = part.sum == 0.0f ? acc : added; // nothing in sight
@@ -397,13 +406,10 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     __syncthreads();
     if (thread >= WARP)
         return;
-    const int at = blockIdx.x * 256 + thread * 8;
     float x[8] = {};
     if (at < n_cols) {
         load_8(&results[thread * 8], x);
         if (GATE) {
-            float g[8];
-            load_8(gate + token * gate_stride + at / VALUE_DIM * gate_step + at % VALUE_DIM, g);
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 x[i] *= GATE == 2 ? silu(g[i]) : sigmoid(g[i]);

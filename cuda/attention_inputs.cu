@@ -8,6 +8,7 @@
 
 constexpr int N_WARPS = 4;
 constexpr int MAX_DIM = KEY_DIM > VALUE_DIM ? KEY_DIM : VALUE_DIM;
+constexpr int PER_LANE = (MAX_DIM + WARP - 1) / WARP, PAIRS = (KEY_DIM / 2 + WARP - 1) / WARP;
 
 // Heads of all tokens, and what is done with them.
 struct Heads {
@@ -22,30 +23,50 @@ struct Heads {
 KERNEL(N_WARPS *WARP)
 attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, float eps, const float *frequencies, int n_rot,
                  int is_adjacent, float magnitude, Cache cache, const int *positions, const int *slots, const int *n_tokens) {
-    begin_kernel();
     __shared__ float heads[N_WARPS][MAX_DIM];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, token = blockIdx.y, unit = blockIdx.x * N_WARPS + warp;
-    if (token >= *n_tokens || unit >= q.n + k.n + v.n)
-        return;
+    const bool exists = token < *n_tokens && unit < q.n + k.n + v.n;
     const int kind = unit < q.n ? 0 : unit < q.n + k.n ? 1 : 2, head = unit - (kind > 0 ? q.n : 0) - (kind > 1 ? k.n : 0);
     const Heads own = kind == 0 ? q : kind == 1 ? k : v;
-    const int dim = kind == 2 ? VALUE_DIM : KEY_DIM, position = positions[token], slot = slots[token];
+    const int dim = kind == 2 ? VALUE_DIM : KEY_DIM, position = exists ? positions[token] : 0, slot = exists ? slots[token] : 0;
+
+    // What does not depend on the kernel before.
+    float weight[PER_LANE];
+    Turn turns[PAIRS];
+    const bool has_weight = exists && own.normalize && own.weight;
+    if (has_weight)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            weight[j] = j * WARP + lane < dim ? own.weight[j * WARP + lane] : 0.0f;
+    if (exists && own.rotate)
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++)
+            if (j * WARP + lane < n_rot / 2)
+                turns[j] = turn_of(position, frequencies[j * WARP + lane], magnitude);
+    begin_kernel();
+    if (!exists)
+        return;
 
     const float *from = own.x + token * own.stride + head * own.step;
-    float *x = heads[warp], squares = 0.0f;
-    for (int i = lane; i < dim; i += WARP) {
-        x[i] = from[i];
-        squares = __fmaf_rn(x[i], x[i], squares);
-    }
-    if (own.normalize) {
-        const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(warp_sum(squares), (float)dim) + eps));
-        for (int i = lane; i < dim; i += WARP)
-            x[i] = own.weight ? x[i] * factor * own.weight[i] : x[i] * factor;
-    }
+    float *x = heads[warp], values[PER_LANE], squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        values[j] = j * WARP + lane < dim ? from[j * WARP + lane] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        squares = __fmaf_rn(values[j], values[j], squares);
+    const float factor =
+        own.normalize ? __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(warp_sum(squares), (float)dim) + eps)) : 1.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        if (j * WARP + lane < dim)
+            x[j * WARP + lane] = has_weight ? values[j] * factor * weight[j] : values[j] * factor;
     __syncwarp();
     if (own.rotate)
-        for (int i = lane; i < n_rot / 2; i += WARP)
-            rotate(x, i, n_rot, is_adjacent, position, frequencies[i], magnitude);
+#pragma unroll
+        for (int j = 0; j < PAIRS; j++)
+            if (j * WARP + lane < n_rot / 2)
+                rotate(x, j * WARP + lane, n_rot, is_adjacent, turns[j]);
     __syncwarp();
     if (kind == 0)
         for (int i = lane; i < KEY_DIM; i += WARP)

@@ -6,32 +6,9 @@
 //
 // Compiled for KERNEL_SIZE. For few tokens one kernel goes through them; for many, `convolve` takes all at the same time
 // and `keep_inputs` then brings the states up to date. A thread takes a channel.
-#include "common.cuh"
+#include "causal_conv.cuh"
 
-constexpr int BEFORE = KERNEL_SIZE - 1;
 constexpr int AT_ONCE = 16; // tokens of a thread of `convolve`
-
-// The new output; `past` are the inputs before `now`, oldest first.
-DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[KERNEL_SIZE]) {
-    float acc = 0.0f;
-#pragma unroll
-    for (int j = 0; j < BEFORE; j++)
-        acc = __fmaf_rn(past[j], w[j], acc);
-    return silu(__fmaf_rn(now, w[BEFORE], acc));
-}
-
-DEVICE void load_weights(float (&w)[KERNEL_SIZE], const float *weight, int channel) {
-#pragma unroll
-    for (int j = 0; j < KERNEL_SIZE; j++)
-        w[j] = weight[channel * KERNEL_SIZE + j];
-}
-
-DEVICE void move_on(float (&past)[BEFORE], float now) {
-#pragma unroll
-    for (int j = 0; j + 1 < BEFORE; j++)
-        past[j] = past[j + 1];
-    past[BEFORE - 1] = now;
-}
 
 // Grid: (ceil(n_channels / 256)).
 KERNEL(256)

@@ -1,20 +1,14 @@
-// The gated delta rule, token after token. For each value head, with q and k of its key head L2-normalised and q divided
-// by sqrt(K_DIM):
+// The gated delta rule (`delta_net.cuh`), token after token. Tokens of one sequence stand together and in order; one at
+// position 0 starts its sequence with a zero state. The state of a sequence is read once and written once for all its tokens
+// in the step.
 //
-//     S = exp(a softplus(alpha + dt_bias)) S;  S += (sigmoid(beta) (v - S k)) k^T;  out = S q
-//
-// Value head h has key head h / (n_v_heads / n_k_heads) if `is_grouped`, else h % n_k_heads. state
-// [n_slots, n_v_heads, V_DIM, K_DIM]. Tokens of one sequence stand together and in order; one at position 0 starts its
-// sequence with a zero state. The state of a sequence is read once and written once for all its tokens in the step.
-//
-// Compiled for K_DIM (up to 256) and V_DIM. Rows of S do not know each other. Grid: (n_v_heads, ceil(V_DIM / 8)); a block
-// is 8 warps, a warp has one row of S in its registers. Only what needs S is done token after token: the block fetches
-// some tokens ahead (cp.async), and its warps share what can be known of them beforehand.
-#include "common.cuh"
+// Grid: (n_v_heads, ceil(V_DIM / 8)); a block is 8 warps, a warp has one row of S in its registers. Only what needs S is done
+// token after token: the block fetches some tokens ahead (cp.async), and its warps share what can be known of them
+// beforehand.
+#include "delta_net.cuh"
 
 constexpr int ROWS = 8;                                       // of S, one for each warp
 constexpr int AT_ONCE = 1024 / K_DIM < 8 ? 1024 / K_DIM : 8; // tokens that are prepared together
-constexpr int PER_LANE = (K_DIM + WARP - 1) / WARP;
 
 struct Token {
     float query_factor, decay, step; // step: sigmoid(beta)
@@ -24,9 +18,6 @@ struct Token {
 struct Tokens {
     float queries[AT_ONCE][K_DIM], keys[AT_ONCE][K_DIM], values[AT_ONCE][ROWS];
 };
-
-// log(1 + exp(x)) without overflow.
-DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 KERNEL(ROWS *WARP)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
@@ -38,7 +29,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
     const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens;
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const int first_row = blockIdx.y * ROWS, row = first_row + warp;
-    const int key_head = is_grouped ? head / (n_v_heads / n_k_heads) : head % n_k_heads;
+    const int key_head = key_head_of(head, n_k_heads, n_v_heads, is_grouped);
 
     auto state_of = [&](int slot) { return state + (((int64_t)slot * n_v_heads + head) * V_DIM + row) * K_DIM; };
     auto fetch = [&](int first) {
@@ -63,14 +54,14 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             query_squares = __fmaf_rn(own.queries[i][j], own.queries[i][j], query_squares);
             key_squares = __fmaf_rn(own.keys[i][j], own.keys[i][j], key_squares);
         }
-        const float query_factor = __fdiv_rn(1.0f, __fsqrt_rn((warp_sum(query_squares) + eps) * (float)K_DIM));
-        const float key_factor = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(key_squares) + eps));
+        const float query_factor = factor_of_query(warp_sum(query_squares), eps);
+        const float key_factor = factor_of_key(warp_sum(key_squares), eps);
         for (int j = lane; j < K_DIM; j += WARP)
             own.keys[i][j] *= key_factor;
         if (lane)
             return;
         const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
-        tokens[i] = {query_factor, expf(a[head] * softplus(alpha[t * alpha_stride + head] + dt_bias[head])),
+        tokens[i] = {query_factor, decay_of(a[head], alpha[t * alpha_stride + head], dt_bias[head]),
                      sigmoid(beta[t * beta_stride + head]), begins, t + 1 == n || slots[t + 1] != slot, slot};
     };
 

@@ -74,7 +74,8 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
     const int row = blockIdx.y, n_pairs = n_rot / 2, head = column() / n_pairs, i = column() % n_pairs;
     if (row >= *n_rows || head >= n_heads)
         return;
-    rotate(x + row * x_stride + head * head_dim, i, n_rot, is_adjacent, positions[row], frequencies[i], magnitude);
+    const Turn turn = turn_of(positions[row], frequencies[i], magnitude);
+    rotate(x + row * x_stride + head * head_dim, i, n_rot, is_adjacent, turn);
 }
 
 // out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; in

@@ -1,17 +1,17 @@
 // Eight columns a lane: out = x * silu(gate) or x * sigmoid(gate), where x may first be normalised head by head, and out in
 // the forms that integer formats take.
 //
-// Compiled for IS_SILU, HEAD_SIZE (a power of two from 8 to 256: x = weight * x / sqrt(mean(x^2) + eps) over so many
-// columns; 0: x as it is) and FORMS (`quantize.cuh`). The gate has `gate_width` values for each head, `gate_step` apart. In
+// Compiled for IS_SILU and HEAD_SIZE (`gate.cuh`) and FORMS (`quantize.cuh`). The gate has `gate_width` values for each head, `gate_step` apart. In
 // place allowed. Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
+#include "gate.cuh"
 #include "quantize.cuh"
 
 KERNEL(4 * WARP)
 gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, int gate_width, int gate_step,
      const float *weight, float eps, float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
+    const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8, n = *n_rows; // as the caller gave it: old
     begin_kernel();
-    const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8;
-    if (row >= *n_rows || at - threadIdx.x % WARP * 8 >= n_cols)
+    if (row >= n || at - threadIdx.x % WARP * 8 >= n_cols)
         return;
     const bool exists = at < n_cols;
     float v[8] = {}, g[8] = {};
@@ -19,21 +19,7 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, i
         load_8(x + row * x_stride + at, v);
         load_8(gate + row * gate_stride + at / gate_width * gate_step + at % gate_width, g);
     }
-    if constexpr (HEAD_SIZE > 0) {
-        float squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            squares = __fmaf_rn(v[i], v[i], squares);
-        for (int step = HEAD_SIZE / 16; step; step /= 2)
-            squares += __shfl_xor_sync(ALL_LANES, squares, step);
-        const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)HEAD_SIZE) + eps));
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = weight ? v[i] * factor * weight[(at + i) % HEAD_SIZE] : v[i] * factor;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        v[i] *= IS_SILU ? silu(g[i]) : sigmoid(g[i]);
+    normalize_and_gate<HEAD_SIZE, IS_SILU>(v, g, at, weight, eps);
     if (exists)
         store_8(out + row * out_stride + at, v);
     forms.store<FORMS>(v, row, at, n_cols);

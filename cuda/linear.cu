@@ -1,7 +1,8 @@
 // Several matrices of one format times the same activations: out[t][r] = (W_m[r] . x[t]) * scale + bias[r].
 //
-// Compiled for FORMAT (a struct of formats.cuh) and N_TOKENS (tokens that share one reading of the weights).
-// Grid: (row blocks of all matrices, groups of N_TOKENS tokens, heads); a block is 4 warps of `rows_per_warp` rows each.
+// Compiled for FORMAT (a struct of formats.cuh), N_TOKENS (tokens that share one reading of the weights) and ROW_WARPS.
+// Grid: (row blocks of all matrices, groups of N_TOKENS tokens, heads); a block is 4 warps, of which the first ROW_WARPS take
+// `rows_per_warp` rows each: few where there are so few rows that they would leave multiprocessors without any.
 // x: activation rows in the form of the format, or float32 rows for float formats, `x_row_bytes` apart.
 // Heads have a matrix and an activation row each: `head_weight_bytes` and `head_x_bytes` from one to the next, and their
 // results and scales follow one another. There is one head, but for multi-head latent attention.
@@ -19,8 +20,8 @@ DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_w
     using Dots = RowDots<FORMAT, N_TOKENS>;
     const int warp = threadIdx.x / WARP, head = blockIdx.z;
     const Matrix &matrix = matrix_of(matrices, blockIdx.x);
-    const int first_row = (((int)blockIdx.x - matrix.first_block) * N_WARPS + warp) * rows_per_warp;
-    const int n_rows = max(0, min(rows_per_warp, matrix.n_rows - first_row));
+    const int first_row = (((int)blockIdx.x - matrix.first_block) * ROW_WARPS + warp) * rows_per_warp;
+    const int n_rows = warp < ROW_WARPS ? max(0, min(rows_per_warp, matrix.n_rows - first_row)) : 0;
 
     uint8_t *scratch = shared + Dots::staged_bytes(n_cols) + warp * Dots::SCRATCH_BYTES;
     Dots dots(matrix.weights + head * head_weight_bytes + first_row * row_bytes, row_bytes, n_rows, n_cols, scratch);
@@ -52,6 +53,7 @@ linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const ui
 
 #if N_EXPERTS
 #include "handshake.cuh"
+#include "last_block.cuh"
 #include "router.cuh"
 
 // n_done: a word of device memory, 0 before and after. slots: of the experts, or null if nobody is asked; then `activations`
@@ -62,18 +64,8 @@ linear_and_route(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t
                  int rows_per_warp, Routing routing, unsigned *n_done, const int *slots, const float *activations,
                  int64_t activations_stride, int hidden_size, Exchange exchange, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t shared[];
-    __shared__ int is_last;
     multiply(matrices, row_bytes, 0, x, x_row_bytes, 0, n_cols, grid, rows_per_warp, n_tokens, shared);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(n_done, 1u) + 1 == gridDim.x;
-        if (is_last)
-            *n_done = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!is_last)
+    if (!is_last_block(n_done, gridDim.x))
         return;
     const int warp = threadIdx.x / WARP, n = *n_tokens;
     for (int token = warp; token < n; token += N_WARPS)

@@ -7,9 +7,9 @@
 KERNEL(4 * WARP)
 quantize(const float *x, int64_t x_stride, int n_cols, uint8_t *out, int64_t out_row_bytes, int rows_per_token,
          const int *n_tokens) {
+    const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8, n = *n_tokens; // as the caller gave it: old
     begin_kernel();
-    const int row = blockIdx.y, at = (blockIdx.x * 4 * WARP + threadIdx.x) * 8;
-    if (row >= *n_tokens * rows_per_token || at - threadIdx.x % WARP * 8 >= n_cols)
+    if (row >= n * rows_per_token || at - threadIdx.x % WARP * 8 >= n_cols)
         return;
     float v[8];
 #pragma unroll

@@ -28,15 +28,21 @@ struct Experts {
 // The experts' part for eight columns.
 DEVICE void combined(const Experts &e, int row, int at, int n_cols, float (&acc)[8]) {
     constexpr int AT_ONCE = N_USED < 1 ? 1 : N_USED < 8 ? N_USED : 8; // ranks that are on the way together: host memory is far
+    float shared[8], gate = 0.0f;
+    if (e.shared)
+        load_8(e.shared + row * e.shared_stride + at, shared);
+    if (e.shared_gate)
+        gate = sigmoid(e.shared_gate[row * e.shared_gate_stride]);
 #pragma unroll
     for (int i = 0; i < 8; i++)
         acc[i] = 0.0f;
     for (int first = 0; first < N_USED; first += AT_ONCE) {
         const float *from[AT_ONCE];
-        float values[AT_ONCE][8];
+        float values[AT_ONCE][8], weights[AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
             const int rank = min(first + j, N_USED - 1), choice = row * N_USED + rank;
+            weights[j] = e.weights ? e.weights[choice] : 1.0f;
             from[j] = e.out + row * e.out_stride + (int64_t)rank * n_cols + at;
             if (e.answers && e.slots[e.ids[choice]] < 0)
                 from[j] = e.answers + (int64_t)choice * n_cols + at;
@@ -45,24 +51,16 @@ DEVICE void combined(const Experts &e, int row, int at, int n_cols, float (&acc)
         for (int j = 0; j < AT_ONCE; j++)
             load_8_past_cache(from[j], values[j]);
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            const int rank = first + j;
-            if (rank >= N_USED)
-                continue;
-            const float weight = e.weights ? e.weights[row * N_USED + rank] : 1.0f;
+        for (int j = 0; j < AT_ONCE; j++)
+            if (first + j < N_USED)
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                acc[i] = __fmaf_rn(weight, values[j][i], acc[i]);
-        }
+                for (int i = 0; i < 8; i++)
+                    acc[i] = __fmaf_rn(weights[j], values[j][i], acc[i]);
     }
-    if (e.shared) {
-        float values[8];
-        load_8(e.shared + row * e.shared_stride + at, values);
-        const float gate = e.shared_gate ? sigmoid(e.shared_gate[row * e.shared_gate_stride]) : 0.0f;
+    if (e.shared)
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            acc[i] = e.shared_gate ? __fmaf_rn(gate, values[i], acc[i]) : acc[i] + values[i];
-    }
+            acc[i] = e.shared_gate ? __fmaf_rn(gate, shared[i], acc[i]) : acc[i] + shared[i];
 #pragma unroll
     for (int i = 0; i < 8; i++)
         acc[i] *= e.scale;
@@ -80,9 +78,9 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
             if (at < n_cols)
                 load_8(weight + at, w[round]);
         }
+    const int row = blockIdx.y, n = *n_rows; // as the caller gave it: old
     begin_kernel();
-    const int row = blockIdx.y;
-    if (row >= *n_rows)
+    if (row >= n)
         return;
     if (SOURCE == 2 && experts.answers)
         experts.exchange.await();

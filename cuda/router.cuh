@@ -23,24 +23,35 @@ struct Routing {
     __device__ __forceinline__ int scratch_words() const { return 2 * (N_EXPERTS + n_groups); }
 };
 
-// The index of the best of `n` values spread over the warp (value j * WARP + lane is the lane's j-th), the lowest on a
-// tie; NaN counts as the smallest. Takes it away, for every lane. Some value must be left.
-template <int PER_LANE> DEVICE int take_best(unsigned (&keys)[PER_LANE]) {
-    unsigned best = 0;
+// Keys of which a warp takes the best away, one after another: lane l has those from l * PER_LANE on, and knows which of
+// them is best. 0 is nobody's.
+template <int PER_LANE> struct Ranking {
+    unsigned keys[PER_LANE], best;
+    int place; // of the best
+
+    __device__ __forceinline__ void find_own() {
+        best = 0, place = 0;
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++)
-        best = max(best, keys[j]);
-    best = __reduce_max_sync(ALL_LANES, best);
-    unsigned index = 0xffffffffu;
+        for (int j = 0; j < PER_LANE; j++)
+            if (keys[j] > best)
+                best = keys[j], place = j;
+    }
+
+    // The index of the best, the lowest on a tie, for every lane. Some key must be left.
+    __device__ __forceinline__ int take_best() {
+        const int lane = threadIdx.x % WARP;
+        const unsigned largest = __reduce_max_sync(ALL_LANES, best);
+        const int owner = __ffs(__ballot_sync(ALL_LANES, best == largest)) - 1;
+        const int index = __shfl_sync(ALL_LANES, lane * PER_LANE + place, owner);
+        if (lane == owner) {
 #pragma unroll
-    for (int j = PER_LANE - 1; j >= 0; j--)
-        index = keys[j] == best ? j * WARP + threadIdx.x % WARP : index;
-    index = __reduce_min_sync(ALL_LANES, index);
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++)
-        keys[j] = index == j * WARP + threadIdx.x % WARP ? 0 : keys[j];
-    return (int)index;
-}
+            for (int j = 0; j < PER_LANE; j++)
+                keys[j] = j == place ? 0 : keys[j];
+            find_own();
+        }
+        return index;
+    }
+};
 
 // A float as a number that compares as it does; 0 is nobody's, and NaN counts as the smallest float.
 DEVICE unsigned key_of(float value) {
@@ -110,13 +121,17 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
         __syncwarp();
     }
 
-    unsigned keys[PER_LANE];
+    Ranking<PER_LANE> left;
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++)
-        keys[j] = j * WARP + lane < n_experts ? key_of(choices[j * WARP + lane]) : 0;
-    float total = 0.0f, first_score = 0.0f;
+    for (int j = 0; j < PER_LANE; j++) {
+        const int i = lane * PER_LANE + j;
+        left.keys[j] = i < n_experts ? key_of(choices[i]) : 0;
+    }
+    left.find_own();
+    __syncwarp();
+    float *chosen = choices, total = 0.0f, first_score = 0.0f; // the choices are known by their keys now
     for (int rank = 0; rank < n_used; rank++) {
-        const int id = take_best(keys);
+        const int id = left.take_best();
         float weight = scores[id];
         if (scoring == 2) { // the first is the largest
             first_score = rank ? first_score : weight;
@@ -125,14 +140,14 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
         total += weight;
         if (lane == 0) {
             ids[rank] = id;
-            weights[rank] = weight;
+            chosen[rank] = weight;
         }
     }
     __syncwarp();
     const float softmax_sum = scoring == 2 ? total : 1.0f;
     const float divisor = routing.normalize ? fmaxf(__fdiv_rn(total, softmax_sum), 0x1p-14f) : 1.0f;
     for (int rank = lane; rank < n_used; rank += WARP) {
-        float weight = weights[rank];
+        float weight = chosen[rank];
         if (scoring == 2)
             weight = __fdiv_rn(weight, softmax_sum);
         if (routing.normalize)

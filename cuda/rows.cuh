@@ -44,13 +44,29 @@ template <int BLOCK> struct Record {
 
     // By the whole block; the others see it after a barrier.
     static __device__ __forceinline__ void stage(uint8_t *records, const uint8_t *row, int n_cols) {
+        constexpr int AT_ONCE = 4; // pieces of a thread that are on the way together
         const Activation x = activation_view((uint8_t *)row, BLOCK, n_cols);
-        for (int at = 16 * threadIdx.x; at < n_cols; at += 16 * blockDim.x) {
-            uint8_t *record = records + at / BLOCK * BYTES;
-            *(int4 *)(record + at % BLOCK) = *(const int4 *)(x.q + at);
-            *(int16_t *)(record + SUMS + at % BLOCK / 8) = x.sums[at / 16];
-            if (at % BLOCK == 0)
-                *(float *)(record + D) = x.d[at / BLOCK];
+        for (int first = 16 * threadIdx.x; first < n_cols; first += AT_ONCE * 16 * blockDim.x) {
+            int4 q[AT_ONCE];
+            int16_t sums[AT_ONCE];
+            float d[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int at = first + i * 16 * blockDim.x;
+                if (at < n_cols)
+                    q[i] = *(const int4 *)(x.q + at), sums[i] = x.sums[at / 16], d[i] = x.d[at / BLOCK];
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int at = first + i * 16 * blockDim.x;
+                if (at >= n_cols)
+                    break;
+                uint8_t *record = records + at / BLOCK * BYTES;
+                *(int4 *)(record + at % BLOCK) = q[i];
+                *(int16_t *)(record + SUMS + at % BLOCK / 8) = sums[i];
+                if (at % BLOCK == 0)
+                    *(float *)(record + D) = d[i];
+            }
         }
     }
 
@@ -264,9 +280,18 @@ template <class Format, int N> class RowDots<Format, N, false> {
                     to[i] = from[i];
                 continue;
             }
-#pragma unroll 8
-            for (int i = threadIdx.x; i < n_cols / 4; i += blockDim.x)
-                ((float4 *)to)[i] = ((const float4 *)from)[i];
+            constexpr int AT_ONCE = 8; // on the way together
+            for (int first = threadIdx.x; first < n_cols / 4; first += AT_ONCE * blockDim.x) {
+                float4 some[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++)
+                    if (first + i * (int)blockDim.x < n_cols / 4)
+                        some[i] = ((const float4 *)from)[first + i * blockDim.x];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++)
+                    if (first + i * (int)blockDim.x < n_cols / 4)
+                        ((float4 *)to)[first + i * blockDim.x] = some[i];
+            }
         }
     }
 

@@ -16,9 +16,9 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python and NVRTC")
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KERNELS = [
-    ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1", "N_EXPERTS=0")),
-    ("linear.cu", ("FORMAT=F16", "N_TOKENS=8", "N_EXPERTS=0")),
-    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "N_EXPERTS=256")),
+    ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1", "ROW_WARPS=4", "N_EXPERTS=0")),
+    ("linear.cu", ("FORMAT=F16", "N_TOKENS=8", "ROW_WARPS=2", "N_EXPERTS=0")),
+    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "ROW_WARPS=1", "N_EXPERTS=256")),
     ("linear_few.cu", ("FORMAT=Q4_K",)),
     ("linear_few.cu", ("FORMAT=Q5_1",)),
     ("linear_tiles.cu", ("FORMAT=Q4_K",)),
@@ -43,6 +43,7 @@ KERNELS = [
     ("attention.cu", ("KV_TYPE=0", "KEY_DIM=64", "VALUE_DIM=64", "SHARED=0", "GROUP=1", "GATE=2", "FORMS=2")),
     ("causal_conv.cu", ("KERNEL_SIZE=4",)),
     ("delta_net.cu", ("K_DIM=128", "V_DIM=128")),
+    ("delta_net_step.cu", ("K_DIM=128", "V_DIM=128", "KERNEL_SIZE=4", "IS_SILU=1", "FORMS=1")),
     ("handshake.cu", ()),
 ]
 
@@ -61,7 +62,7 @@ def test_every_kernel_file_is_among_them() -> None:
 @pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.name)
 def test_every_format_compiles(weight_format, tmp_path: Path) -> None:
     compiler = jit.NVRTCCompiler("sm_89", tmp_path)
-    assert compiler.compile("linear.cu", (f"FORMAT={weight_format.name}", "N_TOKENS=1", "N_EXPERTS=0"))
+    assert compiler.compile("linear.cu", (f"FORMAT={weight_format.name}", "N_TOKENS=1", "ROW_WARPS=4", "N_EXPERTS=0"))
 
 
 def test_the_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import attention, kernels, tiles
+from engine.devices.cuda import attention, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import ExpertMatrix, Launch, Matrix, Rows
@@ -87,6 +87,13 @@ def test_linear_takes_some_tokens_together(name: str) -> None:
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ2_S", "MXFP4", "F16"])
 def test_linear_has_no_races(name: str) -> None:
     check_linear(BY_NAME[name], 3, "race")
+
+
+@pytest.mark.parametrize(("n_multiprocessors", "warps"), [(1, 4), (8, 2), (64, 1)])
+def test_a_block_takes_few_rows_where_there_are_few(n_multiprocessors: int, warps: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_MULTIPROCESSORS", n_multiprocessors)
+    assert kernels._row_warps(BY_NAME["F16"], 21) == warps  # the warps that check_linear's rows keep busy
+    check_linear(BY_NAME["F16"], 1, "race")
 
 
 def test_linear_takes_many_tokens_in_groups() -> None:
@@ -854,13 +861,13 @@ def test_recurrent_layers(
     for order, seed in SCHEDULES:
         conv, out = old_conv.copy(), np.zeros_like(x)
         rows = (emulator.rows(x), emulator.at(weight), emulator.at(conv), emulator.rows(out))
-        emulator.run(kernels.causal_conv(*rows, n_channels, kernel_size, *places), order, seed)
+        emulator.run(recurrent.causal_conv(*rows, n_channels, kernel_size, *places), order, seed)
         assert out == pytest.approx(expected_conv, rel=1e-5, abs=1e-5)
         assert same_bits(conv, new_conv)
 
         state, out = old_state.copy(), np.zeros((n_tokens, n_v), F32)
         qkv = emulator.rows(x)
-        launch = kernels.delta_net(
+        launch = recurrent.delta_net(
             qkv.address,
             qkv.address + 4 * n_k,
             qkv.address + 8 * n_k,
@@ -882,3 +889,84 @@ def test_recurrent_layers(
         emulator.run(launch, order, seed)
         assert out == pytest.approx(np.stack(expected), rel=1e-4, abs=1e-5)
         assert state == pytest.approx(new_state, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "kernel_size", "gating", "has_weight", "mode"),
+    [
+        (128, 128, 2, 4, False, 4, Gating.SILU, True, "fast"),
+        (128, 128, 1, 3, True, 4, Gating.SILU, True, "race"),
+        (16, 64, 2, 6, True, 3, Gating.SIGMOID, False, "asan"),
+        (200, 8, 2, 4, False, 2, Gating.SILU, True, "asan"),
+        (256, 32, 1, 1, True, 5, Gating.SIGMOID, True, "race"),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 6])
+def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
+    k_dim: int,
+    v_dim: int,
+    n_k_heads: int,
+    n_v_heads: int,
+    grouped: bool,
+    kernel_size: int,
+    gating: Gating,
+    has_weight: bool,
+    mode: str,
+    position: int,
+) -> None:
+    """Result, forms and both states, of one of two sequences; the counters are left as they were."""
+    rng, emulator = np.random.default_rng(14), Emulator(mode)
+    n_k, n_cols, eps, norm_eps = n_k_heads * k_dim, n_v_heads * v_dim, 1e-6, 1e-5
+    n_channels = 2 * n_k + n_cols
+
+    def normal(*shape: int) -> np.ndarray:
+        return aligned(rng.standard_normal(shape).astype(F32))
+
+    x, beta, alpha, by = normal(1, n_channels), normal(1, n_v_heads), normal(1, n_v_heads), normal(1, n_cols)
+    conv_weight, a, dt_bias, norm = (
+        normal(n_channels, kernel_size),
+        -np.exp(normal(n_v_heads)),
+        normal(n_v_heads),
+        normal(v_dim),
+    )
+    old_conv, old_state = normal(2, kernel_size - 1, n_channels), normal(2, n_v_heads, v_dim, k_dim)
+    positions, slots = (np.array([n], np.int32) for n in (position, 1))
+    form = Activation.Q8_256 if n_cols % 256 == 0 else Activation.Q8_32
+    n_done = np.zeros(recurrent.n_counters(n_k_heads, n_v_heads, v_dim), np.int32)
+    places, at_norm = (emulator.at(positions), emulator.at(slots)), emulator.at(norm) if has_weight else 0
+    parameters = [emulator.at(array) for array in (conv_weight, a, dt_bias)]
+    for order, seed in SCHEDULES:
+        found = []
+        for together in (False, True):
+            conv_state, state = aligned(old_conv.copy()), aligned(old_state.copy())
+            out, before = (aligned(np.zeros((1, n_cols), F32)) for _ in range(2))
+            quantized = aligned(np.zeros((1, kernels.activation_bytes(form, n_cols)), np.uint8))
+            rows = emulator.byte_rows(quantized)
+            forms = Forms(rows, None) if form == Activation.Q8_256 else Forms(None, rows)
+            sizes, states = (n_k_heads, n_v_heads, k_dim, v_dim), (emulator.at(conv_state), emulator.at(state))
+            if together:
+                net = recurrent.DeltaNet(
+                    *sizes, kernel_size, grouped, eps, norm_eps, gating, *parameters, at_norm, *states
+                )
+                inputs = [emulator.at(array) for array in (x, beta, alpha, by)]
+                outputs = [emulator.at(array) for array in (before, out, n_done)]
+                launches = [recurrent.delta_net_step(*inputs, net, *outputs, *places, forms)]
+            else:
+                convolved, count = np.zeros_like(x), emulator.count(1, 1)
+                q, stride = emulator.rows(convolved)
+                parts = (q, q + 4 * n_k, q + 8 * n_k, stride, emulator.rows(beta), emulator.rows(alpha))
+                conv = (emulator.rows(x), parameters[0], states[0], emulator.rows(convolved), n_channels, kernel_size)
+                net_sizes, own = (*sizes, grouped, eps, *places, count), (*parameters[1:], states[1])
+                gate = GateOf(gating, emulator.rows(by), n_cols, n_cols)
+                launches = [
+                    *recurrent.causal_conv(*conv, *places, count),
+                    recurrent.delta_net(*parts, *own, emulator.rows(before), *net_sizes),
+                    kernels.gate(
+                        emulator.rows(before), gate, emulator.rows(out), n_cols, count, forms, v_dim, at_norm, norm_eps
+                    ),
+                ]
+            emulator.run(launches, order, seed)
+            found.append([part.copy() for part in (conv_state, state, before, out, quantized)])
+        assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+        assert not n_done.any()
+        assert out.any()

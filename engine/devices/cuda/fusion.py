@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from engine.devices import graph as ops
-from engine.devices.cuda import kernels
+from engine.devices.cuda import kernels, recurrent
 from engine.devices.graph import Tensor
 
 Sum: TypeAlias = ops.Add | ops.Combine
@@ -99,17 +99,29 @@ class Attention:
         return [op for op in (*before, self.attention, self.gate) if op is not None]
 
 
-Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | SharedExpert | Attention
+@dataclass(frozen=True, slots=True)
+class DeltaNetLayer:
+    """All of a delta-net layer between its two products."""
+
+    conv: ops.CausalConv
+    net: ops.DeltaNet
+    norm: ops.RMSNorm
+    gate: ops.Gate
+
+
+Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | SharedExpert | Attention | DeltaNetLayer
 
 
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     """Yield everything there is to record, in order, each with the index of its last operation."""
     n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
-    groups: dict[int, Attention | SharedExpert] = {}  # by the index of their first operation
+    groups: dict[int, Attention | SharedExpert | DeltaNetLayer] = {}  # by the index of their first operation
     for i, op in enumerate(operations):
         if isinstance(op, ops.Attention):
             first, attention = _around(operations, i, n_users)
             groups[first] = attention
+        elif isinstance(op, ops.CausalConv) and (layer := _delta_net_layer(operations[i : i + 4], n_users)):
+            groups[i] = layer
     operations = list(operations)
     for i, op in enumerate(operations):
         if isinstance(op, ops.Experts) and (shared := _shared_expert(operations[i : i + 3], operations[:i], n_users)):
@@ -118,11 +130,16 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     i = 0
     while i < len(operations):
         item = groups.get(i) or _pair(operations[i : i + 2], operations[i:], n_users) or operations[i]
-        if isinstance(item, Attention):
-            i += len(item.operations)
-        else:
-            i += 1 if isinstance(item, ops.Operation) else 3 if isinstance(item, SharedExpert) else 2
+        i += _n_operations(item)
         yield i - 1, item
+
+
+def _n_operations(item: Fused) -> int:
+    if isinstance(item, Attention):
+        return len(item.operations)
+    if isinstance(item, ops.Operation):
+        return 1
+    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, SharedExpert) else 2
 
 
 def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
@@ -149,6 +166,27 @@ def _pair(
     if isinstance(op, ops.Linear) and isinstance(following, ops.Router) and following.logits in op.outs:
         users = (user for user in following_ones if isinstance(user, ops.Experts) and user.routing == following.out)
         return LinearAndRouter(op, following, next(users))
+    return None
+
+
+def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> DeltaNetLayer | None:
+    """Return a layer that begins with a convolution, if nobody else uses what is made on the way."""
+    if len(four) < 4:
+        return None
+    conv, net, norm, gate = four
+    if not (isinstance(conv, ops.CausalConv) and isinstance(net, ops.DeltaNet)):
+        return None
+    if not (isinstance(norm, ops.RMSNorm) and isinstance(gate, ops.Gate) and norm.x == net.out and gate.x == norm.out):
+        return None
+    k_dim, v_dim, end = net.k.width // net.n_k_heads, net.v.width // net.n_v_heads, 2 * net.k.width
+    places = (
+        conv.out.columns(0, net.k.width),
+        conv.out.columns(net.k.width, end),
+        conv.out.columns(end, conv.out.width),
+    )
+    alone = all(n_users[tensor.buffer] == 2 for tensor in (conv.out, net.out, norm.out))
+    if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
+        return DeltaNetLayer(conv, net, norm, gate)
     return None
 
 
@@ -196,11 +234,14 @@ def _around(operations: Sequence[ops.Operation], i: int, n_users: Counter[ops.Bu
     following = operations[i + 1] if i + 1 < len(operations) else None
     if isinstance(following, ops.Gate) and following.x == attention.out and n_users[attention.out.buffer] == 2:
         found = replace(found, gate=following)
-    while first:
-        more = _with(found, operations[first - 1])
-        if more is None or not _alone(more, n_users):
+    candidate = found
+    for before in range(i - 1, -1, -1):
+        more = _with(candidate, operations[before])
+        if more is None:
             break
-        found, first = more, first - 1
+        candidate = more
+        if _alone(candidate, n_users):  # a rotation alone is not: the norm before it uses its tensor, too
+            found, first = candidate, before
     return first, found
 
 

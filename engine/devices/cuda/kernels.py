@@ -39,11 +39,11 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
 _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
-_CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 
 _STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _CHUNKS_KEPT = 4
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
+_MULTIPROCESSORS = 128  # of the largest GPUs, about
 _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
@@ -119,6 +119,13 @@ def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens
 
     nearby = range(max(1, wanted // 2), max(1, min(2 * wanted, most)) + 1)
     return min(nearby, key=wasted) if wanted <= most else most  # leaves the fewest lanes without work
+
+
+def _row_warps(weight_format: QuantFormat, n_wanted: int) -> int:
+    """Return how many warps of a block take rows: with float weights, whose rows are long, few for few rows."""
+    if weight_format.activation != Activation.F32:
+        return N_WARPS
+    return next((n for n in (4, 2) if n_wanted >= n * _MULTIPROCESSORS), 1)
 
 
 def _chunk(weight_format: QuantFormat) -> int:
@@ -199,9 +206,10 @@ def linear(
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
-    packed, n_blocks = pack_matrices(matrices, weight_format, heads, N_WARPS * per_warp)
-    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + N_WARPS * _warp_bytes(weight_format)
-    compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}")
+    row_warps = _row_warps(weight_format, ceil_div(sum(m.n_rows for m in matrices), per_warp))
+    packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
+    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(weight_format)
+    compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")
     first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
     if routed is not None:
         assert heads == ONE_HEAD
@@ -710,86 +718,6 @@ def router(routing: Routing, count: Count) -> Launch:
         WARP,
         (routing.argument, pointer(count.address)),
         routing.scratch_bytes,
-    )
-
-
-# -- recurrent layers -------------------------------------------------------------------------------------------------
-
-
-def causal_conv(
-    x: Rows,
-    weight: int,
-    state: int,
-    out: Rows,
-    n_channels: int,
-    kernel_size: int,
-    positions: int,
-    slots: int,
-    count: Count,
-) -> list[Launch]:
-    """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
-    assert kernel_size >= 2
-    n_blocks, definitions = ceil_div(n_channels, _COLUMNS), (f"KERNEL_SIZE={kernel_size}",)
-    places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
-    what = (*at(x), pointer(weight), pointer(state), *at(out), *places)
-    if count.most <= _CONVOLVED_AT_ONCE:
-        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _COLUMNS, what)]
-    grid = (n_blocks, ceil_div(count.most, _CONVOLVED_AT_ONCE), 1)
-    kept = (*at(x), pointer(state), *places)
-    return [
-        Launch("causal_conv.cu", "convolve", definitions, grid, _COLUMNS, what),
-        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _COLUMNS, kept),
-    ]
-
-
-def delta_net(
-    q: int,
-    k: int,
-    v: int,
-    qkv_stride: int,
-    beta: Rows,
-    alpha: Rows,
-    a: int,
-    dt_bias: int,
-    state: int,
-    out: Rows,
-    n_k_heads: int,
-    n_v_heads: int,
-    k_dim: int,
-    v_dim: int,
-    grouped: bool,
-    eps: float,
-    positions: int,
-    slots: int,
-    count: Count,
-) -> Launch:
-    """Run the gated delta rule."""
-    assert n_v_heads % n_k_heads == 0
-    assert k_dim <= 256
-    return Launch(
-        "delta_net.cu",
-        "delta_net",
-        (f"K_DIM={k_dim}", f"V_DIM={v_dim}"),
-        (n_v_heads, ceil_div(v_dim, 8), 1),
-        8 * WARP,
-        (
-            pointer(q),
-            pointer(k),
-            pointer(v),
-            int64(qkv_stride),
-            *at(beta),
-            *at(alpha),
-            pointer(a),
-            pointer(dt_bias),
-            pointer(state),
-            *at(out),
-            int32(n_k_heads),
-            int32(grouped),
-            float32(eps),
-            pointer(positions),
-            pointer(slots),
-            pointer(count.address),
-        ),
     )
 
 

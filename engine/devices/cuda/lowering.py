@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import attention, fusion, kernels, tiles
+from engine.devices.cuda import attention, fusion, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
@@ -427,8 +427,15 @@ class Lowering:
 
     def _finish(self, out: Tensor) -> Finish:
         """Note that the operation at hand can make activation rows of `out`, too."""
-        finish = self._finishes[out.buffer, out.offset, out.width] = Finish(self._index)
-        return finish
+        return self._finishes.setdefault((out.buffer, out.offset, out.width), Finish(self._index))
+
+    def _recorded(self, *records: Callable[[], None]) -> Callable[[Pass], Iterable[Launch | Streamed]]:
+        """Return the launches that some recordings would add, without adding them."""
+        calls, self._calls = self._calls, []
+        for record in records:
+            record()
+        recorded, self._calls = self._calls, calls
+        return lambda p: (launch for call in recorded for launch in call(p))
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
         if fusion.is_of_row(op, op.x):
@@ -733,7 +740,7 @@ class Lowering:
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
         self._calls.append(
-            lambda p: kernels.causal_conv(
+            lambda p: recurrent.causal_conv(
                 p.rows(x),
                 p.at(weight),
                 p.base + self._offsets[op.state],
@@ -753,7 +760,7 @@ class Lowering:
         assert q.stride == k.stride == v.stride
         self._calls.append(
             lambda p: [
-                kernels.delta_net(
+                recurrent.delta_net(
                     p.rows(q).address,
                     p.rows(k).address,
                     p.rows(v).address,
@@ -776,6 +783,59 @@ class Lowering:
                 )
             ]
         )
+
+    def _delta_net_layer(self, item: fusion.DeltaNetLayer) -> None:
+        """Record all between the products of a delta-net layer: for one token that is one launch."""
+        conv, net, norm, gate = item.conv, item.net, item.norm, item.gate
+        plain = self._recorded(
+            lambda: self._causal_conv(conv), lambda: self._delta_net(net), lambda: self._gate(gate, norm)
+        )
+        finish = self._finish(gate.out)
+        x, beta, alpha, by = (self._use(t) for t in (conv.x, net.beta, net.alpha, gate.gate))
+        found, out = self._use(net.out), self._use(gate.out)
+        conv_weight, a, dt_bias, norm_weight = (
+            self._vector(vector) for vector in (conv.weight, net.a, net.dt_bias, norm.weight)
+        )
+        v_dim = net.v.width // net.n_v_heads
+        n_counters = recurrent.n_counters(net.n_k_heads, net.n_v_heads, v_dim)
+        n_done = self._constant(("n_done", n_counters), lambda: np.zeros(n_counters, np.int32))
+
+        def launches(p: Pass) -> Iterable[Launch | Streamed]:
+            if p.most > 1:
+                yield from plain(p)
+                return
+            layer = recurrent.DeltaNet(
+                net.n_k_heads,
+                net.n_v_heads,
+                net.k.width // net.n_k_heads,
+                v_dim,
+                conv.kernel_size,
+                net.grouped,
+                net.eps,
+                norm.eps,
+                gate.gating,
+                p.at(conv_weight),
+                p.at(a),
+                p.at(dt_bias),
+                p.at(norm_weight),
+                p.base + self._offsets[conv.state],
+                p.base + self._offsets[net.state],
+            )
+            yield recurrent.delta_net_step(
+                p.rows(x).address,
+                p.rows(beta).address,
+                p.rows(alpha).address,
+                p.rows(by).address,
+                layer,
+                p.rows(found).address,
+                p.rows(out).address,
+                p.base + n_done,
+                p.base + self.step.positions,
+                p.base + self.step.slots,
+                finish.at(p),
+            )
+
+        self._calls.append(launches)
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
@@ -843,11 +903,9 @@ class Lowering:
 
     def _shared_expert(self, item: fusion.SharedExpert) -> None:
         """Record experts with a shared one: for few tokens it is computed like one more that was chosen."""
-        calls, self._calls = self._calls, []
-        self._linear(item.gate_up)
-        self._gate(item.gate)
-        self._linear(item.down)
-        plain, self._calls = self._calls, calls
+        plain = self._recorded(
+            lambda: self._linear(item.gate_up), lambda: self._gate(item.gate), lambda: self._linear(item.down)
+        )
         weights = (*item.gate_up.weights, *item.down.weights)
         offsets, out = [self._matrix(weight) for weight in weights], self._use(item.down.outs[0])
 
@@ -855,9 +913,7 @@ class Lowering:
             own = zip(offsets, weights, strict=True)
             return [ExpertMatrix(p.base + offset, 0, weight.format) for offset, weight in own], p.rows(out)
 
-        self._experts(
-            item.experts, SharedLaunches(matrices, lambda p: (launch for call in plain for launch in call(p)))
-        )
+        self._experts(item.experts, SharedLaunches(matrices, plain))
 
     def _experts(self, op: ops.Experts, shared: SharedLaunches | None = None) -> None:
         number = len(self.expert_layers)
@@ -1035,6 +1091,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Lowering, Any], None]] = {
     ops.Experts: Lowering._experts,
     fusion.LinearAndRouter: Lowering._linear_and_router,
     fusion.SharedExpert: Lowering._shared_expert,
+    fusion.DeltaNetLayer: Lowering._delta_net_layer,
     ops.Combine: lambda lowering, op: lowering._residual(op, None),
     ops.SelectOutputs: Lowering._select_outputs,
 }

@@ -119,6 +119,9 @@ class Context:
         if found is None:
             module = self._module(launch.source, launch.definitions)
             found = self._functions[key] = call("cuModuleGetFunction", module, launch.kernel.encode())
+            if self.gpu.can_overlap:  # one division of all L1 caches, so that no kernel waits until another has left
+                carveout = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                call("cuFuncSetAttribute", found, carveout, 100)
         if launch.shared_bytes > self._shared_bytes.get(key, _DEFAULT_SHARED_BYTES):
             attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call("cuFuncSetAttribute", found, attribute, launch.shared_bytes)

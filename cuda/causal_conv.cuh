@@ -1,0 +1,28 @@
+// One channel of a causal convolution over time. Compiled for KERNEL_SIZE.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int BEFORE = KERNEL_SIZE - 1;
+
+// The new output; `past` are the inputs before `now`, oldest first.
+DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[KERNEL_SIZE]) {
+    float acc = 0.0f;
+#pragma unroll
+    for (int j = 0; j < BEFORE; j++)
+        acc = __fmaf_rn(past[j], w[j], acc);
+    return silu(__fmaf_rn(now, w[BEFORE], acc));
+}
+
+DEVICE void load_weights(float (&w)[KERNEL_SIZE], const float *weight, int channel) {
+#pragma unroll
+    for (int j = 0; j < KERNEL_SIZE; j++)
+        w[j] = weight[channel * KERNEL_SIZE + j];
+}
+
+DEVICE void move_on(float (&past)[BEFORE], float now) {
+#pragma unroll
+    for (int j = 0; j + 1 < BEFORE; j++)
+        past[j] = past[j + 1];
+    past[BEFORE - 1] = now;
+}

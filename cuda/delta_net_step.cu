@@ -1,0 +1,169 @@
+// One token of a delta-net layer, all that lies between its two products: the causal convolution of queries, keys and values,
+// the gated delta rule (`delta_net.cuh`), the norm of its heads, their gate, and the forms that the next product takes.
+// With the bits of `causal_conv.cu`, `delta_net.cu` and `gate.cu` one after another.
+//
+// Compiled as `causal_conv.cuh`, `delta_net.cuh` and `gate.cuh` say (V_DIM is the size of a head) and for FORMS. Grid:
+// (n_v_heads, ceil(V_DIM / 32)); a block takes 32 rows of S, a warp four, in registers. All that is older than the step is
+// fetched while the kernel before still runs.
+//
+// Blocks of value heads that share a key head all read what the convolution has kept of it: the last of them to have read it
+// writes what is kept now. The last block of each 256 columns normalises and gates them.
+#include "causal_conv.cuh"
+#include "delta_net.cuh"
+#include "gate.cuh"
+#include "last_block.cuh"
+#include "quantize.cuh"
+
+constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
+constexpr int ROWS_PER_WARP = 4, ROWS = N_WARPS * ROWS_PER_WARP;
+constexpr int GATED = 256;                          // columns that are gated together
+constexpr int CHANNELS = 2 * K_DIM + ROWS;          // of the convolution that a block needs: query, key, values
+constexpr int PER_THREAD = (CHANNELS + THREADS - 1) / THREADS;
+
+// Each summed over the warp, all at the same time.
+DEVICE void warp_sums(float (&values)[ROWS_PER_WARP]) {
+#pragma unroll
+    for (int step = WARP / 2; step; step /= 2)
+#pragma unroll
+        for (int r = 0; r < ROWS_PER_WARP; r++)
+            values[r] += __shfl_xor_sync(ALL_LANES, values[r], step);
+}
+
+// The layer's inputs and parameters. x: what is convolved, queries of all key heads, then keys, then values.
+struct Layer {
+    const float *x, *beta, *alpha, *gate;
+    const float *conv_weight, *a, *dt_bias, *norm_weight;
+    float *conv_state, *state;
+    int n_k_heads, is_grouped;
+    float eps, norm_eps;
+};
+
+// found: [n_v_heads * V_DIM], as `delta_net` gives it; out: the same gated. n_done: n_k_heads + ceil(n_v_heads * V_DIM / 256)
+// words, 0 before and after.
+KERNEL(THREADS)
+delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_done, const int *positions, const int *slots) {
+    __shared__ float convolved_values[CHANNELS];
+    __shared__ int is_last_reader;
+    const int head = blockIdx.x, n_v_heads = gridDim.x, n_k_heads = layer.n_k_heads, n_cols = n_v_heads * V_DIM;
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const int first_row = blockIdx.y * ROWS, own_row = first_row + warp * ROWS_PER_WARP;
+    const int key_head = key_head_of(head, n_k_heads, n_v_heads, layer.is_grouped);
+    const int slot = slots[0], n_channels = 2 * n_k_heads * K_DIM + n_cols;
+    const bool goes_on = positions[0] != 0;
+
+    float *state = layer.state + (((int64_t)slot * n_v_heads + head) * V_DIM + own_row) * K_DIM + lane;
+    float s[ROWS_PER_WARP][PER_LANE];
+    auto holds = [&](int r, int j) { return own_row + r < V_DIM && j * WARP + lane < K_DIM; };
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            s[r][j] = goes_on && holds(r, j) ? state[r * K_DIM + j * WARP] : 0.0f;
+
+    // The thread's channels of the convolution.
+    float w[PER_THREAD][KERNEL_SIZE], past[PER_THREAD][BEFORE], now[PER_THREAD];
+    int channel[PER_THREAD]; // -1: none
+    float *kept = layer.conv_state + (int64_t)slot * BEFORE * n_channels;
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+        const int c = i * THREADS + thread, row = first_row + c - 2 * K_DIM;
+        channel[i] = c < K_DIM       ? key_head * K_DIM + c
+                     : c < 2 * K_DIM ? (n_k_heads - 1 + key_head) * K_DIM + c
+                     : c < CHANNELS && row < V_DIM ? 2 * n_k_heads * K_DIM + head * V_DIM + row
+                                                   : -1;
+        if (channel[i] < 0)
+            continue;
+        load_weights(w[i], layer.conv_weight, channel[i]);
+#pragma unroll
+        for (int j = 0; j < BEFORE; j++)
+            past[i][j] = goes_on ? kept[j * n_channels + channel[i]] : 0.0f;
+    }
+    const float a = layer.a[head], dt_bias = layer.dt_bias[head];
+    begin_kernel();
+
+    const float alpha = layer.alpha[head], beta = layer.beta[head];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++)
+        now[i] = channel[i] < 0 ? 0.0f : layer.x[channel[i]];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+        const int c = i * THREADS + thread;
+        if (channel[i] < 0)
+            continue;
+        convolved_values[c] = convolved(past[i], now[i], w[i]);
+        move_on(past[i], now[i]);
+    }
+    __syncthreads();
+    if (thread == 0) {
+        const unsigned n_readers = n_v_heads / n_k_heads * gridDim.y;
+        is_last_reader = atomicAdd(n_done + key_head, 1u) + 1 == n_readers;
+        if (is_last_reader)
+            n_done[key_head] = 0;
+    }
+
+    float query[PER_LANE], key[PER_LANE], query_squares = 0.0f, key_squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+        const int i = j * WARP + lane;
+        query[j] = i < K_DIM ? convolved_values[i] : 0.0f, key[j] = i < K_DIM ? convolved_values[K_DIM + i] : 0.0f;
+        query_squares = __fmaf_rn(query[j], query[j], query_squares);
+        key_squares = __fmaf_rn(key[j], key[j], key_squares);
+    }
+    const float decay = decay_of(a, alpha, dt_bias), rate = sigmoid(beta);
+    const float query_factor = factor_of_query(warp_sum(query_squares), layer.eps);
+    const float key_factor = factor_of_key(warp_sum(key_squares), layer.eps);
+    float recalled[ROWS_PER_WARP] = {}, result[ROWS_PER_WARP] = {};
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
+        key[j] *= key_factor;
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++) {
+            s[r][j] *= decay;
+            recalled[r] = __fmaf_rn(s[r][j], key[j], recalled[r]);
+        }
+    warp_sums(recalled);
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++) {
+        const float step = rate * (convolved_values[2 * K_DIM + warp * ROWS_PER_WARP + r] - recalled[r]);
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++) {
+            s[r][j] = __fmaf_rn(step, key[j], s[r][j]);
+            result[r] = __fmaf_rn(s[r][j], query[j], result[r]);
+        }
+    }
+    warp_sums(result);
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++)
+        if (lane == 0 && own_row + r < V_DIM)
+            found[head * V_DIM + own_row + r] = result[r] * query_factor;
+
+    const int group = head * V_DIM / GATED, n_heads = min(GATED / V_DIM, n_v_heads - group * (GATED / V_DIM));
+    const bool is_last = is_last_block(n_done + n_k_heads + group, n_heads * gridDim.y);
+    // What nobody waits for comes last.
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; r++)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            if (holds(r, j))
+                state[r * K_DIM + j * WARP] = s[r][j];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++)
+        if (channel[i] >= 0 && (is_last_reader || i * THREADS + thread >= 2 * K_DIM)) // values are this block's alone
+#pragma unroll
+            for (int j = 0; j < BEFORE; j++)
+                kept[j * n_channels + channel[i]] = past[i][j];
+    if (!is_last || warp)
+        return;
+    const int at = group * GATED + lane * 8;
+    float x[8] = {}, g[8] = {};
+    if (at < n_cols) {
+        load_8_past_cache(found + at, x);
+        load_8(layer.gate + at, g);
+    }
+    normalize_and_gate<V_DIM, IS_SILU>(x, g, at, layer.norm_weight, layer.norm_eps);
+    if (at < n_cols)
+        store_8(out + at, x);
+    forms.store<FORMS>(x, 0, at, n_cols);
+}

@@ -1,0 +1,196 @@
+"""Launches of recurrent layers: causal convolution, gated delta rule, and all of such a layer for one token.
+
+As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from engine.devices.cuda.kernels import NO_FORMS, Forms, can_gate_heads
+from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, float32, int32, int64, pointer
+from engine.devices.graph import Gating
+
+_CHANNELS = 256  # of a block
+_CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
+_WARPS = 8  # of a block of both delta nets
+_STEP_ROWS = 32  # of the state, of a block; `delta_net_step.cu`
+_GATED = 256  # columns that are gated together; likewise
+_MAX_KEY_DIM = 256
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("conv_weight", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("dt_bias", ctypes.c_void_p),
+        ("norm_weight", ctypes.c_void_p),
+        ("conv_state", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
+        ("n_k_heads", ctypes.c_int32),
+        ("is_grouped", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("norm_eps", ctypes.c_float),
+    ]
+
+
+def causal_conv(
+    x: Rows,
+    weight: int,
+    state: int,
+    out: Rows,
+    n_channels: int,
+    kernel_size: int,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> list[Launch]:
+    """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
+    assert kernel_size >= 2
+    n_blocks, definitions = ceil_div(n_channels, _CHANNELS), (f"KERNEL_SIZE={kernel_size}",)
+    places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
+    what = (*at(x), pointer(weight), pointer(state), *at(out), *places)
+    if count.most <= _CONVOLVED_AT_ONCE:
+        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _CHANNELS, what)]
+    grid = (n_blocks, ceil_div(count.most, _CONVOLVED_AT_ONCE), 1)
+    kept = (*at(x), pointer(state), *places)
+    return [
+        Launch("causal_conv.cu", "convolve", definitions, grid, _CHANNELS, what),
+        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _CHANNELS, kept),
+    ]
+
+
+def delta_net(
+    q: int,
+    k: int,
+    v: int,
+    qkv_stride: int,
+    beta: Rows,
+    alpha: Rows,
+    a: int,
+    dt_bias: int,
+    state: int,
+    out: Rows,
+    n_k_heads: int,
+    n_v_heads: int,
+    k_dim: int,
+    v_dim: int,
+    grouped: bool,
+    eps: float,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> Launch:
+    """Run the gated delta rule."""
+    assert n_v_heads % n_k_heads == 0
+    assert k_dim <= _MAX_KEY_DIM
+    return Launch(
+        "delta_net.cu",
+        "delta_net",
+        (f"K_DIM={k_dim}", f"V_DIM={v_dim}"),
+        (n_v_heads, ceil_div(v_dim, _WARPS), 1),
+        _WARPS * WARP,
+        (
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            int64(qkv_stride),
+            *at(beta),
+            *at(alpha),
+            pointer(a),
+            pointer(dt_bias),
+            pointer(state),
+            *at(out),
+            int32(n_k_heads),
+            int32(grouped),
+            float32(eps),
+            pointer(positions),
+            pointer(slots),
+            pointer(count.address),
+        ),
+    )
+
+
+class DeltaNet(NamedTuple):
+    """Sizes of a delta-net layer, and the device addresses of its parameters and states, all float32.
+
+    Attributes:
+        n_k_heads, n_v_heads, k_dim, v_dim, kernel_size, grouped: see `graph.DeltaNet` and `graph.CausalConv`.
+        eps, norm_eps: of the keys and queries, and of the heads' norm.
+        gating: how the heads are gated.
+        conv_weight: [channels, kernel_size], the channels those of queries, keys, then values.
+        a, dt_bias: [n_v_heads].
+        norm_weight: [v_dim], or 0.
+        conv_state, state: of all sequences.
+    """
+
+    n_k_heads: int
+    n_v_heads: int
+    k_dim: int
+    v_dim: int
+    kernel_size: int
+    grouped: bool
+    eps: float
+    norm_eps: float
+    gating: Gating
+    conv_weight: int
+    a: int
+    dt_bias: int
+    norm_weight: int
+    conv_state: int
+    state: int
+
+
+def n_counters(n_k_heads: int, n_v_heads: int, v_dim: int) -> int:
+    """Return how many words `delta_net_step` counts its blocks with."""
+    return n_k_heads + ceil_div(n_v_heads * v_dim, _GATED)
+
+
+def can_step(k_dim: int, v_dim: int) -> bool:
+    """Return whether `delta_net_step` can take heads of these sizes."""
+    return k_dim <= _MAX_KEY_DIM and can_gate_heads(v_dim)
+
+
+def delta_net_step(
+    x: int,
+    beta: int,
+    alpha: int,
+    gate: int,
+    net: DeltaNet,
+    found: int,
+    out: int,
+    n_done: int,
+    positions: int,
+    slots: int,
+    forms: Forms = NO_FORMS,
+) -> Launch:
+    """Do what `causal_conv`, `delta_net` and `gate` do, for one token, with the same bits.
+
+    Addresses of float32 rows: `x` of what is convolved, `gate` and `out` of the gate and the result, `found` of the
+    result before its norm. n_done: zeros in device memory, `n_counters` words.
+    """
+    assert net.n_v_heads % net.n_k_heads == 0
+    assert can_step(net.k_dim, net.v_dim)
+    assert found % 16 == out % 16 == gate % 16 == 0
+    parameters = (net.conv_weight, net.a, net.dt_bias, net.norm_weight)
+    sizes = (net.n_k_heads, net.grouped, net.eps, net.norm_eps)
+    layer = _Layer(x, beta, alpha, gate, *parameters, net.conv_state, net.state, *sizes)
+    return Launch(
+        "delta_net_step.cu",
+        "delta_net_step",
+        (
+            f"K_DIM={net.k_dim}",
+            f"V_DIM={net.v_dim}",
+            f"KERNEL_SIZE={net.kernel_size}",
+            f"IS_SILU={int(net.gating == Gating.SILU)}",
+            forms.definition,
+        ),
+        (net.n_v_heads, ceil_div(net.v_dim, _STEP_ROWS), 1),
+        _WARPS * WARP,
+        (layer, pointer(found), pointer(out), forms.argument, pointer(n_done), pointer(positions), pointer(slots)),
+    )

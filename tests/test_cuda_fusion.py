@@ -1,0 +1,42 @@
+"""Which operations of real architectures become one launch on the CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.devices import graph as ops
+from engine.devices.cuda import fusion
+from engine.gguf.reader import GGUFFile
+from engine.models import load_model
+
+
+def groups(path) -> list[fusion.Fused]:
+    with GGUFFile.open(path) as file:
+        return [item for _, item in fusion.fused(load_model(file).graph.operations)]
+
+
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("qwen3moe/qwen3moe-micro-F32", {"RMSNorm", "Rope"}),
+        ("qwen35moe/qwen35moe-micro-F32", {"SplitHeads", "RMSNorm", "Rope", "Gate"}),
+        ("gpt-oss/gpt-oss-micro-F32", {"Rope"}),
+    ],
+)
+def test_attention_takes_all_that_is_around_it(name: str, around: set[str], golden_path) -> None:
+    """Nothing that makes queries and keys ready, and no gate, is left for a launch of its own."""
+    items = groups(golden_path(f"{name}.gguf"))
+    attentions = [item for item in items if isinstance(item, fusion.Attention)]
+    assert attentions
+    for attention in attentions:
+        assert {type(op).__name__ for op in attention.operations} == {"Attention", *around}
+        assert (attention.q_rope is not None, attention.k_rope is not None) == ("Rope" in around,) * 2
+        assert (attention.q_norm is not None, attention.k_norm is not None) == ("RMSNorm" in around,) * 2
+    assert "Rope" not in {type(item).__name__ for item in items}
+
+
+@pytest.mark.parametrize("name", ["qwen35moe/qwen35moe-micro-F32", "qwen3next/qwen3next-micro-F32"])
+def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
+    kinds = [type(item) for item in groups(golden_path(f"{name}.gguf"))]
+    assert fusion.DeltaNetLayer in kinds
+    assert not {ops.CausalConv, ops.DeltaNet, fusion.NormAndGate} & set(kinds)
