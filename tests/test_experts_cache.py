@@ -21,6 +21,7 @@ from engine.experts.policy import make_policy
 from engine.experts.slots import SlotState, SlotTable
 from engine.experts.swapper import FAILURES_IN_A_ROW, Swapper
 from engine.experts.swaps import Swaps, hottest
+from engine.experts.watched_program import WatchedProgram
 
 N_LAYERS, N_EXPERTS, N_USED = 4, 10, 3
 SIZES = np.array([100, 100, 150, 150])
@@ -152,6 +153,65 @@ def test_a_victim_stays_readable_until_the_step_that_reads_it_is_done() -> None:
     device.finish(1.0)
     swapper.poll()
     assert device.start_step(np.array([[3]])) == [True]
+
+
+def test_what_has_arrived_is_published_and_nothing_else_is_begun() -> None:
+    cache, device = make_cache([3] * N_LAYERS, 0, "lru")
+    rng = np.random.default_rng(0)
+
+    def token() -> np.ndarray:
+        routing = tokens(rng, 1)
+        device.start_step(routing[:, 0])
+        cache.observe(routing)
+        return routing
+
+    token()
+    device.finish(1.0)
+    cache.step(1.0)
+    first = device.n_copies
+    token()
+    cache.step(1.0)  # the step that reads the victims still runs: nothing may be copied over them
+    device.finish(1.0)
+    assert not cache.table.ready.any()
+    cache.publish_arrivals()
+    check(cache, device)
+    assert cache.table.ready.sum() == first == device.n_copies
+    assert cache.table.held.sum() >= first
+
+
+class Stepping:
+    """A program whose steps choose at random and note in `calls` that they ran."""
+
+    def __init__(self, device: FakeSlots, calls: list[str]) -> None:
+        self.device, self.calls, self.rng, self.n_hits = device, calls, np.random.default_rng(0), 0
+
+    def run(self, *_: np.ndarray) -> np.ndarray:
+        self.calls.append("run")
+        self.chosen = tokens(self.rng, 1)
+        self.n_hits += sum(self.device.where[layer, e] >= 0 for layer in range(N_LAYERS) for e in self.chosen[layer, 0])
+        return np.zeros((1, 1), np.float32)
+
+    def routing(self) -> np.ndarray:
+        return self.chosen
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_arrivals_are_published_before_a_step_if_nobody_else_does_so_in_time(monkeypatch, in_background: bool) -> None:
+    cache, device = make_cache([3] * N_LAYERS, 0)
+    calls: list[str] = []
+    publish = cache.publish_arrivals
+    monkeypatch.setattr(cache, "publish_arrivals", lambda: (calls.append("publish"), publish()))
+    program = Stepping(device, calls)
+    watched = WatchedProgram(program, cache, in_background=in_background)
+    nothing = np.zeros(1, np.int32)
+    for _ in range(6):
+        watched.run(nothing, nothing, nothing, nothing)
+        watched.settle()
+        device.finish(1.0)
+    assert calls == (["publish", "run"] if in_background else ["run"]) * 6
+    assert cache.statistics.hits.sum() == program.n_hits > 0
+    check(cache, device)
+    watched.close()
 
 
 def test_the_first_prompt_fills_the_slots_and_later_ones_evict_nothing() -> None:

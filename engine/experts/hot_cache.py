@@ -201,6 +201,16 @@ class HotCache:
         self._budget.spend(int(self.table.expert_bytes[swaps.layers].sum()))
         return self._advance(swaps)
 
+    def publish_arrivals(self) -> None:
+        """Let the next step read what has arrived since `step`; the little that pays right before a step begins."""
+        if self._interrupted:
+            return
+        try:
+            self._swapper.poll(may_start=False)
+        except BaseException:
+            self._interrupted = True
+            raise
+
     def _advance(self, swaps: Swaps) -> int:
         """Begin with swaps and move all on. An interrupt in here leaves a note for the next call."""
         try:
