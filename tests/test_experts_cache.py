@@ -222,8 +222,10 @@ def test_the_first_prompt_fills_the_slots_and_later_ones_evict_nothing() -> None
     for _ in range(5):
         device.finish(1.0)
         cache.step(0.0)  # a first fill needs no budget
-    counts = np.stack([np.bincount(row.reshape(-1), minlength=N_EXPERTS) for row in prompt])
-    wanted = hottest(counts.astype(np.float32), np.full(N_LAYERS, 3))
+    policy = make_policy("adaptive", N_LAYERS, N_EXPERTS)
+    for chosen in prompt.transpose(1, 0, 2):
+        policy.observe(chosen)
+    wanted = hottest(policy.heat, np.full(N_LAYERS, 3))
     assert np.array_equal(cache.table.ready, wanted)
     assert cache.statistics.choices.sum() == 0
     cache.observe(tokens(rng, 1))
@@ -251,14 +253,23 @@ def test_a_budget_holds_swaps_back_and_what_is_left_is_kept() -> None:
     budget.grant(1.0)
     budget.grant(1.0)
     assert budget.allowance == 1000  # two tokens' worth, no burst after a pause
-    cache, device = make_cache([3] * N_LAYERS, 1, "lru", rate=100.0)
+    budget.spend(1000)
+    budget.grant(1.0, whole=True)
+    assert budget.allowance == 1000
+    cache, device = make_cache([3, 0, 0, 0], 1, "lru", rate=100.0)
     rng = np.random.default_rng(1)
-    for n in range(1, 40):
-        cache.observe(tokens(rng, 1))
+
+    def bytes_after(n_tokens: int) -> int:
+        for _ in range(n_tokens):
+            cache.observe(tokens(rng, 1))
+            device.finish(1.0)
+            cache.step(1.0)
         device.finish(1.0)
-        cache.step(1.0)
-        assert cache.statistics.loaded_bytes <= 50 * n + 150
-    assert cache.statistics.loaded_bytes >= 1500
+        cache.step(0.0)
+        return cache.statistics.loaded_bytes
+
+    assert bytes_after(3) == 300  # free slots are filled as fast as the link goes, all others at half of that
+    assert bytes_after(40) == pytest.approx(300 + 40 * 50, abs=150)
 
 
 def test_a_cache_that_cannot_pay_says_why() -> None:
