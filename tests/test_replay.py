@@ -109,6 +109,22 @@ def test_a_load_serves_from_the_next_token_on() -> None:
     assert found.saved(np.array([1])) == pytest.approx((2 - 1) / 4)
 
 
+def test_swaps_that_are_late_serve_later_and_free_their_slot_a_token_before() -> None:
+    trace = hand_made([[0], [0], [1], [0], [0], [1], [1], [1]], n_prompt=2)
+    # 1 is wanted after the first token. At once: it replaces 0 for the second. A token late: 0 has gone by then, and
+    # so it goes on, as nobody who is on the way makes room. Two late: 0 serves the second token, 1 the fourth.
+    for lag, hits in ((0, [0, 0, 1, 0, 1, 1]), (1, [0, 0, 0, 0, 0, 0]), (2, [0, 1, 0, 1, 1, 1])):
+        found = replay(trace, make_policy("lru", 1, 5), np.array([1]), lag=lag)
+        assert found.hits_over_time.tolist() == hits, lag
+
+
+def test_the_later_the_swaps_the_fewer_the_hits(qwen3: Trace) -> None:
+    found = [play(qwen3, "adaptive", lag=lag) for lag in range(4)]
+    rates = [f.hit_rate for f in found]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] - rates[3] > 0.01
+
+
 def test_belady_keeps_what_is_needed_next() -> None:
     trace = hand_made([[0], [1], [2], [0], [1], [3], [0], [1]], n_prompt=2)
     slots = np.array([2])
@@ -177,6 +193,8 @@ def test_the_command_writes_what_it_shows(data, tmp_path, capsys) -> None:
         ["--policy", "fifo"],
         ["--policy", ","],
         ["--slots", "900"],
+        ["--lag", "-1"],
+        ["--lag", "1", "--ahead"],
         ["--swap-budget", "1MB"],
         ["--json", "/no/such/dir/x"],
     ],
