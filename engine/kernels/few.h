@@ -22,9 +22,9 @@ enum {
 typedef struct {
     _Alignas(64) int8_t q[32][FEW_TOKENS][8];
     union {
-        _Alignas(64) int16_t sums[4][FEW_TOKENS][4];   // of four sub-blocks
-        _Alignas(64) int32_t starts[8][FEW_TOKENS][2]; // of blocks of 32: what the offset takes off, in one lane
-        _Alignas(64) float x_sums[8][FEW_TOKENS][2];   // of blocks of 32 with minimums
+        _Alignas(64) int16_t sums[4][FEW_TOKENS][4];    // of four sub-blocks
+        _Alignas(64) int32_t starts[16][FEW_TOKENS][2]; // of sub-blocks: what the offset takes off the lanes
+        _Alignas(64) float x_sums[8][FEW_TOKENS][2];    // of blocks of 32 with minimums
     };
     _Alignas(64) float d[8][FEW_TOKENS][2]; // one, or one for each block of 32
 } few_activations;
@@ -32,7 +32,10 @@ typedef struct {
 // A 256-block of four rows, taken apart.
 typedef struct {
     _Alignas(64) uint8_t bytes[4][256];
-    _Alignas(64) int32_t scales[4][16];
+    union {
+        _Alignas(64) int32_t scales[4][16];
+        _Alignas(64) int16_t small_scales[4][16]; // if lanes fit
+    };
     _Alignas(64) int16_t mins[4][16]; // minimums, or -offset * scale
 } unpacked_blocks;
 
@@ -46,6 +49,17 @@ static inline __m512i eight_times(const void *p) {
 }
 
 ALWAYS_INLINE int few_offset(vector_format f) { return f.is_signed ? 128 : f.offset; }
+
+// Whether what a lane gets of a sub-block of a 256-block fits in an int16 whatever the activations are. Then two lanes
+// meet their scales in one instruction; offsets are taken off before.
+ALWAYS_INLINE int lanes_fit(vector_format f) {
+    const int largest = f.offset > f.largest - f.offset ? f.offset : f.largest - f.offset;
+    return !f.is_signed && f.sub_block / 2 * 127 * largest <= 32767;
+}
+
+ALWAYS_INLINE int offset_in_starts(vector_format f) {
+    return !f.has_min && few_offset(f) && (f.block_size == 32 || lanes_fit(f));
+}
 
 // out[j] = the j-th 64 bits of each of the eight.
 static inline void transpose_8x8_64(const __m512i in[8], __m512i out[8]) {
@@ -82,33 +96,33 @@ ALWAYS_INLINE void set_side_by_side(vector_format f, const activation_row *x, in
             _mm512_store_si512((void *)out->q[c / 8 + i], columns[i]);
     }
     if (n < FEW_TOKENS) {
-        memset(out->starts, 0, sizeof out->starts);
+        memset(out->x_sums, 0, sizeof out->x_sums);
         memset(out->d, 0, sizeof out->d);
     }
     for (int t = 0; t < n; t++) {
-        const int16_t *sums = x[t].sums + first / 16;
         for (int b = 0; b < n_cols / f.block_size; b++)
             out->d[b][t][0] = out->d[b][t][1] = x[t].d[first / f.block_size + b];
-        if (f.block_size == 32)
-            for (int b = 0; b < n_cols / 32; b++) {
-                const int sum = sums[2 * b] + sums[2 * b + 1];
-                if (f.has_min)
-                    out->x_sums[b][t][0] = out->x_sums[b][t][1] = (float)sum;
-                else {
-                    out->starts[b][t][0] = -few_offset(f) * sum;
-                    out->starts[b][t][1] = 0;
-                }
-            }
-        else {
+        const int16_t *sums = x[t].sums + first / 16;
+        if (f.block_size == 32 && f.has_min)
+            for (int b = 0; b < n_cols / 32; b++)
+                out->x_sums[b][t][0] = out->x_sums[b][t][1] = (float)(sums[2 * b] + sums[2 * b + 1]);
+        else if (!offset_in_starts(f)) {
             const __m256i sums_32 = _mm256_madd_epi16(load_256(sums), _mm256_set1_epi16(1));
-            const __m256i all =
-                f.sub_block == 16 ? load_256(sums) : _mm256_castsi128_si256(_mm256_cvtepi32_epi16(sums_32));
             _Alignas(32) int16_t of_token[16];
-            _mm256_store_si256((void *)of_token, all);
+            _mm256_store_si256((void *)of_token, f.sub_block == 16
+                                                     ? load_256(sums)
+                                                     : _mm256_castsi128_si256(_mm256_cvtepi32_epi16(sums_32)));
             for (int i = 0; i < 64 / f.sub_block; i++)
                 memcpy(out->sums[i][t], of_token + 4 * i, sizeof out->sums[i][t]);
         }
     }
+    if (offset_in_starts(f))
+        for (int i = 0; i < n_cols / f.sub_block; i++) {
+            __m512i start = _mm512_setzero_si512();
+            for (int c = i * f.sub_block / 8; c < (i + 1) * f.sub_block / 8; c++)
+                start = _mm512_dpbusd_epi32(start, _mm512_set1_epi8((char)few_offset(f)), _mm512_load_si512(out->q[c]));
+            _mm512_store_si512((void *)out->starts[i], _mm512_sub_epi32(_mm512_setzero_si512(), start));
+        }
 }
 
 ALWAYS_INLINE __m256i unsigned_chunk(vector_format f, const uint8_t *block, int k) {
@@ -124,10 +138,13 @@ ALWAYS_INLINE void unpack_4_blocks(vector_format f, const uint8_t *const blocks[
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++)
             _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, blocks[r], k));
-        _mm512_store_si512((void *)out->scales[r], _mm512_cvtepi16_epi32(scales));
+        if (lanes_fit(f))
+            _mm256_store_si256((void *)out->small_scales[r], scales);
+        else
+            _mm512_store_si512((void *)out->scales[r], _mm512_cvtepi16_epi32(scales));
         if (f.has_min)
             _mm256_store_si256((void *)out->mins[r], mins);
-        else if (few_offset(f))
+        else if (few_offset(f) && !offset_in_starts(f))
             _mm256_store_si256((void *)out->mins[r],
                                _mm256_mullo_epi16(scales, _mm256_set1_epi16((short)-few_offset(f))));
     }
@@ -173,27 +190,44 @@ ALWAYS_INLINE void multiply_few_256(vector_format f, const uint8_t *const blocks
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
         min_sums[r] = _mm512_setzero_si512();
-        if (f.has_min || few_offset(f))
+        if (f.has_min || (few_offset(f) && !offset_in_starts(f)))
             for (int i = 0; i < 64 / f.sub_block; i++)
                 min_sums[r] =
                     _mm512_dpwssd_epi32(min_sums[r], eight_times(w.mins[r] + 4 * i), _mm512_load_si512(x->sums[i]));
         sums[r] = f.has_min ? _mm512_setzero_si512() : min_sums[r];
     }
-#pragma GCC unroll 16
-    for (int s = 0; s < 256 / f.sub_block; s++) {
-        __m512i values[4], parts[4];
+#pragma GCC unroll 8
+    for (int s = 0; s < 256 / f.sub_block; s += 2) {
+        __m512i values[2][4], starts[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            starts[i] = offset_in_starts(f) ? _mm512_load_si512(x->starts[s + i]) : _mm512_setzero_si512();
+            KEEP_IN_REGISTER_512(starts[i]);
 #pragma GCC unroll 4
-        for (int c = 0; c < registers; c++) {
-            values[c] = _mm512_load_si512(x->q[registers * s + c]);
-            KEEP_IN_REGISTER_512(values[c]);
+            for (int c = 0; c < registers; c++) {
+                values[i][c] = _mm512_load_si512(x->q[registers * (s + i) + c]);
+                KEEP_IN_REGISTER_512(values[i][c]);
+            }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
-            parts[r] = _mm512_setzero_si512();
+            __m512i parts[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                parts[i] = starts[i];
 #pragma GCC unroll 4
-            for (int c = 0; c < registers; c++)
-                parts[r] = _mm512_dpbusd_epi32(parts[r], eight_times(w.bytes[r] + 8 * (registers * s + c)), values[c]);
-            sums[r] = _mm512_add_epi32(sums[r], _mm512_mullo_epi32(parts[r], _mm512_set1_epi32(w.scales[r][s])));
+                for (int c = 0; c < registers; c++)
+                    parts[i] = _mm512_dpbusd_epi32(parts[i], eight_times(w.bytes[r] + 8 * (registers * (s + i) + c)),
+                                                   values[i][c]);
+            }
+            if (lanes_fit(f)) {
+                const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, parts[0], _mm512_slli_epi32(parts[1], 16));
+                sums[r] = _mm512_dpwssd_epi32(sums[r], both, _mm512_set1_epi32(load_i32(&w.small_scales[r][s])));
+            } else
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++)
+                    sums[r] =
+                        _mm512_add_epi32(sums[r], _mm512_mullo_epi32(parts[i], _mm512_set1_epi32(w.scales[r][s + i])));
             KEEP_IN_REGISTER(sums[r]);
         }
     }
