@@ -26,16 +26,10 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
 
-// Every kernel calls this, in every thread, before it reads what kernels of the step write or returns. From Hopper on all of
-// them may be under way before those before them are over, as far as there is room (`Launch` in launch.py): what is read
-// earlier must be older than the step.
+// Every kernel calls this, in every thread, before it reads what kernels write or returns. From Hopper on it may be under
+// way before the kernel before it is over (`Launch` in launch.py), but only when the one before that is: what is read
+// earlier must be older than the kernel before.
 DEVICE void begin_kernel() {
-    let_next_kernel_begin();
-    await_previous_kernel();
-}
-
-// The same where the next kernel reads early what kernels before this one have written.
-DEVICE void begin_kernel_and_then_the_next() {
     await_previous_kernel();
     let_next_kernel_begin();
 }

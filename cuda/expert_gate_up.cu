@@ -33,7 +33,7 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ float gates[N_WARPS / 2][MAX_ROWS], ups[N_WARPS / 2][MAX_ROWS];
 
-    begin_kernel_and_then_the_next(); // which reads the ids early
+    begin_kernel();
     const Choice choice(n_used, shared_gate.slots != nullptr);
     if (choice.token >= *n_tokens)
         return;
