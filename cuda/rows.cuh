@@ -118,7 +118,8 @@ template <class Format> class RowDots<Format, 1, true> {
     // 5 and 7 spread it over the banks for every size there is.
     static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : Format::BYTES < 20 ? 7 : 5;
     static constexpr int CHUNK = WARP * PER_LANE;
-    static constexpr int STAGES = 2; // chunks on the way or in use
+    // Chunks on the way or in use. More of them pay until they leave a multiprocessor fewer blocks of threads.
+    static constexpr int STAGES = Format::BLOCK == 256 && Format::BYTES <= 144 ? 3 : 2;
     static constexpr int STAGE_BYTES = CHUNK * Format::BYTES + 16;
     static constexpr int CHUNKS_KEPT = 4; // before the chains go on
     static constexpr int MAX_ROWS = 16;   // of a warp

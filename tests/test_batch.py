@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from engine.__main__ import main
 from engine.batch import ResultFile, load_job
-from engine.cli.batch import speed
+from engine.cli.summaries import speed
 from engine.errors import ConfigError, RequestError
 from engine.runtime import Engine
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from engine.bench.__main__ import main
 from engine.bench.conversation import Turn
-from engine.bench.kernels import KernelSpeed
+from engine.bench.kernels import DecodeSpeed, KernelSpeed
 from engine.bench.measure import Placed, Row, Sample, Spread, random_tokens, summarise
 from engine.bench.peers import import_llama_cpp, measure_llama_cpp
 from engine.bench.plots import plot_conversation, plot_speeds
@@ -261,26 +261,34 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_kernels_shows_every_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    speeds = [KernelSpeed("Q4_K", "scalar", 1e9, is_fast=False), KernelSpeed("Q4_K", "avx2", 9e9, is_fast=True)]
-    monkeypatch.setattr("engine.bench.kernels.measure_kernels", lambda n_threads, progress: speeds)
-    monkeypatch.setattr("engine.bench.limits.read_bandwidth", lambda n_threads, n_bytes: 10e9)
+    one, two = DecodeSpeed(1, 1e9, 10e9), DecodeSpeed(2, 9e9, 12e9)
+    speeds = [
+        KernelSpeed("Q4_K", "scalar", (one, two), 3e9, is_fast=False),
+        KernelSpeed("Q4_K", "avx2", (two, one), 5e9, is_fast=True),
+    ]
+    monkeypatch.setattr("engine.bench.kernels.measure_kernels", lambda n_threads, n_bytes, progress: speeds)
     assert main([*QUICK, "--kernels"]) == 0
     out = capsys.readouterr().out
-    assert "1.00 (10%) *" in out
-    assert "9.00 (90%)" in out
-    assert "9.00 (90%) *" not in out
+    slow = next(line for line in out.splitlines() if "scalar *" in line)
+    assert all(figure in slow for figure in ("1.00 (10%)", "9.00 (75%)", "3.0"))
+    assert "avx2 *" not in out
+    assert "decode, 2 threads" in out
 
 
 def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("engine.bench.kernels")
     monkeypatch.setattr(kernels, "FORMATS", [f for f in kernels.FORMATS if f.name in {"Q8_0", "F32"}])
-    monkeypatch.setattr(kernels, "N_ROWS", 64)
+    monkeypatch.setattr(kernels, "HIDDEN_SIZE", 96)
+    monkeypatch.setattr(kernels, "FFN_SIZE", 64)
     monkeypatch.setattr(kernels, "_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "bandwidth_buffer_bytes", lambda at_least: at_least)
     monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1 << 16)
     steps: list[tuple[str, int, int]] = []
-    speeds = kernels.measure_kernels(1, lambda *step: steps.append(step))
+    speeds = kernels.measure_kernels(2, 1 << 20, lambda *step: steps.append(step))
     assert {speed.format for speed in speeds} == {"Q8_0", "F32"}
-    assert all(speed.bytes_s > 0 for speed in speeds)
+    assert all([decode.n_threads for decode in speed.decode] == [1, 2] for speed in speeds)
+    assert all(decode.bytes_s > 0 and decode.bandwidth > 0 for speed in speeds for decode in speed.decode)
+    assert all(speed.macs_s > 0 for speed in speeds)
     assert steps[-1][1] == steps[-1][2] == len(speeds)
 
 

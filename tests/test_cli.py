@@ -15,8 +15,9 @@ from typing import ClassVar
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.__main__ import main
+from engine.__main__ import main, make_parser
 from engine.bench.info import advice
+from engine.cli.options import read_overrides
 from engine.cli.terminal import Bars, error_console
 from engine.data import tiny_model_path
 from engine.gguf import open_model_file
@@ -77,6 +78,15 @@ def test_prompt_from_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", "surrogateescape"))
     assert main(["run", "-q", "-p", "-", *GREEDY]) == 1
     assert capsys.readouterr().err == "error: standard input is not utf-8 text; convert it, with iconv for example\n"
+
+
+def test_options_that_can_be_repeated_become_one_setting_each() -> None:
+    options = ["--stop", r"a\n", "--stop", r"\tb", "--chat-variable", "x=1", "--chat-variable", "y=2"]
+    for command in (["run", "-p", "x"], ["chat", "model.gguf"], ["batch", "job.toml"]):
+        overrides = read_overrides(make_parser().parse_args([*command, *options]))
+        assert overrides["sampling.stop"] == ("a\n", "\tb")
+        assert overrides["model.chat_variables"] == ("x=1", "y=2")
+        assert "sampling.stop" not in read_overrides(make_parser().parse_args(command))
 
 
 def test_stop_and_special(expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from engine.experts.policy import make_policy
 from engine.experts.slots import SlotState, SlotTable
 from engine.experts.swapper import FAILURES_IN_A_ROW, Swapper
 from engine.experts.swaps import Swaps, hottest
+from engine.experts.watched_program import WatchedProgram
 
 N_LAYERS, N_EXPERTS, N_USED = 4, 10, 3
 SIZES = np.array([100, 100, 150, 150])
@@ -154,6 +155,65 @@ def test_a_victim_stays_readable_until_the_step_that_reads_it_is_done() -> None:
     assert device.start_step(np.array([[3]])) == [True]
 
 
+def test_what_has_arrived_is_published_and_nothing_else_is_begun() -> None:
+    cache, device = make_cache([3] * N_LAYERS, 0, "lru")
+    rng = np.random.default_rng(0)
+
+    def token() -> np.ndarray:
+        routing = tokens(rng, 1)
+        device.start_step(routing[:, 0])
+        cache.observe(routing)
+        return routing
+
+    token()
+    device.finish(1.0)
+    cache.step(1.0)
+    first = device.n_copies
+    token()
+    cache.step(1.0)  # the step that reads the victims still runs: nothing may be copied over them
+    device.finish(1.0)
+    assert not cache.table.ready.any()
+    cache.publish_arrivals()
+    check(cache, device)
+    assert cache.table.ready.sum() == first == device.n_copies
+    assert cache.table.held.sum() >= first
+
+
+class Stepping:
+    """A program whose steps choose at random and note in `calls` that they ran."""
+
+    def __init__(self, device: FakeSlots, calls: list[str]) -> None:
+        self.device, self.calls, self.rng, self.n_hits = device, calls, np.random.default_rng(0), 0
+
+    def run(self, *_: np.ndarray) -> np.ndarray:
+        self.calls.append("run")
+        self.chosen = tokens(self.rng, 1)
+        self.n_hits += sum(self.device.where[layer, e] >= 0 for layer in range(N_LAYERS) for e in self.chosen[layer, 0])
+        return np.zeros((1, 1), np.float32)
+
+    def routing(self) -> np.ndarray:
+        return self.chosen
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_arrivals_are_published_before_a_step_if_nobody_else_does_so_in_time(monkeypatch, in_background: bool) -> None:
+    cache, device = make_cache([3] * N_LAYERS, 0)
+    calls: list[str] = []
+    publish = cache.publish_arrivals
+    monkeypatch.setattr(cache, "publish_arrivals", lambda: (calls.append("publish"), publish()))
+    program = Stepping(device, calls)
+    watched = WatchedProgram(program, cache, in_background=in_background)
+    nothing = np.zeros(1, np.int32)
+    for _ in range(6):
+        watched.run(nothing, nothing, nothing, nothing)
+        watched.settle()
+        device.finish(1.0)
+    assert calls == (["publish", "run"] if in_background else ["run"]) * 6
+    assert cache.statistics.hits.sum() == program.n_hits > 0
+    check(cache, device)
+    watched.close()
+
+
 def test_the_first_prompt_fills_the_slots_and_later_ones_evict_nothing() -> None:
     cache, device = make_cache([3] * N_LAYERS, 1, bypass_n_tokens=16)
     rng = np.random.default_rng(1)
@@ -162,8 +222,10 @@ def test_the_first_prompt_fills_the_slots_and_later_ones_evict_nothing() -> None
     for _ in range(5):
         device.finish(1.0)
         cache.step(0.0)  # a first fill needs no budget
-    counts = np.stack([np.bincount(row.reshape(-1), minlength=N_EXPERTS) for row in prompt])
-    wanted = hottest(counts.astype(np.float32), np.full(N_LAYERS, 3))
+    policy = make_policy("adaptive", N_LAYERS, N_EXPERTS)
+    for chosen in prompt.transpose(1, 0, 2):
+        policy.observe(chosen)
+    wanted = hottest(policy.heat, np.full(N_LAYERS, 3))
     assert np.array_equal(cache.table.ready, wanted)
     assert cache.statistics.choices.sum() == 0
     cache.observe(tokens(rng, 1))
@@ -191,14 +253,23 @@ def test_a_budget_holds_swaps_back_and_what_is_left_is_kept() -> None:
     budget.grant(1.0)
     budget.grant(1.0)
     assert budget.allowance == 1000  # two tokens' worth, no burst after a pause
-    cache, device = make_cache([3] * N_LAYERS, 1, "lru", rate=100.0)
+    budget.spend(1000)
+    budget.grant(1.0, whole=True)
+    assert budget.allowance == 1000
+    cache, device = make_cache([3, 0, 0, 0], 1, "lru", rate=100.0)
     rng = np.random.default_rng(1)
-    for n in range(1, 40):
-        cache.observe(tokens(rng, 1))
+
+    def bytes_after(n_tokens: int) -> int:
+        for _ in range(n_tokens):
+            cache.observe(tokens(rng, 1))
+            device.finish(1.0)
+            cache.step(1.0)
         device.finish(1.0)
-        cache.step(1.0)
-        assert cache.statistics.loaded_bytes <= 50 * n + 150
-    assert cache.statistics.loaded_bytes >= 1500
+        cache.step(0.0)
+        return cache.statistics.loaded_bytes
+
+    assert bytes_after(3) == 300  # free slots are filled as fast as the link goes, all others at half of that
+    assert bytes_after(40) == pytest.approx(300 + 40 * 50, abs=150)
 
 
 def test_a_cache_that_cannot_pay_says_why() -> None:

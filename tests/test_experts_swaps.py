@@ -50,16 +50,19 @@ def test_heat_is_its_definition(tracker, heat, routing: np.ndarray) -> None:
     seed=st.integers(0, 2**32 - 1),
     slots=st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS),
     margin=st.sampled_from([0.0, 1.0, 2.0]),
+    deviations=st.sampled_from([None, 0.0, 0.75, 1.0]),
     max_swaps=st.sampled_from([1, 2, UNLIMITED]),
 )
-def test_swaps_are_those_of_a_plain_loop(seed: int, slots: list[int], margin: float, max_swaps: int) -> None:
+def test_swaps_are_those_of_a_plain_loop(
+    seed: int, slots: list[int], margin: float, deviations: float | None, max_swaps: int
+) -> None:
     rng = np.random.default_rng(seed)
     heat = rng.integers(0, 6, (N_LAYERS, N_EXPERTS)).astype(np.float32)
     resident = np.zeros((N_LAYERS, N_EXPERTS), bool)
     for layer, n in enumerate(slots):
         resident[layer, rng.permutation(N_EXPERTS)[: rng.integers(0, n + 1)]] = True
     before = resident.copy()
-    swaps = swap_for_hotter(heat, resident, np.array(slots), margin=margin, max_swaps=max_swaps)
+    swaps = swap_for_hotter(heat, resident, np.array(slots), margin=margin, deviations=deviations, max_swaps=max_swaps)
     assert np.array_equal(resident, before)
 
     found = {layer: [] for layer in range(N_LAYERS)}
@@ -73,10 +76,12 @@ def test_swaps_are_those_of_a_plain_loop(seed: int, slots: list[int], margin: fl
         while outside and slots[layer] and (n_free or n_replaced < max_swaps):
             load = min(outside, key=lambda e: (-heat[layer, e], e))
             evict = -1 if n_free else min(inside, key=lambda e: (heat[layer, e], e), default=None)
-            if evict is None or not (
-                heat[layer, load] > 0 if n_free else heat[layer, load] - heat[layer, evict] > margin
-            ):
+            if evict is None or not heat[layer, load] > 0:
                 break
+            if not n_free:
+                chance = (deviations or 0.0) * np.sqrt(heat[layer, load] + heat[layer, evict])
+                if not heat[layer, load] - heat[layer, evict] > max(margin, chance):
+                    break
             expected.append((load, evict))
             outside.remove(load)
             n_replaced += not n_free

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from tokenizer_data import TINY, load_tiny, small
 from engine.errors import TokenizerError
 from engine.gguf import open_model_file
 from engine.tokenizer import Tokenizer
-from engine.tokenizer.merging import byte_of_character
+from engine.tokenizer.merging import build, byte_of_character
 from engine.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from engine.tokenizer.vocabulary import read_vocabulary
 
 BYTE_LEVEL = [name for name in TINY if name != "tiny-spm"]
 FULL = ["deepseek-llm", "gpt-2", "llama-bpe", "llama-spm", "qwen2", "qwen35"]
@@ -417,3 +419,12 @@ def test_long_texts(shared, text):
     """Were anything here quadratic, this would not end in time."""
     tokenizer = full(shared / "golden" / "tokenizers" / "ggml-vocab-qwen35.gguf")
     assert tokenizer.decode(tokenizer.encode(text, parse_special=True), skip_special=False) == text
+
+
+def test_the_last_tokenizer_built_serves_the_same_vocabulary_again_and_no_other():
+    vocabulary, again = (read_vocabulary(load_tiny(BYTE_LEVEL[0])["metadata"]) for _ in range(2))
+    built = build(vocabulary)
+    assert build(again) is built
+    other = build(replace(vocabulary, merges=vocabulary.merges[:-1]))
+    assert other is not built
+    assert build(vocabulary) is not other

@@ -199,25 +199,28 @@ def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
 
 def _show_kernels(config: EngineConfig, bars: Bars, out: Console) -> None:
     n_threads = config.engine.n_threads or n_physical_cores()
-    bandwidth = limits.read_bandwidth(n_threads, config.bench.bandwidth_mb << 20)
-    speeds = kernels.measure_kernels(n_threads, bars.steps)
+    speeds = kernels.measure_kernels(n_threads, config.bench.bandwidth_mb << 20, bars.steps)
     for key, value in machine_facts().items():
         out.print(f"{key}: {value}")
     out.print(
-        f"One token times {kernels.N_ROWS} x {kernels.N_COLS}, {n_threads} threads; GB/s of weights, and the share of "
-        f"the {bandwidth / 1e9:.1f} GB/s read from RAM in this run. * = no vector code of its own at this level."
+        f"Decode: one token through {kernels.N_EXPERTS} experts a layer, {kernels.HIDDEN_SIZE} x {kernels.FFN_SIZE}; "
+        "GB/s of weights, and the share of the bandwidth of the RAM, measured in turn. "
+        f"Prompt: {kernels.N_PROMPT_TOKENS} tokens through one expert, {n_threads} threads. "
+        "* = no vector code of its own at this level."
     )
     table = Table()
-    by_format: dict[str, dict[str, str]] = defaultdict(dict)
+    for heading in ("format", "level"):
+        table.add_column(heading)
+    for decode in speeds[0].decode:
+        table.add_column(f"decode, {decode.n_threads} thread{'s' * (decode.n_threads > 1)}", justify="right")
+    table.add_column("prompt, GMAC/s", justify="right")
     for speed in speeds:
-        mark = "" if speed.is_fast else " *"
-        by_format[speed.format][speed.isa] = f"{speed.bytes_s / 1e9:.2f} ({speed.bytes_s / bandwidth:.0%}){mark}"
-    levels = list(dict.fromkeys(speed.isa for speed in speeds))
-    table.add_column("format")
-    for level in levels:
-        table.add_column(level, justify="right")
-    for name, cells in by_format.items():
-        table.add_row(name, *(cells[level] for level in levels))
+        table.add_row(
+            speed.format,
+            speed.isa if speed.is_fast else f"{speed.isa} *",
+            *(f"{decode.bytes_s / 1e9:.2f} ({decode.share:.0%})" for decode in speed.decode),
+            f"{speed.macs_s / 1e9:.1f}",
+        )
     out.print(table)
 
 

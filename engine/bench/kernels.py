@@ -1,7 +1,8 @@
-"""Times the product of every weight format at every instruction-set level, against the memory's bandwidth.
+"""Times the experts of every weight format at every instruction-set level, against the memory's bandwidth.
 
-One product is the gate projection of eight experts, 1024 x 3072 each, for one token: what a layer of a 122B model
-reads. The matrices are walked through in turn, so that none is in a cache when its turn comes again.
+For decode, one token goes through eight experts a layer of 3 x 1024 x 3072 weights, what a 122B model reads, in more
+layers than the caches hold. Between any two such steps the bandwidth is measured, since other work on the machine
+changes it within seconds. For prompts, a batch of tokens goes through one expert.
 """
 
 from __future__ import annotations
@@ -14,58 +15,145 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
-from engine.machine import last_level_cache_bytes
+from engine.machine import bandwidth_buffer_bytes, last_level_cache_bytes
 from engine.quants import install_grids
-from engine.quants.formats import FORMATS, QuantFormat
+from engine.quants.formats import FORMATS, Activation, QuantFormat
 
-N_ROWS, N_COLS = 8 * 1024, 3072
-_SECONDS, _MIN_CALLS = 0.25, 3
+N_EXPERTS, HIDDEN_SIZE, FFN_SIZE = 8, 3072, 1024
+N_PROMPT_TOKENS = 64
+_SECONDS, _MIN_STEPS = 0.25, 3
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpeed:
+    """Bytes of weights a second, and the bandwidth that was measured in turn with it."""
+
+    n_threads: int
+    bytes_s: float
+    bandwidth: float
+
+    @property
+    def share(self) -> float:
+        """Return the share of the bandwidth."""
+        return self.bytes_s / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSpeed:
-    """One format at one level: bytes of weights a second; `is_fast` if there is vector code of its own for it."""
+    """One format at one level; `is_fast` if there is vector code of its own for it.
+
+    Attributes:
+        decode: with one thread, and with all threads if there are more.
+        macs_s: multiply-adds a second of a prompt, all threads.
+    """
 
     format: str
     isa: str
-    bytes_s: float
+    decode: tuple[DecodeSpeed, ...]
+    macs_s: float
     is_fast: bool
 
 
-def measure_kernels(n_threads: int, progress: Callable[[str, int, int], None]) -> list[KernelSpeed]:
-    """Time all formats at all levels of this CPU."""
+def measure_kernels(n_threads: int, buffer_bytes: int, progress: Callable[[str, int, int], None]) -> list[KernelSpeed]:
+    """Time all formats at all levels of this CPU; the bandwidth is read from a buffer of at least `buffer_bytes`."""
     install_grids()
     levels = _kernels.isa_levels()
+    buffer = np.ones(bandwidth_buffer_bytes(buffer_bytes), np.uint8)
     found: list[KernelSpeed] = []
     total = len(FORMATS) * len(levels)
     for fmt in FORMATS:
-        matrices = _matrices(fmt, n_threads)
+        layers = _layers(fmt, n_threads)
         for isa in levels:
             progress(f"{fmt.name} {isa}", len(found), total)
-            speed = _time(fmt, matrices, n_threads, isa)
-            found.append(KernelSpeed(fmt.name, isa, speed, fmt.ggml_type in _kernels.fast_formats(isa)))
+            decode = tuple(_time_decode(fmt, layers, n, isa, buffer) for n in sorted({1, n_threads}))
+            prompt = _time_prompt(fmt, layers[0], n_threads, isa)
+            found.append(KernelSpeed(fmt.name, isa, decode, prompt, fmt.ggml_type in _kernels.fast_formats(isa)))
     progress("kernels", total, total)
     return found
 
 
-def _matrices(fmt: QuantFormat, n_threads: int) -> list[npt.NDArray[np.uint8]]:
-    """Return matrices of random blocks, more than the caches hold."""
-    row_bytes = fmt.row_bytes(N_COLS)
-    n = max(2, -(-2 * last_level_cache_bytes() // (N_ROWS * row_bytes)))
-    matrices = [np.empty((N_ROWS, row_bytes), np.uint8) for _ in range(n)]
-    for i, matrix in enumerate(matrices):
-        _kernels.fill_random_blocks(fmt.ggml_type, matrix, N_COLS, i, n_threads)
-    return matrices
+class _Layer:
+    """The experts of a layer, made of random blocks."""
+
+    def __init__(self, fmt: QuantFormat, seed: int, n_threads: int) -> None:
+        self.matrices: list[npt.NDArray[np.uint8]] = []
+        for n_rows, n_cols in ((FFN_SIZE, HIDDEN_SIZE), (FFN_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, FFN_SIZE)):
+            matrix = np.empty((N_EXPERTS * n_rows, fmt.row_bytes(n_cols)), np.uint8)
+            _kernels.fill_random_blocks(fmt.ggml_type, matrix, n_cols, seed + len(self.matrices), n_threads)
+            self.matrices.append(matrix)
+        numbers = np.arange(N_EXPERTS, dtype=np.int64)
+        self.tables = [m.ctypes.data + m.nbytes // N_EXPERTS * numbers for m in self.matrices]
+        self.n_bytes = sum(m.nbytes for m in self.matrices)
 
 
-def _time(fmt: QuantFormat, matrices: list[npt.NDArray[np.uint8]], n_threads: int, isa: str) -> float:
-    """Return the bytes a second of the median call."""
-    x = np.random.Generator(np.random.PCG64(1)).standard_normal((1, N_COLS), np.float32)
-    seconds: list[float] = []
-    _kernels.matmul(fmt.ggml_type, matrices[-1], x, n_threads, isa)
-    while len(seconds) < _MIN_CALLS or sum(seconds) < _SECONDS:
-        matrix = matrices[len(seconds) % len(matrices)]
+def _layers(fmt: QuantFormat, n_threads: int) -> list[_Layer]:
+    """Return layers of more bytes than the caches hold."""
+    layers = [_Layer(fmt, 0, n_threads)]
+    while sum(layer.n_bytes for layer in layers) < 4 * last_level_cache_bytes() or len(layers) < 2:
+        layers.append(_Layer(fmt, 3 * len(layers), n_threads))
+    return layers
+
+
+class _Step:
+    """Some tokens through some experts of each layer, as one program."""
+
+    def __init__(
+        self, fmt: QuantFormat, layers: list[_Layer], n_tokens: int, n_experts_used: int, n_threads: int, isa: str
+    ) -> None:
+        x = np.random.Generator(np.random.PCG64(1)).standard_normal((n_tokens, HIDDEN_SIZE), np.float32)
+        is_float = fmt.activation == Activation.F32
+        self._rows = x if is_float else _kernels.quantize_activations(x, fmt.activation, isa)
+        self._ids = np.tile(np.arange(n_experts_used, dtype=np.int32), (n_tokens, 1))
+        self._outputs = [np.empty((n_tokens, n_experts_used * HIDDEN_SIZE), np.float32) for _ in layers]
+        self._program = _kernels.Program(n_tokens, 1, n_threads, isa)
+        at = int(self._rows.ctypes.data), self._rows.strides[0]
+        for layer, out in zip(layers, self._outputs, strict=True):
+            gate, up, down = ((int(table.ctypes.data), fmt.ggml_type, 0, 0) for table in layer.tables)
+            self._program.experts(
+                *at,
+                *at,
+                int(self._ids.ctypes.data),
+                N_EXPERTS,
+                n_experts_used,
+                gate,
+                up,
+                down,
+                _kernels.ACTIVATE_SILU,
+                HIDDEN_SIZE,
+                FFN_SIZE,
+                int(out.ctypes.data),
+                out.shape[1],
+            )
+        self._step = _kernels.Step(n_tokens)
+        self._step.n_tokens = n_tokens
+        self._step.positions[:] = range(n_tokens)
+
+    def run(self) -> float:
+        """Return the seconds that a step takes."""
         start = time.perf_counter()
-        _kernels.matmul(fmt.ggml_type, matrix, x, n_threads, isa)
-        seconds.append(time.perf_counter() - start)
-    return float(matrices[0].nbytes / np.median(seconds))
+        self._program.run(self._step)
+        return time.perf_counter() - start
+
+
+def _time_decode(
+    fmt: QuantFormat, layers: list[_Layer], n_threads: int, isa: str, buffer: npt.NDArray[np.uint8]
+) -> DecodeSpeed:
+    """Return the medians of steps and of passes over the buffer, taken in turn."""
+    step = _Step(fmt, layers, 1, N_EXPERTS, n_threads, isa)
+    step.run()
+    seconds: list[float] = []
+    bandwidths: list[float] = []
+    while len(seconds) < _MIN_STEPS or sum(seconds) < _SECONDS:
+        seconds.append(step.run())
+        bandwidths.append(_kernels.read_bandwidth(buffer, n_threads, 1))
+    n_bytes = sum(layer.n_bytes for layer in layers)
+    return DecodeSpeed(n_threads, float(n_bytes / np.median(seconds)), float(np.median(bandwidths)))
+
+
+def _time_prompt(fmt: QuantFormat, layer: _Layer, n_threads: int, isa: str) -> float:
+    """Return the multiply-adds a second of the median step."""
+    step = _Step(fmt, [layer], N_PROMPT_TOKENS, 1, n_threads, isa)
+    seconds: list[float] = []
+    while len(seconds) < _MIN_STEPS:
+        seconds.append(step.run())
+    return float(N_PROMPT_TOKENS * 3 * FFN_SIZE * HIDDEN_SIZE / np.median(seconds))

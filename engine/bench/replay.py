@@ -76,6 +76,7 @@ def study(
     slots: str,
     *,
     ahead: bool = False,
+    lag: int = 0,
     swap_bytes: float = np.inf,
     expert_bytes: npt.NDArray[np.int64] | None = None,
     progress: Progress | None = None,
@@ -87,6 +88,7 @@ def study(
         policies: as `make_policy` takes them.
         slots: of each layer: a number, or a share of the experts such as `17%`.
         ahead: see `experts.replay.replay`.
+        lag: likewise.
         swap_bytes: that may be copied for each token.
         expert_bytes: int64 [n_layers]; None if not known.
         progress: shows a line for each policy.
@@ -106,6 +108,7 @@ def study(
             policy,
             n_slots,
             ahead=ahead and name != BELADY,
+            lag=0 if name == BELADY else lag,
             swap_bytes=np.inf if name == BELADY else swap_bytes,
             expert_bytes=sizes,
             progress=shown,
@@ -220,6 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser, modes: argparse._MutuallyExcl
     )
     group.add_argument("--slots", default="17%", help="expert slots of each layer, a number or a share (default 17%%)")
     group.add_argument("--ahead", action="store_true", help="let swaps be made between the layers of one token")
+    group.add_argument("--lag", type=int, default=0, metavar="N", help="tokens by which swaps are late (default 0)")
     group.add_argument("--expert-bytes", metavar="SIZE", help="bytes of one expert, for example 5.3MB")
     group.add_argument("--swap-budget", metavar="SIZE", help="bytes that may be copied into slots for each token")
 
@@ -234,6 +238,8 @@ def run(args: argparse.Namespace, out: Console, console: Console) -> None:
         raise ConfigError(f"--policy {args.policy!r} names no policy; there are {', '.join(POLICIES)}")
     if args.swap_budget and not args.expert_bytes:
         raise ConfigError("--swap-budget needs --expert-bytes, the size of one expert")
+    if args.lag < 0 or (args.lag and args.ahead):
+        raise ConfigError(f"--lag {args.lag}: expected 0 or more tokens, and 0 with --ahead")
     swap_bytes = float(parse_bytes(args.swap_budget, "--swap-budget")) if args.swap_budget else np.inf
     expert_bytes = parse_bytes(args.expert_bytes, "--expert-bytes") if args.expert_bytes else None
     traces = [load_trace(path) for path in args.replay]
@@ -249,6 +255,7 @@ def run(args: argparse.Namespace, out: Console, console: Console) -> None:
                     policies,
                     args.slots,
                     ahead=args.ahead,
+                    lag=args.lag,
                     swap_bytes=swap_bytes,
                     expert_bytes=sizes,
                     progress=progress,

@@ -9,19 +9,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine.batch import Item, Job, ResultFile, check_job, load_job, run_job
 from engine.cli.command import EXIT_SOME_FAILED
-from engine.cli.options import (
-    ENGINE_OPTIONS,
-    SAMPLING_OPTIONS,
-    add_chat_variables,
-    add_common,
-    add_settings,
-    read_overrides,
-)
-from engine.cli.run import VIRTUAL
+from engine.cli.options import add_answering, read_overrides
+from engine.cli.summaries import speed
 from engine.cli.terminal import Bars
 from engine.errors import EngineError
 from engine.generate.answer import Completion
-from engine.runtime import Engine, EngineStatistics
+from engine.runtime import Engine
 
 _EPILOG = """\
 a job file:
@@ -52,9 +45,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("job", metavar="JOB.toml", help="what to do: a [batch] table, and any settings of the engine")
     parser.add_argument("--check", action="store_true", help="check the job, its input and its model, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="run the items again that failed in earlier runs")
-    add_chat_variables(parser)
-    add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
-    add_common(parser, has_config=False)
+    add_answering(parser, has_config=False)
     parser.set_defaults(execute=execute)
 
 
@@ -113,12 +104,3 @@ def _run(job: Job, results: ResultFile, console: Console, *, quiet: bool) -> Non
             run_job(job, results, engine, on_result, lambda: bar.update(task, description=speed(engine.statistics)))
         if not quiet:
             console.print(speed(engine.statistics))
-
-
-def speed(statistics: EngineStatistics) -> str:
-    """Return how fast an engine was so far, and how often its cache had what was needed."""
-    seconds = statistics.prompt_s + statistics.decode_s
-    text = f"{(statistics.n_prompt_tokens + statistics.n_decode_tokens) / seconds if seconds else 0.0:,.1f} tok/s"
-    if statistics.cache is not None:
-        text += f", {statistics.cache.hit_rate:.0%} of experts from VRAM"
-    return text + (VIRTUAL if statistics.has_virtual_clock else "")

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
+from engine.cli.entries import HOW_TO_ENTER, entries, kept_history
 from engine.cli.layers import layer_table
-from engine.cli.options import (
-    ENGINE_OPTIONS,
-    SAMPLING_OPTIONS,
-    add_chat_variables,
-    add_common,
-    add_settings,
-    read_settings,
-    stop_texts,
-)
-from engine.cli.run import describe, write
-from engine.cli.terminal import Bars
+from engine.cli.options import add_answering, read_settings
+from engine.cli.summaries import describe, statistics_text
+from engine.cli.terminal import Bars, write
 from engine.errors import EngineError, RequestError
 from engine.files import whole_file
 from engine.runtime import Engine, EngineStatistics
@@ -38,7 +27,6 @@ COMMANDS = {
     "/exit": "end; Ctrl-D does too",
 }
 _HELP = "/help lists commands, Ctrl-C stops an answer, Ctrl-D ends"
-_HOW_TO_ENTER = 'A line that ends with \\ goes on in the next one; """ begins and ends a text of several lines.'
 
 Messages = list[dict[str, str]]
 
@@ -48,31 +36,28 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser(
         "chat",
         help="talk to a model",
-        description="Talk to a model. " + _HOW_TO_ENTER,
+        description="Talk to a model. " + HOW_TO_ENTER,
         epilog="commands in a chat:\n" + _list_commands(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="GGUF file with a chat template")
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)")
     parser.add_argument("--stats", action="store_true", help="after each answer, show hits and times of every layer")
-    add_chat_variables(parser)
-    add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
-    add_common(parser)
+    add_answering(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
-    config = read_settings(args, stop_texts(args.stop))
+    config = read_settings(args)
     messages = load_conversation(args.resume) if args.resume else _opening(args.system)
     with Bars(console, quiet=args.quiet) as bars, Engine.open(config=config, progress=bars.loading) as engine:
         engine.prompt_ids([*messages, {"role": "user", "content": "?"}])  # a model that cannot chat says so now
         if not args.quiet:
             console.print(_HELP)
         chat = Chat(engine, messages, console, bars, quiet=args.quiet, show_layers=args.stats)
-        with _history():
+        with kept_history():
             for text in entries():
                 if not chat.take(text):
                     break
@@ -120,7 +105,7 @@ class Chat:
         elif command == "/save":
             self._save(rest)
         elif command == "/help":
-            self._console.print(f"{_list_commands()}\n{_HOW_TO_ENTER}")
+            self._console.print(f"{_list_commands()}\n{HOW_TO_ENTER}")
         else:
             self._console.print(f"error: there is no command {command}; /help lists them")
         return True
@@ -192,88 +177,6 @@ def load_conversation(path: Path) -> Messages:
         raise RequestError(f"{path}: is not a conversation that /save wrote")
     found: Messages = messages
     return found
-
-
-def statistics_text(statistics: EngineStatistics) -> str:
-    """Return what an engine has done, for people."""
-    s = statistics
-    kept = f", {s.snapshot_bytes / 2**20:,.1f} of them to go back to" if s.snapshot_bytes else ""
-    return (
-        f"{s.n_requests} answers; prompts {s.n_prompt_tokens} tokens, {s.prompt_tok_s:,.1f} tok/s "
-        f"({s.n_reused_tokens} more reused); answers {s.n_decode_tokens} tokens, {s.decode_tok_s:,.1f} tok/s\n"
-        f"{s.device}; {s.ram_bytes / 2**20:,.1f} MiB of weights, states and scratch"
-        f"{kept}; {s.cache_line}"
-    )
-
-
-def entries() -> Iterator[str]:
-    """Yield what the user enters, several lines joined, without empty entries; ask for it if this is a terminal."""
-    lines: list[str] = []
-    is_block = False
-    while True:
-        try:
-            line = _read_line("... " if lines or is_block else "> ")
-        except KeyboardInterrupt:
-            lines, is_block = [], False
-            write("\n")
-            continue
-        if line is None:
-            break
-        if is_block and line.rstrip().endswith('"""'):
-            lines.append(line.rstrip()[:-3])
-        elif is_block:
-            lines.append(line)
-            continue
-        elif not lines and line.strip().startswith('"""'):
-            is_block = True
-            lines = [line.strip()[3:]] if line.strip()[3:] else []
-            continue
-        elif line.endswith("\\"):
-            lines.append(line[:-1])
-            continue
-        else:
-            lines.append(line)
-        text = "\n".join(lines).strip()
-        lines, is_block = [], False
-        if text:
-            yield text
-    if text := "\n".join(lines).strip():
-        yield text
-
-
-def _read_line(prompt: str) -> str | None:
-    """Return a line without its end, None at the end of the input."""
-    if sys.stdin.isatty():
-        try:
-            return input(prompt)  # with line editing and history where there is readline
-        except EOFError:
-            write("\n")
-            return None
-    line = sys.stdin.readline()
-    return line.rstrip("\r\n") if line else None
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Keep what was entered for the next time, on terminals; a history that cannot be kept is no reason to stop."""
-    try:
-        import readline  # noqa: PLC0415 - some systems have none, and importing it changes what input() does
-    except ImportError:
-        readline = None  # type: ignore[assignment]
-    if readline is None or not sys.stdin.isatty():
-        yield
-        return
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hot-experts"
-    path = folder / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        readline.set_history_length(1000)
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
 
 
 def _opening(system: str) -> Messages:

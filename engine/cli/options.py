@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from engine.config import TABLES, EngineConfig
@@ -56,6 +55,27 @@ def add_settings(parser: argparse.ArgumentParser, options: dict[str, tuple[str, 
         group.add_argument(*flags, dest=key, metavar=metavar, help=f"{meaning} (default: {to_toml(spec.default)})")
 
 
+def add_answering(parser: argparse.ArgumentParser, *, has_config: bool = True) -> None:
+    """Add what every command takes that answers prompts."""
+    parser.add_argument(
+        "--stop",
+        dest="sampling.stop",
+        action="append",
+        type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
+        metavar="TEXT",
+        help="end at this text, in which \\n and \\t stand for line end and tab (repeatable)",
+    )
+    parser.add_argument(
+        "--chat-variable",
+        dest="model.chat_variables",
+        action="append",
+        metavar="NAME=VALUE",
+        help="tell the chat template something, for example enable_thinking=false (repeatable)",
+    )
+    add_settings(parser, SAMPLING_OPTIONS | ENGINE_OPTIONS)
+    add_common(parser, has_config=has_config)
+
+
 def _metavar(kind: Any) -> str:
     """Return what stands for a value in help texts: its choices, or a letter for its type."""
     origin = get_origin(kind)
@@ -99,9 +119,9 @@ def read_overrides(args: argparse.Namespace) -> dict[str, object]:
         if not equals:
             raise ConfigError(f"--set {assignment}: expected TABLE.KEY=VALUE")
         overrides[key.strip()] = value.strip()
-    overrides |= {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    if getattr(args, "chat_variable", None):
-        overrides["model.chat_variables"] = tuple(args.chat_variable)
+    for key, value in vars(args).items():
+        if "." in key and value is not None:
+            overrides[key] = tuple(value) if isinstance(value, list) else value
     model = getattr(args, "model", None)
     if model == "":  # an unset variable of the shell must not run another model than was meant
         raise ConfigError("the name of the model is empty; give a file, or leave it out for the bundled model")
@@ -110,27 +130,9 @@ def read_overrides(args: argparse.Namespace) -> dict[str, object]:
     return overrides
 
 
-def read_settings(args: argparse.Namespace, extra: dict[str, object] | None = None) -> EngineConfig:
+def read_settings(args: argparse.Namespace) -> EngineConfig:
     """Make the settings of a parsed command line.
 
     Raises `ConfigError` for a wrong value, naming the option's setting.
     """
-    return EngineConfig.load(args.config, read_overrides(args) | (extra or {}))
-
-
-def add_chat_variables(parser: argparse.ArgumentParser) -> None:
-    """Add the option for variables of the chat template."""
-    parser.add_argument(
-        "--chat-variable",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="tell the chat template something, for example enable_thinking=false (repeatable)",
-    )
-
-
-def stop_texts(given: Sequence[str]) -> dict[str, object]:
-    """Return the setting for `--stop` options, in which backslash-n and backslash-t stand for line end and tab."""
-    if not given:
-        return {}
-    return {"sampling.stop": tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given)}
+    return EngineConfig.load(args.config, read_overrides(args))

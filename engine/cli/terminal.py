@@ -1,8 +1,9 @@
-"""What people see beside the results: log lines and progress bars, all on standard error."""
+"""What people see: the text on standard output; log lines and progress bars on standard error."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -22,6 +23,12 @@ LONG_PROMPT = 256  # tokens from which on a bar is worth its line
 def error_console() -> Console:
     """Return a console on the current standard error."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Write to standard output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class LogLines(logging.Handler):

@@ -17,7 +17,7 @@ from engine.experts.tracker import Chosen, Heat, Places
 HORIZON = 32  # tokens; what is further away weighs exponentially less
 HALF_LIVES = (4.0, 16.0, 64.0, 256.0, np.inf)  # in tokens
 N_OF_TWINS = 2  # the first so many of these are kept of a layer's twins, too
-FIRST_WEIGHTS = np.array([0.10, 0.55, 0.30, 0.05, 0.0, *(0.10, 0.10)])
+FIRST_WEIGHTS = np.array([0.15, 0.60, 0.35, 0.10, 0.0, *(0.10, 0.15)])
 CONFIDENCE = 10.0  # samples' worth of evidence that the first weights stand for
 CAUTION = 16.0  # tokens without a choice that every rate begins with, so that the first choices do not say too much
 N_SAMPLED = 12  # layers that are learned from, spread over the model
@@ -36,6 +36,7 @@ class Forecast:
         heat: float32 [n_layers, n_experts].
         weights: of the rates at each of `HALF_LIVES`, and of those of twins.
         of_one_choice: what a choice made now adds to an expert's heat.
+        n_tokens: seen so far.
     """
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
@@ -43,11 +44,12 @@ class Forecast:
         self.heat: Heat = np.zeros((n_layers, n_experts), np.float32)
         self.weights: Weights = FIRST_WEIGHTS
         self.of_one_choice = 0.0
+        self.n_tokens = 0
         self._places = Places(n_layers, n_experts)
         # One layer more than there are, always empty: the twin of those that have none.
         self._counts = np.zeros((len(FIRST_WEIGHTS), n_layers + 1, n_experts), np.float32)
         self._decay = 0.5 ** (1.0 / np.array(HALF_LIVES))
-        self._n_tokens = np.zeros(len(HALF_LIVES))  # forgotten as the counts are
+        self._remembered = np.zeros(len(HALF_LIVES))  # tokens, forgotten as the counts are
         self._twins = np.full((2, n_layers), -1)
         self._fit = _Fit(n_layers, n_experts)
 
@@ -62,7 +64,8 @@ class Forecast:
         """Take in one token: ids [n_layers, n_experts_used]."""
         own, places = self._counts[: len(HALF_LIVES)], self._places.of(chosen)
         own *= self._decay.astype(np.float32)[:, None, None]
-        self._n_tokens = self._n_tokens * self._decay + 1.0
+        self._remembered = self._remembered * self._decay + 1.0
+        self.n_tokens += 1
         for counts in own:
             counts.reshape(-1)[places] += 1
         n_twins = np.count_nonzero(self._twins >= 0, axis=0)
@@ -70,7 +73,7 @@ class Forecast:
             share = (1.0 / np.maximum(n_twins, 1)).astype(np.float32)[:, None]
             for counts, of_twins in zip(own[:N_OF_TWINS], self._counts[len(HALF_LIVES) :], strict=True):
                 of_twins[:-1] = share * (counts[self._twins[0]] + counts[self._twins[1]])
-        rate_of_count = 1.0 / (self._n_tokens + CAUTION)
+        rate_of_count = 1.0 / (self._remembered + CAUTION)
         rate_of_count = np.append(rate_of_count, rate_of_count[:N_OF_TWINS])
         self.weights = self._fit.learn(chosen, self._counts, rate_of_count)
         scale = HORIZON * self.weights * rate_of_count

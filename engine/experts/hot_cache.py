@@ -72,7 +72,7 @@ class HotCache:
         *,
         bypass_n_tokens: int = 32,
         prompt_seeds_heat: bool = True,
-        max_in_flight: int = 64,
+        max_in_flight: int = 256,
     ) -> None:
         """Start with the slots of `table` free.
 
@@ -82,7 +82,8 @@ class HotCache:
             policy: fresh, or with heat from a profile.
             budget: of bytes a token.
             bypass_n_tokens: steps of this many tokens or more stream their experts past the cache.
-            prompt_seeds_heat: whether the last tokens of such steps count as heat; the first fills the slots anyway.
+            prompt_seeds_heat: whether the last tokens of such steps count as heat; the first fills the slots anyway,
+                by that heat or by all that it chose.
             max_in_flight: swaps under way at most.
         """
         self._device, self.table, self.policy, self._budget = device, table, policy, budget
@@ -136,11 +137,11 @@ class HotCache:
         self.counts += counts.astype(np.int64)
         self.n_counted += n_tokens
         if n_tokens >= self._bypass_n_tokens:
-            if not self._used:
-                self.fill(counts)
             if self._prompt_seeds_heat:
                 for chosen in tokens[-PROMPT_TAIL:]:
                     self.policy.observe(chosen)
+            if not self._used:
+                self.fill(self.policy.heat if self._prompt_seeds_heat else counts)
             return
         self._used = True
         self._n_tokens += n_tokens
@@ -153,7 +154,7 @@ class HotCache:
     def fill(self, heat: Heat, wait: bool = False) -> None:
         """Give free slots to the hottest experts, hottest first; heat: float32 [n_layers, n_experts].
 
-        For a prompt's counts or a saved profile. No budget holds it back: there is nothing in the slots yet. Without
+        For what a prompt or a saved profile says. No budget holds it back: there is nothing in the slots yet. Without
         `wait` the copies go on while tokens are made, as many at a time as may be in flight.
         """
         if self._interrupted:
@@ -189,7 +190,7 @@ class HotCache:
         if self._interrupted:
             self.recover()
         self._advance(NO_SWAPS)
-        self._budget.grant(token_s)
+        self._budget.grant(token_s, whole=np.count_nonzero(self.table.held) < self.table.n_slots.sum())
         if len(self._to_fill):
             return self._advance(self._take_to_fill())
         if not self._used or not self._swapper.room:
@@ -200,6 +201,16 @@ class HotCache:
         swaps = swaps.within(self.table.expert_bytes, self._budget.allowance).pick(slice(0, self._swapper.room))
         self._budget.spend(int(self.table.expert_bytes[swaps.layers].sum()))
         return self._advance(swaps)
+
+    def publish_arrivals(self) -> None:
+        """Let the next step read what has arrived since `step`; the little that pays right before a step begins."""
+        if self._interrupted:
+            return
+        try:
+            self._swapper.poll(may_start=False)
+        except BaseException:
+            self._interrupted = True
+            raise
 
     def _advance(self, swaps: Swaps) -> int:
         """Begin with swaps and move all on. An interrupt in here leaves a note for the next call."""

@@ -9,7 +9,6 @@ calls in the same order give the same swaps.
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +27,9 @@ from engine.experts.tracker import (
     WindowCounts,
 )
 from engine.experts.twins import Twins
+
+COST = 0.9  # of a load: the forecast leaves out the hits beyond its horizon
+DEVIATIONS = 0.8  # that a lead must be above chance
 
 
 class Policy(Protocol):
@@ -145,17 +147,16 @@ class LFRU(_DemandCache):
         super().__init__(CountOverAge(n_layers, n_experts))
 
 
-class Adaptive(_KeepTheHottest):
+class Adaptive:
     """A forecast of how often each expert will be chosen, learned while the model runs, and swaps that pay by it.
 
-    A load costs `break_even` hits. The lead that a newcomer needs is that times `margin`, in units of what chance alone
-    makes of an average expert's choices within the horizon: their standard deviation. Where a token uses a large share
-    of the experts, leads come and go by chance, and waiting costs little; where it uses few, a lead means something.
+    A newcomer must lead by what its load costs, `break_even` choices, and by more than chance: a choice more or less
+    moves the forecast by so much, and choices deviate by the square root of their number. `margin` multiplies both. A
+    chat may last as long as it has so far, so a load into a young one has less time to pay and needs a wider lead.
 
     The swaps of a layer with a twin are decided on what the twin has just chosen for the very token, if `ahead` tells:
     an expert that is about to be chosen with probability p is given p of what a choice makes of its forecast, and the
-    choice itself. As these layers make more of a copy than others do, those leave them room: they need `beside_twins`
-    times the lead.
+    choice itself. That is surer than what rates foretell, so these layers need only `of_twins` times the lead.
     """
 
     def __init__(
@@ -164,36 +165,40 @@ class Adaptive(_KeepTheHottest):
         n_experts: int,
         *,
         break_even: float = 1.0,
-        margin: float = 1.1,
-        max_swaps: int = 1,
-        twin_swaps: int = 2,
-        beside_twins: float = 1.2,
+        margin: float = 1.0,
+        of_twins: float = 0.8,
     ) -> None:
         self._forecast = Forecast(n_layers, n_experts)
-        super().__init__(self._forecast, max_swaps=max_swaps)
         self.twins = Twins(n_layers, n_experts)
-        self._lead_of_deviation = margin * break_even
-        self._twin_swaps, self._beside_twins = twin_swaps, beside_twins
+        self._break_even, self._margin, self._of_twins = break_even, margin, of_twins
+
+    @property
+    def heat(self) -> Heat:
+        """Return the forecast."""
+        return self._forecast.heat
 
     def observe(self, chosen: Chosen) -> None:
         """Take in one token, and compare the layers."""
         if self.twins.observe(chosen):
             self._forecast.set_twins(self.twins.of)
-        super().observe(chosen)
-        self._margin = self._lead_of_deviation * math.sqrt(HORIZON * chosen.shape[1] / self.heat.shape[1])
+        self._forecast.observe(chosen)
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
         """Return the swaps that pay, widest lead first."""
+        heat, margin = self.heat, np.full(len(self.heat), self._margin, np.float32)
         twins = self.twins.layers
-        if ahead is None or not len(twins):
-            return super().plan(resident, n_slots).widest_first()
-        heat = self.heat.copy()
-        heat[twins] += np.float32(1.0 + self._forecast.of_one_choice) * self.twins.foretell(ahead)
-        margin = np.full(len(heat), self._beside_twins * self._margin, np.float32)
-        margin[twins] = self._margin
-        max_swaps = np.full(len(heat), self._max_swaps)
-        max_swaps[twins] = self._twin_swaps
-        return swap_for_hotter(heat, resident, n_slots, margin=margin, max_swaps=max_swaps).widest_first()
+        if ahead is not None and len(twins):
+            heat = heat.copy()
+            heat[twins] += np.float32(1.0 + self._forecast.of_one_choice) * self.twins.foretell(ahead)
+            margin[twins] *= self._of_twins
+        youth = 1.0 + HORIZON / (2.0 * max(self._forecast.n_tokens, 1))
+        return swap_for_hotter(
+            heat,
+            resident,
+            n_slots,
+            margin=margin * np.float32(COST * self._break_even * youth),
+            deviations=margin * np.float32(DEVIATIONS * self._forecast.of_one_choice),
+        ).widest_first()
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -1,13 +1,14 @@
 """Plays recorded routing against a cache policy, with no model and no device.
 
 The rules: the slots of each layer begin with the experts that the prompt chose most; a swap that a token causes can be
-used from the next token on; an expert that is not resident is computed elsewhere and does not have to be loaded. With
-`ahead`, the swaps of a layer with a twin are decided between the layers of one token, when the twin has chosen, and
-can be used by that token.
+used from the next token on, or `lag` tokens later; an expert that is not resident is computed elsewhere and does not
+have to be loaded. With `ahead`, the swaps of a layer with a twin are decided between the layers of one token, when the
+twin has chosen, and can be used by that token.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.experts.policy import Policy
-from engine.experts.swaps import Ids, Swaps, hottest, swap_for_hotter
+from engine.experts.swaps import NO_SWAPS, Ids, Swaps, hottest, swap_for_hotter
 from engine.experts.trace import Trace
 from engine.experts.tracker import Heat, Places
 
@@ -67,6 +68,7 @@ def replay(
     n_slots: Ids,
     *,
     ahead: bool = False,
+    lag: int = 0,
     swap_bytes: float = np.inf,
     expert_bytes: npt.NDArray[np.int64] | None = None,
     progress: Callable[[int], object] | None = None,
@@ -78,6 +80,7 @@ def replay(
         policy: fresh, for the trace's layers and experts.
         n_slots: slots of each layer.
         ahead: let swaps be made between the layers of one token.
+        lag: tokens by which swaps are late. Who makes room serves for all of them but the last; nobody does in that.
         swap_bytes: bytes that may be copied for each token; what one leaves over serves the next, up to as much again.
         expert_bytes: int64 [n_layers], the size of an expert; one byte each if left out.
         progress: called with the number of tokens played, about a hundred times.
@@ -89,7 +92,9 @@ def replay(
     for chosen in ids[:n_prompt]:
         policy.observe(chosen)
     resident = hottest(trace.counts(0, n_prompt), n_slots) if n_prompt else np.zeros(policy.heat.shape, bool)
-    flat = resident.reshape(-1)
+    ready = resident.copy() if lag else resident
+    under_way = deque([NO_SWAPS] * (lag + 1), lag + 1)  # the newest last
+    flat = ready.reshape(-1)
     recorded = ids[n_prompt:] < trace.n_experts
     all_recorded = bool(recorded.all())
     places = np.minimum(ids[n_prompt:], trace.n_experts - 1) + (np.arange(trace.n_layers) * trace.n_experts)[:, None]
@@ -100,10 +105,12 @@ def replay(
     allowance = 0.0
     hundredth = max(n_tokens // 100, 1)
     for t in range(n_tokens):
-        chosen = ids[n_prompt + t]
+        chosen, swaps = ids[n_prompt + t], NO_SWAPS
         if t or ahead:
             allowance = min(allowance + swap_bytes, 2 * max(swap_bytes, most))
             swaps = policy.plan(resident, n_slots, chosen if ahead else None)
+            if lag:  # who is still on the way cannot make room
+                swaps = swaps.pick((swaps.evicts < 0) | ready[swaps.layers, swaps.evicts])
             if len(swaps) and swap_bytes != np.inf:
                 swaps = swaps.within(sizes, allowance)
                 allowance -= float(sizes[swaps.layers].sum())
@@ -111,6 +118,12 @@ def replay(
                 swaps.apply(resident)
                 np.add.at(loads, swaps.layers, 1)
                 loads_over_time[t] = len(swaps)
+        if lag:
+            under_way.append(swaps)
+            leaving, arriving = under_way[1], under_way[0]
+            leaving = leaving.pick(leaving.evicts >= 0)
+            ready[leaving.layers, leaving.evicts] = False
+            ready[arriving.layers, arriving.loads] = True
         found = flat[places[t]] if all_recorded else flat[places[t]] & recorded[t]
         hits += found.sum(1)
         hits_over_time[t] = np.count_nonzero(found)

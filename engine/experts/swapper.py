@@ -85,10 +85,13 @@ class Swapper:
             self._swaps += begun
         return len(begun)
 
-    def poll(self) -> None:
-        """Take every swap as far as it goes without waiting."""
+    def poll(self, *, may_start: bool = True) -> None:
+        """Take every swap as far as it goes without waiting; if not `may_start`, only publish those that are there."""
         waiting: list[_Swap] = []
         for swap in self._swaps:
+            if not swap.copying and not may_start:
+                waiting.append(swap)
+                continue
             try:
                 if self._advance(swap):
                     continue

@@ -2,7 +2,7 @@
 
 A swap reads one expert from RAM and copies it over PCIe; a miss reads one expert from RAM. So a swap pays if the
 newcomer is expected to be chosen at least once more than the one it replaces, which is what a margin of about one
-count asks for.
+count asks for. What is expected is known only so well: counts deviate by the square root of themselves.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def swap_for_hotter(
     n_slots: Ids,
     *,
     margin: float | npt.NDArray[np.float32] = 0.0,
+    deviations: float | npt.NDArray[np.float32] | None = None,
     max_swaps: int | Ids = UNLIMITED,
     candidates: Resident | None = None,
 ) -> Swaps:
@@ -86,6 +87,8 @@ def swap_for_hotter(
         n_slots: slots of each layer; free ones are filled with experts of any heat above 0.
         margin: lead in heat that a newcomer needs over the coldest resident, of all layers or float32 [n_layers];
             a lead that is no more than the margin never swaps. Minus infinity swaps every candidate in.
+        deviations: lead that it needs, too, as a multiple of the square root of both heats' sum; one number for all
+            layers or [n_layers], None for no such demand.
         max_swaps: that replace an expert, at most, of each layer: one number for all or [n_layers].
         candidates: experts that may be loaded; None for all.
     """
@@ -101,7 +104,8 @@ def swap_for_hotter(
         loads, evicts = outside.argmax(1), inside.argmin(1)
         newcomer, coldest = outside[rows, loads], inside[rows, evicts]
         leads = newcomer - coldest
-        wanted = (leads > margin) & (newcomer >= 0) & (coldest < _FAR / 2) & (left > 0)
+        enough = margin if deviations is None else np.maximum(margin, deviations * np.sqrt(np.abs(newcomer + coldest)))
+        wanted = (leads > enough) & (newcomer >= 0) & (coldest < _FAR / 2) & (left > 0)
         if any_free:
             has_room = free > 0
             wanted = np.where(has_room, newcomer > 0, wanted)

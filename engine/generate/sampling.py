@@ -27,8 +27,8 @@ class Sampler:
         self.seed = secrets.randbits(63) if params.seed < 0 else params.seed
         self._params = params
         self._n_vocab = tokenizer.n_vocab
-        self._never = np.array(sorted(tokenizer.unused_ids), np.intp)
-        self._allowed = np.zeros(0, np.float32)
+        self._unused = np.array(sorted(tokenizer.unused_ids), np.intp)
+        self._most = self._allowed = np.zeros(0, np.float32)
         self._has_penalties = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
@@ -59,13 +59,13 @@ class Sampler:
 
     def _without_unused(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         logits = logits[: self._n_vocab]
-        if not len(self._never):
+        if not len(self._unused):
             return logits
         if len(self._allowed) != len(logits):
             self._allowed = np.empty(len(logits), np.float32)
-        self._allowed[:] = logits
-        self._allowed[self._never] = -np.inf
-        return self._allowed
+            self._most = np.full(len(logits), np.inf, np.float32)
+            self._most[self._unused] = -np.inf
+        return np.minimum(logits, self._most, out=self._allowed)  # many times as fast as writing at indices
 
 
 def uniform(seed: int, step: int) -> float:

@@ -15,7 +15,10 @@
 
 #if defined(__AVX512VNNI__)
 
-enum { MAX_UNITS = 32 }; // of 256 columns whose activations are kept in order at a time
+enum {
+    MAX_UNITS = 32,    // of 256 columns whose activations are kept in order at a time
+    DECODE_TOKENS = 4, // that share what is unpacked
+};
 
 // The activations of a unit of 256 columns.
 typedef struct {
@@ -103,154 +106,199 @@ typedef struct {
     __m512i p[2];
 } sub_block_sums;
 
-ALWAYS_INLINE sub_block_sums sums_of_pairs(vector_format f, const uint8_t *const blocks[4], const activation_unit *a) {
+ALWAYS_INLINE sub_block_sums sums_of_pairs(vector_format f, const weights_256 w[4], const activation_unit *a) {
     __m512i dots[2][4];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        const weights_256 w = f.wide(blocks[r]);
+    for (int r = 0; r < 4; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < 2; p++) {
             const __m512i start = !f.has_min && offset_of_wide(f) ? a->sums[p] : _mm512_setzero_si512();
-            dots[p][r] = add_dot(f, add_dot(f, start, &w, a, 2 * p), &w, a, 2 * p + 1);
+            dots[p][r] = add_dot(f, add_dot(f, start, &w[r], a, 2 * p), &w[r], a, 2 * p + 1);
         }
-    }
     if (sixteens_fit(f))
         return (sub_block_sums){{sum_small_fours_of_4(dots[0]), sum_small_fours_of_4(dots[1])}};
     return (sub_block_sums){{sum_fours_of_4(dots[0]), sum_fours_of_4(dots[1])}};
 }
 
-// One 256-block of four rows, added to their chains.
-ALWAYS_INLINE __m128 add_block_of_pairs(vector_format f, const uint8_t *const blocks[4], const activation_unit *a,
-                                        __m128 acc) {
-    const sub_block_sums sums = sums_of_pairs(f, blocks, a);
+// One 256-block of four rows, added to their chains of n tokens.
+ALWAYS_INLINE void add_block_of_pairs(vector_format f, int n, const uint8_t *const blocks[4],
+                                      const activation_unit *const a[], __m128 *acc) {
+    weights_256 w[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        w[r] = f.wide(blocks[r]);
     const scales_of_4 s = f.scales_4(blocks);
-    const __m512i first = _mm512_mullo_epi32(sums.p[0], s.scales[0]),
-                  second = _mm512_mullo_epi32(sums.p[1], s.scales[1]);
-    const __m128i isum =
-        sum_lanes_128(_mm512_add_epi32(first, f.second_shift ? _mm512_srai_epi32(second, f.second_shift) : second));
-    const __m128 d = _mm_set1_ps(a->d[0]);
-    acc = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(isum), acc);
-    if (f.has_min) {
-        const __m128i imin = sum_lanes_128(_mm512_madd_epi16(s.mins, a->sums[0]));
-        acc = _mm_fmadd_ps(_mm_mul_ps(f.min_d(blocks), d), _mm_cvtepi32_ps(imin), acc);
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++) {
+        const sub_block_sums sums = sums_of_pairs(f, w, a[t]);
+        const __m512i first = _mm512_mullo_epi32(sums.p[0], s.scales[0]),
+                      second = _mm512_mullo_epi32(sums.p[1], s.scales[1]);
+        const __m128i isum =
+            sum_lanes_128(_mm512_add_epi32(first, f.second_shift ? _mm512_srai_epi32(second, f.second_shift) : second));
+        const __m128 d = _mm_set1_ps(a[t]->d[0]);
+        acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(isum), acc[t]);
+        if (f.has_min) {
+            const __m128i imin = sum_lanes_128(_mm512_madd_epi16(s.mins, a[t]->sums[0]));
+            acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.min_d(blocks), d), _mm_cvtepi32_ps(imin), acc[t]);
+        }
     }
-    return acc;
 }
 
 // The same for sub-blocks of 16.
-ALWAYS_INLINE __m128 add_block_of_16(vector_format f, const uint8_t *const blocks[4], const activation_unit *a,
-                                     __m128 acc) {
+ALWAYS_INLINE void add_block_of_16(vector_format f, int n, const uint8_t *const blocks[4],
+                                   const activation_unit *const a[], __m128 *acc) {
     const __m512i zero = _mm512_setzero_si512();
     const int offset = offset_of_wide(f);
-    __m512i dots[4];
-    __m256i min_dots[4];
+    __m512i dots[DECODE_TOKENS][4];
+    __m256i min_dots[DECODE_TOKENS][4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
         __m256i mins = _mm256_setzero_si256();
-        const __m256i scales = one_a_sub_block(f, f.scales(blocks[r], &mins)),
-                      sums = _mm512_castsi512_si256(a->sums[0]);
-        min_dots[r] = _mm256_madd_epi16(f.has_min ? mins : scales, sums);
-        dots[r] = offset ? _mm512_zextsi256_si512(_mm256_mullo_epi32(min_dots[r], _mm256_set1_epi32(-offset))) : zero;
+        const __m256i scales = one_a_sub_block(f, f.scales(blocks[r], &mins));
         const weights_256 w = f.wide(blocks[r]);
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) {
+            min_dots[t][r] = _mm256_madd_epi16(f.has_min ? mins : scales, _mm512_castsi512_si256(a[t]->sums[0]));
+            dots[t][r] =
+                offset ? _mm512_zextsi256_si512(_mm256_mullo_epi32(min_dots[t][r], _mm256_set1_epi32(-offset))) : zero;
 #pragma GCC unroll 2
-        for (int p = 0; p < 2; p++) {
-            const __m512i places = places_of_scales(f.order, p);
-            const __m512i fours =
-                _mm512_packs_epi32(add_dot(f, zero, &w, a, 2 * p), add_dot(f, zero, &w, a, 2 * p + 1));
-            dots[r] =
-                _mm512_dpwssd_epi32(dots[r], fours, _mm512_permutexvar_epi16(places, _mm512_castsi256_si512(scales)));
+            for (int p = 0; p < 2; p++) {
+                const __m512i places = places_of_scales(f.order, p);
+                const __m512i fours =
+                    _mm512_packs_epi32(add_dot(f, zero, &w, a[t], 2 * p), add_dot(f, zero, &w, a[t], 2 * p + 1));
+                dots[t][r] = _mm512_dpwssd_epi32(dots[t][r], fours,
+                                                 _mm512_permutexvar_epi16(places, _mm512_castsi256_si512(scales)));
+            }
         }
     }
-    const __m128 d = _mm_set1_ps(a->d[0]);
-    acc = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(sum_lanes_128(sum_fours_of_4(dots))), acc);
-    if (f.has_min) {
-        const __m128i imin = sum_lanes_of_4(min_dots[0], min_dots[1], min_dots[2], min_dots[3]);
-        acc = _mm_fmadd_ps(_mm_mul_ps(f.min_d(blocks), d), _mm_cvtepi32_ps(imin), acc);
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++) {
+        const __m128 d = _mm_set1_ps(a[t]->d[0]);
+        acc[t] =
+            _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(sum_lanes_128(sum_fours_of_4(dots[t]))), acc[t]);
+        if (f.has_min) {
+            const __m128i imin = sum_lanes_of_4(min_dots[t][0], min_dots[t][1], min_dots[t][2], min_dots[t][3]);
+            acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.min_d(blocks), d), _mm_cvtepi32_ps(imin), acc[t]);
+        }
     }
-    return acc;
 }
 
 enum { BLOCKS_TOGETHER = 8 }; // of 32
 
-// The first n of eight 32-blocks of four rows.
-ALWAYS_INLINE __m128 add_blocks_32(vector_format f, int n, const uint8_t *const blocks[4], const activation_unit *a,
-                                   __m128 acc) {
-    const sub_block_sums sums = sums_of_pairs(f, blocks, a);
+// The first n_blocks of eight 32-blocks of four rows.
+ALWAYS_INLINE void add_blocks_32(vector_format f, int n, int n_blocks, const uint8_t *const blocks[4],
+                                 const activation_unit *const a[], __m128 *acc) {
+    weights_256 w[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        w[r] = f.wide(blocks[r]);
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++) {
+        const sub_block_sums sums = sums_of_pairs(f, w, a[t]);
 #pragma GCC unroll 2
-    for (int p = 0; p < 2; p++) {
-        const __m512 isums = _mm512_cvtepi32_ps(sums.p[p]), x_sums = _mm512_castsi512_ps(a->sums[p]);
-        const int first = 4 * p * f.block_bytes;
-        const __m512 d_16 = f.d_16 ? f.d_16(blocks, first) : isums;
+        for (int p = 0; p < 2; p++) {
+            const __m512 isums = _mm512_cvtepi32_ps(sums.p[p]), x_sums = _mm512_castsi512_ps(a[t]->sums[p]);
+            const int first = 4 * p * f.block_bytes;
+            const __m512 d_16 = f.d_16 ? f.d_16(blocks, first) : isums;
 #define ADD_BLOCK(i)                                                                                                   \
-    if (4 * p + (i) < n) {                                                                                             \
+    if (4 * p + (i) < n_blocks) {                                                                                      \
         const int at = first + (i) * f.block_bytes;                                                                    \
         const uint8_t *const rows[4] = {blocks[0] + at, blocks[1] + at, blocks[2] + at, blocks[3] + at};               \
-        const __m128 d_x = _mm_set1_ps(a->d[4 * p + (i)]);                                                             \
+        const __m128 d_x = _mm_set1_ps(a[t]->d[4 * p + (i)]);                                                          \
         const __m128 d = f.d_16 ? _mm512_extractf32x4_ps(d_16, i) : f.d(rows);                                         \
-        acc = _mm_fmadd_ps(_mm_mul_ps(d, d_x), _mm512_extractf32x4_ps(isums, i), acc);                                 \
+        acc[t] = _mm_fmadd_ps(_mm_mul_ps(d, d_x), _mm512_extractf32x4_ps(isums, i), acc[t]);                           \
         if (f.has_min)                                                                                                 \
-            acc = _mm_fmadd_ps(_mm_mul_ps(f.min_d(rows), d_x), _mm512_extractf32x4_ps(x_sums, i), acc);                \
+            acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.min_d(rows), d_x), _mm512_extractf32x4_ps(x_sums, i), acc[t]);          \
     }
-        ADD_BLOCK(0)
-        ADD_BLOCK(1)
-        ADD_BLOCK(2)
-        ADD_BLOCK(3)
+            ADD_BLOCK(0)
+            ADD_BLOCK(1)
+            ADD_BLOCK(2)
+            ADD_BLOCK(3)
 #undef ADD_BLOCK
+        }
     }
-    return acc;
 }
 
 // The last blocks of a row, fewer than eight, in copies that can be read like eight.
-ALWAYS_INLINE __m128 add_last_blocks_32(vector_format f, int n, const uint8_t *const blocks[4],
-                                        const activation_unit *a, __m128 acc) {
+ALWAYS_INLINE void add_last_blocks_32(vector_format f, int n, int n_blocks, const uint8_t *const blocks[4],
+                                      const activation_unit *const a[], __m128 *acc) {
     enum { MAX_BLOCK_BYTES = 34 };
     uint8_t copies[4][BLOCKS_TOGETHER * MAX_BLOCK_BYTES] = {0};
     for (int r = 0; r < 4; r++)
-        memcpy(copies[r], blocks[r], (size_t)(n * f.block_bytes));
+        memcpy(copies[r], blocks[r], (size_t)(n_blocks * f.block_bytes));
     const uint8_t *const rows[4] = {copies[0], copies[1], copies[2], copies[3]};
-    return add_blocks_32(f, n, rows, a, acc);
+    add_blocks_32(f, n, n_blocks, rows, a, acc);
+}
+
+// All rows of n tokens, which share what is unpacked.
+ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
+                                 const void *const *x, float *const *y) {
+    const int unit_blocks = 256 / f.block_size, unit_bytes = unit_blocks * f.block_bytes;
+    const int n_blocks = n_cols / f.block_size, n_units = (n_blocks + unit_blocks - 1) / unit_blocks;
+    const int64_t ahead = rows_ahead(row_bytes, 4) * row_bytes;
+    activation_unit units[DECODE_TOKENS][MAX_UNITS];
+    for (int first = 0; first < n_units; first += MAX_UNITS) {
+        const int end = n_units - first < MAX_UNITS ? n_units : first + MAX_UNITS;
+        for (int t = 0; t < n; t++)
+            prepare_activations(f, activation_view(x[t], f.activation, n_cols), n_cols, first, end, units[t]);
+        for (int r = 0; r < n_rows; r += 4) {
+            const int n_left = n_rows - r < 4 ? n_rows - r : 4;
+            const uint8_t *rows[4];
+            for (int i = 0; i < 4; i++) // what is missing repeats the last row
+                rows[i] = w + (r + (i < n_left ? i : n_left - 1)) * row_bytes;
+            float sums[DECODE_TOKENS][4] = {0};
+            __m128 acc[DECODE_TOKENS];
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) {
+                if (first)
+                    memcpy(sums[t], y[t] + r, (size_t)n_left * sizeof(float));
+                acc[t] = _mm_loadu_ps(sums[t]);
+            }
+            for (int u = first; u < end; u++) {
+                const int64_t at = (int64_t)u * unit_bytes;
+                const uint8_t *const blocks[4] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at};
+                const activation_unit *a[DECODE_TOKENS];
+#pragma GCC unroll 4
+                for (int t = 0; t < n; t++)
+                    a[t] = &units[t][u - first];
+                if (n_units <= MAX_UNITS)
+                    fetch(rows[0] + ahead + 4 * at, 4 * unit_bytes);
+                else
+                    for (int i = 0; i < 4; i++)
+                        fetch(blocks[i] + ahead, unit_bytes);
+                if (f.block_size == 32)
+                    u *unit_blocks + unit_blocks <= n_blocks
+                        ? add_blocks_32(f, n, unit_blocks, blocks, a, acc)
+                        : add_last_blocks_32(f, n, n_blocks - u * unit_blocks, blocks, a, acc);
+                else if (has_pairs(f))
+                    add_block_of_pairs(f, n, blocks, a, acc);
+                else
+                    add_block_of_16(f, n, blocks, a, acc);
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) {
+                _mm_storeu_ps(sums[t], acc[t]);
+                memcpy(y[t] + r, sums[t], (size_t)n_left * sizeof(float));
+            }
+        }
+    }
 }
 
 ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
                                  const void *const *x, int n_x, float *const *y) {
-    const int unit_blocks = 256 / f.block_size, unit_bytes = unit_blocks * f.block_bytes;
-    const int n_blocks = n_cols / f.block_size, n_units = (n_blocks + unit_blocks - 1) / unit_blocks;
-    const int64_t ahead = rows_ahead(row_bytes, 4) * row_bytes;
-    activation_unit units[MAX_UNITS];
-    for (int t = 0; t < n_x; t++)
-        for (int first = 0; first < n_units; first += MAX_UNITS) {
-            const int end = n_units - first < MAX_UNITS ? n_units : first + MAX_UNITS;
-            prepare_activations(f, activation_view(x[t], f.activation, n_cols), n_cols, first, end, units);
-            for (int r = 0; r < n_rows; r += 4) {
-                const int n = n_rows - r < 4 ? n_rows - r : 4;
-                const uint8_t *rows[4];
-                for (int i = 0; i < 4; i++) // what is missing repeats the last row
-                    rows[i] = w + (r + (i < n ? i : n - 1)) * row_bytes;
-                float sums[4] = {0};
-                if (first)
-                    memcpy(sums, y[t] + r, (size_t)n * sizeof *sums);
-                __m128 acc = _mm_loadu_ps(sums);
-                for (int u = first; u < end; u++) {
-                    const int64_t at = (int64_t)u * unit_bytes;
-                    const uint8_t *const blocks[4] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at};
-                    const activation_unit *a = units + u - first;
-                    if (t == 0 && n_units <= MAX_UNITS)
-                        fetch(rows[0] + ahead + 4 * at, 4 * unit_bytes);
-                    else if (t == 0)
-                        for (int i = 0; i < 4; i++)
-                            fetch(blocks[i] + ahead, unit_bytes);
-                    if (f.block_size == 32)
-                        acc = u * unit_blocks + unit_blocks <= n_blocks
-                                  ? add_blocks_32(f, unit_blocks, blocks, a, acc)
-                                  : add_last_blocks_32(f, n_blocks - u * unit_blocks, blocks, a, acc);
-                    else if (has_pairs(f))
-                        acc = add_block_of_pairs(f, blocks, a, acc);
-                    else
-                        acc = add_block_of_16(f, blocks, a, acc);
-                }
-                _mm_storeu_ps(sums, acc);
-                memcpy(y[t] + r, sums, (size_t)n * sizeof *sums);
-            }
+    for (int t = 0; t < n_x; t += DECODE_TOKENS)
+        switch (n_x - t) {
+        case 1:
+            decode_tokens(f, 1, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            break;
+        case 2:
+            decode_tokens(f, 2, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            break;
+        case 3:
+            decode_tokens(f, 3, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            break;
+        default:
+            decode_tokens(f, DECODE_TOKENS, w, row_bytes, n_rows, n_cols, x + t, y + t);
         }
 }
 

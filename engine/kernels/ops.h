@@ -257,7 +257,7 @@ typedef struct ops_table {
         select_outputs, combine, causal_conv, delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
     exponentials_fn exponentials;
-    float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads every byte once; for measuring bandwidth
+    float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads all but the last 16 KB; for measuring
 } ops_table;
 
 // kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of

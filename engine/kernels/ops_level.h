@@ -1,4 +1,5 @@
 // The operations of one instruction-set level; included by level.h only.
+#include "matmul.h"
 #include "ops.h"
 #include "simd.h"
 
@@ -11,11 +12,16 @@
 #include "ops/rope.h"
 #include "ops/router.h"
 
+// Reads as products with four rows do: four streams, and what comes next fetched as one.
 static float read_all(const uint8_t *bytes, int64_t n_bytes) {
-    v16 sums[4] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
-    for (int64_t i = 0; i + 256 <= n_bytes; i += 256)
-        for (int j = 0; j < 4; j++)
-            sums[j] = v16_max(v16_load((const float *)(bytes + i + 64 * j)), sums[j]);
+    enum { STREAMS = 4, STREAM_BYTES = BYTES_AHEAD / STREAMS };
+    v16 sums[STREAMS] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
+    for (int64_t first = 0; first + BYTES_AHEAD <= n_bytes; first += BYTES_AHEAD)
+        for (int i = 0; i < STREAM_BYTES; i += 64) {
+            fetch(bytes + first + BYTES_AHEAD + STREAMS * i, STREAMS * 64);
+            for (int j = 0; j < STREAMS; j++)
+                sums[j] = v16_max(v16_load((const float *)(bytes + first + j * STREAM_BYTES + i)), sums[j]);
+        }
     return v16_sum(v16_add(v16_add(sums[0], sums[1]), v16_add(sums[2], sums[3])));
 }
 

@@ -20,7 +20,12 @@
 
 #include <stddef.h>
 
-enum { TILE_MIN_TOKENS = 4 }; // where tiles begin to pay
+// Where tiles begin to pay.
+#if defined(__AVX512VNNI__)
+enum { TILE_MIN_TOKENS = FEW_TOKENS + 1 };
+#else
+enum { TILE_MIN_TOKENS = 4 };
+#endif
 
 #define MATMUL_ARGUMENTS                                                                                               \
     const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x, float *const *y
@@ -45,7 +50,7 @@ enum { HAS_VECTORS = 1 };
 // The best way for a number of tokens; all give the same bits.
 ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
 #if defined(__AVX512VNNI__)
-    if (f.block_size == 256 && n_x >= FEW_MIN_TOKENS && n_x <= FEW_TOKENS) {
+    if (n_x >= FEW_MIN_TOKENS && n_x <= FEW_TOKENS) {
         matmul_few(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
         return;
     }

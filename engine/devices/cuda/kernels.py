@@ -40,7 +40,7 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 _PER_ROW, _COLUMNS = 256, 256
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 
-_STAGES, _FLOAT_STAGES = 2, 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
+_FLOAT_STAGES = 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _CHUNKS_KEPT = 4
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
 _MULTIPROCESSORS = 128  # of the largest GPUs, about
@@ -140,7 +140,8 @@ def _warp_bytes(weight_format: QuantFormat) -> int:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
     chunk = _chunk(weight_format)
     term = 16 if weight_format.name in WITH_MINIMUM else 8
-    return _STAGES * (chunk * n_bytes + 16) + (_CHUNKS_KEPT * chunk + _MAX_ROWS_PER_WARP) * term
+    stages = 3 if size == 256 and n_bytes <= 144 else 2
+    return stages * (chunk * n_bytes + 16) + (_CHUNKS_KEPT * chunk + _MAX_ROWS_PER_WARP) * term
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:

@@ -15,7 +15,7 @@ from engine.devices.cuda.host_memory import ExpertPaths
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
 from engine.errors import DeviceError
 
-N_AT_ONCE = 64  # that need no buffer
+N_AT_ONCE = 256  # that need no buffer
 N_BUFFERS = 8
 
 
