@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import attention, fusion, kernels, recurrent, tiles
+from engine.devices.cuda import attention, elementwise, fusion, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache
 from engine.devices.cuda.expert_layers import ExpertLayer, Staging, Streamed
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed
@@ -333,7 +333,7 @@ class Lowering:
         out, table, matrix, grid = self._use(op.out), op.table, self._matrix(op.table), self._grid(op.table.format)
         self._calls.append(
             lambda p: [
-                kernels.embed(
+                elementwise.embed(
                     p.base + matrix,
                     table.format,
                     p.base + self.step.token_ids,
@@ -366,7 +366,7 @@ class Lowering:
         x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
         self._calls.append(
             lambda p: [
-                kernels.rms_norm(
+                elementwise.rms_norm(
                     p.rows(x),
                     p.at(weight),
                     p.rows(out),
@@ -515,7 +515,7 @@ class Lowering:
         x, out, by = self._use(op.x), self._use(op.out), self._use(op.by) if op.by else None
         self._calls.append(
             lambda p: [
-                kernels.scale(
+                elementwise.scale(
                     p.rows(x), op.factor, p.rows(by) if by else None, p.rows(out), op.x.width, p.count(op.x.rows)
                 )
             ]
@@ -525,7 +525,7 @@ class Lowering:
         x = self._use(op.x)
         self._calls.append(
             lambda p: [
-                kernels.scale_by_position(
+                elementwise.scale_by_position(
                     p.rows(x), p.base + self.step.positions, op.x.width, op.period, op.slope, p.count(op.x.rows)
                 )
             ]
@@ -556,7 +556,7 @@ class Lowering:
         dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
         self._calls.append(
             lambda p: [
-                kernels.split_heads(p.rows(x), p.rows(first), p.rows(second), op.n_heads, *dims, p.count(op.x.rows))
+                elementwise.split_heads(p.rows(x), p.rows(first), p.rows(second), op.n_heads, *dims, p.count(op.x.rows))
             ]
         )
 
@@ -565,7 +565,9 @@ class Lowering:
         dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
         self._calls.append(
             lambda p: [
-                kernels.join_heads(p.rows(first), p.rows(second), p.rows(out), op.n_heads, *dims, p.count(op.out.rows))
+                elementwise.join_heads(
+                    p.rows(first), p.rows(second), p.rows(out), op.n_heads, *dims, p.count(op.out.rows)
+                )
             ]
         )
 
@@ -580,7 +582,7 @@ class Lowering:
         x, (frequencies, n_rot) = self._use(op.x), self._frequencies(op)
         self._calls.append(
             lambda p: [
-                kernels.rope(
+                elementwise.rope(
                     p.rows(x),
                     p.base + self.step.positions,
                     p.base + frequencies,
@@ -981,7 +983,7 @@ class Lowering:
         x, out = self._use(op.x), self._use(op.out)
         self._calls.append(
             lambda p: [
-                kernels.select_outputs(
+                elementwise.select_outputs(
                     p.rows(x),
                     p.base + self.step.output_rows,
                     p.rows(out),
