@@ -82,12 +82,18 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
     for (int j = 0; j < PER_LANE; j++)
         largest = fmaxf(largest, x[j]);
     largest = warp_max(largest);
+    if (scoring == 0) // asked once, so that the exponentials need not wait for each other
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-        x[j] = scoring == 0 ? exp_canonical(x[j] - largest) : scoring == 1 ? sigmoid(x[j]) : x[j];
+        for (int j = 0; j < PER_LANE; j++)
+            x[j] = exp_canonical(x[j] - largest);
+    else if (scoring == 1)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            x[j] = sigmoid(x[j]);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
         if (j * WARP + lane < n_experts)
             sum += x[j];
-    }
     sum = warp_sum(sum);
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) {
