@@ -23,7 +23,7 @@ import numpy as np
 
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice, kernels, probe, recurrent, tiles
+from engine.devices.cuda import CUDADevice, elementwise, kernels, probe, recurrent, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.attention import attend as attention_over
 from engine.devices.cuda.attention import inputs as attention_inputs
@@ -488,7 +488,7 @@ def small(bench: Bench) -> None:
         routing = Routing(Rows(z, 256), 0, z + 4096, y, 256, 8, Scoring.SOFTMAX, 1, 1, True, 1.0)
         logits = (Rows(x, 3072 * 4), 3072, BY_NAME["F32"], [Matrix(state, 256, Rows(z, 256))], 0, one)
         made = {
-            "add of 16 values": kernels.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
+            "add of 16 values": elementwise.add(Rows(x, 16), Rows(y, 16), Rows(z, 16), 16, one),
             "sum, norm and quantisation of 3072": kernels.residual(
                 Rows(x, 3072),
                 Rows(y, 3072),
@@ -500,7 +500,7 @@ def small(bench: Bench) -> None:
                 Rows(z, 3072),
                 Forms(Rows(state, 4096)),
             ),
-            "rms_norm of 32 x 256": kernels.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
+            "rms_norm of 32 x 256": elementwise.rms_norm(Rows(x, 8192), y, Rows(z, 8192), 32, 256, 1e-6, one),
             "quantize 3072": kernels.quantize(Rows(x, 3072), 3072, Activation.Q8_256, Rows(z, 4096), 1, one),
             "router of 256": kernels.router(routing, one),
             "router logits F32 256 x 3072": kernels.linear(*logits),

@@ -96,9 +96,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     __syncthreads();
     if (thread == 0) {
         const unsigned n_readers = n_v_heads / n_k_heads * gridDim.y;
-        is_last_reader = atomicAdd(n_done + key_head, 1u) + 1 == n_readers;
-        if (is_last_reader)
-            n_done[key_head] = 0;
+        is_last_reader = atomicInc(n_done + key_head, n_readers - 1) == n_readers - 1; // which makes it 0 again
     }
 
     float query[PER_LANE], key[PER_LANE], query_squares = 0.0f, key_squares = 0.0f;

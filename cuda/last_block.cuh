@@ -11,9 +11,7 @@ DEVICE bool is_last_block(unsigned *n_done, unsigned n) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        is_last = atomicAdd(n_done, 1u) + 1 == n;
-        if (is_last)
-            *n_done = 0;
+        is_last = atomicInc(n_done, n - 1) == n - 1; // which makes it 0 again
         __threadfence();
     }
     __syncthreads();

@@ -30,11 +30,18 @@ template <int PER_LANE> struct Ranking {
     int place; // of the best
 
     __device__ __forceinline__ void find_own() {
-        best = 0, place = 0;
+        unsigned key[PER_LANE];
+        int at[PER_LANE];
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++)
-            if (keys[j] > best)
-                best = keys[j], place = j;
+            key[j] = keys[j], at[j] = j;
+#pragma unroll
+        for (int step = 1; step < PER_LANE; step *= 2) // a tree, the lower one on a tie
+#pragma unroll
+            for (int j = 0; j + step < PER_LANE; j += 2 * step)
+                if (key[j + step] > key[j])
+                    key[j] = key[j + step], at[j] = at[j + step];
+        best = key[0], place = at[0];
     }
 
     // The index of the best, the lowest on a tie, for every lane. Some key must be left.
@@ -43,12 +50,11 @@ template <int PER_LANE> struct Ranking {
         const unsigned largest = __reduce_max_sync(ALL_LANES, best);
         const int owner = __ffs(__ballot_sync(ALL_LANES, best == largest)) - 1;
         const int index = __shfl_sync(ALL_LANES, lane * PER_LANE + place, owner);
-        if (lane == owner) {
+        const int taken = lane == owner ? place : -1;
 #pragma unroll
-            for (int j = 0; j < PER_LANE; j++)
-                keys[j] = j == place ? 0 : keys[j];
-            find_own();
-        }
+        for (int j = 0; j < PER_LANE; j++)
+            keys[j] = j == taken ? 0 : keys[j];
+        find_own();
         return index;
     }
 };
@@ -76,12 +82,18 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
     for (int j = 0; j < PER_LANE; j++)
         largest = fmaxf(largest, x[j]);
     largest = warp_max(largest);
+    if (scoring == 0) // asked once, so that the exponentials need not wait for each other
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-        x[j] = scoring == 0 ? exp_canonical(x[j] - largest) : scoring == 1 ? sigmoid(x[j]) : x[j];
+        for (int j = 0; j < PER_LANE; j++)
+            x[j] = exp_canonical(x[j] - largest);
+    else if (scoring == 1)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            x[j] = sigmoid(x[j]);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++)
         if (j * WARP + lane < n_experts)
             sum += x[j];
-    }
     sum = warp_sum(sum);
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) {

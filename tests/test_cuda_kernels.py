@@ -10,7 +10,7 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import attention, kernels, recurrent, tiles
+from engine.devices.cuda import attention, elementwise, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import ExpertMatrix, Launch, Matrix, Rows
@@ -321,7 +321,7 @@ def test_embedding_is_the_dequantised_row(name: str) -> None:
     table, grid = random_weights(weight_format, 9, n_cols), grid_of(weight_format)
     ids, out = np.array([8, 0, 5], np.int32), np.zeros((3, n_cols), F32)
     emulator.run(
-        kernels.embed(
+        elementwise.embed(
             emulator.at(aligned(table)),
             weight_format,
             emulator.at(ids),
@@ -351,47 +351,51 @@ def test_elementwise_operations(mode: str) -> None:
     count = emulator.count(n_rows)
     for order, seed in SCHEDULES:
         out = np.zeros_like(x)
-        emulator.run(kernels.add(emulator.rows(x), emulator.rows(y), emulator.rows(out), n_cols, count), order, seed)
+        emulator.run(
+            elementwise.add(emulator.rows(x), emulator.rows(y), emulator.rows(out), n_cols, count), order, seed
+        )
         assert same_bits(out, x + y)
         first, second = (np.zeros((n_rows, n_cols // 2), F32) for _ in range(2))
         rows = (emulator.rows(x), emulator.rows(first), emulator.rows(second))
-        emulator.run(kernels.split_heads(*rows, 3, 50, 50, count), order, seed)
+        emulator.run(elementwise.split_heads(*rows, 3, 50, 50, count), order, seed)
         parts = x.reshape(n_rows, 3, 2, 50)
         assert same_bits(first, parts[:, :, 0].reshape(n_rows, -1))
         assert same_bits(second, parts[:, :, 1].reshape(n_rows, -1))
         short, long = np.zeros((n_rows, 3 * 20), F32), np.zeros((n_rows, 3 * 80), F32)
         rows = (emulator.rows(short), emulator.rows(long))
-        emulator.run(kernels.split_heads(emulator.rows(x), *rows, 3, 20, 80, count), order, seed)
+        emulator.run(elementwise.split_heads(emulator.rows(x), *rows, 3, 20, 80, count), order, seed)
         assert same_bits(short, x.reshape(n_rows, 3, 100)[:, :, :20].reshape(n_rows, -1))
-        emulator.run(kernels.join_heads(*rows, emulator.rows(out), 3, 20, 80, count), order, seed)
+        emulator.run(elementwise.join_heads(*rows, emulator.rows(out), 3, 20, 80, count), order, seed)
         assert same_bits(out, x)
         by = rng.standard_normal((n_rows, 1)).astype(F32)
         emulator.run(
-            kernels.scale(emulator.rows(x), 0.3, emulator.rows(by), emulator.rows(out), n_cols, count), order, seed
+            elementwise.scale(emulator.rows(x), 0.3, emulator.rows(by), emulator.rows(out), n_cols, count), order, seed
         )
         assert same_bits(out, x * (F32(0.3) * by))
-        emulator.run(kernels.scale(emulator.rows(x), 0.3, None, emulator.rows(out), n_cols, count), order, seed)
+        emulator.run(elementwise.scale(emulator.rows(x), 0.3, None, emulator.rows(out), n_cols, count), order, seed)
         assert same_bits(out, x * F32(0.3))
         positions = np.array([0, 15, 8000], np.int32)
         emulator.run(
-            kernels.scale_by_position(emulator.rows(out), emulator.at(positions), n_cols, 16, 0.1, count), order, seed
+            elementwise.scale_by_position(emulator.rows(out), emulator.at(positions), n_cols, 16, 0.1, count),
+            order,
+            seed,
         )
         factor = 1 + 0.1 * np.log1p((positions + 1) // 16)
         assert out == pytest.approx(x * F32(0.3) * factor[:, None], rel=1e-6)
         chosen, picked = np.array([2, 0], np.int32), np.zeros((2, n_cols), F32)
         rows = (emulator.rows(x), emulator.at(chosen), emulator.rows(picked))
-        emulator.run(kernels.select_outputs(*rows, n_cols, emulator.count(2)), order, seed)
+        emulator.run(elementwise.select_outputs(*rows, n_cols, emulator.count(2)), order, seed)
         assert same_bits(picked, x[chosen])
         weight = rng.standard_normal(100).astype(F32)
         emulator.run(
-            kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), 3, 100, 1e-6, count),
+            elementwise.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), 3, 100, 1e-6, count),
             order,
             seed,
         )
         groups = x.reshape(n_rows, 3, 100).astype(np.float64)
         expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * weight
         assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
-        launch = kernels.rms_norm(emulator.rows(x), 0, emulator.rows(out), 3, 100, 1e-6, count)
+        launch = elementwise.rms_norm(emulator.rows(x), 0, emulator.rows(out), 3, 100, 1e-6, count)
         emulator.run(launch, order, seed)
         assert out == pytest.approx((expected / weight).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
 
@@ -413,7 +417,7 @@ def test_rope_is_accurate_at_long_positions(style: RopeStyle) -> None:
     a, b = heads[..., first].copy(), heads[..., second].copy()
     heads[..., first], heads[..., second] = a * cos - b * sin, a * sin + b * cos
     sizes = (n_heads, head_dim, n_rot)
-    launch = kernels.rope(
+    launch = elementwise.rope(
         emulator.rows(x), emulator.at(positions), emulator.at(frequencies), *sizes, style, magnitude, emulator.count(3)
     )
     emulator.run(launch)
@@ -745,12 +749,12 @@ def test_attention_inputs_are_what_single_operations_make(mode: str, normalizes:
         if normalizes:
             out = np.zeros_like(x)
             emulator.run(
-                kernels.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), n, dim, eps, count)
+                elementwise.rms_norm(emulator.rows(x), emulator.at(weight), emulator.rows(out), n, dim, eps, count)
             )
             x = out
         if style is not None:
             rope = (place.positions, emulator.at(frequencies), n, dim, n_rot, style, 1.5, count)
-            emulator.run(kernels.rope(emulator.rows(x), *rope))
+            emulator.run(elementwise.rope(emulator.rows(x), *rope))
         return x
 
     expected_q, expected_k = one_by_one(joined[:, :, :dim], q_weight), one_by_one(k, k_weight)

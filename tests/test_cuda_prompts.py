@@ -10,8 +10,8 @@ import pytest
 from golden_files import model_path
 from test_cuda_device import Model, Opened
 
+from engine.devices.cuda.expert_layers import Staging
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.lowering import Staging
 from engine.devices.cuda.runtime import Stream
 from engine.devices.graph import KVType, Limits, Rows
 from engine.errors import DeviceError

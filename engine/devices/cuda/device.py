@@ -13,11 +13,12 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
+from engine.devices.cuda.expert_layers import Staging, Streamed
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.lowering import Lowering, Staging, Streamed
+from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts

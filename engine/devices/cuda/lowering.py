@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.cuda import attention, fusion, kernels, recurrent, tiles
+from engine.devices.cuda import attention, elementwise, fusion, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache
+from engine.devices.cuda.expert_layers import ExpertLayer, Staging, Streamed
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.sequence_state import Owners
@@ -70,85 +71,6 @@ class Finish:
         """Return the addresses."""
         places = (self.forms.get(form) for form in (Activation.Q8_256, Activation.Q8_32))
         return Forms(*(p.rows(place) if place else None for place in places))
-
-
-@dataclass(slots=True)
-class ExpertLayer:
-    """The experts of one layer: their weights in the model file, and their slots on the device.
-
-    Attributes:
-        op: the operation.
-        n_slots: how many there are.
-        slots: offset of the first slot, for each of the three.
-        slot_bytes: likewise.
-    """
-
-    op: ops.Experts
-    n_slots: int
-    slots: list[int] = field(default_factory=list)
-    slot_bytes: list[int] = field(default_factory=list)
-
-    @property
-    def weights(self) -> tuple[Weight, Weight, Weight]:
-        """Return gate, up and down."""
-        return self.op.gate, self.op.up, self.op.down
-
-    @property
-    def biases(self) -> tuple[Vector | None, Vector | None, Vector | None]:
-        """Return those of gate, up and down."""
-        return self.op.gate_bias, self.op.up_bias, self.op.down_bias
-
-    @property
-    def n_experts(self) -> int:
-        """Return how many experts the layer has."""
-        return self.op.routing.n_experts
-
-    @property
-    def is_resident(self) -> bool:
-        """Return whether every expert has a slot; expert e is in slot e then."""
-        return self.n_slots == self.n_experts
-
-    def expert(self, array: npt.NDArray[np.uint8], matrix: int, expert: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of one expert's matrix (0 gate, 1 up, 2 down) in its tensor."""
-        weight = self.weights[matrix]
-        row_bytes = weight.format.row_bytes(weight.n_cols)
-        first = (expert * (weight.stored_rows or weight.n_rows) + weight.first_row) * row_bytes
-        return array[first : first + weight.n_rows * row_bytes]
-
-    def batch_bytes(self, at_once: int) -> int:
-        """Return the bytes of a staging buffer for so many experts: for their gate and up, or for their down."""
-        gate, up, down = self.slot_bytes
-        return at_once * max(gate + up, down)
-
-    def staged(self, matrices: Sequence[int], at_once: int) -> list[int]:
-        """Return where, in a staging buffer of so many experts, the first expert's matrices lie."""
-        sizes = [at_once * self.slot_bytes[i] for i in matrices]
-        return [sum(sizes[:i]) for i in range(len(sizes))]
-
-
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """The ring that experts without a slot pass through while a step of many tokens runs: buffers, experts in each."""
-
-    n_buffers: int
-    at_once: int
-
-
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """A launch that is made once for each batch of the experts of a layer that have no slot.
-
-    Attributes:
-        layer: of the expert layers.
-        matrices: which it reads (0 gate, 1 up, 2 down).
-        group: its argument that says which batch, to be set before it is launched.
-        launches: one for each staging buffer.
-    """
-
-    layer: int
-    matrices: tuple[int, ...]
-    group: ctypes.c_int32
-    launches: tuple[Launch, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +333,7 @@ class Lowering:
         out, table, matrix, grid = self._use(op.out), op.table, self._matrix(op.table), self._grid(op.table.format)
         self._calls.append(
             lambda p: [
-                kernels.embed(
+                elementwise.embed(
                     p.base + matrix,
                     table.format,
                     p.base + self.step.token_ids,
@@ -444,7 +366,7 @@ class Lowering:
         x, out, weight, size = self._use(op.x), self._use(op.out), self._vector(op.weight), op.group_size
         self._calls.append(
             lambda p: [
-                kernels.rms_norm(
+                elementwise.rms_norm(
                     p.rows(x),
                     p.at(weight),
                     p.rows(out),
@@ -593,7 +515,7 @@ class Lowering:
         x, out, by = self._use(op.x), self._use(op.out), self._use(op.by) if op.by else None
         self._calls.append(
             lambda p: [
-                kernels.scale(
+                elementwise.scale(
                     p.rows(x), op.factor, p.rows(by) if by else None, p.rows(out), op.x.width, p.count(op.x.rows)
                 )
             ]
@@ -603,7 +525,7 @@ class Lowering:
         x = self._use(op.x)
         self._calls.append(
             lambda p: [
-                kernels.scale_by_position(
+                elementwise.scale_by_position(
                     p.rows(x), p.base + self.step.positions, op.x.width, op.period, op.slope, p.count(op.x.rows)
                 )
             ]
@@ -634,7 +556,7 @@ class Lowering:
         dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
         self._calls.append(
             lambda p: [
-                kernels.split_heads(p.rows(x), p.rows(first), p.rows(second), op.n_heads, *dims, p.count(op.x.rows))
+                elementwise.split_heads(p.rows(x), p.rows(first), p.rows(second), op.n_heads, *dims, p.count(op.x.rows))
             ]
         )
 
@@ -643,7 +565,9 @@ class Lowering:
         dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
         self._calls.append(
             lambda p: [
-                kernels.join_heads(p.rows(first), p.rows(second), p.rows(out), op.n_heads, *dims, p.count(op.out.rows))
+                elementwise.join_heads(
+                    p.rows(first), p.rows(second), p.rows(out), op.n_heads, *dims, p.count(op.out.rows)
+                )
             ]
         )
 
@@ -658,7 +582,7 @@ class Lowering:
         x, (frequencies, n_rot) = self._use(op.x), self._frequencies(op)
         self._calls.append(
             lambda p: [
-                kernels.rope(
+                elementwise.rope(
                     p.rows(x),
                     p.base + self.step.positions,
                     p.base + frequencies,
@@ -1059,7 +983,7 @@ class Lowering:
         x, out = self._use(op.x), self._use(op.out)
         self._calls.append(
             lambda p: [
-                kernels.select_outputs(
+                elementwise.select_outputs(
                     p.rows(x),
                     p.base + self.step.output_rows,
                     p.rows(out),

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
+from engine.devices.cuda.expert_layers import ExpertLayer
 from engine.devices.cuda.kernels import Exchange
-from engine.devices.cuda.lowering import ExpertLayer, Lowering
+from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedMemory
 from engine.devices.graph import WeightAccess
 from engine.errors import DeviceError

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
+from engine.devices.cuda.expert_layers import Streamed
 from engine.devices.cuda.host_memory import ExpertPaths
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.lowering import Streamed
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
 
 T = TypeVar("T", Stream, PinnedMemory, Event)

@@ -1,0 +1,159 @@
+"""Launches of the small operations between the matrix products.
+
+As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.devices.cuda.launch import (
+    NOTHING,
+    WARP,
+    Count,
+    Launch,
+    Rows,
+    alignment,
+    at,
+    ceil_div,
+    float32,
+    int32,
+    int64,
+    pointer,
+)
+from engine.devices.graph import RopeStyle
+from engine.quants.formats import QuantFormat
+
+_PER_ROW, _COLUMNS = 256, 256  # threads of a block for each group of a row; columns of a block
+
+
+def _elementwise(kernel: str, n_cols: int, count: Count, *arguments: Any) -> Launch:
+    grid = (ceil_div(n_cols, _COLUMNS), count.most, 1)
+    return Launch("elementwise.cu", kernel, (), grid, _COLUMNS, (*arguments, pointer(count.address)))
+
+
+def embed(
+    table: int,
+    weight_format: QuantFormat,
+    token_ids: int,
+    n_vocab: int,
+    n_cols: int,
+    grid: int,
+    out: Rows,
+    scale: float,
+    count: Count,
+) -> Launch:
+    """Look up rows of the embedding table."""
+    assert table % alignment(weight_format) == 0
+    return Launch(
+        "embed.cu",
+        "embed",
+        (f"FORMAT={weight_format.name}",),
+        (ceil_div(n_cols, _COLUMNS), count.most, 1),
+        _COLUMNS,
+        (
+            pointer(table),
+            int64(weight_format.row_bytes(n_cols)),
+            pointer(token_ids),
+            int32(n_vocab),
+            int32(n_cols),
+            pointer(grid),
+            *at(out),
+            float32(scale),
+            pointer(count.address),
+        ),
+    )
+
+
+def rms_norm(x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count) -> Launch:
+    """Normalise each group of columns; `weight` may be 0."""
+    threads = min(_PER_ROW, ceil_div(group_size, WARP) * WARP)
+    return Launch(
+        "elementwise.cu",
+        "rms_norm",
+        (),
+        (n_groups, count.most, 1),
+        threads,
+        (*at(x), pointer(weight), *at(out), int32(group_size), float32(eps), pointer(count.address)),
+    )
+
+
+def add(a: Rows, b: Rows, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Add."""
+    return _elementwise("add", n_cols, count, *at(a), *at(b), *at(out), int32(n_cols))
+
+
+def scale(x: Rows, factor: float, by: Rows | None, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Multiply by a constant, and by one value for each row if `by` gives them."""
+    rows = (*at(x), *at(by or NOTHING), *at(out))
+    return _elementwise("scale", n_cols, count, *rows, int32(n_cols), float32(factor))
+
+
+def scale_by_position(x: Rows, positions: int, n_cols: int, period: int, slope: float, count: Count) -> Launch:
+    """Multiply in place by a factor that grows with the position."""
+    arguments = (*at(x), pointer(positions), int32(n_cols), int32(period), float32(slope))
+    return _elementwise("scale_by_position", n_cols, count, *arguments)
+
+
+def split_heads(
+    joined: Rows, first: Rows, second: Rows, n_heads: int, first_dim: int, second_dim: int, count: Count
+) -> Launch:
+    """Take apart rows that hold two parts for each head in turn."""
+    return _split_or_join(joined, first, second, n_heads, first_dim, second_dim, count, is_join=False)
+
+
+def join_heads(
+    first: Rows, second: Rows, joined: Rows, n_heads: int, first_dim: int, second_dim: int, count: Count
+) -> Launch:
+    """Undo `split_heads`."""
+    return _split_or_join(joined, first, second, n_heads, first_dim, second_dim, count, is_join=True)
+
+
+def _split_or_join(
+    joined: Rows,
+    first: Rows,
+    second: Rows,
+    n_heads: int,
+    first_dim: int,
+    second_dim: int,
+    count: Count,
+    *,
+    is_join: bool,
+) -> Launch:
+    sizes = (int32(n_heads), int32(first_dim), int32(second_dim), int32(is_join))
+    n_cols = n_heads * (first_dim + second_dim)
+    return _elementwise("split_or_join_heads", n_cols, count, *at(joined), *at(first), *at(second), *sizes)
+
+
+def select_outputs(x: Rows, output_rows: int, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Keep the wanted rows."""
+    return _elementwise("select_outputs", n_cols, count, *at(x), pointer(output_rows), *at(out), int32(n_cols))
+
+
+def rope(
+    x: Rows,
+    positions: int,
+    frequencies: int,
+    n_heads: int,
+    head_dim: int,
+    n_rot: int,
+    style: RopeStyle,
+    magnitude: float,
+    count: Count,
+) -> Launch:
+    """Rotate the first `n_rot` values of each head in place."""
+    assert n_rot % 2 == 0
+    assert n_rot <= head_dim
+    return _elementwise(
+        "rope",
+        n_heads * n_rot // 2,
+        count,
+        *at(x),
+        pointer(positions),
+        pointer(frequencies),
+        int32(n_heads),
+        int32(head_dim),
+        int32(n_rot),
+        int32(style == RopeStyle.NORM),
+        float32(magnitude),
+    )
