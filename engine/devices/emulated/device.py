@@ -93,11 +93,15 @@ class EmulatedDevice:
 
     def compile(self, graph: Graph, weights: WeightAccess, limits: Limits) -> EmulatedProgram:
         """Make a program; raise `DeviceError` if it needs more device memory than there is."""
-        footprint = measure(graph, limits)
+        machine = self.machine
+        threshold = self.stream_n_tokens or measure(graph, limits).streaming_pays_from(
+            machine.bandwidths, machine.cpu_macs
+        )
+        footprint = measure(graph, limits, threshold)
         plan = plan_memory(footprint, self.allowed_bytes, self.wish)
         _check_ram(footprint, plan)
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
-        return EmulatedProgram(self, lowered, footprint, plan)
+        return EmulatedProgram(self, lowered, footprint, plan, threshold)
 
     def close(self) -> None:
         """Do nothing: the memory is the programs'."""
@@ -113,7 +117,14 @@ class EmulatedProgram:
 
     state_layout = CPUProgram.state_layout
 
-    def __init__(self, device: EmulatedDevice, lowered: Lowering, footprint: Footprint, plan: MemoryPlan) -> None:
+    def __init__(
+        self,
+        device: EmulatedDevice,
+        lowered: Lowering,
+        footprint: Footprint,
+        plan: MemoryPlan,
+        stream_n_tokens: int,
+    ) -> None:
         self._device, self.plan, self.footprint = device, plan, footprint
         self._program = CPUProgram(device.cpu, lowered)
         self._clock = VirtualClock()
@@ -127,9 +138,7 @@ class EmulatedProgram:
         )
         self._tables = lowered.expert_tables
         self._memory = SlotMemory(self._tables, [int(n) for n in plan.n_slots], self._clock)
-        self._stream_n_tokens = device.stream_n_tokens or footprint.streaming_pays_from(
-            device.machine.bandwidths, device.machine.cpu_macs
-        )
+        self._stream_n_tokens = stream_n_tokens
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._copied_bytes = 0
@@ -164,10 +173,12 @@ class EmulatedProgram:
         self._memory.settle()
         cold = self._without_slot()
         if len(positions) >= self._stream_n_tokens and any(map(len, cold)):
+            self._memory.lend(self.plan.n_kept.tolist())
             self._program.begin(token_ids, positions, slots, output_rows)
             work, spent = self._stream(positions, slots, cold)
             logits = self._program.logits(len(output_rows))
             self._last_reader = self._timetable.end_step(spent.total_s)
+            self._memory.note_lent(self.plan.n_kept.tolist(), self._last_reader.at)
         else:
             logits = self._program.run(token_ids, positions, slots, output_rows)
             work = self._work(positions, slots)
@@ -255,6 +266,10 @@ class EmulatedProgram:
     def n_slots(self) -> npt.NDArray[np.intp]:
         """Return the slots of each MoE layer."""
         return self.plan.n_slots
+
+    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
+        """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
+        return self.plan.n_kept if n_tokens >= self._stream_n_tokens else self.plan.n_slots
 
     @property
     def n_experts(self) -> int:
