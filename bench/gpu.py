@@ -722,6 +722,36 @@ def _time_model(bench: Bench, name: str, forward: ForwardPass, tokens: list[int]
     )
 
 
+def swaps(bench: Bench) -> None:
+    """What a token takes beside copies into slots that it does not read: so many experts a token."""
+    limits = Limits(32, 1, 2048, KVType.F16)
+    with opened(bench) as (loaded, weights), compiled(bench, loaded, weights, limits, Wish(168)) as program:
+        _fill(bench, "168 slots", program)
+        forward = ForwardPass(program, limits, loaded.spec.n_vocab)
+        n_layers, token = len(program.n_slots), 0
+        for layer in range(n_layers):  # the first slot is what copies go to
+            program.publish(layer, int(np.flatnonzero(program._places[layer] == 0)[0]), -1)
+        for n_copies in (0, 2, 4, 6, 8, 0):
+            times, before = [], program.layer_times
+            for i in range(160):
+                copies = [program.copy_expert(j % n_layers, (i + j) % program.n_experts, 0) for j in range(n_copies)]
+                start = time.perf_counter()
+                forward.run(0, [token % loaded.spec.n_vocab], token)
+                times.append(time.perf_counter() - start)
+                token += 1
+                late = sum(not program.is_done(copy) for copy in copies)
+            spent = program.layer_times - before
+            first, *others = (spent.device / spent.n_tokens * 1e6).tolist()
+            program.wait_all()
+            bench.note(
+                "swaps",
+                f"{n_copies} experts copied beside each token of {n_layers} layers",
+                float(np.median(times)) * 1e3,
+                f"ms; {spent.cpu.sum() / spent.n_tokens * 1e6:.0f} us the CPU's; {first:.0f} us until its first "
+                f"request, {np.mean(others):.0f} until others; {late} of the last token's copies not over at its end",
+            )
+
+
 def operations(bench: Bench) -> None:
     """Where the GPU's time of a token goes."""
     _time_operations(bench, "operations", 1, Limits(32, 1, 2048, KVType.F16))
@@ -769,6 +799,7 @@ SECTIONS = {
         handshake,
         prompt,
         model,
+        swaps,
         operations,
         prompt_operations,
     )

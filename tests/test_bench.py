@@ -196,7 +196,6 @@ def test_a_conversation_shows_hits_turn_by_turn(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_conversation_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots are an optional extra")
     hits, choices = np.arange(20), np.full(20, 32)
     turns = [Turn("code", 5, 10.0, hits, choices, 3), Turn("prose", 5, 10.0, hits[::-1], choices, 3)]
     plot_conversation(turns, "a model", tmp_path / "o.png")
@@ -233,7 +232,6 @@ def test_layers_stand_side_by_side_where_a_terminal_is_low() -> None:
 
 
 def test_speeds_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots are an optional extra")
     for name, start in (("o.png", b"\x89PNG"), ("o.svg", b"<?xml"), ("o.pdf", b"%PDF")):
         plot_speeds(ROWS, "a model", tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)

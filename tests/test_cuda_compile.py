@@ -33,6 +33,7 @@ KERNELS = [
     ("expert_down_tiles.cu", ("DOWN_FORMAT=Q6_K",)),
     ("group_choices.cu", ()),
     ("embed.cu", ("FORMAT=Q8_0",)),
+    ("fetch.cu", ()),
     ("elementwise.cu", ()),
     ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=384", "ROUNDS=1")),
     ("gate.cu", ("IS_SILU=1", "HEAD_SIZE=128", "FORMS=1")),

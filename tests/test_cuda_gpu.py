@@ -40,6 +40,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_the_launch_of_the_logits_can_choose_and_ask,
     test_tiles_have_the_bits_of_the_cpu,
     test_tiles_take_any_number_of_tokens,
+    test_words_of_the_host_are_fetched,
 )
 from test_cuda_prompts import (  # noqa: F401 - collected here
     prompt_model,

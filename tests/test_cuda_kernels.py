@@ -336,6 +336,23 @@ def test_embedding_is_the_dequantised_row(name: str) -> None:
     assert same_bits(out, _kernels.dequantize(weight_format.ggml_type, table, n_cols)[ids])
 
 
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+def test_words_of_the_host_are_fetched(mode: str) -> None:
+    """More pieces than a launch takes, of all lengths; nothing beside them is written."""
+    rng, emulator = np.random.default_rng(4), Emulator(mode)
+    lengths = [0, 1, 255, 256, 257, *rng.integers(0, 40, 140).tolist()]
+    sources = [rng.integers(-(2**31), 2**31, max(1, n), np.int32) for n in lengths]
+    targets = [np.full(n + 1, 7, np.int32) for n in lengths]
+    pieces = [(emulator.at(a), emulator.at(b), n) for a, b, n in zip(sources, targets, lengths, strict=True)]
+    launches = elementwise.fetch(pieces)
+    assert len(launches) == 2
+    for launch in launches:
+        emulator.run(launch)
+    for source, target, n in zip(sources, targets, lengths, strict=True):
+        assert (target[:n] == source[:n]).all()
+        assert target[n] == 7
+
+
 # -- small operations -------------------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,6 @@ def test_the_table_fits_a_narrow_terminal(gpt_oss: Trace) -> None:
 
 
 def test_a_plot_is_a_picture(gpt_oss: Trace, tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="plots are an optional extra")
     plot_replays([study(gpt_oss, ["decayed"], "22")], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="cannot be written"):

@@ -26,8 +26,7 @@ from engine.tokenizer.vocabulary import TokenType, Vocabulary
 
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 
-
-_built: deque[tuple[Vocabulary, tokenizers.Tokenizer]] = deque(maxlen=1)
+_built: deque[tuple[Vocabulary, tokenizers.Tokenizer]] = deque(maxlen=1)  # the last: a large one takes a second
 
 
 def build(vocabulary: Vocabulary) -> tokenizers.Tokenizer:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
+from engine.devices.cuda.elementwise import fetch
 from engine.devices.cuda.expert_layers import Staging, Streamed, gap_bytes
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
@@ -380,12 +381,9 @@ class CUDAProgram:
             memory = self._own(PinnedMemory(values.nbytes))
             offsets = [self._lowering.vector_offset(name, values.shape[1]) for name in names]
 
-            def upload() -> None:
-                for i, offset in enumerate(offsets):
-                    source = memory.address + i * values[0].nbytes
-                    self._stream.upload(self._memory.address + offset, source, values[0].nbytes)
-
-            self._vector_writes[key] = memory, self._own(self._stream.capture(upload))
+            n_words, to = values.shape[1], self._memory.address
+            pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
+            self._vector_writes[key] = memory, self._own(self._captured(fetch(pieces)))
         memory, graph = self._vector_writes[key]
         memory.bytes[:] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
         graph.launch(self._stream)
@@ -555,10 +553,11 @@ class CUDAProgram:
         largest = min(self._stream_n_tokens - 1, max_tokens)  # of the steps that stream nothing
         recorded: dict[int, Sequence[Launch | Streamed]] = {}
         for size in sorted({min(size, largest) for size in (*_SIZES, largest)}):
-            recorded[size] = lowering.launches(base, size, exchange)
+            recorded[size] = [*self._fetch_step(size, self._table), *lowering.launches(base, size, exchange)]
         if self._expert_stream is not None:
+            table = self._expert_stream.table
             for size in sorted({min(size, max_tokens) for size in (*_SIZES, max_tokens) if size > largest}):
-                recorded[size] = lowering.streaming_launches(base, size)
+                recorded[size] = [*self._fetch_step(size, table), *lowering.streaming_launches(base, size)]
         kernels = [k for steps in recorded.values() for step in steps for k in _kernels_of(step)]
         self._context.prepare(kernels, progress)
         for launch in kernels:
@@ -566,16 +565,27 @@ class CUDAProgram:
         self._sizes = list(recorded)
         for size, steps in recorded.items():
             if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):
-                self._graphs[size] = self._capture(size, [step for step in steps if isinstance(step, Launch)])
+                self._graphs[size] = self._captured([step for step in steps if isinstance(step, Launch)], size)
             else:
                 self._long_steps[size] = list(steps)
 
-    def _capture(self, most: int, launches: Sequence[Launch]) -> Graph:
+    def _fetch_step(self, most: int, table: PinnedMemory) -> list[Launch]:
+        """Return what gets from the host what changes from step to step, in steps of so many tokens at most."""
+        lowering, step = self._lowering, self._lowering.step
+        to, host, stride = self._memory.address, self._step.device_address, 4 * self._limits.max_tokens
+        counts, *arrays = step.offset, step.token_ids, step.positions, step.slots, step.output_rows
+        pieces = [(host + 16 + i * stride, to + array, most) for i, array in enumerate(arrays)]
+        places = table.device_address, to + lowering.expert_table, self._places.size
+        return fetch([(host, to + counts, 4), *pieces, places])
+
+    def _captured(self, launches: Sequence[Launch], routing_of: int | None = None) -> Graph:
+        """Return launches as a graph, and the download of the routing of so many tokens if asked for."""
+
         def work() -> None:
-            self._upload_step(self._table.device_address)
             for launch in launches:
                 self._stream.launch(launch)
-            self._download_routing(most)
+            if routing_of is not None:
+                self._download_routing(routing_of)
 
         return self._stream.capture(work)
 
@@ -583,20 +593,12 @@ class CUDAProgram:
         """Queue a step that is no graph."""
         if streams and self._expert_stream is not None:
             self._expert_stream.begin(self._places)
-            self._upload_step(self._expert_stream.table_address)
             self._expert_stream.launch(self._long_steps[most], self._stream)
         else:
-            self._upload_step(self._table.device_address)
             for launch in self._long_steps[most]:
                 assert isinstance(launch, Launch)
                 self._stream.launch(launch)
         self._download_routing(most)
-
-    def _upload_step(self, table: int) -> None:
-        """Queue the copy of what changes from step to step."""
-        lowering, base = self._lowering, self._memory.address
-        self._stream.upload(base + lowering.step.offset, self._step.device_address, self._step.n_bytes)
-        self._stream.upload(base + lowering.expert_table, table, self._table.n_bytes)
 
     def _download_routing(self, most: int) -> None:
         lowering = self._lowering

@@ -5,6 +5,8 @@ As in `kernels.py`, a function here checks what its kernel assumes and returns a
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 from engine.devices.cuda.launch import (
@@ -24,7 +26,33 @@ from engine.devices.cuda.launch import (
 from engine.devices.graph import RopeStyle
 from engine.quants.formats import QuantFormat
 
+_MAX_PIECES = 128  # of a launch; `fetch.cu`
 _PER_ROW, _COLUMNS = 256, 256  # threads of a block for each group of a row; columns of a block
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [
+        ("from", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        ("n", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    ]
+
+
+class _Pieces(ctypes.Structure):
+    _fields_ = [("list", _Piece * _MAX_PIECES)]
+
+
+def fetch(pieces: Sequence[tuple[int, int, int]]) -> list[Launch]:
+    """Read pinned host memory into device memory: (device address of the one, address of the other, 32-bit words)."""
+    launches = []
+    for first in range(0, len(pieces), _MAX_PIECES):
+        some, packed = pieces[first : first + _MAX_PIECES], _Pieces()
+        for i, piece in enumerate(some):
+            packed.list[i] = _Piece(*piece)
+        grid = (max(1, ceil_div(max(n for _, _, n in some), _COLUMNS)), len(some), 1)
+        launches.append(Launch("fetch.cu", "fetch", (), grid, _COLUMNS, (packed,)))
+    return launches
 
 
 def _elementwise(kernel: str, n_cols: int, count: Count, *arguments: Any) -> Launch:

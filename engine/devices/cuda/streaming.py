@@ -29,7 +29,7 @@ class ExpertStream:
 
     Attributes:
         places: int32 [n_moe_layers, n_experts], where the kernels find each expert (`expert_tiles.cuh`).
-        table_address: of the same, for copies to the device.
+        table: of the same, for the device.
     """
 
     def __init__(self, context: Context, paths: ExpertPaths) -> None:
@@ -47,12 +47,11 @@ class ExpertStream:
             n_bytes = self._lowering.staging_buffer_bytes
             self._host = [(self._own(PinnedMemory(n_bytes)), self._own(Event())) for _ in range(n_host)]
             n_layers = len(self._lowering.expert_layers)
-            self._table = self._own(PinnedMemory(4 * n_layers * self._lowering.n_experts))
+            self.table = self._own(PinnedMemory(4 * n_layers * self._lowering.n_experts))
         except BaseException:
             self.close()
             raise
-        self.places: npt.NDArray[np.int32] = self._table.bytes.view(np.int32).reshape(n_layers, -1)
-        self.table_address = self._table.device_address
+        self.places: npt.NDArray[np.int32] = self.table.bytes.view(np.int32).reshape(n_layers, -1)
 
     def _own(self, thing: T) -> T:
         self._owned.append(thing)
