@@ -541,7 +541,8 @@ class CUDAProgram:
         size = staging.n_buffers * lowering.staging_buffer_bytes
         return (
             f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
-            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB)"
+            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "
+            f"in memory that holds {int((self._n_slots - self._n_kept).sum())} experts in between"
         )
 
     def _prepare_steps(self, exchange: Exchange | None, progress: Progress | None) -> None:
