@@ -243,14 +243,17 @@ def test_a_long_step_streams_what_has_no_slot_and_leaves_the_slots_alone(models,
     name=st.sampled_from(NAMES),
     setup=SETUPS,
     sizes=st.lists(st.sampled_from([1, 1, 1, 2, 8, 16]), min_size=1, max_size=12),
+    short_step=st.sampled_from([1, 64]),
 )
-def test_slots_that_are_lent_in_between_change_no_bit(models, name, setup, sizes) -> None:
-    """Long steps and short ones in any order, on slots that the long ones poison."""
+def test_slots_that_are_lent_in_between_change_no_bit(models, name, setup, sizes, short_step) -> None:
+    """Long steps, streaming or not, and short ones in any order, on slots that the long ones poison."""
     model, expected = models(name), models.reference(name)
     forward, cache, program = model.open(replace(setup, bypass_n_tokens=8))
-    for at, step in cut_in_steps(sizes):
-        assert same_bits(forward.run(0, step, at, "all"), expected[at : at + len(step)])
-        cache.table.check_integrity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.devices.footprint.SHORT_STEP", short_step)
+        for at, step in cut_in_steps(sizes):
+            assert same_bits(forward.run(0, step, at, "all"), expected[at : at + len(step)])
+            cache.table.check_integrity()
     cache.close()
     program.close()
 

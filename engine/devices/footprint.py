@@ -13,6 +13,13 @@ from engine.devices.graph import Graph, Limits, Weight
 from engine.devices.intervals import Interval, plan_offsets
 from engine.devices.timing import Bandwidths, streaming_pays_from
 
+SHORT_STEP = 64  # tokens of a step that takes no memory from expert slots
+
+
+def lends_from(stream_n_tokens: int) -> int:
+    """Return the tokens of a step from which on slots lend it memory, if those from `stream_n_tokens` on stream."""
+    return min(stream_n_tokens, SHORT_STEP + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -31,8 +38,9 @@ class Footprint:
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
         recurrent_bytes: states of one sequence.
         state_bytes: keys, values and states of all sequences.
-        scratch_bytes: intermediate results of steps that stream no experts.
-        long_scratch_bytes: those of steps that do; 0 if none does.
+        scratch_bytes: intermediate results of steps that take no memory from slots: of short ones, or if none streams
+            experts, of all.
+        long_scratch_bytes: those of steps of any length, if some stream experts; else 0.
         max_tokens: of a step.
     """
 
@@ -79,7 +87,9 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
     `stream_n_tokens`: steps of so many tokens or more stream the experts without a slot; None if none does.
     """
     streams = stream_n_tokens is not None and stream_n_tokens <= limits.max_tokens
-    others = limits.up_to(max(1, stream_n_tokens - 1)) if stream_n_tokens is not None else limits
+    others = (
+        limits.up_to(max(1, lends_from(stream_n_tokens) - 1)) if stream_n_tokens is not None and streams else limits
+    )
     experts = {op.routing.ids.buffer: op for op in graph.operations if isinstance(op, ops.Experts)}
     layers = [experts[routing.ids.buffer] for routing in graph.routings]
     stacks = [(op.gate, op.up, op.down) for op in layers]

@@ -1,7 +1,8 @@
 """Plans the memory of a device before anything is allocated: what must be there first, expert slots from the rest.
 
-Steps that stream the experts without a slot need intermediate results of many tokens and staging buffers, all others
-do not: their own results, of few tokens, and slots that are lent, the last ones of each layer, lie in the same memory.
+Steps of many tokens need room for their intermediate results, and staging buffers for the experts without a slot, all
+others do not: their own results, of few tokens, and slots that are lent, the last ones of each layer, lie in the same
+memory.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class MemoryPlan:
     Attributes:
         dense_bytes: weights that every token reads.
         state_bytes: keys, values and recurrent states.
-        scratch_bytes: intermediate results of steps that stream no experts.
-        streaming_bytes: those of steps that do, and the buffers that experts pass through; 0 if no step needs to.
+        scratch_bytes: intermediate results of short steps; of all if none streams experts.
+        streaming_bytes: those of long steps, and the buffers that experts pass through; 0 if none do.
         n_slots: expert slots of each MoE layer.
-        n_kept: those of them that are there in steps that stream experts, too; the others share the memory of these.
+        n_kept: those of them that are there in long steps, too; the others share the memory of these.
         expert_bytes: int64 [n_moe_layers], the size of each of them.
         n_experts: of each layer.
         allowed_bytes: what may be used.
@@ -67,12 +68,12 @@ class MemoryPlan:
 
     @property
     def lent_bytes(self) -> int:
-        """Return the bytes of the slots that are not there in steps that stream experts."""
+        """Return the bytes of the slots that are not there in long steps."""
         return int(((self.n_slots - self.n_kept) * self.expert_bytes).sum())
 
     @property
     def shared_bytes(self) -> int:
-        """Return the bytes that steps which stream experts use in one way, and all others in another."""
+        """Return the bytes that long steps use in one way, and all others in another."""
         lent = self.lent_bytes
         return max(self.streaming_bytes, self.scratch_bytes + (lent + self.gap_bytes if lent else 0))
 
@@ -159,7 +160,7 @@ def plan_memory(
 
 
 def _lending(plan: Planner, nothing: MemoryPlan, most: int | None) -> MemoryPlan:
-    """Return the plan with as many slots as fit, some of them in the memory of steps that stream experts.
+    """Return the plan with as many slots as fit, some of them in the memory of long steps.
 
     Args:
         plan: makes one from slots and those of them that are kept.

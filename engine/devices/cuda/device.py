@@ -26,7 +26,7 @@ from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
 from engine.devices.cuda.speeds import measure_speeds
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
-from engine.devices.footprint import measure
+from engine.devices.footprint import lends_from, measure
 from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
@@ -142,7 +142,7 @@ class CUDADevice:
         staging_bytes = 0
         if staging is not None:
             staging_bytes = reserved_bytes(staging.n_buffers * _batch_bytes(bare, staging.at_once))
-            shorter = bare.scratch_for(limits.up_to(threshold - 1))
+            shorter = bare.scratch_for(limits.up_to(lends_from(threshold) - 1))
             footprint = replace(
                 footprint, scratch_bytes=reserved_bytes(shorter.n_bytes), long_scratch_bytes=scratch_bytes
             )
@@ -300,6 +300,9 @@ class CUDAProgram:
         failed; after a failure of the CPU's share the program can be used on.
         """
         self._check(token_ids, positions, slots, output_rows)
+        usable = self.usable_slots(len(token_ids))
+        if usable is self._n_kept:
+            assert (self._places < usable[:, None]).all(), "the step needs the memory of an expert that is published"
         self._context.make_current()
         self._n_begun += 1
         try:
@@ -340,7 +343,7 @@ class CUDAProgram:
             if n_outputs:
                 self._stream.download(
                     int(logits.ctypes.data),
-                    self._memory.address + lowering.logits(streams=streams),
+                    self._memory.address + lowering.logits(most),
                     4 * n_outputs * lowering.n_vocab,
                 )
         except BaseException:
@@ -450,7 +453,8 @@ class CUDAProgram:
 
     def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
         """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
-        return self._n_kept if n_tokens >= self._stream_n_tokens else self._n_slots
+        staging = self._lowering.staging
+        return self._n_kept if staging is not None and n_tokens >= staging.lends_from else self._n_slots
 
     @property
     def n_experts(self) -> int:
@@ -553,7 +557,9 @@ class CUDAProgram:
         lowering, base, max_tokens = self._lowering, self._memory.address, self._limits.max_tokens
         largest = min(self._stream_n_tokens - 1, max_tokens)  # of the steps that stream nothing
         recorded: dict[int, Sequence[Launch | Streamed]] = {}
-        for size in sorted({min(size, largest) for size in (*_SIZES, largest)}):
+        staging = lowering.staging
+        short = largest if staging is None else staging.lends_from - 1  # no larger step may take a short one's launches
+        for size in sorted({min(size, largest) for size in (*_SIZES, short, largest)}):
             recorded[size] = [*self._fetch_step(size, self._table), *lowering.launches(base, size, exchange)]
         if self._expert_stream is not None:
             table = self._expert_stream.table

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from engine.devices import graph as ops
 from engine.devices.cuda.launch import Launch
+from engine.devices.footprint import lends_from
 from engine.devices.graph import Vector, Weight
 
 
@@ -133,6 +134,11 @@ class Staging:
     n_buffers: int
     at_once: int
     from_n_tokens: int
+
+    @property
+    def lends_from(self) -> int:
+        """Return from how many tokens on a step uses the memory of lent slots."""
+        return lends_from(self.from_n_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class Pass:
         most: rows.
         base: address of the allocation.
         exchange: memory shared with the CPU, None if it computes no experts.
-        streams: experts without a slot pass through the staging buffers, and lent slots do not exist.
+        streams: experts without a slot pass through the staging buffers.
     """
 
     lowering: Lowering
@@ -106,7 +106,7 @@ class Pass:
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""
-        scratch = self.lowering.long_scratch if self.streams else self.lowering.scratch
+        scratch = self.lowering.scratch_of(self.most)
         return Rows(self.base + scratch.offset_of(place.need) + place.offset, place.stride)
 
     def at(self, offset: int | None) -> int:
@@ -162,7 +162,7 @@ class Lowering:
             weights: of the model.
             limits: of a step.
             n_slots: expert slots of each MoE layer; None for none anywhere.
-            n_kept: how many of them exist in steps that stream experts, too; None for all.
+            n_kept: how many of them exist in long steps, too; None for all.
             staging: the ring for those steps, without which there are none.
         """
         self.limits = limits
@@ -204,9 +204,13 @@ class Lowering:
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
-    def logits(self, *, streams: bool) -> int:
-        """Return where a step leaves its logits."""
-        return (self.long_scratch if streams else self.scratch).offset_of(self._logits)
+    def scratch_of(self, most: int) -> Scratch:
+        """Return where the results of a step of at most so many tokens lie."""
+        return self.scratch if self.staging is None or most < self.staging.lends_from else self.long_scratch
+
+    def logits(self, most: int) -> int:
+        """Return where a step of at most so many tokens leaves its logits."""
+        return self.scratch_of(most).offset_of(self._logits)
 
     def scratch_for(self, limits: Limits) -> Scratch:
         """Return a plan of the intermediate results of steps within some limits, which lies nowhere yet."""
@@ -249,8 +253,8 @@ class Lowering:
     def _place_scratch_and_slots(self) -> None:
         """Lay out what comes after weights and states.
 
-        Behind the kept slots lies memory that is used in two ways: by lent slots, and the intermediate results of steps
-        that stream nothing; or by those of steps that do, and their ring.
+        Behind the kept slots lies memory that is used in two ways: by lent slots, and the intermediate results of short
+        steps; or by those of long steps, and their ring.
         """
         layout, layers, staging = self.layout, self.expert_layers, self.staging
         layout.n_bytes = shared = place_kept(layers, layout.n_bytes)
@@ -263,7 +267,7 @@ class Lowering:
         self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
         self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
         self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
-        self.scratch = self.scratch_for(self.limits.up_to(staging.from_n_tokens - 1))
+        self.scratch = self.scratch_for(self.limits.up_to(staging.lends_from - 1))
         n_bytes = reserved_bytes(self.scratch.n_bytes)
         self.scratch.offset = max(place_lent(layers, shared) + reserved_bytes(0), layout.n_bytes - n_bytes)
         layout.n_bytes = self.scratch.offset + n_bytes

@@ -14,7 +14,7 @@ from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated.clock import Event, Timetable, VirtualClock
 from engine.devices.emulated.slot_memory import Copy, SlotMemory, check_ticket
 from engine.devices.emulated.staging import StagingAreas
-from engine.devices.footprint import Footprint, measure
+from engine.devices.footprint import Footprint, lends_from, measure
 from engine.devices.graph import Graph, Limits, WeightAccess
 from engine.devices.placement import MemoryPlan, Wish, plan_memory
 from engine.devices.slots import Ticket
@@ -171,14 +171,14 @@ class EmulatedProgram:
     ) -> npt.NDArray[np.float32]:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
+        usable = self.usable_slots(len(positions)).tolist()
+        self._memory.lend(usable)
         cold = self._without_slot()
         if len(positions) >= self._stream_n_tokens and any(map(len, cold)):
-            self._memory.lend(self.plan.n_kept.tolist())
             self._program.begin(token_ids, positions, slots, output_rows)
             work, spent = self._stream(positions, slots, cold)
             logits = self._program.logits(len(output_rows))
             self._last_reader = self._timetable.end_step(spent.total_s)
-            self._memory.note_lent(self.plan.n_kept.tolist(), self._last_reader.at)
         else:
             logits = self._program.run(token_ids, positions, slots, output_rows)
             work = self._work(positions, slots)
@@ -188,6 +188,7 @@ class EmulatedProgram:
         self._time_spent += spent
         self._traffic += traffic_of(work)
         self._memory.note_readers(self._last_reader.at)
+        self._memory.note_lent(usable, self._last_reader.at)
         self._memory.settle()
         return logits
 
@@ -269,7 +270,7 @@ class EmulatedProgram:
 
     def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
         """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
-        return self.plan.n_kept if n_tokens >= self._stream_n_tokens else self.plan.n_slots
+        return self.plan.n_kept if n_tokens >= lends_from(self._stream_n_tokens) else self.plan.n_slots
 
     @property
     def n_experts(self) -> int:
