@@ -175,6 +175,23 @@ def test_lent_slots_come_back_when_no_step_needs_them_and_are_filled_at_once() -
     assert cache.table.ready.sum(1).tolist() == [4, 4, 2, 0]
 
 
+def test_a_first_fill_that_is_not_over_ends_when_slots_are_lent() -> None:
+    cache, device = make_cache([4] * N_LAYERS, 1, kept=[1] * N_LAYERS, bypass_n_tokens=4, max_in_flight=2)
+    rng = np.random.default_rng(1)
+    cache.make_room(4)
+    cache.observe(tokens(rng, 4))  # it fills the slots, and needs none of their memory
+    cache.make_room(1)
+    cache.observe(tokens(rng, 1))  # from now on a prompt fills no slots
+    for n_tokens, n_ready in ((LONG, 1), (1, 4)):
+        cache.make_room(n_tokens)
+        cache.observe(tokens(rng, n_tokens))
+        for _ in range(20):
+            device.finish(1.0)
+            cache.step(1.0)
+            check(cache, device)
+        assert (cache.table.ready.sum(1) == n_ready).all()
+
+
 @pytest.mark.parametrize("is_copying", [False, True])
 def test_an_expert_on_its_way_into_a_slot_that_is_lent_is_given_up(is_copying: bool) -> None:
     cache, device = make_cache([3, 0, 0, 0], 1, "static", kept=[2, 0, 0, 0], bypass_n_tokens=LONG)
