@@ -46,11 +46,13 @@ class Setup:
     max_in_flight: int = 16
     n_threads: int = 1
     swapper: type[Swapper] = Swapper
+    n_lent: tuple[int, ...] = (0,)  # of the slots of each layer, to steps that stream experts
 
 
 SETUPS = st.builds(
     Setup,
     n_slots=st.lists(st.integers(0, 64), min_size=1, max_size=8).map(tuple),
+    n_lent=st.lists(st.integers(0, 12), min_size=1, max_size=3).map(tuple),
     policy=st.sampled_from(POLICIES),
     seed=st.integers(0, 2**32 - 1),
     adversarial=st.booleans(),
@@ -79,8 +81,10 @@ class Model:
         )
         plan = plan_memory(self.footprint, MACHINE.vram_bytes, device.wish)
         n_slots = np.minimum(np.resize(np.array(setup.n_slots, np.intp), self.n_layers), self.n_experts)
+        n_kept = np.maximum(n_slots - np.resize(np.array(setup.n_lent, np.intp), self.n_layers), 0)
         lowered = Lowering(self.loaded.graph, self.weights, LIMITS, setup.n_threads, device.cpu.isa)
-        program = EmulatedProgram(device, lowered, self.footprint, replace(plan, n_slots=n_slots))
+        plan = replace(plan, n_slots=n_slots, n_kept=n_kept)
+        program = EmulatedProgram(device, lowered, self.footprint, plan, setup.bypass_n_tokens)
         cache = HotCache(
             program,
             SlotTable(n_slots, self.n_experts, program.expert_bytes),

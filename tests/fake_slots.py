@@ -20,14 +20,25 @@ class FakeSlots:
     Steps and copies finish in any order that the random generator likes; copies fail with probability `failing`.
     """
 
-    def __init__(self, n_layers: int, n_experts: int, seed: int, failing: float = 0.0) -> None:
+    def __init__(
+        self,
+        n_experts: int,
+        seed: int,
+        n_slots: list[int],
+        failing: float = 0.0,
+        n_kept: list[int] | None = None,
+        lends_from: int = 1 << 30,  # tokens of a step
+    ) -> None:
+        n_layers = len(n_slots)
+        self.n_slots, self.n_kept = np.array(n_slots), np.array(n_slots if n_kept is None else n_kept)
+        self.lends_from = lends_from
         self.rng = np.random.default_rng(seed)
         self.failing = failing
         self.where = np.full((n_layers, n_experts), -1)  # what was published
         self.contents: dict[tuple[int, int], int] = {}  # (layer, slot) -> expert whose bytes are whole
         self.steps: list[Work] = []  # started and not done, with the slots they read
         self.copies: list[Work] = []
-        self.n_copies = 0
+        self.n_copies = self.n_refused = 0
         self.n_calls = 0
 
     def copy_expert(self, layer: int, expert: int, slot: int) -> Work:
@@ -37,6 +48,7 @@ class FakeSlots:
         assert not any(copy.what[:2] == (layer, slot) for copy in self.copies), "two copies into one slot"
         self.contents.pop((layer, slot), None)
         if self.rng.random() < self.failing / 2:
+            self.n_refused += 1
             raise DeviceError("copy cannot be started")
         copy = Work((layer, slot, expert))
         self.copies.append(copy)
@@ -61,6 +73,9 @@ class FakeSlots:
             assert self.contents.get((layer, slot)) == expert, "an expert is published before its copy is done"
         self.where[layer, expert] = slot
 
+    def usable_slots(self, n_tokens: int) -> np.ndarray:
+        return self.n_kept if n_tokens >= self.lends_from else self.n_slots
+
     def wait_all(self) -> None:
         self.n_calls += 1
         self.finish(1.0)
@@ -74,6 +89,22 @@ class FakeSlots:
             assert slot < 0 or self.contents[layer, slot] == expert, "a step reads another expert's bytes"
         self.steps.append(Work(tuple(s for s in slots if s[1] >= 0)))
         return [slot >= 0 for _, slot in slots]
+
+    def start_long_step(self) -> None:
+        """Start a step that uses the memory of all slots but those that are kept."""
+        lent = [(layer, slot) for layer, n in enumerate(self.n_slots) for slot in range(self.n_kept[layer], n)]
+        assert not any((self.where[layer] == slot).any() for layer, slot in lent), "a published slot is lent"
+        assert not any(copy.what[:2] in lent for copy in self.copies), "a slot is lent while something is copied there"
+        for slot in lent:
+            self.contents.pop(slot, None)
+        kept = [(layer, int(slot)) for layer, row in enumerate(self.where) for slot in row if slot >= 0]
+        self.steps.append(Work((*lent, *kept)))
+
+    def end_steps(self) -> None:
+        """Let all steps end, and no copy."""
+        for step in self.steps:
+            step.done = True
+        self.steps.clear()
 
     def finish(self, share: float) -> None:
         """Let some of the work end, in random order."""

@@ -10,6 +10,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,6 +174,20 @@ def test_three_placements_at_equal_memory(tmp_path: Path, capsys: pytest.Capture
         assert placed["vram_bytes_s"] > 0
     rows = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
     assert float(rows[2]["hit_rate"]) == hot["placed"]["hit_rate"]
+
+
+def test_no_more_text_is_made_than_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    generate = Engine.generate
+
+    def watched(self: Engine, prompt: Any, params: Any = None, **others: Any) -> Any:
+        answer = generate(self, prompt, params, **others)
+        made.append(len(prompt) + len(answer.token_ids))
+        return answer
+
+    monkeypatch.setattr(Engine, "generate", watched)
+    assert main([*PLACED, "--vram-budget", "20MB", "-c", "512"]) == 0
+    assert made == [60, 60]
 
 
 def test_a_model_of_random_weights_gets_routing_with_favourites(capsys: pytest.CaptureFixture[str]) -> None:

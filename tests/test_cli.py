@@ -359,7 +359,7 @@ def test_info_places_experts_on_the_gpu_as_plan_does(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     facts = info(capsys, *gpu)
     assert facts["VRAM_planned_bytes"] <= facts["VRAM_free_bytes"] == 15_000_000
-    assert re.fullmatch(r"\d+( to \d+)? of 56", facts["expert_slots_of_a_layer"])
+    assert re.match(r"\d+( to \d+)? of 56", facts["expert_slots_of_a_layer"])
     assert 0 < facts["share_of_experts_in_VRAM"] < facts["share_of_reads_from_VRAM_expected"] < 1
     assert facts["read_bandwidth_GB_s"] == 60
     args = ["--ram", "1GB", "--vram", "15MB", "--ram-bandwidth", "60GB/s", "--pcie", "25GB/s"]

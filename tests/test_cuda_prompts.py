@@ -167,7 +167,7 @@ def test_steps_and_ring_shrink_with_the_memory(prompt_model: Model, single_token
     """Down to what was asked for, and two buffers of one expert."""
     with prompt_model.open(hot_k=0, **SETTINGS) as opened:
         largest = opened.program.device_bytes
-        assert opened.program._lowering.staging == Staging(32, 8)
+        assert opened.program._lowering.staging == Staging(32, 8, 10)
 
     def sizes_within(budget: int) -> tuple[int, int, int] | None:
         try:

@@ -160,6 +160,12 @@ def test_the_same_seed_gives_the_same_run_to_the_nanosecond(models) -> None:
     assert not np.array_equal(cache.table.ready, other.table.ready)
 
 
+def cut_in_steps(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """The positions where steps begin, and their tokens, as far as there are any."""
+    starts = [int(end - size) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+    return [(at, TOKENS[at : at + n]) for at, n in zip(starts, sizes, strict=True) if at < len(TOKENS)]
+
+
 def run_interrupted(models, setup: Setup, at_line: int, steps: Sequence[Sequence[int]]) -> None:
     """Run steps, one of which is interrupted and run again, which a model of attention layers can; compare them."""
     name = "qwen3moe/qwen3moe-micro-Q8_0.gguf"
@@ -187,12 +193,19 @@ def test_an_interrupt_at_any_line_changes_no_bit_afterwards(models, seed, at_lin
     run_interrupted(models, setup, at_line, [[token] for token in TOKENS[:24]])
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 2500), adversarial=st.booleans())
-def test_an_interrupt_while_experts_are_streamed_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
-    setup = Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=8)
-    long_steps = [TOKENS[start : start + 10] for start in (0, 10, 20)]
-    run_interrupted(models, setup, at_line, [*long_steps, *([token] for token in TOKENS[30:40])])
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    at_line=st.integers(1, 4000),
+    adversarial=st.booleans(),
+    n_lent=st.sampled_from([(0,), (2,), (5, 1)]),
+)
+def test_an_interrupt_while_experts_are_streamed_changes_no_bit_afterwards(
+    models, seed, at_line, adversarial, n_lent
+) -> None:
+    setup = Setup((4,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=8, n_lent=n_lent)
+    steps = [step for _, step in cut_in_steps([10, 1, 1, 9, 8, 1, 1, 1, 8, 1, 1])]
+    run_interrupted(models, setup, at_line, steps)
 
 
 # -- long steps ------------------------------------------------------------------------------------------------------
@@ -221,6 +234,46 @@ def test_a_long_step_streams_what_has_no_slot_and_leaves_the_slots_alone(models,
     assert cache.statistics.n_tokens == 0
     after = forward.run(0, TOKENS[16:17], 16, "all")  # with the experts where they were
     assert same_bits(after, models.reference(name)[16:17])
+    cache.close()
+    program.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    setup=SETUPS,
+    sizes=st.lists(st.sampled_from([1, 1, 1, 2, 8, 16]), min_size=1, max_size=12),
+    short_step=st.sampled_from([1, 64]),
+)
+def test_slots_that_are_lent_in_between_change_no_bit(models, name, setup, sizes, short_step) -> None:
+    """Long steps, streaming or not, and short ones in any order, on slots that the long ones poison."""
+    model, expected = models(name), models.reference(name)
+    forward, cache, program = model.open(replace(setup, bypass_n_tokens=8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.devices.footprint.SHORT_STEP", short_step)
+        for at, step in cut_in_steps(sizes):
+            assert same_bits(forward.run(0, step, at, "all"), expected[at : at + len(step)])
+            cache.table.check_integrity()
+    cache.close()
+    program.close()
+
+
+def test_a_long_step_borrows_slots_and_leaves_the_others_as_they_are(models) -> None:
+    model = models("tiny")
+    setup = Setup((6,), "lru", bypass_n_tokens=8, n_lent=(2, 0, 6))
+    forward, cache, program = model.open(setup)
+    cache.fill(np.random.default_rng(0).random((model.n_layers, model.n_experts), np.float32), wait=True)
+    before = program._memory.published()
+    assert [len(experts) for experts in before] == [6] * model.n_layers
+    forward.run(0, TOKENS[:8], 0, "none")
+    forward.run(0, TOKENS[8:16], 8, "none")
+    kept = program._memory.published()
+    assert [len(experts) for experts in kept] == program.plan.n_kept.tolist()
+    assert all(set(now) <= set(then) for now, then in zip(kept, before, strict=True))
+    for at in range(16, 20):
+        forward.run(0, TOKENS[at : at + 1], at, "none")
+    cache._swapper.drain()
+    assert (cache.table.ready.sum(1) == 6).all()
     cache.close()
     program.close()
 
@@ -312,6 +365,36 @@ class Forgetful(Swapper):
             del self._device.publish
 
 
+class Stubborn(Swapper):
+    """Lends no slot."""
+
+    def lend_all_but(self, n_usable) -> None:
+        pass
+
+
+class Careless(Swapper):
+    """Lends slots that an expert is being copied to."""
+
+    def lend_all_but(self, n_usable) -> None:
+        wait_all, self._device.wait_all = self._device.wait_all, lambda: None
+        try:
+            super().lend_all_but(n_usable)
+        finally:
+            self._device.wait_all = wait_all
+
+
+class Nostalgic(Swapper):
+    """Believes that slots come back with what was in them."""
+
+    def lend_all_but(self, n_usable) -> None:
+        table = self._table
+        before = {(la, e): table.slot_of(la, e) for la, e in np.argwhere(table.ready).tolist()}
+        super().lend_all_but(n_usable)
+        for (layer, expert), slot in before.items():
+            if not table.ready[layer, expert]:
+                self._device.publish(layer, expert, slot)
+
+
 class Hasty(Swapper):
     """Leaves copies behind when it is closed."""
 
@@ -331,6 +414,30 @@ class Hasty(Swapper):
 def test_a_planted_bug_is_found(models, swapper, message) -> None:
     with pytest.raises(HazardError, match=message):
         run(models, "tiny", Setup((5,), "lru", adversarial=True, bypass_n_tokens=64, max_in_flight=64, swapper=swapper))
+
+
+@pytest.mark.parametrize(
+    ("swapper", "message"),
+    [
+        (Stubborn, "is lent while expert .* is published in it"),
+        (Careless, "is lent while an expert is copied into it"),
+        (Nostalgic, "is lent while expert .* is published in it"),
+        (Ruthless, "while a step has results there"),
+    ],
+)
+def test_a_bug_planted_where_slots_are_lent_is_found(models, swapper, message) -> None:
+    late = swapper in {Ruthless, Careless}
+    setup = Setup(
+        (5,), "static", 5, adversarial=late, bypass_n_tokens=8, max_in_flight=64, swapper=swapper, n_lent=(5,)
+    )
+    forward, _, _ = models("tiny").open(setup)
+
+    def run_steps() -> None:
+        for at, step in cut_in_steps([1, 1, 1, 8] * 3):
+            forward.run(0, step, at, "none")
+
+    with pytest.raises(HazardError, match=message):
+        run_steps()
 
 
 def test_misuse_of_slots_is_found(models) -> None:
@@ -418,27 +525,35 @@ def test_a_step_that_streams_takes_as_long_as_the_slower_of_link_and_device() ->
 
 def test_memory_is_planned_before_it_is_used(models) -> None:
     model = models("tiny")
-    whole = plan_memory(model.footprint, 10**9, Wish())
+    footprint = measure(model.loaded.graph, LIMITS, 8)
+    whole = plan_memory(footprint, 10**9, Wish())
     assert (whole.n_slots == model.n_experts).all()
-    assert whole.staging_bytes == 0
-    fixed = plan_memory(model.footprint, 10**9, Wish(hot_k=0))
+    assert whole.streaming_bytes == 0
+    fixed = plan_memory(footprint, 10**9, Wish(hot_k=0))
     assert fixed.slot_bytes == 0
-    assert fixed.staging_bytes > 0
-    room = fixed.n_bytes + 10 * int(model.footprint.expert_bytes.sum())
-    some = plan_memory(model.footprint, room, Wish())
-    assert (some.n_slots == 10).all()
+    assert fixed.streaming_bytes > 0
+    room = fixed.n_bytes + 10 * int(footprint.expert_bytes.sum())
+    some = plan_memory(footprint, room, Wish())
+    assert (some.n_kept == 10).all()
+    size = int(footprint.expert_bytes[0])  # the same in all layers
+    assert (some.n_slots - some.n_kept).sum() == (fixed.streaming_bytes - fixed.scratch_bytes) // size > model.n_layers
     assert some.n_bytes <= room
-    assert "expert slots" in some.describe()
-    with pytest.raises(DeviceError, match=r"hot_k is 11, .* hold 10 experts"):
-        plan_memory(model.footprint, room, Wish(hot_k=11))
-    n_cpu = least_cpu_layers(model.footprint, room)
+    assert "of them lent to long prompts" in some.describe()
+    few = plan_memory(footprint, room, Wish(hot_k=7))
+    assert few.n_kept.tolist() == few.n_slots.tolist() == [7] * model.n_layers
+    assert "lent" not in few.describe()
+    never = plan_memory(measure(model.loaded.graph, LIMITS, 17), room, Wish())  # no step is that long
+    assert never.streaming_bytes == never.lent_bytes == 0 < never.slot_bytes
+    with pytest.raises(DeviceError, match=r"hot_k is 13, .* hold 12 experts"):
+        plan_memory(footprint, room, Wish(hot_k=13))
+    n_cpu = least_cpu_layers(footprint, room)
     assert 0 < n_cpu < model.n_layers
-    layers = plan_memory(model.footprint, room, Wish(n_cpu_moe=n_cpu))
+    layers = plan_memory(footprint, room, Wish(n_cpu_moe=n_cpu))
     assert layers.n_slots.tolist() == [0] * n_cpu + [model.n_experts] * (model.n_layers - n_cpu)
     with pytest.raises(DeviceError, match=f"n_cpu_moe = {n_cpu} fits"):
-        plan_memory(model.footprint, room, Wish(n_cpu_moe=n_cpu - 1))
+        plan_memory(footprint, room, Wish(n_cpu_moe=n_cpu - 1))
     with pytest.raises(DeviceError, match="without its experts needs"):
-        plan_memory(model.footprint, fixed.n_bytes - 1, Wish())
+        plan_memory(footprint, fixed.n_bytes - 1, Wish())
 
 
 def test_sequences_of_one_step_each_read_their_own_keys(models) -> None:
@@ -462,6 +577,47 @@ def test_a_device_that_is_too_small_says_so_before_it_allocates(models) -> None:
     device = EmulatedDevice(MACHINE, vram_budget=1000)
     with pytest.raises(DeviceError, match="may be used"):
         device.compile(model.loaded.graph, model.weights, LIMITS)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6),
+    room=st.integers(0, 20_000),
+    long_scratch=st.integers(0, 900),
+    staging=st.integers(0, 900),
+    gap=st.integers(0, 400),
+    most=st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_lent_slots_fit_beside_the_kept_ones_and_what_prompts_need_likewise(
+    models, sizes, room, long_scratch, staging, gap, most
+) -> None:
+    footprint = replace(
+        models("tiny").footprint,
+        expert_bytes=np.array(sizes),
+        n_experts=10,
+        dense_bytes=500,
+        state_bytes=70,
+        scratch_bytes=100,
+        long_scratch_bytes=long_scratch,
+    )
+    try:
+        plan = plan_memory(footprint, room, Wish(most), staging, gap)
+    except DeviceError:
+        return
+    lent = int(((plan.n_slots - plan.n_kept) * footprint.expert_bytes).sum())
+    kept = int((plan.n_kept * footprint.expert_bytes).sum())
+    assert plan.n_bytes <= room
+    assert (plan.n_kept <= plan.n_slots).all()
+    assert plan.n_slots.max() <= 10
+    if (plan.n_kept == 10).all():
+        assert 500 + 70 + max(100, long_scratch) + kept == plan.n_bytes
+        return
+    if not long_scratch:
+        assert plan.streaming_bytes == lent == 0
+        return
+    assert 500 + 70 + kept + long_scratch + staging <= plan.n_bytes  # in prompts
+    assert 500 + 70 + kept + 100 + lent + (gap if lent else 0) <= plan.n_bytes  # in decode
+    without = slots_that_fit(room - 570 - max(100, long_scratch + staging), footprint.expert_bytes, 10, most)
+    assert plan.slot_bytes >= (without * footprint.expert_bytes).sum() - max(sizes)  # lending never costs slots
 
 
 @given(

@@ -79,12 +79,12 @@ def test_the_text_is_the_same_with_every_setting(settings, expected) -> None:
 
 def test_one_line_says_what_the_cache_does_or_why_it_does_nothing(caplog) -> None:
     caplog.set_level(logging.INFO, logger="engine")
-    with Engine.open(config=config(hot_k=0)) as engine:
+    with Engine.open(config=config(hot_k=0, stream_n_tokens=1000)) as engine:
         least = engine.statistics.device_bytes
     lines = [
         (config(hot_k=8), "hot-expert cache: 8 of 56 experts in each of 8 layers (14%"),
         (config(hot_k=0), "hot-expert cache off: all experts on the CPU, as hot_k is 0; set"),
-        (config(vram_budget=f"{least}B"), "as no VRAM is left for a slot; raise vram_budget"),
+        (config(vram_budget=f"{least}B", stream_n_tokens=1000), "as no VRAM is left for a slot; raise vram_budget"),
         (config(n_cpu_moe=3), "experts of the first 3 of 8 MoE layers on the CPU"),
         (EngineConfig(engine=EngineSettings(device="cpu")), "hot-expert cache off: no GPU in use"),
     ]

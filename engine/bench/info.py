@@ -7,6 +7,8 @@ import json
 import math
 import sys
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +28,7 @@ from engine.gguf.synthetic import PREFIX
 from engine.machine import ram_bytes
 from engine.model_spec import AttentionSpec, LatentAttentionSpec
 from engine.models import Model, load_model
-from engine.runtime import limits_of, memory_wish, resolve, survey_machine
+from engine.runtime import limits_of, memory_wish, resolve, stream_n_tokens, survey_machine
 
 Facts = dict[str, str | int | float]
 
@@ -121,10 +123,13 @@ def machine_facts(model: Model, config: EngineConfig) -> tuple[Facts, list[Predi
     """
     config = resolve(config, model.spec)
     limits, weights = limits_of(config.engine), count_weights(model.graph)
-    footprint = measure(model.graph, limits)
+    footprint, threshold = measure(model.graph, limits), stream_n_tokens(config)
     name, machine = survey_machine(config)
-    if machine is not None and config.engine.device != "emulated":
-        footprint = measure_on_gpu(model.graph, limits, machine.vram_bytes, config.engine.max_prompt_tokens)
+    if machine is not None and config.engine.device == "emulated":
+        pays = footprint.streaming_pays_from(machine.bandwidths, machine.cpu_macs)
+        footprint = measure(model.graph, limits, threshold or pays)
+    elif machine is not None:
+        footprint = measure_on_gpu(model.graph, limits, machine, config.engine.max_prompt_tokens, threshold)
     if machine is None:
         return _facts_without_gpu(config, footprint, weights) | {"GPU": f"none is used: {name}"}, []
     try:
@@ -193,8 +198,13 @@ def _ram_facts(weight_bytes: int, state_bytes: int, scratch_bytes: int) -> Facts
 
 
 def _slots(plan: MemoryPlan) -> str:
-    low, high = int(plan.n_slots.min()), int(plan.n_slots.max())
-    return f"{low if low == high else f'{low} to {high}'} of {plan.n_experts}"
+    text = f"{_range(plan.n_slots)} of {plan.n_experts}"
+    return f"{text}, {_range(plan.n_kept)} while a long prompt runs" if plan.lent_bytes else text
+
+
+def _range(numbers: npt.NDArray[np.intp]) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def advice(here: Facts, load: str, *, is_synthetic: bool = False) -> list[str]:

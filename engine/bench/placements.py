@@ -118,7 +118,8 @@ def _text(config: EngineConfig, bars: Bars) -> Tokens:
         for rep in range(reps):
             bars.steps("making text", rep, reps)
             prompt = random_tokens(SHORT_TEXT * (rep + 1), engine.spec.n_vocab)[-SHORT_TEXT:]
-            params = SamplingParams(max_tokens=0, temperature=1.0, top_p=1.0, seed=rep, ignore_eos=True)
-            texts.append([*prompt, *engine.generate(prompt, params).token_ids][-longest:])
+            n = max(1, longest - SHORT_TEXT)
+            params = SamplingParams(max_tokens=n, temperature=1.0, top_p=1.0, seed=rep, ignore_eos=True)
+            texts.append([*prompt, *engine.generate(prompt, params).token_ids])
         bars.steps("making text", reps, reps)
     return lambda rep, n: texts[rep][:n]

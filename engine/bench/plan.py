@@ -129,7 +129,7 @@ def predict_wish(
     if (is_whole | (plan.n_slots == 0)).all():  # there is nothing to swap
         rates, loads = is_whole.astype(np.float64), np.zeros(len(is_whole))
     else:
-        nothing = replace(plan, n_slots=np.zeros_like(plan.n_slots))
+        nothing = replace(plan, n_slots=np.zeros_like(plan.n_slots), n_kept=np.zeros_like(plan.n_slots))
         token_s = _prediction(machine, footprint, nothing, position, wish, policy, *np.zeros((2, len(is_whole)))).step
         rates, loads = _replayed(machine, footprint, plan, trace, policy, token_s.total_s, progress)
     return _prediction(machine, footprint, plan, position, wish, policy, rates, loads)
@@ -235,29 +235,34 @@ def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, posi
         hit_macs=macs,
         miss_bytes=nothing,
         miss_macs=nothing,
-        streamed_bytes=(n_experts - plan.n_slots).astype(np.float64) * footprint.expert_bytes,
+        streamed_bytes=(n_experts - plan.n_kept).astype(np.float64) * footprint.expert_bytes,
     )
     return n_tokens / time_step(machine, work).total_s
 
 
-def measure_on_gpu(graph: Graph, limits: Limits, allowed_bytes: int, most: int = LONG_STEP) -> Footprint:
+def measure_on_gpu(
+    graph: Graph, limits: Limits, machine: Machine, most: int = LONG_STEP, stream_n_tokens: int | None = None
+) -> Footprint:
     """Return what a forward pass needs where a GPU runs as much of a prompt together as its memory allows.
 
     Args:
         graph: the forward pass.
         limits: asked for; its steps are those of a GPU that is too small for longer ones.
-        allowed_bytes: of VRAM.
+        machine: with the GPU.
         most: tokens of a step.
+        stream_n_tokens: of a step that streams the experts without a slot, at least; None for where that pays.
     """
     bare = measure(graph, limits)
-    left = allowed_bytes - bare.dense_bytes - bare.state_bytes - bare.scratch_bytes
+    pays = bare.streaming_pays_from(machine.bandwidths, machine.cpu_macs)
+    threshold = stream_n_tokens or min(pays, limits.max_tokens)
+    left = machine.vram_bytes - bare.dense_bytes - bare.state_bytes - bare.scratch_bytes
     n_tokens = min(most, limits.n_slots * limits.context_length)
-    while n_tokens > limits.max_tokens:
-        longer = measure(graph, replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens))
-        if longer.scratch_bytes - bare.scratch_bytes <= left * LONG_STEP_SHARE:
+    while n_tokens > limits.max_tokens >= threshold:
+        longer = measure(graph, replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens), threshold)
+        if longer.long_scratch_bytes - bare.scratch_bytes <= left * LONG_STEP_SHARE:
             return longer
         n_tokens //= 2
-    return bare
+    return measure(graph, limits, threshold)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -299,7 +304,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         model = load_model(model_file)
         n_weight_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
         limits = Limits(min(BATCH_TOKENS, args.context), 1, args.context, KVType[args.kv_type.upper()])
-        footprint = measure_on_gpu(model.graph, limits, machine.vram_bytes)
+        footprint = measure_on_gpu(model.graph, limits, machine)
         if not footprint.n_experts:
             raise ConfigError(
                 f"{model_file.name} has no experts, so there is nothing to place; `python -m engine info` says how a "

@@ -13,6 +13,13 @@ from engine.devices.graph import Graph, Limits, Weight
 from engine.devices.intervals import Interval, plan_offsets
 from engine.devices.timing import Bandwidths, streaming_pays_from
 
+SHORT_STEP = 64  # tokens of a step that takes no memory from expert slots
+
+
+def lends_from(stream_n_tokens: int) -> int:
+    """Return the tokens of a step from which on slots lend it memory, if those from `stream_n_tokens` on stream."""
+    return min(stream_n_tokens, SHORT_STEP + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -31,8 +38,10 @@ class Footprint:
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
         recurrent_bytes: states of one sequence.
         state_bytes: keys, values and states of all sequences.
-        scratch_bytes: intermediate results.
-        max_tokens: of a step, which those are of.
+        scratch_bytes: intermediate results of steps that take no memory from slots: of short ones, or if none streams
+            experts, of all.
+        long_scratch_bytes: those of steps of any length, if some stream experts; else 0.
+        max_tokens: of a step.
     """
 
     n_layers: int
@@ -47,6 +56,7 @@ class Footprint:
     recurrent_bytes: int
     state_bytes: int
     scratch_bytes: int
+    long_scratch_bytes: int
     max_tokens: int
 
     @property
@@ -71,8 +81,15 @@ class Footprint:
         return self.position_bytes * (position + 1) + self.window_bytes + 2 * self.recurrent_bytes
 
 
-def measure(graph: Graph, limits: Limits) -> Footprint:
-    """Return what a recorded forward pass needs with these limits."""
+def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) -> Footprint:
+    """Return what a recorded forward pass needs with these limits.
+
+    `stream_n_tokens`: steps of so many tokens or more stream the experts without a slot; None if none does.
+    """
+    streams = stream_n_tokens is not None and stream_n_tokens <= limits.max_tokens
+    others = (
+        limits.up_to(max(1, lends_from(stream_n_tokens) - 1)) if stream_n_tokens is not None and streams else limits
+    )
     experts = {op.routing.ids.buffer: op for op in graph.operations if isinstance(op, ops.Experts)}
     layers = [experts[routing.ids.buffer] for routing in graph.routings]
     stacks = [(op.gate, op.up, op.down) for op in layers]
@@ -92,7 +109,8 @@ def measure(graph: Graph, limits: Limits) -> Footprint:
         window_bytes=window,
         recurrent_bytes=recurrent,
         state_bytes=all_positions + recurrent * limits.n_slots,
-        scratch_bytes=_scratch_bytes(graph, limits),
+        scratch_bytes=_scratch_bytes(graph, others),
+        long_scratch_bytes=_scratch_bytes(graph, limits) if streams else 0,
         max_tokens=limits.max_tokens,
     )
 

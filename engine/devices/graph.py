@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -650,6 +650,11 @@ class Limits:
     def most(self, rows: Rows) -> int:
         """Return how many rows there are at most."""
         return self.max_outputs if rows == Rows.OUTPUTS and self.max_outputs else self.max_tokens
+
+    def up_to(self, n_tokens: int) -> Limits:
+        """Return the limits of those steps that have at most so many tokens."""
+        most = min(self.max_tokens, n_tokens)
+        return replace(self, max_tokens=most, max_outputs=min(self.max_outputs, most))
 
 
 class WeightAccess(Protocol):

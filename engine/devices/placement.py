@@ -1,4 +1,9 @@
-"""Plans the memory of a device before anything is allocated: what must be there first, expert slots from the rest."""
+"""Plans the memory of a device before anything is allocated: what must be there first, expert slots from the rest.
+
+Steps of many tokens need room for their intermediate results, and staging buffers for the experts without a slot, all
+others do not: their own results, of few tokens, and slots that are lent, the last ones of each layer, lie in the same
+memory.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +40,26 @@ class MemoryPlan:
     Attributes:
         dense_bytes: weights that every token reads.
         state_bytes: keys, values and recurrent states.
-        scratch_bytes: intermediate results.
-        staging_bytes: buffers that long prompts stream experts through.
+        scratch_bytes: intermediate results of short steps; of all if none streams experts.
+        streaming_bytes: those of long steps, and the buffers that experts pass through; 0 if none do.
         n_slots: expert slots of each MoE layer.
+        n_kept: those of them that are there in long steps, too; the others share the memory of these.
         expert_bytes: int64 [n_moe_layers], the size of each of them.
         n_experts: of each layer.
         allowed_bytes: what may be used.
+        gap_bytes: that may be lost between slots of different sizes, where they share memory.
     """
 
     dense_bytes: int
     state_bytes: int
     scratch_bytes: int
-    staging_bytes: int
+    streaming_bytes: int
     n_slots: npt.NDArray[np.intp]
+    n_kept: npt.NDArray[np.intp]
     expert_bytes: npt.NDArray[np.int64]
     n_experts: int
     allowed_bytes: int
+    gap_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -58,40 +67,51 @@ class MemoryPlan:
         return int((self.n_slots * self.expert_bytes).sum())
 
     @property
-    def fixed_bytes(self) -> int:
-        """Return the bytes of everything but the slots."""
-        return self.dense_bytes + self.state_bytes + self.scratch_bytes + self.staging_bytes
+    def lent_bytes(self) -> int:
+        """Return the bytes of the slots that are not there in long steps."""
+        return int(((self.n_slots - self.n_kept) * self.expert_bytes).sum())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return the bytes that long steps use in one way, and all others in another."""
+        lent = self.lent_bytes
+        return max(self.streaming_bytes, self.scratch_bytes + (lent + self.gap_bytes if lent else 0))
 
     @property
     def n_bytes(self) -> int:
         """Return the bytes of everything."""
-        return self.fixed_bytes + self.slot_bytes
+        return self.dense_bytes + self.state_bytes + self.slot_bytes - self.lent_bytes + self.shared_bytes
 
     def describe(self) -> str:
         """Return one line: who gets how much."""
+        lent = self.lent_bytes
         parts = {
             "dense weights": self.dense_bytes,
             "keys, values and states": self.state_bytes,
             "intermediate results": self.scratch_bytes,
-            "staging": self.staging_bytes,
+            "what else long prompts need": self.shared_bytes - self.scratch_bytes - lent,
             "expert slots": self.slot_bytes,
         }
-        shares = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items() if n)
-        return f"{self.n_bytes / 1e9:.3g} of {self.allowed_bytes / 1e9:.3g} GB of VRAM: {shares}"
+        shares = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items() if n > 0)
+        lending = f", {lent / 1e9:.3g} of them lent to long prompts" if lent else ""
+        return f"{self.n_bytes / 1e9:.3g} of {self.allowed_bytes / 1e9:.3g} GB of VRAM: {shares}{lending}"
 
 
-Planner: TypeAlias = Callable[[npt.NDArray[np.intp]], MemoryPlan]
+Planner: TypeAlias = Callable[..., MemoryPlan]
 
 
-def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_bytes: int | None = None) -> MemoryPlan:
+def plan_memory(
+    footprint: Footprint, allowed_bytes: int, wish: Wish, staging_bytes: int | None = None, gap_bytes: int = 0
+) -> MemoryPlan:
     """Plan the memory of a device that may use `allowed_bytes`.
 
     Args:
         footprint: of the model.
         allowed_bytes: of the device's memory.
         wish: for the experts.
-        staging_bytes: of the buffers that long prompts stream experts through, which are needed if some expert has no
-            slot; None for two buffers of some experts.
+        staging_bytes: of the buffers that long prompts stream experts through, which are needed if there are steps that
+            do so and some expert has no slot; None for two buffers of some experts.
+        gap_bytes: that the device may lose between slots of different sizes in memory that they share with others.
 
     Raises `DeviceError` if what is needed does not fit, saying what would.
     """
@@ -99,17 +119,21 @@ def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_by
     largest = int(sizes.max(initial=0))
     staging = 2 * min(STAGED_EXPERTS, n_experts) * largest if staging_bytes is None else staging_bytes
 
-    def plan(n_slots: npt.NDArray[np.intp]) -> MemoryPlan:
-        streams = bool((n_slots < n_experts).any())
+    def plan(n_slots: npt.NDArray[np.intp], n_kept: npt.NDArray[np.intp] | None = None) -> MemoryPlan:
+        kept = n_slots if n_kept is None else n_kept
+        streams = bool((kept < n_experts).any())
+        scratch, long_scratch = footprint.scratch_bytes, footprint.long_scratch_bytes
         return MemoryPlan(
             footprint.dense_bytes,
             footprint.state_bytes,
-            footprint.scratch_bytes,
-            staging if streams else 0,
+            scratch if streams else max(scratch, long_scratch),
+            long_scratch + staging if streams and long_scratch else 0,
             n_slots,
+            kept,
             sizes,
             n_experts,
             allowed_bytes,
+            gap_bytes,
         )
 
     everything = plan(np.full(n_layers, n_experts, np.intp))
@@ -125,13 +149,31 @@ def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_by
         return _whole_layers(plan, wish.n_cpu_moe, n_layers, n_experts, allowed_bytes)
     if everything.n_bytes <= allowed_bytes and (wish.hot_k is None or wish.hot_k >= n_experts):
         return everything
-    n_slots = slots_that_fit(allowed_bytes - nothing.n_bytes, sizes, n_experts, wish.hot_k)
-    if wish.hot_k is not None and n_slots.min(initial=n_experts) < min(wish.hot_k, n_experts):
+    made = _lending(plan, nothing, wish.hot_k)
+    if wish.hot_k is not None and made.n_slots.min(initial=n_experts) < min(wish.hot_k, n_experts):
         raise DeviceError(
-            f"moe.hot_k is {wish.hot_k}, and {_gigabytes(allowed_bytes)} of VRAM hold {int(n_slots.min())} experts of "
-            f'each of {n_layers} layers beside everything else; use a smaller hot_k or "auto", or raise vram_budget'
+            f"moe.hot_k is {wish.hot_k}, and {_gigabytes(allowed_bytes)} of VRAM hold {int(made.n_slots.min())} "
+            f"experts of each of {n_layers} layers beside everything else; use a smaller hot_k or "
+            '"auto", or raise vram_budget'
         )
-    return plan(n_slots)
+    return made
+
+
+def _lending(plan: Planner, nothing: MemoryPlan, most: int | None) -> MemoryPlan:
+    """Return the plan with as many slots as fit, some of them in the memory of long steps.
+
+    Args:
+        plan: makes one from slots and those of them that are kept.
+        nothing: the plan without slots.
+        most: slots of a layer.
+    """
+    left = nothing.allowed_bytes - nothing.dense_bytes - nothing.state_bytes
+    least, most_shared = nothing.scratch_bytes, nothing.shared_bytes
+    n_kept, n_slots = (
+        slots_that_fit(left - n_bytes, nothing.expert_bytes, nothing.n_experts, most)
+        for n_bytes in (most_shared, min(least + nothing.gap_bytes, most_shared))
+    )
+    return plan(n_slots, np.minimum(n_kept, n_slots))
 
 
 def _gigabytes(n_bytes: int) -> str:

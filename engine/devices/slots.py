@@ -36,6 +36,14 @@ class SlotDevice(Protocol):
         """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
         ...
 
+    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
+        """Return how many slots of each layer, the first ones, a step of so many tokens leaves alone.
+
+        The others are lent to it: whatever is in them is lost. No expert may be published there when the step begins,
+        nor be copied there before it is over.
+        """
+        ...
+
     def wait_all(self) -> None:
         """Wait for all steps and copies; those that failed do not raise."""
         ...

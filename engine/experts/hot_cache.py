@@ -60,7 +60,8 @@ class HotCache:
         n_counted: the tokens that made them.
 
     At each token boundary, `observe` is given the routing of the step that has just run, then `step` moves swaps on.
-    Neither changes what is computed, only where.
+    Before a step, `make_room` lends it the slots whose memory it needs. None of them changes what is computed, only
+    where.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class HotCache:
             self.recover()
         held = self.table.held
         outside = np.where(held, np.float32(0), heat)
-        layers, experts = np.nonzero(hottest(outside, self.table.n_slots - held.sum(1)) & (outside > 0))
+        layers, experts = np.nonzero(hottest(outside, self.table.n_usable - held.sum(1)) & (outside > 0))
         leads = heat[layers, experts].astype(np.float32)
         self._to_fill = Swaps(layers, experts, np.full(len(layers), -1), leads).widest_first()
         self._advance(self._take_to_fill())
@@ -190,17 +191,35 @@ class HotCache:
         if self._interrupted:
             self.recover()
         self._advance(NO_SWAPS)
-        self._budget.grant(token_s, whole=np.count_nonzero(self.table.held) < self.table.n_slots.sum())
+        self._budget.grant(token_s, whole=np.count_nonzero(self.table.held) < self.table.n_usable.sum())
         if len(self._to_fill):
             return self._advance(self._take_to_fill())
         if not self._used or not self._swapper.room:
             return 0
-        swaps = self.policy.plan(self.table.held, self.table.n_slots)
+        swaps = self.policy.plan(self.table.held, self.table.n_usable)
         # A victim that is itself still on its way cannot make room yet.
         swaps = swaps.pick((swaps.evicts < 0) | self.table.ready[swaps.layers, swaps.evicts])
         swaps = swaps.within(self.table.expert_bytes, self._budget.allowance).pick(slice(0, self._swapper.room))
         self._budget.spend(int(self.table.expert_bytes[swaps.layers].sum()))
         return self._advance(swaps)
+
+    def make_room(self, n_tokens: int) -> None:
+        """Get ready for a step of so many tokens, right before it: lend it the slots whose memory it needs.
+
+        They come back before the first step that does not need it, so that the parts of a prompt find them lent; then
+        they are free, and filled as free slots are.
+        """
+        if self._interrupted:
+            self.recover()
+        n_usable = self._device.usable_slots(n_tokens)
+        if np.array_equal(n_usable, self.table.n_usable):
+            return
+        try:
+            self._to_fill = NO_SWAPS  # it reckons with other slots
+            self._swapper.lend_all_but(n_usable)
+        except BaseException:
+            self._interrupted = True
+            raise
 
     def publish_arrivals(self) -> None:
         """Let the next step read what has arrived since `step`; the little that pays right before a step begins."""

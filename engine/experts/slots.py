@@ -6,6 +6,9 @@ The life of a slot:
       ^                  |                  |
       +------ release ---+------------------+
 
+Some slots of a layer, the last ones, can be LENT to steps that need their memory; whatever was in them is lost, and
+when they come back they are FREE.
+
 A slot is RETIRING from the moment no new step may read it until the steps that still do are done; only then is it
 overwritten (LOADING), and only when that copy is done is it read (READY). The record of a slot is replaced in one
 assignment, so that an interrupt between two lines finds every slot in one state or the next; `rebuild` then brings
@@ -30,17 +33,18 @@ class SlotState(enum.Enum):
     RETIRING = "retiring"
     LOADING = "loading"
     READY = "ready"
+    LENT = "lent"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The state of a slot, and the expert that is in it or on its way (-1 if free)."""
+    """The state of a slot, and the expert that is in it or on its way (-1 if free or lent)."""
 
     state: SlotState
     expert: int
 
 
-_FREE = Slot(SlotState.FREE, -1)
+_FREE, _LENT = Slot(SlotState.FREE, -1), Slot(SlotState.LENT, -1)
 
 
 class SlotTable:
@@ -48,6 +52,7 @@ class SlotTable:
 
     Attributes:
         n_slots: slots of each layer.
+        n_usable: those of them that are not lent, the first ones.
         held: bool [n_layers, n_experts]: experts that are in a slot or on their way to one.
         ready: bool of the same shape: experts that steps may read from a slot.
     """
@@ -56,7 +61,8 @@ class SlotTable:
         """Start with all slots free; expert_bytes: int64 [n_layers]."""
         assert ((n_slots >= 0) & (n_slots <= n_experts)).all()
         assert len(n_slots) == len(expert_bytes)
-        self.n_slots, self.expert_bytes = n_slots, expert_bytes
+        self.n_slots = self.n_usable = n_slots
+        self.expert_bytes = expert_bytes
         self._slots = [[_FREE] * int(n) for n in n_slots]
         self.held: Resident = np.zeros((len(n_slots), n_experts), bool)
         self.ready: Resident = np.zeros((len(n_slots), n_experts), bool)
@@ -115,24 +121,48 @@ class SlotTable:
         self._slot_of[layer, record.expert] = -1
         self._free[layer].append(slot)
 
+    def lent(self, layer: int, slot: int) -> bool:
+        """Return whether a slot is lent."""
+        return bool(slot >= self.n_usable[layer])
+
+    def settle_lent(self) -> None:
+        """Empty the slots that `n_usable` says are lent, and free those that are no longer."""
+        for layer, slots in enumerate(self._slots):
+            n_usable = int(self.n_usable[layer])
+            for slot in range(n_usable, len(slots)):
+                record, slots[slot] = slots[slot], _LENT
+                if record.expert >= 0:
+                    self.held[layer, record.expert] = self.ready[layer, record.expert] = False
+                    self._slot_of[layer, record.expert] = -1
+            for slot in range(n_usable):
+                if slots[slot] is _LENT:
+                    slots[slot] = _FREE
+            self._list_free(layer)
+
+    def _list_free(self, layer: int) -> None:
+        slots = self._slots[layer]
+        self._free[layer] = [slot for slot in range(len(slots) - 1, -1, -1) if slots[slot] is _FREE]
+
     def rebuild(self) -> None:
-        """Free every slot that is not ready, and derive all else from the records."""
+        """Free every slot that is neither ready nor lent, and derive all else from the records and `n_usable`."""
         self.held[:] = self.ready[:] = False
         self._slot_of[:] = -1
         for layer, slots in enumerate(self._slots):
             for slot, record in enumerate(slots):
-                if record.state is SlotState.READY:
+                if self.lent(layer, slot):
+                    slots[slot] = _LENT
+                elif record.state is SlotState.READY:
                     self.held[layer, record.expert] = self.ready[layer, record.expert] = True
                     self._slot_of[layer, record.expert] = slot
                 else:
                     slots[slot] = _FREE
-            self._free[layer] = [s for s in range(len(slots) - 1, -1, -1) if slots[s] is _FREE]
+            self._list_free(layer)
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if any two parts of the table disagree."""
         for layer, slots in enumerate(self._slots):
             assert len(slots) == self.n_slots[layer]
-            experts = [record.expert for record in slots if record.state is not SlotState.FREE]
+            experts = [record.expert for record in slots if record.expert >= 0]
             assert len(set(experts)) == len(experts), f"layer {layer}: an expert has two slots"
             assert sorted(experts) == np.flatnonzero(self.held[layer]).tolist(), f"layer {layer}: held differs"
             ready = [record.expert for record in slots if record.state is SlotState.READY]
@@ -140,6 +170,8 @@ class SlotTable:
             free = [slot for slot, record in enumerate(slots) if record.state is SlotState.FREE]
             assert sorted(self._free[layer]) == free, f"layer {layer}: free slots differ"
             for slot, record in enumerate(slots):
-                if record.state is not SlotState.FREE:
+                assert (record.state is SlotState.LENT) == self.lent(layer, slot), f"layer {layer}: slot {slot} is lent"
+                assert (record.expert >= 0) == (record.state not in (SlotState.FREE, SlotState.LENT))
+                if record.expert >= 0:
                     assert self._slot_of[layer, record.expert] == slot, f"layer {layer}: slot {slot} is not found"
             assert np.count_nonzero(self._slot_of[layer] >= 0) == len(experts), f"layer {layer}: stray slot"

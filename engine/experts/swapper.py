@@ -15,7 +15,7 @@ import numpy as np
 from engine.devices.slots import SlotDevice, Ticket
 from engine.errors import DeviceError
 from engine.experts.slots import SlotState, SlotTable
-from engine.experts.swaps import Swaps
+from engine.experts.swaps import Ids, Swaps
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,22 @@ class Swapper:
         if self._failures_in_a_row >= FAILURES_IN_A_ROW and not self.stopped:
             self.stopped = f"{FAILURES_IN_A_ROW} copies in a row failed: {error}"
             log.warning("the expert cache swaps no more; %s", self.stopped)
+
+    def lend_all_but(self, n_usable: Ids) -> None:
+        """Empty all slots of each layer but so many, for steps that need their memory, or take some of them back.
+
+        Copies into slots that are lent now are waited for, or not begun. After an interrupt `recover` goes on with it.
+        """
+        table, device = self._table, self._device
+        table.n_usable = n_usable
+        given_up = [swap for swap in self._swaps if table.lent(swap.layer, swap.slot)]
+        if any(swap.copying for swap in given_up):
+            device.wait_all()
+        self._swaps = [swap for swap in self._swaps if not table.lent(swap.layer, swap.slot)]
+        for layer, expert in np.argwhere(table.ready).tolist():
+            if table.lent(layer, table.slot_of(layer, expert)):
+                device.publish(layer, expert, -1)
+        table.settle_lent()
 
     def drain(self) -> None:
         """Wait until no swap is under way."""

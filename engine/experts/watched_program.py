@@ -76,8 +76,11 @@ class WatchedProgram:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
         if self._steering is not None:
             self._steering.begin_step(len(token_ids))
-        if self._cache is not None and self._thread is not None:
-            self._cache.publish_arrivals()  # what the thread publishes while this step runs comes too late for it
+        if self._cache is not None:
+            with self._settling:
+                self._cache.make_room(len(token_ids))
+            if self._thread is not None:
+                self._cache.publish_arrivals()  # what the thread publishes while this step runs comes too late for it
         resident = None if self._cache is None else self._cache.resident()
         looking = self._thread.submit(self.settle) if self._thread is not None and self._unseen is not None else None
         start = self.now()

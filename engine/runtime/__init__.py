@@ -6,7 +6,7 @@
 from engine.runtime.answering import Messages, Prompt
 from engine.runtime.engine import Engine
 from engine.runtime.files import check_files, read_chat_template
-from engine.runtime.placing import limits_of, memory_wish, open_device, resolve, survey_machine
+from engine.runtime.placing import limits_of, memory_wish, open_device, resolve, stream_n_tokens, survey_machine
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 
@@ -22,5 +22,6 @@ __all__ = [
     "open_device",
     "read_chat_template",
     "resolve",
+    "stream_n_tokens",
     "survey_machine",
 ]

@@ -115,7 +115,7 @@ def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADev
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         prompt_tokens=settings.max_prompt_tokens,
-        stream_n_tokens=_stream_n_tokens(config),
+        stream_n_tokens=stream_n_tokens(config),
         progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
     )
 
@@ -157,14 +157,15 @@ def _emulated_device(config: EngineConfig) -> EmulatedDevice:
         _emulated_machine(config),
         wish=memory_wish(config),
         vram_budget=settings.vram_budget_bytes,
-        stream_n_tokens=_stream_n_tokens(config),
+        stream_n_tokens=stream_n_tokens(config),
         n_threads=settings.n_threads,
         isa=settings.isa or None,
         behaviour=Behaviour(played.seed, played.adversarial),
     )
 
 
-def _stream_n_tokens(config: EngineConfig) -> int | None:
+def stream_n_tokens(config: EngineConfig) -> int | None:
+    """Return the tokens of a step from which on the settings want experts streamed; None for where that pays."""
     wanted = config.moe.stream_n_tokens
     return None if wanted == "auto" else wanted
 

@@ -14,19 +14,19 @@ from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.elementwise import fetch
-from engine.devices.cuda.expert_layers import Staging, Streamed
+from engine.devices.cuda.expert_layers import Staging, Streamed, gap_bytes
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.lowering import Lowering
+from engine.devices.cuda.lowering import Lowering, reserved_bytes
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
 from engine.devices.cuda.speeds import measure_speeds
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
-from engine.devices.footprint import measure
+from engine.devices.footprint import lends_from, measure
 from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
@@ -102,8 +102,7 @@ class CUDADevice:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
         speeds = self.bandwidths or self._measure_speeds()
-        lowering, stream_n_tokens = self._fit(graph, weights, limits, speeds)
-        return CUDAProgram(self, lowering, weights, speeds, stream_n_tokens)
+        return CUDAProgram(self, self._fit(graph, weights, limits, speeds), weights, speeds)
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
@@ -121,31 +120,40 @@ class CUDADevice:
         cpu_macs = self.n_threads * CPU_MACS[self.isa or _kernels.isa_levels()[-1]]
         return min(measure(graph, limits).streaming_pays_from(speeds, cpu_macs), limits.max_tokens)
 
-    def _fit(
-        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths
-    ) -> tuple[Lowering, int]:
-        """Plan the memory, with as many expert slots as asked for or as fit; return from when on steps stream, too."""
+    def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths) -> Lowering:
+        """Plan the memory, with as many expert slots as asked for or as fit."""
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
         bare = self._bare(graph, weights, limits)
         threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
         threshold = max(threshold, tiles.MIN_TOKENS)
-        left = allowed - bare.layout.n_bytes
-        limits = self._larger_steps(graph, weights, limits, int(left * _PROMPT_SHARE) + bare.scratch_bytes, threshold)
+        limits = self._larger_steps(bare, int((allowed - bare.layout.n_bytes) * _PROMPT_SHARE), threshold)
         bare = self._bare(graph, weights, limits)
+        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)
+        scratch_bytes = reserved_bytes(bare.scratch.n_bytes)
         footprint = replace(
             measure(graph, limits),
-            dense_bytes=bare.layout.n_bytes - bare.state[1] - bare.scratch_bytes,
+            dense_bytes=bare.layout.n_bytes - bare.state[1] - scratch_bytes,
             state_bytes=bare.state[1],
-            scratch_bytes=bare.scratch_bytes,
-            expert_bytes=np.array([sum(layer.slot_bytes) for layer in bare.expert_layers], np.int64),
+            scratch_bytes=scratch_bytes,
+            expert_bytes=np.array([layer.expert_bytes for layer in bare.expert_layers], np.int64),
         )
-        staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)
-        staging_bytes = 0 if staging is None else staging.n_buffers * _batch_bytes(bare, staging.at_once)
-        plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
-        streams = bool((plan.n_slots < bare.n_experts).any())
-        return Lowering(graph, weights, limits, plan.n_slots.tolist(), staging if streams else None), threshold
+        staging_bytes = 0
+        if staging is not None:
+            staging_bytes = reserved_bytes(staging.n_buffers * _batch_bytes(bare, staging.at_once))
+            shorter = bare.scratch_for(limits.up_to(lends_from(threshold) - 1))
+            footprint = replace(
+                footprint, scratch_bytes=reserved_bytes(shorter.n_bytes), long_scratch_bytes=scratch_bytes
+            )
+        gap = gap_bytes(bare.expert_layers) + reserved_bytes(0)
+        plan = plan_memory(footprint, allowed, self.wish, staging_bytes, gap)
+        streams = bool((plan.n_kept < bare.n_experts).any())
+        lowering = Lowering(
+            graph, weights, limits, plan.n_slots.tolist(), plan.n_kept.tolist(), staging if streams else None
+        )
+        assert lowering.layout.n_bytes <= allowed
+        return lowering
 
     @staticmethod
     def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
@@ -154,28 +162,29 @@ class CUDADevice:
         bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
         return bare
 
-    def _larger_steps(
-        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, scratch_bytes: int, threshold: int
-    ) -> Limits:
-        """Return limits with as many tokens in a step as asked for, or half as often as the scratch memory allows."""
+    def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
+        """Return limits with as many tokens in a step as asked for, or halved until `n_bytes` more scratch suffice."""
+        limits = bare.limits
         n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length)
-        if not self._bare(graph, weights, limits).can_stream or threshold > limits.max_tokens:
+        if not bare.can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
         max_outputs = max(limits.max_tokens, limits.n_slots)
         while n_tokens > limits.max_tokens:
             larger = replace(limits, max_tokens=n_tokens, max_outputs=min(max_outputs, n_tokens))
-            if self._bare(graph, weights, larger).scratch_bytes <= scratch_bytes:
+            if bare.scratch_for(larger).n_bytes <= n_bytes + bare.scratch.n_bytes:
                 return larger
             n_tokens //= 2
         return limits
 
-    def _staging(self, bare: Lowering, n_bytes: int, threshold: int) -> Staging | None:
+    @staticmethod
+    def _staging(bare: Lowering, n_bytes: int, threshold: int) -> Staging | None:
         """Return a ring of about so many bytes, two buffers of one expert at least; None if none can be used."""
         if not bare.can_stream or bare.limits.max_tokens < threshold:
             return None
         one = _batch_bytes(bare, 1)
         at_once = max(1, min(STAGED_EXPERTS, bare.n_experts, n_bytes // (2 * one)))
-        return Staging(max(2, min(_MOST_BUFFERS, n_bytes // _batch_bytes(bare, at_once))), at_once)
+        n_buffers = max(2, min(_MOST_BUFFERS, n_bytes // _batch_bytes(bare, at_once)))
+        return Staging(n_buffers, at_once, threshold)
 
 
 def _kernels_of(step: Launch | Streamed) -> tuple[Launch, ...]:
@@ -206,7 +215,6 @@ class CUDAProgram:
         lowering: Lowering,
         weights: WeightAccess,
         bandwidths: Bandwidths,
-        stream_n_tokens: int,
     ) -> None:
         self._context = context = device.context
         self._lowering = lowering
@@ -229,6 +237,8 @@ class CUDAProgram:
         self._n_single_tokens = 0
         self._n_tokens = 0
         self._rows_of_routing = 1
+        self._n_slots = np.array([layer.n_slots for layer in lowering.expert_layers], np.intp)
+        self._n_kept = np.array([layer.n_kept for layer in lowering.expert_layers], np.intp)
         n_layers = len(lowering.expert_layers)
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
@@ -250,7 +260,7 @@ class CUDAProgram:
                 self._copies = ExpertCopies(context, paths)
                 if lowering.staging is not None:
                     self._expert_stream = ExpertStream(context, paths)
-                    self._stream_n_tokens = stream_n_tokens
+                    self._stream_n_tokens = lowering.staging.from_n_tokens
                 most = min(limits.max_tokens, self._stream_n_tokens - 1)
                 n_threads = device.n_threads
                 if self._pinned.is_pinned:  # else the threads must fill buffers, too
@@ -277,7 +287,7 @@ class CUDAProgram:
     @property
     def scratch_bytes(self) -> int:
         """Return the bytes of all intermediate results."""
-        return self._lowering.scratch_bytes
+        return self._lowering.long_scratch.n_bytes
 
     def run(
         self,
@@ -292,6 +302,9 @@ class CUDAProgram:
         failed; after a failure of the CPU's share the program can be used on.
         """
         self._check(token_ids, positions, slots, output_rows)
+        usable = self.usable_slots(len(token_ids))
+        if usable is self._n_kept:
+            assert (self._places < usable[:, None]).all(), "the step needs the memory of an expert that is published"
         self._context.make_current()
         self._n_begun += 1
         try:
@@ -330,7 +343,7 @@ class CUDAProgram:
             if misses is not None:
                 misses.serve(number, self._stream.is_idle)
             if n_outputs and most > 1:
-                self._download_logits(logits)
+                self._download_logits(logits, most)
         except BaseException:
             if misses is not None:
                 misses.abandon()
@@ -434,7 +447,12 @@ class CUDAProgram:
     @property
     def n_slots(self) -> npt.NDArray[np.intp]:
         """Return the slots of each MoE layer."""
-        return np.array([layer.n_slots for layer in self._lowering.expert_layers], np.intp)
+        return self._n_slots
+
+    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
+        """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
+        staging = self._lowering.staging
+        return self._n_kept if staging is not None and n_tokens >= staging.lends_from else self._n_slots
 
     @property
     def n_experts(self) -> int:
@@ -444,7 +462,7 @@ class CUDAProgram:
     @property
     def expert_bytes(self) -> npt.NDArray[np.int64]:
         """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
-        return np.array([sum(layer.slot_bytes) for layer in self._lowering.expert_layers], np.int64)
+        return np.array([layer.expert_bytes for layer in self._lowering.expert_layers], np.int64)
 
     @property
     def bandwidths(self) -> Bandwidths:
@@ -482,8 +500,9 @@ class CUDAProgram:
 
     def publish(self, layer: int, expert: int, slot: int) -> None:
         """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
-        if not self._lowering.expert_layers[layer].is_resident:
-            self._places[layer, expert] = slot
+        experts = self._lowering.expert_layers[layer]
+        if not experts.is_resident:
+            self._places[layer, expert] = -1 if slot < 0 else experts.place(slot)
 
     def wait_all(self) -> None:
         """Wait for all copies; those that failed do not raise."""
@@ -512,8 +531,7 @@ class CUDAProgram:
                 array = self._weights.array(weight.name)
                 for expert in range(experts.n_experts):
                     source = experts.expert(array, i, expert)
-                    to = base + experts.slots[i] + expert * experts.slot_bytes[i]
-                    stream.upload(to, int(source.ctypes.data), source.nbytes)
+                    stream.upload(base + experts.slot_offset(i, expert), int(source.ctypes.data), source.nbytes)
         stream.synchronize()
         lowering.uploads.clear()
 
@@ -525,7 +543,8 @@ class CUDAProgram:
         size = staging.n_buffers * lowering.staging_buffer_bytes
         return (
             f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
-            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB)"
+            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "
+            f"in memory that holds {int((self._n_slots - self._n_kept).sum())} experts in between"
         )
 
     def _prepare_steps(self, exchange: Exchange | None, progress: Progress | None) -> None:
@@ -536,7 +555,9 @@ class CUDAProgram:
         lowering, base, max_tokens = self._lowering, self._memory.address, self._limits.max_tokens
         largest = min(self._stream_n_tokens - 1, max_tokens)  # of the steps that stream nothing
         recorded: dict[int, Sequence[Launch | Streamed]] = {}
-        for size in sorted({min(size, largest) for size in (*_SIZES, largest)}):
+        staging = lowering.staging
+        short = largest if staging is None else staging.lends_from - 1  # no larger step may take a short one's launches
+        for size in sorted({min(size, largest) for size in (*_SIZES, short, largest)}):
             recorded[size] = [*self._fetch_step(size, self._table), *lowering.launches(base, size, exchange)]
         if self._expert_stream is not None:
             table = self._expert_stream.table
@@ -584,8 +605,9 @@ class CUDAProgram:
                 self._stream.launch(launch)
         self._download_results(most)
 
-    def _download_logits(self, logits: npt.NDArray[np.float32]) -> None:
-        self._stream.download(int(logits.ctypes.data), self._memory.address + self._lowering.logits, logits.nbytes)
+    def _download_logits(self, logits: npt.NDArray[np.float32], most: int) -> None:
+        source = self._memory.address + self._lowering.logits(most)
+        self._stream.download(int(logits.ctypes.data), source, logits.nbytes)
 
     def _download_results(self, most: int) -> None:
         """Queue what every step of so many tokens at most gives: routing, and a single token's logits."""
@@ -594,7 +616,7 @@ class CUDAProgram:
         if n_ids:
             self._stream.download(self._ids.address, self._memory.address + lowering.routing_offset, 4 * n_ids)
         if most == 1:
-            self._download_logits(self._logits[:1])
+            self._download_logits(self._logits[:1], most)
 
     def _synchronize(self) -> None:
         """Wait for the step, and for the copies that it began; those may fail, too."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from engine.devices import graph as ops
 from engine.devices.cuda.launch import Launch
+from engine.devices.footprint import lends_from
 from engine.devices.graph import Vector, Weight
 
 
@@ -18,17 +19,25 @@ from engine.devices.graph import Vector, Weight
 class ExpertLayer:
     """The experts of one layer: their weights in the model file, and their slots on the device.
 
+    The three matrices of a slot lie one behind the other. Kernels know a slot by its place: how many times the size of
+    an expert it lies behind the first. Slots that are kept follow one another; those that are lent to long steps lie
+    in the memory that these use, so many places further on.
+
     Attributes:
         op: the operation.
         n_slots: how many there are.
-        slots: offset of the first slot, for each of the three.
-        slot_bytes: likewise.
+        n_kept: those of them, the first ones, that exist in steps that stream experts, too.
+        slot_bytes: what each of the three matrices takes.
+        offset: of the first slot.
+        first_lent: place of the first slot that is lent.
     """
 
     op: ops.Experts
     n_slots: int
-    slots: list[int] = field(default_factory=list)
+    n_kept: int
     slot_bytes: list[int] = field(default_factory=list)
+    offset: int = 0
+    first_lent: int = 0
 
     @property
     def weights(self) -> tuple[Weight, Weight, Weight]:
@@ -47,8 +56,25 @@ class ExpertLayer:
 
     @property
     def is_resident(self) -> bool:
-        """Return whether every expert has a slot; expert e is in slot e then."""
-        return self.n_slots == self.n_experts
+        """Return whether every expert always has a slot; expert e is in slot e then."""
+        return self.n_kept == self.n_experts
+
+    @property
+    def expert_bytes(self) -> int:
+        """Return the bytes of a slot."""
+        return sum(self.slot_bytes)
+
+    def place(self, slot: int) -> int:
+        """Return the number that kernels know a slot by."""
+        return slot if slot < self.n_kept else self.first_lent + slot - self.n_kept
+
+    def first_place(self, matrix: int) -> int:
+        """Return the offset of a matrix (0 gate, 1 up, 2 down) at place 0, which only exists if slots are kept."""
+        return self.offset + sum(self.slot_bytes[:matrix])
+
+    def slot_offset(self, matrix: int, slot: int) -> int:
+        """Return the offset of a matrix in a slot."""
+        return self.first_place(matrix) + self.place(slot) * self.expert_bytes
 
     def expert(self, array: npt.NDArray[np.uint8], matrix: int, expert: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of one expert's matrix (0 gate, 1 up, 2 down) in its tensor."""
@@ -68,12 +94,51 @@ class ExpertLayer:
         return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
+def place_kept(layers: Sequence[ExpertLayer], start: int) -> int:
+    """Give the kept slots of all layers their memory from an offset on; return where it ends.
+
+    Layers whose experts have the same size follow one another, the largest last: so that in the memory behind, places
+    of the same size fall on the same offsets, those of the largest on its beginning.
+    """
+    for layer in sorted(layers, key=lambda layer: layer.expert_bytes):
+        layer.offset = start
+        start += layer.n_kept * layer.expert_bytes
+    return start
+
+
+def place_lent(layers: Sequence[ExpertLayer], start: int) -> int:
+    """Give the lent slots of all layers places from an offset on, which is behind all kept ones; return the end."""
+    for layer in sorted(layers, key=lambda layer: -layer.expert_bytes):
+        layer.first_lent = -((layer.offset - start) // layer.expert_bytes)
+        if layer.n_slots > layer.n_kept:
+            start = layer.offset + (layer.first_lent + layer.n_slots - layer.n_kept) * layer.expert_bytes
+    return start
+
+
+def gap_bytes(layers: Sequence[ExpertLayer]) -> int:
+    """Return what `place_lent` may have to leave between slots of different sizes."""
+    sizes = {layer.expert_bytes for layer in layers}
+    return sum(sizes) - max(sizes, default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """The ring that experts without a slot pass through while a step of many tokens runs: buffers, experts in each."""
+    """The ring that experts without a slot pass through while a step of many tokens runs.
+
+    Attributes:
+        n_buffers: of the ring.
+        at_once: experts in each.
+        from_n_tokens: steps of so many tokens or more stream experts.
+    """
 
     n_buffers: int
     at_once: int
+    from_n_tokens: int
+
+    @property
+    def lends_from(self) -> int:
+        """Return from how many tokens on a step uses the memory of lent slots."""
+        return lends_from(self.from_n_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.cuda import attention, elementwise, fusion, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache
-from engine.devices.cuda.expert_layers import ExpertLayer, Staging, Streamed
+from engine.devices.cuda.expert_layers import ExpertLayer, Staging, Streamed, place_kept, place_lent
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, PADDING, Count, ExpertMatrix, Heads, Launch, Matrix, Rows
+from engine.devices.cuda.scratch import Need, Scratch
 from engine.devices.cuda.sequence_state import Owners
 from engine.devices.cuda.tiles import Groups, Sizes
 from engine.devices.graph import Graph, Limits, Routing, Tensor, Vector, Weight, WeightAccess
-from engine.devices.intervals import Interval, plan_offsets
 from engine.quants.formats import Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
 
@@ -42,15 +42,20 @@ class Layout:
     def reserve(self, n_bytes: int) -> int:
         """Return the offset of a new place, with some bytes of nothing behind it."""
         offset = self.n_bytes
-        self.n_bytes += -(-(n_bytes + PADDING) // _ALIGNMENT) * _ALIGNMENT
+        self.n_bytes += reserved_bytes(n_bytes)
         return offset
+
+
+def reserved_bytes(n_bytes: int) -> int:
+    """Return what a place of so many bytes takes in all."""
+    return -(-(n_bytes + PADDING) // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(slots=True)
 class Place:
-    """Where a tensor lies in scratch memory, once that is planned."""
+    """Where a tensor lies in what is kept of it in scratch memory."""
 
-    interval: Interval
+    need: Need
     offset: int
     stride: int  # values from one row to the next, or bytes for activation rows
 
@@ -101,8 +106,8 @@ class Pass:
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""
-        start = self.base + self.lowering.scratch + place.interval.offset
-        return Rows(start + place.offset, place.stride)
+        scratch = self.lowering.scratch_of(self.most)
+        return Rows(self.base + scratch.offset_of(place.need) + place.offset, place.stride)
 
     def at(self, offset: int | None) -> int:
         """Return the address of something that may not exist: 0 then."""
@@ -147,9 +152,19 @@ class Lowering:
         weights: WeightAccess,
         limits: Limits,
         n_slots: Sequence[int] | None = None,
+        n_kept: Sequence[int] | None = None,
         staging: Staging | None = None,
     ) -> None:
-        """Plan the memory, with so many expert slots in each MoE layer; None for none anywhere."""
+        """Plan the memory.
+
+        Args:
+            graph: the forward pass.
+            weights: of the model.
+            limits: of a step.
+            n_slots: expert slots of each MoE layer; None for none anywhere.
+            n_kept: how many of them exist in long steps, too; None for all.
+            staging: the ring for those steps, without which there are none.
+        """
         self.limits = limits
         self.staging = staging
         self.layout = Layout()
@@ -159,7 +174,7 @@ class Lowering:
         self.states: Owners = []
         self._weights = weights
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
-        self._intervals: dict[object, Interval] = {}
+        self._needs: dict[object, Need] = {}
         self._calls: list[Callable[[Pass], Iterable[Launch | Streamed]]] = []
         self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
         self._asks_early: dict[object, Callable[[Pass], bool]] = {}  # by the ids: whether the choice asked the CPU
@@ -167,7 +182,9 @@ class Lowering:
 
         layers = [op for op in graph.operations if isinstance(op, ops.Experts)]
         self._n_slots = [0] * len(layers) if n_slots is None else list(n_slots)
-        assert len(self._n_slots) == len(layers)
+        self._n_kept = self._n_slots if n_kept is None else list(n_kept)
+        assert len(self._n_slots) == len(self._n_kept) == len(layers)
+        assert staging is not None or self._n_kept == self._n_slots
         self.n_experts = max((op.routing.n_experts for op in layers), default=0)
         self.hidden_size = layers[0].x.width if layers else 0
         self.n_used = max((op.routing.ids.width for op in layers), default=0)
@@ -181,17 +198,23 @@ class Lowering:
         self.state = (state_start, self.layout.n_bytes - state_start)
         self._lower(graph.operations)
         assert graph.logits is not None
-        self._intervals[graph.logits.buffer].last = len(graph.operations)
-        at_once = staging.at_once if staging is not None else 0
-        self.staging_buffer_bytes = max((layer.batch_bytes(at_once) for layer in self.expert_layers), default=0)
-        self.staging_offset = self.layout.reserve(
-            self.staging_buffer_bytes * (staging.n_buffers if staging is not None else 0)
-        )
-        self.scratch_bytes = plan_offsets(list(self._intervals.values()))
-        self.scratch = self.layout.reserve(self.scratch_bytes)
-        self.logits = self.scratch + self._intervals[graph.logits.buffer].offset
+        self._logits = self._needs[graph.logits.buffer]
+        self._logits.last = len(graph.operations)
+        self._place_scratch_and_slots()
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
+
+    def scratch_of(self, most: int) -> Scratch:
+        """Return where the results of a step of at most so many tokens lie."""
+        return self.scratch if self.staging is None or most < self.staging.lends_from else self.long_scratch
+
+    def logits(self, most: int) -> int:
+        """Return where a step of at most so many tokens leaves its logits."""
+        return self.scratch_of(most).offset_of(self._logits)
+
+    def scratch_for(self, limits: Limits) -> Scratch:
+        """Return a plan of the intermediate results of steps within some limits, which lies nowhere yet."""
+        return Scratch(self._needs.values(), limits)
 
     def _lower(self, operations: Sequence[ops.Operation]) -> None:
         """Record every operation; some together with those around them."""
@@ -227,6 +250,28 @@ class Lowering:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
+    def _place_scratch_and_slots(self) -> None:
+        """Lay out what comes after weights and states.
+
+        Behind the kept slots lies memory that is used in two ways: by lent slots, and the intermediate results of short
+        steps; or by those of long steps, and their ring.
+        """
+        layout, layers, staging = self.layout, self.expert_layers, self.staging
+        layout.n_bytes = shared = place_kept(layers, layout.n_bytes)
+        self.staging_offset = self.staging_buffer_bytes = 0
+        if staging is None:
+            self.scratch = self.long_scratch = self.scratch_for(self.limits)
+            self.scratch.offset = layout.reserve(self.scratch.n_bytes)
+            return
+        self.long_scratch = self.scratch_for(self.limits)
+        self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
+        self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
+        self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
+        self.scratch = self.scratch_for(self.limits.up_to(staging.lends_from - 1))
+        n_bytes = reserved_bytes(self.scratch.n_bytes)
+        self.scratch.offset = max(place_lent(layers, shared) + reserved_bytes(0), layout.n_bytes - n_bytes)
+        layout.n_bytes = self.scratch.offset + n_bytes
+
     def _reserve_state(self, graph: Graph) -> None:
         limits = self.limits
         for cache in graph.kv_caches:
@@ -249,35 +294,44 @@ class Lowering:
             cache.values_in_keys,
         )
 
-    def _interval(self, key: object, n_bytes: int) -> Interval:
-        interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
-        interval.last = self._index
-        return interval
+    def _need(self, key: object, n_bytes: Callable[[Limits], int]) -> Need:
+        """Note that the operation at hand makes or uses a result."""
+        need = self._needs.setdefault(key, Need(n_bytes, self._index, self._index))
+        need.last = self._index
+        return need
 
     def _use(self, tensor: Tensor) -> Place:
         """Note that the operation at hand uses a tensor."""
-        width = tensor.buffer.width
-        n_bytes = self.limits.most(tensor.rows) * width * 4
-        return Place(self._interval(tensor.buffer, n_bytes), tensor.offset * 4, width)
+        rows, width = tensor.rows, tensor.buffer.width
+        need = self._need(tensor.buffer, lambda limits: limits.most(rows) * width * 4)
+        return Place(need, tensor.offset * 4, width)
 
-    def _temporary(self, n_bytes: int) -> Place:
-        """Reserve memory for the operation at hand only."""
-        return Place(self._interval(object(), n_bytes), 0, 0)
+    def _temporary(self, n_bytes: Callable[[int], int], stride: int = 0) -> Place:
+        """Reserve memory for the operation at hand only; n_bytes: for a number of tokens."""
+        return Place(self._need(object(), lambda limits: n_bytes(limits.max_tokens)), 0, stride)
+
+    def _temporaries(self, n_bytes: Callable[[int], Sequence[int]]) -> list[Place]:
+        """Reserve memory for several things that the operation at hand needs; n_bytes: of each."""
+
+        def one(i: int) -> Place:
+            return self._temporary(lambda n_tokens: n_bytes(n_tokens)[i])
+
+        return [one(i) for i in range(len(n_bytes(1)))]
 
     def _activations(self, x: Tensor, activation: Activation) -> Place:
         """Say where x lies in the form that a weight format takes, after recording the conversion if there is none."""
         if activation == Activation.F32:
             place = self._use(x)
-            return Place(place.interval, place.offset, place.stride * 4)
+            return Place(place.need, place.offset, place.stride * 4)
         row_bytes = kernels.activation_bytes(activation, x.width)
         key = (x.buffer, x.offset, x.width, activation)
-        is_new, finish = key not in self._intervals, self._finishes.get(key[:3])
-        converted = Place(self._interval(key, self.limits.most(x.rows) * row_bytes), 0, row_bytes)
+        is_new, finish, rows = key not in self._needs, self._finishes.get(key[:3]), x.rows
+        converted = Place(self._need(key, lambda limits: limits.most(rows) * row_bytes), 0, row_bytes)
         if is_new and finish is not None:
-            converted.interval.first = finish.index
+            converted.need.first = finish.index
             finish.forms[activation] = converted
         elif is_new:
-            source, width, rows = self._use(x), x.width, x.rows
+            source, width = self._use(x), x.width
             self._calls.append(
                 lambda p: [
                     kernels.quantize(
@@ -489,11 +543,11 @@ class Lowering:
         x, rows = self._use(op.x), op.x.rows
         assert (op.x.offset, op.x.width) == (0, op.x.buffer.width), "heads stand in rows of their own"
         if activation == Activation.F32:
-            converted, x_bytes = Place(x.interval, x.offset, x.stride * 4), weight.n_cols * 4
+            converted, x_bytes = Place(x.need, x.offset, x.stride * 4), weight.n_cols * 4
         else:
             x_bytes = kernels.activation_bytes(activation, weight.n_cols)
-            converted = self._temporary(self.limits.max_tokens * n * x_bytes)
-            converted.stride = n * x_bytes
+            stride = n * x_bytes
+            converted = self._temporary(lambda n_tokens: n_tokens * stride, stride)
 
         def launches(p: Pass) -> Iterable[Launch]:
             if activation != Activation.F32:
@@ -608,7 +662,7 @@ class Lowering:
         by = self._use(item.gate.gate) if item.gate and not item.split else q
         out = item.gate.out if item.gate else op.out
         to, finish = self._use(out), self._finish(out)
-        scratch = [self._temporary(n) for n in attention.scratch_bytes(cache, op.n_heads, self.limits.max_tokens)]
+        scratch = self._temporaries(lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens))
 
         def gate(p: Pass) -> GateOf | None:
             if item.gate is None:
@@ -821,7 +875,7 @@ class Lowering:
     def _exchange(self, routing: Routing, p: Pass) -> Exchange | None:
         """Return what a layer shares with the CPU, if that computes some of its experts."""
         layer = self._routing_index[routing.ids.buffer]
-        if p.exchange is None or self._n_slots[layer] == routing.n_experts:
+        if p.exchange is None or self._n_kept[layer] == routing.n_experts:
             return None
         return p.exchange._replace(layer=layer)
 
@@ -841,12 +895,11 @@ class Lowering:
 
     def _experts(self, op: ops.Experts, shared: SharedLaunches | None = None) -> None:
         number = len(self.expert_layers)
-        layer = ExpertLayer(op, self._n_slots[number])
+        layer = ExpertLayer(op, self._n_slots[number], self._n_kept[number])
         self.expert_layers.append(layer)
         for weight in layer.weights:
             n_bytes = weight.n_rows * weight.format.row_bytes(weight.n_cols)
             layer.slot_bytes.append(-(-n_bytes // _ALIGNMENT) * _ALIGNMENT)
-            layer.slots.append(self.layout.reserve(layer.slot_bytes[-1] * layer.n_slots))
         factors = [(self._vector(w.scale), self._vector(b)) for w, b in zip(layer.weights, layer.biases, strict=True)]
         grids = [self._grid(weight.format) for weight in layer.weights]
 
@@ -854,32 +907,32 @@ class Lowering:
         x_gate, x_up = (self._activations(op.x, weight.format.activation) for weight in layer.weights[:2])
         out = self._use(op.out)
         n_used, ffn_size, hidden_size = op.routing.ids.width, op.gate.n_rows, op.x.width
-        h = self._temporary(self.limits.max_tokens * (n_used + 1) * ffn_size * 4)
-        h.stride = ffn_size
+        h = self._temporary(lambda n_tokens: n_tokens * (n_used + 1) * ffn_size * 4, ffn_size)
         form = op.down.format.activation
         if form == Activation.F32:
-            h_in_form = Place(h.interval, 0, ffn_size * 4)
+            h_in_form = Place(h.need, 0, ffn_size * 4)
         else:
             row_bytes = kernels.activation_bytes(form, ffn_size)
-            h_in_form = self._temporary(self.limits.max_tokens * n_used * row_bytes)
-            h_in_form.stride = row_bytes
+            h_in_form = self._temporary(lambda n_tokens: n_tokens * n_used * row_bytes, row_bytes)
 
         sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, self.staging.at_once if self.staging else 1)
-        parts = [self._temporary(n) for n in tiles.groups_bytes(sizes, self.limits.max_tokens)]
+        parts = self._temporaries(lambda n_tokens: tiles.groups_bytes(sizes, n_tokens))
         formats = [weight.format for weight in layer.weights]
 
-        def matrices(p: Pass, addresses: Sequence[int]) -> list[ExpertMatrix]:
+        def matrices(p: Pass, addresses: Sequence[int], steps: Sequence[int]) -> list[ExpertMatrix]:
+            """Return those of experts that lie so many bytes from one another, from these addresses on."""
             return [
-                ExpertMatrix(address, slot_bytes, weight.format, p.at(scale), p.at(bias))
-                for address, slot_bytes, weight, (scale, bias) in zip(
-                    addresses, layer.slot_bytes, layer.weights, factors, strict=True
-                )
+                ExpertMatrix(address, step, weight.format, p.at(scale), p.at(bias))
+                for address, step, weight, (scale, bias) in zip(addresses, steps, layer.weights, factors, strict=True)
             ]
+
+        def in_slots(p: Pass) -> list[ExpertMatrix]:
+            return matrices(p, [p.base + layer.first_place(i) for i in range(3)], [layer.expert_bytes] * 3)
 
         def by_choice(p: Pass) -> Iterable[Launch]:
             """Each choice for itself: for few tokens."""
             ids, slots, count = self._ids(op.routing, p), self._slots(op.routing, p), p.count(op.x.rows)
-            gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
+            gate, up, down = in_slots(p)
             own, own_out = shared.matrices(p) if shared is not None else (None, NOTHING)
             yield kernels.expert_gate_up(
                 ids,
@@ -918,6 +971,7 @@ class Lowering:
             groups = Groups(*(p.rows(part).address for part in parts))
             all_tiles = tiles.n_tiles(sizes, p.most)
             streams = p.streams and not layer.is_resident
+            has_slots = bool(layer.n_kept if p.streams else layer.n_slots)
 
             def first_half(group: ctypes.c_int32, gate: ExpertMatrix, up: ExpertMatrix, most: int) -> Launch:
                 return tiles.expert_gate_up(
@@ -947,19 +1001,19 @@ class Lowering:
                     addresses = [0, 0, 0]
                     for i, start in zip(wanted, starts, strict=True):
                         addresses[i] = p.base + self.staging_offset + buffer * self.staging_buffer_bytes + start
-                    own = matrices(p, addresses)
+                    own = matrices(p, addresses, layer.slot_bytes)
                     most = min(all_tiles, sizes.at_once * -(-p.most // 64))
                     launches.append(half(group, *(own[i] for i in wanted), most))
                 return Streamed(number, wanted, group, tuple(launches))
 
             yield from tiles.group_choices(ids, slots, sizes, groups, count)
-            gate, up, down = matrices(p, [p.base + offset for offset in layer.slots])
-            if layer.n_slots:
+            gate, up, down = in_slots(p)
+            if has_slots:
                 yield first_half(ctypes.c_int32(0), gate, up, all_tiles)
             if streams:
                 yield streamed((0, 1), first_half)
             yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
-            if layer.n_slots:
+            if has_slots:
                 yield second_half(ctypes.c_int32(0), down, all_tiles)
             if streams:
                 yield streamed((2,), second_half)

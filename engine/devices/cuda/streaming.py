@@ -2,7 +2,8 @@
 
 Such a step needs nearly every expert of every layer, so nobody asks which: all that have no slot are copied, layer by
 layer, first gate and up, then down, some experts at a time. They go through a ring of staging buffers on a stream of
-their own, as far ahead of the computation as the ring is long; events keep the two apart. Slots stay as they are.
+their own, as far ahead of the computation as the ring is long; events keep the two apart. Slots stay as they are, but
+for those in whose memory the ring and the intermediate results of the step lie: no expert may be published there.
 """
 
 from __future__ import annotations
@@ -60,10 +61,9 @@ class ExpertStream:
         """Note who has a slot in the coming step, int32 [n_moe_layers, n_experts], -1 for nobody."""
         self._cold = []
         slots = slots.copy()  # the cache may go on while the step runs
-        for layer, (places, own_slots) in enumerate(zip(self.places, slots, strict=True)):
-            n_experts = self._lowering.expert_layers[layer].n_experts
+        for layer, places, own_slots in zip(self._lowering.expert_layers, self.places, slots, strict=True):
             places[:] = own_slots
-            cold = np.flatnonzero(own_slots[:n_experts] < 0)
+            cold = np.flatnonzero(own_slots[: layer.n_experts] < 0)
             places[cold] = -2 - np.arange(len(cold))
             self._cold.append(cold.tolist())
 

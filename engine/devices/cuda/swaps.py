@@ -42,7 +42,7 @@ class ExpertCopies:
     def __init__(self, context: Context, paths: ExpertPaths) -> None:
         """Make the ring."""
         self._paths = paths
-        largest = max((sum(layer.slot_bytes) for layer in paths.lowering.expert_layers), default=0)
+        largest = max((layer.expert_bytes for layer in paths.lowering.expert_layers), default=0)
         self._owned: list[Stream | PinnedMemory | Event] = []
         self._waiting: deque[Copy] = deque()
         self._under_way: deque[tuple[Copy, PinnedMemory | None, Event]] = deque()
@@ -115,7 +115,7 @@ class ExpertCopies:
             if buffer is not None:
                 _kernels.parallel_copy(address, buffer.address + at, source.nbytes, paths.n_threads)
                 address = buffer.address + at
-            to = paths.base + experts.slots[i] + copy.slot * experts.slot_bytes[i]
+            to = paths.base + experts.slot_offset(i, copy.slot)
             self._stream.upload(to, address, source.nbytes)
             at += experts.slot_bytes[i]
         event.record(self._stream)

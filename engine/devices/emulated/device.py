@@ -14,7 +14,7 @@ from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated.clock import Event, Timetable, VirtualClock
 from engine.devices.emulated.slot_memory import Copy, SlotMemory, check_ticket
 from engine.devices.emulated.staging import StagingAreas
-from engine.devices.footprint import Footprint, measure
+from engine.devices.footprint import Footprint, lends_from, measure
 from engine.devices.graph import Graph, Limits, WeightAccess
 from engine.devices.placement import MemoryPlan, Wish, plan_memory
 from engine.devices.slots import Ticket
@@ -93,11 +93,15 @@ class EmulatedDevice:
 
     def compile(self, graph: Graph, weights: WeightAccess, limits: Limits) -> EmulatedProgram:
         """Make a program; raise `DeviceError` if it needs more device memory than there is."""
-        footprint = measure(graph, limits)
+        machine = self.machine
+        threshold = self.stream_n_tokens or measure(graph, limits).streaming_pays_from(
+            machine.bandwidths, machine.cpu_macs
+        )
+        footprint = measure(graph, limits, threshold)
         plan = plan_memory(footprint, self.allowed_bytes, self.wish)
         _check_ram(footprint, plan)
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
-        return EmulatedProgram(self, lowered, footprint, plan)
+        return EmulatedProgram(self, lowered, footprint, plan, threshold)
 
     def close(self) -> None:
         """Do nothing: the memory is the programs'."""
@@ -113,7 +117,14 @@ class EmulatedProgram:
 
     state_layout = CPUProgram.state_layout
 
-    def __init__(self, device: EmulatedDevice, lowered: Lowering, footprint: Footprint, plan: MemoryPlan) -> None:
+    def __init__(
+        self,
+        device: EmulatedDevice,
+        lowered: Lowering,
+        footprint: Footprint,
+        plan: MemoryPlan,
+        stream_n_tokens: int,
+    ) -> None:
         self._device, self.plan, self.footprint = device, plan, footprint
         self._program = CPUProgram(device.cpu, lowered)
         self._clock = VirtualClock()
@@ -127,9 +138,7 @@ class EmulatedProgram:
         )
         self._tables = lowered.expert_tables
         self._memory = SlotMemory(self._tables, [int(n) for n in plan.n_slots], self._clock)
-        self._stream_n_tokens = device.stream_n_tokens or footprint.streaming_pays_from(
-            device.machine.bandwidths, device.machine.cpu_macs
-        )
+        self._stream_n_tokens = stream_n_tokens
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._copied_bytes = 0
@@ -162,6 +171,8 @@ class EmulatedProgram:
     ) -> npt.NDArray[np.float32]:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
+        usable = self.usable_slots(len(positions)).tolist()
+        self._memory.lend(usable)
         cold = self._without_slot()
         if len(positions) >= self._stream_n_tokens and any(map(len, cold)):
             self._program.begin(token_ids, positions, slots, output_rows)
@@ -177,6 +188,7 @@ class EmulatedProgram:
         self._time_spent += spent
         self._traffic += traffic_of(work)
         self._memory.note_readers(self._last_reader.at)
+        self._memory.note_lent(usable, self._last_reader.at)
         self._memory.settle()
         return logits
 
@@ -255,6 +267,10 @@ class EmulatedProgram:
     def n_slots(self) -> npt.NDArray[np.intp]:
         """Return the slots of each MoE layer."""
         return self.plan.n_slots
+
+    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
+        """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
+        return self.plan.n_kept if n_tokens >= lends_from(self._stream_n_tokens) else self.plan.n_slots
 
     @property
     def n_experts(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class _Slot:
     Attributes:
         expert: whose bytes are in it, -1 for none.
         is_published: steps may read it.
-        read_until: its last reader is done then.
+        read_until: its last reader, or the last step that it was lent to, is done then.
     """
 
     expert: int = -1
@@ -86,13 +87,12 @@ class SlotMemory:
             )
         if record.read_until > self._clock.now:
             raise HazardError(
-                f"layer {layer}: slot {slot} is overwritten while a step reads expert {record.expert} there"
+                f"layer {layer}: slot {slot} is overwritten while a step "
+                f"{f'reads expert {record.expert}' if record.expert >= 0 else 'has results'} there"
             )
         if (layer, slot) in self._under_way:
             raise HazardError(f"layer {layer}: two copies into slot {slot} at the same time")
-        record.expert = -1
-        for offset, size in zip(self._offsets[layer][slot], self._tables[layer].sizes, strict=True):
-            self._arena.bytes[offset : offset + size] = POISON
+        self._empty(layer, slot)
         copy = self._under_way[layer, slot] = Copy(layer, expert, slot, event)
         return copy
 
@@ -131,6 +131,24 @@ class SlotMemory:
         """Return the experts of each layer that steps read from slots."""
         return [[slot.expert for slot in slots if slot.is_published] for slots in self._slots]
 
+    def lend(self, n_kept: Sequence[int]) -> None:
+        """Poison all slots of each layer but so many: a step that begins now uses their memory."""
+        for layer, (slots, n) in enumerate(zip(self._slots, n_kept, strict=True)):
+            for slot, record in enumerate(slots[n:], n):
+                if record.is_published:
+                    raise HazardError(
+                        f"layer {layer}: slot {slot} is lent while expert {record.expert} is published in it"
+                    )
+                if (layer, slot) in self._under_way:
+                    raise HazardError(f"layer {layer}: slot {slot} is lent while an expert is copied into it")
+                self._empty(layer, slot)
+
+    def note_lent(self, n_kept: Sequence[int], until: float) -> None:
+        """Note that a step uses the memory of all slots of each layer but so many until then."""
+        for slots, n in zip(self._slots, n_kept, strict=True):
+            for record in slots[n:]:
+                record.read_until = until
+
     def note_readers(self, until: float) -> None:
         """Note that a step reads every published slot until then."""
         for slots in self._slots:
@@ -142,6 +160,11 @@ class SlotMemory:
         """Raise `HazardError` if something is left behind."""
         if self._under_way:
             raise HazardError(f"the device is closed while {len(self._under_way)} copies are under way")
+
+    def _empty(self, layer: int, slot: int) -> None:
+        self._record(layer, slot).expert = -1
+        for offset, size in zip(self._offsets[layer][slot], self._tables[layer].sizes, strict=True):
+            self._arena.bytes[offset : offset + size] = POISON
 
     def _record(self, layer: int, slot: int) -> _Slot:
         if not 0 <= layer < len(self._slots) or not 0 <= slot < len(self._slots[layer]):
