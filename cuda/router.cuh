@@ -1,11 +1,11 @@
 // Chooses experts: ids and weights [tokens, n_used], falling score, ties to the lower id.
 //
-// scoring: 0 softmax over all experts, 1 a sigmoid for each, 2 softmax over the chosen ones only. `bias` (or null) is
-// added to the scores for choosing only. With groups (n_groups > 1), only the experts of the best `n_groups_used` groups
-// can be chosen; a group is as good as its two best experts together. `normalize` divides the weights by their sum, or
-// by 2^-14 if that is smaller; then they are multiplied by `scale`.
+// SCORING: 0 softmax over all experts, 1 a sigmoid for each, 2 softmax over the chosen ones only. `bias` (or null) is
+// added to the scores for choosing only. With groups (N_GROUPS > 1), only the experts of the best `n_groups_used`
+// groups can be chosen; a group is as good as its two best experts together. `normalize` divides the weights by their
+// sum, or by 2^-14 if that is smaller; then they are multiplied by `scale`.
 //
-// Compiled for N_EXPERTS.
+// Compiled for N_EXPERTS, SCORING and N_GROUPS: what a model does not use costs nothing.
 #pragma once
 
 #include "common.cuh"
@@ -16,15 +16,15 @@ struct Routing {
     const float *bias;
     int *ids;
     float *weights;
-    int n_used, scoring, n_groups, n_groups_used, normalize;
+    int n_used, n_groups_used, normalize;
     float scale;
 
     // Four-byte words that `choose` needs.
-    __device__ __forceinline__ int scratch_words() const { return 2 * (N_EXPERTS + n_groups); }
+    __device__ __forceinline__ int scratch_words() const { return 2 * (N_EXPERTS + N_GROUPS); }
 };
 
-// Keys of which a warp takes the best away, one after another: lane l has those from l * PER_LANE on, and knows which of
-// them is best. 0 is nobody's.
+// Keys of which a warp takes the best away, one after another: lane l has those from l * PER_LANE on, and knows which
+// of them is best. 0 is nobody's.
 template <int PER_LANE> struct Ranking {
     unsigned keys[PER_LANE], best;
     int place; // of the best
@@ -68,14 +68,16 @@ DEVICE unsigned key_of(float value) {
 // Chooses for one token, by a warp.
 DEVICE void choose(const Routing &routing, int token, float *scratch) {
     constexpr int n_experts = N_EXPERTS, PER_LANE = (N_EXPERTS + WARP - 1) / WARP;
-    const int lane = threadIdx.x % WARP, n_used = routing.n_used, n_groups = routing.n_groups, scoring = routing.scoring;
+    const int lane = threadIdx.x % WARP, n_used = routing.n_used;
+    constexpr int n_groups = N_GROUPS, scoring = SCORING;
     float *scores = scratch, *choices = scores + n_experts, *groups = choices + n_experts;
     int *groups_taken = (int *)(groups + n_groups), *ids = routing.ids + token * n_used;
     float *weights = routing.weights + token * n_used;
     float x[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) // other blocks may have written them a moment ago
-        x[j] = j * WARP + lane < n_experts ? __ldcv(routing.logits + token * routing.logits_stride + j * WARP + lane) : NEVER;
+        x[j] = j * WARP + lane < n_experts ? __ldcv(routing.logits + token * routing.logits_stride + j * WARP + lane)
+                                           : NEVER;
 
     float largest = NEVER, sum = 0.0f;
 #pragma unroll

@@ -249,10 +249,10 @@ cdef extern from "kernels/sampling.h" nogil:
         double temperature, top_p, min_p
         double repetition_penalty, presence_penalty, frequency_penalty
         int top_k
-    int largest_logit(const float *logits, int n)
-    int sample_token(exponentials_fn exponentials, const float *logits, int n, const int32_t *recent, int n_recent,
+    int largest_logit(const ops_table *ops, const float *logits, int n)
+    int sample_token(const ops_table *ops, const float *logits, int n, const int32_t *recent, int n_recent,
                      const sampling_params *params, double uniform)
-    int best_log_probabilities(exponentials_fn exponentials, const float *logits, int n, int n_top, int32_t *ids,
+    int best_log_probabilities(const ops_table *ops, const float *logits, int n, int n_top, int32_t *ids,
                                float *values, double *log_sum)
 
 
@@ -475,7 +475,7 @@ def read_bandwidth(const uint8_t[::1] buffer, int n_threads, int repeats):
 
 def argmax(const float[::1] logits):
     need_at_least("the number of logits", logits.shape[0], 1)
-    return largest_logit(&logits[0], logits.shape[0])
+    return largest_logit(engine_kernels(NULL).ops, &logits[0], logits.shape[0])
 
 
 def sample(
@@ -502,10 +502,10 @@ def sample(
         temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_k
     )
     cdef const int32_t *ids = &recent[0] if recent.shape[0] else NULL
-    cdef exponentials_fn exponentials = engine_kernels(NULL).ops.exponentials
+    cdef const ops_table *ops = engine_kernels(NULL).ops
     cdef int token
     with nogil:
-        token = sample_token(exponentials, &logits[0], logits.shape[0], ids, recent.shape[0], &params, uniform)
+        token = sample_token(ops, &logits[0], logits.shape[0], ids, recent.shape[0], &params, uniform)
     if token < 0:
         raise MemoryError("no memory to sample a token")
     return token
@@ -517,9 +517,9 @@ def log_probabilities(const float[::1] logits, int n_top):
     ids, values = np.empty(max(n_top, 1), np.int32), np.empty(max(n_top, 1), np.float32)
     cdef int32_t[::1] id_view = ids
     cdef float[::1] value_view = values
-    cdef exponentials_fn exponentials = engine_kernels(NULL).ops.exponentials
+    cdef const ops_table *ops = engine_kernels(NULL).ops
     cdef double log_sum
-    if best_log_probabilities(exponentials, &logits[0], logits.shape[0], n_top, &id_view[0], &value_view[0], &log_sum):
+    if best_log_probabilities(ops, &logits[0], logits.shape[0], n_top, &id_view[0], &value_view[0], &log_sum):
         raise MemoryError("no memory to sort logits")
     return ids[:n_top], values[:n_top], log_sum
 

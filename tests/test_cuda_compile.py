@@ -18,7 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KERNELS = [
     ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1", "ROW_WARPS=4", "N_EXPERTS=0")),
     ("linear.cu", ("FORMAT=F16", "N_TOKENS=8", "ROW_WARPS=2", "N_EXPERTS=0")),
-    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "ROW_WARPS=1", "N_EXPERTS=256")),
+    ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "ROW_WARPS=1", "N_EXPERTS=256", "SCORING=0", "N_GROUPS=1")),
     ("linear_few.cu", ("FORMAT=Q4_K",)),
     ("linear_few.cu", ("FORMAT=Q5_1",)),
     ("linear_tiles.cu", ("FORMAT=Q4_K",)),
@@ -37,7 +37,7 @@ KERNELS = [
     ("elementwise.cu", ()),
     ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=384", "ROUNDS=1")),
     ("gate.cu", ("IS_SILU=1", "HEAD_SIZE=128", "FORMS=1")),
-    ("router.cu", ("N_EXPERTS=256",)),
+    ("router.cu", ("N_EXPERTS=256", "SCORING=1", "N_GROUPS=8")),
     ("attention_inputs.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0")),
     ("attention.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0", "GROUP=16", "GATE=1", "FORMS=1")),
     ("attention.cu", ("KV_TYPE=1", "KEY_DIM=576", "VALUE_DIM=512", "SHARED=1", "GROUP=128", "GATE=0", "FORMS=0")),

@@ -230,6 +230,11 @@ def test_two_sequences_in_one_step(small: Model) -> None:
         both = opened.program.run(np.concatenate([tokens[:half], tokens[half : half + 3]]), positions, slots, rows)
         assert (both[:half].view(np.uint32) == alone.view(np.uint32)).all()
         assert (both[half:].view(np.uint32) == other.view(np.uint32)).all()
+        more, at = tokens[:2], np.array([half, 3], np.int32)
+        pair = opened.program.run(more, at, np.array([1, 0], np.int32), np.array([0, 1], np.int32)).copy()
+        whole = np.append(tokens[:half], more[0]), np.append(tokens[half : half + 3], more[1])
+        ends = [opened.forward.run(0, part, 0).copy() for part in whole]
+        assert (pair.view(np.uint32) == np.concatenate(ends).view(np.uint32)).all()
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,6 +76,14 @@ def test_unused_tokens_and_ids_that_are_no_tokens_never_come(temperature):
     logits = flat_logits(_7=0.0, _261=50.0, _262=60.0)
     logits[TOKENIZER.n_vocab :] = 90.0
     assert make(params(temperature=temperature), 20, logits) == [7] * 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_unused_token_among_others_never_comes(temperature):
+    few = SimpleNamespace(n_vocab=12, unused_ids=frozenset({3, 10, 11}))
+    logits = flat_logits(_3=50.0, _7=0.0, _11=90.0)
+    sampler, sequence = Sampler(params(temperature=temperature), few), Sequence(TOKENIZER, params(), ())
+    assert {sampler.choose(logits, sequence) for _ in range(5)} == {7}
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_one_does_not():

@@ -53,7 +53,7 @@ def survivors(logits: np.ndarray, temperature: float, top_k: int, top_p: float, 
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
-    st.integers(1, 200),
+    st.one_of(st.integers(1, 200), st.integers(500, 1500)),  # less than a block of 256, and several
     st.lists(st.integers(-2, 210), max_size=30),
     st.sampled_from([0.2, 0.7, 1.0, 3.0]),
     st.sampled_from([0, 1, 3, 40, 1000]),
@@ -101,6 +101,19 @@ def test_draws_follow_the_probabilities():
 
 def test_a_tie_at_the_limit_of_top_k_goes_to_the_lower_id():
     assert {sample([1.0, 2.0, 1.0, 1.0], top_k=2, uniform=u / 16) for u in range(16)} == {1, 0}
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4, 5, 40])
+@pytest.mark.parametrize("n_peaks", [0, 2, 7])
+def test_the_best_are_found_wherever_they_lie(top_k, n_peaks):
+    """With fewer or more blocks of 256 than `top_k`, peaks in one block or in all, and next to no other weight."""
+    generator = np.random.default_rng(top_k)
+    logits = generator.standard_normal(4 * 256 + 77).astype(np.float32)
+    logits[generator.choice(300 if n_peaks == 7 else len(logits), n_peaks, replace=False)] += 60
+    best = np.lexsort((np.arange(len(logits)), -logits))[:top_k]
+    drawn = [sample(logits, top_k=top_k, temperature=1e3, uniform=(i + 0.5) / 400) for i in range(400)]
+    assert list(dict.fromkeys(drawn)) == best.tolist()
+    assert k.log_probabilities(logits, top_k)[0].tolist() == best.tolist()
 
 
 def test_logits_that_are_no_numbers():

@@ -26,8 +26,12 @@ class Sampler:
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.seed = secrets.randbits(63) if params.seed < 0 else params.seed
         self._params = params
-        self._n_vocab = tokenizer.n_vocab
-        self._unused = np.array(sorted(tokenizer.unused_ids), np.intp)
+        unused = tokenizer.unused_ids
+        n_vocab = tokenizer.n_vocab
+        while n_vocab > 1 and n_vocab - 1 in unused:
+            n_vocab -= 1  # most of them are at the end
+        self._n_vocab = n_vocab
+        self._unused = np.array(sorted(i for i in unused if i < n_vocab), np.intp)
         self._most = self._allowed = np.zeros(0, np.float32)
         self._has_penalties = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -41,11 +45,12 @@ class Sampler:
             logits: float32 [n_vocab or more], not changed; a model may have logits for ids that are no tokens.
             sequence: the tokens so far.
         """
-        params, logits = self._params, self._without_unused(logits)
+        params, logits = self._params, logits[: self._n_vocab]
         if params.temperature == 0 and not self._has_penalties:
-            return _kernels.argmax(logits)
+            best = _kernels.argmax(logits)
+            return best if best not in self._unused else _kernels.argmax(self._without_unused(logits))
         return _kernels.sample(
-            logits,
+            self._without_unused(logits),
             sequence.recent(params.penalty_window) if self._has_penalties else self._no_tokens,
             params.temperature,
             params.top_k,
@@ -58,7 +63,6 @@ class Sampler:
         )
 
     def _without_unused(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        logits = logits[: self._n_vocab]
         if not len(self._unused):
             return logits
         if len(self._allowed) != len(logits):

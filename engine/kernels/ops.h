@@ -257,6 +257,7 @@ typedef struct ops_table {
         select_outputs, combine, causal_conv, delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
     exponentials_fn exponentials;
+    float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads all but the last 16 KB; for measuring
 } ops_table;
 

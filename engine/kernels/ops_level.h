@@ -34,6 +34,19 @@ static void exponentials_of(const float *x, int n, float shift, float scale, flo
         v16_store_first(out + i, v16_exp(v16_mul(v16_sub(v16_load_first(x + i, n - i), shifts), scales)), n - i);
 }
 
+static float largest_of(const float *x, int n) {
+    enum { CHAINS = 4 };
+    v16 chains[CHAINS] = {v16_set(-INFINITY), v16_set(-INFINITY), v16_set(-INFINITY), v16_set(-INFINITY)};
+    int i = 0;
+    for (; i + 16 * CHAINS <= n; i += 16 * CHAINS)
+        for (int j = 0; j < CHAINS; j++)
+            chains[j] = v16_max(v16_load(x + i + 16 * j), chains[j]);
+    float largest = v16_largest(v16_max(v16_max(chains[0], chains[1]), v16_max(chains[2], chains[3])));
+    for (; i < n; i++)
+        largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 static const ops_table level_ops = {
     .embed = op_embed,
     .rms_norm = op_rms_norm,
@@ -58,5 +71,6 @@ static const ops_table level_ops = {
     .experts_quantize = {experts_quantize_begin, experts_quantize_run},
     .experts_down = {experts_down_begin, experts_down_run},
     .exponentials = exponentials_of,
+    .largest = largest_of,
     .read_all = read_all,
 };

@@ -20,6 +20,21 @@ typedef struct {
     bool is_all; // of the ids that can be drawn
 } candidates;
 
+enum { LANES = 16, BLOCK = 256 }; // of logits: most blocks have no candidate, and are read once
+
+// How a logit becomes a weight.
+typedef struct {
+    exponentials_fn exponentials;
+    float largest, scale;
+} weighing;
+
+// The same bits for one logit as for many.
+static double weight_of(const weighing *w, float logit) {
+    float weight;
+    w->exponentials(&logit, 1, w->largest, w->scale, &weight);
+    return (double)weight;
+}
+
 // -- candidates ------------------------------------------------------------------------------------------------------
 
 static bool comes_before(candidate a, candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
@@ -36,24 +51,11 @@ static void sift_down(candidate *heap, int n, int parent) {
     heap[parent] = moved;
 }
 
-// Collects the ids whose logits are at most `depth` below the largest, never one that is -infinity or NaN.
-static void collect(candidates *c, const float *logits, int n, float largest, float depth) {
-    const float lowest = largest - depth >= -FLT_MAX ? largest - depth : -FLT_MAX;
-    c->n = c->n_popped = 0;
-    for (int first = 0; first < n; first += 64) { // groups, so that those without any candidate pass quickly
-        const int end = first + 64 < n ? first + 64 : n;
-        int n_found = 0;
-        for (int i = first; i < end; i++)
-            n_found += logits[i] >= lowest;
-        for (int i = first; n_found; i++)
-            if (logits[i] >= lowest) {
-                c->heap[c->n++] = (candidate){logits[i], i};
-                n_found--;
-            }
-    }
-    c->is_all = lowest == -FLT_MAX;
-    for (int parent = c->n / 2 - 1; parent >= 0; parent--)
-        sift_down(c->heap, c->n, parent);
+static void heapify(candidates *c, int n) {
+    c->n = n;
+    c->n_popped = 0;
+    for (int parent = n / 2 - 1; parent >= 0; parent--)
+        sift_down(c->heap, n, parent);
 }
 
 // The candidate of a rank; the ranks before it have been asked for. NULL if none is left.
@@ -70,30 +72,42 @@ static const candidate *ranked(candidates *c, int rank) {
     return &c->heap[last];
 }
 
-// -- all logits ------------------------------------------------------------------------------------------------------
-
-enum { LANES = 16, MAX_BLOCK = 1024 };
-
-static float largest_of(const float *x, int n) {
-    float lanes[LANES];
-    for (int j = 0; j < LANES; j++)
-        lanes[j] = -INFINITY;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++)
-            lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-    for (; i < n; i++)
-        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-    for (int j = 1; j < LANES; j++)
-        lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
-    return lanes[0];
+// Collects the ids whose logits are `lowest` or more, never one that is -infinity or NaN.
+static void collect(candidates *c, const float *logits, int n, const float *maxima, float lowest) {
+    lowest = lowest >= -FLT_MAX ? lowest : -FLT_MAX;
+    int n_found = 0;
+    for (int first = 0; first < n; first += BLOCK) {
+        const int end = maxima[first / BLOCK] < lowest ? first : first + BLOCK < n ? first + BLOCK : n;
+        for (int i = first; i < end; i++)
+            if (logits[i] >= lowest)
+                c->heap[n_found++] = (candidate){logits[i], i};
+    }
+    c->is_all = lowest == -FLT_MAX;
+    heapify(c, n_found);
 }
 
-int largest_logit(const float *logits, int n) {
+// Collects k ids or a few more: as many blocks have one each that reaches the k-th largest of their maxima.
+static void collect_best(candidates *c, const float *logits, int n, const float *maxima, int k) {
+    const int n_blocks = (n + BLOCK - 1) / BLOCK;
+    for (int i = 0; i < n_blocks; i++)
+        c->heap[i] = (candidate){maxima[i], i};
+    heapify(c, n_blocks);
+    float lowest = -INFINITY; // too few blocks: all ids
+    for (int rank = 0; rank < k && k <= n_blocks; rank++)
+        lowest = ranked(c, rank)->logit;
+    collect(c, logits, n, maxima, lowest);
+}
+
+// -- all logits ------------------------------------------------------------------------------------------------------
+
+// Returns the id of the largest logit, the lower one of two. maxima: gets those of all blocks, or null.
+static int find_largest(const ops_table *ops, const float *logits, int n, float *maxima) {
     int best = 0;
     float largest = -INFINITY;
-    for (int first = 0; first < n; first += MAX_BLOCK) {
-        const float found = largest_of(logits + first, first + MAX_BLOCK < n ? MAX_BLOCK : n - first);
+    for (int first = 0; first < n; first += BLOCK) {
+        const float found = ops->largest(logits + first, first + BLOCK < n ? BLOCK : n - first);
+        if (maxima)
+            maxima[first / BLOCK] = found;
         if (found > largest) {
             largest = found;
             best = first;
@@ -104,14 +118,23 @@ int largest_logit(const float *logits, int n) {
     return best;
 }
 
-static double sum_of(const float *x, int n) {
+int largest_logit(const ops_table *ops, const float *logits, int n) { return find_largest(ops, logits, n, NULL); }
+
+static float *maxima_for(int n) { return malloc((size_t)(n / BLOCK + 1) * sizeof(float)); }
+
+static double sum_of_weights(const weighing *w, const float *logits, int n) {
+    float weights[BLOCK];
     double lanes[LANES] = {0.0};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++)
-            lanes[j] += (double)x[i + j];
-    for (; i < n; i++)
-        lanes[0] += (double)x[i];
+    for (int first = 0; first < n; first += BLOCK) {
+        const int n_block = first + BLOCK < n ? BLOCK : n - first;
+        w->exponentials(logits + first, n_block, w->largest, w->scale, weights);
+        int i = 0;
+        for (; i + LANES <= n_block; i += LANES)
+            for (int j = 0; j < LANES; j++)
+                lanes[j] += (double)weights[i + j];
+        for (; i < n_block; i++)
+            lanes[0] += (double)weights[i];
+    }
     for (int half = LANES / 2; half; half /= 2)
         for (int j = 0; j < half; j++)
             lanes[j] += lanes[j + half];
@@ -142,15 +165,16 @@ static void penalize(float *logits, int n, int32_t *recent, int n_recent, const 
 
 enum { NOT_ENOUGH = -2 };
 
-// Draws one of the candidates; `all` is the sum of all n weights. NOT_ENOUGH if that takes more than were collected.
-static int draw(candidates *c, int n, const float *weights, double all, const sampling_params *params, double uniform) {
+// Draws one of the candidates; `all` is the sum of all n weights, if no top-k is asked for. NOT_ENOUGH if that takes
+// more than were collected.
+static int draw(candidates *c, const weighing *w, int n, double all, const sampling_params *params, double uniform) {
     const int n_top = params->top_k > 0 && params->top_k < n ? params->top_k : n;
     double total = all;
     const candidate *at;
     if (n_top < n) {
         total = 0.0;
         for (int rank = 0; rank < n_top && (at = ranked(c, rank)); rank++)
-            total += (double)weights[at->id];
+            total += weight_of(w, at->logit);
         if (c->n < n_top && !c->is_all)
             return NOT_ENOUGH;
     }
@@ -159,7 +183,7 @@ static int draw(candidates *c, int n, const float *weights, double all, const sa
         const double wanted = params->top_p < 1.0 ? params->top_p * total : INFINITY;
         double sum = 0.0;
         for (n_kept = 0; n_kept < n_top && (at = ranked(c, n_kept)); n_kept++) {
-            const double weight = (double)weights[at->id];
+            const double weight = weight_of(w, at->logit);
             if (n_kept > 0 && (sum >= wanted || weight < params->min_p))
                 break;
             sum += weight;
@@ -172,41 +196,45 @@ static int draw(candidates *c, int n, const float *weights, double all, const sa
     int id = 0;
     for (int rank = 0; rank < n_kept && (at = ranked(c, rank)); rank++) {
         id = at->id;
-        sum += (double)weights[id];
+        sum += weight_of(w, at->logit);
         if (sum > uniform * total)
             return id;
     }
     return n_kept <= c->n || c->is_all ? id : NOT_ENOUGH; // the last one: uniform was next to 1
 }
 
-static int draw_token(exponentials_fn exponentials, const float *logits, int n, const sampling_params *params,
-                      double uniform) {
-    const int best = largest_logit(logits, n);
-    if (params->temperature <= 0.0 || !isfinite(logits[best])) // nothing to weigh
-        return best;
-    float *weights = malloc((size_t)n * sizeof *weights);
+static int draw_token(const ops_table *ops, const float *logits, int n, const sampling_params *params, double uniform) {
+    if (params->temperature <= 0.0)
+        return largest_logit(ops, logits, n);
+    float *maxima = maxima_for(n);
     candidates c = {.heap = malloc((size_t)n * sizeof *c.heap)};
     int id = -1;
-    if (weights && c.heap) {
+    if (maxima && c.heap) {
+        const int best = id = find_largest(ops, logits, n, maxima);
         const double inverse = 1.0 / params->temperature;
-        exponentials(logits, n, logits[best], inverse < (double)FLT_MAX ? (float)inverse : FLT_MAX, weights);
-        const double all = sum_of(weights, n);
+        const weighing w = {ops->exponentials, logits[best], inverse < (double)FLT_MAX ? (float)inverse : FLT_MAX};
+        const bool needs_all = params->top_k == 0 || params->top_k >= n, can_weigh = isfinite(w.largest);
+        const double all = needs_all && can_weigh ? sum_of_weights(&w, logits, n) : 0.0;
         float depth = (float)(8.0 * params->temperature);
-        do {
-            collect(&c, logits, n, logits[best], depth);
-            id = draw(&c, n, weights, all, params, uniform);
-            depth *= 4.0f;
-        } while (id == NOT_ENOUGH);
+        if (can_weigh)
+            do {
+                if (params->top_k > 0 && params->top_k <= n / BLOCK)
+                    collect_best(&c, logits, n, maxima, params->top_k);
+                else
+                    collect(&c, logits, n, maxima, w.largest - depth);
+                id = draw(&c, &w, n, all, params, uniform);
+                depth *= 2.0f;
+            } while (id == NOT_ENOUGH);
     }
-    free(weights);
+    free(maxima);
     free(c.heap);
     return id;
 }
 
-int sample_token(exponentials_fn exponentials, const float *logits, int n, const int32_t *recent, int n_recent,
+int sample_token(const ops_table *ops, const float *logits, int n, const int32_t *recent, int n_recent,
                  const sampling_params *params, double uniform) {
     if (n_recent == 0)
-        return draw_token(exponentials, logits, n, params, uniform);
+        return draw_token(ops, logits, n, params, uniform);
     float *own = malloc((size_t)n * sizeof *own);
     int32_t *sorted = malloc((size_t)n_recent * sizeof *sorted);
     int id = -1;
@@ -214,27 +242,22 @@ int sample_token(exponentials_fn exponentials, const float *logits, int n, const
         memcpy(own, logits, (size_t)n * sizeof *own);
         memcpy(sorted, recent, (size_t)n_recent * sizeof *sorted);
         penalize(own, n, sorted, n_recent, params);
-        id = draw_token(exponentials, own, n, params, uniform);
+        id = draw_token(ops, own, n, params, uniform);
     }
     free(own);
     free(sorted);
     return id;
 }
 
-int best_log_probabilities(exponentials_fn exponentials, const float *logits, int n, int n_top, int32_t *ids,
-                           float *values, double *log_sum) {
-    const float largest = logits[largest_logit(logits, n)];
-    float *weights = malloc((size_t)n * sizeof *weights);
+int best_log_probabilities(const ops_table *ops, const float *logits, int n, int n_top, int32_t *ids, float *values,
+                           double *log_sum) {
+    float *maxima = maxima_for(n);
     candidates c = {.heap = malloc((size_t)n * sizeof *c.heap)};
-    const bool has_memory = weights && c.heap;
+    const bool has_memory = maxima && c.heap;
     if (has_memory) {
-        exponentials(logits, n, largest, 1.0f, weights);
-        *log_sum = (double)largest + log(sum_of(weights, n));
-        float depth = 8.0f;
-        do {
-            collect(&c, logits, n, largest, depth);
-            depth *= 4.0f;
-        } while (c.n < n_top && !c.is_all);
+        const weighing w = {ops->exponentials, logits[find_largest(ops, logits, n, maxima)], 1.0f};
+        *log_sum = (double)w.largest + log(sum_of_weights(&w, logits, n));
+        collect_best(&c, logits, n, maxima, n_top);
         int rank = 0;
         for (const candidate *at; rank < n_top && (at = ranked(&c, rank)); rank++) {
             ids[rank] = at->id;
@@ -246,7 +269,7 @@ int best_log_probabilities(exponentials_fn exponentials, const float *logits, in
                 values[rank++] = -INFINITY;
             }
     }
-    free(weights);
+    free(maxima);
     free(c.heap);
     return has_memory ? 0 : -1;
 }

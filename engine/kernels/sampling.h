@@ -15,7 +15,7 @@
 #ifndef ENGINE_SAMPLING_H
 #define ENGINE_SAMPLING_H
 
-#include "table.h"
+#include "ops.h"
 
 typedef struct {
     double temperature, top_p, min_p;
@@ -23,14 +23,15 @@ typedef struct {
     int top_k; // 0: all
 } sampling_params;
 
-int largest_logit(const float *logits, int n);
+// Returns the id of the largest (ties: the lower one); `ops` are those of any level, here and below.
+int largest_logit(const ops_table *ops, const float *logits, int n);
 
 // Returns the id, or -1 without memory.
-int sample_token(exponentials_fn exponentials, const float *logits, int n, const int32_t *recent, int n_recent,
+int sample_token(const ops_table *ops, const float *logits, int n, const int32_t *recent, int n_recent,
                  const sampling_params *params, double uniform);
 
 // Writes the n_top best ids and ln p of each; returns ln sum exp(logit) through log_sum. Returns -1 without memory.
-int best_log_probabilities(exponentials_fn exponentials, const float *logits, int n, int n_top, int32_t *ids,
-                           float *values, double *log_sum);
+int best_log_probabilities(const ops_table *ops, const float *logits, int n, int n_top, int32_t *ids, float *values,
+                           double *log_sum);
 
 #endif

@@ -247,7 +247,9 @@ class CUDAProgram:
             self._words = self._step.bytes.view(np.int32)
             self._table = self._own(PinnedMemory(4 * max(1, n_layers * lowering.n_experts)))
             self._ids = self._own(PinnedMemory(4 * max(1, n_layers * limits.max_tokens * lowering.n_used)))
-            self._logits = self._own(PinnedMemory(4 * lowering.n_vocab))
+            rows = min(limits.n_slots, limits.most(Rows.OUTPUTS))  # one for each sequence: what decoding asks for
+            logits = self._own(PinnedMemory(4 * rows * lowering.n_vocab))
+            self._logits: npt.NDArray[np.float32] = logits.bytes.view(np.float32).reshape(rows, -1)
             self._places = self._table.bytes.view(np.int32)[: n_layers * lowering.n_experts].reshape(n_layers, -1)
             self._upload_constants()
             exchange = None
@@ -325,8 +327,8 @@ class CUDAProgram:
             self._words[start : start + len(values)] = values
         most = next(size for size in self._sizes if size >= n)
         streams = n >= self._stream_n_tokens
-        logits = self._logits.bytes.view(np.float32).reshape(1, -1)
-        if n_outputs != 1:
+        logits = self._logits[:n_outputs]
+        if n_outputs > len(self._logits):
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
 
         number, self._step_number = self._step_number, (self._step_number + 1) & 0x7FFFFFFF
@@ -340,12 +342,8 @@ class CUDAProgram:
                 self._launch(most, streams)
             if misses is not None:
                 misses.serve(number, self._stream.is_idle)
-            if n_outputs:
-                self._stream.download(
-                    int(logits.ctypes.data),
-                    self._memory.address + lowering.logits(most),
-                    4 * n_outputs * lowering.n_vocab,
-                )
+            if n_outputs and most > 1:
+                self._download_logits(logits, most)
         except BaseException:
             if misses is not None:
                 misses.abandon()
@@ -585,14 +583,14 @@ class CUDAProgram:
         places = table.device_address, to + lowering.expert_table, self._places.size
         return fetch([(host, to + counts, 4), *pieces, places])
 
-    def _captured(self, launches: Sequence[Launch], routing_of: int | None = None) -> Graph:
-        """Return launches as a graph, and the download of the routing of so many tokens if asked for."""
+    def _captured(self, launches: Sequence[Launch], results_of: int | None = None) -> Graph:
+        """Return launches as a graph, and the download of the results of so many tokens if asked for."""
 
         def work() -> None:
             for launch in launches:
                 self._stream.launch(launch)
-            if routing_of is not None:
-                self._download_routing(routing_of)
+            if results_of is not None:
+                self._download_results(results_of)
 
         return self._stream.capture(work)
 
@@ -605,13 +603,20 @@ class CUDAProgram:
             for launch in self._long_steps[most]:
                 assert isinstance(launch, Launch)
                 self._stream.launch(launch)
-        self._download_routing(most)
+        self._download_results(most)
 
-    def _download_routing(self, most: int) -> None:
+    def _download_logits(self, logits: npt.NDArray[np.float32], most: int) -> None:
+        source = self._memory.address + self._lowering.logits(most)
+        self._stream.download(int(logits.ctypes.data), source, logits.nbytes)
+
+    def _download_results(self, most: int) -> None:
+        """Queue what every step of so many tokens at most gives: routing, and a single token's logits."""
         lowering = self._lowering
         n_ids = len(lowering.expert_layers) * most * lowering.n_used
         if n_ids:
             self._stream.download(self._ids.address, self._memory.address + lowering.routing_offset, 4 * n_ids)
+        if most == 1:
+            self._download_logits(self._logits[:1], most)
 
     def _synchronize(self) -> None:
         """Wait for the step, and for the copies that it began; those may fail, too."""

@@ -78,8 +78,6 @@ class _Routing(ctypes.Structure):
         ("ids", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("n_used", ctypes.c_int32),
-        ("scoring", ctypes.c_int32),
-        ("n_groups", ctypes.c_int32),
         ("n_groups_used", ctypes.c_int32),
         ("normalize", ctypes.c_int32),
         ("scale", ctypes.c_float),
@@ -216,7 +214,7 @@ def linear(
         return Launch(
             "linear.cu",
             "linear_and_route",
-            (*compiled, f"N_EXPERTS={routed.routing.n_experts}"),
+            (*compiled, *routed.routing.definitions),
             (n_blocks, 1, 1),
             N_WARPS * WARP,
             (*first, *at(x), *rest, *routed.arguments, pointer(count.address)),
@@ -539,12 +537,15 @@ class Routing(NamedTuple):
             self.ids,
             self.weights,
             self.n_used,
-            self.scoring,
-            self.n_groups,
             self.n_groups_used,
             self.normalize,
             self.scale,
         )
+
+    @property
+    def definitions(self) -> tuple[str, ...]:
+        """Return what the choice is compiled for."""
+        return f"N_EXPERTS={self.n_experts}", f"SCORING={int(self.scoring)}", f"N_GROUPS={self.n_groups}"
 
     @property
     def scratch_bytes(self) -> int:
@@ -580,7 +581,7 @@ def router(routing: Routing, count: Count) -> Launch:
     return Launch(
         "router.cu",
         "router",
-        (f"N_EXPERTS={routing.n_experts}",),
+        routing.definitions,
         (1, count.most, 1),
         WARP,
         (routing.argument, pointer(count.address)),
