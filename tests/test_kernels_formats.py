@@ -193,7 +193,7 @@ def test_levels_threads_and_batches_change_no_bit(fmt: QuantFormat) -> None:
             assert np.array_equal(bits(part), expected[first:end])
 
 
-@pytest.mark.parametrize("n_tokens", [2, 3, 4, 6, 7, 8])
+@pytest.mark.parametrize("n_tokens", [2, 3, 4, 5, 6, 7, 8])
 @each_format
 def test_few_tokens_and_long_rows_change_no_bit(fmt: QuantFormat, n_tokens: int) -> None:
     """More rows and columns than a product with a few tokens keeps at a time."""

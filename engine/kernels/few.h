@@ -12,7 +12,6 @@
 #if defined(__AVX512VNNI__)
 
 enum {
-    FEW_MIN_TOKENS = 6, // where this begins to pay
     FEW_TOKENS = 8,
     FEW_ROWS = 128, // of a call, whose running sums are kept at a time
     FEW_UNITS = 8,  // of 256 columns, whose activations are kept side by side at a time
@@ -47,6 +46,10 @@ static inline __m512i eight_times(const void *p) {
     memcpy(&bytes, p, sizeof bytes);
     return _mm512_set1_epi64(bytes);
 }
+
+// Where this begins to pay: later for formats that decode.h is fastest with, those of 32 weights in 16 bytes, or 32,
+// and no minimums.
+ALWAYS_INLINE int few_min_tokens(vector_format f) { return f.order == BY_2 && !f.has_min ? 7 : 5; }
 
 ALWAYS_INLINE int few_offset(vector_format f) { return f.is_signed ? 128 : f.offset; }
 
