@@ -12,10 +12,9 @@
 #if defined(__AVX512VNNI__)
 
 enum {
-    FEW_MIN_TOKENS = 6, // where this begins to pay
     FEW_TOKENS = 8,
-    FEW_ROWS = 64, // of a call, whose running sums are kept at a time
-    FEW_UNITS = 8, // of 256 columns, whose activations are kept side by side at a time
+    FEW_ROWS = 128, // of a call, whose running sums are kept at a time
+    FEW_UNITS = 8,  // of 256 columns, whose activations are kept side by side at a time
 };
 
 // 256 columns of eight tokens.
@@ -47,6 +46,10 @@ static inline __m512i eight_times(const void *p) {
     memcpy(&bytes, p, sizeof bytes);
     return _mm512_set1_epi64(bytes);
 }
+
+// Where this begins to pay: later for formats that decode.h is fastest with, those of 32 weights in 16 bytes, or 32,
+// and no minimums.
+ALWAYS_INLINE int few_min_tokens(vector_format f) { return f.order == BY_2 && !f.has_min ? 7 : 5; }
 
 ALWAYS_INLINE int few_offset(vector_format f) { return f.is_signed ? 128 : f.offset; }
 
@@ -130,24 +133,23 @@ ALWAYS_INLINE __m256i unsigned_chunk(vector_format f, const uint8_t *block, int 
     return f.is_signed ? _mm256_xor_si256(u, _mm256_set1_epi8((char)128)) : u;
 }
 
-ALWAYS_INLINE void unpack_4_blocks(vector_format f, const uint8_t *const blocks[4], unpacked_blocks *out) {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        __m256i mins = _mm256_setzero_si256();
-        const __m256i scales = f.scales(blocks[r], &mins);
+// Part of `n` parts of the block of row r; scales with the first.
+ALWAYS_INLINE void unpack_part(vector_format f, const uint8_t *block, int r, int part, int n, unpacked_blocks *out) {
 #pragma GCC unroll 8
-        for (int k = 0; k < 8; k++)
-            _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, blocks[r], k));
-        if (lanes_fit(f))
-            _mm256_store_si256((void *)out->small_scales[r], scales);
-        else
-            _mm512_store_si512((void *)out->scales[r], _mm512_cvtepi16_epi32(scales));
-        if (f.has_min)
-            _mm256_store_si256((void *)out->mins[r], mins);
-        else if (few_offset(f) && !offset_in_starts(f))
-            _mm256_store_si256((void *)out->mins[r],
-                               _mm256_mullo_epi16(scales, _mm256_set1_epi16((short)-few_offset(f))));
-    }
+    for (int k = 8 / n * part; k < 8 / n * (part + 1); k++)
+        _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, k));
+    if (part)
+        return;
+    __m256i mins = _mm256_setzero_si256();
+    const __m256i scales = f.scales(block, &mins);
+    if (lanes_fit(f))
+        _mm256_store_si256((void *)out->small_scales[r], scales);
+    else
+        _mm512_store_si512((void *)out->scales[r], _mm512_cvtepi16_epi32(scales));
+    if (f.has_min)
+        _mm256_store_si256((void *)out->mins[r], mins);
+    else if (few_offset(f) && !offset_in_starts(f))
+        _mm256_store_si256((void *)out->mins[r], _mm256_mullo_epi16(scales, _mm256_set1_epi16((short)-few_offset(f))));
 }
 
 // Adds the two lanes of each token: those of row a to the even lanes, those of row b to the odd ones.
@@ -180,12 +182,13 @@ ALWAYS_INLINE void add_few(vector_format f, const uint8_t *const blocks[4], cons
     }
 }
 
-ALWAYS_INLINE void multiply_few_256(vector_format f, const uint8_t *const blocks[4], const few_activations *x,
-                                    float (*acc)[16]) {
-    const int registers = f.sub_block / 8; // of a sub-block
-    unpacked_blocks w;
-    unpack_4_blocks(f, blocks, &w);
-    KEEP_IN_MEMORY(w);
+// `w` holds `blocks` taken apart. The next ones are taken apart into `next_w` meanwhile, some bytes after each run of
+// multiplications: the schedulers of a core hold too few operations to mix the two by themselves.
+ALWAYS_INLINE void multiply_few_256(vector_format f, const uint8_t *const blocks[4], unpacked_blocks *w,
+                                    const uint8_t *const next_blocks[4], unpacked_blocks *next_w,
+                                    const few_activations *x, float (*acc)[16]) {
+    const int registers = f.sub_block / 8, n_sub_blocks = 256 / f.sub_block; // registers of a sub-block
+    KEEP_IN_MEMORY(*w);
     __m512i sums[4], min_sums[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
@@ -193,11 +196,11 @@ ALWAYS_INLINE void multiply_few_256(vector_format f, const uint8_t *const blocks
         if (f.has_min || (few_offset(f) && !offset_in_starts(f)))
             for (int i = 0; i < 64 / f.sub_block; i++)
                 min_sums[r] =
-                    _mm512_dpwssd_epi32(min_sums[r], eight_times(w.mins[r] + 4 * i), _mm512_load_si512(x->sums[i]));
+                    _mm512_dpwssd_epi32(min_sums[r], eight_times(w->mins[r] + 4 * i), _mm512_load_si512(x->sums[i]));
         sums[r] = f.has_min ? _mm512_setzero_si512() : min_sums[r];
     }
 #pragma GCC unroll 8
-    for (int s = 0; s < 256 / f.sub_block; s += 2) {
+    for (int s = 0; s < n_sub_blocks; s += 2) {
         __m512i values[2][4], starts[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
@@ -211,23 +214,25 @@ ALWAYS_INLINE void multiply_few_256(vector_format f, const uint8_t *const blocks
         }
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
+            const int n_parts = n_sub_blocks / 2, part = 2 * s + r; // of each of the next four rows
+            unpack_part(f, next_blocks[part / n_parts], part / n_parts, part % n_parts, n_parts, next_w);
             __m512i parts[2];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
                 parts[i] = starts[i];
 #pragma GCC unroll 4
                 for (int c = 0; c < registers; c++)
-                    parts[i] = _mm512_dpbusd_epi32(parts[i], eight_times(w.bytes[r] + 8 * (registers * (s + i) + c)),
+                    parts[i] = _mm512_dpbusd_epi32(parts[i], eight_times(w->bytes[r] + 8 * (registers * (s + i) + c)),
                                                    values[i][c]);
             }
             if (lanes_fit(f)) {
                 const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, parts[0], _mm512_slli_epi32(parts[1], 16));
-                sums[r] = _mm512_dpwssd_epi32(sums[r], both, _mm512_set1_epi32(load_i32(&w.small_scales[r][s])));
+                sums[r] = _mm512_dpwssd_epi32(sums[r], both, _mm512_set1_epi32(load_i32(&w->small_scales[r][s])));
             } else
 #pragma GCC unroll 2
                 for (int i = 0; i < 2; i++)
                     sums[r] =
-                        _mm512_add_epi32(sums[r], _mm512_mullo_epi32(parts[i], _mm512_set1_epi32(w.scales[r][s + i])));
+                        _mm512_add_epi32(sums[r], _mm512_mullo_epi32(parts[i], _mm512_set1_epi32(w->scales[r][s + i])));
             KEEP_IN_REGISTER(sums[r]);
         }
     }
@@ -262,6 +267,61 @@ ALWAYS_INLINE void multiply_few_32(vector_format f, const uint8_t *const blocks[
     add_few(f, blocks, x->d[b][0], sums, mins, acc);
 }
 
+// The weight rows of a call.
+typedef struct {
+    const uint8_t *first;
+    int64_t row_bytes;
+    int n;
+} few_rows;
+
+// The blocks of rows r to r + 3 at a column; what is missing repeats the last row.
+ALWAYS_INLINE void set_blocks(vector_format f, few_rows rows, int r, int column, const uint8_t *blocks[4]) {
+    for (int i = 0; i < 4; i++) {
+        const int row = r + i < rows.n ? r + i : rows.n - 1;
+        blocks[i] = rows.first + row * rows.row_bytes + (int64_t)(column / f.block_size) * f.block_bytes;
+    }
+}
+
+ALWAYS_INLINE void multiply_rows_256(vector_format f, few_rows rows, int64_t ahead, const few_activations *units,
+                                     int first, int end, float (*acc)[16]) {
+    unpacked_blocks unpacked[2], *w = &unpacked[0], *next_w = &unpacked[1];
+    const uint8_t *blocks[4];
+    set_blocks(f, rows, 0, first, blocks);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        unpack_part(f, blocks[r], r, 0, 1, w);
+    for (int r = 0; r < rows.n; r += 4)
+        for (int column = first; column < end; column += 256) {
+            const uint8_t *next[4];
+            const int at_end = column + 256 == end;
+            for (int i = 0; i < 4; i++)
+                fetch(blocks[i] + ahead, f.block_bytes);
+            set_blocks(f, rows, at_end ? r + 4 : r, at_end ? first : column + 256, next);
+            multiply_few_256(f, blocks, w, next, next_w, &units[(column - first) / 256], acc + r / 2);
+            memcpy(blocks, next, sizeof next);
+            unpacked_blocks *const free_w = w;
+            w = next_w;
+            next_w = free_w;
+        }
+}
+
+ALWAYS_INLINE void multiply_rows_32(vector_format f, few_rows rows, int64_t ahead, const few_activations *units,
+                                    int first, int end, float (*acc)[16]) {
+    for (int r = 0; r < rows.n; r += 4) {
+        const uint8_t *blocks[4];
+        set_blocks(f, rows, r, first, blocks);
+        for (int column = first; column < end; column += 32) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                fetch(blocks[i] + ahead, f.block_bytes);
+            multiply_few_32(f, blocks, &units[(column - first) / 256], (column - first) % 256 / 32, acc + r / 2);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                blocks[i] += f.block_bytes;
+        }
+    }
+}
+
 // At most FEW_TOKENS.
 ALWAYS_INLINE void matmul_few(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
                               const void *const *x, int n_x, float *const *y) {
@@ -272,6 +332,7 @@ ALWAYS_INLINE void matmul_few(vector_format f, const uint8_t *w, int64_t row_byt
     for (int first_row = 0; first_row < n_rows; first_row += FEW_ROWS) {
         const int rows_left = n_rows - first_row < FEW_ROWS ? n_rows - first_row : FEW_ROWS;
         _Alignas(64) float acc[FEW_ROWS / 2][16]; // two rows of each token side by side
+        const few_rows rows = {w + first_row * row_bytes, row_bytes, rows_left};
         memset(acc, 0, sizeof acc);
         for (int first = 0; first < n_cols; first += 256 * FEW_UNITS) {
             const int end = n_cols - first < 256 * FEW_UNITS ? n_cols : first + 256 * FEW_UNITS;
@@ -279,20 +340,10 @@ ALWAYS_INLINE void matmul_few(vector_format f, const uint8_t *w, int64_t row_byt
             for (int column = first; column < end; column += 256)
                 set_side_by_side(f, tokens, n_x, column, end - column < 256 ? end - column : 256,
                                  &together[(column - first) / 256]);
-            for (int r = 0; r < rows_left; r += 4)
-                for (int column = first; column < end; column += f.block_size) {
-                    const uint8_t *blocks[4];
-                    for (int i = 0; i < 4; i++) { // what is missing repeats the last row
-                        const int row = first_row + (r + i < rows_left ? r + i : rows_left - 1);
-                        blocks[i] = w + row * row_bytes + (int64_t)(column / f.block_size) * f.block_bytes;
-                        fetch(blocks[i] + ahead, f.block_bytes);
-                    }
-                    const few_activations *unit = &together[(column - first) / 256];
-                    if (f.block_size == 256)
-                        multiply_few_256(f, blocks, unit, acc + r / 2);
-                    else
-                        multiply_few_32(f, blocks, unit, (column - first) % 256 / 32, acc + r / 2);
-                }
+            if (f.block_size == 256)
+                multiply_rows_256(f, rows, ahead, together, first, end, acc);
+            else
+                multiply_rows_32(f, rows, ahead, together, first, end, acc);
         }
         for (int r = 0; r < rows_left; r += 16) {
             __m512i pairs[8], of_tokens[8];

@@ -50,7 +50,7 @@ enum { HAS_VECTORS = 1 };
 // The best way for a number of tokens; all give the same bits.
 ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
 #if defined(__AVX512VNNI__)
-    if (n_x >= FEW_MIN_TOKENS && n_x <= FEW_TOKENS) {
+    if (n_x >= few_min_tokens(f) && n_x <= FEW_TOKENS) {
         matmul_few(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
         return;
     }
