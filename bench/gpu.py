@@ -544,20 +544,20 @@ def small(bench: Bench) -> None:
 
 def handshake(bench: Bench) -> None:
     """48 requests in one graph, answered by a team of threads that has next to nothing to do for each."""
-    n_layers, hidden = 48, 64
-    flags = PinnedMemory(3 * 64 + 4096 + 4 * hidden * 9)
+    n_layers, hidden = 48, 256
+    row_bytes = kernels.activation_bytes(Activation.Q8_256, hidden)
+    flags = PinnedMemory(8192 + 8 * 4 * hidden)
     try:
         with bench.memory(4096, 1 << 16, 4096) as (words, x, slots):
             bench.put(words, np.array([1, 0, 0], np.int32))
             bench.put(slots, np.full(16, -1, np.int32))
             at = flags.device_address
-            exchange = Exchange(
-                at + 192, at + 4096, at + 4096 + 4 * hidden, at, at + 64, at + 128, words + 4, words + 8, n_layers
-            )
+            sent = {Activation.Q8_256: at + 4096}
+            exchange = Exchange(at + 192, sent, at + 8192, at, at + 64, at + 128, words + 4, words + 8, n_layers)
             launches: list[Launch] = []
             for layer in range(n_layers):
                 ids, own = words + 256, exchange._replace(layer=layer)
-                asked = Asked(slots, Rows(x, hidden), hidden, own)
+                asked = Asked(slots, {Activation.Q8_256: Rows(x, row_bytes)}, hidden, own)
                 launches.append(kernels.publish_misses(ids, 8, asked, Count(words, 1)))
                 combined = Combined(Rows(x, 8 * hidden), own, ids, slots, 0, 8)
                 launches.append(
@@ -572,7 +572,7 @@ def handshake(bench: Bench) -> None:
                 programs = []
                 for _ in range(n_layers):
                     program = _kernels.Program(1, 1, n_threads)
-                    program.add(flags.address + 4096, 16, flags.address + 4096, 16, flags.address + 4352, 16, 16, 0)
+                    program.add(flags.address + 4096, 16, flags.address + 4096, 16, flags.address + 8192, 16, 16, 0)
                     programs.append(program)
                 server = _kernels.RequestServer(programs, flags.address, flags.address + 64, flags.address + 128)
                 step = _kernels.Step(1)

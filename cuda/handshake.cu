@@ -3,10 +3,12 @@
 
 // Grid: 1 block.
 KERNEL(512)
-publish_misses(const int *ids, const int *slots, int n_used, const float *x, int64_t x_stride, int hidden_size,
-               Exchange exchange, const int *n_tokens) {
+publish_misses(const int *ids, const int *slots, int n_used, Sent gate, Sent up, Exchange exchange, const int *n_tokens) {
     begin_kernel();
-    exchange.ask(ids, slots, n_used, x, x_stride, hidden_size, *n_tokens);
+    const int n = *n_tokens;
+    gate.send(n, threadIdx.x, blockDim.x);
+    up.send(n, threadIdx.x, blockDim.x);
+    exchange.ask(ids, slots, n_used, n);
 }
 
 // Grid: 1 block of 1 thread. After the last layer: lets the CPU's loop end. `layer` is the number of layers.

@@ -1,7 +1,8 @@
 // Misses: experts without a slot, which the CPU computes while the GPU computes the others.
 //
-// All of it goes through mapped host memory, one request at a time: the missing ids, the activations, the CPU's answers
-// (float32 [tokens, n_used, hidden_size], the rows of misses only), and three words, each on its own cache line:
+// All of it goes through mapped host memory, one request at a time: the missing ids, the activations in the forms that the
+// experts take (which are the CPU's, too), the CPU's answers (float32 [tokens, n_used, hidden_size], the rows of misses
+// only), and three words, each on its own cache line:
 //
 //     requested  written by the GPU when a request is complete
 //     answered   written by the CPU when its answer is
@@ -12,17 +13,33 @@
 // ever reset. A layer without misses makes no request: the CPU sees from the next number that it was skipped, and it
 // cannot be overtaken, since a request is written only after the one before was answered.
 //
-// Order: all threads store, fence and meet; then one thread stores the number with release semantics. The CPU reads the
-// number (acquire), then the request; it stores its answer, then the number (release). The GPU reads that with acquire,
-// and the kernels after it read the answers past their caches.
+// Order: all threads store, fence and meet; then one thread stores the number with release semantics. Activations may have
+// been stored by others whose results that thread has seen. The CPU reads the number (acquire), then the request; it
+// stores its answer, then the number (release). The GPU reads that with acquire, and the kernels after it read the answers
+// past their caches.
 #pragma once
 
 #include "common.cuh"
 
+// Activation rows in one form, and where they go; no bytes for none.
+struct Sent {
+    const uint8_t *rows;
+    int64_t stride;
+    uint8_t *to; // one row behind the other
+    int64_t row_bytes; // a multiple of 16
+
+    // By threads first, first + 1 ... of n_threads.
+    __device__ __forceinline__ void send(int n_tokens, int first, int n_threads) const {
+        const int n_pieces = (int)(row_bytes / 16);
+        for (int t = 0; t < n_tokens; t++)
+            for (int i = first; i < n_pieces; i += n_threads)
+                *(uint4 *)(to + t * row_bytes + 16 * i) = *(const uint4 *)(rows + t * stride + 16 * i);
+    }
+};
+
 // Where a layer's request goes, and where the answer comes from.
 struct Exchange {
     int *missing_ids; // [tokens, n_used]: the ids without a slot, and -1 for the others
-    float *x;         // [tokens, hidden_size]
     unsigned *requested;
     const unsigned *answered, *abandoned, *step;
     int *n_misses; // in device memory: whether there is anything to wait for
@@ -30,9 +47,8 @@ struct Exchange {
 
     __device__ __forceinline__ unsigned number() const { return *step * (unsigned)(n_layers + 1) + (unsigned)layer + 1; }
 
-    // Asks for the experts that have no slot, by the whole block.
-    __device__ __forceinline__ void ask(const int *ids, const int *slots, int n_used, const float *activations,
-                                        int64_t stride, int hidden_size, int n_tokens) const {
+    // Asks for the experts that have no slot, by the whole block; the activations are there, or stored by this block.
+    __device__ __forceinline__ void ask(const int *ids, const int *slots, int n_used, int n_tokens) const {
         const int n = n_tokens * n_used;
         int is_missing = 0;
         for (int i = threadIdx.x; i < n; i += blockDim.x)
@@ -44,9 +60,6 @@ struct Exchange {
             return;
         for (int i = threadIdx.x; i < n; i += blockDim.x)
             missing_ids[i] = ids[i] >= 0 && slots[ids[i]] < 0 ? ids[i] : -1;
-        for (int t = 0; t < n_tokens; t++)
-            for (int i = threadIdx.x; i < hidden_size; i += blockDim.x)
-                x[(int64_t)t * hidden_size + i] = activations[t * stride + i];
         __threadfence_system();
         __syncthreads();
         if (threadIdx.x == 0)

@@ -56,22 +56,27 @@ linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const ui
 #include "last_block.cuh"
 #include "router.cuh"
 
-// n_done: a word of device memory, 0 before and after. slots: of the experts, or null if nobody is asked; then `activations`
-// are what is sent. Grid: (row blocks of all matrices). Dynamic shared memory for the choice, too: for each warp
-// `Routing::scratch_words`.
+// n_done: a word of device memory, 0 before and after. slots: of the experts, or null if nobody is asked; `gate` and `up` are
+// what is sent, whether or not an expert turns out to be missing: by then it is there. Grid: (row blocks of all matrices).
+// Dynamic shared memory for the choice, too: for each warp `Routing::scratch_words`.
 KERNEL(N_WARPS *WARP)
 linear_and_route(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_bytes, int n_cols, const int8_t *grid,
-                 int rows_per_warp, Routing routing, unsigned *n_done, const int *slots, const float *activations,
-                 int64_t activations_stride, int hidden_size, Exchange exchange, const int *n_tokens) {
+                 int rows_per_warp, Routing routing, unsigned *n_done, const int *slots, Sent gate, Sent up, Exchange exchange,
+                 const int *n_tokens) {
+    constexpr int FIRST_IDLE = ROW_WARPS % N_WARPS * WARP; // thread that has no rows, 0 if all have
     extern __shared__ __align__(16) uint8_t shared[];
     multiply(matrices, row_bytes, 0, x, x_row_bytes, 0, n_cols, grid, rows_per_warp, n_tokens, shared);
+    const int warp = threadIdx.x / WARP, n = *n_tokens;
+    if (slots && blockIdx.x == 0 && threadIdx.x >= FIRST_IDLE) {
+        gate.send(n, threadIdx.x - FIRST_IDLE, blockDim.x - FIRST_IDLE);
+        up.send(n, threadIdx.x - FIRST_IDLE, blockDim.x - FIRST_IDLE);
+    }
     if (!is_last_block(n_done, gridDim.x))
         return;
-    const int warp = threadIdx.x / WARP, n = *n_tokens;
     for (int token = warp; token < n; token += N_WARPS)
         choose(routing, token, (float *)shared + warp * routing.scratch_words());
     __syncthreads();
     if (slots)
-        exchange.ask(routing.ids, slots, routing.n_used, activations, activations_stride, hidden_size, n);
+        exchange.ask(routing.ids, slots, routing.n_used, n);
 }
 #endif

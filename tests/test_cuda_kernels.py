@@ -511,7 +511,7 @@ def answered(emulator: Emulator, answers: np.ndarray) -> Exchange:
     """What a layer shares with a CPU that has answered already: request 3 of step 1, layer 0 of 1."""
     words = np.array([0, 3, 0, 1, 1], np.uint32)
     at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
-    return Exchange(0, 0, emulator.at(answers), *at, n_layers=1)
+    return Exchange(0, {}, emulator.at(answers), *at, n_layers=1)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race"])
@@ -620,17 +620,21 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
     matrix = aligned(random_weights(weight_format, n_experts + 1, n_cols))  # and the shared expert's gate
     x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
     slots = rng.integers(-1, 1, n_experts).astype(np.int32)
-    rows, n_done = emulator.byte_rows(activations(x, weight_format.activation)), np.zeros(1, np.int32)
+    forms = {form: activations(x, form) for form in (Activation.F32, Activation.Q8_32)}  # both are sent
+    rows, n_done = emulator.byte_rows(forms[weight_format.activation]), np.zeros(1, np.int32)
     for order, seed in SCHEDULES:
         found = []
         for together in (False, True):
             logits, gate = np.zeros((n_tokens, n_experts), F32), np.zeros((n_tokens, 1), F32)
             ids, weights = np.zeros((n_tokens, n_used), np.int32), np.zeros((n_tokens, n_used), F32)
-            missing, sent = np.full((n_tokens, n_used), 7, np.int32), np.zeros_like(x)
+            missing = np.full((n_tokens, n_used), 7, np.int32)
+            sent = {form: np.zeros_like(values) for form, values in forms.items()}
             words = np.array([0, 0, 0, 5, 0], np.uint32)
             at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
-            exchange = Exchange(emulator.at(missing), emulator.at(sent), 0, *at, n_layers=3, layer=2)
-            asked = Asked(emulator.at(slots), emulator.rows(x), n_cols, exchange) if asks else None
+            to = {form: emulator.at(values) for form, values in sent.items()}
+            exchange = Exchange(emulator.at(missing), to, 0, *at, n_layers=3, layer=2)
+            x_rows = {form: emulator.byte_rows(values) for form, values in forms.items()}
+            asked = Asked(emulator.at(slots), x_rows, n_cols, exchange) if asks else None
             matrices = [
                 Matrix(emulator.at(matrix), n_experts, emulator.rows(logits)),
                 Matrix(emulator.at(matrix) + n_experts * matrix.strides[0], 1, emulator.rows(gate)),
@@ -646,12 +650,12 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
                 emulator.run([kernels.linear(*what), kernels.router(routing, count)], order, seed)
                 if asked:
                     emulator.run(kernels.publish_misses(emulator.at(ids), n_used, asked, count), order, seed)
-            found.append([part.copy() for part in (logits, gate, ids, weights, missing, sent, words)])
+            found.append([part.copy() for part in (logits, gate, ids, weights, missing, words, *sent.values())])
         assert all((a.view(np.uint32) == b.view(np.uint32)).all() for a, b in zip(*found, strict=True))
-        *_, missing, sent, words = found[1]
+        missing, words, *copies = found[1][4:]
         assert n_done[0] == 0
         assert words[0] == (5 * 4 + 2 + 1) * asks
-        assert (sent == (x if asks else 0)).all()
+        assert all((copy == (row if asks else 0)).all() for copy, row in zip(copies, forms.values(), strict=True))
         assert (missing == (np.where(slots[ids] < 0, ids, -1) if asks else 7)).all()
 
 

@@ -213,8 +213,14 @@ typedef struct {
     uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32
     int64_t hidden_row_bytes;
     quantize_fn quantize; // NULL if down takes float32
+    padded_counter
+        *n_done; // [active experts, expert_parts]: rows of the part that are complete; all zero between steps
     matrix out;
 } experts_args;
+
+enum { QUANTIZED_TOGETHER = 256 }; // hidden values, a multiple of every group
+
+static inline int expert_parts(int ffn_size) { return (ffn_size + QUANTIZED_TOGETHER - 1) / QUANTIZED_TOGETHER; }
 
 typedef union {
     embed_args embed;
@@ -255,7 +261,7 @@ typedef struct {
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, scale_by_position, gate, split_heads, join_heads, rope_table, rope,
         select_outputs, combine, causal_conv, delta_net, router, kv_store;
-    task_fns linear, attention, experts_gate_up, experts_quantize, experts_down;
+    task_fns linear, attention, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads all but the last 16 KB; for measuring

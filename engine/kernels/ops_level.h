@@ -68,7 +68,6 @@ static const ops_table level_ops = {
     .linear = {linear_begin, linear_run},
     .attention = {attention_begin, attention_run},
     .experts_gate_up = {experts_gate_up_begin, experts_gate_up_run},
-    .experts_quantize = {experts_quantize_begin, experts_quantize_run},
     .experts_down = {experts_down_begin, experts_down_run},
     .exponentials = exponentials_of,
     .largest = largest_of,

@@ -54,8 +54,8 @@ struct program {
     uint8_t *is_used;                       // [n_slots], for the check of a step
     int n_rope_tables;
     rope_table_args *rope_tables;
-    int64_t hidden_bytes, hidden_quantized_bytes, partial_bytes, n_done_bytes;
-    uint8_t *hidden, *hidden_quantized, *partials, *n_done; // shared by all operations of that kind
+    int64_t hidden_bytes, hidden_quantized_bytes, n_rows_done_bytes, partial_bytes, n_done_bytes;
+    uint8_t *hidden, *hidden_quantized, *n_rows_done, *partials, *n_done; // shared by all operations of that kind
     team_barrier barrier;
 };
 
@@ -552,7 +552,11 @@ int program_experts(program *p, experts_args args, int down_activation) {
         args.hidden_quantized =
             shared_memory(p, &p->hidden_quantized, &p->hidden_quantized_bytes, n_pairs * args.hidden_row_bytes);
         args.quantize = p->kernels->quant->quantize[down_activation];
-        if (!args.hidden_quantized)
+        const int64_t n_active = n_pairs < args.n_experts ? n_pairs : args.n_experts;
+        args.n_done =
+            (padded_counter *)shared_memory(p, &p->n_rows_done, &p->n_rows_done_bytes,
+                                            n_active * expert_parts(args.ffn_size) * (int64_t)sizeof *args.n_done);
+        if (!args.hidden_quantized || !args.n_done)
             return -1;
     }
 
@@ -561,21 +565,14 @@ int program_experts(program *p, experts_args args, int down_activation) {
     touch_rows(p, &gate_up, READS, args.x_up, args.x_up_row_bytes, args.x_up_row_bytes, 0);
     touch_rows(p, &gate_up, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
     touch_block(&gate_up, WRITES, args.hidden, n_pairs * float_bytes);
-
-    operation quantize = {
-        .name = "experts_quantize", .args.experts = args, .tasks = &p->kernels->ops->experts_quantize};
-    touch_rows(p, &quantize, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
-    touch_block(&quantize, READS, args.hidden, n_pairs * float_bytes);
-    touch_block(&quantize, WRITES, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
+    touch_block(&gate_up, WRITES, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
 
     operation down = {.name = "experts_down", .args.experts = args, .tasks = &p->kernels->ops->experts_down};
     touch_rows(p, &down, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
     touch_block(&down, READS, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
     touch_whole(p, &down, WRITES, args.out, args.n_experts_used * (int64_t)args.hidden_size);
 
-    if (record(p, gate_up) || (args.quantize && record(p, quantize)))
-        return -1;
-    return record(p, down);
+    return record(p, gate_up) ? -1 : record(p, down);
 }
 
 int program_combine(program *p, combine_args args) {

@@ -6,7 +6,7 @@ A function here checks what its kernel assumes and returns a `Launch`; nothing r
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from engine.devices import graph
@@ -56,10 +56,18 @@ class _Forms(ctypes.Structure):
     ]
 
 
+class _Sent(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("to", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+    ]
+
+
 class _Exchange(ctypes.Structure):
     _fields_ = [
         ("missing_ids", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
         ("requested", ctypes.c_void_p),
         ("answered", ctypes.c_void_p),
         ("abandoned", ctypes.c_void_p),
@@ -559,7 +567,7 @@ class Routed(NamedTuple):
     Attributes:
         routing: the choice.
         n_done: address of a zero in device memory.
-        asked: who has a slot, what is sent (float32 rows of `hidden_size`), and to where; None if nobody is asked.
+        asked: who has a slot, what is sent, and to where; None if nobody is asked.
     """
 
     routing: Routing
@@ -569,10 +577,8 @@ class Routed(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Return the kernel's arguments."""
-        asked = self.asked or Asked(0, NOTHING, 0, None)
-        exchange = _Exchange() if asked.exchange is None else asked.exchange.argument
-        places = (pointer(asked.slots), *at(asked.x), int32(asked.hidden_size), exchange)
-        return (self.routing.argument, pointer(self.n_done), *places)
+        nobody = (pointer(0), _Sent(), _Sent(), _Exchange())
+        return (self.routing.argument, pointer(self.n_done), *(self.asked.arguments if self.asked else nobody))
 
 
 def router(routing: Routing, count: Count) -> Launch:
@@ -593,10 +599,13 @@ def router(routing: Routing, count: Count) -> Launch:
 
 
 class Exchange(NamedTuple):
-    """Device addresses of what a layer shares with the CPU; see `handshake.cuh`."""
+    """Device addresses of what a layer shares with the CPU; see `handshake.cuh`.
+
+    `x` is where activations go, by the form of their rows.
+    """
 
     missing_ids: int
-    x: int
+    x: Mapping[Activation, int]
     answers: int
     requested: int
     answered: int
@@ -610,24 +619,40 @@ class Exchange(NamedTuple):
     def argument(self) -> Any:
         """Return the kernels' argument."""
         words = (self.requested, self.answered, self.abandoned, self.step, self.n_misses)
-        return _Exchange(self.missing_ids, self.x, *words, self.layer, self.n_layers)
+        return _Exchange(self.missing_ids, *words, self.layer, self.n_layers)
 
 
 class Asked(NamedTuple):
-    """What the CPU is asked with: the experts' slots, float32 rows of activations, and where they go."""
+    """What the CPU is asked with.
+
+    Attributes:
+        slots: of the experts.
+        x: activation rows of `n_cols` in the forms that gate and up take, one or two; strides in bytes.
+        n_cols: values in a row.
+        exchange: where they go.
+    """
 
     slots: int
-    x: Rows
-    hidden_size: int
-    exchange: Exchange | None
+    x: Mapping[Activation, Rows]
+    n_cols: int
+    exchange: Exchange
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the kernels' arguments."""
+        sent = []
+        for activation, rows in self.x.items():
+            n_bytes = activation_bytes(activation, self.n_cols)
+            assert rows.address % 16 == rows.stride % 16 == 0
+            sent.append(_Sent(*rows, self.exchange.x[activation], n_bytes))
+        return (pointer(self.slots), *sent, *[_Sent()] * (2 - len(sent)), self.exchange.argument)
 
 
 def publish_misses(ids: int, n_used: int, asked: Asked, count: Count) -> Launch:
     """Ask the CPU for the experts that have no slot."""
-    assert asked.exchange is not None
-    slots, hidden_size = pointer(asked.slots), int32(asked.hidden_size)
-    arguments = (pointer(ids), slots, int32(n_used), *at(asked.x), hidden_size, asked.exchange.argument)
-    return Launch("handshake.cu", "publish_misses", (), (1, 1, 1), 512, (*arguments, pointer(count.address)))
+    slots, *what = asked.arguments
+    arguments = (pointer(ids), slots, int32(n_used), *what, pointer(count.address))
+    return Launch("handshake.cu", "publish_misses", (), (1, 1, 1), 512, arguments)
 
 
 def publish_end(exchange: Exchange) -> Launch:

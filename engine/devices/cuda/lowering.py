@@ -9,7 +9,7 @@ program has such a list for each of some sizes of steps, over the same memory.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -849,10 +849,11 @@ class Lowering:
 
     def _linear_and_router(self, item: fusion.LinearAndRouter) -> None:
         """Record products, and the choice of experts by one of them: for few tokens that is one launch."""
-        op, routing, x = item.linear, self._routing(item.router), self._use(item.linear.x)
+        op, routing = item.linear, self._routing(item.router)
         place = op.outs.index(item.router.logits)
         weight_format, sends_x = op.weights[place].format, item.experts.x == op.x
         n_done = self._constant("n_done", lambda: np.zeros(1, np.int32))
+        forms = self._forms_of_x(item.experts) if sends_x else {}
 
         def routed(p: Pass) -> Routed | None:
             count = p.count(op.x.rows)
@@ -860,9 +861,7 @@ class Lowering:
                 weight_format, op.x.width, count.most
             ):
                 return None
-            exchange = self._exchange(item.router.out, p) if sends_x else None
-            asked = Asked(self._slots(item.router.out, p), p.rows(x), op.x.width, exchange) if exchange else None
-            return Routed(routing(p), p.base + n_done, asked)
+            return Routed(routing(p), p.base + n_done, self._asked(item.experts, forms, p) if sends_x else None)
 
         def asks(p: Pass) -> bool:
             choice = routed(p)
@@ -878,6 +877,20 @@ class Lowering:
         if p.exchange is None or self._n_kept[layer] == routing.n_experts:
             return None
         return p.exchange._replace(layer=layer)
+
+    def _forms_of_x(self, op: ops.Experts) -> dict[Activation, Place]:
+        """Say where the activations of experts lie, in the one or two forms that gate and up take."""
+        return {
+            weight.format.activation: self._activations(op.x, weight.format.activation) for weight in (op.gate, op.up)
+        }
+
+    def _asked(self, op: ops.Experts, forms: Mapping[Activation, Place], p: Pass) -> Asked | None:
+        """Return what the CPU is asked with, if it computes some of these experts."""
+        exchange = self._exchange(op.routing, p)
+        if exchange is None:
+            return None
+        rows = {form: p.rows(place) for form, place in forms.items()}
+        return Asked(self._slots(op.routing, p), rows, op.x.width, exchange)
 
     def _shared_expert(self, item: fusion.SharedExpert) -> None:
         """Record experts with a shared one: for few tokens it is computed like one more that was chosen."""
@@ -903,8 +916,8 @@ class Lowering:
         factors = [(self._vector(w.scale), self._vector(b)) for w, b in zip(layer.weights, layer.biases, strict=True)]
         grids = [self._grid(weight.format) for weight in layer.weights]
 
-        x = self._use(op.x)
-        x_gate, x_up = (self._activations(op.x, weight.format.activation) for weight in layer.weights[:2])
+        forms = self._forms_of_x(op)
+        x_gate, x_up = (forms[weight.format.activation] for weight in layer.weights[:2])
         out = self._use(op.out)
         n_used, ffn_size, hidden_size = op.routing.ids.width, op.gate.n_rows, op.x.width
         h = self._temporary(lambda n_tokens: n_tokens * (n_used + 1) * ffn_size * 4, ffn_size)
@@ -1019,10 +1032,9 @@ class Lowering:
                 yield streamed((2,), second_half)
 
         def launches(p: Pass) -> Iterable[Launch | Streamed]:
-            exchange, asks_early = self._exchange(op.routing, p), self._asks_early.get(op.routing.ids.buffer)
-            if exchange is not None and not (asks_early and asks_early(p)):
+            asked, asks_early = self._asked(op, forms, p), self._asks_early.get(op.routing.ids.buffer)
+            if asked is not None and not (asks_early and asks_early(p)):
                 # before our share, so that both work at the same time
-                asked = Asked(self._slots(op.routing, p), p.rows(x), hidden_size, exchange)
                 yield kernels.publish_misses(self._ids(op.routing, p), n_used, asked, p.count(op.x.rows))
             can_group = all(tiles.has_integer_form(f) for f in formats)
             groups = p.streams or (can_group and tiles.pays_to_group(sizes, p.most))

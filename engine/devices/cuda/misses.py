@@ -29,7 +29,7 @@ _LOOK_S = 0.5  # after which the GPU is asked whether it still lives
 class MissServer:
     """Computes misses while a step runs, with one team of threads from its first layer to its last.
 
-    It holds one small CPU program for each layer: the activations put into the forms the weights take, and the experts.
+    It holds one small CPU program for each layer. The activations come in the forms that the weights take.
 
     Attributes:
         seconds: float64 [2, n_moe_layers], waited for each layer's request, and spent to answer it, in all steps.
@@ -41,11 +41,13 @@ class MissServer:
         """Get ready for steps of so many tokens."""
         self._limits = limits = replace(lowering.limits, max_tokens=max_tokens)
         n_choices, hidden_size = limits.max_tokens * lowering.n_used, lowering.hidden_size
-        sizes = (3 * _LINE, 4 * n_choices, 4 * limits.max_tokens * hidden_size, 4 * n_choices * hidden_size)
-        starts = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)])
-        self.memory = PinnedMemory(int(starts[-1]))
-        flags, *self._shared = (self.memory.address + int(start) for start in starts[:4])
-        self._addresses = [self.memory.device_address + int(start) for start in starts[:4]]
+        forms = {w.format.activation for layer in lowering.expert_layers for w in (layer.op.gate, layer.op.up)}
+        self._row_bytes = {form: _kernels.activation_bytes(form, hidden_size) for form in sorted(forms)}
+        x_sizes = (limits.max_tokens * n_bytes for n_bytes in self._row_bytes.values())
+        sizes = (3 * _LINE, 4 * n_choices, 4 * n_choices * hidden_size, *x_sizes)
+        self._starts = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)]).tolist()
+        self.memory = PinnedMemory(self._starts.pop())
+        flags = self.memory.address
         words = self.memory.bytes[: 3 * _LINE].view(np.uint32)
         self._requested, self._answered, self._abandoned = (words[i * _LINE // 4 :][:1] for i in range(3))
         self._n_layers = len(lowering.expert_layers)
@@ -61,7 +63,7 @@ class MissServer:
 
     def exchange(self, base: int) -> Exchange:
         """Return the addresses that the kernels need; `base` is where the device allocation begins."""
-        flags, ids, x, answers = self._addresses
+        flags, ids, answers, x = self._shared(self.memory.device_address)
         return Exchange(
             ids,
             x,
@@ -73,6 +75,11 @@ class MissServer:
             base + self._lowering.n_misses,
             self._n_layers,
         )
+
+    def _shared(self, base: int) -> tuple[int, int, int, dict[Activation, int]]:
+        """Return where flags, ids, answers and activations lie in the memory that begins at an address."""
+        flags, ids, answers, *x = (base + start for start in self._starts)
+        return flags, ids, answers, dict(zip(self._row_bytes, x, strict=True))
 
     def begin(self, n_tokens: int) -> None:
         """Get ready for a step, which is launched after this."""
@@ -127,20 +134,14 @@ class MissServer:
 
     def _program(self, layer: ExpertLayer, n_threads: int, isa: str | None) -> _kernels.Program:
         limits, op = self._limits, layer.op
-        ids, x, answers = self._shared
+        _, ids, answers, x = self._shared(self.memory.address)
         program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
         hidden_size, n_used = op.gate.n_cols, op.routing.ids.width
-        forms: dict[Activation, tuple[int, int]] = {Activation.F32: (x, 4 * hidden_size)}
-        for activation in (op.gate.format.activation, op.up.format.activation):
-            if activation not in forms:
-                row_bytes = _kernels.activation_bytes(activation, hidden_size)
-                rows = self._zeros(limits.max_tokens * row_bytes)
-                program.quantize(x, hidden_size, hidden_size, activation, rows, _kernels.ROWS_TOKENS)
-                forms[activation] = (rows, row_bytes)
+        forms = [(x[w.format.activation], self._row_bytes[w.format.activation]) for w in (op.gate, op.up)]
         gate, up, down = (self._matrix(layer, i) for i in range(3))
         program.experts(
-            *forms[op.gate.format.activation],
-            *forms[op.up.format.activation],
+            *forms[0],
+            *forms[1],
             ids,
             layer.n_experts,
             n_used,
@@ -170,7 +171,3 @@ class MissServer:
         """Return the address of an array that lives as long as the server."""
         self._keep.append(values)
         return int(values.ctypes.data)
-
-    def _zeros(self, n_bytes: int) -> int:
-        """Return the address of memory for activation rows."""
-        return -(-self._kept(np.zeros(n_bytes + _LINE, np.uint8)) // _LINE) * _LINE

@@ -1,5 +1,6 @@
-// The feed-forward networks of the chosen experts, in three parts with a barrier between: gate and up rows with the
-// gating, quantisation of the result, down rows.
+// The feed-forward networks of the chosen experts, in two parts with a barrier between: gate and up rows with the
+// gating, down rows. Whoever completes some columns of an expert's hidden values puts them into the form that down
+// takes: that needs no barrier of its own.
 //
 // Pairs (a token and a rank) are grouped by expert, so that each weight row is read once for all its tokens. Every
 // thread groups for itself: that is some microseconds even for a long prompt, and spares a barrier.
@@ -13,7 +14,7 @@
 typedef struct {
     int n_active;
     int32_t *experts; // [n_active], rising
-    int32_t *starts;  // [n_experts + 1]: where an expert's pairs begin
+    int32_t *starts;  // [n_active + 1]: where an expert's pairs begin
     int32_t *pairs;   // grouped by expert, in order
 } expert_groups;
 
@@ -25,31 +26,52 @@ static inline expert_groups groups_in(const worker *w, int n_experts) {
 // Pairs with any other id are computed elsewhere.
 static inline bool is_ours(const experts_args *a, int pair) { return a->ids[pair] >= 0 && a->ids[pair] < a->n_experts; }
 
+// Puts our pairs in the order of their experts, by insertion; returns how many there are. For a few.
+static inline int sort_pairs(const experts_args *a, int n_pairs, int32_t *pairs) {
+    int n = 0;
+    for (int pair = 0; pair < n_pairs; pair++) {
+        if (!is_ours(a, pair))
+            continue;
+        int at = n++;
+        for (; at > 0 && a->ids[pairs[at - 1]] > a->ids[pair]; at--)
+            pairs[at] = pairs[at - 1];
+        pairs[at] = pair;
+    }
+    return n;
+}
+
+// The same by counting; `ends` is for n_experts + 1 values.
+static inline int count_pairs(const experts_args *a, int n_pairs, int32_t *pairs, int32_t *ends) {
+    memset(ends, 0, (size_t)(a->n_experts + 1) * sizeof(int32_t));
+    for (int pair = 0; pair < n_pairs; pair++)
+        if (is_ours(a, pair))
+            ends[a->ids[pair] + 1]++;
+    for (int e = 0; e < a->n_experts; e++)
+        ends[e + 1] += ends[e];
+    const int n = ends[a->n_experts];
+    for (int pair = 0; pair < n_pairs; pair++)
+        if (is_ours(a, pair))
+            pairs[ends[a->ids[pair]]++] = pair;
+    return n;
+}
+
 static void group_pairs(const experts_args *a, const worker *w) {
+    enum { FEW_PAIRS = 32 };
     expert_groups g = groups_in(w, a->n_experts);
     const int n_pairs = w->step->n_tokens * a->n_experts_used;
-    memset(g.starts, 0, (size_t)(a->n_experts + 1) * sizeof(int32_t));
-    for (int pair = 0; pair < n_pairs; pair++)
-        if (is_ours(a, pair))
-            g.starts[a->ids[pair] + 1]++;
+    const int n = n_pairs <= FEW_PAIRS ? sort_pairs(a, n_pairs, g.pairs) : count_pairs(a, n_pairs, g.pairs, g.starts);
     g.n_active = 0;
-    for (int e = 0; e < a->n_experts; e++) {
-        if (g.starts[e + 1])
-            g.experts[g.n_active++] = e;
-        g.starts[e + 1] += g.starts[e];
-    }
-    // starts[e] runs to the end of e's pairs, which is where those of e + 1 begin; afterwards it is moved back
-    for (int pair = 0; pair < n_pairs; pair++)
-        if (is_ours(a, pair))
-            g.pairs[g.starts[a->ids[pair]]++] = pair;
-    for (int e = a->n_experts; e > 0; e--)
-        g.starts[e] = g.starts[e - 1];
-    g.starts[0] = 0;
+    for (int i = 0; i < n; i++)
+        if (i == 0 || a->ids[g.pairs[i]] != a->ids[g.pairs[i - 1]]) {
+            g.experts[g.n_active] = a->ids[g.pairs[i]];
+            g.starts[g.n_active++] = i;
+        }
+    g.starts[g.n_active] = n;
     w->scratch[0] = g.n_active;
 }
 
 typedef struct {
-    int expert, row, n_rows, n_pairs;
+    int index, expert, row, n_rows, n_pairs; // index: of the active experts
     const int32_t *pairs;
 } experts_task;
 
@@ -63,9 +85,13 @@ static inline experts_task experts_task_of(const experts_args *a, const worker *
     const expert_groups g = groups_in(w, a->n_experts);
     const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads);
     const int tasks_per_expert = tasks_of(n_rows, rows_per_task);
-    const int expert = g.experts[task / tasks_per_expert], row = task % tasks_per_expert * rows_per_task;
-    return (experts_task){expert, row, n_rows - row < rows_per_task ? n_rows - row : rows_per_task,
-                          g.starts[expert + 1] - g.starts[expert], g.pairs + g.starts[expert]};
+    const int i = task / tasks_per_expert, row = task % tasks_per_expert * rows_per_task;
+    return (experts_task){i,
+                          g.experts[i],
+                          row,
+                          n_rows - row < rows_per_task ? n_rows - row : rows_per_task,
+                          g.starts[i + 1] - g.starts[i],
+                          g.pairs + g.starts[i]};
 }
 
 static inline const uint8_t *expert_rows(const expert_matrix *m, int expert, int row) {
@@ -87,6 +113,22 @@ static inline v16 activated(v16 gate, v16 up, int activation) {
     const v16 limit = v16_set(7.0f), g = v16_min(gate, limit);
     const v16 u = v16_max(v16_min(up, limit), v16_set(-7.0f));
     return v16_mul(v16_mul(g, v16_sigmoid(v16_mul(v16_set(1.702f), g))), v16_add(u, v16_set(1.0f)));
+}
+
+// Counts a task's rows as done, and puts the hidden values that are complete with them into the form that down takes.
+static inline void quantize_complete(const experts_args *a, const experts_task *t) {
+    const int end = t->row + t->n_rows;
+    for (int first = t->row / QUANTIZED_TOGETHER * QUANTIZED_TOGETHER; first < end; first += QUANTIZED_TOGETHER) {
+        const int last = a->ffn_size - first < QUANTIZED_TOGETHER ? a->ffn_size : first + QUANTIZED_TOGETHER;
+        const int n_own = (end < last ? end : last) - (t->row > first ? t->row : first);
+        atomic_int *n_done = &a->n_done[t->index * expert_parts(a->ffn_size) + first / QUANTIZED_TOGETHER].value;
+        if (atomic_fetch_add_explicit(n_done, n_own, memory_order_acq_rel) + n_own != last - first)
+            continue;
+        atomic_store_explicit(n_done, 0, memory_order_relaxed); // ready for the next experts; a barrier lies between
+        for (int i = 0; i < t->n_pairs; i++)
+            a->quantize(a->hidden + (int64_t)t->pairs[i] * a->ffn_size,
+                        a->hidden_quantized + t->pairs[i] * a->hidden_row_bytes, a->ffn_size, first, last);
+    }
 }
 
 static int experts_gate_up_begin(const op_args *args, const worker *w) {
@@ -123,18 +165,8 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             }
         }
     }
-}
-
-static int experts_quantize_begin(const op_args *args, const worker *w) {
-    return w->step->n_tokens * args->experts.n_experts_used;
-}
-
-static void experts_quantize_run(const op_args *args, const worker *w, int task) {
-    const experts_args *a = &args->experts;
-    (void)w;
-    if (is_ours(a, task))
-        a->quantize(a->hidden + (int64_t)task * a->ffn_size, a->hidden_quantized + task * a->hidden_row_bytes,
-                    a->ffn_size, 0, a->ffn_size);
+    if (a->quantize)
+        quantize_complete(a, &t);
 }
 
 static int experts_down_begin(const op_args *args, const worker *w) {
