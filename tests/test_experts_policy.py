@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.experts.forecast import FIRST_WEIGHTS, HORIZON, Forecast
+from engine.experts.forecast import CLOSELY, FIRST_WEIGHTS, HORIZON, Forecast
 from engine.experts.policy import POLICIES, make_policy
 from engine.experts.swaps import Swaps, hottest
 from engine.experts.tracker import DecayedCounts
@@ -232,6 +232,24 @@ def test_a_forecast_foretells_better_than_any_count_and_in_true_numbers(make) ->
         heat = np.stack(seen)[600 : 600 + len(came)]
         of_counts = np.corrcoef((heat - heat.mean(2, keepdims=True)).ravel(), gain.ravel())[0, 1]
         assert np.corrcoef(lead.ravel(), gain.ravel())[0, 1] > of_counts - 0.005
+
+
+@pytest.mark.parametrize("n_tokens", [1, CLOSELY, CLOSELY + 1, 200])
+def test_a_prompt_at_once_counts_as_its_tokens_do(n_tokens: int) -> None:
+    """With the same bits if all of it is learned from, too, and with choices that are not known."""
+    before, tokens = routing(4, 150), routing(5, n_tokens)
+    tokens[::3, 1:3, 0] = 65535
+    at_once, one_by_one = Forecast(N_LAYERS, N_EXPERTS), Forecast(N_LAYERS, N_EXPERTS)
+    for forecast in (at_once, one_by_one):
+        for chosen in before:
+            forecast.observe(chosen)
+    at_once.observe_prompt(tokens)
+    for chosen in tokens:
+        one_by_one.observe(chosen)
+    assert at_once.n_tokens == one_by_one.n_tokens == len(before) + n_tokens
+    if n_tokens <= CLOSELY:
+        np.testing.assert_array_equal(at_once.heat, one_by_one.heat)
+    np.testing.assert_allclose(at_once.rates, one_by_one.rates, rtol=1e-5, atol=1e-6)
 
 
 def test_a_forecast_takes_twins_into_account() -> None:

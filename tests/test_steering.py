@@ -12,7 +12,9 @@ from engine.config import EngineConfig, EngineSettings, MoESettings
 from engine.data import tiny_model_path
 from engine.errors import ConfigError
 from engine.experts.routing_process import RoutingProcess
+from engine.experts.steering import PLAYED_OF_PROMPT
 from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
+from engine.experts.tracker import count_choices
 from engine.runtime import Engine
 from tests.cusim import needs_emulator
 
@@ -47,6 +49,24 @@ def process() -> np.ndarray:
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_made_up_routing_is_what_the_routers_choose(device: str, tmp_path: Path, process: np.ndarray) -> None:
     np.testing.assert_array_equal(routing_of_run(device, tmp_path, "made-up"), process)
+
+
+def test_the_cache_is_told_what_is_played_for_the_end_of_a_prompt() -> None:
+    """The answer goes on from there."""
+    source = RoutingProcess(3, 16, 4)
+    played = np.stack([source.next_token() for _ in range(PLAYED_OF_PROMPT + 1)])
+    settings = EngineSettings(device="emulated", n_threads=2, context_length=64)
+    moe = MoESettings(hot_k=5, routing="made-up")
+    with Engine.open(NAME, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:
+        session.run(list(range(50)))
+        assert engine.statistics.cache is not None
+        cache = engine._caching.cache
+        assert cache is not None
+        expected = count_choices(played[:-1], 16)
+        np.testing.assert_array_equal(cache.counts, expected)
+        session.run([50])
+        assert engine.statistics.cache.choices.tolist() == [4] * 3
+        np.testing.assert_array_equal(cache.counts, expected + count_choices(played[-1:], 16))
 
 
 @needs_emulator

@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from engine import _kernels
-from engine.devices.timing import Traffic
+from engine.devices.timing import Bandwidths, Machine, StepWork, Traffic, time_step, traffic_of
 from engine.experts.hot_cache import CacheStatistics
 from engine.machine import resident_bytes
 from engine.runtime import Engine
@@ -51,7 +51,8 @@ class Placed:
         cold_tok_s: tokens a second of the first tokens after the start, `COLD_TOKENS` at most.
         first_turn_tok_s: of the whole first run.
         steady_tok_s: of all later ones together; of the first if there is no other.
-        share_of_limit: time in which the memories could have moved those bytes at best, over the time it took.
+        share_of_limit: time that the memories need for those bytes, in the order in which a token needs them, over the
+            time it took: what `engine plan` computes with the measured bandwidths, without its fixed costs.
         is_virtual: times are those of a virtual clock.
     """
 
@@ -104,12 +105,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class CacheWork:
-    """What the expert cache did in one run, and the bytes that were moved."""
+    """What the expert cache did in one run, and the bytes that all its tokens moved."""
 
     hits: int
     choices: int
     n_loads: int
-    traffic: Traffic
+    work: StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +198,25 @@ def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range
     if before is None or after is None:
         return None
     hits, choices = after.hits - before.hits, after.choices - before.choices
-    loaded = after.loaded_bytes - before.loaded_bytes
-    missed = int((choices - hits) @ footprint.expert_bytes)
-    on_device = len(positions) * footprint.dense_bytes + float(hits @ footprint.expert_bytes)
-    on_device += sum(footprint.attention_bytes(position) for position in positions)
-    moved = Traffic(missed + loaded, loaded, on_device)
-    return CacheWork(int(hits.sum()), int(choices.sum()), after.n_loads - before.n_loads, moved)
+    nothing = np.zeros(len(hits))
+    work = StepWork(
+        footprint.n_layers,
+        float(len(positions) * footprint.dense_bytes),
+        float(sum(footprint.attention_bytes(position) for position in positions)),
+        0.0,
+        (hits * footprint.expert_bytes).astype(np.float64),
+        nothing,
+        ((choices - hits) * footprint.expert_bytes).astype(np.float64),
+        nothing,
+        nothing,
+        float(after.loaded_bytes - before.loaded_bytes),
+    )
+    return CacheWork(int(hits.sum()), int(choices.sum()), after.n_loads - before.n_loads, work)
+
+
+def _limit_s(work: StepWork, speeds: Bandwidths) -> float:
+    """Return the seconds that some work takes if nothing but the memories' bandwidths holds it back."""
+    return time_step(Machine(speeds, 0, handshake_s=0.0, layer_s=0.0), work).total_s
 
 
 def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | None:
@@ -212,9 +226,8 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | N
         return None
     seconds = sum(sample.decode_s for sample in samples)
     later = samples[1:] or samples
-    moved = sum((work.traffic for work in works), Traffic())
-    speeds = statistics.bandwidths
-    least = max(moved.ram / speeds.ram, moved.link / speeds.pcie, moved.vram / speeds.vram)
+    moved = sum((traffic_of(work.work) for work in works), Traffic())
+    least = sum(_limit_s(work.work, statistics.bandwidths) for work in works)
     return Placed(
         statistics.device_bytes,
         sum(work.hits for work in works) / max(sum(work.choices for work in works), 1),

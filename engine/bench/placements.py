@@ -48,12 +48,15 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
         statistics.cache_line,
         f"Rows use equal VRAM. cold: the first {COLD_TOKENS} tokens after the start; first turn: the whole first run; "
         "steady: all later ones. gain: in decode speed. swaps: experts copied for a token; of limit: the time the "
-        "memories would need for the bytes moved, over the time taken.",
+        "memories need for the bytes moved, dense weights and experts one after the other, over the time taken.",
     ]
     if statistics.has_virtual_clock:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
     if config.model.path.startswith(PREFIX):
-        notes.append(f"The weights are random, and so would be the routing; instead it is {_played(config)}.")
+        notes.append(
+            f"The weights are random, and so would be the routing; instead it is {_played(config)}. A prompt runs with "
+            "its own; the cache is told the played one for the end of it."
+        )
     return notes
 
 

@@ -22,6 +22,7 @@ CONFIDENCE = 10.0  # samples' worth of evidence that the first weights stand for
 CAUTION = 16.0  # tokens without a choice that every rate begins with, so that the first choices do not say too much
 N_SAMPLED = 12  # layers that are learned from, spread over the model
 LEARN_EVERY = 4  # tokens
+CLOSELY = 32  # tokens at the end of a prompt that are learned from; those before are only counted
 
 Weights = npt.NDArray[np.float64]
 Rates = npt.NDArray[np.float32]
@@ -53,12 +54,35 @@ class Forecast:
         self._twins = np.full((2, n_layers), -1)
         self._fit = _Fit(n_layers, n_experts)
 
+    @property
+    def rates(self) -> npt.NDArray[np.float32]:
+        """Return the choices a token at each of `HALF_LIVES`, float32 [half-lives, n_layers, n_experts]."""
+        own = self._counts[: len(HALF_LIVES), :-1]
+        return own / (self._remembered + CAUTION).astype(np.float32)[:, None, None]
+
     def set_twins(self, twin_of: npt.NDArray[np.intp]) -> None:
         """Take note of the earlier twin of each layer, -1 for none; it is a twin to that one in turn."""
         later = np.full(len(twin_of), -1)
         has_one = np.flatnonzero(twin_of >= 0)
         later[twin_of[has_one]] = has_one
         self._twins = np.stack([twin_of, later])
+
+    def observe_prompt(self, tokens: Chosen) -> None:
+        """Take in a prompt at once, or its end: ids [n_tokens, n_layers, n_experts_used]."""
+        n = max(len(tokens) - CLOSELY, 0)
+        if n:
+            ages = np.arange(n - 1, -1, -1)
+            known = tokens[:n] < self.heat.shape[1]
+            places = (tokens[:n] + (np.arange(len(self.heat)) * self.heat.shape[1])[:, None])[known]
+            ages_of_choices = np.broadcast_to(ages[:, None, None], known.shape)[known]
+            for counts, decay in zip(self._counts, self._decay, strict=False):  # those of twins follow from these
+                counted = np.bincount(places, decay**ages_of_choices, self.heat.size)
+                counts[:-1] = counts[:-1] * np.float32(decay**n) + counted.reshape(self.heat.shape).astype(np.float32)
+            self._remembered = self._remembered * self._decay**n + (self._decay[:, None] ** ages).sum(1)
+            self.n_tokens += n
+            self._fit.skip(n)
+        for chosen in tokens[n:]:
+            self.observe(chosen)
 
     def observe(self, chosen: Chosen) -> None:
         """Take in one token: ids [n_layers, n_experts_used]."""
@@ -120,6 +144,11 @@ class _Fit:
             self._take_sample(counts[:, self._layers], rate_of_count)
         self._n_tokens += 1
         return self._weights
+
+    def skip(self, n_tokens: int) -> None:
+        """Pass over tokens that are not learned from."""
+        self._waiting *= np.float32((1.0 - 1.0 / HORIZON) ** n_tokens)
+        self._waiting_products *= (1.0 - 1.0 / HORIZON) ** n_tokens
 
     def _take_sample(self, counts: npt.NDArray[np.float32], rate_of_count: Weights) -> None:
         rates = counts.reshape(len(counts), -1) * rate_of_count.astype(np.float32)[:, None]

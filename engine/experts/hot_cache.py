@@ -123,6 +123,10 @@ class HotCache:
         ready: npt.NDArray[np.bool_] = self.table.ready.copy()
         return ready
 
+    def bypasses(self, n_tokens: int) -> bool:
+        """Return whether a step of so many tokens does not change the cache."""
+        return n_tokens >= self._bypass_n_tokens
+
     def observe(self, routing: npt.NDArray[np.integer], resident: npt.NDArray[np.bool_] | None = None) -> None:
         """Take in a step that has run, before `step`.
 
@@ -137,10 +141,9 @@ class HotCache:
         counts = count_choices(tokens, self._n_experts)
         self.counts += counts.astype(np.int64)
         self.n_counted += n_tokens
-        if n_tokens >= self._bypass_n_tokens:
+        if self.bypasses(n_tokens):
             if self._prompt_seeds_heat:
-                for chosen in tokens[-PROMPT_TAIL:]:
-                    self.policy.observe(chosen)
+                self.policy.observe_prompt(tokens[-PROMPT_TAIL:])
             if not self._used:
                 self.fill(self.policy.heat if self._prompt_seeds_heat else counts)
             return

@@ -44,6 +44,10 @@ class Policy(Protocol):
         """Take in one token: ids [n_layers, n_experts_used], best rank first."""
         ...
 
+    def observe_prompt(self, tokens: Chosen) -> None:
+        """Take in the end of a prompt, [n_tokens, n_layers, n_experts_used]; quicker than token by token."""
+        ...
+
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
         """Return the swaps wanted now, most wanted first.
 
@@ -72,6 +76,11 @@ class _KeepTheHottest:
     def observe(self, chosen: Chosen) -> None:
         """Take in one token."""
         self._tracker.observe(chosen)
+
+    def observe_prompt(self, tokens: Chosen) -> None:
+        """Take in the end of a prompt."""
+        for chosen in tokens:
+            self.observe(chosen)
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:  # noqa: ARG002
         """Return swaps, or none between two looks."""
@@ -182,6 +191,13 @@ class Adaptive:
         if self.twins.observe(chosen):
             self._forecast.set_twins(self.twins.of)
         self._forecast.observe(chosen)
+
+    def observe_prompt(self, tokens: Chosen) -> None:
+        """Take in the end of a prompt."""
+        for chosen in tokens:
+            self.twins.observe(chosen)
+        self._forecast.set_twins(self.twins.of)
+        self._forecast.observe_prompt(tokens)
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
         """Return the swaps that pay, widest lead first."""

@@ -165,6 +165,11 @@ class Clairvoyant:
         self._used.reshape(-1)[places] = True
         self._now += 1
 
+    def observe_prompt(self, tokens: npt.NDArray[np.integer]) -> None:
+        """Pass over a prompt."""
+        for chosen in tokens:
+            self.observe(chosen)
+
     def plan(self, resident: npt.NDArray[np.bool_], n_slots: Ids, ahead: object = None) -> Swaps:  # noqa: ARG002
         """Return the swaps among the experts just used."""
         margin = 0.0 if self._bypass else -np.inf

@@ -65,12 +65,14 @@ class Twins:
         self._recent.clear()
         n_layers, n_ranks = tokens.shape[1:]
         known = tokens < self._n_experts
-        # Not a matrix product: BLAS would wake its threads, which the CPU's own team of threads would have to wait for.
-        other = np.where(known, tokens, self._n_experts)
-        one = np.where(known, tokens, self._n_experts + 1)
-        same = np.zeros((n_layers, n_layers))
-        for rank in range(n_ranks):
-            same += np.count_nonzero(one[:, :, None, :] == other[:, None, :, rank, None], axis=(0, 3))
+        # Which layers chose an expert is looked up for all choices: no matrix product, as BLAS would wake its threads,
+        # which the CPU's own team of threads would have to wait for.
+        n_tokens, layers = np.arange(len(tokens))[:, None], np.arange(n_layers)[:, None]
+        choices = np.where(known, tokens, self._n_experts).reshape(len(tokens), -1)
+        chose = np.zeros((len(tokens), self._n_experts + 1, n_layers), np.uint8)
+        chose[n_tokens[:, :, None], choices.reshape(tokens.shape), layers] = 1
+        chose[:, self._n_experts] = 0
+        same = chose[n_tokens, choices].reshape(*tokens.shape, n_layers).sum((0, 2), dtype=np.int64)
         self._both = KEEP * self._both + same
         self._counts = KEEP * self._counts + count_choices(tokens, self._n_experts)
         self._tokens = KEEP * self._tokens + known.any(2).sum(0)

@@ -95,6 +95,8 @@ class WatchedProgram:
         routing = self._program.routing()
         if self._recorder is not None:
             self._record(self._recorder, routing, slots)
+        if self._steering is not None and self._cache is not None and self._cache.bypasses(len(token_ids)):
+            routing = self._steering.end_of_prompt()
         if resident is not None:
             self._unseen = _Step(routing, resident, step_s)
         if self._thread is None:
