@@ -44,12 +44,16 @@ def measure_placements(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, 
 
 def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
     """Return what a reader of the rows must know."""
+    limits = statistics.bandwidths
     notes = [
         statistics.cache_line,
         f"Rows use equal VRAM. cold: the first {COLD_TOKENS} tokens after the start; first turn: the whole first run; "
         "steady: all later ones. gain: in decode speed. swaps: experts copied for a token; of limit: the time the "
         "memories need for the bytes moved, dense weights and experts one after the other, over the time taken.",
     ]
+    if limits is not None:
+        speeds = (f"{speed / 1e9:.3g}" for speed in (limits.ram, limits.pcie, limits.vram))
+        notes.append("The limits of the last row, in GB/s: {} from RAM, {} over PCIe, {} from VRAM.".format(*speeds))
     if statistics.has_virtual_clock:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
     if config.model.path.startswith(PREFIX):

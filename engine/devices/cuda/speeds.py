@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from engine.machine import bandwidth_buffer_bytes
 _COPY_BYTES = 64 << 20  # more than a GPU's second-level cache
 _IN_A_ROW = 8  # copies within the device, so that their launches do not count
 _RAM_BYTES = 256 << 20
-_REPEATS, _RAM_REPEATS = 3, 12  # other programs take from RAM more often than from the GPU
+_REPEATS, _RAM_REPEATS = 3, 9
 
 
 def measure_speeds(stream: Stream, n_threads: int) -> Bandwidths:
-    """Return the best of a few measurements, in bytes a second; takes a fraction of a second."""
+    """Return the best of a few measurements, in bytes a second; of RAM, which is never ours alone, their median.
+
+    Takes a fraction of a second.
+    """
     pinned, device = PinnedMemory(_COPY_BYTES), DeviceMemory(2 * _COPY_BYTES)
 
     def copy_within() -> None:
@@ -32,7 +36,8 @@ def measure_speeds(stream: Stream, n_threads: int) -> Bandwidths:
     finally:
         device.close()
         pinned.close()
-    ram = _kernels.read_bandwidth(np.ones(bandwidth_buffer_bytes(_RAM_BYTES), np.uint8), n_threads, _RAM_REPEATS)
+    buffer = np.ones(bandwidth_buffer_bytes(_RAM_BYTES), np.uint8)
+    ram = median(_kernels.read_bandwidth(buffer, n_threads, 1) for _ in range(_RAM_REPEATS))
     return Bandwidths(ram, _COPY_BYTES / upload, _IN_A_ROW * 2 * _COPY_BYTES / within)
 
 
