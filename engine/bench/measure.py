@@ -156,8 +156,12 @@ def measure(
     reps: int,
     progress: Progress,
     tokens: Tokens | None = None,
+    limits: Bandwidths | None = None,
 ) -> list[Row]:
-    """Time an engine; return a row for each prompt length, in the order given. Without `tokens` they are random."""
+    """Time an engine; return a row for each prompt length, in the order given.
+
+    Without `tokens` they are random. `limits` are what rows are compared with; None for what the engine measured.
+    """
     chosen = tokens or (lambda _, n: random_tokens(n, engine.spec.n_vocab))
     if tokens is None:
         n = min(_WARM_UP, prompt_lengths[0]) + min(_WARM_UP, n_gen)  # first use of threads and pages
@@ -172,7 +176,7 @@ def measure(
     progress(name, total, total)
     token_bytes = engine.statistics.weights.token_bytes
     rows = [summarise(name, samples[n], n, n_gen, token_bytes) for n in prompt_lengths]
-    return [replace(row, placed=_placed(engine, samples[row.n_prompt], n_gen)) for row in rows]
+    return [replace(row, placed=_placed(engine, samples[row.n_prompt], n_gen, limits)) for row in rows]
 
 
 def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
@@ -219,15 +223,16 @@ def _limit_s(work: StepWork, speeds: Bandwidths) -> float:
     return time_step(Machine(speeds, 0, handshake_s=0.0, layer_s=0.0), work).total_s
 
 
-def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int) -> Placed | None:
+def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int, limits: Bandwidths | None) -> Placed | None:
     works = [sample.cache for sample in samples if sample.cache is not None]
     statistics = engine.statistics
-    if not works or statistics.bandwidths is None:
+    limits = limits or statistics.bandwidths
+    if not works or limits is None:
         return None
     seconds = sum(sample.decode_s for sample in samples)
     later = samples[1:] or samples
     moved = sum((traffic_of(work.work) for work in works), Traffic())
-    least = sum(_limit_s(work.work, statistics.bandwidths) for work in works)
+    least = sum(_limit_s(work.work, limits) for work in works)
     return Placed(
         statistics.device_bytes,
         sum(work.hits for work in works) / max(sum(work.choices for work in works), 1),

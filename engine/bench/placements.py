@@ -31,11 +31,10 @@ def measure_placements(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, 
     with Engine.open(config=hot, progress=bars.loading) as engine:
         found = _measure(engine, f"hot experts ({config.moe.policy})", config, tokens, bars.steps)
         statistics, used, footprint = engine.statistics, engine.config, engine.footprint
-    budget = statistics.device_bytes
-    layers = _measure_layers(used, footprint, budget, tokens, bars)
+    layers = _measure_layers(used, footprint, statistics, tokens, bars)
     cpu = replace(config, moe=replace(config.moe, hot_k=0, n_cpu_moe=-1))
     with Engine.open(config=cpu, progress=bars.loading) as engine:
-        on_cpu = _measure(engine, "all experts on the CPU", config, tokens, bars.steps)
+        on_cpu = _measure(engine, "all experts on the CPU", config, tokens, bars.steps, statistics)
     rows = []
     for cpu_row, layers_row, hot_row in zip(on_cpu, layers, found, strict=True):
         rows += [cpu_row, _compared(layers_row, CPU=cpu_row), _compared(hot_row, CPU=cpu_row, layers=layers_row)]
@@ -53,7 +52,7 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
     ]
     if limits is not None:
         speeds = (f"{speed / 1e9:.3g}" for speed in (limits.ram, limits.pcie, limits.vram))
-        notes.append("The limits of the last row, in GB/s: {} from RAM, {} over PCIe, {} from VRAM.".format(*speeds))
+        notes.append("The limits, in GB/s: {} from RAM, {} over PCIe, {} from VRAM.".format(*speeds))
     if statistics.has_virtual_clock:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
     if config.model.path.startswith(PREFIX):
@@ -83,14 +82,24 @@ def _played(config: EngineConfig) -> str:
     return f"that of {config.moe.routing}"
 
 
-def _measure(engine: Engine, name: str, config: EngineConfig, tokens: Tokens, progress: Progress) -> list[Row]:
-    bench = config.bench
-    return measure(engine, name, bench.prompt_tokens, bench.gen_tokens, bench.reps, progress, tokens)
+def _measure(
+    engine: Engine,
+    name: str,
+    config: EngineConfig,
+    tokens: Tokens,
+    progress: Progress,
+    hot: EngineStatistics | None = None,
+) -> list[Row]:
+    """Measure one engine; all are compared with the limits that the one with hot experts found, the first."""
+    bench, limits = config.bench, hot.bandwidths if hot else None
+    return measure(engine, name, bench.prompt_tokens, bench.gen_tokens, bench.reps, progress, tokens, limits)
 
 
-def _measure_layers(used: EngineConfig, footprint: Footprint, budget: int, tokens: Tokens, bars: Bars) -> list[Row]:
-    """Measure with as many whole layers as the budget holds."""
-    n_layers = len(footprint.expert_bytes)
+def _measure_layers(
+    used: EngineConfig, footprint: Footprint, hot: EngineStatistics, tokens: Tokens, bars: Bars
+) -> list[Row]:
+    """Measure with as many whole layers as the hot experts' memory holds."""
+    n_layers, budget = len(footprint.expert_bytes), hot.device_bytes
     for n_cpu in range(least_cpu_layers(footprint, budget), n_layers + 1):
         config = replace(
             used,
@@ -100,7 +109,7 @@ def _measure_layers(used: EngineConfig, footprint: Footprint, budget: int, token
         try:
             with Engine.open(config=config, progress=bars.loading) as engine:
                 name = f"whole layers (n_cpu_moe = {n_cpu})"
-                return _measure(engine, name, used, tokens, bars.steps)
+                return _measure(engine, name, used, tokens, bars.steps, hot)
         except DeviceError:
             if n_cpu == n_layers:  # else a device that lays its memory out in larger steps than the plan
                 raise
