@@ -13,7 +13,7 @@
 
 enum {
     FEW_TOKENS = 8,
-    FEW_ROWS = 128, // of a call, whose running sums are kept at a time
+    FEW_ROWS = 512, // of a call, whose running sums are kept at a time
     FEW_UNITS = 8,  // of 256 columns, whose activations are kept side by side at a time
 };
 
