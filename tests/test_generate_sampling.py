@@ -80,7 +80,7 @@ def test_unused_tokens_and_ids_that_are_no_tokens_never_come(temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_unused_token_among_others_never_comes(temperature):
-    few = SimpleNamespace(n_vocab=12, unused_ids=frozenset({3, 10, 11}))
+    few = SimpleNamespace(n_sampled=10, unused_among_sampled=np.array([3]))
     logits = flat_logits(_3=50.0, _7=0.0, _11=90.0)
     sampler, sequence = Sampler(params(temperature=temperature), few), Sequence(TOKENIZER, params(), ())
     assert {sampler.choose(logits, sequence) for _ in range(5)} == {7}

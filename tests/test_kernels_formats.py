@@ -180,15 +180,15 @@ def test_products_have_the_bits_of_the_reference(
 
 @each_format
 def test_levels_threads_and_batches_change_no_bit(fmt: QuantFormat) -> None:
-    n_rows, n_cols, n_tokens = 150, 1024 if fmt.block_size > 1 else 1013, 67
+    n_rows, n_cols, n_tokens = 150, 1024 if fmt.block_size > 1 else 1013, 131
     raw, x = random_rows(fmt, n_rows, n_cols, seed=3), normal(n_tokens, n_cols, seed=3)
     expected = bits(_kernels.matmul(fmt.ggml_type, raw, x, 1, LEVELS[0]))
     for isa in LEVELS:
         for n_threads in (1, 2, 3):
             assert np.array_equal(bits(_kernels.matmul(fmt.ggml_type, raw, x, n_threads, isa)), expected)
-        alone = np.concatenate([_kernels.matmul(fmt.ggml_type, raw, x[i : i + 1], 1, isa) for i in range(0, 67, 11)])
+        alone = np.concatenate([_kernels.matmul(fmt.ggml_type, raw, x[i : i + 1], 1, isa) for i in range(0, 131, 11)])
         assert np.array_equal(bits(alone), expected[::11])
-        for first, end in ((0, 2), (2, 9), (9, 41), (41, 67)):
+        for first, end in ((0, 2), (2, 9), (9, 41), (41, 131)):
             part = _kernels.matmul(fmt.ggml_type, raw, x[first:end], 2, isa)
             assert np.array_equal(bits(part), expected[first:end])
 
@@ -196,12 +196,22 @@ def test_levels_threads_and_batches_change_no_bit(fmt: QuantFormat) -> None:
 @pytest.mark.parametrize("n_tokens", [2, 3, 4, 5, 6, 7, 8])
 @each_format
 def test_few_tokens_and_long_rows_change_no_bit(fmt: QuantFormat, n_tokens: int) -> None:
-    """More rows and columns than a product with a few tokens keeps at a time."""
+    """More columns than a product with a few tokens keeps at a time."""
     n_rows, n_cols = 134, 2560 if fmt.block_size > 1 else 2051
     raw, x = random_rows(fmt, n_rows, n_cols, seed=5), normal(n_tokens, n_cols, seed=5)
     found = [_kernels.matmul(fmt.ggml_type, raw, x, 1, isa) for isa in LEVELS]
     alone = np.concatenate([_kernels.matmul(fmt.ggml_type, raw, x[i : i + 1]) for i in range(n_tokens)])
     assert all(np.array_equal(bits(each), bits(alone)) for each in found)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 8])
+@each_format
+def test_rows_of_the_longest_tasks_change_no_bit(fmt: QuantFormat, n_tokens: int) -> None:
+    """So many rows that a thread's eight tasks would be longer than any may be."""
+    n_rows, n_cols = 8 * 512 + 70, 256
+    raw, x = random_rows(fmt, n_rows, n_cols, seed=7), normal(n_tokens, n_cols, seed=7)
+    parts = [_kernels.matmul(fmt.ggml_type, raw[i : i + 60], x) for i in range(0, n_rows, 60)]
+    assert np.array_equal(bits(_kernels.matmul(fmt.ggml_type, raw, x)), bits(np.concatenate(parts, axis=1)))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 7])

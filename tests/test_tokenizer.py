@@ -312,7 +312,10 @@ def test_minus_one_means_no_token():
 
 
 def test_suppressed_tokens_are_never_sampled():
-    assert Tokenizer.from_metadata(small(suppress_tokens=[3, 999])).unused_ids == {3, 261, 262}
+    tokenizer = Tokenizer.from_metadata(small(suppress_tokens=[3, 999]))
+    assert tokenizer.unused_ids == {3, 261, 262}
+    assert tokenizer.n_sampled == 261
+    assert tokenizer.unused_among_sampled.tolist() == [3]
 
 
 # -- what is wrong with a file ---------------------------------------------------------------------------------------

@@ -26,12 +26,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.seed = secrets.randbits(63) if params.seed < 0 else params.seed
         self._params = params
-        unused = tokenizer.unused_ids
-        n_vocab = tokenizer.n_vocab
-        while n_vocab > 1 and n_vocab - 1 in unused:
-            n_vocab -= 1  # most of them are at the end
-        self._n_vocab = n_vocab
-        self._unused = np.array(sorted(i for i in unused if i < n_vocab), np.intp)
+        self._n_vocab = tokenizer.n_sampled
+        self._unused = tokenizer.unused_among_sampled
         self._most = self._allowed = np.zeros(0, np.float32)
         self._has_penalties = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

@@ -13,7 +13,7 @@
 
 enum {
     FEW_TOKENS = 8,
-    FEW_ROWS = 128, // of a call, whose running sums are kept at a time
+    FEW_ROWS = 512, // of a call, whose running sums are kept at a time
     FEW_UNITS = 8,  // of 256 columns, whose activations are kept side by side at a time
 };
 
@@ -282,6 +282,18 @@ ALWAYS_INLINE void set_blocks(vector_format f, few_rows rows, int r, int column,
     }
 }
 
+// Fetches from rows further down what `blocks` are of these; as one stream where the columns are all of theirs.
+ALWAYS_INLINE void fetch_few(vector_format f, few_rows rows, int r, int64_t ahead, const uint8_t *const blocks[4],
+                             int first, int end, int column) {
+    const int64_t row = r * rows.row_bytes, at = (int64_t)((column - first) / f.block_size) * f.block_bytes;
+    if ((int64_t)((end - first) / f.block_size) * f.block_bytes == rows.row_bytes)
+        fetch(rows.first + row + ahead + 4 * at, 4 * f.block_bytes);
+    else
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            fetch(blocks[i] + ahead, f.block_bytes);
+}
+
 ALWAYS_INLINE void multiply_rows_256(vector_format f, few_rows rows, int64_t ahead, const few_activations *units,
                                      int first, int end, float (*acc)[16]) {
     unpacked_blocks unpacked[2], *w = &unpacked[0], *next_w = &unpacked[1];
@@ -294,8 +306,7 @@ ALWAYS_INLINE void multiply_rows_256(vector_format f, few_rows rows, int64_t ahe
         for (int column = first; column < end; column += 256) {
             const uint8_t *next[4];
             const int at_end = column + 256 == end;
-            for (int i = 0; i < 4; i++)
-                fetch(blocks[i] + ahead, f.block_bytes);
+            fetch_few(f, rows, r, ahead, blocks, first, end, column);
             set_blocks(f, rows, at_end ? r + 4 : r, at_end ? first : column + 256, next);
             multiply_few_256(f, blocks, w, next, next_w, &units[(column - first) / 256], acc + r / 2);
             memcpy(blocks, next, sizeof next);
@@ -311,9 +322,7 @@ ALWAYS_INLINE void multiply_rows_32(vector_format f, few_rows rows, int64_t ahea
         const uint8_t *blocks[4];
         set_blocks(f, rows, r, first, blocks);
         for (int column = first; column < end; column += 32) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                fetch(blocks[i] + ahead, f.block_bytes);
+            fetch_few(f, rows, r, ahead, blocks, first, end, column);
             multiply_few_32(f, blocks, &units[(column - first) / 256], (column - first) % 256 / 32, acc + r / 2);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)

@@ -24,8 +24,9 @@ enum {
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
     MAX_LINEAR_WEIGHTS = 8,
-    TOKENS_PER_CALL = 64,       // activation rows that one call of a matmul_fn gets at most
-    ROWS_PER_TASK = 128,        // weight rows of one task at most
+    TOKENS_PER_CALL = 128,      // activation rows that one call of a matmul_fn gets at most
+    ROWS_PER_TASK = 128,        // weight rows of one task at most,
+    LONE_CALL_ROWS = 512,       // or of one that is a single call
     ATTENTION_CHUNK = 256,      // positions that share one softmax before partial results are merged
     ATTENTION_TILE = 4,         // heads that read a chunk of keys and values together
     SPLIT_ATTENTION_TOKENS = 8, // up to so many tokens, chunks are tasks of their own

@@ -273,13 +273,18 @@ ALWAYS_INLINE void multiply_block(vector_format f, tile_layout layout, const wei
                     parts[t][v] = lanes_zero();
 #pragma GCC unroll 8
             for (int quad = first; quad < first + layout.group; quad++) {
-                const uint8_t (*weights)[4] = tile->bytes[block * n_quads + quad];
+                lanes weights[TILE_VECTORS];
+#pragma GCC unroll 8
+                for (int v = 0; v < TILE_VECTORS; v++) {
+                    weights[v] = lanes_load(tile->bytes[block * n_quads + quad][v * N_LANES]);
+                    KEEP_IN_REGISTER(weights[v]); // for all tokens: loads are scarce, too
+                }
 #pragma GCC unroll 8
                 for (int t = 0; t < n; t++) {
                     const lanes values = lanes_set_4_bytes(x[t].q + group * f.block_size + 4 * quad);
 #pragma GCC unroll 8
                     for (int v = 0; v < TILE_VECTORS; v++)
-                        parts[t][v] = lanes_add_dot_u8(parts[t][v], lanes_load(weights[v * N_LANES]), values);
+                        parts[t][v] = lanes_add_dot_u8(parts[t][v], weights[v], values);
                     for (int v = 0; v < TILE_VECTORS; v++)
                         KEEP_IN_REGISTER(parts[t][v]);
                 }
@@ -354,13 +359,20 @@ ALWAYS_INLINE void matmul_tiles(vector_format f, const uint8_t *w, int64_t row_b
                 tokens[t] = activation_view(x[first_x + t], f.activation, n_cols);
             for (int b = 0; b < n_blocks; b += tile_blocks) {
                 const int n = n_blocks - b < tile_blocks ? n_blocks - b : tile_blocks;
+                const int n_bytes = TILE_ROWS * n * f.block_bytes;
+                // Of the next rows, of which one long stream is fetched meanwhile, some lines with each few tokens.
+                const uint8_t *next = rows[0] + TILE_ROWS * (row_bytes + (int64_t)b * f.block_bytes);
                 weight_tile tile;
                 fill_tile(f, layout, rows, (int64_t)b * f.block_bytes, n, &tile);
                 int t = 0;
-                for (; t + together <= n_tokens; t += together)
+                for (; t + together <= n_tokens; t += together) {
+                    fetch(next + n_bytes * t / n_tokens, n_bytes * together / n_tokens);
                     multiply_tile(f, layout, &tile, b, n, together, tokens + t, acc + t);
-                for (; t < n_tokens; t++)
+                }
+                for (; t < n_tokens; t++) {
+                    fetch(next + n_bytes * t / n_tokens, n_bytes / n_tokens);
                     multiply_tile(f, layout, &tile, b, n, 1, tokens + t, acc + t);
+                }
             }
             for (int t = 0; t < n_tokens; t++)
                 memcpy(y[first_x + t] + first_row, acc[t], (size_t)rows_left * sizeof(float));

@@ -6,6 +6,9 @@ import codecs
 from collections.abc import Iterable
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.errors import GGUFError, TokenizerError
 from engine.tokenizer.merging import SPACE_MARK, build, byte_of_character
 from engine.tokenizer.vocabulary import TokenizerMetadata, TokenType, Vocabulary, read_vocabulary
@@ -44,6 +47,19 @@ class Tokenizer:
             return cls(read_vocabulary(metadata))
         except GGUFError as error:
             raise TokenizerError(f"the file has no tokenizer that can be used: {error}") from error
+
+    @cached_property
+    def n_sampled(self) -> int:
+        """Return the number of tokens up to the last one that may be sampled: most unused ones are behind it."""
+        unused, n = self.unused_ids, self.n_vocab
+        while n > 1 and n - 1 in unused:
+            n -= 1
+        return n
+
+    @cached_property
+    def unused_among_sampled(self) -> npt.NDArray[np.intp]:
+        """Return the unused ids below `n_sampled`, rising; shared by all who ask."""
+        return np.array(sorted(i for i in self.unused_ids if i < self.n_sampled), np.intp)
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Return the token ids of a text.

@@ -78,12 +78,12 @@ typedef struct {
 static inline int experts_begin(const experts_args *a, const worker *w, int n_rows) {
     group_pairs(a, w);
     const int n_active = w->scratch[0];
-    return n_active * tasks_of(n_rows, rows_of_task((int64_t)n_active * n_rows, w->n_threads));
+    return n_active * tasks_of(n_rows, rows_of_task((int64_t)n_active * n_rows, w->n_threads, ROWS_PER_TASK));
 }
 
 static inline experts_task experts_task_of(const experts_args *a, const worker *w, int n_rows, int task) {
     const expert_groups g = groups_in(w, a->n_experts);
-    const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads);
+    const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads, ROWS_PER_TASK);
     const int tasks_per_expert = tasks_of(n_rows, rows_per_task);
     const int i = task / tasks_per_expert, row = task % tasks_per_expert * rows_per_task;
     return (experts_task){i,

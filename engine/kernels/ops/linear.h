@@ -6,24 +6,26 @@
 #include "../simd.h"
 
 // Rows of one task: small enough that all threads end at about the same time, large enough to stream.
-static inline int rows_of_task(int64_t n_rows, int n_threads) {
+static inline int rows_of_task(int64_t n_rows, int n_threads, int most) {
     enum { MULTIPLE = 8, TASKS_PER_THREAD = 8 };
     const int64_t wanted = n_rows / ((int64_t)n_threads * TASKS_PER_THREAD);
     const int64_t rows = (wanted + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
-    return rows < MULTIPLE ? MULTIPLE : rows > ROWS_PER_TASK ? ROWS_PER_TASK : (int)rows;
+    return rows < MULTIPLE ? MULTIPLE : rows > most ? most : (int)rows;
 }
 
 static inline int tasks_of(int n_rows, int rows_per_task) { return (n_rows + rows_per_task - 1) / rows_per_task; }
 
-static inline int linear_rows_per_task(const linear_args *a, int n_threads) {
+static inline int linear_tokens(const linear_args *a, const step_view *step) {
+    return a->rows == ROWS_TOKENS ? step->n_tokens : step->n_outputs;
+}
+
+// Long tasks, for what a call prepares for its rows, unless these must stay in the cache for another call.
+static inline int linear_rows_per_task(const linear_args *a, const worker *w) {
+    const int most = linear_tokens(a, w->step) <= TOKENS_PER_CALL ? LONE_CALL_ROWS : ROWS_PER_TASK;
     int64_t n_rows = 0;
     for (int i = 0; i < a->n_weights; i++)
         n_rows += a->weights[i].n_rows;
-    return rows_of_task(n_rows, n_threads);
-}
-
-static inline int linear_tokens(const linear_args *a, const step_view *step) {
-    return a->rows == ROWS_TOKENS ? step->n_tokens : step->n_outputs;
+    return rows_of_task(n_rows, w->n_threads, most);
 }
 
 static int linear_begin(const op_args *args, const worker *w) {
@@ -32,13 +34,13 @@ static int linear_begin(const op_args *args, const worker *w) {
         return 0;
     int n_tasks = 0;
     for (int i = 0; i < a->n_weights; i++)
-        n_tasks += tasks_of(a->weights[i].n_rows, linear_rows_per_task(a, w->n_threads));
+        n_tasks += tasks_of(a->weights[i].n_rows, linear_rows_per_task(a, w));
     return n_tasks;
 }
 
 static void linear_run(const op_args *args, const worker *w, int task) {
     const linear_args *a = &args->linear;
-    const int rows_per_task = linear_rows_per_task(a, w->n_threads), n_tokens = linear_tokens(a, w->step);
+    const int rows_per_task = linear_rows_per_task(a, w), n_tokens = linear_tokens(a, w->step);
     const linear_weight *weight = a->weights;
     for (; task >= tasks_of(weight->n_rows, rows_per_task); weight++)
         task -= tasks_of(weight->n_rows, rows_per_task);
