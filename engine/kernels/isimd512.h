@@ -13,6 +13,7 @@ typedef enum {
     BY_2,     // 0 2 4 6 | 1 3 5 7 | 8 10 12 14 | 9 11 13 15
     BY_4,     // 0 4 8 12 | 1 5 9 13 | 2 6 10 14 | 3 7 11 15
     HALVES,   // 0 1 8 9 | 2 3 10 11 | 4 5 12 13 | 6 7 14 15
+    COLUMNS,  // 8 of each 32 weights in each register, see points512.h
 } group_order;
 
 static inline int group_at(group_order order, int i, int lane) {

@@ -4,7 +4,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
-#include "../isimd512.h"
+#include "../points512.h"
 
 // Signs from a 7-bit index: the eighth makes the number of minus signs even.
 static const uint8_t signs_of_7_bits[128] = {
@@ -108,7 +108,52 @@ static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__)
+static inline uint64_t load_u64(const void *p) {
+    uint64_t value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return value;
+}
+
+static const point_layout layout_IQ2_XXS = {&engine_packed_iq2_xxs, 8, 32, 8};
+static const point_layout layout_IQ2_XS = {&engine_packed_iq2_xs, 8, 8, 16};
+static const point_layout layout_IQ2_S = {&engine_packed_iq2_s, 8, 0, 8};
+
+static inline void points_IQ2_XXS(const uint8_t *const blocks[2], block_points out[2]) {
+    const __m512i a = load_512(((const block_IQ2_XXS *)blocks[0])->group);
+    const __m512i b = load_512(((const block_IQ2_XXS *)blocks[1])->group);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const uint64_t places = 0x352e272000000000; // of 7 bits in the upper half
+    look_up_8(&engine_packed_iq2_xxs, 256, _mm512_permutex2var_epi32(a, even, b), _mm512_setzero_si512(), out);
+    out[0].signs = with_parity(spread_bits(a, places));
+    out[1].signs = with_parity(spread_bits(b, places));
+}
+
+static inline void points_IQ2_XS(const uint8_t *const blocks[2], block_points out[2]) {
+    const __m512i a = load_512(((const block_IQ2_XS *)blocks[0])->qs);
+    const __m512i b = load_512(((const block_IQ2_XS *)blocks[1])->qs);
+#define EVEN(q) (0x0e0c0a0806040200 + 0x1010101010101010 * (q))
+    const __m512i even = _mm512_setr_epi64(EVEN(0), EVEN(1), EVEN(2), EVEN(3), EVEN(4), EVEN(5), EVEN(6), EVEN(7));
+#undef EVEN
+    const __m512i low = _mm512_permutex2var_epi8(a, even, b);
+    const __m512i above = _mm512_permutex2var_epi8(a, _mm512_or_si512(even, _mm512_set1_epi8(1)), b);
+    look_up_8(&engine_packed_iq2_xs, 512, low, _mm512_and_si512(above, _mm512_set1_epi8(1)), out);
+    // signs are the upper seven bits of odd bytes, and move down
+    const __m512i parity = _mm512_set1_epi64(0x02040810204080fe);
+    out[0].signs = _mm512_gf2p8affine_epi64_epi8(a, parity, 0);
+    out[1].signs = _mm512_gf2p8affine_epi64_epi8(b, parity, 0);
+}
+
+static inline void points_IQ2_S(const uint8_t *const blocks[2], block_points out[2]) {
+    const block_IQ2_S *a = (const void *)blocks[0], *b = (const void *)blocks[1];
+    // pairs of bits, eight in two bytes
+    const __m512i pairs = _mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)load_u64(b->qh), (int64_t)load_u64(a->qh)));
+    const __m512i high = _mm512_and_si512(spread_bits(pairs, 0x0e0c0a0806040200), _mm512_set1_epi8(3));
+    look_up_8(&engine_packed_iq2_s, 1024, load_two_256(a->qs, b->qs), high, out);
+    out[0].signs = widen_signs(a->signs);
+    out[1].signs = widen_signs(b->signs);
+}
+#elif defined(__AVX512VNNI__)
 // Eight times 7 bits, one in each byte, with their parity as the eighth.
 static inline __mmask64 with_parity(uint64_t bits) {
     uint64_t folded = bits ^ bits >> 4;
