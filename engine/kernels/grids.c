@@ -26,14 +26,18 @@ static int pack(const int8_t *values, size_t n_bytes, int n_values, weight_fn *w
         if (is_used[value + 128]) {
             if (n_codes >> code_bits)
                 return -1;
-            for (int i = n_codes; i < 64; i += 1 << code_bits)
-                out->weights[i] = (uint8_t)weight(value, i >> code_bits & 1);
+            for (int shift = 0; shift <= 3; shift += 3)
+                for (int i = 0; i < 64; i++)
+                    if ((i >> shift & ((1 << code_bits) - 1)) == n_codes)
+                        out->weights[shift / 3][i] = (uint8_t)weight(value, i >> shift >> code_bits & 1);
             code_of[value + 128] = n_codes++;
         }
     for (size_t p = 0; p < n_bytes / (size_t)n_values; p++) {
         int codes = 0;
-        for (int i = 0; i < n_values; i++)
-            codes |= code_of[values[p * (size_t)n_values + (size_t)i] + 128] << code_bits * i;
+        for (int i = 0; i < n_values; i++) {
+            const int code = code_of[values[p * (size_t)n_values + (size_t)i] + 128];
+            codes |= n_values == 8 ? (code & 1) << i | code >> 1 << (8 + i) : code << 3 * i;
+        }
         out->bytes[0][p] = (uint8_t)codes;
         out->bytes[1][p] = (uint8_t)(codes >> 8);
     }

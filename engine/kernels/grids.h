@@ -15,11 +15,12 @@ extern int8_t engine_grid_iq3_xxs[256][4];
 extern int8_t engine_grid_iq3_s[512][4];
 extern int8_t engine_grid_iq1[2048][8]; // IQ1_S and IQ1_M
 
-// The same in 16 bits a point, for levels that can keep such tables in registers: eight codes of 2 bits or four of 3,
-// the first value lowest. Lower bytes, then upper ones.
+// The same in two bytes a point, for levels that look them up in registers: the lower and the upper bits of eight
+// codes, or four codes of 3 bits, lowest first.
 typedef struct {
     _Alignas(64) uint8_t bytes[2][2048];
-    _Alignas(64) uint8_t weights[64]; // unsigned, by code and, above it, whether there is a minus; then again and again
+    // unsigned weights, by a code and, above it, whether there is a minus: in the lower bits, and in bits 3 to 5
+    _Alignas(64) uint8_t weights[2][64];
 } packed_grid;
 
 extern packed_grid engine_packed_iq2_xxs, engine_packed_iq2_xs, engine_packed_iq2_s, engine_packed_iq3_xxs,

@@ -115,33 +115,30 @@ static inline uint64_t load_u64(const void *p) {
     return value;
 }
 
-static const point_layout layout_IQ2_XXS = {&engine_packed_iq2_xxs, 8, 32, 8};
-static const point_layout layout_IQ2_XS = {&engine_packed_iq2_xs, 8, 8, 16};
-static const point_layout layout_IQ2_S = {&engine_packed_iq2_s, 8, 0, 8};
+static const point_layout layout_IQ2_XXS = {&engine_packed_iq2_xxs, 8};
+static const point_layout layout_IQ2_XS = {&engine_packed_iq2_xs, 8};
+static const point_layout layout_IQ2_S = {&engine_packed_iq2_s, 8};
 
 static inline void points_IQ2_XXS(const uint8_t *const blocks[2], block_points out[2]) {
     const __m512i a = load_512(((const block_IQ2_XXS *)blocks[0])->group);
     const __m512i b = load_512(((const block_IQ2_XXS *)blocks[1])->group);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const uint64_t places = 0x352e272000000000; // of 7 bits in the upper half
-    look_up_8(&engine_packed_iq2_xxs, 256, _mm512_permutex2var_epi32(a, even, b), _mm512_setzero_si512(), out);
-    out[0].signs = with_parity(spread_bits(a, places));
-    out[1].signs = with_parity(spread_bits(b, places));
+    const int64_t places = 0x352e272000000000; // of 7 bits in the upper half
+    const __m512i signs[2] = {with_parity(spread_bits(a, places)), with_parity(spread_bits(b, places))};
+    look_up_8(&engine_packed_iq2_xxs, 256, _mm512_permutex2var_epi32(a, even, b), _mm512_setzero_si512(), signs,
+              (sign_places){4, 1, 8}, out);
 }
 
 static inline void points_IQ2_XS(const uint8_t *const blocks[2], block_points out[2]) {
     const __m512i a = load_512(((const block_IQ2_XS *)blocks[0])->qs);
     const __m512i b = load_512(((const block_IQ2_XS *)blocks[1])->qs);
-#define EVEN(q) (0x0e0c0a0806040200 + 0x1010101010101010 * (q))
-    const __m512i even = _mm512_setr_epi64(EVEN(0), EVEN(1), EVEN(2), EVEN(3), EVEN(4), EVEN(5), EVEN(6), EVEN(7));
-#undef EVEN
+    const __m512i even = EIGHT_TIMES(0x0e0c0a0806040200, 0x10 * EACH_BYTE), one = _mm512_set1_epi8(1);
     const __m512i low = _mm512_permutex2var_epi8(a, even, b);
-    const __m512i above = _mm512_permutex2var_epi8(a, _mm512_or_si512(even, _mm512_set1_epi8(1)), b);
-    look_up_8(&engine_packed_iq2_xs, 512, low, _mm512_and_si512(above, _mm512_set1_epi8(1)), out);
+    const __m512i high = _mm512_permutex2var_epi8(a, _mm512_or_si512(even, one), b);
     // signs are the upper seven bits of odd bytes, and move down
     const __m512i parity = _mm512_set1_epi64(0x02040810204080fe);
-    out[0].signs = _mm512_gf2p8affine_epi64_epi8(a, parity, 0);
-    out[1].signs = _mm512_gf2p8affine_epi64_epi8(b, parity, 0);
+    const __m512i signs[2] = {_mm512_gf2p8affine_epi64_epi8(a, parity, 0), _mm512_gf2p8affine_epi64_epi8(b, parity, 0)};
+    look_up_8(&engine_packed_iq2_xs, 512, low, _mm512_and_si512(high, one), signs, (sign_places){1, 2, 8}, out);
 }
 
 static inline void points_IQ2_S(const uint8_t *const blocks[2], block_points out[2]) {
@@ -149,9 +146,8 @@ static inline void points_IQ2_S(const uint8_t *const blocks[2], block_points out
     // pairs of bits, eight in two bytes
     const __m512i pairs = _mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)load_u64(b->qh), (int64_t)load_u64(a->qh)));
     const __m512i high = _mm512_and_si512(spread_bits(pairs, 0x0e0c0a0806040200), _mm512_set1_epi8(3));
-    look_up_8(&engine_packed_iq2_s, 1024, load_two_256(a->qs, b->qs), high, out);
-    out[0].signs = widen_signs(a->signs);
-    out[1].signs = widen_signs(b->signs);
+    const __m512i signs[2] = {_mm512_castsi256_si512(load_256(a->signs)), _mm512_castsi256_si512(load_256(b->signs))};
+    look_up_8(&engine_packed_iq2_s, 1024, load_two_256(a->qs, b->qs), high, signs, (sign_places){0, 1, 4}, out);
 }
 #elif defined(__AVX512VNNI__)
 // Eight times 7 bits, one in each byte, with their parity as the eighth.

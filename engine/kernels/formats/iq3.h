@@ -60,15 +60,15 @@ static inline __m256i scales_IQ3_S(const void *block, __m256i *mins) {
 #endif
 
 #if defined(__AVX512VBMI__)
-static const point_layout layout_IQ3_XXS = {&engine_packed_iq3_xxs, 4, 0, 8};
-static const point_layout layout_IQ3_S = {&engine_packed_iq3_s, 4, 0, 8};
+static const point_layout layout_IQ3_XXS = {&engine_packed_iq3_xxs, 4};
+static const point_layout layout_IQ3_S = {&engine_packed_iq3_s, 4};
 
 static inline void points_IQ3_XXS(const uint8_t *const blocks[2], block_points out[2]) {
 #pragma GCC unroll 2
     for (int r = 0; r < 2; r++) {
         const block_IQ3_XXS *b = (const void *)blocks[r];
         look_up_4(&engine_packed_iq3_xxs, 256, load_512(b->qs), _mm512_setzero_si512(), &out[r]);
-        out[r].signs = with_parity(spread_bits(widen_signs(b->signs_scale), 0x150e0700));
+        out[r].signs = with_parity(spread_bits(_mm512_cvtepu32_epi64(load_256(b->signs_scale)), 0x150e0700));
     }
 }
 
@@ -78,7 +78,7 @@ static inline void points_IQ3_S(const uint8_t *const blocks[2], block_points out
         const block_IQ3_S *b = (const void *)blocks[r];
         const __m512i high = _mm512_maskz_set1_epi8(load_u64(b->qh), 1);
         look_up_4(&engine_packed_iq3_s, 512, load_512(b->qs), high, &out[r]);
-        out[r].signs = widen_signs(b->signs);
+        out[r].signs = _mm512_cvtepu32_epi64(load_256(b->signs));
     }
 }
 #elif defined(__AVX512VNNI__)
