@@ -209,28 +209,25 @@ ALWAYS_INLINE void add_block_of_columns(vector_format f, int n, const uint8_t *c
                                         const activation_unit *const a[], __m128 *acc) {
     __m512i dots[DECODE_TOKENS][4];
     __m256i scales[4], mins;
-#pragma GCC unroll 2
-    for (int pair = 0; pair < 4; pair += 2) {
-        block_points points[2];
-        f.points(blocks + pair, points);
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            weights_256 w;
+    block_points points[4];
+    f.points(blocks, points);
+    f.points(blocks + 2, points + 2);
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; k++)
-                w.u[k] = column_of_points(f.layout, &points[i], k);
-            scales[pair + i] = f.scales(blocks[pair + i], &mins);
+    for (int r = 0; r < 4; r++) {
+        weights_256 w;
 #pragma GCC unroll 4
-            for (int t = 0; t < n; t++) {
-                const __m512i first = add_dot(f, add_dot(f, a[t]->sums[0], &w, a[t], 0), &w, a[t], 1);
-                if (f.sub_block == 32)
-                    dots[t][pair + i] = add_dot(f, add_dot(f, first, &w, a[t], 2), &w, a[t], 3);
-                else {
-                    const __m512i last = add_dot(f, add_dot(f, a[t]->sums[1], &w, a[t], 2), &w, a[t], 3);
-                    const __m512i ordered =
-                        _mm512_shuffle_epi32(_mm512_cvtepi16_epi32(scales[pair + i]), _MM_PERM_DBCA);
-                    dots[t][pair + i] = _mm512_mullo_epi32(sum_pairs_of_2(first, last), ordered);
-                }
+        for (int k = 0; k < 4; k++)
+            w.u[k] = column_of_points(f.layout, &points[r], k);
+        scales[r] = f.scales(blocks[r], &mins);
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) {
+            const __m512i first = add_dot(f, add_dot(f, a[t]->sums[0], &w, a[t], 0), &w, a[t], 1);
+            if (f.sub_block == 32)
+                dots[t][r] = add_dot(f, add_dot(f, first, &w, a[t], 2), &w, a[t], 3);
+            else {
+                const __m512i last = add_dot(f, add_dot(f, a[t]->sums[1], &w, a[t], 2), &w, a[t], 3);
+                const __m512i ordered = _mm512_shuffle_epi32(_mm512_cvtepi16_epi32(scales[r]), _MM_PERM_DBCA);
+                dots[t][r] = _mm512_mullo_epi32(sum_pairs_of_2(first, last), ordered);
             }
         }
     }
