@@ -211,26 +211,30 @@ ALWAYS_INLINE void add_block_of_columns(vector_format f, int n, const uint8_t *c
     __m256i scales[4], mins;
     block_points points[4];
     f.points(blocks, points);
-    f.points(blocks + 2, points + 2);
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        weights_256 w;
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-            w.u[k] = column_of_points(f.layout, &points[r], k);
+    for (int r = 0; r < 4; r++)
         scales[r] = f.scales(blocks[r], &mins);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) // of each 32 weights
 #pragma GCC unroll 4
-        for (int t = 0; t < n; t++) {
-            const __m512i first = add_dot(f, add_dot(f, a[t]->sums[0], &w, a[t], 0), &w, a[t], 1);
-            if (f.sub_block == 32)
-                dots[t][r] = add_dot(f, add_dot(f, first, &w, a[t], 2), &w, a[t], 3);
-            else {
-                const __m512i last = add_dot(f, add_dot(f, a[t]->sums[1], &w, a[t], 2), &w, a[t], 3);
-                const __m512i ordered = _mm512_shuffle_epi32(_mm512_cvtepi16_epi32(scales[r]), _MM_PERM_DBCA);
-                dots[t][r] = _mm512_mullo_epi32(sum_pairs_of_2(first, last), ordered);
+        for (int r = 0; r < 4; r++) {
+            const __m512i first = column_of_points(f.layout, &points[r], 2 * h);
+            const __m512i second = column_of_points(f.layout, &points[r], 2 * h + 1);
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) {
+                const __m512i start = f.sub_block == 32 && h ? dots[t][r] : a[t]->sums[h];
+                const __m512i sum =
+                    _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, first, a[t]->x[2 * h]), second, a[t]->x[2 * h + 1]);
+                if (f.sub_block == 32)
+                    dots[t][r] = sum;
+                else {
+                    const __m512i all = _mm512_cvtepi16_epi32(scales[r]);
+                    const __m512i scale = h ? _mm512_shuffle_epi32(all, _MM_PERM_DDBB) : _mm512_shuffle_epi32(all, _MM_PERM_CCAA);
+                    const __m512i scaled = _mm512_mullo_epi32(sum, scale);
+                    dots[t][r] = h ? _mm512_add_epi32(dots[t][r], scaled) : scaled;
+                }
             }
         }
-    }
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++) {
         const __m512i *d = dots[t];

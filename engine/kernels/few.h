@@ -133,8 +133,8 @@ ALWAYS_INLINE void set_side_by_side(vector_format f, const activation_row *x, in
 ALWAYS_INLINE void unpack_part(vector_format f, const uint8_t *const blocks[4], int r, int part, int n,
                                unpacked_blocks *out) {
     const uint8_t *block = blocks[r];
-    if (part == 0 && r % 2 == 0)
-        begin_chunks(f, blocks + r, out->points + r);
+    if (r == 0 && part == 0)
+        begin_chunks(f, blocks, out->points);
 #pragma GCC unroll 8
     for (int k = 8 / n * part; k < 8 / n * (part + 1); k++)
         _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, &out->points[r], k));

@@ -8,6 +8,7 @@
 
 #include "grids.h"
 #include "isimd512.h"
+#include "matmul.h"
 
 #if defined(__AVX512VBMI__)
 
@@ -24,21 +25,37 @@ typedef struct {
     __m512i codes[2], signs;
 } block_points;
 
-// Looks up the 64 points low + 256 * high, of n_points in all. An index stays in its byte until its part of the table
-// is reached, so no blends are needed.
-static inline void look_up_64(const packed_grid *grid, int n_points, __m512i low, __m512i high, __m512i planes[2]) {
-    const __mmask64 above = _mm512_movepi8_mask(low);
-    planes[0] = planes[1] = low;
-#pragma GCC unroll 16
-    for (int first = 0; first < n_points; first += 128) {
-        const __mmask64 half = first % 256 ? above : _knot_mask64(above);
-        const __mmask64 here =
-            n_points == 256 ? half : _mm512_mask_cmpeq_epi8_mask(half, high, _mm512_set1_epi8((char)(first / 256)));
+// 64 indexes: their lower bytes, and a mask for each bit above them.
+typedef struct {
+    __m512i low;
+    __mmask64 high[3];
+} grid_indexes;
+
+// Both bytes of the points at n times 64 indexes in a table of n_points; side by side they share what is loaded of it.
+// 256 points take two permutations, of which the first leaves the upper 128 alone; bits above choose between results.
+ALWAYS_INLINE void look_up(const packed_grid *grid, int n_points, int n, const grid_indexes *at, __m512i (*planes)[2]) {
+    __asm__("" : "+r"(grid)); // no copy of the table on the stack, please
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            const uint8_t *part = grid->bytes[i] + first;
-            planes[i] =
-                _mm512_mask2_permutex2var_epi8(_mm512_load_si512(part), planes[i], here, _mm512_load_si512(part + 64));
+    for (int i = 0; i < 2; i++) {
+        __m512i halves[4][4]; // results that wait for those of the upper half, by bit
+#pragma GCC unroll 8
+        for (int part = 0; part < n_points / 256; part++) {
+            const uint8_t *table = grid->bytes[i] + 256 * part;
+#pragma GCC unroll 4
+            for (int v = 0; v < n; v++) {
+                const __mmask64 above = _mm512_movepi8_mask(at[v].low);
+                __m512i found = _mm512_mask2_permutex2var_epi8(_mm512_load_si512(table), at[v].low, _knot_mask64(above),
+                                                               _mm512_load_si512(table + 64));
+                found = _mm512_mask2_permutex2var_epi8(_mm512_load_si512(table + 128), found, above,
+                                                       _mm512_load_si512(table + 192));
+                int bit = 0;
+#pragma GCC unroll 3
+                for (; part >> bit & 1; bit++)
+                    found = _mm512_mask_mov_epi8(halves[v][bit], at[v].high[bit], found);
+                halves[v][bit] = found;
+                if (part == n_points / 256 - 1)
+                    planes[v][i] = found;
+            }
         }
     }
 }
@@ -60,31 +77,33 @@ typedef struct {
     int first, stride, step;
 } sign_places;
 
-// The points of two blocks of 32 points of eight values.
-static inline void look_up_8(const packed_grid *grid, int n_points, __m512i low, __m512i high, const __m512i signs[2],
-                             sign_places at, block_points out[2]) {
-    __m512i planes[2];
-    look_up_64(grid, n_points, low, high, planes);
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; r++) {
-        const __m512i points = join_planes(planes, 32 * r, 4);
+// The points of four blocks of 32 points of eight values; those of two blocks are looked up side by side.
+ALWAYS_INLINE void look_up_8(const packed_grid *grid, int n_points, const grid_indexes at[2], const __m512i signs[4],
+                             sign_places sign_at, block_points out[4]) {
+    __m512i planes[2][2];
+    look_up(grid, n_points, 2, at, planes);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        const __m512i points = join_planes(planes[r / 2], r % 2 * 32, 4);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             const int64_t of_points = 0x0001000203000000 + 0x0404000404000000 * h;
-            const int64_t of_signs = 0x0000400000400000 + 0x0000010000010000 * (at.first + 2 * h * at.stride) +
-                                     0x0000000000010000 * at.stride;
-            const int64_t steps = 0x0808000808000000 + 0x0000010000010000 * at.step;
+            const int64_t of_signs = 0x0000400000400000 + 0x0000010000010000 * (sign_at.first + 2 * h * sign_at.stride) +
+                                     0x0000000000010000 * sign_at.stride;
+            const int64_t steps = 0x0808000808000000 + 0x0000010000010000 * sign_at.step;
             out[r].codes[h] = _mm512_permutex2var_epi8(points, EIGHT_TIMES(of_points + of_signs, steps), signs[r]);
         }
     }
 }
 
-// The points of a block of 64 points of four values.
-static inline void look_up_4(const packed_grid *grid, int n_points, __m512i low, __m512i high, block_points *out) {
-    __m512i planes[2];
-    look_up_64(grid, n_points, low, high, planes);
-    out->codes[0] = join_planes(planes, 0, 8);
-    out->codes[1] = join_planes(planes, 4, 8);
+// The points of four blocks of 64 points of four values.
+ALWAYS_INLINE void look_up_4(const packed_grid *grid, int n_points, const grid_indexes at[4], const __m512i signs[4],
+                             block_points out[4]) {
+    __m512i planes[4][2];
+    look_up(grid, n_points, 4, at, planes);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        out[r] = (block_points){{join_planes(planes[r], 0, 8), join_planes(planes[r], 4, 8)}, signs[r]};
 }
 
 // Numbers that lie anywhere in 64 bits, as the lower bits of eight bytes; what is above them is left.

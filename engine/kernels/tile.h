@@ -188,14 +188,15 @@ ALWAYS_INLINE void fill_tile(vector_format f, tile_layout layout, const uint8_t 
     const int n_columns = n_blocks * f.block_size;
     for (int first = 0; first < TILE_ROWS; first += 8) {
         unpacked_rows unpacked;
-        for (int r = 0; r < 8; r += 2)
+        for (int r = 0; r < 8; r += 4)
             for (int b = 0; b < n_blocks; b++) {
-                const int64_t block = at + b * f.block_bytes;
-                const uint8_t *const blocks[2] = {rows[first + r] + block, rows[first + r + 1] + block};
-                block_points points[2];
+                const uint8_t *blocks[4];
+                block_points points[4];
+                for (int i = 0; i < 4; i++)
+                    blocks[i] = rows[first + r + i] + at + b * f.block_bytes;
                 if (f.block_size == 256)
                     begin_chunks(f, blocks, points);
-                for (int i = 0; i < 2; i++)
+                for (int i = 0; i < 4; i++)
                     if (f.block_size == 256)
                         unpack_row_256(f, layout, blocks[i], &points[i], &unpacked, r + i);
                     else

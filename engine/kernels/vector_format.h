@@ -8,7 +8,7 @@
 // For single tokens (decode.h) AVX2 asks a format whose packing puts the two halves of 32 weights into the nibbles of
 // 16 bytes, or whose blocks are 32 weights, for `runs`: two runs of 32 weights side by side. AVX-512 asks every format
 // for `wide`: 256 weights in four registers, of one block or of eight. With VBMI, formats with grids give nothing but
-// `points`, which looks up the points of two blocks, and `layout`.
+// `points`, which looks up the points of four blocks, and `layout`.
 #ifndef ENGINE_VECTOR_FORMAT_H
 #define ENGINE_VECTOR_FORMAT_H
 
@@ -32,7 +32,7 @@ typedef weights_256 wide_fn(const uint8_t *block);
 typedef scales_of_4 scales_4_fn(const uint8_t *const blocks[4]);
 typedef __m512 d_16_fn(const uint8_t *const blocks[4], int at);
 #if defined(__AVX512VBMI__)
-typedef void points_fn(const uint8_t *const blocks[2], block_points out[2]);
+typedef void points_fn(const uint8_t *const blocks[4], block_points out[4]);
 #endif
 #else
 typedef two_runs runs_fn(const uint8_t *first, const uint8_t *second, int index);
@@ -70,8 +70,8 @@ ALWAYS_INLINE __m256i one_a_sub_block(vector_format f, __m256i values) {
 
 // The next two are for layouts that take one block of a row apart after the other.
 
-// What chunks of two blocks need to have looked up before.
-ALWAYS_INLINE void begin_chunks(vector_format f, const uint8_t *const blocks[2], block_points out[2]) {
+// What chunks of four blocks need to have looked up before.
+ALWAYS_INLINE void begin_chunks(vector_format f, const uint8_t *const blocks[4], block_points out[4]) {
 #if defined(__AVX512VBMI__)
     if (f.points)
         f.points(blocks, out);

@@ -119,35 +119,55 @@ static const point_layout layout_IQ2_XXS = {&engine_packed_iq2_xxs, 8};
 static const point_layout layout_IQ2_XS = {&engine_packed_iq2_xs, 8};
 static const point_layout layout_IQ2_S = {&engine_packed_iq2_s, 8};
 
-static inline void points_IQ2_XXS(const uint8_t *const blocks[2], block_points out[2]) {
-    const __m512i a = load_512(((const block_IQ2_XXS *)blocks[0])->group);
-    const __m512i b = load_512(((const block_IQ2_XXS *)blocks[1])->group);
+static inline void points_IQ2_XXS(const uint8_t *const blocks[4], block_points out[4]) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const int64_t places = 0x352e272000000000; // of 7 bits in the upper half
-    const __m512i signs[2] = {with_parity(spread_bits(a, places)), with_parity(spread_bits(b, places))};
-    look_up_8(&engine_packed_iq2_xxs, 256, _mm512_permutex2var_epi32(a, even, b), _mm512_setzero_si512(), signs,
-              (sign_places){4, 1, 8}, out);
+    __m512i groups[4], signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        groups[r] = load_512(((const block_IQ2_XXS *)blocks[r])->group);
+        signs[r] = with_parity(spread_bits(groups[r], 0x352e272000000000)); // 7 bits each, in the upper half
+    }
+    const grid_indexes at[2] = {{.low = _mm512_permutex2var_epi32(groups[0], even, groups[1])},
+                                {.low = _mm512_permutex2var_epi32(groups[2], even, groups[3])}};
+    look_up_8(&engine_packed_iq2_xxs, 256, at, signs, (sign_places){4, 1, 8}, out);
 }
 
-static inline void points_IQ2_XS(const uint8_t *const blocks[2], block_points out[2]) {
-    const __m512i a = load_512(((const block_IQ2_XS *)blocks[0])->qs);
-    const __m512i b = load_512(((const block_IQ2_XS *)blocks[1])->qs);
+static inline void points_IQ2_XS(const uint8_t *const blocks[4], block_points out[4]) {
     const __m512i even = EIGHT_TIMES(0x0e0c0a0806040200, 0x10 * EACH_BYTE), one = _mm512_set1_epi8(1);
-    const __m512i low = _mm512_permutex2var_epi8(a, even, b);
-    const __m512i high = _mm512_permutex2var_epi8(a, _mm512_or_si512(even, one), b);
-    // signs are the upper seven bits of odd bytes, and move down
-    const __m512i parity = _mm512_set1_epi64(0x02040810204080fe);
-    const __m512i signs[2] = {_mm512_gf2p8affine_epi64_epi8(a, parity, 0), _mm512_gf2p8affine_epi64_epi8(b, parity, 0)};
-    look_up_8(&engine_packed_iq2_xs, 512, low, _mm512_and_si512(high, one), signs, (sign_places){1, 2, 8}, out);
+    const __m512i parity = _mm512_set1_epi64(0x02040810204080fe); // signs are the upper seven bits of odd bytes
+    grid_indexes at[2];
+    __m512i qs[4], signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        qs[r] = load_512(((const block_IQ2_XS *)blocks[r])->qs);
+        signs[r] = _mm512_gf2p8affine_epi64_epi8(qs[r], parity, 0);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        at[i].low = _mm512_permutex2var_epi8(qs[2 * i], even, qs[2 * i + 1]);
+        at[i].high[0] = _mm512_test_epi8_mask(
+            _mm512_permutex2var_epi8(qs[2 * i], _mm512_or_si512(even, one), qs[2 * i + 1]), one);
+    }
+    look_up_8(&engine_packed_iq2_xs, 512, at, signs, (sign_places){1, 2, 8}, out);
 }
 
-static inline void points_IQ2_S(const uint8_t *const blocks[2], block_points out[2]) {
-    const block_IQ2_S *a = (const void *)blocks[0], *b = (const void *)blocks[1];
-    // pairs of bits, eight in two bytes
-    const __m512i pairs = _mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)load_u64(b->qh), (int64_t)load_u64(a->qh)));
-    const __m512i high = _mm512_and_si512(spread_bits(pairs, 0x0e0c0a0806040200), _mm512_set1_epi8(3));
-    const __m512i signs[2] = {_mm512_castsi256_si512(load_256(a->signs)), _mm512_castsi256_si512(load_256(b->signs))};
-    look_up_8(&engine_packed_iq2_s, 1024, load_two_256(a->qs, b->qs), high, signs, (sign_places){0, 1, 4}, out);
+static inline void points_IQ2_S(const uint8_t *const blocks[4], block_points out[4]) {
+    grid_indexes at[2];
+    __m512i signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        signs[r] = _mm512_castsi256_si512(load_256(((const block_IQ2_S *)blocks[r])->signs));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const block_IQ2_S *a = (const void *)blocks[2 * i], *b = (const void *)blocks[2 * i + 1];
+        const __m512i eights = // of pairs of bits
+            _mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)load_u64(b->qh), (int64_t)load_u64(a->qh)));
+        const __m512i pairs = spread_bits(eights, 0x0e0c0a0806040200);
+        at[i] = (grid_indexes){load_two_256(a->qs, b->qs),
+                               {_mm512_test_epi8_mask(pairs, _mm512_set1_epi8(1)),
+                                _mm512_test_epi8_mask(pairs, _mm512_set1_epi8(2))}};
+    }
+    look_up_8(&engine_packed_iq2_s, 1024, at, signs, (sign_places){0, 1, 4}, out);
 }
 #elif defined(__AVX512VNNI__)
 // Eight times 7 bits, one in each byte, with their parity as the eighth.
