@@ -229,7 +229,8 @@ ALWAYS_INLINE void add_block_of_columns(vector_format f, int n, const uint8_t *c
                     dots[t][r] = sum;
                 else {
                     const __m512i all = _mm512_cvtepi16_epi32(scales[r]);
-                    const __m512i scale = h ? _mm512_shuffle_epi32(all, _MM_PERM_DDBB) : _mm512_shuffle_epi32(all, _MM_PERM_CCAA);
+                    const __m512i scale =
+                        h ? _mm512_shuffle_epi32(all, _MM_PERM_DDBB) : _mm512_shuffle_epi32(all, _MM_PERM_CCAA);
                     const __m512i scaled = _mm512_mullo_epi32(sum, scale);
                     dots[t][r] = h ? _mm512_add_epi32(dots[t][r], scaled) : scaled;
                 }

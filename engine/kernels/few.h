@@ -48,9 +48,13 @@ static inline __m512i eight_times(const void *p) {
     return _mm512_set1_epi64(bytes);
 }
 
-// Where this begins to pay: later for formats that decode.h is fastest with, those of 32 weights in 16 bytes, or 32,
-// and no minimums.
-ALWAYS_INLINE int few_min_tokens(vector_format f) { return f.order == BY_2 && !f.has_min ? 7 : 5; }
+// Where this begins to pay: later for formats that decode.h is fastest with, those with grids, and those of 32 weights
+// in 16 bytes, or 32, and no minimums.
+ALWAYS_INLINE int few_min_tokens(vector_format f) {
+    if (f.order == COLUMNS)
+        return f.sub_block == 32 ? 7 : 6;
+    return f.order == BY_2 && !f.has_min ? 7 : 5;
+}
 
 ALWAYS_INLINE int few_offset(vector_format f) { return f.is_signed ? 128 : f.offset; }
 

@@ -88,7 +88,8 @@ ALWAYS_INLINE void look_up_8(const packed_grid *grid, int n_points, const grid_i
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             const int64_t of_points = 0x0001000203000000 + 0x0404000404000000 * h;
-            const int64_t of_signs = 0x0000400000400000 + 0x0000010000010000 * (sign_at.first + 2 * h * sign_at.stride) +
+            const int64_t of_signs = 0x0000400000400000 +
+                                     0x0000010000010000 * (sign_at.first + 2 * h * sign_at.stride) +
                                      0x0000000000010000 * sign_at.stride;
             const int64_t steps = 0x0808000808000000 + 0x0000010000010000 * sign_at.step;
             out[r].codes[h] = _mm512_permutex2var_epi8(points, EIGHT_TIMES(of_points + of_signs, steps), signs[r]);

@@ -145,8 +145,8 @@ static inline void points_IQ2_XS(const uint8_t *const blocks[4], block_points ou
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
         at[i].low = _mm512_permutex2var_epi8(qs[2 * i], even, qs[2 * i + 1]);
-        at[i].high[0] = _mm512_test_epi8_mask(
-            _mm512_permutex2var_epi8(qs[2 * i], _mm512_or_si512(even, one), qs[2 * i + 1]), one);
+        at[i].high[0] =
+            _mm512_test_epi8_mask(_mm512_permutex2var_epi8(qs[2 * i], _mm512_or_si512(even, one), qs[2 * i + 1]), one);
     }
     look_up_8(&engine_packed_iq2_xs, 512, at, signs, (sign_places){1, 2, 8}, out);
 }
@@ -163,9 +163,9 @@ static inline void points_IQ2_S(const uint8_t *const blocks[4], block_points out
         const __m512i eights = // of pairs of bits
             _mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)load_u64(b->qh), (int64_t)load_u64(a->qh)));
         const __m512i pairs = spread_bits(eights, 0x0e0c0a0806040200);
-        at[i] = (grid_indexes){load_two_256(a->qs, b->qs),
-                               {_mm512_test_epi8_mask(pairs, _mm512_set1_epi8(1)),
-                                _mm512_test_epi8_mask(pairs, _mm512_set1_epi8(2))}};
+        at[i] = (grid_indexes){
+            load_two_256(a->qs, b->qs),
+            {_mm512_test_epi8_mask(pairs, _mm512_set1_epi8(1)), _mm512_test_epi8_mask(pairs, _mm512_set1_epi8(2))}};
     }
     look_up_8(&engine_packed_iq2_s, 1024, at, signs, (sign_places){0, 1, 4}, out);
 }
