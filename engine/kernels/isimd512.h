@@ -77,6 +77,14 @@ static inline __m256 halves_of_heads(__m512i heads) {
     return _mm256_cvtph_ps(_mm512_castsi512_si128(_mm512_permutexvar_epi16(places, heads)));
 }
 
+#if defined(__GFNI__)
+// A matrix of bits that puts bit `from` of a byte in the place of bit `to`; an OR of several moves several.
+#define BIT_TO(to, from) ((int64_t)1 << (8 * (7 - (to)) + (from)))
+static inline __m512i move_bits(__m512i bytes, int64_t matrix) {
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(matrix), 0);
+}
+#endif
+
 // Keeps the compiler from loading a vector once for each use of it.
 #define KEEP_IN_REGISTER_512(vector) __asm__("" : "+v"(vector))
 
