@@ -78,8 +78,9 @@ static inline __m256 halves_of_heads(__m512i heads) {
 }
 
 #if defined(__GFNI__)
-// A matrix of bits that puts bit `from` of a byte in the place of bit `to`; an OR of several moves several.
-#define BIT_TO(to, from) ((int64_t)1 << (8 * (7 - (to)) + (from)))
+// A matrix of bits that puts bit `from` of a byte in the place of bit `to`; an OR of several moves several. Products
+// with such matrices run where no shuffles and shifts do.
+#define BIT_TO(to, from) ((int64_t)((uint64_t)1 << (8 * (7 - (to)) + (from))))
 static inline __m512i move_bits(__m512i bytes, int64_t matrix) {
     return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(matrix), 0);
 }
@@ -92,7 +93,11 @@ static inline __m512i move_bits(__m512i bytes, int64_t matrix) {
 static inline void set_nibbles(__m512i *u, __m512i packed) {
     KEEP_IN_REGISTER_512(packed);
     u[0] = _mm512_and_si512(packed, _mm512_set1_epi8(15));
+#if defined(__GFNI__)
+    u[1] = move_bits(packed, BIT_TO(0, 4) | BIT_TO(1, 5) | BIT_TO(2, 6) | BIT_TO(3, 7));
+#else
     u[1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
+#endif
 }
 
 // a, with the bits of b that are in `mask`.

@@ -73,7 +73,6 @@ static inline __m256i scales_Q3_K(const void *block, __m256i *mins) {
 static inline weights_256 wide_of_two_bits(const uint8_t *qs) {
     const __m512i packed = load_512(qs), mask = _mm512_set1_epi8(3);
 #if defined(__GFNI__)
-    // products with matrices of bits, which run where no shuffles do
     return (weights_256){.u = {_mm512_and_si512(packed, mask), move_bits(packed, BIT_TO(0, 2) | BIT_TO(1, 3)),
                                move_bits(packed, BIT_TO(0, 4) | BIT_TO(1, 5)),
                                move_bits(packed, BIT_TO(0, 6) | BIT_TO(1, 7))}};
