@@ -38,9 +38,13 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512vnni",
         "-mprefer-vector-width=512",
     ]
+    LEVELS["avx512_vbmi"] = [*LEVELS["avx512"], "-mavx512vbmi", "-mgfni"]
 
-if SANITIZE and "avx512_vnni" not in Path("/proc/cpuinfo").read_text():
-    LEVELS.pop("avx512", None)  # could not be run here, and takes longest to compile
+if SANITIZE:  # leave out what could not be run here: it takes longest to compile
+    cpu_flags = Path("/proc/cpuinfo").read_text().split()
+    for level, flag in (("avx512", "avx512_vnni"), ("avx512_vbmi", "avx512vbmi")):
+        if flag not in cpu_flags:
+            LEVELS.pop(level, None)
 
 libraries = [
     (

@@ -37,7 +37,7 @@ KV_Q8_0: int
 # -- instruction-set levels ------------------------------------------------------------------------------------------
 
 def isa_levels() -> list[str]:
-    """Return the levels this CPU can run, slowest first: some of "scalar", "avx2", "avx512"."""
+    """Return the levels this CPU can run, slowest first: some of "scalar", "avx2", "avx512", "avx512_vbmi"."""
 
 def format_facts(ggml_type: int) -> tuple[int, int, int] | None:
     """Return (block_size, block_bytes, activation) of a weight format as C knows it, or None if C does not know it."""

@@ -11,6 +11,7 @@ from libcpp cimport bool as c_bool
 cdef extern from "kernels/table.h" nogil:
     enum:
         N_GGML_TYPES
+        N_LEVELS
         ACTIVATION_F32
         N_ACTIVATIONS
 
@@ -353,7 +354,7 @@ cdef int recorded(int status) except -1:
 
 
 def isa_levels():
-    cdef const char *names[3]
+    cdef const char *names[N_LEVELS]
     cdef int i, n = engine_levels(names)
     return [names[i].decode() for i in range(n)]
 

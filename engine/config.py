@@ -59,8 +59,8 @@ class EngineSettings(Table):
         device: "cpu", "cuda" (an NVIDIA GPU with the CPU's help), "emulated" (a GPU played by the CPU, for tests and
             predictions), or "auto" = cuda if there is one, else cpu; the log says which, and why.
         n_threads: CPU threads; 0 = one for each physical core.
-        isa: instruction-set level that is not to be exceeded: "scalar", "avx2" or "avx512"; "" = the best this CPU
-            runs.
+        isa: instruction-set level that is not to be exceeded: "scalar", "avx2", "avx512" or "avx512_vbmi"; "" = the
+            best this CPU runs.
         context_length: tokens in a sequence at most; 0 = what the model was trained for, up to 8192.
         max_batch_tokens: tokens of a prompt that are run together.
         max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt;
@@ -76,7 +76,7 @@ class EngineSettings(Table):
 
     device: Literal["auto", "cpu", "cuda", "emulated"] = "auto"
     n_threads: int = setting(0, low=0, high=1024)
-    isa: Literal["", "scalar", "avx2", "avx512"] = setting("", env="ENGINE_ISA")
+    isa: Literal["", "scalar", "avx2", "avx512", "avx512_vbmi"] = setting("", env="ENGINE_ISA")
     context_length: int = setting(0, low=0, high=1 << 24)
     max_batch_tokens: int = setting(512, low=1, high=1 << 16)
     max_prompt_tokens: int = setting(4096, low=1, high=1 << 16)

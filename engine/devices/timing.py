@@ -173,7 +173,7 @@ def traffic_of(work: StepWork) -> Traffic:
 
 
 # Of a CPU thread, in products with experts that have a few tokens each.
-CPU_MACS = {"avx512": 40e9, "avx2": 20e9, "scalar": 1e9}
+CPU_MACS = {"avx512_vbmi": 40e9, "avx512": 40e9, "avx2": 20e9, "scalar": 1e9}
 
 
 def streaming_pays_from(

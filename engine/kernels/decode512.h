@@ -1,11 +1,12 @@
 // Four rows against one activation row on AVX-512 VNNI, 64 weights in a register.
 //
 // The activations of 256 columns are put in the order of the format's weights once for all rows of a call. VNNI sums
-// four products in a lane. From there on there are two ways:
+// four products in a lane. From there on there are three ways:
 //
 //   pairs   Two registers hold the halves of four sub-blocks of 32, so that a lane gets eight products. The lanes of
 //           four rows are added up and interleaved: then a register has four sub-blocks of four rows, which meet their
 //           scales, or are the terms of the rows' chains.
+//   columns The q-th 64 bits of the registers are of 32 weights, so that two lanes get all products of 32, or of 16.
 //   others  The sums of two registers are packed to int16, where they always fit. One instruction multiplies them by
 //           the scales of their sub-blocks of 16 and adds them up.
 #ifndef ENGINE_DECODE512_H
@@ -44,6 +45,7 @@ ALWAYS_INLINE int sixteens_fit(vector_format f) {
 //   pairs, minimum, 256   [0]: sums of the two sub-blocks of each lane, as int16
 //   pairs, minimum, 32    sums of the blocks as float, one in each 128 bits
 //   pairs, offset         what the offset takes off the eight products of each lane
+//   columns               the same for sub-blocks of 16; for those of 32 [0]: off the sixteen products
 //   others                [0]: the sixteen sums
 ALWAYS_INLINE activation_unit prepare_unit(vector_format f, const int8_t *q, const float *d, const int16_t *x_sums) {
     const __m512i lanes = each_128(0, 1, 2, 3);
@@ -54,11 +56,13 @@ ALWAYS_INLINE activation_unit prepare_unit(vector_format f, const int8_t *q, con
     memcpy(unit.d, d, (size_t)(256 / f.block_size) * sizeof *d);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        unit.x[i] = join_256(load_two_128(q + 16 * group_at(f.order, i, 0), q + 16 * group_at(f.order, i, 1)),
-                             load_two_128(q + 16 * group_at(f.order, i, 2), q + 16 * group_at(f.order, i, 3)));
+        unit.x[i] = f.order == COLUMNS
+                        ? _mm512_i64gather_epi64(_mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28), q + 8 * i, 8)
+                        : join_256(load_two_128(q + 16 * group_at(f.order, i, 0), q + 16 * group_at(f.order, i, 1)),
+                                   load_two_128(q + 16 * group_at(f.order, i, 2), q + 16 * group_at(f.order, i, 3)));
 #pragma GCC unroll 2
     for (int p = 0; p < 2; p++) {
-        if (!has_pairs(f))
+        if (!has_pairs(f) && f.order != COLUMNS)
             unit.sums[p] = _mm512_castsi256_si512(sums_16);
         else if (!f.has_min) {
             const __m512i fours = _mm512_dpbusd_epi32(zero, offset, unit.x[2 * p]);
@@ -69,6 +73,8 @@ ALWAYS_INLINE activation_unit prepare_unit(vector_format f, const int8_t *q, con
         else
             unit.sums[p] = _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(_mm256_cvtepi32_epi16(sums_32)));
     }
+    if (f.order == COLUMNS && f.sub_block == 32)
+        unit.sums[0] = _mm512_add_epi32(unit.sums[0], unit.sums[1]);
     return unit;
 }
 
@@ -183,6 +189,67 @@ ALWAYS_INLINE void add_block_of_16(vector_format f, int n, const uint8_t *const 
     }
 }
 
+#if defined(__AVX512VBMI__)
+// Adds neighbouring lanes: in each 128 bits the sums of a are below those of b.
+static inline __m512i sum_pairs_of_2(__m512i a, __m512i b) {
+    const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)),
+                            _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+}
+
+// The scales of eight sub-blocks of two rows, as sum_pairs_of_2 leaves their sums.
+static inline __m512i scales_of_2(__m256i a, __m256i b) {
+    const __m128i x = _mm256_castsi256_si128(a), y = _mm256_castsi256_si128(b);
+    return _mm512_cvtepi16_epi32(
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(x, y)), _mm_unpackhi_epi32(x, y), 1));
+}
+
+// The same for formats with grids.
+ALWAYS_INLINE void add_block_of_columns(vector_format f, int n, const uint8_t *const blocks[4],
+                                        const activation_unit *const a[], __m128 *acc) {
+    __m512i dots[DECODE_TOKENS][4];
+    __m256i scales[4], mins;
+    block_points points[4];
+    f.points(blocks, points);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        scales[r] = f.scales(blocks[r], &mins);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) // of each 32 weights
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            const __m512i first = column_of_points(f.layout, &points[r], 2 * h);
+            const __m512i second = column_of_points(f.layout, &points[r], 2 * h + 1);
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) {
+                const __m512i start = f.sub_block == 32 && h ? dots[t][r] : a[t]->sums[h];
+                const __m512i sum =
+                    _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, first, a[t]->x[2 * h]), second, a[t]->x[2 * h + 1]);
+                if (f.sub_block == 32)
+                    dots[t][r] = sum;
+                else {
+                    const __m512i all = _mm512_cvtepi16_epi32(scales[r]);
+                    const __m512i scale =
+                        h ? _mm512_shuffle_epi32(all, _MM_PERM_DDBB) : _mm512_shuffle_epi32(all, _MM_PERM_CCAA);
+                    const __m512i scaled = _mm512_mullo_epi32(sum, scale);
+                    dots[t][r] = h ? _mm512_add_epi32(dots[t][r], scaled) : scaled;
+                }
+            }
+        }
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++) {
+        const __m512i *d = dots[t];
+        const __m512i sums =
+            f.sub_block == 32
+                ? sum_pairs_of_2(_mm512_mullo_epi32(sum_pairs_of_2(d[0], d[1]), scales_of_2(scales[0], scales[1])),
+                                 _mm512_mullo_epi32(sum_pairs_of_2(d[2], d[3]), scales_of_2(scales[2], scales[3])))
+                : sum_fours_of_4(d);
+        acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), _mm_set1_ps(a[t]->d[0])), _mm_cvtepi32_ps(sum_lanes_128(sums)),
+                              acc[t]);
+    }
+}
+#endif
+
 enum { BLOCKS_TOGETHER = 8 }; // of 32
 
 // The first n_blocks of eight 32-blocks of four rows.
@@ -272,6 +339,10 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
                         : add_last_blocks_32(f, n, n_blocks - u * unit_blocks, blocks, a, acc);
                 else if (has_pairs(f))
                     add_block_of_pairs(f, n, blocks, a, acc);
+#if defined(__AVX512VBMI__)
+                else if (f.order == COLUMNS)
+                    add_block_of_columns(f, n, blocks, a, acc);
+#endif
                 else
                     add_block_of_16(f, n, blocks, a, acc);
             }

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <string.h>
 
-extern const kernel_table engine_level_scalar, engine_level_avx2, engine_level_avx512;
+extern const kernel_table engine_level_scalar, engine_level_avx2, engine_level_avx512, engine_level_avx512_vbmi;
 
 static int cpu_runs_scalar(void) { return 1; }
 #ifdef ENGINE_HAS_AVX2
@@ -20,6 +20,11 @@ static int cpu_runs_avx512(void) {
            __builtin_cpu_supports("avx512vnni");
 }
 #endif
+#ifdef ENGINE_HAS_AVX512_VBMI
+static int cpu_runs_avx512_vbmi(void) {
+    return cpu_runs_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+}
+#endif
 
 static const struct {
     const kernel_table *table;
@@ -32,6 +37,9 @@ static const struct {
 #ifdef ENGINE_HAS_AVX512
     {&engine_level_avx512, cpu_runs_avx512},
 #endif
+#ifdef ENGINE_HAS_AVX512_VBMI
+    {&engine_level_avx512_vbmi, cpu_runs_avx512_vbmi},
+#endif
 };
 
 const kernel_table *engine_kernels(const char *isa) {
@@ -42,7 +50,7 @@ const kernel_table *engine_kernels(const char *isa) {
     return best;
 }
 
-int engine_levels(const char *names[3]) {
+int engine_levels(const char *names[N_LEVELS]) {
     int n = 0;
     for (size_t i = 0; i < sizeof levels / sizeof *levels; i++)
         if (levels[i].cpu_runs())

@@ -36,6 +36,7 @@ typedef struct {
         _Alignas(64) int16_t small_scales[4][16]; // if lanes fit
     };
     _Alignas(64) int16_t mins[4][16]; // minimums, or -offset * scale
+    block_points points[4];
 } unpacked_blocks;
 
 // Repeating what memory holds is a matter of the load units; the compiler would rather shuffle what it just stored.
@@ -47,9 +48,13 @@ static inline __m512i eight_times(const void *p) {
     return _mm512_set1_epi64(bytes);
 }
 
-// Where this begins to pay: later for formats that decode.h is fastest with, those of 32 weights in 16 bytes, or 32,
-// and no minimums.
-ALWAYS_INLINE int few_min_tokens(vector_format f) { return f.order == BY_2 && !f.has_min ? 7 : 5; }
+// Where this begins to pay: later for formats that decode.h is fastest with, those with grids, and those of 32 weights
+// in 16 bytes, or 32, and no minimums.
+ALWAYS_INLINE int few_min_tokens(vector_format f) {
+    if (f.order == COLUMNS)
+        return f.sub_block == 32 ? 7 : 6;
+    return f.order == BY_2 && !f.has_min ? 7 : 5;
+}
 
 ALWAYS_INLINE int few_offset(vector_format f) { return f.is_signed ? 128 : f.offset; }
 
@@ -128,16 +133,15 @@ ALWAYS_INLINE void set_side_by_side(vector_format f, const activation_row *x, in
         }
 }
 
-ALWAYS_INLINE __m256i unsigned_chunk(vector_format f, const uint8_t *block, int k) {
-    const __m256i u = f.chunk(block, k);
-    return f.is_signed ? _mm256_xor_si256(u, _mm256_set1_epi8((char)128)) : u;
-}
-
-// Part of `n` parts of the block of row r; scales with the first.
-ALWAYS_INLINE void unpack_part(vector_format f, const uint8_t *block, int r, int part, int n, unpacked_blocks *out) {
+// Part of `n` parts of the block of row r, after those of the rows before; scales with the first.
+ALWAYS_INLINE void unpack_part(vector_format f, const uint8_t *const blocks[4], int r, int part, int n,
+                               unpacked_blocks *out) {
+    const uint8_t *block = blocks[r];
+    if (r == 0 && part == 0)
+        begin_chunks(f, blocks, out->points);
 #pragma GCC unroll 8
     for (int k = 8 / n * part; k < 8 / n * (part + 1); k++)
-        _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, k));
+        _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, &out->points[r], k));
     if (part)
         return;
     __m256i mins = _mm256_setzero_si256();
@@ -215,7 +219,7 @@ ALWAYS_INLINE void multiply_few_256(vector_format f, const uint8_t *const blocks
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             const int n_parts = n_sub_blocks / 2, part = 2 * s + r; // of each of the next four rows
-            unpack_part(f, next_blocks[part / n_parts], part / n_parts, part % n_parts, n_parts, next_w);
+            unpack_part(f, next_blocks, part / n_parts, part % n_parts, n_parts, next_w);
             __m512i parts[2];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
@@ -247,7 +251,7 @@ ALWAYS_INLINE void multiply_few_32(vector_format f, const uint8_t *const blocks[
     _Alignas(32) uint8_t bytes[4][32];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
-        _mm256_store_si256((void *)bytes[r], unsigned_chunk(f, blocks[r], 0));
+        _mm256_store_si256((void *)bytes[r], unsigned_chunk(f, blocks[r], NULL, 0));
     KEEP_IN_MEMORY(bytes);
     const __m512i start = f.has_min ? _mm512_setzero_si512() : _mm512_load_si512(x->starts[b]);
     __m512i sums[4], values[4];
@@ -301,7 +305,7 @@ ALWAYS_INLINE void multiply_rows_256(vector_format f, few_rows rows, int64_t ahe
     set_blocks(f, rows, 0, first, blocks);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
-        unpack_part(f, blocks[r], r, 0, 1, w);
+        unpack_part(f, blocks, r, 0, 1, w);
     for (int r = 0; r < rows.n; r += 4)
         for (int column = first; column < end; column += 256) {
             const uint8_t *next[4];

@@ -15,7 +15,19 @@ extern int8_t engine_grid_iq3_xxs[256][4];
 extern int8_t engine_grid_iq3_s[512][4];
 extern int8_t engine_grid_iq1[2048][8]; // IQ1_S and IQ1_M
 
-// Copies the grid of a format, by its name. Returns 0, or -1 for a name without a grid or a wrong number of bytes.
+// The same in two bytes a point, for levels that look them up in registers: the lower and the upper bits of eight
+// codes, or four codes of 3 bits, lowest first.
+typedef struct {
+    _Alignas(64) uint8_t bytes[2][2048];
+    // unsigned weights, by a code and, above it, whether there is a minus: in the lower bits, and in bits 3 to 5
+    _Alignas(64) uint8_t weights[2][64];
+} packed_grid;
+
+extern packed_grid engine_packed_iq2_xxs, engine_packed_iq2_xs, engine_packed_iq2_s, engine_packed_iq3_xxs,
+    engine_packed_iq3_s, engine_packed_iq1;
+
+// Copies the grid of a format, by its name. Returns 0, or -1 for a name without a grid, a wrong number of bytes, or
+// more different values than its codes can tell apart.
 int engine_set_grid(const char *format, const int8_t *values, size_t n_bytes);
 
 #endif

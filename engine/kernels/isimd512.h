@@ -13,6 +13,7 @@ typedef enum {
     BY_2,     // 0 2 4 6 | 1 3 5 7 | 8 10 12 14 | 9 11 13 15
     BY_4,     // 0 4 8 12 | 1 5 9 13 | 2 6 10 14 | 3 7 11 15
     HALVES,   // 0 1 8 9 | 2 3 10 11 | 4 5 12 13 | 6 7 14 15
+    COLUMNS,  // 8 of each 32 weights in each register, see points512.h
 } group_order;
 
 static inline int group_at(group_order order, int i, int lane) {
@@ -76,6 +77,15 @@ static inline __m256 halves_of_heads(__m512i heads) {
     return _mm256_cvtph_ps(_mm512_castsi512_si128(_mm512_permutexvar_epi16(places, heads)));
 }
 
+#if defined(__GFNI__)
+// A matrix of bits that puts bit `from` of a byte in the place of bit `to`; an OR of several moves several. Products
+// with such matrices run where no shuffles and shifts do.
+#define BIT_TO(to, from) ((int64_t)((uint64_t)1 << (8 * (7 - (to)) + (from))))
+static inline __m512i move_bits(__m512i bytes, int64_t matrix) {
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(matrix), 0);
+}
+#endif
+
 // Keeps the compiler from loading a vector once for each use of it.
 #define KEEP_IN_REGISTER_512(vector) __asm__("" : "+v"(vector))
 
@@ -83,7 +93,11 @@ static inline __m256 halves_of_heads(__m512i heads) {
 static inline void set_nibbles(__m512i *u, __m512i packed) {
     KEEP_IN_REGISTER_512(packed);
     u[0] = _mm512_and_si512(packed, _mm512_set1_epi8(15));
+#if defined(__GFNI__)
+    u[1] = move_bits(packed, BIT_TO(0, 4) | BIT_TO(1, 5) | BIT_TO(2, 6) | BIT_TO(3, 7));
+#else
     u[1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
+#endif
 }
 
 // a, with the bits of b that are in `mask`.

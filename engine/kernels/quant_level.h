@@ -70,7 +70,7 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
 #define WIDE(NAME)
 #endif
 
-#define VECTOR_FORMAT(NAME, HAS_MIN, ...)                                                                              \
+#define FORMAT_WITH(NAME, HAS_MIN, ...)                                                                                \
     enum { is_fast_##NAME = 1 };                                                                                       \
     INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
@@ -78,14 +78,25 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
                                  .block_bytes = NAME##_BLOCK_BYTES,                                                    \
                                  .activation = NAME##_ACTIVATION,                                                      \
                                  .has_min = HAS_MIN,                                                                   \
-                                 .chunk = chunk_##NAME,                                                                \
                                  .d = d_##NAME,                                                                        \
-                                 WIDE(NAME) __VA_ARGS__};                                                              \
+                                 __VA_ARGS__};                                                                         \
         matmul_vectors(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                    \
     }
+#define VECTOR_FORMAT(NAME, HAS_MIN, ...) FORMAT_WITH(NAME, HAS_MIN, .chunk = chunk_##NAME, WIDE(NAME) __VA_ARGS__)
+
+#define GRID_FORMAT(NAME, IS_SIGNED, ...)                                                                              \
+    FORMAT_WITH(NAME, 0, .scales = scales_##NAME, .is_signed = IS_SIGNED, ON_GRIDS(NAME, IS_SIGNED) __VA_ARGS__)
+#if defined(__AVX512VBMI__)
+#define ON_GRIDS(NAME, IS_SIGNED) .order = COLUMNS, .points = points_##NAME, .layout = layout_##NAME,
+#elif defined(__AVX512VNNI__)
+#define ON_GRIDS(NAME, IS_SIGNED) .chunk = chunk_##NAME, .wide = wide_##NAME, .order = IN_ORDER, .has_signs = IS_SIGNED,
+#else
+#define ON_GRIDS(NAME, IS_SIGNED) .chunk = chunk_##NAME,
+#endif
 #else
 enum { HAS_VECTORS = 0 };
 #define VECTOR_FORMAT(NAME, HAS_MIN, ...) INTEGER_FORMAT(NAME, HAS_MIN)
+#define GRID_FORMAT(NAME, ...) INTEGER_FORMAT(NAME, 0)
 #endif
 
 #define D_AT(NAME)                                                                                                     \
@@ -168,13 +179,13 @@ VECTOR_FORMAT(Q4_K, 1, .sub_block = 32, .scales = scales_Q4_K, .largest = 15, .m
 VECTOR_FORMAT(Q5_K, 1, .sub_block = 32, .scales = scales_Q5_K, .largest = 31, .min_d = min_d_Q5_K, PER_LEVEL(.runs = NULL, .order = BY_4, .scales_4 = scales_4_of_q4_k))
 VECTOR_FORMAT(Q6_K, 0, .sub_block = 16, .scales = scales_Q6_K, .largest = 63, .offset = 32, PER_LEVEL(.runs = NULL, .order = IN_ORDER))
 VECTOR_FORMAT(IQ4_XS, 0, .sub_block = 32, .scales = scales_IQ4_XS, .is_signed = 1, .largest = 127, PER_LEVEL(.runs = runs_IQ4_XS, .order = BY_2, .scales_4 = scales_4_of_iq4_xs))
-VECTOR_FORMAT(IQ2_XXS, 0, .sub_block = 32, .scales = scales_IQ2_XXS, .is_signed = 1, .largest = 43, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
-VECTOR_FORMAT(IQ2_XS, 0, .sub_block = 16, .scales = scales_IQ2_XS, .is_signed = 1, .largest = 43, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
-VECTOR_FORMAT(IQ2_S, 0, .sub_block = 16, .scales = scales_IQ2_S, .is_signed = 1, .largest = 43, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
-VECTOR_FORMAT(IQ3_XXS, 0, .sub_block = 32, .scales = scales_IQ3_XXS, .is_signed = 1, .largest = 62, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
-VECTOR_FORMAT(IQ3_S, 0, .sub_block = 32, .scales = scales_IQ3_S, .is_signed = 1, .largest = 15, PER_LEVEL(.runs = NULL, .order = IN_ORDER, .has_signs = 1))
-VECTOR_FORMAT(IQ1_S, 0, .sub_block = 32, .scales = scales_IQ1_S, .largest = 18, .offset = 9, PER_LEVEL(.runs = NULL, .order = IN_ORDER))
-VECTOR_FORMAT(IQ1_M, 0, .sub_block = 16, .scales = scales_IQ1_M, .largest = 18, .offset = 9, PER_LEVEL(.runs = NULL, .order = IN_ORDER))
+GRID_FORMAT(IQ2_XXS, 1, .sub_block = 32, .largest = 43)
+GRID_FORMAT(IQ2_XS, 1, .sub_block = 16, .largest = 43)
+GRID_FORMAT(IQ2_S, 1, .sub_block = 16, .largest = 43)
+GRID_FORMAT(IQ3_XXS, 1, .sub_block = 32, .largest = 62)
+GRID_FORMAT(IQ3_S, 1, .sub_block = 32, .largest = 15)
+GRID_FORMAT(IQ1_S, 0, .sub_block = 32, .largest = 18, .offset = 9)
+GRID_FORMAT(IQ1_M, 0, .sub_block = 16, .largest = 18, .offset = 9)
 
 #define MATMUL_ENTRY(NAME, TYPE, SIZE, BYTES, ACTIVATION) [TYPE] = matmul_##NAME,
 #define DEQUANTIZE_ENTRY(NAME, TYPE, SIZE, BYTES, ACTIVATION) [TYPE] = dequantize_##NAME,

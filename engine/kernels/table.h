@@ -43,7 +43,8 @@ typedef struct {
 const kernel_table *engine_kernels(const char *isa);
 
 // The levels this CPU can run, slowest first; returns how many.
-int engine_levels(const char *names[3]);
+enum { N_LEVELS = 4 };
+int engine_levels(const char *names[N_LEVELS]);
 
 typedef struct {
     int block_size, block_bytes, activation; // block_size 0: no such format

@@ -136,8 +136,8 @@ typedef struct {
     _Alignas(64) int16_t mins[8][N_SUB_BLOCKS];
 } unpacked_rows;
 
-ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uint8_t *block, unpacked_rows *out,
-                                  int r) {
+ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uint8_t *block, const block_points *points,
+                                  unpacked_rows *out, int r) {
     __m256i mins = _mm256_setzero_si256();
     const __m256i scales = one_a_sub_block(f, f.scales(block, &mins));
     if (layout.words) {
@@ -155,11 +155,8 @@ ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uin
         return;
     }
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++) {
-        const __m256i q = f.chunk(block, k);
-        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * k),
-                           f.is_signed ? _mm256_xor_si256(q, _mm256_set1_epi8((char)128)) : q);
-    }
+    for (int k = 0; k < 8; k++)
+        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, points, k));
 #if defined(__AVX512VNNI__)
     _mm512_store_si512((void *)out->scales[r], _mm512_cvtepi16_epi32(scales));
 #else
@@ -176,14 +173,13 @@ ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uin
 
 ALWAYS_INLINE void unpack_row_32(vector_format f, tile_layout layout, const uint8_t *block, unpacked_rows *out, int r,
                                  int index) {
-    const __m256i q = f.chunk(block, 0);
     if (layout.words) {
+        const __m256i q = f.chunk(block, 0);
         __m256i *words = (__m256i *)(out->words[r] + 32 * index);
         _mm256_store_si256(words, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q)));
         _mm256_store_si256(words + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1)));
     } else
-        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * index),
-                           f.is_signed ? _mm256_xor_si256(q, _mm256_set1_epi8((char)128)) : q);
+        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * index), unsigned_chunk(f, block, NULL, 0));
 }
 
 // Unpacks `n_blocks` blocks of each row, TILE_COLS columns or fewer.
@@ -192,13 +188,19 @@ ALWAYS_INLINE void fill_tile(vector_format f, tile_layout layout, const uint8_t 
     const int n_columns = n_blocks * f.block_size;
     for (int first = 0; first < TILE_ROWS; first += 8) {
         unpacked_rows unpacked;
-        for (int r = 0; r < 8; r++)
+        for (int r = 0; r < 8; r += 4)
             for (int b = 0; b < n_blocks; b++) {
-                const uint8_t *block = rows[first + r] + at + b * f.block_bytes;
+                const uint8_t *blocks[4];
+                block_points points[4];
+                for (int i = 0; i < 4; i++)
+                    blocks[i] = rows[first + r + i] + at + b * f.block_bytes;
                 if (f.block_size == 256)
-                    unpack_row_256(f, layout, block, &unpacked, r);
-                else
-                    unpack_row_32(f, layout, block, &unpacked, r, b);
+                    begin_chunks(f, blocks, points);
+                for (int i = 0; i < 4; i++)
+                    if (f.block_size == 256)
+                        unpack_row_256(f, layout, blocks[i], &points[i], &unpacked, r + i);
+                    else
+                        unpack_row_32(f, layout, blocks[i], &unpacked, r + i, b);
             }
         if (layout.words)
             for (int c = 0; c < n_columns; c += 16)

@@ -7,12 +7,13 @@
 //
 // For single tokens (decode.h) AVX2 asks a format whose packing puts the two halves of 32 weights into the nibbles of
 // 16 bytes, or whose blocks are 32 weights, for `runs`: two runs of 32 weights side by side. AVX-512 asks every format
-// for `wide`: 256 weights in four registers, of one block or of eight.
+// for `wide`: 256 weights in four registers, of one block or of eight. With VBMI, formats with grids give nothing but
+// `points`, which looks up the points of four blocks, and `layout`.
 #ifndef ENGINE_VECTOR_FORMAT_H
 #define ENGINE_VECTOR_FORMAT_H
 
-#include "isimd512.h"
 #include "matmul.h"
+#include "points512.h"
 
 #if defined(__AVX2__)
 
@@ -20,10 +21,19 @@ typedef __m256i chunk_fn(const void *block, int k);
 typedef __m256i scales_fn(const void *block, __m256i *mins);
 typedef __m128 d_fn(const uint8_t *const blocks[4]);
 
+#if !defined(__AVX512VBMI__)
+typedef struct {
+    int none;
+} block_points;
+#endif
+
 #if defined(__AVX512VNNI__)
 typedef weights_256 wide_fn(const uint8_t *block);
 typedef scales_of_4 scales_4_fn(const uint8_t *const blocks[4]);
 typedef __m512 d_16_fn(const uint8_t *const blocks[4], int at);
+#if defined(__AVX512VBMI__)
+typedef void points_fn(const uint8_t *const blocks[4], block_points out[4]);
+#endif
 #else
 typedef two_runs runs_fn(const uint8_t *first, const uint8_t *second, int index);
 #endif
@@ -41,6 +51,10 @@ typedef struct {
     scales_4_fn *scales_4; // of sub-blocks of 32 in pairs of registers
     int second_shift;      // by which registers 2 and 3 are too large, as a power of two
     d_16_fn *d_16;         // of four blocks of 32 of four rows, a block in each 128 bits; or NULL
+#if defined(__AVX512VBMI__)
+    points_fn *points; // or NULL
+    point_layout layout;
+#endif
 #else
     runs_fn *runs; // or NULL
 #endif
@@ -52,6 +66,29 @@ ALWAYS_INLINE __m256i one_a_sub_block(vector_format f, __m256i values) {
         return values;
     const __m256i spread = _mm256_permute4x64_epi64(values, 0x50); // lower four in the lower half, upper four above
     return _mm256_unpacklo_epi16(spread, spread);
+}
+
+// The next two are for layouts that take one block of a row apart after the other.
+
+// What chunks of four blocks need to have looked up before.
+ALWAYS_INLINE void begin_chunks(vector_format f, const uint8_t *const blocks[4], block_points out[4]) {
+#if defined(__AVX512VBMI__)
+    if (f.points)
+        f.points(blocks, out);
+#else
+    (void)f, (void)blocks, (void)out;
+#endif
+}
+
+ALWAYS_INLINE __m256i unsigned_chunk(vector_format f, const uint8_t *block, const block_points *points, int k) {
+#if defined(__AVX512VBMI__)
+    if (f.points)
+        return chunk_of_points(f.layout, points, k);
+#else
+    (void)points;
+#endif
+    const __m256i u = f.chunk(block, k);
+    return f.is_signed ? _mm256_xor_si256(u, _mm256_set1_epi8((char)128)) : u;
 }
 
 #endif

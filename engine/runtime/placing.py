@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from engine import _kernels, machine
 from engine.config import EngineConfig, EngineSettings
@@ -22,7 +22,7 @@ from engine.model_spec import ModelSpec
 
 _log = logging.getLogger("engine")
 
-Level = Literal["scalar", "avx2", "avx512"]
+Level = Literal["scalar", "avx2", "avx512", "avx512_vbmi"]
 OpenProgress = Callable[[str, int, int], None]  # what is being done, done so far, in all
 DEFAULT_CONTEXT = 8192  # tokens, for models trained for more
 
@@ -76,7 +76,7 @@ def check_memory(footprint: Footprint, settings: EngineSettings) -> None:
 
 def _capped_level(cap: Level | Literal[""]) -> Level:
     """Return the best instruction-set level of this CPU that does not exceed `cap`."""
-    order: tuple[Level, ...] = ("scalar", "avx2", "avx512")
+    order: tuple[Level, ...] = get_args(Level)
     allowed = order[: order.index(cap) + 1] if cap else order
     return next(level for level in reversed(allowed) if level in _kernels.isa_levels())
 

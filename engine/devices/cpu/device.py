@@ -19,7 +19,7 @@ class CPUDevice:
     """All operations on the CPU, with `n_threads` threads at one instruction-set level."""
 
     def __init__(self, n_threads: int, isa: str | None = None) -> None:
-        """Choose the level: `isa` caps it ("scalar", "avx2", "avx512"); None takes the best this CPU runs."""
+        """Choose the level: `isa` caps it, one of `_kernels.isa_levels()`; None takes the best this CPU runs."""
         levels = _kernels.isa_levels()
         if isa is not None and isa not in levels:
             raise DeviceError(f"this CPU cannot run the instruction-set level {isa!r}; it runs {', '.join(levels)}")

@@ -5,7 +5,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
-#include "../isimd512.h"
+#include "../points512.h"
 
 static inline void set_shifted_iq1(int8_t *q, int index, int shift) {
     for (int i = 0; i < 8; i++)
@@ -91,7 +91,47 @@ static inline __m128 d_IQ1_M(const uint8_t *const blocks[4]) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__)
+static const point_layout layout_IQ1_S = {&engine_packed_iq1, 8};
+static const point_layout layout_IQ1_M = {&engine_packed_iq1, 8};
+
+// From 32 lower bytes of each block, and the three upper bits in bytes.
+static inline grid_indexes indexes_of_iq1(const uint8_t *a, const uint8_t *b, __m512i upper) {
+    return (grid_indexes){load_two_256(a, b),
+                          {_mm512_test_epi8_mask(upper, _mm512_set1_epi8(1)),
+                           _mm512_test_epi8_mask(upper, _mm512_set1_epi8(2)),
+                           _mm512_test_epi8_mask(upper, _mm512_set1_epi8(4))}};
+}
+
+static inline void points_IQ1_S(const uint8_t *const blocks[4], block_points out[4]) {
+    grid_indexes at[2];
+    __m512i is_minus[4];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const block_IQ1_S *a = (const void *)blocks[2 * i], *b = (const void *)blocks[2 * i + 1];
+        const __m256i qh = load_two_128(a->qh, b->qh); // 16 bits for 32 weights
+        const uint32_t minus_mask = _mm256_movepi16_mask(qh);
+        at[i] = indexes_of_iq1(a->qs, b->qs, spread_bits(_mm512_cvtepu32_epi64(qh), 0x1916131009060300));
+        is_minus[2 * i] = _mm512_movm_epi64((__mmask8)minus_mask);
+        is_minus[2 * i + 1] = _mm512_movm_epi64((__mmask8)(minus_mask >> 8));
+    }
+    look_up_8(&engine_packed_iq1, 2048, at, is_minus, (sign_places){0, 0, 8}, out);
+}
+
+static inline void points_IQ1_M(const uint8_t *const blocks[4], block_points out[4]) {
+    grid_indexes at[2];
+    __m512i is_minus[4];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const block_IQ1_M *a = (const void *)blocks[2 * i], *b = (const void *)blocks[2 * i + 1];
+        const __m512i nibbles = spread_bits(_mm512_cvtepu32_epi64(load_two_128(a->qh, b->qh)), 0x1c1814100c080400);
+        at[i] = indexes_of_iq1(a->qs, b->qs, nibbles);
+        is_minus[2 * i] = _mm512_movm_epi8(_mm512_test_epi8_mask(nibbles, _mm512_set1_epi8(8)));
+        is_minus[2 * i + 1] = _mm512_shuffle_i64x2(is_minus[2 * i], is_minus[2 * i], 0xee);
+    }
+    look_up_8(&engine_packed_iq1, 2048, at, is_minus, (sign_places){0, 1, 4}, out);
+}
+#elif defined(__AVX512VNNI__)
 // As chunk_of_iq1, for eight indexes.
 static inline __m512i wide_of_iq1(const uint8_t *low, __m256i high, __m512i shifts) {
     const __m256i high_bits = _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(7)), 8);

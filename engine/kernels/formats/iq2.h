@@ -4,7 +4,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
-#include "../isimd512.h"
+#include "../points512.h"
 
 // Signs from a 7-bit index: the eighth makes the number of minus signs even.
 static const uint8_t signs_of_7_bits[128] = {
@@ -108,7 +108,68 @@ static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__)
+static inline uint64_t load_u64(const void *p) {
+    uint64_t value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return value;
+}
+
+static const point_layout layout_IQ2_XXS = {&engine_packed_iq2_xxs, 8};
+static const point_layout layout_IQ2_XS = {&engine_packed_iq2_xs, 8};
+static const point_layout layout_IQ2_S = {&engine_packed_iq2_s, 8};
+
+static inline void points_IQ2_XXS(const uint8_t *const blocks[4], block_points out[4]) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512i groups[4], signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        groups[r] = load_512(((const block_IQ2_XXS *)blocks[r])->group);
+        signs[r] = with_parity(spread_bits(groups[r], 0x352e272000000000)); // 7 bits each, in the upper half
+    }
+    const grid_indexes at[2] = {{.low = _mm512_permutex2var_epi32(groups[0], even, groups[1])},
+                                {.low = _mm512_permutex2var_epi32(groups[2], even, groups[3])}};
+    look_up_8(&engine_packed_iq2_xxs, 256, at, signs, (sign_places){4, 1, 8}, out);
+}
+
+static inline void points_IQ2_XS(const uint8_t *const blocks[4], block_points out[4]) {
+    const __m512i even = EIGHT_TIMES(0x0e0c0a0806040200, 0x10 * EACH_BYTE), one = _mm512_set1_epi8(1);
+    const __m512i parity = _mm512_set1_epi64(0x02040810204080fe); // signs are the upper seven bits of odd bytes
+    grid_indexes at[2];
+    __m512i qs[4], signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        qs[r] = load_512(((const block_IQ2_XS *)blocks[r])->qs);
+        signs[r] = _mm512_gf2p8affine_epi64_epi8(qs[r], parity, 0);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        at[i].low = _mm512_permutex2var_epi8(qs[2 * i], even, qs[2 * i + 1]);
+        at[i].high[0] =
+            _mm512_test_epi8_mask(_mm512_permutex2var_epi8(qs[2 * i], _mm512_or_si512(even, one), qs[2 * i + 1]), one);
+    }
+    look_up_8(&engine_packed_iq2_xs, 512, at, signs, (sign_places){1, 2, 8}, out);
+}
+
+static inline void points_IQ2_S(const uint8_t *const blocks[4], block_points out[4]) {
+    grid_indexes at[2];
+    __m512i signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+        signs[r] = _mm512_castsi256_si512(load_256(((const block_IQ2_S *)blocks[r])->signs));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const block_IQ2_S *a = (const void *)blocks[2 * i], *b = (const void *)blocks[2 * i + 1];
+        const __m512i eights = // of pairs of bits
+            _mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)load_u64(b->qh), (int64_t)load_u64(a->qh)));
+        const __m512i pairs = spread_bits(eights, 0x0e0c0a0806040200);
+        at[i] = (grid_indexes){
+            load_two_256(a->qs, b->qs),
+            {_mm512_test_epi8_mask(pairs, _mm512_set1_epi8(1)), _mm512_test_epi8_mask(pairs, _mm512_set1_epi8(2))}};
+    }
+    look_up_8(&engine_packed_iq2_s, 1024, at, signs, (sign_places){0, 1, 4}, out);
+}
+#elif defined(__AVX512VNNI__)
 // Eight times 7 bits, one in each byte, with their parity as the eighth.
 static inline __mmask64 with_parity(uint64_t bits) {
     uint64_t folded = bits ^ bits >> 4;

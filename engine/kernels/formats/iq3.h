@@ -59,7 +59,34 @@ static inline __m256i scales_IQ3_S(const void *block, __m256i *mins) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__)
+static const point_layout layout_IQ3_XXS = {&engine_packed_iq3_xxs, 4};
+static const point_layout layout_IQ3_S = {&engine_packed_iq3_s, 4};
+
+static inline void points_IQ3_XXS(const uint8_t *const blocks[4], block_points out[4]) {
+    grid_indexes at[4];
+    __m512i signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        const block_IQ3_XXS *b = (const void *)blocks[r];
+        at[r].low = load_512(b->qs);
+        signs[r] = with_parity(spread_bits(_mm512_cvtepu32_epi64(load_256(b->signs_scale)), 0x150e0700));
+    }
+    look_up_4(&engine_packed_iq3_xxs, 256, at, signs, out);
+}
+
+static inline void points_IQ3_S(const uint8_t *const blocks[4], block_points out[4]) {
+    grid_indexes at[4];
+    __m512i signs[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        const block_IQ3_S *b = (const void *)blocks[r];
+        at[r] = (grid_indexes){load_512(b->qs), {load_u64(b->qh)}};
+        signs[r] = _mm512_cvtepu32_epi64(load_256(b->signs));
+    }
+    look_up_4(&engine_packed_iq3_s, 512, at, signs, out);
+}
+#elif defined(__AVX512VNNI__)
 static inline weights_256 wide_IQ3_XXS(const uint8_t *block) {
     const block_IQ3_XXS *b = (const void *)block;
     weights_256 w;

@@ -72,22 +72,37 @@ static inline __m256i scales_Q3_K(const void *block, __m256i *mins) {
 #if defined(__AVX512VNNI__)
 static inline weights_256 wide_of_two_bits(const uint8_t *qs) {
     const __m512i packed = load_512(qs), mask = _mm512_set1_epi8(3);
+#if defined(__GFNI__)
+    return (weights_256){.u = {_mm512_and_si512(packed, mask), move_bits(packed, BIT_TO(0, 2) | BIT_TO(1, 3)),
+                               move_bits(packed, BIT_TO(0, 4) | BIT_TO(1, 5)),
+                               move_bits(packed, BIT_TO(0, 6) | BIT_TO(1, 7))}};
+#else
     return (weights_256){.u = {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 2), mask),
                                _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask),
                                _mm512_and_si512(_mm512_srli_epi16(packed, 6), mask)}};
+#endif
 }
 
 static inline weights_256 wide_Q2_K(const uint8_t *block) { return wide_of_two_bits(((const block_Q2_K *)block)->qs); }
 
 static inline weights_256 wide_Q3_K(const uint8_t *block) {
     const block_Q3_K *b = (const void *)block;
-    // bit k is of the 32 weights from 32 k on; those in the upper halves of the registers are 128 further on
-    const __m512i high = _mm512_srlv_epi64(load_256_twice(b->hmask), _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
     weights_256 w = wide_of_two_bits(b->qs);
+    // bit k is of the 32 weights from 32 k on; those in the upper halves of the registers are 128 further on
+#if defined(__GFNI__)
+    const __m512i high = load_256_twice(b->hmask);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512i bit_to_2 = join_256(_mm256_set1_epi64x(BIT_TO(2, i)), _mm256_set1_epi64x(BIT_TO(2, i + 4)));
+        w.u[i] = _mm512_or_si512(w.u[i], _mm512_gf2p8affine_epi64_epi8(high, bit_to_2, 0));
+    }
+#else
+    const __m512i high = _mm512_srlv_epi64(load_256_twice(b->hmask), _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
     w.u[0] = with_bits(w.u[0], _mm512_slli_epi16(high, 2), 4);
     w.u[1] = with_bits(w.u[1], _mm512_slli_epi16(high, 1), 4);
     w.u[2] = with_bits(w.u[2], high, 4);
     w.u[3] = with_bits(w.u[3], _mm512_srli_epi16(high, 1), 4);
+#endif
     return w;
 }
 #endif

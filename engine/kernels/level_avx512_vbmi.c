@@ -1,0 +1,2 @@
+#define LEVEL avx512_vbmi
+#include "level.h"
