@@ -63,6 +63,12 @@ static inline int32_t load_i32(const void *p) {
     return value;
 }
 
+static inline uint64_t load_u64(const void *p) {
+    uint64_t value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return value;
+}
+
 // Four bytes as 32-bit lanes.
 static inline __m128i widen_4_bytes(const uint8_t *p) { return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_i32(p))); }
 

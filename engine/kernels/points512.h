@@ -1,6 +1,6 @@
-// Weights from code books on AVX-512 VBMI, without a gather: code books of at most 4 KB are looked up by permutations
-// of bytes, 64 indexes and 128 points at a time, and the codes that a point is made of are spread by shifts of their
-// own for each byte.
+// Weights from code books on AVX-512 VBMI, without a gather: tables of at most 4 KB are looked up by permutations of
+// bytes, 64 indexes and 128 points at a time. What is found is made unsigned weights by a product with a matrix of
+// bits, or by shifts of their own for each byte, and a table of at most 16 values.
 //
 // All of these formats stand in the order COLUMNS: the q-th 64 bits of four registers are the q-th 32 weights.
 #ifndef ENGINE_POINTS512_H
@@ -12,15 +12,13 @@
 
 #if defined(__AVX512VBMI__)
 
-// What the weights of a 256-block are made of. The q-th 64 bits are of the q-th 32 weights:
+// What the weights of a 256-block are made of. The q-th 64 bits are of the q-th 32 weights.
 //
-//   points of eight values   codes[0] has the first two points, codes[1] the last two. Bytes 7, 6 and 5 hold the lower
-//   bits
-//                            of the codes of a point, their upper bits, and its signs; bytes 4, 3 and 2 those of the
-//                            next.
-//   points of four values    codes[0] has the first four points, codes[1] the last four, in 16 bits each; `signs` one
-//   byte
-//                            for 8 weights, in the lower half.
+// Of points of eight values, codes[0] has the first two and codes[1] the last two. Bytes 7, 6 and 5 hold the lower bits
+// of the codes of a point, their upper bits, and its signs; bytes 4, 3 and 2 those of the next point.
+//
+// Of points of four values, codes[0] has the first four and codes[1] the last four, in 16 bits each; `signs` has a byte
+// for 8 weights, in its lower half.
 typedef struct {
     __m512i codes[2], signs;
 } block_points;
@@ -32,7 +30,8 @@ typedef struct {
 } grid_indexes;
 
 // Both bytes of the points at n times 64 indexes in a table of n_points; side by side they share what is loaded of it.
-// 256 points take two permutations, of which the first leaves the upper 128 alone; bits above choose between results.
+// 256 points take two permutations, of which the first leaves indexes of the upper 128 in their bytes for the second;
+// the bits above choose between results. Longer chains of permutations would be too slow, 5 cycles for each.
 ALWAYS_INLINE void look_up(const packed_grid *grid, int n_points, int n, const grid_indexes *at, __m512i (*planes)[2]) {
     __asm__("" : "+r"(grid)); // no copy of the table on the stack, please
 #pragma GCC unroll 2
@@ -124,7 +123,8 @@ typedef struct {
 } point_layout;
 
 // The k-th 8 of each 32 weights, unsigned. For points of eight values the i-th bits of six bytes become the i-th byte,
-// which tables then look at the lower or upper half of.
+// of which one table looks at bits 0 to 2 and another at bits 3 to 5. For those of four values signs are put above
+// codes.
 static inline __m512i column_of_points(point_layout l, const block_points *points, int k) {
     const __m512i packed = points->codes[k / 2];
     if (l.n_values == 8) {

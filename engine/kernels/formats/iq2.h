@@ -109,12 +109,6 @@ static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {
 #endif
 
 #if defined(__AVX512VBMI__)
-static inline uint64_t load_u64(const void *p) {
-    uint64_t value;
-    __builtin_memcpy(&value, p, sizeof value);
-    return value;
-}
-
 static const point_layout layout_IQ2_XXS = {&engine_packed_iq2_xxs, 8};
 static const point_layout layout_IQ2_XS = {&engine_packed_iq2_xs, 8};
 static const point_layout layout_IQ2_S = {&engine_packed_iq2_s, 8};
@@ -209,12 +203,6 @@ static inline weights_256 wide_IQ2_XS(const uint8_t *block) {
         w.minus[i] = with_parity((uint64_t)_mm_cvtsi128_si64(_mm_packus_epi16(signs, signs)));
     }
     return w;
-}
-
-static inline uint64_t load_u64(const void *p) {
-    uint64_t value;
-    __builtin_memcpy(&value, p, sizeof value);
-    return value;
 }
 
 static inline weights_256 wide_IQ2_S(const uint8_t *block) {
