@@ -377,7 +377,7 @@ def set_grids(dict grids):
     for name, grid in grids.items():
         values = np.ascontiguousarray(grid, np.int8).reshape(-1)
         if engine_set_grid(name.encode(), &values[0], values.shape[0]):
-            raise ValueError(f"{name} has no grid of {values.shape[0]} bytes")
+            raise ValueError(f"{name} has no grid of {values.shape[0]} bytes with so many different values")
 
 
 # -- single kernels --------------------------------------------------------------------------------------------------

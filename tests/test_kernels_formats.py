@@ -95,6 +95,25 @@ def test_dequantizing_is_exact(fmt: QuantFormat, data: Path) -> None:
     assert np.array_equal(bits(found), bits(reference.dequantize(fmt, rows, 3 * fmt.block_size)))
 
 
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("Q4_K", np.zeros((256, 8), np.int8)),
+        ("IQ2_XXS", np.zeros((255, 8), np.int8)),
+        ("IQ2_XXS", (np.arange(256 * 8) % 5).astype(np.int8)),  # 2 bits tell four values apart
+        ("IQ3_S", (np.arange(512 * 4) % 9).astype(np.int8)),
+    ],
+)
+def test_what_is_no_grid_is_refused_and_changes_nothing(name: str, grid: np.ndarray) -> None:
+    fmt = BY_NAME["IQ2_XXS" if name == "Q4_K" else name]
+    raw, x = random_rows(fmt, 5, 512), normal(3, 512)
+    before = [_kernels.matmul(fmt.ggml_type, raw, x, 1, isa) for isa in LEVELS]
+    with pytest.raises(ValueError, match=f"{name} has no grid of {grid.size} bytes"):
+        _kernels.set_grids({name: grid})
+    for isa, expected in zip(LEVELS, before, strict=True):
+        assert np.array_equal(bits(_kernels.matmul(fmt.ggml_type, raw, x, 1, isa)), bits(expected))
+
+
 # -- activations -------------------------------------------------------------------------------------------------------
 
 

@@ -22,16 +22,16 @@ static int pack(const int8_t *values, size_t n_bytes, int n_values, weight_fn *w
     uint8_t is_used[256] = {0};
     for (size_t i = 0; i < n_bytes; i++)
         is_used[values[i] + 128] = 1;
-    for (int value = -128; value < 128; value++)
-        if (is_used[value + 128]) {
-            if (n_codes >> code_bits)
-                return -1;
-            for (int shift = 0; shift <= 3; shift += 3)
-                for (int i = 0; i < 64; i++)
-                    if ((i >> shift & ((1 << code_bits) - 1)) == n_codes)
-                        out->weights[shift / 3][i] = (uint8_t)weight(value, i >> shift >> code_bits & 1);
-            code_of[value + 128] = n_codes++;
-        }
+    for (int v = 0; v < 256; v++)
+        if (is_used[v])
+            code_of[v] = n_codes++;
+    if (n_codes > 1 << code_bits)
+        return -1;
+    for (int v = 0; v < 256; v++)
+        for (int shift = 0; is_used[v] && shift <= 3; shift += 3)
+            for (int i = 0; i < 64; i++)
+                if ((i >> shift & ((1 << code_bits) - 1)) == code_of[v])
+                    out->weights[shift / 3][i] = (uint8_t)weight(v - 128, i >> shift >> code_bits & 1);
     for (size_t p = 0; p < n_bytes / (size_t)n_values; p++) {
         int codes = 0;
         for (int i = 0; i < n_values; i++) {
@@ -63,8 +63,10 @@ int engine_set_grid(const char *format, const int8_t *values, size_t n_bytes) {
     };
     for (size_t i = 0; i < sizeof grids / sizeof *grids; i++)
         if (!strcmp(format, grids[i].format) && n_bytes == grids[i].n_bytes) {
+            if (pack(values, n_bytes, grids[i].n_values, grids[i].weight, grids[i].packed))
+                return -1;
             memcpy(grids[i].grid, values, n_bytes);
-            return pack(values, n_bytes, grids[i].n_values, grids[i].weight, grids[i].packed);
+            return 0;
         }
     return -1;
 }
