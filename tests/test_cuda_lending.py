@@ -177,7 +177,7 @@ def test_slots_are_places_of_their_own(lending: Lending) -> None:
     with lending.open() as opened:
         lowering = opened.program._lowering
         stretches = []
-        for layer in lowering.expert_layers:
+        for layer in lowering.experts.layers:
             for slot in range(layer.n_slots):
                 start = layer.slot_offset(0, slot)
                 assert start == layer.offset + layer.place(slot) * layer.expert_bytes

@@ -19,8 +19,9 @@ from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.lowering import Lowering, reserved_bytes
+from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
+from engine.devices.cuda.places import reserved_bytes
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
 from engine.devices.cuda.speeds import measure_speeds
@@ -137,18 +138,18 @@ class CUDADevice:
             dense_bytes=bare.layout.n_bytes - bare.state[1] - scratch_bytes,
             state_bytes=bare.state[1],
             scratch_bytes=scratch_bytes,
-            expert_bytes=np.array([layer.expert_bytes for layer in bare.expert_layers], np.int64),
+            expert_bytes=np.array([layer.expert_bytes for layer in bare.experts.layers], np.int64),
         )
         staging_bytes = 0
         if staging is not None:
             staging_bytes = reserved_bytes(staging.n_buffers * _batch_bytes(bare, staging.at_once))
-            shorter = bare.scratch_for(limits.up_to(lends_from(threshold) - 1))
+            shorter = bare.recorder.scratch_for(limits.up_to(lends_from(threshold) - 1))
             footprint = replace(
                 footprint, scratch_bytes=reserved_bytes(shorter.n_bytes), long_scratch_bytes=scratch_bytes
             )
-        gap = gap_bytes(bare.expert_layers) + reserved_bytes(0)
+        gap = gap_bytes(bare.experts.layers) + reserved_bytes(0)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes, gap)
-        streams = bool((plan.n_kept < bare.n_experts).any())
+        streams = bool((plan.n_kept < bare.experts.n_experts).any())
         lowering = Lowering(
             graph, weights, limits, plan.n_slots.tolist(), plan.n_kept.tolist(), staging if streams else None
         )
@@ -159,7 +160,7 @@ class CUDADevice:
     def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
         """Return what is needed without any expert."""
         bare = Lowering(graph, weights, limits)
-        bare.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
+        bare.recorder.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
         return bare
 
     def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
@@ -171,7 +172,7 @@ class CUDADevice:
         max_outputs = max(limits.max_tokens, limits.n_slots)
         while n_tokens > limits.max_tokens:
             larger = replace(limits, max_tokens=n_tokens, max_outputs=min(max_outputs, n_tokens))
-            if bare.scratch_for(larger).n_bytes <= n_bytes + bare.scratch.n_bytes:
+            if bare.recorder.scratch_for(larger).n_bytes <= n_bytes + bare.scratch.n_bytes:
                 return larger
             n_tokens //= 2
         return limits
@@ -182,7 +183,7 @@ class CUDADevice:
         if not bare.can_stream or bare.limits.max_tokens < threshold:
             return None
         one = _batch_bytes(bare, 1)
-        at_once = max(1, min(STAGED_EXPERTS, bare.n_experts, n_bytes // (2 * one)))
+        at_once = max(1, min(STAGED_EXPERTS, bare.experts.n_experts, n_bytes // (2 * one)))
         n_buffers = max(2, min(_MOST_BUFFERS, n_bytes // _batch_bytes(bare, at_once)))
         return Staging(n_buffers, at_once, threshold)
 
@@ -193,7 +194,7 @@ def _kernels_of(step: Launch | Streamed) -> tuple[Launch, ...]:
 
 def _batch_bytes(lowering: Lowering, at_once: int) -> int:
     """Return the bytes of a staging buffer."""
-    return max(layer.batch_bytes(at_once) for layer in lowering.expert_layers)
+    return max(layer.batch_bytes(at_once) for layer in lowering.experts.layers)
 
 
 class CUDAProgram:
@@ -233,24 +234,24 @@ class CUDAProgram:
         self._step_number = 0
         self._n_begun = self._n_over = 0  # steps
         self.leaves_a_cpu = False
-        self._seconds = np.zeros((2, len(lowering.expert_layers)))  # see `layer_times`
+        self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
         self._n_single_tokens = 0
         self._n_tokens = 0
         self._rows_of_routing = 1
-        self._n_slots = np.array([layer.n_slots for layer in lowering.expert_layers], np.intp)
-        self._n_kept = np.array([layer.n_kept for layer in lowering.expert_layers], np.intp)
-        n_layers = len(lowering.expert_layers)
+        self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
+        self._n_kept = np.array([layer.n_kept for layer in lowering.experts.layers], np.intp)
+        n_layers, n_experts, n_used = len(lowering.experts.layers), lowering.experts.n_experts, lowering.experts.n_used
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
             self._stream = self._own(Stream(context))
             self._step = self._own(PinnedMemory(4 * lowering.step.n_words))
             self._words = self._step.bytes.view(np.int32)
-            self._table = self._own(PinnedMemory(4 * max(1, n_layers * lowering.n_experts)))
-            self._ids = self._own(PinnedMemory(4 * max(1, n_layers * limits.max_tokens * lowering.n_used)))
+            self._table = self._own(PinnedMemory(4 * max(1, n_layers * n_experts)))
+            self._ids = self._own(PinnedMemory(4 * max(1, n_layers * limits.max_tokens * n_used)))
             rows = min(limits.n_slots, limits.most(Rows.OUTPUTS))  # one for each sequence: what decoding asks for
             logits = self._own(PinnedMemory(4 * rows * lowering.n_vocab))
             self._logits: npt.NDArray[np.float32] = logits.bytes.view(np.float32).reshape(rows, -1)
-            self._places = self._table.bytes.view(np.int32)[: n_layers * lowering.n_experts].reshape(n_layers, -1)
+            self._places = self._table.bytes.view(np.int32)[: n_layers * n_experts].reshape(n_layers, -1)
             self._upload_constants()
             exchange = None
             if lowering.needs_cpu:
@@ -369,7 +370,7 @@ class CUDAProgram:
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        shape = (len(self._places), self._rows_of_routing, self._lowering.n_used)
+        shape = (len(self._places), self._rows_of_routing, self._lowering.experts.n_used)
         ids: npt.NDArray[np.int32] = self._ids.bytes.view(np.int32)[: shape[0] * shape[1] * shape[2]].reshape(shape)
         kept: npt.NDArray[np.int32] = ids[:, : self._n_tokens].copy()
         return kept
@@ -380,7 +381,7 @@ class CUDAProgram:
         key = (*names, values.shape[1])
         if key not in self._vector_writes:
             memory = self._own(PinnedMemory(values.nbytes))
-            offsets = [self._lowering.vector_offset(name, values.shape[1]) for name in names]
+            offsets = [self._lowering.recorder.vector_offset(name, values.shape[1]) for name in names]
 
             n_words, to = values.shape[1], self._memory.address
             pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
@@ -391,11 +392,11 @@ class CUDAProgram:
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
-        return self._download(list(used_parts(self._lowering.states, self._limits, slot, n_tokens)))
+        return self._download(list(used_parts(self._lowering.recorder.states, self._limits, slot, n_tokens)))
 
     def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_sequence` returned. Raises `RequestError` if it is not as long as this program needs."""
-        parts = list(used_parts(self._lowering.states, self._limits, slot, n_tokens))
+        parts = list(used_parts(self._lowering.recorder.states, self._limits, slot, n_tokens))
         needed = sum(n_bytes for _, n_bytes in parts)
         if saved.size != needed:
             raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
@@ -403,11 +404,11 @@ class CUDAProgram:
 
     def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
         """Return a copy of the recurrent states of the sequence in a slot, flat."""
-        return self._download(recurrent_parts(self._lowering.states, slot))
+        return self._download(recurrent_parts(self._lowering.recorder.states, slot))
 
     def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
-        self._upload(recurrent_parts(self._lowering.states, slot), saved)
+        self._upload(recurrent_parts(self._lowering.recorder.states, slot), saved)
 
     def _download(self, parts: list[Part]) -> npt.NDArray[np.uint8]:
         self._context.make_current()
@@ -457,12 +458,12 @@ class CUDAProgram:
     @property
     def n_experts(self) -> int:
         """Return the experts of each MoE layer."""
-        return self._lowering.n_experts
+        return self._lowering.experts.n_experts
 
     @property
     def expert_bytes(self) -> npt.NDArray[np.int64]:
         """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
-        return np.array([layer.expert_bytes for layer in self._lowering.expert_layers], np.int64)
+        return np.array([layer.expert_bytes for layer in self._lowering.experts.layers], np.int64)
 
     @property
     def bandwidths(self) -> Bandwidths:
@@ -476,7 +477,7 @@ class CUDAProgram:
 
     def copy_expert(self, layer: int, expert: int, slot: int) -> Ticket:
         """Start to copy an expert from RAM into a slot that no step reads."""
-        if self._lowering.expert_layers[layer].is_resident:
+        if self._lowering.experts.layers[layer].is_resident:
             return _DONE
         assert self._copies is not None
         self._context.make_current()
@@ -500,7 +501,7 @@ class CUDAProgram:
 
     def publish(self, layer: int, expert: int, slot: int) -> None:
         """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
-        experts = self._lowering.expert_layers[layer]
+        experts = self._lowering.experts.layers[layer]
         if not experts.is_resident:
             self._places[layer, expert] = -1 if slot < 0 else experts.place(slot)
 
@@ -520,10 +521,10 @@ class CUDAProgram:
         """Fill the device memory: constants, zero states, and the first experts into the slots."""
         lowering, base, stream = self._lowering, self._memory.address, self._stream
         stream.fill(base + lowering.state[0], 0, lowering.state[1])
-        for offset, values in lowering.uploads:
+        for offset, values in lowering.recorder.uploads:
             stream.upload(base + offset, int(values.ctypes.data), values.nbytes)
         self._places[:] = -1
-        for layer, experts in enumerate(lowering.expert_layers):
+        for layer, experts in enumerate(lowering.experts.layers):
             if not experts.is_resident:
                 continue
             self._places[layer, : experts.n_experts] = np.arange(experts.n_experts)
@@ -533,7 +534,7 @@ class CUDAProgram:
                     source = experts.expert(array, i, expert)
                     stream.upload(base + experts.slot_offset(i, expert), int(source.ctypes.data), source.nbytes)
         stream.synchronize()
-        lowering.uploads.clear()
+        lowering.recorder.uploads.clear()
 
     def _describe_streaming(self, pinned: PinnedExperts) -> str:
         """Return one line: how experts without a slot get to the device."""
@@ -580,7 +581,7 @@ class CUDAProgram:
         to, host, stride = self._memory.address, self._step.device_address, 4 * self._limits.max_tokens
         counts, *arrays = step.offset, step.token_ids, step.positions, step.slots, step.output_rows
         pieces = [(host + 16 + i * stride, to + array, most) for i, array in enumerate(arrays)]
-        places = table.device_address, to + lowering.expert_table, self._places.size
+        places = table.device_address, to + lowering.experts.slot_table, self._places.size
         return fetch([(host, to + counts, 4), *pieces, places])
 
     def _captured(self, launches: Sequence[Launch], results_of: int | None = None) -> Graph:
@@ -612,9 +613,9 @@ class CUDAProgram:
     def _download_results(self, most: int) -> None:
         """Queue what every step of so many tokens at most gives: routing, and a single token's logits."""
         lowering = self._lowering
-        n_ids = len(lowering.expert_layers) * most * lowering.n_used
+        n_ids = len(lowering.experts.layers) * most * lowering.experts.n_used
         if n_ids:
-            self._stream.download(self._ids.address, self._memory.address + lowering.routing_offset, 4 * n_ids)
+            self._stream.download(self._ids.address, self._memory.address + lowering.experts.chosen, 4 * n_ids)
         if most == 1:
             self._download_logits(self._logits[:1], most)
 

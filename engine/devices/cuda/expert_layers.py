@@ -1,18 +1,20 @@
-"""The experts of a layer, where they lie on the device, and how those without a slot pass through it."""
+"""The experts of a layer, where they lie on the device, what the kernels know of it, and how others pass through it."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.devices import graph as ops
+from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
+from engine.devices.cuda.places import Layout, Pass, aligned
 from engine.devices.footprint import lends_from
-from engine.devices.graph import Vector, Weight
+from engine.devices.graph import Routing, Vector, Weight
 
 
 @dataclass(slots=True)
@@ -35,9 +37,13 @@ class ExpertLayer:
     op: ops.Experts
     n_slots: int
     n_kept: int
-    slot_bytes: list[int] = field(default_factory=list)
+    slot_bytes: list[int] = field(init=False)
     offset: int = 0
     first_lent: int = 0
+
+    def __post_init__(self) -> None:
+        """Work out the sizes."""
+        self.slot_bytes = [aligned(w.n_rows * w.format.row_bytes(w.n_cols)) for w in self.weights]
 
     @property
     def weights(self) -> tuple[Weight, Weight, Weight]:
@@ -92,6 +98,54 @@ class ExpertLayer:
         """Return where, in a staging buffer of so many experts, the first expert's matrices lie."""
         sizes = [at_once * self.slot_bytes[i] for i in matrices]
         return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+class ExpertTables:
+    """The experts of all layers, and what tells kernels who is where and who was chosen.
+
+    Attributes:
+        layers: in the order of the forward pass.
+        n_experts: the most that a layer has.
+        n_used: how many each token takes, in any layer.
+        hidden_size: of what goes into them.
+        at_once: how many pass through a staging buffer.
+        slot_table: offset of the places of all experts, int32 [n_moe_layers, n_experts].
+        chosen: offset of the choices of a step, int32 [n_moe_layers, rows that its launches are made for, n_used].
+        n_misses: offset of the word (int32) in which a layer notes whether it asked the CPU for anything.
+        asks_early: by the ids of a layer: whether the launch that chooses its experts asks the CPU, too.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer], layout: Layout, max_tokens: int, at_once: int) -> None:
+        """Give the tables their places."""
+        self.layers = layers
+        self.n_experts = max((layer.n_experts for layer in layers), default=0)
+        self.n_used = max((layer.op.routing.ids.width for layer in layers), default=0)
+        self.hidden_size = layers[0].op.x.width if layers else 0
+        self.at_once = at_once
+        self.slot_table = layout.reserve(4 * max(1, len(layers) * self.n_experts))
+        self.chosen = layout.reserve(4 * max(1, len(layers) * max_tokens * self.n_used))
+        self.n_misses = layout.reserve(4)
+        self.asks_early: dict[object, Callable[[Pass], bool]] = {}
+        self._numbers = {layer.op.routing.ids.buffer: i for i, layer in enumerate(layers)}
+
+    def number(self, routing: Routing) -> int:
+        """Return which layer it is whose experts are chosen so."""
+        return self._numbers[routing.ids.buffer]
+
+    def ids(self, routing: Routing, p: Pass) -> int:
+        """Return the address of the ids of a layer, which are kept for the caller; rows as they are in this pass."""
+        return p.base + self.chosen + 4 * self.number(routing) * p.most * self.n_used
+
+    def slots(self, routing: Routing, p: Pass) -> int:
+        """Return the address of the places of a layer's experts."""
+        return p.base + self.slot_table + 4 * self.number(routing) * self.n_experts
+
+    def exchange(self, routing: Routing, p: Pass) -> Exchange | None:
+        """Return what a layer shares with the CPU, if that computes some of its experts."""
+        number = self.number(routing)
+        if p.exchange is None or self.layers[number].is_resident:
+            return None
+        return p.exchange._replace(layer=number)
 
 
 def place_kept(layers: Sequence[ExpertLayer], start: int) -> int:

@@ -44,7 +44,7 @@ class PinnedExperts:
         if not weights.is_own_memory:
             self.reason = 'the weights are mapped from the file ([model] load = "mmap")'
             return
-        layers = [layer for layer in lowering.expert_layers if not layer.is_resident]
+        layers = [layer for layer in lowering.experts.layers if not layer.is_resident]
         names = dict.fromkeys(weight.name for layer in layers for weight in layer.weights)
         try:
             for name in names:

@@ -40,8 +40,8 @@ class MissServer:
     ) -> None:
         """Get ready for steps of so many tokens."""
         self._limits = limits = replace(lowering.limits, max_tokens=max_tokens)
-        n_choices, hidden_size = limits.max_tokens * lowering.n_used, lowering.hidden_size
-        forms = {w.format.activation for layer in lowering.expert_layers for w in (layer.op.gate, layer.op.up)}
+        n_choices, hidden_size = limits.max_tokens * lowering.experts.n_used, lowering.experts.hidden_size
+        forms = {w.format.activation for layer in lowering.experts.layers for w in (layer.op.gate, layer.op.up)}
         self._row_bytes = {form: _kernels.activation_bytes(form, hidden_size) for form in sorted(forms)}
         x_sizes = (limits.max_tokens * n_bytes for n_bytes in self._row_bytes.values())
         sizes = (3 * _LINE, 4 * n_choices, 4 * n_choices * hidden_size, *x_sizes)
@@ -50,14 +50,14 @@ class MissServer:
         flags = self.memory.address
         words = self.memory.bytes[: 3 * _LINE].view(np.uint32)
         self._requested, self._answered, self._abandoned = (words[i * _LINE // 4 :][:1] for i in range(3))
-        self._n_layers = len(lowering.expert_layers)
+        self._n_layers = len(lowering.experts.layers)
         self._lowering = lowering
         self._weights = weights
         self._keep: list[npt.NDArray[np.generic]] = []
         self._step = _kernels.Step(limits.max_tokens)
         self._step.positions[:] = np.arange(limits.max_tokens)
         self._last_request = 0
-        programs = [self._program(layer, n_threads, isa) for layer in lowering.expert_layers]
+        programs = [self._program(layer, n_threads, isa) for layer in lowering.experts.layers]
         self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE)
         self.seconds = self._server.seconds
 
@@ -72,7 +72,7 @@ class MissServer:
             flags + _LINE,
             flags + 2 * _LINE,
             base + self._lowering.step.number,
-            base + self._lowering.n_misses,
+            base + self._lowering.experts.n_misses,
             self._n_layers,
         )
 
@@ -163,7 +163,8 @@ class MissServer:
         experts = (layer.expert(array, matrix, e) for e in range(layer.n_experts))
         table = np.array([expert.ctypes.data for expert in experts], np.int64)
         factors = [
-            0 if vector is None else self._kept(self._lowering.values(vector)) for vector in (weight.scale, bias)
+            0 if vector is None else self._kept(self._lowering.recorder.values(vector))
+            for vector in (weight.scale, bias)
         ]
         return self._kept(table), weight.format.ggml_type, factors[0], factors[1]
 

@@ -46,8 +46,8 @@ class ExpertStream:
             n_host = 0 if paths.is_pinned else _HOST_BUFFERS
             n_bytes = self._lowering.staging_buffer_bytes
             self._host = [(self._own(PinnedMemory(n_bytes)), self._own(Event())) for _ in range(n_host)]
-            n_layers = len(self._lowering.expert_layers)
-            self.table = self._own(PinnedMemory(4 * n_layers * self._lowering.n_experts))
+            n_layers = len(self._lowering.experts.layers)
+            self.table = self._own(PinnedMemory(4 * n_layers * self._lowering.experts.n_experts))
         except BaseException:
             self.close()
             raise
@@ -61,7 +61,7 @@ class ExpertStream:
         """Note who has a slot in the coming step, int32 [n_moe_layers, n_experts], -1 for nobody."""
         self._cold = []
         slots = slots.copy()  # the cache may go on while the step runs
-        for layer, places, own_slots in zip(self._lowering.expert_layers, self.places, slots, strict=True):
+        for layer, places, own_slots in zip(self._lowering.experts.layers, self.places, slots, strict=True):
             places[:] = own_slots
             cold = np.flatnonzero(own_slots[: layer.n_experts] < 0)
             places[cold] = -2 - np.arange(len(cold))
@@ -128,7 +128,7 @@ class ExpertStream:
 
     def _pieces(self, step: Streamed, experts: list[int]) -> Iterator[tuple[int, int, int]]:
         """Yield (address in RAM, offset in the buffer, bytes) of stretches that lie together in both."""
-        layer = self._lowering.expert_layers[step.layer]
+        layer = self._lowering.experts.layers[step.layer]
         for i, start in zip(step.matrices, layer.staged(step.matrices, self._staging.at_once), strict=True):
             array, stride = self._paths.weights.array(layer.weights[i].name), layer.slot_bytes[i]
             address, first, n_bytes = -1, 0, 0

@@ -42,7 +42,7 @@ class ExpertCopies:
     def __init__(self, context: Context, paths: ExpertPaths) -> None:
         """Make the ring."""
         self._paths = paths
-        largest = max((layer.expert_bytes for layer in paths.lowering.expert_layers), default=0)
+        largest = max((layer.expert_bytes for layer in paths.lowering.experts.layers), default=0)
         self._owned: list[Stream | PinnedMemory | Event] = []
         self._waiting: deque[Copy] = deque()
         self._under_way: deque[tuple[Copy, PinnedMemory | None, Event]] = deque()
@@ -108,7 +108,7 @@ class ExpertCopies:
 
     def _start(self, copy: Copy, buffer: PinnedMemory | None, event: Event) -> None:
         paths, at = self._paths, 0
-        experts = paths.lowering.expert_layers[copy.layer]
+        experts = paths.lowering.experts.layers[copy.layer]
         for i, weight in enumerate(experts.weights):
             source = experts.expert(paths.weights.array(weight.name), i, copy.expert)
             address = int(source.ctypes.data)

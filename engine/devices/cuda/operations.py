@@ -1,0 +1,242 @@
+"""How the operations that take each token for itself are lowered, but for routed experts: one function for each.
+
+A function says to the recorder which tensors and weights it needs, and how its launches are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from engine.devices import graph as ops
+from engine.devices.cuda import elementwise, fusion, kernels
+from engine.devices.cuda.kernels import Combined, GateOf, Routed
+from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
+from engine.devices.cuda.places import Finish, Pass, Place
+from engine.devices.cuda.recorder import Recorder
+from engine.devices.graph import Tensor
+from engine.quants.formats import Activation, QuantFormat
+
+RoutedOf: TypeAlias = tuple[int, Callable[[Pass], Routed | None]]
+"""Which of some products gives the logits of a router, and the choice that is made with it, if it is."""
+
+Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]
+"""Gives what is added to the residual stream, what to it, and where the sum goes."""
+
+
+def embed(recorder: Recorder, op: ops.Embed) -> None:
+    """Record the rows of a table that the tokens name."""
+    out, table, matrix, grid = recorder.use(op.out), op.table, recorder.matrix(op.table), recorder.grid(op.table.format)
+    recorder.record(
+        lambda p: [
+            elementwise.embed(
+                p.base + matrix,
+                table.format,
+                p.base + p.step.token_ids,
+                table.n_rows,
+                table.n_cols,
+                p.at(grid),
+                p.rows(out),
+                op.scale,
+                p.count(op.out.rows),
+            )
+        ]
+    )
+
+
+def select_outputs(recorder: Recorder, op: ops.SelectOutputs) -> None:
+    """Record the rows that logits are wanted of."""
+    x, out = recorder.use(op.x), recorder.use(op.out)
+    recorder.record(
+        lambda p: [
+            elementwise.select_outputs(
+                p.rows(x),
+                p.base + p.step.output_rows,
+                p.rows(out),
+                op.x.width,
+                p.count(op.out.rows),
+            )
+        ]
+    )
+
+
+def rms_norm(recorder: Recorder, op: ops.RMSNorm) -> None:
+    """Record the norm of heads, or of whole rows."""
+    if fusion.is_of_row(op, op.x):
+        row = recorder.use(op.x)
+        residual(recorder, op.x, lambda p: (p.rows(row), None, NOTHING), op)
+        return
+    x, out, weight, size = recorder.use(op.x), recorder.use(op.out), recorder.vector(op.weight), op.group_size
+    recorder.record(
+        lambda p: [
+            elementwise.rms_norm(
+                p.rows(x),
+                p.at(weight),
+                p.rows(out),
+                op.x.width // size,
+                size,
+                op.eps,
+                p.count(op.x.rows),
+            )
+        ]
+    )
+
+
+def add(recorder: Recorder, op: ops.Add, norm: ops.RMSNorm | None = None) -> None:
+    """Record a sum, with the norm of the whole row behind it if there is one."""
+    total, a, b = (recorder.use(tensor) for tensor in (op.out, op.a, op.b))
+    residual(recorder, op.out, lambda p: (p.rows(a), p.rows(b), p.rows(total)), norm)
+
+
+def residual(recorder: Recorder, tensor: Tensor, summands: Summands, norm: ops.RMSNorm | None) -> None:
+    """Record a sum into the residual stream, here `tensor`, a norm of that whole row, or both as one."""
+    out, weight = (recorder.use(norm.out), recorder.vector(norm.weight)) if norm else (None, None)
+    finish = recorder.finish(norm.out) if norm else Finish(recorder.index)
+    recorder.record(
+        lambda p: [
+            kernels.residual(
+                *summands(p),
+                tensor.width,
+                p.count(tensor.rows),
+                p.at(weight),
+                norm.eps if norm else 0.0,
+                p.rows(out) if out else None,
+                finish.at(p),
+            )
+        ]
+    )
+
+
+def linear(recorder: Recorder, op: ops.Linear, routed: RoutedOf | None = None) -> None:
+    """Record products; `routed` gives the choice that is made with those of one format."""
+    groups: dict[QuantFormat, list[int]] = {}
+    for i, weight in enumerate(op.weights):
+        groups.setdefault(weight.format, []).append(i)
+    outs = [recorder.use(out) for out in op.outs]
+    for weight_format, members in groups.items():
+        for first in range(0, len(members), MAX_MATRICES):
+            own = members[first : first + MAX_MATRICES]
+            chosen = routed if routed is not None and routed[0] in own else None
+            _linear_launch(recorder, op, weight_format, own, outs, chosen)
+
+
+def _linear_launch(
+    recorder: Recorder,
+    op: ops.Linear,
+    weight_format: QuantFormat,
+    members: list[int],
+    outs: list[Place],
+    routed: RoutedOf | None,
+) -> None:
+    x, grid = recorder.activations(op.x, weight_format.activation), recorder.grid(weight_format)
+    parts = [
+        (
+            recorder.matrix(op.weights[i]),
+            op.weights[i].n_rows,
+            outs[i],
+            recorder.vector(op.biases[i]),
+            recorder.vector(op.weights[i].scale),
+        )
+        for i in members
+    ]
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        matrices = [
+            Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale)) for matrix, n, out, bias, scale in parts
+        ]
+        what = (p.rows(x), op.x.width, weight_format, matrices, p.at(grid), p.count(op.x.rows))
+        choice = routed[1](p) if routed is not None else None
+        yield p.linear(weight_format)(*what) if choice is None else kernels.linear(*what, routed=choice)
+
+    recorder.record(launches)
+
+
+def head_linear(recorder: Recorder, op: ops.HeadLinear) -> None:
+    """Record the products of each head with a matrix of its own."""
+    weight, n = op.weight, op.weight.n_experts
+    row_bytes, activation = weight.format.row_bytes(weight.n_cols), weight.format.activation
+    matrix, grid, scale, out = (
+        recorder.matrix(weight),
+        recorder.grid(weight.format),
+        recorder.vector(weight.scale),
+        recorder.use(op.out),
+    )
+    x, rows = recorder.use(op.x), op.x.rows
+    assert (op.x.offset, op.x.width) == (0, op.x.buffer.width), "heads stand in rows of their own"
+    if activation == Activation.F32:
+        converted, x_bytes = Place(x.need, x.offset, x.stride * 4), weight.n_cols * 4
+    else:
+        x_bytes = kernels.activation_bytes(activation, weight.n_cols)
+        stride = n * x_bytes
+        converted = recorder.temporary(lambda n_tokens: n_tokens * stride, stride)
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        if activation != Activation.F32:
+            heads, to = Rows(p.rows(x).address, weight.n_cols), Rows(p.rows(converted).address, x_bytes)
+            yield kernels.quantize(heads, weight.n_cols, activation, to, n, p.count(rows))
+        yield p.linear(weight.format)(
+            p.rows(converted),
+            weight.n_cols,
+            weight.format,
+            [Matrix(p.base + matrix, weight.n_rows, p.rows(out), 0, p.at(scale))],
+            p.at(grid),
+            p.count(rows),
+            Heads(n, (weight.stored_rows or weight.n_rows) * row_bytes, x_bytes),
+        )
+
+    recorder.record(launches)
+
+
+def scale(recorder: Recorder, op: ops.Scale) -> None:
+    """Record a product with a number, and with a column if there is one."""
+    x, out, by = recorder.use(op.x), recorder.use(op.out), recorder.use(op.by) if op.by else None
+    recorder.record(
+        lambda p: [
+            elementwise.scale(
+                p.rows(x), op.factor, p.rows(by) if by else None, p.rows(out), op.x.width, p.count(op.x.rows)
+            )
+        ]
+    )
+
+
+def gate(recorder: Recorder, op: ops.Gate, norm: ops.RMSNorm | None = None) -> None:
+    """Record a gate, with the norm of the heads before it if there is one."""
+    x, by, out = recorder.use(norm.x if norm else op.x), recorder.use(op.gate), recorder.use(op.out)
+    weight, finish = recorder.vector(norm.weight) if norm else None, recorder.finish(op.out)
+    recorder.record(
+        lambda p: [
+            kernels.gate(
+                p.rows(x),
+                GateOf(op.gating, p.rows(by), op.x.width, op.x.width),
+                p.rows(out),
+                op.x.width,
+                p.count(op.x.rows),
+                finish.at(p),
+                norm.group_size if norm else 0,
+                p.at(weight),
+                norm.eps if norm else 0.0,
+            )
+        ]
+    )
+
+
+def split_heads(recorder: Recorder, op: ops.SplitHeads) -> None:
+    """Record the first and second parts of all heads, taken apart."""
+    x, first, second = recorder.use(op.x), recorder.use(op.first), recorder.use(op.second)
+    dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
+    recorder.record(
+        lambda p: [
+            elementwise.split_heads(p.rows(x), p.rows(first), p.rows(second), op.n_heads, *dims, p.count(op.x.rows))
+        ]
+    )
+
+
+def join_heads(recorder: Recorder, op: ops.JoinHeads) -> None:
+    """Record heads that are made of two parts."""
+    first, second, out = recorder.use(op.first), recorder.use(op.second), recorder.use(op.out)
+    dims = (op.first.width // op.n_heads, op.second.width // op.n_heads)
+    recorder.record(
+        lambda p: [
+            elementwise.join_heads(p.rows(first), p.rows(second), p.rows(out), op.n_heads, *dims, p.count(op.out.rows))
+        ]
+    )

@@ -1,0 +1,201 @@
+"""What the lowering of operations writes to: the memory that they need, and the calls that make their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import _kernels
+from engine.devices.cuda import kernels
+from engine.devices.cuda.attention import Cache
+from engine.devices.cuda.expert_layers import ExpertTables, Streamed
+from engine.devices.cuda.launch import Launch
+from engine.devices.cuda.places import Finish, Layout, Pass, Place
+from engine.devices.cuda.scratch import Need, Scratch
+from engine.devices.cuda.sequence_state import Owners
+from engine.devices.graph import Graph, KVCache, Limits, State, Tensor, Vector, Weight, WeightAccess
+from engine.quants.formats import Activation, QuantFormat
+from engine.quants.grids import GRID_NAMES, load_grid
+
+Launches: TypeAlias = Callable[[Pass], Iterable[Launch | Streamed]]
+"""Makes the launches of an operation."""
+
+
+class Recorder:
+    """Notes what the operations of a graph need, in their order, and what makes their launches.
+
+    Attributes:
+        experts: what the experts of all layers share.
+        states: the caches and states, each with its offset.
+        uploads: offset and contents of what is uploaded once.
+        index: of the operation at hand, set by whoever walks them.
+    """
+
+    def __init__(self, weights: WeightAccess, limits: Limits, layout: Layout, experts: ExpertTables) -> None:
+        """Begin with nothing.
+
+        Args:
+            weights: of the model.
+            limits: of a step.
+            layout: where weights, caches and states get their places.
+            experts: of all layers.
+        """
+        self.experts = experts
+        self.states: Owners = []
+        self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []
+        self.index = 0
+        self._weights = weights
+        self._limits = limits
+        self._layout = layout
+        self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
+        self._needs: dict[object, Need] = {}
+        self._calls: list[Launches] = []
+        self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
+
+    # -- launches ----------------------------------------------------------------------------------------------------
+
+    def record(self, launches: Launches) -> None:
+        """Note what makes the next launches."""
+        self._calls.append(launches)
+
+    def aside(self, *records: Callable[[], None]) -> Launches:
+        """Return the launches that some recordings would add, without adding them."""
+        calls, self._calls = self._calls, []
+        for record in records:
+            record()
+        recorded, self._calls = self._calls, calls
+        return lambda p: (launch for call in recorded for launch in call(p))
+
+    def launches(self, p: Pass) -> list[Launch | Streamed]:
+        """Return all launches, in order."""
+        return [launch for call in self._calls for launch in call(p)]
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def use(self, tensor: Tensor) -> Place:
+        """Note that the operation at hand uses a tensor."""
+        rows, width = tensor.rows, tensor.buffer.width
+        need = self._need(tensor.buffer, lambda limits: limits.most(rows) * width * 4)
+        return Place(need, tensor.offset * 4, width)
+
+    def temporary(self, n_bytes: Callable[[int], int], stride: int = 0) -> Place:
+        """Reserve memory for the operation at hand only; n_bytes: for a number of tokens."""
+        return Place(self._need(object(), lambda limits: n_bytes(limits.max_tokens)), 0, stride)
+
+    def temporaries(self, n_bytes: Callable[[int], Sequence[int]]) -> list[Place]:
+        """Reserve memory for several things that the operation at hand needs; n_bytes: of each."""
+
+        def one(i: int) -> Place:
+            return self.temporary(lambda n_tokens: n_bytes(n_tokens)[i])
+
+        return [one(i) for i in range(len(n_bytes(1)))]
+
+    def finish(self, out: Tensor) -> Finish:
+        """Note that the operation at hand can make activation rows of `out`, too."""
+        return self._finishes.setdefault((out.buffer, out.offset, out.width), Finish(self.index))
+
+    def activations(self, x: Tensor, activation: Activation) -> Place:
+        """Say where x lies in the form that a weight format takes, after recording the conversion if there is none."""
+        if activation == Activation.F32:
+            place = self.use(x)
+            return Place(place.need, place.offset, place.stride * 4)
+        row_bytes = kernels.activation_bytes(activation, x.width)
+        key = (x.buffer, x.offset, x.width, activation)
+        is_new, finish, rows = key not in self._needs, self._finishes.get(key[:3]), x.rows
+        converted = Place(self._need(key, lambda limits: limits.most(rows) * row_bytes), 0, row_bytes)
+        if is_new and finish is not None:
+            converted.need.first = finish.index
+            finish.forms[activation] = converted
+        elif is_new:
+            source, width = self.use(x), x.width
+            self.record(
+                lambda p: [
+                    kernels.quantize(
+                        p.rows(source),
+                        width,
+                        activation,
+                        p.rows(converted),
+                        1,
+                        p.count(rows),
+                    )
+                ]
+            )
+        return converted
+
+    def scratch_for(self, limits: Limits) -> Scratch:
+        """Return a plan of the intermediate results of steps within some limits, which lies nowhere yet."""
+        return Scratch(self._needs.values(), limits)
+
+    def _need(self, key: object, n_bytes: Callable[[Limits], int]) -> Need:
+        """Note that the operation at hand makes or uses a result."""
+        need = self._needs.setdefault(key, Need(n_bytes, self.index, self.index))
+        need.last = self.index
+        return need
+
+    # -- caches and states -------------------------------------------------------------------------------------------
+
+    def reserve_states(self, graph: Graph) -> None:
+        """Give the caches and states of all sequences their places."""
+        owners: list[tuple[KVCache | State, int]] = [(cache, self.cache(cache).n_bytes) for cache in graph.kv_caches]
+        owners += [(state, state.width * 4 * self._limits.n_slots) for state in graph.states]
+        for owner, n_bytes in owners:
+            self._offsets[owner] = self._layout.reserve(n_bytes)
+            self.states.append((owner, self._offsets[owner]))
+
+    def state(self, owner: KVCache | State) -> int:
+        """Return the offset of a cache or state."""
+        return self._offsets[owner]
+
+    def cache(self, cache: KVCache) -> Cache:
+        """Return the shape of a cache, without its address."""
+        limits = self._limits
+        return Cache(
+            0,
+            limits.kv_type,
+            limits.n_slots,
+            limits.context_length,
+            cache.n_kv_heads,
+            cache.head_dim,
+            cache.value_dim,
+            cache.values_in_keys,
+        )
+
+    # -- constants ---------------------------------------------------------------------------------------------------
+
+    def constant(self, key: object, make: Callable[[], npt.NDArray[np.generic]]) -> int:
+        """Return the offset of values that are uploaded once."""
+        if key not in self._offsets:
+            values = make()
+            self._offsets[key] = self._layout.reserve(values.nbytes)
+            self.uploads.append((self._offsets[key], values))
+        return self._offsets[key]
+
+    def values(self, vector: Vector) -> npt.NDArray[np.float32]:
+        """Return float32 values, whatever the file stores."""
+        raw = self._weights.array(vector.name).reshape(1, -1)
+        stored = _kernels.dequantize(vector.format.ggml_type, raw, vector.stored_size or vector.size)
+        return stored.reshape(-1)[vector.first : vector.first + vector.size]
+
+    def vector(self, vector: Vector | None) -> int | None:
+        """Return the offset of float32 values; None for None."""
+        if vector is None:
+            return None
+        values = vector
+        return self.constant((vector.name, vector.first, vector.size), lambda: self.values(values))
+
+    def vector_offset(self, name: str, size: int) -> int:
+        """Return where the `size` values of a whole vector are."""
+        return self._offsets[name, 0, size]
+
+    def matrix(self, weight: Weight) -> int:
+        """Return the offset of a matrix that always stays on the device."""
+        first = self.constant(weight.name, lambda: self._weights.array(weight.name))
+        return first + weight.first_row * weight.format.row_bytes(weight.n_cols)
+
+    def grid(self, weight_format: QuantFormat) -> int | None:
+        """Return the offset of an IQ format's code book."""
+        name = "IQ1_S" if weight_format.name == "IQ1_M" else weight_format.name
+        return self.constant(("grid", name), lambda: load_grid(name)) if name in GRID_NAMES else None

@@ -1,0 +1,228 @@
+"""How the operations that know a token's position, or what lies before it in its sequence, are lowered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.devices import graph as ops
+from engine.devices.cuda import attention, elementwise, fusion, kernels, operations, recurrent
+from engine.devices.cuda.expert_layers import Streamed
+from engine.devices.cuda.kernels import GateOf
+from engine.devices.cuda.launch import Launch, Rows
+from engine.devices.cuda.places import Pass
+from engine.devices.cuda.recorder import Recorder
+
+
+def scale_by_position(recorder: Recorder, op: ops.ScaleByPosition) -> None:
+    """Record a product with a factor that grows with the position."""
+    x = recorder.use(op.x)
+    recorder.record(
+        lambda p: [
+            elementwise.scale_by_position(
+                p.rows(x), p.base + p.step.positions, op.x.width, op.period, op.slope, p.count(op.x.rows)
+            )
+        ]
+    )
+
+
+def rope(recorder: Recorder, op: ops.Rope) -> None:
+    """Record a rotation of heads."""
+    x, (frequencies, n_rot) = recorder.use(op.x), _frequencies(recorder, op)
+    recorder.record(
+        lambda p: [
+            elementwise.rope(
+                p.rows(x),
+                p.base + p.step.positions,
+                p.base + frequencies,
+                op.n_heads,
+                op.head_dim,
+                n_rot,
+                op.style,
+                op.magnitude,
+                p.count(op.x.rows),
+            )
+        ]
+    )
+
+
+def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
+    """Return the offset of a rotation's frequencies, and how many values of a head turn."""
+    with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
+        divided = op.frequencies if op.divisors is None else op.frequencies / recorder.values(op.divisors)
+    values = np.ascontiguousarray(divided, np.float32)
+    return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
+
+
+def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
+    """Record attention with what makes its inputs ready, and the gate behind it."""
+    op, cache = item.attention, recorder.cache(item.attention.cache)
+    attention.check_heads(cache.key_dim, cache.value_dim)
+    q, k, v = recorder.use(item.q), recorder.use(item.k), recorder.use(op.v) if op.v else None
+    q_out, found, sinks = recorder.use(op.q), recorder.use(op.out), recorder.vector(op.sinks)
+    q_weight, k_weight = (recorder.vector(norm.weight) if norm else None for norm in (item.q_norm, item.k_norm))
+    frequencies, n_rot = _frequencies(recorder, item.rope) if item.rope else (0, 0)
+    q_step = cache.key_dim + (cache.value_dim if item.split else 0)
+    by = recorder.use(item.gate.gate) if item.gate and not item.split else q
+    out = item.gate.out if item.gate else op.out
+    to, finish = recorder.use(out), recorder.finish(out)
+    scratch = recorder.temporaries(lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens))
+
+    def gate(p: Pass) -> GateOf | None:
+        if item.gate is None:
+            return None
+        first, stride = p.rows(by)
+        if item.split:
+            return GateOf(item.gate.gating, Rows(first + 4 * cache.key_dim, stride), cache.value_dim, q_step)
+        return GateOf(item.gate.gating, Rows(first, stride), cache.value_dim, cache.value_dim)
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
+        place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
+        q_heads = attention.Heads(
+            p.rows(q), op.n_heads, q_step, item.q_norm is not None, p.at(q_weight), item.q_rope is not None
+        )
+        k_heads = attention.Heads(
+            p.rows(k),
+            cache.n_kv_heads,
+            cache.key_dim,
+            item.k_norm is not None,
+            p.at(k_weight),
+            item.k_rope is not None,
+        )
+        yield attention.inputs(
+            q_heads if item.split or item.q_norm or item.q_rope else None,
+            p.rows(q_out),
+            k_heads,
+            attention.Heads(p.rows(v), cache.n_kv_heads, cache.value_dim) if v else None,
+            item.norm.eps if item.norm else 0.0,
+            attention.Rotation(p.at(frequencies), n_rot, item.rope.style, item.rope.magnitude)
+            if item.rope
+            else attention.Rotation(),
+            own,
+            place,
+            count,
+        )
+        sight = attention.Sight(p.at(sinks), op.window, op.chunk)
+        addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
+        what = (own, op.n_heads, op.scale, sight, addresses, place, count)
+        if p.most <= attention.FEW_TOKENS:
+            yield from attention.attend(p.rows(q_out), p.rows(to), *what, gate(p), finish.at(p))
+            return
+        yield from attention.attend(p.rows(q_out), p.rows(found), *what)
+        by_heads = gate(p)
+        if by_heads:
+            yield kernels.gate(p.rows(found), by_heads, p.rows(to), out.width, count, finish.at(p))
+        else:
+            for form, rows in finish.forms.items():
+                yield kernels.quantize(p.rows(to), out.width, form, p.rows(rows), 1, count)
+
+    recorder.record(launches)
+
+
+def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
+    """Record a convolution with the tokens before."""
+    x, out, weight = recorder.use(op.x), recorder.use(op.out), recorder.vector(op.weight)
+    recorder.record(
+        lambda p: recurrent.causal_conv(
+            p.rows(x),
+            p.at(weight),
+            p.base + recorder.state(op.state),
+            p.rows(out),
+            op.x.width,
+            op.kernel_size,
+            p.base + p.step.positions,
+            p.base + p.step.slots,
+            p.count(op.x.rows),
+        )
+    )
+
+
+def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
+    """Record the recurrence of a delta net."""
+    q, k, v, out = recorder.use(op.q), recorder.use(op.k), recorder.use(op.v), recorder.use(op.out)
+    beta, alpha = recorder.use(op.beta), recorder.use(op.alpha)
+    a, dt_bias = recorder.vector(op.a), recorder.vector(op.dt_bias)
+    assert q.stride == k.stride == v.stride
+    recorder.record(
+        lambda p: [
+            recurrent.delta_net(
+                p.rows(q).address,
+                p.rows(k).address,
+                p.rows(v).address,
+                q.stride,
+                p.rows(beta),
+                p.rows(alpha),
+                p.at(a),
+                p.at(dt_bias),
+                p.base + recorder.state(op.state),
+                p.rows(out),
+                op.n_k_heads,
+                op.n_v_heads,
+                op.k.width // op.n_k_heads,
+                op.v.width // op.n_v_heads,
+                op.grouped,
+                op.eps,
+                p.base + p.step.positions,
+                p.base + p.step.slots,
+                p.count(op.q.rows),
+            )
+        ]
+    )
+
+
+def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
+    """Record all between the products of a delta-net layer: for one token that is one launch."""
+    conv, net, norm, gate = item.conv, item.net, item.norm, item.gate
+    plain = recorder.aside(
+        lambda: causal_conv(recorder, conv),
+        lambda: delta_net(recorder, net),
+        lambda: operations.gate(recorder, gate, norm),
+    )
+    finish = recorder.finish(gate.out)
+    x, beta, alpha, by = (recorder.use(t) for t in (conv.x, net.beta, net.alpha, gate.gate))
+    found, out = recorder.use(net.out), recorder.use(gate.out)
+    conv_weight, a, dt_bias, norm_weight = (
+        recorder.vector(vector) for vector in (conv.weight, net.a, net.dt_bias, norm.weight)
+    )
+    v_dim = net.v.width // net.n_v_heads
+    n_counters = recurrent.n_counters(net.n_k_heads, net.n_v_heads, v_dim)
+    n_done = recorder.constant(("n_done", n_counters), lambda: np.zeros(n_counters, np.int32))
+
+    def launches(p: Pass) -> Iterable[Launch | Streamed]:
+        if p.most > 1:
+            yield from plain(p)
+            return
+        layer = recurrent.DeltaNet(
+            net.n_k_heads,
+            net.n_v_heads,
+            net.k.width // net.n_k_heads,
+            v_dim,
+            conv.kernel_size,
+            net.grouped,
+            net.eps,
+            norm.eps,
+            gate.gating,
+            p.at(conv_weight),
+            p.at(a),
+            p.at(dt_bias),
+            p.at(norm_weight),
+            p.base + recorder.state(conv.state),
+            p.base + recorder.state(net.state),
+        )
+        yield recurrent.delta_net_step(
+            p.rows(x).address,
+            p.rows(beta).address,
+            p.rows(alpha).address,
+            p.rows(by).address,
+            layer,
+            p.rows(found).address,
+            p.rows(out).address,
+            p.base + n_done,
+            p.base + p.step.positions,
+            p.base + p.step.slots,
+            finish.at(p),
+        )
+
+    recorder.record(launches)
