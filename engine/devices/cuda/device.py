@@ -160,7 +160,7 @@ class CUDADevice:
     def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
         """Return what is needed without any expert."""
         bare = Lowering(graph, weights, limits)
-        bare.recorder.uploads.clear()  # they hold the weights, and `bare` refers to itself: it may live on for long
+        bare.recorder.uploads.clear()  # they hold the weights, and a recorder refers to itself: it may live on for long
         return bare
 
     def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
