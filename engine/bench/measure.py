@@ -204,16 +204,16 @@ def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range
     hits, choices = after.hits - before.hits, after.choices - before.choices
     nothing = np.zeros(len(hits))
     work = StepWork(
-        footprint.n_layers,
-        float(len(positions) * footprint.dense_bytes),
-        float(sum(footprint.attention_bytes(position) for position in positions)),
-        0.0,
-        (hits * footprint.expert_bytes).astype(np.float64),
-        nothing,
-        ((choices - hits) * footprint.expert_bytes).astype(np.float64),
-        nothing,
-        nothing,
-        float(after.loaded_bytes - before.loaded_bytes),
+        n_layers=footprint.n_layers,
+        dense_bytes=float(len(positions) * footprint.dense_bytes),
+        attention_bytes=float(sum(footprint.attention_bytes(position) for position in positions)),
+        dense_macs=0.0,
+        hit_bytes=(hits * footprint.expert_bytes).astype(np.float64),
+        hit_macs=nothing,
+        miss_bytes=((choices - hits) * footprint.expert_bytes).astype(np.float64),
+        miss_macs=nothing,
+        streamed_bytes=nothing,
+        copied_bytes=float(after.loaded_bytes - before.loaded_bytes),
     )
     return CacheWork(int(hits.sum()), int(choices.sum()), after.n_loads - before.n_loads, work)
 

@@ -32,8 +32,8 @@ COST = 0.9  # of a load: the forecast leaves out the hits beyond its horizon
 DEVIATIONS = 0.8  # that a lead must be above chance
 
 
-class Policy(Protocol):
-    """Decides which experts should be in the slots."""
+class TokenPolicy(Protocol):
+    """Decides which experts should be in the slots, told one token after the other."""
 
     @property
     def heat(self) -> Heat:
@@ -42,10 +42,6 @@ class Policy(Protocol):
 
     def observe(self, chosen: Chosen) -> None:
         """Take in one token: ids [n_layers, n_experts_used], best rank first."""
-        ...
-
-    def observe_prompt(self, tokens: Chosen) -> None:
-        """Take in the end of a prompt, [n_tokens, n_layers, n_experts_used]; quicker than token by token."""
         ...
 
     def plan(self, resident: Resident, n_slots: Ids, ahead: Chosen | None = None) -> Swaps:
@@ -57,6 +53,14 @@ class Policy(Protocol):
             ahead: the choices of the token that is being made, like `chosen`, where swaps can be made between the
                 layers of one token; the swaps of a layer depend on the rows of earlier layers only.
         """
+        ...
+
+
+class Policy(TokenPolicy, Protocol):
+    """One that the cache can use: it can be told a prompt at once."""
+
+    def observe_prompt(self, tokens: Chosen) -> None:
+        """Take in the end of a prompt, [n_tokens, n_layers, n_experts_used]; quicker than token by token."""
         ...
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.experts.policy import Policy
+from engine.experts.policy import TokenPolicy
 from engine.experts.swaps import NO_SWAPS, Ids, Swaps, hottest, swap_for_hotter
 from engine.experts.trace import Trace
 from engine.experts.tracker import Heat, Places
@@ -64,7 +64,7 @@ class Replay:
 
 def replay(
     trace: Trace,
-    policy: Policy,
+    policy: TokenPolicy,
     n_slots: Ids,
     *,
     ahead: bool = False,
@@ -76,7 +76,8 @@ def replay(
     """Play a trace against a policy.
 
     Args:
-        trace: the routing; its prompt (`n_prompt` tokens) fills the slots and is not counted.
+        trace: the routing; its prompt (`n_prompt` tokens) fills the slots, is learned from token by token, and is not
+            counted.
         policy: fresh, for the trace's layers and experts.
         n_slots: slots of each layer.
         ahead: let swaps be made between the layers of one token.
@@ -164,11 +165,6 @@ class Clairvoyant:
         self._used[:] = False
         self._used.reshape(-1)[places] = True
         self._now += 1
-
-    def observe_prompt(self, tokens: npt.NDArray[np.integer]) -> None:
-        """Pass over a prompt."""
-        for chosen in tokens:
-            self.observe(chosen)
 
     def plan(self, resident: npt.NDArray[np.bool_], n_slots: Ids, ahead: object = None) -> Swaps:  # noqa: ARG002
         """Return the swaps among the experts just used."""
