@@ -367,7 +367,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     };
     load_parts(0);
     if (GATE && thread < WARP && at < n_cols)
-        load_8(gate + token * gate_stride + at / VALUE_DIM * gate_step + at % VALUE_DIM, g);
+        load_floats(gate + token * gate_stride + at / VALUE_DIM * gate_step + at % VALUE_DIM, g);
     for (int head = first_head + thread / WARP; head < end_head; head += 256 / WARP) {
         // a warp takes the running maximum of 32 parts at a time
         float largest = before_parts(sinks, head).largest;
@@ -408,13 +408,13 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
         return;
     float x[8] = {};
     if (at < n_cols) {
-        load_8(&results[thread * 8], x);
+        load_floats(&results[thread * 8], x);
         if (GATE) {
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 x[i] *= GATE == 2 ? silu(g[i]) : sigmoid(g[i]);
         }
-        store_8(out + token * out_stride + at, x);
+        store_floats(out + token * out_stride + at, x);
     }
     forms.store<FORMS>(x, token, at, n_cols);
 }

@@ -94,10 +94,10 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         move_on(past[i], now[i]);
     }
     __syncthreads();
-    if (thread == 0) {
-        const unsigned n_readers = n_v_heads / n_k_heads * gridDim.y;
-        is_last_reader = atomicInc(n_done + key_head, n_readers - 1) == n_readers - 1; // which makes it 0 again
-    }
+    const unsigned n_readers = n_v_heads / n_k_heads * gridDim.y;
+    unsigned n_before = 0;
+    if (thread == 0)
+        n_before = atomicInc(n_done + key_head, n_readers - 1); // which makes it 0 again; looked at when it is back
 
     float query[PER_LANE], key[PER_LANE], query_squares = 0.0f, key_squares = 0.0f;
 #pragma unroll
@@ -137,6 +137,8 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         if (lane == 0 && own_row + r < V_DIM)
             found[head * V_DIM + own_row + r] = result[r] * query_factor;
 
+    if (thread == 0)
+        is_last_reader = n_before == n_readers - 1;
     const int group = head * V_DIM / GATED, n_heads = min(GATED / V_DIM, n_v_heads - group * (GATED / V_DIM));
     const bool is_last = is_last_block(n_done + n_k_heads + group, n_heads * gridDim.y);
     // What nobody waits for comes last.
@@ -157,11 +159,11 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     const int at = group * GATED + lane * 8;
     float x[8] = {}, g[8] = {};
     if (at < n_cols) {
-        load_8_past_cache(found + at, x);
-        load_8(layer.gate + at, g);
+        load_floats_past_cache(found + at, x);
+        load_floats(layer.gate + at, g);
     }
     normalize_and_gate<V_DIM, IS_SILU>(x, g, at, layer.norm_weight, layer.norm_eps);
     if (at < n_cols)
-        store_8(out + at, x);
+        store_floats(out + at, x);
     forms.store<FORMS>(x, 0, at, n_cols);
 }

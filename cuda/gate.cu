@@ -16,11 +16,11 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, i
     const bool exists = at < n_cols;
     float v[8] = {}, g[8] = {};
     if (exists) {
-        load_8(x + row * x_stride + at, v);
-        load_8(gate + row * gate_stride + at / gate_width * gate_step + at % gate_width, g);
+        load_floats(x + row * x_stride + at, v);
+        load_floats(gate + row * gate_stride + at / gate_width * gate_step + at % gate_width, g);
     }
     normalize_and_gate<HEAD_SIZE, IS_SILU>(v, g, at, weight, eps);
     if (exists)
-        store_8(out + row * out_stride + at, v);
+        store_floats(out + row * out_stride + at, v);
     forms.store<FORMS>(v, row, at, n_cols);
 }

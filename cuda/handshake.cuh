@@ -13,8 +13,8 @@
 // ever reset. A layer without misses makes no request: the CPU sees from the next number that it was skipped, and it
 // cannot be overtaken, since a request is written only after the one before was answered.
 //
-// Order: all threads store, fence and meet; then one thread stores the number with release semantics. Activations may have
-// been stored by others whose results that thread has seen. The CPU reads the number (acquire), then the request; it
+// Order: all threads store and meet; then one thread stores the number with release semantics, which holds for all that
+// happened before: for the stores of those that it met, and of blocks whose results it has seen. The CPU reads the number (acquire), then the request; it
 // stores its answer, then the number (release). The GPU reads that with acquire, and the kernels after it read the answers
 // past their caches.
 #pragma once
@@ -60,7 +60,6 @@ struct Exchange {
             return;
         for (int i = threadIdx.x; i < n; i += blockDim.x)
             missing_ids[i] = ids[i] >= 0 && slots[ids[i]] < 0 ? ids[i] : -1;
-        __threadfence_system();
         __syncthreads();
         if (threadIdx.x == 0)
             st_release_sys(requested, number());

@@ -9,11 +9,8 @@
 DEVICE bool is_last_block(unsigned *n_done, unsigned n) {
     __shared__ int is_last;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicInc(n_done, n - 1) == n - 1; // which makes it 0 again
-        __threadfence();
-    }
+    if (threadIdx.x == 0)
+        is_last = atomic_inc_acq_rel(n_done, n - 1) == n - 1; // which makes it 0 again
     __syncthreads();
     return is_last;
 }

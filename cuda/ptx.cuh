@@ -119,6 +119,14 @@ PTX void st_release_sys(unsigned *p, unsigned v) {
     asm volatile("st.release.sys.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// Counts up to `last`, then from 0 again; returns the number before. What a block stored before (and met at a barrier) is
+// seen by the block that sees this count.
+PTX unsigned atomic_inc_acq_rel(unsigned *p, unsigned last) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0,[%1],%2;" : "=r"(before) : "l"(p), "r"(last) : "memory");
+    return before;
+}
+
 // --- kernels that overlap, from Hopper on (elsewhere one begins when the one before is over) ---
 
 // Waits until the kernel before is over and its results can be seen.

@@ -4,21 +4,28 @@
 
 #include "common.cuh"
 
-DEVICE void set_8(float (&v)[8], float4 low, float4 high) {
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+template <int N> DEVICE void set_four(float (&v)[N], int i, float4 four) {
+    v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
 }
 
-// Eight consecutive values of a 16-byte aligned row.
-DEVICE void load_8(const float *p, float (&v)[8]) { set_8(v, ((const float4 *)p)[0], ((const float4 *)p)[1]); }
-
-// The same of memory that somebody outside the GPU may have written.
-DEVICE void load_8_past_cache(const float *p, float (&v)[8]) {
-    set_8(v, __ldcv((const float4 *)p), __ldcv((const float4 *)p + 1));
+// N consecutive values of a 16-byte aligned row.
+template <int N> DEVICE void load_floats(const float *p, float (&v)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+        set_four(v, i, *(const float4 *)(p + i));
 }
 
-DEVICE void store_8(float *p, const float (&v)[8]) {
-    ((float4 *)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    ((float4 *)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+// The same of memory that other blocks or somebody outside the GPU may have written.
+template <int N> DEVICE void load_floats_past_cache(const float *p, float (&v)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+        set_four(v, i, __ldcv((const float4 *)(p + i)));
+}
+
+template <int N> DEVICE void store_floats(float *p, const float (&v)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+        *(float4 *)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
 }
 
 // What eight consecutive values of each lane become: q, four to a word, the sum of q over the sixteen of two lanes, and d.

@@ -78,7 +78,7 @@ template <int BLOCK> struct Record {
             uint2 q;
             int sum;
             if (at < n_cols)
-                load_8(x + at, v);
+                load_floats(x + at, v);
             quantize_8<BLOCK>(v, q, sum, d);
             if (at >= n_cols)
                 continue;

@@ -35,7 +35,7 @@ KERNELS = [
     ("embed.cu", ("FORMAT=Q8_0",)),
     ("fetch.cu", ()),
     ("elementwise.cu", ()),
-    ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=384", "ROUNDS=1")),
+    ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=768", "ROUNDS=1")),
     ("gate.cu", ("IS_SILU=1", "HEAD_SIZE=128", "FORMS=1")),
     ("router.cu", ("N_EXPERTS=256", "SCORING=1", "N_GROUPS=8")),
     ("attention_inputs.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0")),

@@ -542,10 +542,17 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, 
     total = np.einsum("trh,tr->th", values, weights if has_shared else np.ones_like(weights))
     expected = residual + 0.5 * (total + has_shared * shared * sigmoid(shared_gate))
     for order, seed in SCHEDULES:
-        out = np.zeros_like(residual)
-        rows = (emulator.rows(residual), combined, emulator.rows(out))
-        emulator.run(kernels.residual(*rows, n_cols, emulator.count(n_tokens)), order, seed)
-        assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        for chosen_early in (False, True):
+            out, normalised = np.zeros_like(residual), np.zeros_like(residual)
+            forms, made = make_forms(emulator, n_tokens, n_cols, Activation.Q8_32)
+            added, count = combined._replace(chosen_early=chosen_early), emulator.count(n_tokens)
+            rows = (emulator.rows(residual), added, emulator.rows(out))
+            emulator.run(kernels.residual(*rows, n_cols, count), order, seed)
+            assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            emulator.run(kernels.residual(*rows, n_cols, count, 0, 1e-6, emulator.rows(normalised), forms), order, seed)
+            norm = expected / np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-6)
+            assert normalised == pytest.approx(norm, rel=1e-5, abs=1e-5)
+            check_forms(normalised, made)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

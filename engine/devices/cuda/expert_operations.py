@@ -220,6 +220,7 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
     expert_out, weights, stream = (recorder.use(t) for t in (op.expert_out, op.routing.weights, op.residual))
     shared = recorder.use(op.shared) if op.shared else None
     shared_gate = recorder.use(op.shared_gate) if op.shared_gate else None
+    layer = recorder.experts.layers[recorder.experts.number(op.routing)]
 
     def summands(p: Pass) -> tuple[Rows, Combined, Rows]:
         return (
@@ -234,6 +235,7 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
                 p.rows(shared) if shared else None,
                 p.rows(shared_gate) if shared_gate else None,
                 op.scale,
+                chosen_early=layer.n_slots > 0,  # two launches at least lie between
             ),
             p.rows(total),
         )

@@ -37,6 +37,7 @@ N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
 MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
+_EXPERT_COLUMNS = 4  # of the experts' sum that a thread takes; `residual.cu`
 
 _FLOAT_STAGES = 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
 _CHUNKS_KEPT = 4
@@ -106,7 +107,7 @@ class _Experts(ctypes.Structure):
         ("shared_gate_stride", ctypes.c_int64),
         ("exchange", _Exchange),
         ("scale", ctypes.c_float),
-        ("unused", ctypes.c_int32),
+        ("chosen_early", ctypes.c_int32),
     ]
 
 
@@ -389,6 +390,7 @@ class Combined(NamedTuple):
         n_used: experts of a token.
         shared, shared_gate: None if there is none, or it is ungated.
         scale: of all of it.
+        chosen_early: ids, slots and weights are older than the kernel before.
     """
 
     out: Rows
@@ -400,6 +402,7 @@ class Combined(NamedTuple):
     shared: Rows | None = None
     shared_gate: Rows | None = None
     scale: float = 1.0
+    chosen_early: bool = False
 
 
 def residual(
@@ -424,12 +427,13 @@ def residual(
     assert n_cols % _LANE == 0
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in rows)
     assert weight % 16 == 0
-    n_warps = min(ceil_div(n_cols, _LANE * WARP), 32)
+    has_experts = isinstance(added, Combined)
+    n_warps = min(ceil_div(n_cols, (_EXPERT_COLUMNS if has_experts else _LANE) * WARP), 32)
     return Launch(
         "residual.cu",
         "residual",
         (
-            f"SOURCE={0 if added is None else 2 if isinstance(added, Combined) else 1}",
+            f"SOURCE={0 if added is None else 2 if has_experts else 1}",
             f"N_USED={combined.n_used}",
             f"NORMALIZE={int(out is not None)}",
             forms.definition,
@@ -451,6 +455,7 @@ def residual(
                 *shared_gate,
                 combined.exchange.argument if combined.exchange else _Exchange(),
                 combined.scale,
+                combined.chosen_early,
             ),
             *at(total),
             pointer(weight),
@@ -460,6 +465,7 @@ def residual(
             int32(n_cols),
             pointer(count.address),
         ),
+        n_cols * 4 if has_experts and out is not None else 0,
     )
 
 

@@ -167,6 +167,12 @@ static inline unsigned ld_acquire_sys(const unsigned *p) {
     return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 static inline void st_release_sys(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline unsigned atomic_inc_acq_rel(unsigned *p, unsigned last) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    const unsigned before = atomicInc(p, last);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return before;
+}
 
 // --- float16 and bfloat16 ---
 static inline float f16_to_f32(unsigned short bits) { return cusim_half_to_float(bits); }
