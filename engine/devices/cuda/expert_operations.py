@@ -64,137 +64,161 @@ def linear_and_router(recorder: Recorder, item: fusion.LinearAndRouter) -> None:
 
 def experts(recorder: Recorder, op: ops.Experts, shared: _Shared | None = None) -> None:
     """Record routed experts; `shared` is one that every token takes, too."""
-    tables = recorder.experts
-    number = tables.number(op.routing)
-    layer = tables.layers[number]
-    factors = [(recorder.vector(w.scale), recorder.vector(b)) for w, b in zip(layer.weights, layer.biases, strict=True)]
-    grids = [recorder.grid(weight.format) for weight in layer.weights]
+    recorder.record(_Experts(recorder, op, shared).launches)
 
-    forms = _forms_of_x(recorder, op)
-    x_gate, x_up = (forms[weight.format.activation] for weight in layer.weights[:2])
-    out = recorder.use(op.out)
-    n_used, ffn_size, hidden_size = op.routing.ids.width, op.gate.n_rows, op.x.width
-    h = recorder.temporary(lambda n_tokens: n_tokens * (n_used + 1) * ffn_size * 4, ffn_size)
-    form = op.down.format.activation
-    if form == Activation.F32:
-        h_in_form = Place(h.need, 0, ffn_size * 4)
-    else:
-        row_bytes = kernels.activation_bytes(form, ffn_size)
-        h_in_form = recorder.temporary(lambda n_tokens: n_tokens * n_used * row_bytes, row_bytes)
 
-    sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, tables.at_once)
-    parts = recorder.temporaries(lambda n_tokens: tiles.groups_bytes(sizes, n_tokens))
-    formats = [weight.format for weight in layer.weights]
+class _Experts:
+    """The routed experts of one layer: what their launches need, and the launches."""
 
-    def matrices(p: Pass, addresses: Sequence[int], steps: Sequence[int]) -> list[ExpertMatrix]:
-        """Return those of experts that lie so many bytes from one another, from these addresses on."""
-        return [
-            ExpertMatrix(address, step, weight.format, p.at(scale), p.at(bias))
-            for address, step, weight, (scale, bias) in zip(addresses, steps, layer.weights, factors, strict=True)
+    def __init__(self, recorder: Recorder, op: ops.Experts, shared: _Shared | None) -> None:
+        """Note what is needed."""
+        self.op = op
+        self.shared = shared
+        self.tables = tables = recorder.experts
+        self.number = tables.number(op.routing)
+        self.layer = layer = tables.layers[self.number]
+        self.recorder = recorder
+        self.formats = [weight.format for weight in layer.weights]
+        self.factors = [
+            (recorder.vector(w.scale), recorder.vector(b)) for w, b in zip(layer.weights, layer.biases, strict=True)
         ]
+        self.grids = [recorder.grid(weight_format) for weight_format in self.formats]
 
-    def in_slots(p: Pass) -> list[ExpertMatrix]:
-        return matrices(p, [p.base + layer.first_place(i) for i in range(3)], [layer.expert_bytes] * 3)
+        self.forms = _forms_of_x(recorder, op)
+        self.x_gate, self.x_up = (self.forms[weight_format.activation] for weight_format in self.formats[:2])
+        self.out = recorder.use(op.out)
+        self.n_used, self.ffn_size, self.hidden_size = n_used, ffn_size, hidden_size = (
+            op.routing.ids.width,
+            op.gate.n_rows,
+            op.x.width,
+        )
+        self.h = recorder.temporary(lambda n_tokens: n_tokens * (n_used + 1) * ffn_size * 4, ffn_size)
+        self.h_form = op.down.format.activation
+        if self.h_form == Activation.F32:
+            self.h_in_form = Place(self.h.need, 0, ffn_size * 4)
+        else:
+            row_bytes = kernels.activation_bytes(self.h_form, ffn_size)
+            self.h_in_form = recorder.temporary(lambda n_tokens: n_tokens * n_used * row_bytes, row_bytes)
+        self.sizes = sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, tables.at_once)
+        self.parts = recorder.temporaries(lambda n_tokens: tiles.groups_bytes(sizes, n_tokens))
 
-    def by_choice(p: Pass) -> Iterable[Launch]:
+    def launches(self, p: Pass) -> Iterable[Launch | Streamed]:
+        """Yield the launches: the request, the shared expert where it goes by itself, the others."""
+        asked = _asked(self.recorder, self.op, self.forms, p)
+        asks_early = self.tables.asks_early.get(self.op.routing.ids.buffer)
+        if asked is not None and not (asks_early and asks_early(p)):
+            # before our share, so that both work at the same time
+            ids, count = self.tables.ids(self.op.routing, p), p.count(self.op.x.rows)
+            yield kernels.publish_misses(ids, self.n_used, asked, count)
+        can_group = all(tiles.has_integer_form(f) for f in self.formats)
+        groups = p.streams or (can_group and tiles.pays_to_group(self.sizes, p.most))
+        if self.shared is not None and (groups or not self.layer.n_slots):
+            yield from self.shared.plain(p)
+        if self.layer.n_slots or p.streams:
+            yield from self._by_expert(p) if groups else self._by_choice(p)
+
+    def _by_choice(self, p: Pass) -> Iterable[Launch]:
         """Each choice for itself: for few tokens."""
-        ids, slots, count = tables.ids(op.routing, p), tables.slots(op.routing, p), p.count(op.x.rows)
-        gate, up, down = in_slots(p)
-        own, own_out = shared.matrices(p) if shared is not None else (None, NOTHING)
+        ids, slots = self.tables.ids(self.op.routing, p), self.tables.slots(self.op.routing, p)
+        count, h = p.count(self.op.x.rows), p.rows(self.h).address
+        gate, up, down = self._in_slots(p)
+        own, own_out = self.shared.matrices(p) if self.shared is not None else (None, NOTHING)
         yield kernels.expert_gate_up(
             ids,
             slots,
-            n_used,
+            self.n_used,
             gate,
             up,
-            p.rows(x_gate),
-            p.rows(x_up),
-            hidden_size,
-            ffn_size,
-            p.rows(h).address,
-            (p.at(grids[0]), p.at(grids[1])),
-            op.activation,
+            p.rows(self.x_gate),
+            p.rows(self.x_up),
+            self.hidden_size,
+            self.ffn_size,
+            h,
+            (p.at(self.grids[0]), p.at(self.grids[1])),
+            self.op.activation,
             count,
             (own[0], own[1]) if own else None,
         )
         yield kernels.expert_down(
             ids,
             slots,
-            n_used,
+            self.n_used,
             down,
-            p.rows(h).address,
-            hidden_size,
-            ffn_size,
-            p.rows(out),
-            p.at(grids[2]),
+            h,
+            self.hidden_size,
+            self.ffn_size,
+            p.rows(self.out),
+            p.at(self.grids[2]),
             count,
             (own[2], own_out) if own else None,
-            all_resident=layer.is_resident,
+            all_resident=self.layer.is_resident,
         )
 
-    def by_expert(p: Pass) -> Iterable[Launch | Streamed]:
+    def _by_expert(self, p: Pass) -> Iterable[Launch | Streamed]:
         """All tokens of an expert together, first of those in slots, then of those that pass through."""
-        ids, slots, count = tables.ids(op.routing, p), tables.slots(op.routing, p), p.count(op.x.rows)
-        groups = Groups(*(p.rows(part).address for part in parts))
-        all_tiles = tiles.n_tiles(sizes, p.most)
-        streams = p.streams and not layer.is_resident
-        has_slots = bool(layer.n_kept if p.streams else layer.n_slots)
-
-        def first_half(group: ctypes.c_int32, gate: ExpertMatrix, up: ExpertMatrix, most: int) -> Launch:
-            return tiles.expert_gate_up(
-                groups,
-                group,
-                sizes,
-                gate,
-                up,
-                p.rows(x_gate),
-                p.rows(x_up),
-                p.rows(h).address,
-                (p.at(grids[0]), p.at(grids[1])),
-                op.activation,
-                most,
-            )
-
-        def second_half(group: ctypes.c_int32, down: ExpertMatrix, most: int) -> Launch:
-            return tiles.expert_down(groups, group, sizes, down, p.rows(h_in_form), p.rows(out), p.at(grids[2]), most)
-
-        def streamed(wanted: tuple[int, ...], half: Callable[..., Launch]) -> Streamed:
-            group, starts = ctypes.c_int32(), layer.staged(wanted, sizes.at_once)
-            launches = []
-            for buffer in p.staging:
-                addresses = [0, 0, 0]
-                for i, start in zip(wanted, starts, strict=True):
-                    addresses[i] = buffer + start
-                own = matrices(p, addresses, layer.slot_bytes)
-                most = min(all_tiles, sizes.at_once * -(-p.most // 64))
-                launches.append(half(group, *(own[i] for i in wanted), most))
-            return Streamed(number, wanted, group, tuple(launches))
-
-        yield from tiles.group_choices(ids, slots, sizes, groups, count)
-        gate, up, down = in_slots(p)
+        ids, slots = self.tables.ids(self.op.routing, p), self.tables.slots(self.op.routing, p)
+        count, most = p.count(self.op.x.rows), tiles.n_tiles(self.sizes, p.most)
+        streams = p.streams and not self.layer.is_resident
+        has_slots = bool(self.layer.n_kept if p.streams else self.layer.n_slots)
+        groups, first = self._groups(p), ctypes.c_int32(0)
+        gate, up, down = self._in_slots(p)
+        yield from tiles.group_choices(ids, slots, self.sizes, groups, count)
         if has_slots:
-            yield first_half(ctypes.c_int32(0), gate, up, all_tiles)
+            yield self._first_half(p, first, gate, up, most)
         if streams:
-            yield streamed((0, 1), first_half)
-        yield kernels.quantize(p.rows(h), ffn_size, form, p.rows(h_in_form), n_used, count)
+            yield self._streamed(p, (0, 1), self._first_half)
+        yield kernels.quantize(p.rows(self.h), self.ffn_size, self.h_form, p.rows(self.h_in_form), self.n_used, count)
         if has_slots:
-            yield second_half(ctypes.c_int32(0), down, all_tiles)
+            yield self._second_half(p, first, down, most)
         if streams:
-            yield streamed((2,), second_half)
+            yield self._streamed(p, (2,), self._second_half)
 
-    def launches(p: Pass) -> Iterable[Launch | Streamed]:
-        asked, asks_early = _asked(recorder, op, forms, p), tables.asks_early.get(op.routing.ids.buffer)
-        if asked is not None and not (asks_early and asks_early(p)):
-            # before our share, so that both work at the same time
-            yield kernels.publish_misses(tables.ids(op.routing, p), n_used, asked, p.count(op.x.rows))
-        can_group = all(tiles.has_integer_form(f) for f in formats)
-        groups = p.streams or (can_group and tiles.pays_to_group(sizes, p.most))
-        if shared is not None and (groups or not layer.n_slots):
-            yield from shared.plain(p)
-        if layer.n_slots or p.streams:
-            yield from by_expert(p) if groups else by_choice(p)
+    def _first_half(self, p: Pass, group: ctypes.c_int32, gate: ExpertMatrix, up: ExpertMatrix, most: int) -> Launch:
+        return tiles.expert_gate_up(
+            self._groups(p),
+            group,
+            self.sizes,
+            gate,
+            up,
+            p.rows(self.x_gate),
+            p.rows(self.x_up),
+            p.rows(self.h).address,
+            (p.at(self.grids[0]), p.at(self.grids[1])),
+            self.op.activation,
+            most,
+        )
 
-    recorder.record(launches)
+    def _second_half(self, p: Pass, group: ctypes.c_int32, down: ExpertMatrix, most: int) -> Launch:
+        rows = p.rows(self.h_in_form), p.rows(self.out)
+        return tiles.expert_down(self._groups(p), group, self.sizes, down, *rows, p.at(self.grids[2]), most)
+
+    def _streamed(self, p: Pass, wanted: tuple[int, ...], half: Callable[..., Launch]) -> Streamed:
+        """Return half of what experts need that pass through, which is launched again for each batch of them."""
+        group, starts = ctypes.c_int32(), self.layer.staged(wanted, self.sizes.at_once)
+        most = min(tiles.n_tiles(self.sizes, p.most), self.sizes.at_once * -(-p.most // 64))
+        launches = []
+        for buffer in p.staging:
+            addresses = [0, 0, 0]
+            for i, start in zip(wanted, starts, strict=True):
+                addresses[i] = buffer + start
+            own = self._matrices(p, addresses, self.layer.slot_bytes)
+            launches.append(half(p, group, *(own[i] for i in wanted), most))
+        return Streamed(self.number, wanted, group, tuple(launches))
+
+    def _groups(self, p: Pass) -> Groups:
+        return Groups(*(p.rows(part).address for part in self.parts))
+
+    def _in_slots(self, p: Pass) -> list[ExpertMatrix]:
+        layer = self.layer
+        return self._matrices(p, [p.base + layer.first_place(i) for i in range(3)], [layer.expert_bytes] * 3)
+
+    def _matrices(self, p: Pass, addresses: Sequence[int], steps: Sequence[int]) -> list[ExpertMatrix]:
+        """Return those of experts that lie so many bytes from one another, from these addresses on."""
+        parts = zip(addresses, steps, self.formats, self.factors, strict=True)
+        return [
+            ExpertMatrix(address, step, weight_format, p.at(scale), p.at(bias))
+            for address, step, weight_format, (scale, bias) in parts
+        ]
 
 
 def shared_expert(recorder: Recorder, item: fusion.SharedExpert) -> None:
