@@ -39,8 +39,8 @@ demo: $(VENV)/.installed ## continue a prompt with the bundled model, then time 
 	@echo
 	$(PY) -m engine.bench
 
-test: $(VENV)/.installed-test ## run all tests that need no GPU
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+test: $(VENV)/.installed-test ## run all tests that need no GPU, in up to four processes
+	$(PY) -m pytest -m "not gpu" --numprocesses=logical --maxprocesses=4 --dist=worksteal $(PYTEST_ARGS)
 
 smoke: $(VENV)/.installed-test ## run the quickest tests
 	$(PY) -m pytest -q -m "not gpu and not slow" tests/test_config.py tests/test_cli.py tests/test_engine.py

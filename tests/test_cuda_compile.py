@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from engine.devices.cuda import jit
 from engine.errors import DeviceError
 from engine.quants.formats import FORMATS
+from tests.cusim import environment, needs_emulator
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python and NVRTC")
 
@@ -107,6 +109,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, caplog) -> N
     blocked.write_text("")
     assert jit.NVRTCCompiler("sm_89", blocked / "below").compile("quantize.cu", ("GROUP=32",))
     assert "cannot be kept" in caplog.text
+
+
+@needs_emulator
+def test_it_compiles_beside_the_stand_in_driver(tmp_path: Path) -> None:
+    """NVRTC asks the driver for more than the engine does, and other tests may have loaded the stand-in."""
+    code = """import sys
+from pathlib import Path
+from engine.devices.cuda import jit
+jit.NVRTCCompiler("sm_89", Path(sys.argv[1])).compile("quantize.cu", ("GROUP=32",))"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=os.environ | environment(), check=True)
+    assert list(tmp_path.iterdir())
 
 
 def test_the_cache_follows_xdg(monkeypatch) -> None:

@@ -229,3 +229,9 @@ DRIVER_API CUresult cuGetProcAddress_v2(const char *name, void **function, int, 
 DRIVER_API CUresult cuGetProcAddress(const char *name, void **function, int version, uint64_t flags) {
     return cuGetProcAddress_v2(name, function, version, flags, nullptr);
 }
+
+// NVRTC asks for tables of the driver's that nobody else knows, and crashes if there is not even this function.
+DRIVER_API CUresult cuGetExportTable(const void **table, const void *) {
+    *table = nullptr;
+    return CUDA_ERROR_NOT_FOUND;
+}
