@@ -23,6 +23,7 @@ CFLAGS = ["-std=gnu11", "-O3", "-g1", "-fno-math-errno", "-ffp-contract=off", "-
 LDFLAGS = ["-fopenmp"]
 if SANITIZE:  # warnings are the plain build's, and nothing goes on after a failed check: that is compiled sooner
     CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-w"]
+    CFLAGS += ["-fno-wrapv"]  # with Python's -fwrapv no signed overflow would be found
     LDFLAGS += [f"-fsanitize={SANITIZE}"]
 
 LEVELS = {"scalar": []}
