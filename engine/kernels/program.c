@@ -760,6 +760,7 @@ static int await_request(const exchange *e, uint32_t last, int n_layers, serve_r
                                                                       : SERVE_DONE;
             if (*result != SERVE_DONE)
                 return -1;
+            sched_yield(); // whoever asks may need this core
         }
         CPU_PAUSE();
     }
