@@ -14,9 +14,9 @@
 // cannot be overtaken, since a request is written only after the one before was answered.
 //
 // Order: all threads store and meet; then one thread stores the number with release semantics, which holds for all that
-// happened before: for the stores of those that it met, and of blocks whose results it has seen. The CPU reads the number (acquire), then the request; it
-// stores its answer, then the number (release). The GPU reads that with acquire, and the kernels after it read the answers
-// past their caches.
+// happened before: for the stores of those that it met, and of blocks whose results it has seen. The CPU reads the number
+// (acquire), then the request; it stores its answer, then the number (release). The GPU reads that with acquire, and the
+// kernels after it read the answers past their caches.
 #pragma once
 
 #include "common.cuh"
