@@ -35,8 +35,8 @@ def main() -> None:
                 raise SystemExit("the texts differ: a sequence must not depend on those beside it")
             if i:  # the first round warms up
                 speeds.append((n_tokens / alone_s, n_tokens / together_s))
-                print(f"round {i}: {_line(*speeds[-1])}", flush=True)
-    print(f"medians of {args.rounds} rounds: {_line(median(s[0] for s in speeds), median(s[1] for s in speeds))}")
+                print(f"round {i}: {_line(speeds[-1:])}", flush=True)
+    print(f"medians of {args.rounds} rounds: {_line(speeds)}")
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -69,8 +69,11 @@ def _forget(engine: Engine, n_sequences: int) -> None:
         session.close()
 
 
-def _line(alone: float, together: float) -> str:
-    return f"one by one {alone:.1f} tok/s, together {together:.1f} tok/s, {together / alone:.2f} x"
+def _line(speeds: list[tuple[float, float]]) -> str:
+    """Return the medians of some rounds; the ratio's is that of the rounds' own, for speeds change between them."""
+    alone, together = (median(speed) for speed in zip(*speeds, strict=True))
+    ratio = median(together / alone for alone, together in speeds)
+    return f"one by one {alone:.1f} tok/s, together {together:.1f} tok/s, {ratio:.2f} x"
 
 
 if __name__ == "__main__":
