@@ -28,15 +28,11 @@ expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, Exp
         return;
 
     const float *row = h + (int64_t)blockIdx.y * ffn_size;
-    const Tokens<1> tokens((const uint8_t *)row, 0, 0, 1);
-    if constexpr (DOWN_FORMAT::INTEGER)
-        Record<DOWN_FORMAT::BLOCK>::quantize(shared, row, ffn_size);
-    else
-        Dots::stage(shared, tokens, ffn_size);
+    Dots::stage_values(shared, row, ffn_size);
     __syncthreads();
     float *rows = choice.is_shared ? shared_out + choice.token * shared_out_stride
                                    : out + choice.token * out_stride + (int64_t)choice.rank * hidden_size;
-    dots.run(shared, tokens, grid, [&](int i, int, float value) {
+    dots.run(shared, grid, [&](int i, int, float value) {
         rows[first_row + i] = projected(value, matrix, choice.expert(ids), hidden_size, first_row + i);
     });
 }

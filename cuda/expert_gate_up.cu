@@ -11,14 +11,15 @@
 constexpr int N_WARPS = 4;
 constexpr int MAX_ROWS = WARP; // of a warp
 
-// What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form.
+// What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form, and
+// lie there once if in the same order, too.
 template <class Dots>
 DEVICE void project(const ExpertMatrix &matrix, int expert, int slot, int first_row, int n_rows, int hidden_size, int ffn_size,
-                    const uint8_t *records, const Tokens<1> &tokens, const int8_t *grid, uint8_t *scratch, float *values) {
+                    const uint8_t *records, const int8_t *grid, uint8_t *scratch, float *values) {
     Dots dots(matrix.slots + slot * matrix.slot_bytes + first_row * matrix.row_bytes, matrix.row_bytes, n_rows, hidden_size,
               scratch);
     __syncthreads(); // the activations are there
-    dots.run(records, tokens, grid, [&](int i, int, float value) {
+    dots.run(records, grid, [&](int i, int, float value) {
         values[i] = projected(value, matrix, expert, ffn_size, first_row + i);
     });
 }
@@ -45,15 +46,16 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     const int n_rows = max(0, min(rows_per_warp, ffn_size - first_row));
 
     const Tokens<1> gate_tokens(x_gate, x_gate_row_bytes, token, token + 1), up_tokens(x_up, x_up_row_bytes, token, token + 1);
-    uint8_t *up_records = shared + (x_up == x_gate ? 0 : Gate::staged_bytes(hidden_size));
+    const bool is_shared = x_up == x_gate && Up::FORM == Gate::FORM;
+    uint8_t *up_records = shared + (is_shared ? 0 : Gate::staged_bytes(hidden_size));
     Gate::stage(shared, gate_tokens, hidden_size);
-    if (x_up != x_gate)
+    if (!is_shared)
         Up::stage(up_records, up_tokens, hidden_size);
     uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * SCRATCH_BYTES;
     if (warp < N_WARPS / 2)
-        project<Gate>(one_of(choice.is_shared, shared_gate, gate), expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_tokens, gate_grid, scratch, gates[pair]);
+        project<Gate>(one_of(choice.is_shared, shared_gate, gate), expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_grid, scratch, gates[pair]);
     else
-        project<Up>(one_of(choice.is_shared, shared_up, up), expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_tokens, up_grid, scratch, ups[pair]);
+        project<Up>(one_of(choice.is_shared, shared_up, up), expert, slot, first_row, n_rows, hidden_size, ffn_size, up_records, up_grid, scratch, ups[pair]);
     __syncthreads();
     const int lane = threadIdx.x % WARP;
     if (warp < N_WARPS / 2 && lane < n_rows)

@@ -2,10 +2,14 @@
 //
 // Integer formats (`INTEGER` true). A block is taken apart 32 weights at a time:
 //
-//     weight i of part s = d(block) * scale[i / 16] * q[i] + min_d(block) * min[i / 16]
+//     weight i of part s = d(block) * scale[i / 16] * (q[i] - OFFSET) + min_d(block) * min[i / 16]
 //
-// with q as int8, four to a word. `min_d` and `min` mean something only where HAS_MIN. Blocks are read where they lie,
-// so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be. scale and min fit eight bits.
+// with q as int8, four to a word; OFFSET is the format's. `min_d` and `min` mean something only where HAS_MIN. Blocks are
+// read where they lie, so `ALIGNMENT` (of every block, a divisor of BYTES) says how wide a read may be. scale and min fit
+// eight bits.
+//
+// Where HAS_CODES the weights are nibbles that stand for numbers of a table, and the products of a part with activations
+// that lie nibble by nibble as the codes do (`interleave`) cost less than to put the numbers in order first.
 //
 // Float formats are read as float32 values, one at a time, exactly.
 #pragma once
@@ -40,8 +44,8 @@ template <int ALIGNMENT, int N> DEVICE void load_words(const uint8_t *p, unsigne
         for (int i = 0; i < N; i++)
             words[i] = ((const unsigned *)p)[i];
     } else {
-        const unsigned *aligned = (const unsigned *)((uint64_t)p & ~(uint64_t)3);
-        const unsigned shift = 8 * ((unsigned)(uint64_t)p & 3);
+        const unsigned before = (unsigned)(uint64_t)p & 3, shift = 8 * before;
+        const unsigned *aligned = (const unsigned *)(p - before); // of a pointer, so that shared memory stays known as such
         unsigned word = aligned[0];
 #pragma unroll
         for (int i = 0; i < N; i++) {
@@ -67,6 +71,10 @@ constexpr unsigned ONES = 0x01010101u;
 // Bytes below 128, each minus k (below 128): no borrow crosses a byte once the top bits are set.
 DEVICE unsigned bytes_minus(unsigned bytes, unsigned k) { return ((bytes | 0x80808080u) - k * ONES) ^ 0x80808080u; }
 
+// The word shifted so that what is at bit `from` of its bytes comes to bit TO. What other bytes leave there is to be masked.
+// Lanes that share a block take different halves of its parts, s & 4, and the same of each half, s % 4.
+template <int TO> DEVICE unsigned shift_to(unsigned word, int from) { return from <= TO ? word << (TO - from) : word >> (from - TO); }
+
 // Bit i of the lowest four to byte i, as 0 or 1.
 DEVICE unsigned spread_bits(unsigned bits) { return (bits & 15) * 0x00204081u & ONES; }
 
@@ -79,25 +87,43 @@ DEVICE unsigned with_signs(unsigned magnitudes, unsigned bits) {
 // The eighth sign makes the number of minus signs even.
 DEVICE unsigned signs_of_7_bits(unsigned index) { return index | (unsigned)(__popc(index) & 1) << 7; }
 
-// Nibbles 0..3 of `packed` replaced by entries of a table of 16 bytes.
-DEVICE unsigned look_up_4(unsigned packed, const unsigned (&table)[4]) {
-    const unsigned low = __byte_perm(table[0], table[1], packed & 0x7777), high = __byte_perm(table[2], table[3], packed & 0x7777);
-    return __byte_perm(low, high, 0x3210 | (packed & 0x8888) >> 1);
+// Nibbles 0..3 and 4..7 of `codes` replaced by entries of a table of 16 bytes.
+DEVICE void look_up(unsigned codes, const unsigned (&table)[4], unsigned &first, unsigned &second) {
+    const unsigned index = codes & 0x77777777u, half = 0x32103210u | (codes & 0x88888888u) >> 1;
+    first = permute(permute(table[0], table[1], index), permute(table[2], table[3], index), half);
+    second = permute(permute(table[0], table[1], index >> 16), permute(table[2], table[3], index >> 16), half >> 16);
 }
 
-// Low nibbles of a word's bytes to q[k], high nibbles to q[k + 4], through the table.
-DEVICE void look_up_8(unsigned word, const unsigned (&table)[4], Part &part, int k) {
-    const unsigned first = look_up_4(word & 0xffff, table), second = look_up_4(word >> 16, table);
-    part.q[k] = (int)__byte_perm(first, second, 0x6420);
-    part.q[k + 4] = (int)__byte_perm(first, second, 0x7531);
+// A part's codes through the table: low nibbles are weights 0..15, high ones 16..31.
+DEVICE void look_up_part(const unsigned (&codes)[4], const unsigned (&table)[4], Part &part) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        unsigned first, second;
+        look_up(codes[k], table, first, second);
+        part.q[k] = (int)permute(first, second, 0x6420);
+        part.q[k + 4] = (int)permute(first, second, 0x7531);
+    }
+}
+
+// 32 int8 values as codes lie: those that the low nibbles of a word meet, in turn with those that the high ones meet.
+DEVICE void interleave(const int4 &low, const int4 &high, int4 &first, int4 &second) {
+    first.x = (int)permute((unsigned)low.x, (unsigned)high.x, 0x5140);
+    first.y = (int)permute((unsigned)low.x, (unsigned)high.x, 0x7362);
+    first.z = (int)permute((unsigned)low.y, (unsigned)high.y, 0x5140);
+    first.w = (int)permute((unsigned)low.y, (unsigned)high.y, 0x7362);
+    second.x = (int)permute((unsigned)low.z, (unsigned)high.z, 0x5140);
+    second.y = (int)permute((unsigned)low.z, (unsigned)high.z, 0x7362);
+    second.z = (int)permute((unsigned)low.w, (unsigned)high.w, 0x5140);
+    second.w = (int)permute((unsigned)low.w, (unsigned)high.w, 0x7362);
 }
 
 DEVICE void set_both(int (&values)[2], int value) { values[0] = values[1] = value; }
 
 // -- blocks of 32 -----------------------------------------------------------------------------------------------------
 
-template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN> struct IntegerFormat {
-    static constexpr bool INTEGER = true, HAS_MIN = MIN;
+template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN, int OFF = 0> struct IntegerFormat {
+    static constexpr bool INTEGER = true, HAS_MIN = MIN, HAS_CODES = false;
+    static constexpr int OFFSET = OFF;
     static constexpr int BLOCK = BLOCK_SIZE, BYTES = N_BYTES, ALIGNMENT = ALIGN;
     static constexpr int PER_SCALE = 32; // weights that are sure to share scale and min
     static __device__ __forceinline__ float d(const uint8_t *block) { return load_half(block); }
@@ -126,16 +152,9 @@ DEVICE void add_fifth_bits(unsigned high, Part &part) {
         part.q[k] |= (int)(spread_bits(high >> 4 * k) << 4);
 }
 
-DEVICE void subtract(Part &part, unsigned k) {
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        part.q[i] = (int)bytes_minus((unsigned)part.q[i], k);
-}
-
-struct Q4_0 : IntegerFormat<32, 18, 2, false> {
+struct Q4_0 : IntegerFormat<32, 18, 2, false, 8> {
     UNPACK {
         unpack_nibbles<2>(b + 2, part);
-        subtract(part, 8);
         set_both(part.scale, 1);
     }
 };
@@ -149,11 +168,10 @@ struct Q4_1 : IntegerFormat<32, 20, 4, true> {
     }
 };
 
-struct Q5_0 : IntegerFormat<32, 22, 2, false> {
+struct Q5_0 : IntegerFormat<32, 22, 2, false, 16> {
     UNPACK {
         unpack_nibbles<2>(b + 6, part);
         add_fifth_bits(load_word<2>(b + 2), part);
-        subtract(part, 16);
         set_both(part.scale, 1);
     }
 };
@@ -179,35 +197,64 @@ struct Q8_0 : IntegerFormat<32, 34, 2, false> {
     }
 };
 
-// -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113
-DEVICE void unpack_iq4(const unsigned (&words)[4], Part &part) {
-    const unsigned table[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
+// Formats of codes: where a part's are, and what they stand for.
+#define CODES static __device__ __forceinline__ void codes(const uint8_t *b, int s, unsigned (&words)[4])
+#define CODES_SCALE static __device__ __forceinline__ int scale(const uint8_t *b, int s)
+#define TABLE static __device__ __forceinline__ unsigned entries(int i)
+
+// A constant would be copied from a uniform register for each use. n_cols is a multiple of 32: what is added is zero, but of
+// that the compiler knows nothing.
+template <class Format> DEVICE void load_table(unsigned (&table)[4], int n_cols) {
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-        look_up_8(words[k], table, part, k);
+    for (int i = 0; i < 4; i++)
+        table[i] = Format::entries(i) + (threadIdx.x & n_cols & 31);
 }
 
-struct IQ4_NL : IntegerFormat<32, 18, 2, false> {
-    UNPACK {
-        unsigned words[4];
-        load_words<2>(b + 2, words);
-        unpack_iq4(words, part);
-        set_both(part.scale, 1);
+template <class Format> DEVICE void unpack_codes(const uint8_t *b, int s, Part &part) {
+    unsigned words[4];
+    Format::codes(b, s, words);
+    const unsigned table[4] = {Format::entries(0), Format::entries(1), Format::entries(2), Format::entries(3)};
+    look_up_part(words, table, part);
+    set_both(part.scale, Format::scale(b, s));
+}
+
+// -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113
+template <int BLOCK_SIZE, int N_BYTES, int ALIGN> struct IQ4Format : IntegerFormat<BLOCK_SIZE, N_BYTES, ALIGN, false> {
+    static constexpr bool HAS_CODES = true;
+    TABLE { return i == 0 ? 0xbfad9881u : i == 1 ? 0xf6eaddcfu : i == 2 ? 0x26190d01u : 0x71594535u; }
+
+    // Of eight codes with eight interleaved activations.
+    static __device__ __forceinline__ int dot(unsigned codes, const unsigned (&table)[4], int x_first, int x_second, int acc) {
+        unsigned first, second;
+        look_up(codes, table, first, second);
+        return __dp4a((int)second, x_second, __dp4a((int)first, x_first, acc));
     }
 };
 
+struct IQ4_NL : IQ4Format<32, 18, 2> {
+    CODES { load_words<2>(b + 2, words); }
+    CODES_SCALE { return 1; }
+    UNPACK { unpack_codes<IQ4_NL>(b, s, part); }
+};
+
 struct MXFP4 : IntegerFormat<32, 17, 1, false> {
+    static constexpr bool HAS_CODES = true;
     // 2^(e - 128), which is subnormal for the two smallest codes
     SCALE { return __uint_as_float(b[0] >= 2 ? (unsigned)(b[0] - 1) << 23 : 0x200000u << b[0]); }
-    UNPACK {
-        // 0 1 2 3 4 6 8 12 and the same with a minus sign: twice the E2M1 numbers
-        const unsigned table[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
-        unsigned words[4];
-        load_words<1>(b + 1, words);
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            look_up_8(words[k], table, part, k);
-        set_both(part.scale, 1);
+    // 0 1 2 3 4 6 8 12 and the same with a minus sign: twice the E2M1 numbers
+    TABLE { return i == 0 ? 0x03020100u : i == 1 ? 0x0c080604u : i == 2 ? 0xfdfeff00u : 0xf4f8fafcu; }
+    CODES { load_words<1>(b + 1, words); }
+    CODES_SCALE { return 1; }
+    UNPACK { unpack_codes<MXFP4>(b, s, part); }
+
+    // `permute` gives zeros for codes with a minus sign, as no magnitude has its top bit set: what is above zero and what
+    // is below are multiplied apart.
+    static __device__ __forceinline__ int dot(unsigned codes, const unsigned (&table)[4], int x_first, int x_second, int acc) {
+        const unsigned minus = codes ^ 0x88888888u;
+        const int above = __dp4a((int)permute(table[0], table[1], codes >> 16), x_second,
+                                 __dp4a((int)permute(table[0], table[1], codes), x_first, acc));
+        return above - __dp4a((int)permute(table[0], table[1], minus >> 16), x_second,
+                              __dp4a((int)permute(table[0], table[1], minus), x_first, 0));
     }
 };
 
@@ -237,7 +284,7 @@ struct Q2_K : IntegerFormat<256, 84, 4, true> {
     }
 };
 
-struct Q3_K : IntegerFormat<256, 110, 2, false> {
+struct Q3_K : IntegerFormat<256, 110, 2, false, 4> {
     static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 108); }
     UNPACK {
@@ -246,14 +293,14 @@ struct Q3_K : IntegerFormat<256, 110, 2, false> {
         load_words<2>(b, mask);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            part.q[k] |= (int)((mask[k] >> s & ONES) << 2);
-        subtract(part, 4);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int u = 2 * s + half;
-            const int low = b[96 + u % 8] >> (u < 8 ? 0 : 4) & 15, high = b[104 + u % 4] >> 2 * (u / 4) & 3;
-            part.scale[half] = (low | high << 4) - 32;
-        }
+            part.q[k] |= (int)(shift_to<2>(mask[k] >> (s & 4), s % 4) & 0x04040404u);
+        unsigned packed[3]; // scales, each plus 32: low nibbles, then two high bits
+        load_words<2>(b + 96, packed);
+        const unsigned low = packed[s / 2 % 2] >> (s & 4) & 0x0f0f0f0fu; // of two parts
+        const unsigned high = shift_to<4>(packed[2] >> (s & 4), s & 2) & 0x30303030u;
+        const unsigned scales = (low | high) >> 16 * (s % 2);
+        part.scale[0] = (int)(scales & 255) - 32;
+        part.scale[1] = (int)(scales >> 8 & 255) - 32;
     }
 };
 
@@ -299,25 +346,24 @@ struct Q5_K : IntegerFormat<256, 176, 16, true> {
             load_words<16>(b + 16 + 16 * half, words);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                part.q[4 * half + k] |= (int)((words[k] >> s & ONES) << 4);
+                part.q[4 * half + k] |= (int)(shift_to<4>(words[k] >> (s & 4), s % 4) & 0x10101010u);
         }
         unpack_scale_min(b, s, part);
     }
 };
 
-struct Q6_K : IntegerFormat<256, 210, 2, false> {
+struct Q6_K : IntegerFormat<256, 210, 2, false, 32> {
     static constexpr int PER_SCALE = 16;
     SCALE { return load_half(b + 208); }
     UNPACK {
         const uint8_t *low = b + 64 * (s / 4) + 32 * (s % 2), *high = b + 128 + 32 * (s / 4);
-        const int low_shift = s % 4 < 2 ? 0 : 4, high_shift = 2 * (s % 4);
+        const int low_shift = s % 4 < 2 ? 0 : 4;
         unsigned low_words[8], high_words[8];
         load_words<2>(low, low_words);
         load_words<2>(high, high_words);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            part.q[k] = (int)(low_words[k] >> low_shift & 0x0f0f0f0fu | (high_words[k] >> high_shift & 0x03030303u) << 4);
-        subtract(part, 32);
+            part.q[k] = (int)(low_words[k] >> low_shift & 0x0f0f0f0fu | shift_to<4>(high_words[k], 2 * (s % 4)) & 0x30303030u);
         const unsigned scales = load_word<2>(b + 192 + s / 2 * 4) >> 16 * (s % 2);
         part.scale[0] = (int8_t)scales;
         part.scale[1] = (int8_t)(scales >> 8);
@@ -326,15 +372,14 @@ struct Q6_K : IntegerFormat<256, 210, 2, false> {
 
 // -- IQ formats: blocks of 256 ----------------------------------------------------------------------------------------
 
-struct IQ4_XS : IntegerFormat<256, 136, 8, false> {
-    UNPACK {
-        unsigned words[4];
-        load_words<8>(b + 8 + 16 * s, words);
-        unpack_iq4(words, part);
+struct IQ4_XS : IQ4Format<256, 136, 8> {
+    CODES { load_words<8>(b + 8 + 16 * s, words); }
+    CODES_SCALE {
         unsigned header[2]; // d and the scales' high bits; their low ones
         load_words<8>(b, header);
-        set_both(part.scale, (int)(header[1] >> 4 * s & 15 | (header[0] >> (16 + 2 * s) & 3) << 4) - 32);
+        return (int)(header[1] >> 4 * s & 15 | (header[0] >> (16 + 2 * s) & 3) << 4) - 32;
     }
+    UNPACK { unpack_codes<IQ4_XS>(b, s, part); }
 };
 
 // Eight magnitudes of a grid with their signs to q[2 o] and q[2 o + 1].
@@ -448,8 +493,20 @@ struct IQ1_M : IntegerFormat<256, 56, 4, false> {
 };
 
 #undef UNPACK
+#undef CODES
+#undef CODES_SCALE
+#undef TABLE
 #undef SCALE
 #undef MIN_SCALE
+
+// A part of any of these formats, as the weights are: without an offset.
+template <class Format> DEVICE void unpack_weights(const uint8_t *block, int s, const int8_t *grid, Part &part) {
+    Format::unpack(block, s, grid, part);
+    if (Format::OFFSET)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            part.q[i] = (int)bytes_minus((unsigned)part.q[i], Format::OFFSET);
+}
 
 // -- float formats ----------------------------------------------------------------------------------------------------
 
@@ -524,7 +581,7 @@ template <class Format> DEVICE float weight_value(const uint8_t *row, int col, c
     const int i = col % Format::BLOCK;
     if constexpr (Format::INTEGER) {
         Part part;
-        Format::unpack(block, i / 32, grid, part);
+        unpack_weights<Format>(block, i / 32, grid, part);
         const int k = i % 32;
         const int q = (int8_t)((unsigned)part.q[k / 4] >> 8 * (k % 4));
         const float value = Format::d(block) * (float)(part.scale[k / 16] * q);

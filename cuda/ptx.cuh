@@ -77,6 +77,16 @@ PTX void ldmatrix_x2_trans(unsigned (&r)[2], const void *row) {
                  : "memory");
 }
 
+// --- bytes ---
+
+// Byte i of the result is byte n & 7 of the eight (a's first), n being nibble i of the selector; if n & 8, that byte's top
+// bit eight times. The upper half of the selector does not matter.
+PTX unsigned permute(unsigned a, unsigned b, unsigned selector) {
+    unsigned v;
+    asm("prmt.b32 %0,%1,%2,%3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
+    return v;
+}
+
 // --- asynchronous copies from global to shared memory ---
 //
 // A thread's copies since its last commit form a group; `cp_async_wait<N>` returns when all but its latest N groups have

@@ -29,10 +29,14 @@ template <int N> struct Tokens {
     }
 };
 
-// How activations lie in shared memory: a record for each block of BLOCK values. Its size keeps what
-// eight neighbouring lanes read of eight neighbouring records in different banks.
-template <int BLOCK> struct Record {
-    static constexpr int SUMS = BLOCK, D = SUMS + BLOCK / 8, BYTES = (D + 4 + 15) / 16 * 16;
+// How activations lie in shared memory: a record for each block of BLOCK values. Its size, and the sums between the halves
+// of a large one, keep what eight neighbouring lanes read of neighbouring records in different banks.
+template <int BLOCK, bool INTERLEAVED> struct Record {
+    static constexpr int HALF = BLOCK == 256 ? 128 : 32, SECOND_HALF = 192, SUMS = HALF, D = SUMS + BLOCK / 8;
+    static constexpr int BYTES = BLOCK == 256 ? SECOND_HALF + HALF + 16 : 48;
+
+    // Where value i is.
+    static __device__ __forceinline__ int at_value(int i) { return i < HALF ? i : SECOND_HALF + i - HALF; }
 
     // The two sums of a part, int16 each.
     static __device__ __forceinline__ int sums(const uint8_t *record, int part) {
@@ -44,26 +48,32 @@ template <int BLOCK> struct Record {
 
     // By the whole block; the others see it after a barrier.
     static __device__ __forceinline__ void stage(uint8_t *records, const uint8_t *row, int n_cols) {
-        constexpr int AT_ONCE = 4; // pieces of a thread that are on the way together
+        constexpr int AT_ONCE = 2; // parts of a thread that are on the way together
         const Activation x = activation_view((uint8_t *)row, BLOCK, n_cols);
-        for (int first = 16 * threadIdx.x; first < n_cols; first += AT_ONCE * 16 * blockDim.x) {
-            int4 q[AT_ONCE];
-            int16_t sums[AT_ONCE];
+        for (int first = 32 * threadIdx.x; first < n_cols; first += AT_ONCE * 32 * blockDim.x) {
+            int4 low[AT_ONCE], high[AT_ONCE];
+            int sums[AT_ONCE];
             float d[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int at = first + i * 16 * blockDim.x;
-                if (at < n_cols)
-                    q[i] = *(const int4 *)(x.q + at), sums[i] = x.sums[at / 16], d[i] = x.d[at / BLOCK];
+                const int at = first + i * 32 * blockDim.x;
+                if (at < n_cols) {
+                    low[i] = *(const int4 *)(x.q + at), high[i] = *(const int4 *)(x.q + at + 16);
+                    sums[i] = *(const int *)(x.sums + at / 16), d[i] = x.d[at / BLOCK];
+                }
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int at = first + i * 16 * blockDim.x;
+                const int at = first + i * 32 * blockDim.x;
                 if (at >= n_cols)
                     break;
                 uint8_t *record = records + at / BLOCK * BYTES;
-                *(int4 *)(record + at % BLOCK) = q[i];
-                *(int16_t *)(record + SUMS + at % BLOCK / 8) = sums[i];
+                int4 *to = (int4 *)(record + at_value(at % BLOCK));
+                if (INTERLEAVED)
+                    interleave(low[i], high[i], to[0], to[1]);
+                else
+                    to[0] = low[i], to[1] = high[i];
+                *(int *)(record + SUMS + at % BLOCK / 8) = sums[i];
                 if (at % BLOCK == 0)
                     *(float *)(record + D) = d[i];
             }
@@ -80,15 +90,27 @@ template <int BLOCK> struct Record {
             if (at < n_cols)
                 load_floats(x + at, v);
             quantize_8<BLOCK>(v, q, sum, d);
+            const int in_part = INTERLEAVED ? interleaved(q) : at % 32;
             if (at >= n_cols)
                 continue;
             uint8_t *record = records + at / BLOCK * BYTES;
-            *(uint2 *)(record + at % BLOCK) = q;
+            *(uint2 *)(record + at_value(at % BLOCK / 32 * 32) + in_part) = q;
             if (at % 16 == 0)
                 *(int16_t *)(record + SUMS + at % BLOCK / 8) = (int16_t)sum;
             if (at % BLOCK == 0)
                 *(float *)(record + D) = d;
         }
+    }
+
+  private:
+    // Of the four lanes that hold a part each exchanges four values with the one that holds what they lie in turn with;
+    // returns where its eight are.
+    static __device__ __forceinline__ int interleaved(uint2 &q) {
+        const bool is_high = threadIdx.x & 2;
+        const unsigned got = __shfl_xor_sync(ALL_LANES, is_high ? q.x : q.y, 2);
+        const unsigned low = is_high ? got : q.x, high = is_high ? q.y : got;
+        q = make_uint2(permute(low, high, 0x5140), permute(low, high, 0x7362));
+        return 16 * (threadIdx.x & 1) + 8 * is_high;
     }
 };
 
@@ -112,49 +134,87 @@ template <> struct __align__(8) BlockTerm<false> {
 template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
 
 template <class Format> class RowDots<Format, 1, true> {
-    using X = Record<Format::BLOCK>;
+    using X = Record<Format::BLOCK, Format::HAS_CODES>;
 
-    // Blocks of a chunk that a lane takes, one behind the other. What lanes read at the same time is so many blocks apart:
+    // Lanes that share a block: a warp has less to do for a chunk then, and more warps find room on a multiprocessor.
+    static constexpr int LANES = Format::BLOCK == 256 ? 2 : 1;
+    // Blocks of a chunk that such lanes take, one behind the other. What they read at the same time is so many blocks apart:
     // 5 and 7 spread it over the banks for every size there is.
     static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : Format::BYTES < 20 ? 7 : 5;
-    static constexpr int CHUNK = WARP * PER_LANE;
+    static constexpr int CHUNK = WARP / LANES * PER_LANE;
     // Chunks on the way or in use. More of them pay until they leave a multiprocessor fewer blocks of threads.
     static constexpr int STAGES = Format::BLOCK == 256 && Format::BYTES <= 144 ? 3 : 2;
-    static constexpr int STAGE_BYTES = CHUNK * Format::BYTES + 16;
+    static constexpr int CHUNK_BYTES = CHUNK * Format::BYTES, STAGE_BYTES = CHUNK_BYTES + 16;
     static constexpr int CHUNKS_KEPT = 4; // before the chains go on
     static constexpr int MAX_ROWS = 16;   // of a warp
 
     using Term = BlockTerm<Format::HAS_MIN>;
 
-    const uint8_t *weights;
-    int n_rows, n_blocks, n_items, n_chunks; // items: blocks of all rows
+    int n_rows, n_columns, n_blocks, n_items, n_chunks; // items: blocks of all rows
     uint8_t *stages;
     Term *terms;
-    int fetched = 0;
+    const uint8_t *to_fetch;
+    int n_to_fetch, fetch_stage = 0;
 
     __device__ __forceinline__ void fetch_next() {
-        if (fetched < n_chunks) {
-            const int first = fetched * CHUNK, n = min(CHUNK, n_items - first);
-            fetch_bytes(stages + fetched % STAGES * STAGE_BYTES, weights + (int64_t)first * Format::BYTES, n * Format::BYTES,
-                        threadIdx.x % WARP, WARP);
-        }
-        fetched++;
+        uint8_t *to = stages + fetch_stage * STAGE_BYTES;
+        if (n_to_fetch >= CHUNK)
+            fetch_whole(to);
+        else if (n_to_fetch > 0)
+            fetch_bytes(to, to_fetch, n_to_fetch * Format::BYTES, threadIdx.x % WARP, WARP);
+        n_to_fetch -= CHUNK, to_fetch += CHUNK_BYTES;
+        fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
         cp_async_commit(); // also when empty, so that the count of groups stays in step
     }
 
-    // The term of one block.
-    static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, const int8_t *grid) {
-        int isum = 0, imin = 0;
+    // `fetch_bytes` of a whole chunk.
+    __device__ __forceinline__ void fetch_whole(uint8_t *to) const {
+        const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)to_fetch & 15);
+        const uint8_t *from = to_fetch - misalignment + 16 * lane;
+        to += 16 * lane;
 #pragma unroll
-        for (int part = 0; part < Format::BLOCK / 32; part++) {
-            Part w;
-            Format::unpack(block, part, grid, w);
-            const int4 first = *(const int4 *)(record + 32 * part), second = *(const int4 *)(record + 32 * part + 16);
-            const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
-            const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
-            isum += low * w.scale[0] + high * w.scale[1];
+        for (int i = 0; i < CHUNK_BYTES / (16 * WARP); i++)
+            cp_async16(to + 16 * WARP * i, from + 16 * WARP * i);
+        constexpr int FETCHED = CHUNK_BYTES / (16 * WARP) * (16 * WARP);
+        if (FETCHED + 16 * lane < CHUNK_BYTES + misalignment)
+            cp_async16(to + FETCHED, from + FETCHED);
+    }
+
+    // The term of one block, by the lanes that share it.
+    static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, const int8_t *grid,
+                                                    const unsigned (&table)[4]) {
+        constexpr int N_PARTS = Format::BLOCK / 32 / LANES;
+        const int first_part = threadIdx.x % LANES * N_PARTS;
+        const uint8_t *x = record + X::at_value(32 * first_part);
+        int isum = 0, imin = 0, offsets = 0;
+#pragma unroll
+        for (int i = 0; i < N_PARTS; i++) {
+            const int part = first_part + i;
+            const int4 first = *(const int4 *)(x + 32 * i), second = *(const int4 *)(x + 32 * i + 16);
+            if constexpr (Format::HAS_CODES) {
+                unsigned codes[4];
+                Format::codes(block, part, codes);
+                const int low = Format::dot(codes[1], table, first.z, first.w, Format::dot(codes[0], table, first.x, first.y, 0));
+                const int high = Format::dot(codes[3], table, second.z, second.w, Format::dot(codes[2], table, second.x, second.y, 0));
+                isum += (low + high) * Format::scale(block, part);
+            } else {
+                Part w;
+                Format::unpack(block, part, grid, w);
+                const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
+                const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
+                isum += low * w.scale[0] + high * w.scale[1];
+                if (Format::HAS_MIN)
+                    imin = __dp2a_lo(X::sums(record, part), w.min[0] | w.min[1] << 8, imin);
+                if (Format::OFFSET)
+                    offsets = __dp2a_lo(X::sums(record, part), w.scale[0] & 255 | w.scale[1] << 8, offsets);
+            }
+        }
+        isum -= Format::OFFSET * offsets;
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) {
+            isum += __shfl_xor_sync(ALL_LANES, isum, step);
             if (Format::HAS_MIN)
-                imin = __dp2a_lo(X::sums(record, part), w.min[0] | w.min[1] << 8, imin);
+                imin += __shfl_xor_sync(ALL_LANES, imin, step);
         }
         const float d_x = *(const float *)(record + X::D);
         Term term;
@@ -169,37 +229,50 @@ template <class Format> class RowDots<Format, 1, true> {
 
     // A warp's rows, one behind the other from `first` on, MAX_ROWS at most; perhaps none.
     __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, uint8_t *scratch)
-        : weights(first), n_rows(rows), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks),
-          n_chunks((n_items + CHUNK - 1) / CHUNK), stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)) {
+        : n_rows(rows), n_columns(n_cols), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks), n_chunks((n_items + CHUNK - 1) / CHUNK),
+          stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)), to_fetch(first), n_to_fetch(n_items) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
     }
+
+    // Two of these can share activations in shared memory if this is equal.
+    static constexpr int FORM = Format::BLOCK + Format::HAS_CODES;
 
     // Bytes of the activations in shared memory.
     static __device__ __forceinline__ int staged_bytes(int n_cols) { return n_cols / Format::BLOCK * X::BYTES; }
     static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<1> &tokens, int n_cols) {
         X::stage(shared, tokens.row[0], n_cols);
     }
+    // From float32 values.
+    static __device__ __forceinline__ void stage_values(uint8_t *shared, const float *x, int n_cols) {
+        X::quantize(shared, x, n_cols);
+    }
 
     // Calls emit(row, token, value) once for each, from some lane. `records` is what `stage` made. Whole warps only.
     template <class Emit>
-    __device__ __forceinline__ void run(const uint8_t *records, const Tokens<1> &, const int8_t *grid, Emit emit) {
-        const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)weights & 15);
+    __device__ __forceinline__ void run(const uint8_t *records, const int8_t *grid, Emit emit) {
+        const int lane = threadIdx.x % WARP, place = lane / LANES, misalignment = (int)((uint64_t)to_fetch & 15);
         // Terms have a gap after each row, so that the chains find theirs in different banks.
-        const int first_column = lane * PER_LANE % n_blocks, step = CHUNK % n_blocks;
-        int chunk_column = first_column, chunk_row = lane * PER_LANE / n_blocks; // of the lane's first block
+        const int step = CHUNK % n_blocks;
+        int chunk_column = place * PER_LANE % n_blocks, chunk_row = place * PER_LANE / n_blocks; // of the lane's first block
         float acc = 0.0f;
-        for (int chunk = 0, kept = 0, kept_row = 0; chunk < n_chunks; chunk++) {
+        unsigned table[4];
+        if constexpr (Format::HAS_CODES)
+            load_table<Format>(table, n_columns);
+        for (int chunk = 0, kept = 0, kept_row = 0, stage = 0; chunk < n_chunks; chunk++) {
             fetch_next();
             cp_async_wait<STAGES - 1>();
             __syncwarp();
-            const uint8_t *blocks = stages + chunk % STAGES * STAGE_BYTES + misalignment;
+            const uint8_t *blocks = stages + stage * STAGE_BYTES + misalignment;
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
             int column = chunk_column, gaps = chunk_row - kept_row;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) {
-                const int in_chunk = lane * PER_LANE + i, item = chunk * CHUNK + in_chunk;
-                if (item < n_items)
-                    terms[item - kept + gaps] = multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, grid);
+                const int in_chunk = place * PER_LANE + i, item = chunk * CHUNK + in_chunk;
+                // What lies behind the last block is no weight, and what it gives is left alone.
+                const Term term = multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, grid, table);
+                if (item < n_items && lane % LANES == 0)
+                    terms[item - kept + gaps] = term;
                 if (++column == n_blocks)
                     column = 0, gaps++;
             }
@@ -270,6 +343,8 @@ template <class Format, int N> class RowDots<Format, N, false> {
             fetch_next();
     }
 
+    static constexpr int FORM = 0;
+
     static __device__ __forceinline__ int staged_bytes(int n_cols) { return (N * n_cols * (int)sizeof(float) + 15) / 16 * 16; }
     static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<N> &tokens, int n_cols) {
 #pragma unroll
@@ -296,8 +371,12 @@ template <class Format, int N> class RowDots<Format, N, false> {
         }
     }
 
+    static __device__ __forceinline__ void stage_values(uint8_t *shared, const float *x, int n_cols) {
+        stage(shared, Tokens<N>((const uint8_t *)x, 0, 0, 1), n_cols);
+    }
+
     template <class Emit>
-    __device__ __forceinline__ void run(const uint8_t *staged, const Tokens<N> &, const int8_t *, Emit emit) {
+    __device__ __forceinline__ void run(const uint8_t *staged, const int8_t *, Emit emit) {
         const float *x = (const float *)staged;
         const int chain = threadIdx.x % 16, half = threadIdx.x % WARP / 16;
         float acc[N];

@@ -91,7 +91,7 @@ template <class Format> struct TileDots {
                 if (part >= n_parts)
                     continue;
                 Part w;
-                Format::unpack(block(raw, row, part * 32 / Format::BLOCK), part % (Format::BLOCK / 32), grid, w);
+                unpack_weights<Format>(block(raw, row, part * 32 / Format::BLOCK), part % (Format::BLOCK / 32), grid, w);
                 uint4 *to = (uint4 *)&q[row][32 * part];
                 to[0] = make_uint4((unsigned)w.q[0], (unsigned)w.q[1], (unsigned)w.q[2], (unsigned)w.q[3]);
                 to[1] = make_uint4((unsigned)w.q[4], (unsigned)w.q[5], (unsigned)w.q[6], (unsigned)w.q[7]);

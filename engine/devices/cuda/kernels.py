@@ -14,6 +14,7 @@ from engine.devices.cuda.launch import (
     NOTHING,
     ONE_HEAD,
     WARP,
+    WITH_CODES,
     WITH_MINIMUM,
     Count,
     ExpertMatrix,
@@ -135,7 +136,9 @@ def _row_warps(weight_format: QuantFormat, n_wanted: int) -> int:
 
 def _chunk(weight_format: QuantFormat) -> int:
     """Return the blocks that a warp takes together; `RowDots::CHUNK`."""
-    return WARP * (1 if weight_format.block_size == 256 else 7 if weight_format.block_bytes < 20 else 5)
+    if weight_format.block_size == 256:
+        return WARP // 2
+    return WARP * (7 if weight_format.block_bytes < 20 else 5)
 
 
 def _warp_bytes(weight_format: QuantFormat) -> int:
@@ -153,8 +156,8 @@ def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     """Return the shared memory of activations; `Record`."""
     if activation == Activation.F32:
         return ceil_div(4 * n_tokens * n_cols, 16) * 16
-    size = 256 if activation == Activation.Q8_256 else 32
-    return n_tokens * n_cols // size * (ceil_div(size + size // 8 + 4, 16) * 16)
+    size, record = (256, 336) if activation == Activation.Q8_256 else (32, 48)
+    return n_tokens * n_cols // size * record
 
 
 def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
@@ -278,7 +281,8 @@ def expert_gate_up(
     """
     # Of two matrices, but half of the experts may have no slot.
     per_warp = rows_per_warp(gate.format, hidden_size, ffn_size * n_used)
-    forms = [gate.format.activation] if x_gate == x_up else [gate.format.activation, up.format.activation]
+    gate_form, up_form = ((f.format.activation, f.format.name in WITH_CODES) for f in (gate, up))
+    forms = [gate_form] if x_gate == x_up and gate_form == up_form else [gate_form, up_form]
     return Launch(
         "expert_gate_up.cu",
         "expert_gate_up",
@@ -302,7 +306,7 @@ def expert_gate_up(
             int32(per_warp),
             pointer(count.address),
         ),
-        sum(_records_bytes(form, hidden_size, 1) for form in forms)
+        sum(_records_bytes(form, hidden_size, 1) for form, _ in forms)
         + N_WARPS * max(_warp_bytes(matrix.format) for matrix in (gate, up)),
     )
 

@@ -17,6 +17,7 @@ WARP = 32
 MAX_MATRICES = 8  # of a launch; `matrices.cuh`
 PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`
 WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}  # formats; `formats.cuh`
+WITH_CODES = {"IQ4_NL", "IQ4_XS", "MXFP4"}  # likewise: HAS_CODES
 
 _ALIGNMENT = {"Q4_K": 16, "Q5_K": 16, "IQ4_XS": 8, "Q2_K": 4, "Q4_1": 4, "Q5_1": 4, "IQ1_M": 4, "F32": 4, "MXFP4": 1}
 

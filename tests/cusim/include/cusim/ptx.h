@@ -175,6 +175,8 @@ static inline unsigned atomic_inc_acq_rel(unsigned *p, unsigned last) {
 }
 
 // --- float16 and bfloat16 ---
+static inline unsigned permute(unsigned a, unsigned b, unsigned selector) { return __byte_perm(a, b, selector); }
+
 static inline float f16_to_f32(unsigned short bits) { return cusim_half_to_float(bits); }
 static inline unsigned short f32_to_f16(float v) { return cusim_float_to_half(v); }
 static inline unsigned f32_to_f16x2(float lo, float hi) {
