@@ -16,8 +16,8 @@ expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, Exp
     extern __shared__ __align__(16) uint8_t shared[];
     const Choice choice(n_used, shared_down.slots != nullptr);
     const int warp = threadIdx.x / WARP, first_row = ((int)blockIdx.x * N_WARPS + warp) * rows_per_warp;
-    // The kernel before made h; the ids are older.
-    const int slot = choice.token < *n_tokens ? choice.slot(ids, slots) : -1;
+    // The kernel before made h; the ids are older. There always is a first token.
+    const int slot = choice.token == 0 || choice.token < *n_tokens ? choice.slot(choice.expert(ids), slots) : -1;
     const int n_rows = slot < 0 ? 0 : max(0, min(rows_per_warp, hidden_size - first_row));
     const ExpertMatrix matrix = one_of(choice.is_shared, shared_down, down);
 

@@ -36,21 +36,22 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
 
     begin_kernel();
     const Choice choice(n_used, shared_gate.slots != nullptr);
-    if (choice.token >= *n_tokens)
+    if (choice.token > 0 && choice.token >= *n_tokens) // there always is a first token, which need not wait for their number
         return;
-    const int slot = choice.slot(ids, slots);
+    const int expert = choice.expert(ids), token = choice.token;
+    const Tokens<1> gate_tokens(x_gate, x_gate_row_bytes, token, token + 1), up_tokens(x_up, x_up_row_bytes, token, token + 1);
+    const bool same_records = x_up == x_gate && Up::FORM == Gate::FORM;
+    uint8_t *up_records = shared + (same_records ? 0 : Gate::staged_bytes(hidden_size));
+    Gate::stage(shared, gate_tokens, hidden_size);
+    if (!same_records)
+        Up::stage(up_records, up_tokens, hidden_size);
+    const int slot = choice.slot(expert, slots);
     if (slot < 0)
         return;
-    const int expert = choice.expert(ids), token = choice.token, warp = threadIdx.x / WARP, pair = warp % (N_WARPS / 2);
+    const int warp = threadIdx.x / WARP, pair = warp % (N_WARPS / 2);
     const int first_row = ((int)blockIdx.x * N_WARPS / 2 + pair) * rows_per_warp;
     const int n_rows = max(0, min(rows_per_warp, ffn_size - first_row));
 
-    const Tokens<1> gate_tokens(x_gate, x_gate_row_bytes, token, token + 1), up_tokens(x_up, x_up_row_bytes, token, token + 1);
-    const bool is_shared = x_up == x_gate && Up::FORM == Gate::FORM;
-    uint8_t *up_records = shared + (is_shared ? 0 : Gate::staged_bytes(hidden_size));
-    Gate::stage(shared, gate_tokens, hidden_size);
-    if (!is_shared)
-        Up::stage(up_records, up_tokens, hidden_size);
     uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * SCRATCH_BYTES;
     if (warp < N_WARPS / 2)
         project<Gate>(one_of(choice.is_shared, shared_gate, gate), expert, slot, first_row, n_rows, hidden_size, ffn_size, shared, gate_grid, scratch, gates[pair]);

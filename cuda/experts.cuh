@@ -39,11 +39,9 @@ struct Choice {
 
     __device__ __forceinline__ int expert(const int *ids) const { return is_shared ? 0 : ids[place]; }
 
-    // -1: no slot, or an id below 0.
-    __device__ __forceinline__ int slot(const int *ids, const int *slots) const {
-        if (is_shared)
-            return 0;
-        return ids[place] < 0 ? -1 : slots[ids[place]];
+    // Of the expert; -1: no slot, or an id below 0.
+    __device__ __forceinline__ int slot(int expert, const int *slots) const {
+        return is_shared ? 0 : expert < 0 ? -1 : slots[expert];
     }
 };
 

@@ -71,9 +71,8 @@ constexpr unsigned ONES = 0x01010101u;
 // Bytes below 128, each minus k (below 128): no borrow crosses a byte once the top bits are set.
 DEVICE unsigned bytes_minus(unsigned bytes, unsigned k) { return ((bytes | 0x80808080u) - k * ONES) ^ 0x80808080u; }
 
-// The word shifted so that what is at bit `from` of its bytes comes to bit TO. What other bytes leave there is to be masked.
-// Lanes that share a block take different halves of its parts, s & 4, and the same of each half, s % 4.
-template <int TO> DEVICE unsigned shift_to(unsigned word, int from) { return from <= TO ? word << (TO - from) : word >> (from - TO); }
+// The word turned so that what is at bit `from` of its bytes comes to bit TO. What other bytes leave there is to be masked.
+template <int TO> DEVICE unsigned turn_to(unsigned word, int from) { return __funnelshift_r(word, word, from - TO); }
 
 // Bit i of the lowest four to byte i, as 0 or 1.
 DEVICE unsigned spread_bits(unsigned bits) { return (bits & 15) * 0x00204081u & ONES; }
@@ -293,27 +292,43 @@ struct Q3_K : IntegerFormat<256, 110, 2, false, 4> {
         load_words<2>(b, mask);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            part.q[k] |= (int)(shift_to<2>(mask[k] >> (s & 4), s % 4) & 0x04040404u);
+            part.q[k] |= (int)(turn_to<2>(mask[k], s) & 0x04040404u);
         unsigned packed[3]; // scales, each plus 32: low nibbles, then two high bits
         load_words<2>(b + 96, packed);
         const unsigned low = packed[s / 2 % 2] >> (s & 4) & 0x0f0f0f0fu; // of two parts
-        const unsigned high = shift_to<4>(packed[2] >> (s & 4), s & 2) & 0x30303030u;
+        const unsigned high = turn_to<4>(packed[2], (s & 4) + (s & 2)) & 0x30303030u;
         const unsigned scales = (low | high) >> 16 * (s % 2);
         part.scale[0] = (int)(scales & 255) - 32;
         part.scale[1] = (int)(scales >> 8 & 255) - 32;
     }
 };
 
-// Six-bit scale and minimum of sub-block s. The block's first 16 bytes are d and min_d, then 12 bytes of both packed.
-DEVICE void unpack_scale_min(const uint8_t *block, int s, Part &part) {
-    unsigned header[4];
-    load_words<16>(block, header);
-    const unsigned scales = s < 4 ? header[1] & 0x3f3f3f3fu : header[3] & 0x0f0f0f0fu | header[1] >> 2 & 0x30303030u;
-    const unsigned mins = s < 4 ? header[2] & 0x3f3f3f3fu : header[3] >> 4 & 0x0f0f0f0fu | header[2] >> 2 & 0x30303030u;
-    const unsigned scale = scales >> 8 * (s % 4) & 255, min = mins >> 8 * (s % 4) & 255;
-    set_both(part.scale, (int)scale);
-    set_both(part.min, (int)min);
-}
+// Q4_K and Q5_K: six-bit scales and minimums of all parts. The block's first 16 bytes are d and min_d, then 12 bytes of both.
+template <int N_BYTES> struct SixBitFormat : IntegerFormat<256, N_BYTES, 16, true> {
+    static __device__ __forceinline__ float half_of_header(const uint8_t *b, int shift) {
+        unsigned header[4];
+        load_words<16>(b, header);
+        return f16_to_f32((uint16_t)(header[0] >> shift));
+    }
+    SCALE { return half_of_header(b, 0); }
+    MIN_SCALE { return -half_of_header(b, 16); }
+
+    // Of the four parts that part s is one of, a byte each.
+    static __device__ __forceinline__ unsigned scales(const uint8_t *b, int s) {
+        unsigned header[4];
+        load_words<16>(b, header);
+        return s & 4 ? header[3] & 0x0f0f0f0fu | header[1] >> 2 & 0x30303030u : header[1] & 0x3f3f3f3fu;
+    }
+    static __device__ __forceinline__ unsigned mins(const uint8_t *b, int s) {
+        unsigned header[4];
+        load_words<16>(b, header);
+        return s & 4 ? header[3] >> 4 & 0x0f0f0f0fu | header[2] >> 2 & 0x30303030u : header[2] & 0x3f3f3f3fu;
+    }
+    static __device__ __forceinline__ void unpack_scale_min(const uint8_t *b, int s, Part &part) {
+        set_both(part.scale, (int)(scales(b, s) >> 8 * (s % 4) & 255));
+        set_both(part.min, (int)(mins(b, s) >> 8 * (s % 4) & 255));
+    }
+};
 
 // The 32 low or high nibbles of sub-block s; sub-blocks lie in pairs in 32 bytes.
 template <int ALIGNMENT> DEVICE void unpack_nibble_pair(const uint8_t *p, int s, Part &part) {
@@ -328,16 +343,14 @@ template <int ALIGNMENT> DEVICE void unpack_nibble_pair(const uint8_t *p, int s,
     }
 }
 
-struct Q4_K : IntegerFormat<256, 144, 16, true> {
-    MIN_SCALE { return -load_half(b + 2); }
+struct Q4_K : SixBitFormat<144> {
     UNPACK {
         unpack_nibble_pair<16>(b + 16, s, part);
         unpack_scale_min(b, s, part);
     }
 };
 
-struct Q5_K : IntegerFormat<256, 176, 16, true> {
-    MIN_SCALE { return -load_half(b + 2); }
+struct Q5_K : SixBitFormat<176> {
     UNPACK {
         unpack_nibble_pair<16>(b + 48, s, part);
 #pragma unroll
@@ -346,7 +359,7 @@ struct Q5_K : IntegerFormat<256, 176, 16, true> {
             load_words<16>(b + 16 + 16 * half, words);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                part.q[4 * half + k] |= (int)(shift_to<4>(words[k] >> (s & 4), s % 4) & 0x10101010u);
+                part.q[4 * half + k] |= (int)(turn_to<4>(words[k], s) & 0x10101010u);
         }
         unpack_scale_min(b, s, part);
     }
@@ -363,7 +376,7 @@ struct Q6_K : IntegerFormat<256, 210, 2, false, 32> {
         load_words<2>(high, high_words);
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            part.q[k] = (int)(low_words[k] >> low_shift & 0x0f0f0f0fu | shift_to<4>(high_words[k], 2 * (s % 4)) & 0x30303030u);
+            part.q[k] = (int)(low_words[k] >> low_shift & 0x0f0f0f0fu | turn_to<4>(high_words[k], 2 * (s % 4)) & 0x30303030u);
         const unsigned scales = load_word<2>(b + 192 + s / 2 * 4) >> 16 * (s % 2);
         part.scale[0] = (int8_t)scales;
         part.scale[1] = (int8_t)(scales >> 8);

@@ -28,11 +28,11 @@ DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_w
     begin_kernel();
 
     const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;
-    if (first_token >= n) {
+    if (first_token > 0 && first_token >= n) { // there always is a first token, so that its blocks need not wait for n
         cp_async_wait<0>(); // what was begun must end before the block does
         return;
     }
-    const Tokens<N_TOKENS> tokens(x + head * head_x_bytes, x_row_bytes, first_token, n);
+    const Tokens<N_TOKENS> tokens(x + head * head_x_bytes, x_row_bytes, first_token, N_TOKENS == 1 ? first_token + 1 : n);
     Dots::stage(shared, tokens, n_cols);
     __syncthreads();
     dots.run(shared, grid, [&](int i, int t, float value) {

@@ -32,7 +32,7 @@ template <int N> struct Tokens {
 // How activations lie in shared memory: a record for each block of BLOCK values. Its size, and the sums between the halves
 // of a large one, keep what eight neighbouring lanes read of neighbouring records in different banks.
 template <int BLOCK, bool INTERLEAVED> struct Record {
-    static constexpr int HALF = BLOCK == 256 ? 128 : 32, SECOND_HALF = 192, SUMS = HALF, D = SUMS + BLOCK / 8;
+    static constexpr int HALF = BLOCK == 256 ? 128 : 32, SECOND_HALF = 192, SUMS = HALF, D = SUMS + BLOCK / 8, PART_SUMS = 176;
     static constexpr int BYTES = BLOCK == 256 ? SECOND_HALF + HALF + 16 : 48;
 
     // Where value i is.
@@ -44,6 +44,11 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
             return *(const int *)(record + SUMS);
         const int4 four = *(const int4 *)(record + SUMS + part / 4 * 16);
         return part % 4 == 0 ? four.x : part % 4 == 1 ? four.y : part % 4 == 2 ? four.z : four.w;
+    }
+
+    // Of a large block: the sums of part s and the three after it, int16 each.
+    static __device__ __forceinline__ int2 part_sums(const uint8_t *record, int s) {
+        return *(const int2 *)(record + PART_SUMS + 2 * s);
     }
 
     // By the whole block; the others see it after a barrier.
@@ -74,6 +79,8 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
                 else
                     to[0] = low[i], to[1] = high[i];
                 *(int *)(record + SUMS + at % BLOCK / 8) = sums[i];
+                if (BLOCK == 256)
+                    *(int16_t *)(record + PART_SUMS + at % BLOCK / 16) = (int16_t)(sums[i] + (sums[i] >> 16));
                 if (at % BLOCK == 0)
                     *(float *)(record + D) = d[i];
             }
@@ -91,12 +98,15 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
                 load_floats(x + at, v);
             quantize_8<BLOCK>(v, q, sum, d);
             const int in_part = INTERLEAVED ? interleaved(q) : at % 32;
+            const int sum_behind = BLOCK == 256 ? __shfl_down_sync(ALL_LANES, sum, 2) : 0;
             if (at >= n_cols)
                 continue;
             uint8_t *record = records + at / BLOCK * BYTES;
             *(uint2 *)(record + at_value(at % BLOCK / 32 * 32) + in_part) = q;
             if (at % 16 == 0)
                 *(int16_t *)(record + SUMS + at % BLOCK / 8) = (int16_t)sum;
+            if (BLOCK == 256 && at % 32 == 0)
+                *(int16_t *)(record + PART_SUMS + at % BLOCK / 16) = (int16_t)(sum + sum_behind);
             if (at % BLOCK == 0)
                 *(float *)(record + D) = d;
         }
@@ -117,6 +127,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
 // Brings n_bytes from anywhere to 16-byte aligned shared memory; returns where the first one will be.
 DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes, int thread, int n_threads) {
     const int misalignment = (int)((uint64_t)from & 15), n_pieces = (misalignment + n_bytes + 15) / 16;
+#pragma unroll 1
     for (int i = thread; i < n_pieces; i += n_threads)
         cp_async16(to + 16 * i, from - misalignment + 16 * i);
     return to + misalignment;
@@ -159,7 +170,7 @@ template <class Format> class RowDots<Format, 1, true> {
     __device__ __forceinline__ void fetch_next() {
         uint8_t *to = stages + fetch_stage * STAGE_BYTES;
         if (n_to_fetch >= CHUNK)
-            fetch_whole(to);
+            fetch_whole(to + 16 * (threadIdx.x % WARP));
         else if (n_to_fetch > 0)
             fetch_bytes(to, to_fetch, n_to_fetch * Format::BYTES, threadIdx.x % WARP, WARP);
         n_to_fetch -= CHUNK, to_fetch += CHUNK_BYTES;
@@ -167,18 +178,20 @@ template <class Format> class RowDots<Format, 1, true> {
         cp_async_commit(); // also when empty, so that the count of groups stays in step
     }
 
-    // `fetch_bytes` of a whole chunk.
+    // `fetch_bytes` of a whole chunk; `to` is the lane's first piece.
     __device__ __forceinline__ void fetch_whole(uint8_t *to) const {
-        const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)to_fetch & 15);
-        const uint8_t *from = to_fetch - misalignment + 16 * lane;
-        to += 16 * lane;
+        const int at = 16 * (threadIdx.x % WARP), misalignment = (int)((uint64_t)to_fetch & 15);
+        const uint8_t *from = to_fetch - misalignment + at;
+        constexpr int STRIDE = 16 * WARP, FETCHED = CHUNK_BYTES / STRIDE * STRIDE;
 #pragma unroll
-        for (int i = 0; i < CHUNK_BYTES / (16 * WARP); i++)
-            cp_async16(to + 16 * WARP * i, from + 16 * WARP * i);
-        constexpr int FETCHED = CHUNK_BYTES / (16 * WARP) * (16 * WARP);
-        if (FETCHED + 16 * lane < CHUNK_BYTES + misalignment)
+        for (int i = 0; i < FETCHED; i += STRIDE)
+            cp_async16(to + i, from + i);
+        if (at < CHUNK_BYTES - FETCHED + misalignment)
             cp_async16(to + FETCHED, from + FETCHED);
     }
+
+    // Whether the minimums of a lane's parts meet their sums together.
+    static constexpr bool PART_MINS = Format::HAS_MIN && Format::BLOCK == 256 && Format::PER_SCALE == 32;
 
     // The term of one block, by the lanes that share it.
     static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, const int8_t *grid,
@@ -202,14 +215,22 @@ template <class Format> class RowDots<Format, 1, true> {
                 Format::unpack(block, part, grid, w);
                 const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
                 const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
-                isum += low * w.scale[0] + high * w.scale[1];
-                if (Format::HAS_MIN)
+                if (Format::PER_SCALE == 32)
+                    isum += (low + high) * w.scale[0];
+                else
+                    isum += low * w.scale[0] + high * w.scale[1];
+                if (Format::HAS_MIN && !PART_MINS)
                     imin = __dp2a_lo(X::sums(record, part), w.min[0] | w.min[1] << 8, imin);
                 if (Format::OFFSET)
                     offsets = __dp2a_lo(X::sums(record, part), w.scale[0] & 255 | w.scale[1] << 8, offsets);
             }
         }
         isum -= Format::OFFSET * offsets;
+        if constexpr (PART_MINS) {
+            const int2 sums = X::part_sums(record, first_part);
+            const int mins = (int)Format::mins(block, first_part);
+            imin = __dp2a_hi(sums.y, mins, __dp2a_lo(sums.x, mins, 0));
+        }
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) {
             isum += __shfl_xor_sync(ALL_LANES, isum, step);
@@ -259,7 +280,8 @@ template <class Format> class RowDots<Format, 1, true> {
         unsigned table[4];
         if constexpr (Format::HAS_CODES)
             load_table<Format>(table, n_columns);
-        for (int chunk = 0, kept = 0, kept_row = 0, stage = 0; chunk < n_chunks; chunk++) {
+        const int kept_rows = CHUNKS_KEPT * CHUNK / n_blocks, kept_columns = CHUNKS_KEPT * CHUNK % n_blocks;
+        for (int chunk = 0, kept = 0, kept_row = 0, kept_column = 0, stage = 0; chunk < n_chunks; chunk++) {
             fetch_next();
             cp_async_wait<STAGES - 1>();
             __syncwarp();
@@ -291,7 +313,9 @@ template <class Format> class RowDots<Format, 1, true> {
                 if constexpr (Format::HAS_MIN)
                     acc = __fmaf_rn(term.min_d, term.imin, acc);
             }
-            kept = (chunk + 1) * CHUNK, kept_row = kept / n_blocks;
+            kept += CHUNKS_KEPT * CHUNK, kept_row += kept_rows, kept_column += kept_columns;
+            if (kept_column >= n_blocks)
+                kept_column -= n_blocks, kept_row++;
             __syncwarp();
         }
         if (lane < n_rows)

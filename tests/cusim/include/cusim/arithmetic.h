@@ -58,8 +58,9 @@ static inline int __dp4a(int a, int b, int c) {
         sum += (unsigned)((int)(int8_t)((unsigned)a >> 8 * i) * (int)(int8_t)((unsigned)b >> 8 * i));
     return (int)sum;
 }
-// Two int16 of a times the two lower int8 of b.
+// Two int16 of a times the two lower, or upper, int8 of b.
 static inline int __dp2a_lo(int a, int b, int c) { return c + (int16_t)a * (int8_t)b + (int16_t)(a >> 16) * (int8_t)(b >> 8); }
+static inline int __dp2a_hi(int a, int b, int c) { return __dp2a_lo(a, b >> 16, c); }
 static inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     for (int i = 0; i < 4; i++)
         c += (a >> 8 * i & 255u) * (b >> 8 * i & 255u);
