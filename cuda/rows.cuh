@@ -157,7 +157,6 @@ template <class Format> class RowDots<Format, 1, true> {
     static constexpr int STAGES = Format::BLOCK == 256 && Format::BYTES <= 144 ? 3 : 2;
     static constexpr int CHUNK_BYTES = CHUNK * Format::BYTES, STAGE_BYTES = CHUNK_BYTES + 16;
     static constexpr int CHUNKS_KEPT = 4; // before the chains go on
-    static constexpr int MAX_ROWS = 16;   // of a warp
 
     using Term = BlockTerm<Format::HAS_MIN>;
 
@@ -166,6 +165,13 @@ template <class Format> class RowDots<Format, 1, true> {
     Term *terms;
     const uint8_t *to_fetch;
     int n_to_fetch, fetch_stage = 0;
+
+    static __device__ __forceinline__ int chunks_of(int rows, int n_cols) {
+        return (rows * (n_cols / Format::BLOCK) + CHUNK - 1) / CHUNK;
+    }
+
+    // Where the terms are in the scratch of a warp that has so many chunks.
+    static __device__ __forceinline__ int terms_at(int n) { return min(STAGES, n) * STAGE_BYTES; }
 
     __device__ __forceinline__ void fetch_next() {
         uint8_t *to = stages + fetch_stage * STAGE_BYTES;
@@ -198,12 +204,12 @@ template <class Format> class RowDots<Format, 1, true> {
                                                     const unsigned (&table)[4]) {
         constexpr int N_PARTS = Format::BLOCK / 32 / LANES;
         const int first_part = threadIdx.x % LANES * N_PARTS;
-        const uint8_t *x = record + X::at_value(32 * first_part);
+        const uint8_t *first_x = record + X::at_value(32 * first_part);
         int isum = 0, imin = 0, offsets = 0;
 #pragma unroll
         for (int i = 0; i < N_PARTS; i++) {
             const int part = first_part + i;
-            const int4 first = *(const int4 *)(x + 32 * i), second = *(const int4 *)(x + 32 * i + 16);
+            const int4 *x = (const int4 *)(first_x + X::at_value(32 * i)), first = x[0], second = x[1];
             if constexpr (Format::HAS_CODES) {
                 unsigned codes[4];
                 Format::codes(block, part, codes);
@@ -227,9 +233,12 @@ template <class Format> class RowDots<Format, 1, true> {
         }
         isum -= Format::OFFSET * offsets;
         if constexpr (PART_MINS) {
-            const int2 sums = X::part_sums(record, first_part);
-            const int mins = (int)Format::mins(block, first_part);
-            imin = __dp2a_hi(sums.y, mins, __dp2a_lo(sums.x, mins, 0));
+#pragma unroll
+            for (int i = 0; i < N_PARTS; i += 4) {
+                const int2 sums = X::part_sums(record, first_part + i);
+                const int mins = (int)Format::mins(block, first_part + i);
+                imin = __dp2a_hi(sums.y, mins, __dp2a_lo(sums.x, mins, imin));
+            }
         }
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) {
@@ -246,13 +255,18 @@ template <class Format> class RowDots<Format, 1, true> {
     }
 
   public:
-    static constexpr int SCRATCH_BYTES = STAGES * STAGE_BYTES + (CHUNKS_KEPT * CHUNK + MAX_ROWS) * (int)sizeof(Term); // of a warp
+    // Shared memory of a warp of so many rows.
+    static __device__ __forceinline__ int scratch_bytes(int rows, int n_cols) {
+        const int n = chunks_of(rows, n_cols);
+        return (terms_at(n) + (min(CHUNKS_KEPT, n) * CHUNK + rows) * (int)sizeof(Term) + 15) / 16 * 16;
+    }
 
-    // A warp's rows, one behind the other from `first` on, MAX_ROWS at most; perhaps none.
-    __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, uint8_t *scratch)
-        : n_rows(rows), n_columns(n_cols), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks), n_chunks((n_items + CHUNK - 1) / CHUNK),
-          stages(scratch), terms((Term *)(scratch + STAGES * STAGE_BYTES)), to_fetch(first), n_to_fetch(n_items) {
-        for (int i = 0; i < STAGES - 1; i++)
+    // A warp's rows, one behind the other from `first` on, perhaps none; `most_rows` is what its scratch is for.
+    __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, int most_rows, uint8_t *scratch)
+        : n_rows(rows), n_columns(n_cols), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks),
+          n_chunks(chunks_of(rows, n_cols)), stages(scratch), terms((Term *)(scratch + terms_at(chunks_of(most_rows, n_cols)))),
+          to_fetch(first), n_to_fetch(n_items) {
+        for (int i = 0; i < STAGES; i++)
             fetch_next();
     }
 
@@ -282,7 +296,6 @@ template <class Format> class RowDots<Format, 1, true> {
             load_table<Format>(table, n_columns);
         const int kept_rows = CHUNKS_KEPT * CHUNK / n_blocks, kept_columns = CHUNKS_KEPT * CHUNK % n_blocks;
         for (int chunk = 0, kept = 0, kept_row = 0, kept_column = 0, stage = 0; chunk < n_chunks; chunk++) {
-            fetch_next();
             cp_async_wait<STAGES - 1>();
             __syncwarp();
             const uint8_t *blocks = stages + stage * STAGE_BYTES + misalignment;
@@ -302,6 +315,7 @@ template <class Format> class RowDots<Format, 1, true> {
             if (chunk_column >= n_blocks)
                 chunk_column -= n_blocks, chunk_row++;
             __syncwarp();
+            fetch_next();
             if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
                 continue;
             const int first = max(kept, lane * n_blocks), end = min(min((chunk + 1) * CHUNK, n_items), (lane + 1) * n_blocks);
@@ -359,9 +373,9 @@ template <class Format, int N> class RowDots<Format, N, false> {
     }
 
   public:
-    static constexpr int SCRATCH_BYTES = STAGES * ROWS * ROW_STAGE_BYTES;
+    static __device__ __forceinline__ int scratch_bytes(int, int) { return STAGES * ROWS * ROW_STAGE_BYTES; }
 
-    __device__ __forceinline__ RowDots(const uint8_t *first, int64_t bytes, int rows, int cols, uint8_t *scratch)
+    __device__ __forceinline__ RowDots(const uint8_t *first, int64_t bytes, int rows, int cols, int, uint8_t *scratch)
         : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();

@@ -44,7 +44,7 @@ _FLOAT_STAGES = 4  # chunks of weights on the way or in use; `rows.cuh`, as all 
 _CHUNKS_KEPT = 4
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
 _MULTIPROCESSORS = 128  # of the largest GPUs, about
-_WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
+_WARPS_WANTED = 2640  # that multiply rows: about what is at work at the same time on the largest GPUs
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
 
@@ -141,15 +141,15 @@ def _chunk(weight_format: QuantFormat) -> int:
     return WARP * (7 if weight_format.block_bytes < 20 else 5)
 
 
-def _warp_bytes(weight_format: QuantFormat) -> int:
-    """Return the shared memory of a warp; `RowDots::SCRATCH_BYTES`."""
+def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int) -> int:
+    """Return the shared memory of a warp of so many rows; `RowDots::scratch_bytes`."""
     size, n_bytes = weight_format.block_size, weight_format.block_bytes
     if weight_format.activation == Activation.F32:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
-    chunk = _chunk(weight_format)
-    term = 16 if weight_format.name in WITH_MINIMUM else 8
-    stages = 3 if size == 256 and n_bytes <= 144 else 2
-    return stages * (chunk * n_bytes + 16) + (_CHUNKS_KEPT * chunk + _MAX_ROWS_PER_WARP) * term
+    chunk, term = _chunk(weight_format), 16 if weight_format.name in WITH_MINIMUM else 8
+    n_chunks, most_stages = ceil_div(rows * (n_cols // size), chunk), 3 if size == 256 and n_bytes <= 144 else 2
+    n_terms = min(_CHUNKS_KEPT, n_chunks) * chunk + rows
+    return ceil_div(min(most_stages, n_chunks) * (chunk * n_bytes + 16) + n_terms * term, 16) * 16
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
@@ -217,7 +217,7 @@ def linear(
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     row_warps = _row_warps(weight_format, ceil_div(sum(m.n_rows for m in matrices), per_warp))
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
-    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(weight_format)
+    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(weight_format, per_warp, n_cols)
     compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")
     first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
     if routed is not None:
@@ -307,7 +307,7 @@ def expert_gate_up(
             pointer(count.address),
         ),
         sum(_records_bytes(form, hidden_size, 1) for form, _ in forms)
-        + N_WARPS * max(_warp_bytes(matrix.format) for matrix in (gate, up)),
+        + N_WARPS * max(_warp_bytes(matrix.format, per_warp, hidden_size) for matrix in (gate, up)),
     )
 
 
@@ -355,7 +355,7 @@ def expert_down(
             int32(per_warp),
             pointer(count.address),
         ),
-        _records_bytes(down.format.activation, ffn_size, 1) + N_WARPS * _warp_bytes(down.format),
+        _records_bytes(down.format.activation, ffn_size, 1) + N_WARPS * _warp_bytes(down.format, per_warp, ffn_size),
     )
 
 
