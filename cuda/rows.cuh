@@ -29,14 +29,13 @@ template <int N> struct Tokens {
     }
 };
 
-// How activations lie in shared memory: a record for each block of BLOCK values. Its size, and the sums between the halves
-// of a large one, keep what eight neighbouring lanes read of neighbouring records in different banks.
+// How activations lie in shared memory: for each block of BLOCK values a record of them and of their sums, then the blocks'
+// scales. The size of a record keeps what eight neighbouring lanes read of eight neighbouring ones in different banks.
 template <int BLOCK, bool INTERLEAVED> struct Record {
-    static constexpr int HALF = BLOCK == 256 ? 128 : 32, SECOND_HALF = 192, SUMS = HALF, D = SUMS + BLOCK / 8, PART_SUMS = 176;
-    static constexpr int BYTES = BLOCK == 256 ? SECOND_HALF + HALF + 16 : 48;
+    static constexpr int SUMS = BLOCK, PART_SUMS = SUMS + BLOCK / 8, BYTES = BLOCK == 256 ? PART_SUMS + 16 : 48;
 
-    // Where value i is.
-    static __device__ __forceinline__ int at_value(int i) { return i < HALF ? i : SECOND_HALF + i - HALF; }
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return (n_cols / BLOCK * (BYTES + 4) + 15) / 16 * 16; }
+    static __device__ __forceinline__ int scales_at(int n_cols) { return n_cols / BLOCK * BYTES; }
 
     // The two sums of a part, int16 each.
     static __device__ __forceinline__ int sums(const uint8_t *record, int part) {
@@ -73,7 +72,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
                 if (at >= n_cols)
                     break;
                 uint8_t *record = records + at / BLOCK * BYTES;
-                int4 *to = (int4 *)(record + at_value(at % BLOCK));
+                int4 *to = (int4 *)(record + at % BLOCK);
                 if (INTERLEAVED)
                     interleave(low[i], high[i], to[0], to[1]);
                 else
@@ -82,7 +81,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
                 if (BLOCK == 256)
                     *(int16_t *)(record + PART_SUMS + at % BLOCK / 16) = (int16_t)(sums[i] + (sums[i] >> 16));
                 if (at % BLOCK == 0)
-                    *(float *)(record + D) = d[i];
+                    *(float *)(records + scales_at(n_cols) + at / BLOCK * 4) = d[i];
             }
         }
     }
@@ -102,13 +101,13 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
             if (at >= n_cols)
                 continue;
             uint8_t *record = records + at / BLOCK * BYTES;
-            *(uint2 *)(record + at_value(at % BLOCK / 32 * 32) + in_part) = q;
+            *(uint2 *)(record + at % BLOCK / 32 * 32 + in_part) = q;
             if (at % 16 == 0)
                 *(int16_t *)(record + SUMS + at % BLOCK / 8) = (int16_t)sum;
             if (BLOCK == 256 && at % 32 == 0)
                 *(int16_t *)(record + PART_SUMS + at % BLOCK / 16) = (int16_t)(sum + sum_behind);
             if (at % BLOCK == 0)
-                *(float *)(record + D) = d;
+                *(float *)(records + scales_at(n_cols) + at / BLOCK * 4) = d;
         }
     }
 
@@ -147,16 +146,10 @@ template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
 template <class Format> class RowDots<Format, 1, true> {
     using X = Record<Format::BLOCK, Format::HAS_CODES>;
 
-    // Lanes that share a block: a warp has less to do for a chunk then, and more warps find room on a multiprocessor.
-    static constexpr int LANES = Format::BLOCK == 256 ? 2 : 1;
-    // Blocks of a chunk that such lanes take, one behind the other. What they read at the same time is so many blocks apart:
-    // 5 and 7 spread it over the banks for every size there is.
-    static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : Format::BYTES < 20 ? 7 : 5;
-    static constexpr int CHUNK = WARP / LANES * PER_LANE;
-    // Chunks on the way or in use. More of them pay until they leave a multiprocessor fewer blocks of threads.
-    static constexpr int STAGES = Format::BLOCK == 256 && Format::BYTES <= 144 ? 3 : 2;
+    static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : 4, CHUNK = WARP * PER_LANE; // blocks
+    static constexpr int STAGES = 2; // chunks on the way or in use; more of them would leave a multiprocessor fewer warps
     static constexpr int CHUNK_BYTES = CHUNK * Format::BYTES, STAGE_BYTES = CHUNK_BYTES + 16;
-    static constexpr int CHUNKS_KEPT = 4; // before the chains go on
+    static constexpr int CHUNKS_KEPT = Format::BLOCK == 256 ? 4 : 6; // before the chains go on
 
     using Term = BlockTerm<Format::HAS_MIN>;
 
@@ -165,6 +158,9 @@ template <class Format> class RowDots<Format, 1, true> {
     Term *terms;
     const uint8_t *to_fetch;
     int n_to_fetch, fetch_stage = 0;
+
+    // Of two small numbers, without the long way of an integer division.
+    static __device__ __forceinline__ int quotient(int a, int b) { return (int)__fdividef((float)a + 0.5f, (float)b); }
 
     static __device__ __forceinline__ int chunks_of(int rows, int n_cols) {
         return (rows * (n_cols / Format::BLOCK) + CHUNK - 1) / CHUNK;
@@ -196,20 +192,17 @@ template <class Format> class RowDots<Format, 1, true> {
             cp_async16(to + FETCHED, from + FETCHED);
     }
 
-    // Whether the minimums of a lane's parts meet their sums together.
+    // Whether the minimums of four parts meet their sums together.
     static constexpr bool PART_MINS = Format::HAS_MIN && Format::BLOCK == 256 && Format::PER_SCALE == 32;
 
-    // The term of one block, by the lanes that share it.
-    static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, const int8_t *grid,
+    // The term of one block; d_x: the activations' scale.
+    static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, float d_x, const int8_t *grid,
                                                     const unsigned (&table)[4]) {
-        constexpr int N_PARTS = Format::BLOCK / 32 / LANES;
-        const int first_part = threadIdx.x % LANES * N_PARTS;
-        const uint8_t *first_x = record + X::at_value(32 * first_part);
+        constexpr int N_PARTS = Format::BLOCK / 32;
         int isum = 0, imin = 0, offsets = 0;
 #pragma unroll
-        for (int i = 0; i < N_PARTS; i++) {
-            const int part = first_part + i;
-            const int4 *x = (const int4 *)(first_x + X::at_value(32 * i)), first = x[0], second = x[1];
+        for (int part = 0; part < N_PARTS; part++) {
+            const int4 first = *(const int4 *)(record + 32 * part), second = *(const int4 *)(record + 32 * part + 16);
             if constexpr (Format::HAS_CODES) {
                 unsigned codes[4];
                 Format::codes(block, part, codes);
@@ -231,24 +224,16 @@ template <class Format> class RowDots<Format, 1, true> {
                     offsets = __dp2a_lo(X::sums(record, part), w.scale[0] & 255 | w.scale[1] << 8, offsets);
             }
         }
-        isum -= Format::OFFSET * offsets;
         if constexpr (PART_MINS) {
 #pragma unroll
-            for (int i = 0; i < N_PARTS; i += 4) {
-                const int2 sums = X::part_sums(record, first_part + i);
-                const int mins = (int)Format::mins(block, first_part + i);
+            for (int part = 0; part < N_PARTS; part += 4) {
+                const int2 sums = X::part_sums(record, part);
+                const int mins = (int)Format::mins(block, part);
                 imin = __dp2a_hi(sums.y, mins, __dp2a_lo(sums.x, mins, imin));
             }
         }
-#pragma unroll
-        for (int step = 1; step < LANES; step *= 2) {
-            isum += __shfl_xor_sync(ALL_LANES, isum, step);
-            if (Format::HAS_MIN)
-                imin += __shfl_xor_sync(ALL_LANES, imin, step);
-        }
-        const float d_x = *(const float *)(record + X::D);
         Term term;
-        term.d = Format::d(block) * d_x, term.isum = (float)isum;
+        term.d = Format::d(block) * d_x, term.isum = (float)(isum - Format::OFFSET * offsets);
         if constexpr (Format::HAS_MIN)
             term.min_d = Format::min_d(block) * d_x, term.imin = (float)imin;
         return term;
@@ -274,7 +259,7 @@ template <class Format> class RowDots<Format, 1, true> {
     static constexpr int FORM = Format::BLOCK + Format::HAS_CODES;
 
     // Bytes of the activations in shared memory.
-    static __device__ __forceinline__ int staged_bytes(int n_cols) { return n_cols / Format::BLOCK * X::BYTES; }
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return X::staged_bytes(n_cols); }
     static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<1> &tokens, int n_cols) {
         X::stage(shared, tokens.row[0], n_cols);
     }
@@ -286,34 +271,33 @@ template <class Format> class RowDots<Format, 1, true> {
     // Calls emit(row, token, value) once for each, from some lane. `records` is what `stage` made. Whole warps only.
     template <class Emit>
     __device__ __forceinline__ void run(const uint8_t *records, const int8_t *grid, Emit emit) {
-        const int lane = threadIdx.x % WARP, place = lane / LANES, misalignment = (int)((uint64_t)to_fetch & 15);
-        // Terms have a gap after each row, so that the chains find theirs in different banks.
-        const int step = CHUNK % n_blocks;
-        int chunk_column = place * PER_LANE % n_blocks, chunk_row = place * PER_LANE / n_blocks; // of the lane's first block
+        const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)to_fetch & 15);
+        const float *d_x = (const float *)(records + X::scales_at(n_columns));
+        const int rows_on = quotient(WARP, n_blocks), columns_on = WARP - rows_on * n_blocks; // from a lane's block to its next
+        int row = quotient(lane, n_blocks), column = lane - row * n_blocks;                   // of the lane's block
         float acc = 0.0f;
         unsigned table[4];
         if constexpr (Format::HAS_CODES)
             load_table<Format>(table, n_columns);
-        const int kept_rows = CHUNKS_KEPT * CHUNK / n_blocks, kept_columns = CHUNKS_KEPT * CHUNK % n_blocks;
-        for (int chunk = 0, kept = 0, kept_row = 0, kept_column = 0, stage = 0; chunk < n_chunks; chunk++) {
+        for (int chunk = 0, kept = 0, kept_row = 0, stage = 0; chunk < n_chunks; chunk++) {
             cp_async_wait<STAGES - 1>();
             __syncwarp();
             const uint8_t *blocks = stages + stage * STAGE_BYTES + misalignment;
             stage = stage + 1 == STAGES ? 0 : stage + 1;
-            int column = chunk_column, gaps = chunk_row - kept_row;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) {
-                const int in_chunk = place * PER_LANE + i, item = chunk * CHUNK + in_chunk;
-                // What lies behind the last block is no weight, and what it gives is left alone.
-                const Term term = multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, grid, table);
-                if (item < n_items && lane % LANES == 0)
-                    terms[item - kept + gaps] = term;
-                if (++column == n_blocks)
-                    column = 0, gaps++;
+                const int in_chunk = WARP * i + lane, item = chunk * CHUNK + in_chunk;
+                if (chunk * CHUNK + WARP * i >= n_items)
+                    break;
+                // Behind the last block lie no weights: what comes of them is left alone. Terms have a gap after each row, so
+                // that the chains find theirs in different banks.
+                const Term term = multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, d_x[column], grid, table);
+                if (item < n_items)
+                    terms[item - kept + row - kept_row] = term;
+                row += rows_on, column += columns_on;
+                if (column >= n_blocks)
+                    column -= n_blocks, row++;
             }
-            chunk_row += CHUNK / n_blocks, chunk_column += step;
-            if (chunk_column >= n_blocks)
-                chunk_column -= n_blocks, chunk_row++;
             __syncwarp();
             fetch_next();
             if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
@@ -327,9 +311,7 @@ template <class Format> class RowDots<Format, 1, true> {
                 if constexpr (Format::HAS_MIN)
                     acc = __fmaf_rn(term.min_d, term.imin, acc);
             }
-            kept += CHUNKS_KEPT * CHUNK, kept_row += kept_rows, kept_column += kept_columns;
-            if (kept_column >= n_blocks)
-                kept_column -= n_blocks, kept_row++;
+            kept += CHUNKS_KEPT * CHUNK, kept_row = __shfl_sync(ALL_LANES, row, 0); // of the first block of the next chunk
             __syncwarp();
         }
         if (lane < n_rows)

@@ -95,13 +95,17 @@ def test_half_conversions() -> None:
 def test_byte_intrinsics() -> None:
     rng = np.random.default_rng(4)
     a, b = (rng.integers(-128, 128, (32, 4)).astype(np.int8) for _ in range(2))
-    out = np.zeros((3, 32), np.int32)
+    out = np.zeros((5, 32), np.int32)
     run_every_way(KERNELS / "intrinsics.cu", "bytes", 1, 32, a, b, out)
     wide_a, wide_b = a.astype(np.int32), b.astype(np.int32)
     assert np.array_equal(out[0], (wide_a * wide_b).sum(1) + 7)
     assert np.array_equal(out[1].view(np.int8).reshape(32, 4), np.clip(wide_a - wide_b, -128, 127))
     pairs = np.concatenate([a, b], axis=1)
     assert np.array_equal(out[2].view(np.int8).reshape(32, 4), pairs[:, [0, 4, 2, 6]])
+    signs = pairs >> 7
+    picked = np.stack([signs[:, 3], pairs[:, 1], pairs[:, 5], signs[:, 6]], axis=1)
+    assert np.array_equal(out[3].view(np.int8).reshape(32, 4), picked)
+    assert np.array_equal(out[4], (a.view(np.int16).astype(np.int32) * wide_b[:, 2:]).sum(1) + 7)
 
 
 def test_atomics() -> None:

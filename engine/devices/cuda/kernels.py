@@ -40,11 +40,12 @@ MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 _LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 _EXPERT_COLUMNS = 4  # of the experts' sum that a thread takes; `residual.cu`
 
-_FLOAT_STAGES = 4  # chunks of weights on the way or in use; `rows.cuh`, as all below
-_CHUNKS_KEPT = 4
+_STAGES = 2  # chunks of weights on the way or in use; `rows.cuh`, as all below
+_FLOAT_STAGES = 4
 _FLOAT_COLUMNS, _FLOAT_ROWS = 512, 2  # of a piece
 _MULTIPROCESSORS = 128  # of the largest GPUs, about
-_WARPS_WANTED = 2640  # that multiply rows: about what is at work at the same time on the largest GPUs
+_WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same time on the largest GPUs
+_FLOAT_WARPS_WANTED = 2112
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
 
@@ -114,14 +115,15 @@ class _Experts(ctypes.Structure):
 
 def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens: int = 1) -> int:
     """Return how many rows a warp takes: as many as leave enough warps for the whole GPU."""
-    wanted, most = ceil_div(n_rows, _WARPS_WANTED), _MAX_ROWS_PER_WARP // n_tokens
+    most = _MAX_ROWS_PER_WARP // n_tokens
     if weight_format.activation == Activation.F32:
-        return max(_FLOAT_ROWS, min(wanted, most))
-    chunk, n_blocks = _chunk(weight_format), n_cols // weight_format.block_size
+        return max(_FLOAT_ROWS, min(ceil_div(n_rows, _FLOAT_WARPS_WANTED), most))
+    wanted = ceil_div(n_rows, _WARPS_WANTED)
+    n_blocks = n_cols // weight_format.block_size
 
     def wasted(rows: int) -> tuple[float, int]:
         n_items = rows * n_blocks
-        return ceil_div(n_items, chunk) * chunk / n_items, abs(rows - wanted)
+        return ceil_div(n_items, WARP) * WARP / n_items, abs(rows - wanted)
 
     nearby = range(max(1, wanted // 2), max(1, min(2 * wanted, most)) + 1)
     return min(nearby, key=wasted) if wanted <= most else most  # leaves the fewest lanes without work
@@ -136,9 +138,7 @@ def _row_warps(weight_format: QuantFormat, n_wanted: int) -> int:
 
 def _chunk(weight_format: QuantFormat) -> int:
     """Return the blocks that a warp takes together; `RowDots::CHUNK`."""
-    if weight_format.block_size == 256:
-        return WARP // 2
-    return WARP * (7 if weight_format.block_bytes < 20 else 5)
+    return WARP * (1 if weight_format.block_size == 256 else 4)
 
 
 def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int) -> int:
@@ -147,17 +147,17 @@ def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int) -> int:
     if weight_format.activation == Activation.F32:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
     chunk, term = _chunk(weight_format), 16 if weight_format.name in WITH_MINIMUM else 8
-    n_chunks, most_stages = ceil_div(rows * (n_cols // size), chunk), 3 if size == 256 and n_bytes <= 144 else 2
-    n_terms = min(_CHUNKS_KEPT, n_chunks) * chunk + rows
-    return ceil_div(min(most_stages, n_chunks) * (chunk * n_bytes + 16) + n_terms * term, 16) * 16
+    n_chunks = ceil_div(rows * (n_cols // size), chunk)
+    n_terms = min(4 if size == 256 else 6, n_chunks) * chunk + rows
+    return ceil_div(min(_STAGES, n_chunks) * (chunk * n_bytes + 16) + n_terms * term, 16) * 16
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     """Return the shared memory of activations; `Record`."""
     if activation == Activation.F32:
         return ceil_div(4 * n_tokens * n_cols, 16) * 16
-    size, record = (256, 336) if activation == Activation.Q8_256 else (32, 48)
-    return n_tokens * n_cols // size * record
+    size, record = (256, 304) if activation == Activation.Q8_256 else (32, 48)
+    return n_tokens * ceil_div(n_cols // size * (record + 4), 16) * 16
 
 
 def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
@@ -217,7 +217,9 @@ def linear(
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     row_warps = _row_warps(weight_format, ceil_div(sum(m.n_rows for m in matrices), per_warp))
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
-    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(weight_format, per_warp, n_cols)
+    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(
+        weight_format, per_warp, n_cols
+    )
     compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")
     first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
     if routed is not None:

@@ -47,6 +47,8 @@ extern "C" __global__ void bytes(const int *a, const int *b, int *out) {
     out[i] = __dp4a(a[i], b[i], 7);
     out[32 + i] = (int)__vsubss4((unsigned)a[i], (unsigned)b[i]);
     out[64 + i] = (int)__byte_perm((unsigned)a[i], (unsigned)b[i], 0x6240);
+    out[96 + i] = (int)permute((unsigned)a[i], (unsigned)b[i], 0x1234e51bu);
+    out[128 + i] = __dp2a_hi(a[i], b[i], 7);
 }
 
 // Histogram of ids, and the sum and maximum of all values: every thread of every block adds to the same words.
