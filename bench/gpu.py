@@ -46,6 +46,21 @@ from engine.quants.formats import BY_NAME, Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
 
 MODEL = "synthetic:qwen3.5-122b-a10b:layers=8"
+LINEAR_FORMATS = [
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+    "Q3_K",
+    "Q2_K",
+    "IQ4_XS",
+    "MXFP4",
+    "Q4_0",
+    "IQ3_S",
+    "IQ2_XS",
+    "F16",
+    "BF16",
+]
 POOL_BYTES = 1 << 30  # weights that a kernel cycles through: far more than the L2 cache
 SPEEDS = Bandwidths(100e9, 25e9, 1000e9)
 
@@ -215,11 +230,8 @@ def linear(bench: Bench) -> None:
     n_cols = 3072
     with bench.memory(POOL_BYTES + (64 << 20), 64 * n_cols * 4, 64 << 20, 4, 1 << 20) as (weights, x, out, count, grid):
         for name, n_rows, n_tokens in [
-            *(
-                (name, 12288, 1)
-                for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "F16", "BF16")
-            ),
-            *(("Q4_K", n, 1) for n in (512, 1024, 3072, 49152)),
+            *((name, n_rows, 1) for name in LINEAR_FORMATS for n_rows in (3072, 12288, 49152)),
+            *(("Q4_K", n, 1) for n in (512, 1024)),
             *((name, 12288, n) for name in ("Q4_K", "Q6_K") for n in (2, 4, 8, 64)),
         ]:
             weight_format = BY_NAME[name]
