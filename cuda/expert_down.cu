@@ -13,7 +13,7 @@ expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, Exp
             int hidden_size, int ffn_size, float *out, int64_t out_stride, float *shared_out, int64_t shared_out_stride,
             const int8_t *grid, int rows_per_warp, const int *n_tokens) {
     using Dots = RowDots<DOWN_FORMAT, 1>;
-    extern __shared__ __align__(16) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared[];
     const Choice choice(n_used, shared_down.slots != nullptr);
     const int warp = threadIdx.x / WARP, first_row = ((int)blockIdx.x * N_WARPS + warp) * rows_per_warp;
     // The kernel before made h; the ids are older. There always is a first token.

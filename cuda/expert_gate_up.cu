@@ -30,7 +30,7 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
                int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h, const int8_t *gate_grid, const int8_t *up_grid, int rows_per_warp, const int *n_tokens) {
     using Gate = RowDots<GATE_FORMAT, 1>;
     using Up = RowDots<UP_FORMAT, 1>;
-    extern __shared__ __align__(16) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float gates[N_WARPS / 2][MAX_ROWS], ups[N_WARPS / 2][MAX_ROWS];
 
     begin_kernel();

@@ -46,7 +46,7 @@ DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_w
 KERNEL(N_WARPS *WARP)
 linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
        int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp, const int *n_tokens) {
-    extern __shared__ __align__(16) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared[];
     multiply(matrices, row_bytes, head_weight_bytes, x, x_row_bytes, head_x_bytes, n_cols, grid, rows_per_warp, n_tokens,
              shared);
 }
@@ -64,7 +64,7 @@ linear_and_route(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t
                  int rows_per_warp, Routing routing, unsigned *n_done, const int *slots, Sent gate, Sent up, Exchange exchange,
                  const int *n_tokens) {
     constexpr int FIRST_IDLE = ROW_WARPS % N_WARPS * WARP; // thread that has no rows, 0 if all have
-    extern __shared__ __align__(16) uint8_t shared[];
+    extern __shared__ __align__(128) uint8_t shared[];
     multiply(matrices, row_bytes, 0, x, x_row_bytes, 0, n_cols, grid, rows_per_warp, n_tokens, shared);
     const int warp = threadIdx.x / WARP, n = *n_tokens;
     if (slots && blockIdx.x == 0 && threadIdx.x >= FIRST_IDLE) {

@@ -29,12 +29,14 @@ template <int N> struct Tokens {
     }
 };
 
+constexpr __device__ int round_up_128(int n) { return (n + 127) / 128 * 128; }
+
 // How activations lie in shared memory: for each block of BLOCK values a record of them and of their sums, then the blocks'
 // scales. The size of a record keeps what eight neighbouring lanes read of eight neighbouring ones in different banks.
 template <int BLOCK, bool INTERLEAVED> struct Record {
     static constexpr int SUMS = BLOCK, PART_SUMS = SUMS + BLOCK / 8, BYTES = BLOCK == 256 ? PART_SUMS + 16 : 48;
 
-    static __device__ __forceinline__ int staged_bytes(int n_cols) { return (n_cols / BLOCK * (BYTES + 4) + 15) / 16 * 16; }
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return round_up_128(n_cols / BLOCK * (BYTES + 4)); }
     static __device__ __forceinline__ int scales_at(int n_cols) { return n_cols / BLOCK * BYTES; }
 
     // The two sums of a part, int16 each.
@@ -123,7 +125,8 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
     }
 };
 
-// Brings n_bytes from anywhere to 16-byte aligned shared memory; returns where the first one will be.
+// Brings n_bytes from anywhere to 16-byte aligned shared memory; returns where the first one will be. A warp's pieces cost
+// least where they begin on a multiple of 128.
 DEVICE const uint8_t *fetch_bytes(uint8_t *to, const uint8_t *from, int n_bytes, int thread, int n_threads) {
     const int misalignment = (int)((uint64_t)from & 15), n_pieces = (misalignment + n_bytes + 15) / 16;
 #pragma unroll 1
@@ -148,7 +151,7 @@ template <class Format> class RowDots<Format, 1, true> {
 
     static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : 4, CHUNK = WARP * PER_LANE; // blocks
     static constexpr int STAGES = 2; // chunks on the way or in use; more of them would leave a multiprocessor fewer warps
-    static constexpr int CHUNK_BYTES = CHUNK * Format::BYTES, STAGE_BYTES = CHUNK_BYTES + 16;
+    static constexpr int CHUNK_BYTES = CHUNK * Format::BYTES, STAGE_BYTES = round_up_128(CHUNK_BYTES + 16);
     static constexpr int CHUNKS_KEPT = Format::BLOCK == 256 ? 4 : 6; // before the chains go on
 
     using Term = BlockTerm<Format::HAS_MIN>;
@@ -243,7 +246,7 @@ template <class Format> class RowDots<Format, 1, true> {
     // Shared memory of a warp of so many rows.
     static __device__ __forceinline__ int scratch_bytes(int rows, int n_cols) {
         const int n = chunks_of(rows, n_cols);
-        return (terms_at(n) + (min(CHUNKS_KEPT, n) * CHUNK + rows) * (int)sizeof(Term) + 15) / 16 * 16;
+        return round_up_128(terms_at(n) + (min(CHUNKS_KEPT, n) * CHUNK + rows) * (int)sizeof(Term));
     }
 
     // A warp's rows, one behind the other from `first` on, perhaps none; `most_rows` is what its scratch is for.
@@ -323,9 +326,8 @@ template <class Format> class RowDots<Format, 1, true> {
 template <class Format, int N> class RowDots<Format, N, false> {
     static constexpr int COLS = 512, ROWS = 2; // of a piece
     static constexpr int STAGES = 4;
-    static constexpr int ROW_STAGE_BYTES = (COLS / Format::BLOCK * Format::BYTES + 45) / 16 * 16; // 15 bytes before and after
-
     static constexpr int PIECE_BYTES = COLS / Format::BLOCK * Format::BYTES;
+    static constexpr int ROW_STAGE_BYTES = (PIECE_BYTES + 45) / 16 * 16; // 15 bytes before and after
 
     const uint8_t *weights;
     int64_t row_bytes;

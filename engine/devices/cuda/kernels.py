@@ -136,6 +136,10 @@ def _row_warps(weight_format: QuantFormat, n_wanted: int) -> int:
     return next((n for n in (4, 2) if n_wanted >= n * _MULTIPROCESSORS), 1)
 
 
+def _round_up_128(n_bytes: int) -> int:
+    return ceil_div(n_bytes, 128) * 128
+
+
 def _chunk(weight_format: QuantFormat) -> int:
     """Return the blocks that a warp takes together; `RowDots::CHUNK`."""
     return WARP * (1 if weight_format.block_size == 256 else 4)
@@ -149,7 +153,7 @@ def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int) -> int:
     chunk, term = _chunk(weight_format), 16 if weight_format.name in WITH_MINIMUM else 8
     n_chunks = ceil_div(rows * (n_cols // size), chunk)
     n_terms = min(4 if size == 256 else 6, n_chunks) * chunk + rows
-    return ceil_div(min(_STAGES, n_chunks) * (chunk * n_bytes + 16) + n_terms * term, 16) * 16
+    return _round_up_128(min(_STAGES, n_chunks) * _round_up_128(chunk * n_bytes + 16) + n_terms * term)
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
@@ -157,7 +161,7 @@ def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     if activation == Activation.F32:
         return ceil_div(4 * n_tokens * n_cols, 16) * 16
     size, record = (256, 304) if activation == Activation.Q8_256 else (32, 48)
-    return n_tokens * ceil_div(n_cols // size * (record + 4), 16) * 16
+    return n_tokens * _round_up_128(n_cols // size * (record + 4))
 
 
 def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
