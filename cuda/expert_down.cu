@@ -22,7 +22,8 @@ expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, Exp
     const ExpertMatrix matrix = one_of(choice.is_shared, shared_down, down);
 
     uint8_t *scratch = shared + Dots::staged_bytes(ffn_size) + warp * Dots::scratch_bytes(rows_per_warp, ffn_size);
-    Dots dots(matrix.slots + slot * matrix.slot_bytes + first_row * matrix.row_bytes, matrix.row_bytes, n_rows, ffn_size, rows_per_warp, scratch);
+    const uint8_t *first = matrix.slots + slot * matrix.slot_bytes + first_row * matrix.row_bytes;
+    Dots dots(first, matrix.row_bytes, n_rows, ffn_size, rows_per_warp, scratch);
     begin_kernel();
     if (slot < 0)
         return;

@@ -13,21 +13,27 @@ constexpr int MAX_ROWS = WARP; // of a warp
 
 // What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form, and
 // lie there once if in the same order, too.
+struct Share {
+    int expert, slot, first_row, n_rows, most_rows; // of a warp
+    int hidden_size, ffn_size;
+};
+
 template <class Dots>
-DEVICE void project(const ExpertMatrix &matrix, int expert, int slot, int first_row, int n_rows, int most_rows, int hidden_size, int ffn_size,
-                    const uint8_t *records, const int8_t *grid, uint8_t *scratch, float *values) {
-    Dots dots(matrix.slots + slot * matrix.slot_bytes + first_row * matrix.row_bytes, matrix.row_bytes, n_rows, hidden_size,
-              most_rows, scratch);
+DEVICE void project(const ExpertMatrix &matrix, const Share &own, const uint8_t *records, const int8_t *grid, uint8_t *scratch,
+                    float *values) {
+    const uint8_t *first = matrix.slots + own.slot * matrix.slot_bytes + own.first_row * matrix.row_bytes;
+    Dots dots(first, matrix.row_bytes, own.n_rows, own.hidden_size, own.most_rows, scratch);
     __syncthreads(); // the activations are there
     dots.run(records, grid, [&](int i, int, float value) {
-        values[i] = projected(value, matrix, expert, ffn_size, first_row + i);
+        values[i] = projected(value, matrix, own.expert, own.ffn_size, own.first_row + i);
     });
 }
 
 KERNEL(N_WARPS *WARP)
 expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, ExpertMatrix up, ExpertMatrix shared_gate,
                ExpertMatrix shared_up, const uint8_t *x_gate, int64_t x_gate_row_bytes, const uint8_t *x_up,
-               int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h, const int8_t *gate_grid, const int8_t *up_grid, int rows_per_warp, const int *n_tokens) {
+               int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h, const int8_t *gate_grid, const int8_t *up_grid,
+               int rows_per_warp, const int *n_tokens) {
     using Gate = RowDots<GATE_FORMAT, 1>;
     using Up = RowDots<UP_FORMAT, 1>;
     extern __shared__ __align__(128) uint8_t shared[];
@@ -51,12 +57,14 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     const int first_row = ((int)blockIdx.x * N_WARPS / 2 + pair) * rows_per_warp;
     const int n_rows = max(0, min(rows_per_warp, ffn_size - first_row));
 
-    const int scratch_bytes = max(Gate::scratch_bytes(rows_per_warp, hidden_size), Up::scratch_bytes(rows_per_warp, hidden_size));
+    const int scratch_bytes =
+        max(Gate::scratch_bytes(rows_per_warp, hidden_size), Up::scratch_bytes(rows_per_warp, hidden_size));
     uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * scratch_bytes;
+    const Share own{expert, slot, first_row, n_rows, rows_per_warp, hidden_size, ffn_size};
     if (warp < N_WARPS / 2)
-        project<Gate>(one_of(choice.is_shared, shared_gate, gate), expert, slot, first_row, n_rows, rows_per_warp, hidden_size, ffn_size, shared, gate_grid, scratch, gates[pair]);
+        project<Gate>(one_of(choice.is_shared, shared_gate, gate), own, shared, gate_grid, scratch, gates[pair]);
     else
-        project<Up>(one_of(choice.is_shared, shared_up, up), expert, slot, first_row, n_rows, rows_per_warp, hidden_size, ffn_size, up_records, up_grid, scratch, ups[pair]);
+        project<Up>(one_of(choice.is_shared, shared_up, up), own, up_records, up_grid, scratch, ups[pair]);
     __syncthreads();
     const int lane = threadIdx.x % WARP;
     if (warp < N_WARPS / 2 && lane < n_rows)

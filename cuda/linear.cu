@@ -24,7 +24,8 @@ DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_w
     const int n_rows = warp < ROW_WARPS ? max(0, min(rows_per_warp, matrix.n_rows - first_row)) : 0;
 
     uint8_t *scratch = shared + Dots::staged_bytes(n_cols) + warp * Dots::scratch_bytes(rows_per_warp, n_cols);
-    Dots dots(matrix.weights + head * head_weight_bytes + first_row * row_bytes, row_bytes, n_rows, n_cols, rows_per_warp, scratch);
+    const uint8_t *first = matrix.weights + head * head_weight_bytes + first_row * row_bytes;
+    Dots dots(first, row_bytes, n_rows, n_cols, rows_per_warp, scratch);
     begin_kernel();
 
     const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;

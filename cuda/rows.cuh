@@ -209,8 +209,10 @@ template <class Format> class RowDots<Format, 1, true> {
             if constexpr (Format::HAS_CODES) {
                 unsigned codes[4];
                 Format::codes(block, part, codes);
-                const int low = Format::dot(codes[1], table, first.z, first.w, Format::dot(codes[0], table, first.x, first.y, 0));
-                const int high = Format::dot(codes[3], table, second.z, second.w, Format::dot(codes[2], table, second.x, second.y, 0));
+                int low = Format::dot(codes[0], table, first.x, first.y, 0);
+                low = Format::dot(codes[1], table, first.z, first.w, low);
+                int high = Format::dot(codes[2], table, second.x, second.y, 0);
+                high = Format::dot(codes[3], table, second.z, second.w, high);
                 isum += (low + high) * Format::scale(block, part);
             } else {
                 Part w;
@@ -294,7 +296,8 @@ template <class Format> class RowDots<Format, 1, true> {
                     break;
                 // Behind the last block lie no weights: what comes of them is left alone. Terms have a gap after each row, so
                 // that the chains find theirs in different banks.
-                const Term term = multiply(blocks + in_chunk * Format::BYTES, records + column * X::BYTES, d_x[column], grid, table);
+                const uint8_t *block = blocks + in_chunk * Format::BYTES;
+                const Term term = multiply(block, records + column * X::BYTES, d_x[column], grid, table);
                 if (item < n_items)
                     terms[item - kept + row - kept_row] = term;
                 row += rows_on, column += columns_on;
