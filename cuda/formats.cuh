@@ -104,16 +104,16 @@ DEVICE void look_up_part(const unsigned (&codes)[4], const unsigned (&table)[4],
     }
 }
 
-// 32 int8 values as codes lie: those that the low nibbles of a word meet, in turn with those that the high ones meet.
-DEVICE void interleave(const int4 &low, const int4 &high, int4 &first, int4 &second) {
-    first.x = (int)permute((unsigned)low.x, (unsigned)high.x, 0x5140);
-    first.y = (int)permute((unsigned)low.x, (unsigned)high.x, 0x7362);
-    first.z = (int)permute((unsigned)low.y, (unsigned)high.y, 0x5140);
-    first.w = (int)permute((unsigned)low.y, (unsigned)high.y, 0x7362);
-    second.x = (int)permute((unsigned)low.z, (unsigned)high.z, 0x5140);
-    second.y = (int)permute((unsigned)low.z, (unsigned)high.z, 0x7362);
-    second.z = (int)permute((unsigned)low.w, (unsigned)high.w, 0x5140);
-    second.w = (int)permute((unsigned)low.w, (unsigned)high.w, 0x7362);
+// Four int8 values that the low nibbles of a word meet, in turn with four that the high ones meet: as its codes lie.
+DEVICE uint2 interleave(unsigned low, unsigned high) {
+    return make_uint2(permute(low, high, 0x5140), permute(low, high, 0x7362));
+}
+
+// The same for a part, and the words of codes it meets.
+DEVICE void interleave(const uint4 &low, const uint4 &high, uint4 &first, uint4 &second) {
+    const uint2 a = interleave(low.x, high.x), b = interleave(low.y, high.y), c = interleave(low.z, high.z);
+    const uint2 d = interleave(low.w, high.w);
+    first = make_uint4(a.x, a.y, b.x, b.y), second = make_uint4(c.x, c.y, d.x, d.y);
 }
 
 DEVICE void set_both(int (&values)[2], int value) { values[0] = values[1] = value; }
@@ -296,7 +296,7 @@ struct Q3_K : IntegerFormat<256, 110, 2, false, 4> {
         unsigned packed[3]; // scales, each plus 32: low nibbles, then two high bits
         load_words<2>(b + 96, packed);
         const unsigned low = packed[s / 2 % 2] >> (s & 4) & 0x0f0f0f0fu; // of two parts
-        const unsigned high = turn_to<4>(packed[2], (s & 4) + (s & 2)) & 0x30303030u;
+        const unsigned high = turn_to<4>(packed[2], s & 6) & 0x30303030u;
         const unsigned scales = (low | high) >> 16 * (s % 2);
         part.scale[0] = (int)(scales & 255) - 32;
         part.scale[1] = (int)(scales >> 8 & 255) - 32;

@@ -57,14 +57,14 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
         constexpr int AT_ONCE = 2; // parts of a thread that are on the way together
         const Activation x = activation_view((uint8_t *)row, BLOCK, n_cols);
         for (int first = 32 * threadIdx.x; first < n_cols; first += AT_ONCE * 32 * blockDim.x) {
-            int4 low[AT_ONCE], high[AT_ONCE];
+            uint4 low[AT_ONCE], high[AT_ONCE];
             int sums[AT_ONCE];
             float d[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
                 const int at = first + i * 32 * blockDim.x;
                 if (at < n_cols) {
-                    low[i] = *(const int4 *)(x.q + at), high[i] = *(const int4 *)(x.q + at + 16);
+                    low[i] = *(const uint4 *)(x.q + at), high[i] = *(const uint4 *)(x.q + at + 16);
                     sums[i] = *(const int *)(x.sums + at / 16), d[i] = x.d[at / BLOCK];
                 }
             }
@@ -74,7 +74,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
                 if (at >= n_cols)
                     break;
                 uint8_t *record = records + at / BLOCK * BYTES;
-                int4 *to = (int4 *)(record + at % BLOCK);
+                uint4 *to = (uint4 *)(record + at % BLOCK);
                 if (INTERLEAVED)
                     interleave(low[i], high[i], to[0], to[1]);
                 else
@@ -119,8 +119,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
     static __device__ __forceinline__ int interleaved(uint2 &q) {
         const bool is_high = threadIdx.x & 2;
         const unsigned got = __shfl_xor_sync(ALL_LANES, is_high ? q.x : q.y, 2);
-        const unsigned low = is_high ? got : q.x, high = is_high ? q.y : got;
-        q = make_uint2(permute(low, high, 0x5140), permute(low, high, 0x7362));
+        q = is_high ? interleave(got, q.y) : interleave(q.x, got);
         return 16 * (threadIdx.x & 1) + 8 * is_high;
     }
 };

@@ -152,8 +152,8 @@ def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int) -> int:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
     chunk, term = _chunk(weight_format), 16 if weight_format.name in WITH_MINIMUM else 8
     n_chunks = ceil_div(rows * (n_cols // size), chunk)
-    n_terms = min(4 if size == 256 else 6, n_chunks) * chunk + rows
-    return _round_up_128(min(_STAGES, n_chunks) * _round_up_128(chunk * n_bytes + 16) + n_terms * term)
+    n_kept = min(4 if size == 256 else 6, n_chunks)  # chunks whose terms are kept, `CHUNKS_KEPT`
+    return _round_up_128(min(_STAGES, n_chunks) * _round_up_128(chunk * n_bytes + 16) + (n_kept * chunk + rows) * term)
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
