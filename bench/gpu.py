@@ -742,7 +742,7 @@ def swaps(bench: Bench) -> None:
         forward = ForwardPass(program, limits, loaded.spec.n_vocab)
         n_layers, token = len(program.n_slots), 0
         for layer in range(n_layers):  # the first slot is what copies go to
-            program.publish(layer, int(np.flatnonzero(program._places[layer] == 0)[0]), -1)
+            program.publish(layer, int(np.flatnonzero(program._slot_of[layer] == 0)[0]), -1)
         for n_copies in (0, 2, 4, 6, 8, 0):
             times, before = [], program.layer_times
             for i in range(160):

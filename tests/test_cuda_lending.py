@@ -12,6 +12,7 @@ import pytest
 from interrupter import Interrupter
 from test_cuda_device import Model, Opened
 
+from engine.devices.cuda.expert_layers import PLACE_BYTES
 from engine.devices.graph import KVType, Limits
 from engine.errors import DeviceError
 from engine.experts import hot_cache as hot_cache_module
@@ -57,7 +58,7 @@ class Lending:
         budget = budget or self.budget
         opened = self.model.open(vram_budget=budget, **SETTINGS)
         assert opened.program.device_bytes <= budget
-        opened.program._places[:] = -1
+        opened.program._places[:] = opened.program._slot_of[:] = -1
         return opened
 
     def close(self) -> None:
@@ -179,9 +180,9 @@ def test_slots_are_places_of_their_own(lending: Lending) -> None:
         stretches = []
         for layer in lowering.experts.layers:
             for slot in range(layer.n_slots):
-                start = layer.slot_offset(0, slot)
-                assert start == layer.offset + layer.place(slot) * layer.expert_bytes
-                assert layer.slot_offset(2, slot) + layer.slot_bytes[2] == start + layer.expert_bytes
+                start = layer.offsets[slot]
+                assert start == layer.place(slot) * PLACE_BYTES
+                assert layer.matrix_offset(2) + layer.slot_bytes[2] == layer.expert_bytes
                 stretches.append((start, start + layer.expert_bytes, slot < layer.n_kept))
         stretches.sort()
         assert all(end <= start for (_, end, _), (start, _, _) in pairwise(stretches))

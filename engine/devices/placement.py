@@ -47,7 +47,6 @@ class MemoryPlan:
         expert_bytes: int64 [n_moe_layers], the size of each of them.
         n_experts: of each layer.
         allowed_bytes: what may be used.
-        gap_bytes: that may be lost between slots of different sizes, where they share memory.
     """
 
     dense_bytes: int
@@ -59,7 +58,6 @@ class MemoryPlan:
     expert_bytes: npt.NDArray[np.int64]
     n_experts: int
     allowed_bytes: int
-    gap_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -74,8 +72,7 @@ class MemoryPlan:
     @property
     def shared_bytes(self) -> int:
         """Return the bytes that long steps use in one way, and all others in another."""
-        lent = self.lent_bytes
-        return max(self.streaming_bytes, self.scratch_bytes + (lent + self.gap_bytes if lent else 0))
+        return max(self.streaming_bytes, self.scratch_bytes + self.lent_bytes)
 
     @property
     def n_bytes(self) -> int:
@@ -100,9 +97,7 @@ class MemoryPlan:
 Planner: TypeAlias = Callable[..., MemoryPlan]
 
 
-def plan_memory(
-    footprint: Footprint, allowed_bytes: int, wish: Wish, staging_bytes: int | None = None, gap_bytes: int = 0
-) -> MemoryPlan:
+def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_bytes: int | None = None) -> MemoryPlan:
     """Plan the memory of a device that may use `allowed_bytes`.
 
     Args:
@@ -111,7 +106,6 @@ def plan_memory(
         wish: for the experts.
         staging_bytes: of the buffers that long prompts stream experts through, which are needed if there are steps that
             do so and some expert has no slot; None for two buffers of some experts.
-        gap_bytes: that the device may lose between slots of different sizes in memory that they share with others.
 
     Raises `DeviceError` if what is needed does not fit, saying what would.
     """
@@ -133,7 +127,6 @@ def plan_memory(
             sizes,
             n_experts,
             allowed_bytes,
-            gap_bytes,
         )
 
     everything = plan(np.full(n_layers, n_experts, np.intp))
@@ -168,10 +161,9 @@ def _lending(plan: Planner, nothing: MemoryPlan, most: int | None) -> MemoryPlan
         most: slots of a layer.
     """
     left = nothing.allowed_bytes - nothing.dense_bytes - nothing.state_bytes
-    least, most_shared = nothing.scratch_bytes, nothing.shared_bytes
     n_kept, n_slots = (
         slots_that_fit(left - n_bytes, nothing.expert_bytes, nothing.n_experts, most)
-        for n_bytes in (most_shared, min(least + nothing.gap_bytes, most_shared))
+        for n_bytes in (nothing.shared_bytes, nothing.scratch_bytes)
     )
     return plan(n_slots, np.minimum(n_kept, n_slots))
 

@@ -14,7 +14,7 @@ from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.elementwise import fetch
-from engine.devices.cuda.expert_layers import Staging, Streamed, gap_bytes
+from engine.devices.cuda.expert_layers import Staging, Streamed
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Compiler, Progress
 from engine.devices.cuda.kernels import Exchange
@@ -144,11 +144,9 @@ class CUDADevice:
         if staging is not None:
             staging_bytes = reserved_bytes(staging.n_buffers * _batch_bytes(bare, staging.at_once))
             shorter = bare.recorder.scratch_for(limits.up_to(lends_from(threshold) - 1))
-            footprint = replace(
-                footprint, scratch_bytes=reserved_bytes(shorter.n_bytes), long_scratch_bytes=scratch_bytes
-            )
-        gap = gap_bytes(bare.experts.layers) + reserved_bytes(0)
-        plan = plan_memory(footprint, allowed, self.wish, staging_bytes, gap)
+            behind_slots = reserved_bytes(0) + reserved_bytes(shorter.n_bytes)
+            footprint = replace(footprint, scratch_bytes=behind_slots, long_scratch_bytes=scratch_bytes)
+        plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_kept < bare.experts.n_experts).any())
         lowering = Lowering(
             graph, weights, limits, plan.n_slots.tolist(), plan.n_kept.tolist(), staging if streams else None
@@ -252,6 +250,8 @@ class CUDAProgram:
             logits = self._own(PinnedMemory(4 * rows * lowering.n_vocab))
             self._logits: npt.NDArray[np.float32] = logits.bytes.view(np.float32).reshape(rows, -1)
             self._places = self._table.bytes.view(np.int32)[: n_layers * n_experts].reshape(n_layers, -1)
+            self._places[:] = -1
+            self._slot_of = np.full_like(self._places, -1)
             self._upload_constants()
             exchange = None
             if lowering.needs_cpu:
@@ -304,8 +304,8 @@ class CUDAProgram:
         """
         self._check(token_ids, positions, slots, output_rows)
         usable = self.usable_slots(len(token_ids))
-        if usable is self._n_kept:
-            assert (self._places < usable[:, None]).all(), "the step needs the memory of an expert that is published"
+        if usable is not self._n_slots:
+            assert (self._slot_of < usable[:, None]).all(), "the step needs the memory of an expert that is published"
         self._context.make_current()
         self._n_begun += 1
         try:
@@ -504,6 +504,7 @@ class CUDAProgram:
         experts = self._lowering.experts.layers[layer]
         if not experts.is_resident:
             self._places[layer, expert] = -1 if slot < 0 else experts.place(slot)
+            self._slot_of[layer, expert] = slot
 
     def wait_all(self) -> None:
         """Wait for all copies; those that failed do not raise."""
@@ -523,16 +524,18 @@ class CUDAProgram:
         stream.fill(base + lowering.state[0], 0, lowering.state[1])
         for offset, values in lowering.recorder.uploads:
             stream.upload(base + offset, int(values.ctypes.data), values.nbytes)
-        self._places[:] = -1
         for layer, experts in enumerate(lowering.experts.layers):
             if not experts.is_resident:
                 continue
-            self._places[layer, : experts.n_experts] = np.arange(experts.n_experts)
+            for expert in range(experts.n_experts):
+                self._places[layer, expert] = experts.place(expert)
+                self._slot_of[layer, expert] = expert
             for i, weight in enumerate(experts.weights):
                 array = self._weights.array(weight.name)
-                for expert in range(experts.n_experts):
+                for expert, offset in enumerate(experts.offsets):
                     source = experts.expert(array, i, expert)
-                    stream.upload(base + experts.slot_offset(i, expert), int(source.ctypes.data), source.nbytes)
+                    to = base + offset + experts.matrix_offset(i)
+                    stream.upload(to, int(source.ctypes.data), source.nbytes)
         stream.synchronize()
         lowering.recorder.uploads.clear()
 

@@ -12,34 +12,33 @@ import numpy.typing as npt
 from engine.devices import graph as ops
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.places import Layout, Pass, aligned
+from engine.devices.cuda.places import ALIGNMENT, Layout, Pass, aligned
 from engine.devices.footprint import lends_from
 from engine.devices.graph import Routing, Vector, Weight
+
+PLACE_BYTES = ALIGNMENT
 
 
 @dataclass(slots=True)
 class ExpertLayer:
     """The experts of one layer: their weights in the model file, and their slots on the device.
 
-    The three matrices of a slot lie one behind the other. Kernels know a slot by its place: how many times the size of
-    an expert it lies behind the first. Slots that are kept follow one another; those that are lent to long steps lie
-    in the memory that these use, so many places further on.
+    The three matrices of a slot lie one behind the other, the slots anywhere in the device's memory: kernels know a
+    slot by its place, the offset in units of `PLACE_BYTES`.
 
     Attributes:
         op: the operation.
         n_slots: how many there are.
         n_kept: those of them, the first ones, that exist in steps that stream experts, too.
         slot_bytes: what each of the three matrices takes.
-        offset: of the first slot.
-        first_lent: place of the first slot that is lent.
+        offsets: of the slots, to be set by whoever lays them out.
     """
 
     op: ops.Experts
     n_slots: int
     n_kept: int
     slot_bytes: list[int] = field(init=False)
-    offset: int = 0
-    first_lent: int = 0
+    offsets: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Work out the sizes."""
@@ -72,15 +71,11 @@ class ExpertLayer:
 
     def place(self, slot: int) -> int:
         """Return the number that kernels know a slot by."""
-        return slot if slot < self.n_kept else self.first_lent + slot - self.n_kept
+        return self.offsets[slot] // PLACE_BYTES
 
-    def first_place(self, matrix: int) -> int:
-        """Return the offset of a matrix (0 gate, 1 up, 2 down) at place 0, which only exists if slots are kept."""
-        return self.offset + sum(self.slot_bytes[:matrix])
-
-    def slot_offset(self, matrix: int, slot: int) -> int:
-        """Return the offset of a matrix in a slot."""
-        return self.first_place(matrix) + self.place(slot) * self.expert_bytes
+    def matrix_offset(self, matrix: int) -> int:
+        """Return where in a slot a matrix (0 gate, 1 up, 2 down) lies."""
+        return sum(self.slot_bytes[:matrix])
 
     def expert(self, array: npt.NDArray[np.uint8], matrix: int, expert: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of one expert's matrix (0 gate, 1 up, 2 down) in its tensor."""
@@ -148,31 +143,13 @@ class ExpertTables:
         return p.exchange._replace(layer=number)
 
 
-def place_kept(layers: Sequence[ExpertLayer], start: int) -> int:
-    """Give the kept slots of all layers their memory from an offset on; return where it ends.
-
-    Layers whose experts have the same size follow one another, the largest last: so that in the memory behind, places
-    of the same size fall on the same offsets, those of the largest on its beginning.
-    """
-    for layer in sorted(layers, key=lambda layer: layer.expert_bytes):
-        layer.offset = start
-        start += layer.n_kept * layer.expert_bytes
+def place_slots(layers: Sequence[ExpertLayer], start: int, n_slots: Callable[[ExpertLayer], int]) -> int:
+    """Give the slots of each layer up to so many a place from an offset on, those without one; return the end."""
+    for layer in layers:
+        for _ in range(len(layer.offsets), n_slots(layer)):
+            layer.offsets.append(start)
+            start += layer.expert_bytes
     return start
-
-
-def place_lent(layers: Sequence[ExpertLayer], start: int) -> int:
-    """Give the lent slots of all layers places from an offset on, which is behind all kept ones; return the end."""
-    for layer in sorted(layers, key=lambda layer: -layer.expert_bytes):
-        layer.first_lent = -((layer.offset - start) // layer.expert_bytes)
-        if layer.n_slots > layer.n_kept:
-            start = layer.offset + (layer.first_lent + layer.n_slots - layer.n_kept) * layer.expert_bytes
-    return start
-
-
-def gap_bytes(layers: Sequence[ExpertLayer]) -> int:
-    """Return what `place_lent` may have to leave between slots of different sizes."""
-    sizes = {layer.expert_bytes for layer in layers}
-    return sum(sizes) - max(sizes, default=0)
 
 
 @dataclass(frozen=True, slots=True)

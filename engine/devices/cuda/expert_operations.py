@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.devices import graph as ops
 from engine.devices.cuda import fusion, kernels, operations, tiles
-from engine.devices.cuda.expert_layers import Streamed
+from engine.devices.cuda.expert_layers import PLACE_BYTES, Streamed
 from engine.devices.cuda.kernels import Asked, Combined, Routed
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Rows
 from engine.devices.cuda.places import Pass, Place
@@ -209,8 +209,7 @@ class _Experts:
         return Groups(*(p.rows(part).address for part in self.parts))
 
     def _in_slots(self, p: Pass) -> list[ExpertMatrix]:
-        layer = self.layer
-        return self._matrices(p, [p.base + layer.first_place(i) for i in range(3)], [layer.expert_bytes] * 3)
+        return self._matrices(p, [p.base + self.layer.matrix_offset(i) for i in range(3)], [PLACE_BYTES] * 3)
 
     def _matrices(self, p: Pass, addresses: Sequence[int], steps: Sequence[int]) -> list[ExpertMatrix]:
         """Return those of experts that lie so many bytes from one another, from these addresses on."""

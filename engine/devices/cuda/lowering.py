@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.devices import graph as ops
 from engine.devices.cuda import expert_operations, fusion, kernels, operations, sequence_operations, tiles
-from engine.devices.cuda.expert_layers import ExpertLayer, ExpertTables, Staging, Streamed, place_kept, place_lent
+from engine.devices.cuda.expert_layers import ExpertLayer, ExpertTables, Staging, Streamed, place_slots
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import Layout, Pass, StepLayout, reserved_bytes
@@ -122,7 +122,7 @@ class Lowering:
         steps; or by those of long steps, and their ring.
         """
         layout, layers, staging = self.layout, self.experts.layers, self.staging
-        layout.n_bytes = shared = place_kept(layers, layout.n_bytes)
+        layout.n_bytes = shared = place_slots(layers, layout.n_bytes, lambda layer: layer.n_kept)
         self.staging_offset = self.staging_buffer_bytes = 0
         self.long_scratch = self.recorder.scratch_for(self.limits)
         self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
@@ -133,7 +133,8 @@ class Lowering:
         self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
         self.scratch = self.recorder.scratch_for(self.limits.up_to(staging.lends_from - 1))
         n_bytes = reserved_bytes(self.scratch.n_bytes)
-        self.scratch.offset = max(place_lent(layers, shared) + reserved_bytes(0), layout.n_bytes - n_bytes)
+        lent_end = place_slots(layers, shared, lambda layer: layer.n_slots)
+        self.scratch.offset = max(lent_end + reserved_bytes(0), layout.n_bytes - n_bytes)
         layout.n_bytes = self.scratch.offset + n_bytes
 
 

@@ -13,14 +13,14 @@ from engine.devices.cuda.scratch import Need, Scratch
 from engine.devices.graph import Limits
 from engine.quants.formats import Activation, QuantFormat
 
-_ALIGNMENT = 256
+ALIGNMENT = 256
 
 
 class Layout:
     """Hands out places in one device allocation that does not exist yet."""
 
     def __init__(self) -> None:
-        self.n_bytes = _ALIGNMENT  # weight matrices need some bytes before them, see `launch.PADDING`
+        self.n_bytes = ALIGNMENT  # weight matrices need some bytes before them, see `launch.PADDING`
 
     def reserve(self, n_bytes: int) -> int:
         """Return the offset of a new place, with some bytes of nothing behind it."""
@@ -36,7 +36,7 @@ def reserved_bytes(n_bytes: int) -> int:
 
 def aligned(n_bytes: int) -> int:
     """Return so many bytes or a few more, such that what follows them is aligned for every kernel."""
-    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class StepLayout:

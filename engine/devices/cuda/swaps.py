@@ -115,7 +115,7 @@ class ExpertCopies:
             if buffer is not None:
                 _kernels.parallel_copy(address, buffer.address + at, source.nbytes, paths.n_threads)
                 address = buffer.address + at
-            to = paths.base + experts.slot_offset(i, copy.slot)
+            to = paths.base + experts.offsets[copy.slot] + experts.matrix_offset(i)
             self._stream.upload(to, address, source.nbytes)
             at += experts.slot_bytes[i]
         event.record(self._stream)
