@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
+from engine.devices.context_slots import ContextSlot
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated import Behaviour, EmulatedDevice
 from engine.devices.emulated.device import EmulatedProgram
@@ -47,12 +48,14 @@ class Setup:
     n_threads: int = 1
     swapper: type[Swapper] = Swapper
     n_lent: tuple[int, ...] = (0,)  # of the slots of each layer, to steps that stream experts
+    outlast: tuple[int, ...] = ()  # positions beyond which one more of the slots of every layer is lent to the context
 
 
 SETUPS = st.builds(
     Setup,
     n_slots=st.lists(st.integers(0, 64), min_size=1, max_size=8).map(tuple),
     n_lent=st.lists(st.integers(0, 12), min_size=1, max_size=3).map(tuple),
+    outlast=st.lists(st.integers(0, 50), max_size=5).map(tuple),
     policy=st.sampled_from(POLICIES),
     seed=st.integers(0, 2**32 - 1),
     adversarial=st.booleans(),
@@ -82,8 +85,11 @@ class Model:
         plan = plan_memory(self.footprint, MACHINE.vram_bytes, device.wish)
         n_slots = np.minimum(np.resize(np.array(setup.n_slots, np.intp), self.n_layers), self.n_experts)
         n_kept = np.maximum(n_slots - np.resize(np.array(setup.n_lent, np.intp), self.n_layers), 0)
+        first_to_last = sorted(setup.outlast, reverse=True)
+        in_contexts = [ContextSlot(la, 0, 0, n) for la in range(self.n_layers) for n in first_to_last[: n_slots[la]]]
+        n_kept = np.minimum(n_kept, np.maximum(n_slots - len(first_to_last), 0))
         lowered = Lowering(self.loaded.graph, self.weights, LIMITS, setup.n_threads, device.cpu.isa)
-        plan = replace(plan, n_slots=n_slots, n_kept=n_kept)
+        plan = replace(plan, n_slots=n_slots, n_kept=n_kept, context_slots=tuple(in_contexts))
         program = EmulatedProgram(device, lowered, self.footprint, plan, setup.bypass_n_tokens)
         cache = HotCache(
             program,

@@ -73,8 +73,14 @@ class FakeSlots:
             assert self.contents.get((layer, slot)) == expert, "an expert is published before its copy is done"
         self.where[layer, expert] = slot
 
-    def usable_slots(self, n_tokens: int) -> np.ndarray:
-        return self.n_kept if n_tokens >= self.lends_from else self.n_slots
+    def usable_slots(self, n_tokens: int, n_positions: int) -> np.ndarray:
+        """As if each position took a slot of each layer more, as far as there are any that are not kept."""
+        if n_tokens >= self.lends_from:
+            return self.n_kept
+        return np.maximum(self.n_slots - n_positions, self.n_kept) if n_positions else self.n_slots
+
+    def longest_after(self, positions: np.ndarray, slots: np.ndarray) -> int:
+        return 0
 
     def wait_all(self) -> None:
         self.n_calls += 1
@@ -82,8 +88,9 @@ class FakeSlots:
 
     # -- what the outside world does --------------------------------------------------------------------------------
 
-    def start_step(self, chosen: np.ndarray) -> list[bool]:
+    def start_step(self, chosen: np.ndarray, n_positions: int = 0) -> list[bool]:
         """Start a step that reads these experts ([n_layers, n_used]); return which of them come from slots."""
+        self._lend(self.usable_slots(1, n_positions))
         slots = [(layer, int(self.where[layer, e])) for layer, row in enumerate(chosen) for e in row]
         for (layer, slot), expert in zip(slots, chosen.reshape(-1), strict=True):
             assert slot < 0 or self.contents[layer, slot] == expert, "a step reads another expert's bytes"
@@ -92,13 +99,18 @@ class FakeSlots:
 
     def start_long_step(self) -> None:
         """Start a step that uses the memory of all slots but those that are kept."""
-        lent = [(layer, slot) for layer, n in enumerate(self.n_slots) for slot in range(self.n_kept[layer], n)]
+        lent = self._lend(self.n_kept)
+        kept = [(layer, int(slot)) for layer, row in enumerate(self.where) for slot in row if slot >= 0]
+        self.steps.append(Work((*lent, *kept)))
+
+    def _lend(self, n_usable: np.ndarray) -> list[tuple[int, int]]:
+        """Empty all slots but the first ones of each layer; return them."""
+        lent = [(layer, slot) for layer, n in enumerate(self.n_slots) for slot in range(n_usable[layer], n)]
         assert not any((self.where[layer] == slot).any() for layer, slot in lent), "a published slot is lent"
         assert not any(copy.what[:2] in lent for copy in self.copies), "a slot is lent while something is copied there"
         for slot in lent:
             self.contents.pop(slot, None)
-        kept = [(layer, int(slot)) for layer, row in enumerate(self.where) for slot in row if slot >= 0]
-        self.steps.append(Work((*lent, *kept)))
+        return lent
 
     def end_steps(self) -> None:
         """Let all steps end, and no copy."""

@@ -68,8 +68,11 @@ many_slots = st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_L
     pace=st.sampled_from([0.1, 0.5, 1.0]),
     in_flight=st.integers(1, 9),
     lent=st.integers(0, 4),
+    grows=st.booleans(),
 )
-def test_no_slot_is_read_too_early_or_overwritten_too_soon(slots, seed, policy, failing, pace, in_flight, lent) -> None:
+def test_no_slot_is_read_too_early_or_overwritten_too_soon(
+    slots, seed, policy, failing, pace, in_flight, lent, grows
+) -> None:
     """The fake device asserts both; here we check the books around it, and that hits are counted as they happened."""
     kept = [max(n - lent, 0) for n in slots]
     cache, device = make_cache(slots, seed, policy, failing, kept=kept, max_in_flight=in_flight, bypass_n_tokens=LONG)
@@ -78,12 +81,13 @@ def test_no_slot_is_read_too_early_or_overwritten_too_soon(slots, seed, policy, 
     for i in range(25):
         is_long = i == 0 or rng.random() < 0.2
         routing = tokens(rng, LONG if is_long else 1)
-        cache.make_room(routing.shape[1])
+        n_positions = int(rng.integers(lent + 1)) if grows else 0
+        cache.make_room(routing.shape[1], n_positions)
         check(cache, device)
         if is_long:
             device.start_long_step()
         else:
-            served += sum(device.start_step(routing[:, 0]))
+            served += sum(device.start_step(routing[:, 0], n_positions))
             n_short += 1
         cache.observe(routing)
         device.finish(pace)
@@ -110,9 +114,9 @@ def test_an_interrupt_at_any_line_leaves_a_cache_that_goes_on(slots, lent, seed,
         routing = tokens(rng, LONG if i % 5 < 2 else 1)
         try:
             with interrupter:
-                cache.make_room(routing.shape[1])
+                cache.make_room(routing.shape[1], 0)
         except KeyboardInterrupt:
-            cache.make_room(routing.shape[1])
+            cache.make_room(routing.shape[1], 0)
             check(cache, device)
         if routing.shape[1] == LONG:
             device.start_long_step()
@@ -138,7 +142,7 @@ def test_lent_slots_come_back_when_no_step_needs_them_and_are_filled_at_once() -
 
     def run(n_tokens: int) -> None:
         routing = tokens(rng, n_tokens)
-        cache.make_room(n_tokens)
+        cache.make_room(n_tokens, 0)
         if n_tokens >= LONG:
             device.start_long_step()
         else:
@@ -164,12 +168,12 @@ def test_lent_slots_come_back_when_no_step_needs_them_and_are_filled_at_once() -
     assert cache.table.ready.sum(1).tolist() == [4, 4, 2, 0]
     kept, lent = residents()
     assert len(lent) == 5
-    cache.make_room(LONG)
+    cache.make_room(LONG, 0)
     check(cache, device)
     assert residents() == [kept, set()]
-    cache.make_room(LONG)
+    cache.make_room(LONG, 0)
     device.start_long_step()
-    cache.make_room(1)
+    cache.make_room(1, 0)
     assert residents() == [kept, set()]
     run(1)
     assert cache.table.ready.sum(1).tolist() == [4, 4, 2, 0]
@@ -178,12 +182,12 @@ def test_lent_slots_come_back_when_no_step_needs_them_and_are_filled_at_once() -
 def test_a_first_fill_that_is_not_over_ends_when_slots_are_lent() -> None:
     cache, device = make_cache([4] * N_LAYERS, 1, kept=[1] * N_LAYERS, bypass_n_tokens=4, max_in_flight=2)
     rng = np.random.default_rng(1)
-    cache.make_room(4)
+    cache.make_room(4, 0)
     cache.observe(tokens(rng, 4))  # it fills the slots, and needs none of their memory
-    cache.make_room(1)
+    cache.make_room(1, 0)
     cache.observe(tokens(rng, 1))  # from now on a prompt fills no slots
     for n_tokens, n_ready in ((LONG, 1), (1, 4)):
-        cache.make_room(n_tokens)
+        cache.make_room(n_tokens, 0)
         cache.observe(tokens(rng, n_tokens))
         for _ in range(20):
             device.finish(1.0)
@@ -203,7 +207,7 @@ def test_an_expert_on_its_way_into_a_slot_that_is_lent_is_given_up(is_copying: b
         device.end_steps()
     cache.step(0.0)
     assert len(device.copies) == (3 if is_copying else 0)
-    cache.make_room(LONG)
+    cache.make_room(LONG, 0)
     device.start_long_step()
     check(cache, device)
     device.finish(1.0)

@@ -173,7 +173,7 @@ def _facts_with_gpu(
     }
     if footprint.n_experts:
         facts |= {
-            "expert_slots_of_a_layer": _slots(plan),
+            "expert_slots_of_a_layer": _slots(plan, footprint.context_length),
             "share_of_experts_in_VRAM": plan.slot_bytes / footprint.expert_total_bytes,
             "share_of_reads_from_VRAM_expected": chosen.hit_rate,
         }
@@ -197,8 +197,10 @@ def _ram_facts(weight_bytes: int, state_bytes: int, scratch_bytes: int) -> Facts
     }
 
 
-def _slots(plan: MemoryPlan) -> str:
+def _slots(plan: MemoryPlan, context_length: int) -> str:
     text = f"{_range(plan.n_slots)} of {plan.n_experts}"
+    if plan.context_slots:
+        text += f", {_range(plan.usable.of(False, context_length))} in a full context"
     return f"{text}, {_range(plan.n_kept)} while a long prompt runs" if plan.lent_bytes else text
 
 

@@ -125,13 +125,15 @@ def predict_wish(
     Raises `DeviceError` if the model does not fit.
     """
     plan = plan_memory(footprint, allowed_bytes, wish)
-    is_whole = plan.n_slots >= plan.n_experts
-    if (is_whole | (plan.n_slots == 0)).all():  # there is nothing to swap
+    n_slots = plan.usable.of(False, position + 1)
+    is_whole = n_slots >= plan.n_experts
+    if (is_whole | (n_slots == 0)).all():  # there is nothing to swap
         rates, loads = is_whole.astype(np.float64), np.zeros(len(is_whole))
     else:
-        nothing = replace(plan, n_slots=np.zeros_like(plan.n_slots), n_kept=np.zeros_like(plan.n_slots))
+        no_slots = np.zeros_like(n_slots)
+        nothing = replace(plan, n_slots=no_slots, n_kept=no_slots, context_slots=())
         token_s = _prediction(machine, footprint, nothing, position, wish, policy, *np.zeros((2, len(is_whole)))).step
-        rates, loads = _replayed(machine, footprint, plan, trace, policy, token_s.total_s, progress)
+        rates, loads = _replayed(machine, footprint, n_slots, trace, policy, token_s.total_s, progress)
     return _prediction(machine, footprint, plan, position, wish, policy, rates, loads)
 
 
@@ -147,19 +149,19 @@ def _named(wish: Wish, policy: str) -> tuple[str, str]:
 def _replayed(
     machine: Machine,
     footprint: Footprint,
-    plan: MemoryPlan,
+    n_slots_of_model: npt.NDArray[np.intp],
     trace: Trace,
     policy: str,
     token_s: float,
     progress: Callable[[int], object] | None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return hit rates and loads a token of each of the model's layers, from a replay at the same share of slots."""
-    n_layers = len(plan.n_slots)
+    n_layers, n_experts = len(n_slots_of_model), footprint.n_experts
     # Which of the trace's layers stands for which of the model's, by depth.
     stands_for = np.arange(trace.n_layers) * n_layers // trace.n_layers
-    share = plan.n_slots[stands_for] / plan.n_experts
+    share = n_slots_of_model[stands_for] / n_experts
     n_slots = np.floor(share * trace.n_experts).astype(np.intp)
-    sizes = np.maximum(footprint.expert_bytes[stands_for] * plan.n_experts // trace.n_experts, 1)
+    sizes = np.maximum(footprint.expert_bytes[stands_for] * n_experts // trace.n_experts, 1)
     budget = machine.bandwidths.pcie * SWAP_SHARE * token_s * trace.n_layers / n_layers
     text = policy
     if policy == "adaptive" and np.isfinite(machine.bandwidths.break_even):

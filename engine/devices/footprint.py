@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.graph import Graph, Limits, Weight
+from engine.devices.graph import Graph, KVType, Limits, Weight
 from engine.devices.intervals import Interval, plan_offsets
 from engine.devices.timing import Bandwidths, streaming_pays_from
 
@@ -38,6 +38,9 @@ class Footprint:
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
         recurrent_bytes: states of one sequence.
         state_bytes: keys, values and states of all sequences.
+        context_length: positions that a sequence may have.
+        stretches: of memory that fill up as sequences grow: the bytes of a position's keys or values (without scales),
+            for each layer, keys first, and each sequence.
         scratch_bytes: intermediate results of steps that take no memory from slots: of short ones, or if none streams
             experts, of all.
         long_scratch_bytes: those of steps of any length, if some stream experts; else 0.
@@ -55,6 +58,8 @@ class Footprint:
     window_bytes: float
     recurrent_bytes: int
     state_bytes: int
+    context_length: int
+    stretches: tuple[int, ...]
     scratch_bytes: int
     long_scratch_bytes: int
     max_tokens: int
@@ -109,6 +114,13 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
         window_bytes=window,
         recurrent_bytes=recurrent,
         state_bytes=all_positions + recurrent * limits.n_slots,
+        context_length=limits.context_length,
+        stretches=tuple(
+            n_bytes
+            for cache in graph.kv_caches
+            for n_bytes in position_rows(cache, limits.kv_type)
+            for _ in range(limits.n_slots)
+        ),
         scratch_bytes=_scratch_bytes(graph, others),
         long_scratch_bytes=_scratch_bytes(graph, limits) if streams else 0,
         max_tokens=limits.max_tokens,
@@ -123,6 +135,13 @@ def _dense_weights(graph: Graph) -> list[Weight]:
         elif isinstance(op, ops.HeadLinear):
             found[op.weight.name, op.weight.first_row] = op.weight
     return list(found.values())
+
+
+def position_rows(cache: ops.KVCache, kv_type: KVType) -> tuple[int, ...]:
+    """Return the bytes of the keys of one position, and of its values if there are any; without scales."""
+    dims = (cache.head_dim,) if cache.values_in_keys else (cache.head_dim, cache.value_dim)
+    size = {KVType.F32: 4, KVType.F16: 2, KVType.Q8_0: 1}[kv_type]
+    return tuple(cache.n_kv_heads * dim * size for dim in dims)
 
 
 def _kv_bytes(cache: ops.KVCache, limits: Limits, n_slots: int, n_positions: int) -> int:

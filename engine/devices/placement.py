@@ -1,19 +1,20 @@
 """Plans the memory of a device before anything is allocated: what must be there first, expert slots from the rest.
 
 Steps of many tokens need room for their intermediate results, and staging buffers for the experts without a slot, all
-others do not: their own results, of few tokens, and slots that are lent, the last ones of each layer, lie in the same
-memory.
+others do not: their own results, of few tokens, and slots that are lent lie in the same memory. More slots are in that
+of keys and values which no sequence has reached (`context_slots`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.devices.context_slots import ContextSlot, UsableSlots, place_in_context
 from engine.devices.footprint import Footprint
 from engine.errors import DeviceError
 
@@ -42,8 +43,10 @@ class MemoryPlan:
         state_bytes: keys, values and recurrent states.
         scratch_bytes: intermediate results of short steps; of all if none streams experts.
         streaming_bytes: those of long steps, and the buffers that experts pass through; 0 if none do.
-        n_slots: expert slots of each MoE layer.
-        n_kept: those of them that are there in long steps, too; the others share the memory of these.
+        n_slots: expert slots of each MoE layer: those that are kept, those that share the memory of long steps, and
+            those in the memory of contexts.
+        n_kept: those of them, the first ones, that are there in any step.
+        context_slots: those, the last ones of each layer, that lie in the memory of keys and values.
         expert_bytes: int64 [n_moe_layers], the size of each of them.
         n_experts: of each layer.
         allowed_bytes: what may be used.
@@ -58,6 +61,7 @@ class MemoryPlan:
     expert_bytes: npt.NDArray[np.int64]
     n_experts: int
     allowed_bytes: int
+    context_slots: tuple[ContextSlot, ...] = ()
 
     @property
     def slot_bytes(self) -> int:
@@ -65,9 +69,14 @@ class MemoryPlan:
         return int((self.n_slots * self.expert_bytes).sum())
 
     @property
+    def context_bytes(self) -> int:
+        """Return the bytes of the slots in the memory of keys and values."""
+        return sum(int(self.expert_bytes[slot.layer]) for slot in self.context_slots)
+
+    @property
     def lent_bytes(self) -> int:
-        """Return the bytes of the slots that are not there in long steps."""
-        return int(((self.n_slots - self.n_kept) * self.expert_bytes).sum())
+        """Return the bytes of the slots in the memory of long steps."""
+        return int(((self.n_slots - self.n_kept) * self.expert_bytes).sum()) - self.context_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -77,20 +86,27 @@ class MemoryPlan:
     @property
     def n_bytes(self) -> int:
         """Return the bytes of everything."""
-        return self.dense_bytes + self.state_bytes + self.slot_bytes - self.lent_bytes + self.shared_bytes
+        kept = int((self.n_kept * self.expert_bytes).sum())
+        return self.dense_bytes + self.state_bytes + kept + self.shared_bytes
+
+    @property
+    def usable(self) -> UsableSlots:
+        """Return how many slots of each layer steps leave alone."""
+        return UsableSlots(self.n_kept, self.n_slots, self.context_slots)
 
     def describe(self) -> str:
         """Return one line: who gets how much."""
-        lent = self.lent_bytes
+        lent, borrowed = self.lent_bytes, self.context_bytes
         parts = {
             "dense weights": self.dense_bytes,
             "keys, values and states": self.state_bytes,
             "intermediate results": self.scratch_bytes,
             "what else long prompts need": self.shared_bytes - self.scratch_bytes - lent,
-            "expert slots": self.slot_bytes,
+            "expert slots": self.slot_bytes - borrowed,
         }
         shares = ", ".join(f"{name} {n / 1e9:.3g}" for name, n in parts.items() if n > 0)
         lending = f", {lent / 1e9:.3g} of them lent to long prompts" if lent else ""
+        lending += f"; {borrowed / 1e9:.3g} more of slots where no context has come yet" if borrowed else ""
         return f"{self.n_bytes / 1e9:.3g} of {self.allowed_bytes / 1e9:.3g} GB of VRAM: {shares}{lending}"
 
 
@@ -142,7 +158,7 @@ def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_by
         return _whole_layers(plan, wish.n_cpu_moe, n_layers, n_experts, allowed_bytes)
     if everything.n_bytes <= allowed_bytes and (wish.hot_k is None or wish.hot_k >= n_experts):
         return everything
-    made = _lending(plan, nothing, wish.hot_k)
+    made = _with_context_slots(_lending(plan, nothing, wish.hot_k), footprint, wish.hot_k)
     if wish.hot_k is not None and made.n_slots.min(initial=n_experts) < min(wish.hot_k, n_experts):
         raise DeviceError(
             f"moe.hot_k is {wish.hot_k}, and {_gigabytes(allowed_bytes)} of VRAM hold {int(made.n_slots.min())} "
@@ -166,6 +182,14 @@ def _lending(plan: Planner, nothing: MemoryPlan, most: int | None) -> MemoryPlan
         for n_bytes in (nothing.shared_bytes, nothing.scratch_bytes)
     )
     return plan(n_slots, np.minimum(n_kept, n_slots))
+
+
+def _with_context_slots(plan: MemoryPlan, footprint: Footprint, most: int | None) -> MemoryPlan:
+    """Return the plan with as many slots more as contexts have room for, `most` of a layer in all."""
+    most = plan.n_experts if most is None else min(most, plan.n_experts)
+    slots = place_in_context(footprint.stretches, footprint.context_length, plan.expert_bytes, plan.n_slots, most)
+    n_more = np.bincount([slot.layer for slot in slots], minlength=len(plan.n_slots))
+    return replace(plan, n_slots=plan.n_slots + n_more, context_slots=slots)
 
 
 def _gigabytes(n_bytes: int) -> str:

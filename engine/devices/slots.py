@@ -36,12 +36,20 @@ class SlotDevice(Protocol):
         """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
         ...
 
-    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
-        """Return how many slots of each layer, the first ones, a step of so many tokens leaves alone.
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.intp]:
+        """Return how many slots of each layer, the first ones, a step leaves alone.
 
-        The others are lent to it: whatever is in them is lost. No expert may be published there when the step begins,
-        nor be copied there before it is over.
+        The others are lent to it, or to the context: whatever is in them is lost. No expert may be published there when
+        the step begins, nor be copied there before it is over.
+
+        Args:
+            n_tokens: of the step.
+            n_positions: of the longest sequence after it.
         """
+        ...
+
+    def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
+        """Return how many tokens the longest sequence has after a step with tokens there; slots: of sequences."""
         ...
 
     def wait_all(self) -> None:

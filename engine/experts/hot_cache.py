@@ -54,6 +54,7 @@ class HotCache:
     """Keeps the experts that are chosen most in the slots of a device.
 
     Attributes:
+        device: has the slots.
         table: who is in which slot.
         policy: decides who should be.
         counts: int64 [n_layers, n_experts], all choices since the start, for a profile.
@@ -87,7 +88,7 @@ class HotCache:
                 by that heat or by all that it chose.
             max_in_flight: swaps under way at most.
         """
-        self._device, self.table, self.policy, self._budget = device, table, policy, budget
+        self.device, self.table, self.policy, self._budget = device, table, policy, budget
         self._bypass_n_tokens, self._prompt_seeds_heat = bypass_n_tokens, prompt_seeds_heat
         self._swapper = Swapper(device, table, max_in_flight)
         self._n_experts = table.held.shape[1]
@@ -206,15 +207,19 @@ class HotCache:
         self._budget.spend(int(self.table.expert_bytes[swaps.layers].sum()))
         return self._advance(swaps)
 
-    def make_room(self, n_tokens: int) -> None:
-        """Get ready for a step of so many tokens, right before it: lend it the slots whose memory it needs.
+    def make_room(self, n_tokens: int, n_positions: int) -> None:
+        """Get ready for a step, right before it: lend it the slots whose memory it needs.
 
         They come back before the first step that does not need it, so that the parts of a prompt find them lent; then
         they are free, and filled as free slots are.
+
+        Args:
+            n_tokens: of the step.
+            n_positions: of the longest sequence after it.
         """
         if self._interrupted:
             self.recover()
-        n_usable = self._device.usable_slots(n_tokens)
+        n_usable = self.device.usable_slots(n_tokens, n_positions)
         if np.array_equal(n_usable, self.table.n_usable):
             return
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Limits, Program
+from engine.devices.graph import Limits, Program, SavingProgram
 from engine.devices.slots import ClockedProgram
 from engine.experts.hot_cache import HotCache
 from engine.experts.steering import Steering
@@ -77,8 +77,7 @@ class WatchedProgram:
         if self._steering is not None:
             self._steering.begin_step(len(token_ids))
         if self._cache is not None:
-            with self._settling:
-                self._cache.make_room(len(token_ids))
+            self._make_room(self._cache, positions, slots)
             if self._thread is not None:
                 self._cache.publish_arrivals()  # what the thread publishes while this step runs comes too late for it
         resident = None if self._cache is None else self._cache.resident()
@@ -102,6 +101,17 @@ class WatchedProgram:
         if self._thread is None:
             self.settle()
         return logits
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put a saved sequence back, see `graph.SavingProgram`: it needs memory as a step that ends there does."""
+        assert isinstance(self._program, SavingProgram)
+        if self._cache is not None and n_tokens:
+            self._make_room(self._cache, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
+        self._program.load_sequence(slot, n_tokens, saved)
+
+    def _make_room(self, cache: HotCache, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
+        with self._settling:
+            cache.make_room(len(positions), cache.device.longest_after(positions, slots))
 
     def settle(self) -> None:
         """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""

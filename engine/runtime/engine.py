@@ -345,7 +345,7 @@ class Engine(Answering):
         try:
             with self._turn():
                 lease.begin()
-                program.load_sequence(lease.slot, len(saved.token_ids), saved.state)
+                self._caching.program.load_sequence(lease.slot, len(saved.token_ids), saved.state)
                 lease.commit(saved.token_ids)
         except BaseException:
             lease.close()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
+from engine.devices.context_slots import SequenceLengths, UsableSlots
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.elementwise import fetch
@@ -30,7 +31,7 @@ from engine.devices.cuda.swaps import Copy, ExpertCopies
 from engine.devices.footprint import lends_from, measure
 from engine.devices.graph import Graph as ForwardGraph
 from engine.devices.graph import Limits, Rows, WeightAccess
-from engine.devices.placement import STAGED_EXPERTS, Wish, plan_memory
+from engine.devices.placement import STAGED_EXPERTS, MemoryPlan, Wish, plan_memory
 from engine.devices.slots import Ticket
 from engine.devices.timing import CPU_MACS, Bandwidths, LayerTimes
 from engine.errors import RequestError
@@ -103,7 +104,8 @@ class CUDADevice:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
         speeds = self.bandwidths or self._measure_speeds()
-        return CUDAProgram(self, self._fit(graph, weights, limits, speeds), weights, speeds)
+        lowering, plan = self._fit(graph, weights, limits, speeds)
+        return CUDAProgram(self, lowering, plan.usable, weights, speeds)
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
@@ -121,7 +123,9 @@ class CUDADevice:
         cpu_macs = self.n_threads * CPU_MACS[self.isa or _kernels.isa_levels()[-1]]
         return min(measure(graph, limits).streaming_pays_from(speeds, cpu_macs), limits.max_tokens)
 
-    def _fit(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths) -> Lowering:
+    def _fit(
+        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths
+    ) -> tuple[Lowering, MemoryPlan]:
         """Plan the memory, with as many expert slots as asked for or as fit."""
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
@@ -148,11 +152,9 @@ class CUDADevice:
             footprint = replace(footprint, scratch_bytes=behind_slots, long_scratch_bytes=scratch_bytes)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_kept < bare.experts.n_experts).any())
-        lowering = Lowering(
-            graph, weights, limits, plan.n_slots.tolist(), plan.n_kept.tolist(), staging if streams else None
-        )
+        lowering = Lowering(graph, weights, limits, plan, staging if streams else None)
         assert lowering.layout.n_bytes <= allowed
-        return lowering
+        return lowering, plan
 
     @staticmethod
     def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
@@ -212,6 +214,7 @@ class CUDAProgram:
         self,
         device: CUDADevice,
         lowering: Lowering,
+        usable: UsableSlots,
         weights: WeightAccess,
         bandwidths: Bandwidths,
     ) -> None:
@@ -236,8 +239,8 @@ class CUDAProgram:
         self._n_single_tokens = 0
         self._n_tokens = 0
         self._rows_of_routing = 1
-        self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
-        self._n_kept = np.array([layer.n_kept for layer in lowering.experts.layers], np.intp)
+        self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
+        self._n_slots = usable.of(False, 0)
         n_layers, n_experts, n_used = len(lowering.experts.layers), lowering.experts.n_experts, lowering.experts.n_used
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
@@ -303,15 +306,20 @@ class CUDAProgram:
         failed; after a failure of the CPU's share the program can be used on.
         """
         self._check(token_ids, positions, slots, output_rows)
-        usable = self.usable_slots(len(token_ids))
-        if usable is not self._n_slots:
-            assert (self._slot_of < usable[:, None]).all(), "the step needs the memory of an expert that is published"
+        self._take_memory(len(token_ids), positions, slots)
         self._context.make_current()
         self._n_begun += 1
         try:
             return self._run(token_ids, positions, slots, output_rows)
         finally:
             self._n_over = self._n_begun
+
+    def _take_memory(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
+        """Note that a step uses the memory of the slots that it does not leave alone."""
+        usable = self.usable_slots(n_tokens, self.longest_after(positions, slots))
+        if usable is not self._n_slots:
+            assert (self._slot_of < usable[:, None]).all(), "the step needs the memory of an expert that is published"
+        self._lengths.note(positions, slots)
 
     def _run(
         self,
@@ -400,6 +408,8 @@ class CUDAProgram:
         needed = sum(n_bytes for _, n_bytes in parts)
         if saved.size != needed:
             raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
+        if n_tokens:
+            self._take_memory(1, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
         self._upload(parts, saved)
 
     def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
@@ -450,10 +460,14 @@ class CUDAProgram:
         """Return the slots of each MoE layer."""
         return self._n_slots
 
-    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
-        """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.intp]:
+        """Return those that a step leaves alone: the first ones of each layer."""
         staging = self._lowering.staging
-        return self._n_kept if staging is not None and n_tokens >= staging.lends_from else self._n_slots
+        return self._usable.of(staging is not None and n_tokens >= staging.lends_from, n_positions)
+
+    def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
+        """Return how many tokens the longest sequence has after a step with tokens there."""
+        return self._lengths.longest_after(positions, slots)
 
     @property
     def n_experts(self) -> int:
@@ -545,10 +559,11 @@ class CUDAProgram:
         if staging is None:
             return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
         size = staging.n_buffers * lowering.staging_buffer_bytes
+        n_lent = sum(layer.n_own - layer.n_kept for layer in lowering.experts.layers)
         return (
             f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
             f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "
-            f"in memory that holds {int((self._n_slots - self._n_kept).sum())} experts in between"
+            f"in memory that holds {n_lent} experts in between"
         )
 
     def _prepare_steps(self, exchange: Exchange | None, progress: Progress | None) -> None:

@@ -29,13 +29,15 @@ class ExpertLayer:
     Attributes:
         op: the operation.
         n_slots: how many there are.
-        n_kept: those of them, the first ones, that exist in steps that stream experts, too.
+        n_own: those of them, the first ones, that do not lie in the memory of contexts.
+        n_kept: those of these that exist in steps that stream experts, too.
         slot_bytes: what each of the three matrices takes.
         offsets: of the slots, to be set by whoever lays them out.
     """
 
     op: ops.Experts
     n_slots: int
+    n_own: int
     n_kept: int
     slot_bytes: list[int] = field(init=False)
     offsets: list[int] = field(default_factory=list)

@@ -11,15 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from engine.devices import graph as ops
+from engine.devices.context_slots import ContextSlot
 from engine.devices.cuda import expert_operations, fusion, kernels, operations, sequence_operations, tiles
 from engine.devices.cuda.expert_layers import ExpertLayer, ExpertTables, Staging, Streamed, place_slots
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.places import Layout, Pass, StepLayout, reserved_bytes
+from engine.devices.cuda.places import Layout, Pass, StepLayout, aligned, reserved_bytes
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.cuda.scratch import Scratch
+from engine.devices.cuda.sequence_state import context_stretches
 from engine.devices.graph import Graph, Limits, WeightAccess
+from engine.devices.placement import MemoryPlan
 
 
 class Lowering:
@@ -44,8 +49,7 @@ class Lowering:
         graph: Graph,
         weights: WeightAccess,
         limits: Limits,
-        n_slots: Sequence[int] | None = None,
-        n_kept: Sequence[int] | None = None,
+        plan: MemoryPlan | None = None,
         staging: Staging | None = None,
     ) -> None:
         """Plan the memory.
@@ -54,16 +58,14 @@ class Lowering:
             graph: the forward pass.
             weights: of the model.
             limits: of a step.
-            n_slots: expert slots of each MoE layer; None for none anywhere.
-            n_kept: how many of them exist in long steps, too; None for all.
-            staging: the ring for those steps, without which there are none.
+            plan: of the memory, with the expert slots; None for none anywhere.
+            staging: the ring for long steps, without which there are none.
         """
         self.limits = limits
         self.staging = staging
         self.layout = Layout()
         self.step = StepLayout(self.layout, limits.max_tokens)
-        layers = _expert_layers(graph, n_slots, n_kept)
-        assert staging is not None or all(layer.n_kept == layer.n_slots for layer in layers)
+        layers = _expert_layers(graph, plan)
         self.experts = ExpertTables(layers, self.layout, limits.max_tokens, staging.at_once if staging else 1)
         self.recorder = Recorder(weights, limits, self.layout, self.experts)
 
@@ -75,7 +77,7 @@ class Lowering:
         assert graph.logits is not None
         self.recorder.index = len(graph.operations)
         self._logits = self.recorder.use(graph.logits).need
-        self._place_scratch_and_slots()
+        self._place_scratch_and_slots(() if plan is None else plan.context_slots)
         self.n_vocab = graph.logits.width
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
@@ -115,8 +117,8 @@ class Lowering:
         made = Pass(self.limits, self.step, self.scratch_of(most), most, base, staging=buffers)
         return self.recorder.launches(made)
 
-    def _place_scratch_and_slots(self) -> None:
-        """Lay out what comes after weights and states.
+    def _place_scratch_and_slots(self, context_slots: Sequence[ContextSlot]) -> None:
+        """Lay out what comes after weights and states, and the slots in the memory of contexts.
 
         Behind the kept slots lies memory that is used in two ways: by lent slots, and the intermediate results of short
         steps; or by those of long steps, and their ring.
@@ -124,26 +126,30 @@ class Lowering:
         layout, layers, staging = self.layout, self.experts.layers, self.staging
         layout.n_bytes = shared = place_slots(layers, layout.n_bytes, lambda layer: layer.n_kept)
         self.staging_offset = self.staging_buffer_bytes = 0
-        self.long_scratch = self.recorder.scratch_for(self.limits)
+        self.scratch = self.long_scratch = self.recorder.scratch_for(self.limits)
         self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
-        if staging is None:
-            self.scratch = self.long_scratch
-            return
-        self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
-        self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
-        self.scratch = self.recorder.scratch_for(self.limits.up_to(staging.lends_from - 1))
-        n_bytes = reserved_bytes(self.scratch.n_bytes)
-        lent_end = place_slots(layers, shared, lambda layer: layer.n_slots)
-        self.scratch.offset = max(lent_end + reserved_bytes(0), layout.n_bytes - n_bytes)
-        layout.n_bytes = self.scratch.offset + n_bytes
+        if staging is not None:
+            self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
+            self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
+            self.scratch = self.recorder.scratch_for(self.limits.up_to(staging.lends_from - 1))
+            n_bytes = reserved_bytes(self.scratch.n_bytes)
+            lent_end = place_slots(layers, shared, lambda layer: layer.n_own)
+            self.scratch.offset = max(lent_end + reserved_bytes(0), layout.n_bytes - n_bytes)
+            layout.n_bytes = self.scratch.offset + n_bytes
+        stretches = context_stretches(self.recorder.states, self.limits)
+        for slot in context_slots:
+            layers[slot.layer].offsets.append(aligned(stretches[slot.stretch][0] + slot.offset))
+        assert all(len(layer.offsets) == layer.n_slots for layer in layers)
 
 
-def _expert_layers(graph: Graph, n_slots: Sequence[int] | None, n_kept: Sequence[int] | None) -> list[ExpertLayer]:
-    """Return the layers that have experts, with slots as in `Lowering`."""
+def _expert_layers(graph: Graph, plan: MemoryPlan | None) -> list[ExpertLayer]:
+    """Return the layers that have experts, with the slots of a plan, or without any."""
     operations = [op for op in graph.operations if isinstance(op, ops.Experts)]
-    n_slots = [0] * len(operations) if n_slots is None else n_slots
-    n_kept = n_slots if n_kept is None else n_kept
-    return [ExpertLayer(*layer) for layer in zip(operations, n_slots, n_kept, strict=True)]
+    if plan is None:
+        return [ExpertLayer(op, 0, 0, 0) for op in operations]
+    n_own = plan.n_slots - np.bincount([slot.layer for slot in plan.context_slots], minlength=len(operations))
+    counts = zip(plan.n_slots.tolist(), n_own.tolist(), plan.n_kept.tolist(), strict=True)
+    return [ExpertLayer(op, *of_layer) for op, of_layer in zip(operations, counts, strict=True)]
 
 
 def _sum_and_norm(recorder: Recorder, two: fusion.SumAndNorm) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
+from engine.devices.footprint import position_rows
 from engine.devices.graph import KVCache, KVType, Limits, State
 
 Owners: TypeAlias = list[tuple[KVCache | State, int]]
@@ -21,8 +22,7 @@ def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iter
             yield _state_of(owner, offset, slot)
             continue
         start = offset
-        for row_bytes in _rows(owner, limits.kv_type):
-            position_bytes = owner.n_kv_heads * row_bytes
+        for position_bytes in _rows(owner, limits.kv_type):
             yield start + slot * limits.context_length * position_bytes, n_tokens * position_bytes
             start += limits.n_slots * limits.context_length * position_bytes
 
@@ -37,10 +37,23 @@ def _state_of(state: State, offset: int, slot: int) -> Part:
     return offset + slot * n_bytes, n_bytes
 
 
+def context_stretches(owners: Owners, limits: Limits) -> list[Part]:
+    """Return the memory of the keys or values of each sequence in each layer, in the order of `Footprint.stretches`."""
+    stretches: list[Part] = []
+    for cache, offset in owners:
+        if isinstance(cache, State):
+            continue
+        start = offset
+        for position_bytes in position_rows(cache, limits.kv_type):
+            n_bytes = limits.context_length * position_bytes
+            stretches += [(start + slot * n_bytes, n_bytes) for slot in range(limits.n_slots)]
+            start += limits.n_slots * n_bytes
+    return stretches
+
+
 def _rows(cache: KVCache, kv_type: KVType) -> Iterator[int]:
-    """Yield the bytes of a head of one position in each array of a cache, in the order of `cuda/kv_cache.cuh`."""
-    dims = (cache.head_dim,) if cache.values_in_keys else (cache.head_dim, cache.value_dim)
-    size = {KVType.F32: 4, KVType.F16: 2, KVType.Q8_0: 1}[kv_type]
-    yield from (dim * size for dim in dims)
+    """Yield the bytes of one position in each array of a cache, in the order of `cuda/kv_cache.cuh`."""
+    yield from position_rows(cache, kv_type)
     if kv_type == KVType.Q8_0:
-        yield from (2 * -(-dim // 32) for dim in dims)
+        dims = (cache.head_dim,) if cache.values_in_keys else (cache.head_dim, cache.value_dim)
+        yield from (cache.n_kv_heads * 2 * -(-dim // 32) for dim in dims)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from engine.devices.context_slots import SequenceLengths
 from engine.devices.cpu.device import CPUDevice, CPUProgram
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated.clock import Event, Timetable, VirtualClock
@@ -138,6 +139,7 @@ class EmulatedProgram:
         )
         self._tables = lowered.expert_tables
         self._memory = SlotMemory(self._tables, [int(n) for n in plan.n_slots], self._clock)
+        self._usable, self._lengths = plan.usable, SequenceLengths(self.limits.n_slots)
         self._stream_n_tokens = stream_n_tokens
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
@@ -171,8 +173,7 @@ class EmulatedProgram:
     ) -> npt.NDArray[np.float32]:
         """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
         self._memory.settle()
-        usable = self.usable_slots(len(positions)).tolist()
-        self._memory.lend(usable)
+        usable = self._lend(len(positions), positions, slots)
         cold = self._without_slot()
         if len(positions) >= self._stream_n_tokens and any(map(len, cold)):
             self._program.begin(token_ids, positions, slots, output_rows)
@@ -191,6 +192,13 @@ class EmulatedProgram:
         self._memory.note_lent(usable, self._last_reader.at)
         self._memory.settle()
         return logits
+
+    def _lend(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> list[int]:
+        """Take the memory of the slots that a step needs; return how many of each layer it leaves alone."""
+        usable: list[int] = self.usable_slots(n_tokens, self.longest_after(positions, slots)).tolist()
+        self._memory.lend(usable)
+        self._lengths.note(positions, slots)
+        return usable
 
     def _without_slot(self) -> list[npt.NDArray[np.intp]]:
         """Return the experts of each layer that steps read from RAM."""
@@ -246,6 +254,9 @@ class EmulatedProgram:
 
     def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_sequence` returned; raise `RequestError` if it does not fit."""
+        self._memory.settle()
+        if n_tokens:
+            self._lend(1, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
         self._program.load_sequence(slot, n_tokens, saved)
 
     def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
@@ -268,9 +279,13 @@ class EmulatedProgram:
         """Return the slots of each MoE layer."""
         return self.plan.n_slots
 
-    def usable_slots(self, n_tokens: int) -> npt.NDArray[np.intp]:
-        """Return those that a step of so many tokens leaves alone: the first ones of each layer."""
-        return self.plan.n_kept if n_tokens >= lends_from(self._stream_n_tokens) else self.plan.n_slots
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.intp]:
+        """Return those that a step leaves alone: the first ones of each layer."""
+        return self._usable.of(n_tokens >= lends_from(self._stream_n_tokens), n_positions)
+
+    def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
+        """Return how many tokens the longest sequence has after a step with tokens there."""
+        return self._lengths.longest_after(positions, slots)
 
     @property
     def n_experts(self) -> int:

@@ -132,7 +132,7 @@ class SlotMemory:
         return [[slot.expert for slot in slots if slot.is_published] for slots in self._slots]
 
     def lend(self, n_kept: Sequence[int]) -> None:
-        """Poison all slots of each layer but so many: a step that begins now uses their memory."""
+        """Poison all slots of each layer but so many: a step that begins now, or the context, uses their memory."""
         for layer, (slots, n) in enumerate(zip(self._slots, n_kept, strict=True)):
             for slot, record in enumerate(slots[n:], n):
                 if record.is_published:
@@ -141,7 +141,8 @@ class SlotMemory:
                     )
                 if (layer, slot) in self._under_way:
                     raise HazardError(f"layer {layer}: slot {slot} is lent while an expert is copied into it")
-                self._empty(layer, slot)
+                if record.expert >= 0:
+                    self._empty(layer, slot)
 
     def note_lent(self, n_kept: Sequence[int], until: float) -> None:
         """Note that a step uses the memory of all slots of each layer but so many until then."""
