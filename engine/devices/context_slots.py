@@ -101,18 +101,18 @@ class SequenceLengths:
 
     def __init__(self, n_slots: int) -> None:
         """Start with sequences that are empty."""
-        self._lengths = np.zeros(n_slots, np.int64)
+        self._lengths = [0] * n_slots
 
     def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
         """Return how long the longest one is after a step with these tokens."""
-        return int(self._after(positions, slots).max())
+        return max(self._after(positions, slots))
 
     def note(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         """Note a step. What a sequence held beyond its last token is forgotten: nobody goes back there."""
         self._lengths = self._after(positions, slots)
 
-    def _after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        lengths: npt.NDArray[np.int64] = self._lengths.copy()
-        lengths[slots] = 0
-        np.maximum.at(lengths, slots, positions + 1)
+    def _after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> list[int]:
+        lengths = self._lengths.copy()
+        for slot, last in dict(zip(slots.tolist(), positions.tolist(), strict=True)).items():
+            lengths[slot] = last + 1
         return lengths
