@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from model_runner import divergence
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.device import CUDAProgram
+from engine.devices.cuda.driver import probe
 from engine.devices.graph import Graph, KVType, Limits, Weight
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
@@ -323,3 +325,10 @@ def test_a_failing_allocation_frees_everything(small: Model, driver) -> None:
 def test_steps_that_do_not_fit_are_refused(step: tuple, message: str, small: Model) -> None:
     with small.open(hot_k=0) as opened, pytest.raises(RequestError, match=message):
         opened.program.run(*(np.array(values, np.int32) for values in step))
+
+
+def test_rows_too_long_for_a_gpu_are_an_error_that_says_so(small: Model, driver, monkeypatch) -> None:
+    little = replace(probe(), shared_bytes=1 << 10)
+    monkeypatch.setattr("engine.devices.cuda.device.probe", lambda index: little)
+    with pytest.raises(DeviceError, match=r"rows .* are too long for .* KB of shared memory, and there are 1; use a"):
+        small.open()

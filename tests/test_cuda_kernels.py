@@ -92,7 +92,7 @@ def test_linear_has_no_races(name: str) -> None:
 @pytest.mark.parametrize(("n_multiprocessors", "warps"), [(1, 4), (8, 2), (64, 1)])
 def test_a_block_takes_few_rows_where_there_are_few(n_multiprocessors: int, warps: int, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_MULTIPROCESSORS", n_multiprocessors)
-    assert kernels._row_warps(BY_NAME["F16"], 21) == warps  # the warps that check_linear's rows keep busy
+    assert kernels._row_warps(BY_NAME["F16"], 21, kernels.N_WARPS) == warps  # the warps that check_linear's rows keep busy
     check_linear(BY_NAME["F16"], 1, "race")
 
 
@@ -813,6 +813,24 @@ def test_attention_inputs_are_what_single_operations_make(mode: str, normalizes:
         assert memory[0, slots, positions] == pytest.approx(expected_k, rel=1e-5, abs=1e-6)
         assert same_bits(memory[1, slots, positions], v)
         assert (memory != 0).sum() == (memory[:, slots, positions] != 0).sum()
+
+
+@pytest.mark.parametrize(("name", "n_cols"), [("Q8_0", 25_600), ("Q5_1", 28_672), ("Q4_K", 28_672), ("F16", 20_480)])
+def test_rows_that_leave_room_for_fewer_warps(name: str, n_cols: int) -> None:
+    """The feed-forward networks of dense models, on GPUs with little shared memory."""
+    rng, emulator, weight_format, n_rows = np.random.default_rng(9), Emulator(), BY_NAME[name], 11
+    weights = aligned(random_weights(weight_format, n_rows, n_cols))
+    x = rng.standard_normal((1, n_cols)).astype(F32)
+    rows, out = activations(x, weight_format.activation), np.zeros((1, n_rows), F32)
+    matrices = [Matrix(emulator.at(weights), n_rows, emulator.rows(out))]
+    launch = kernels.linear(emulator.byte_rows(rows), n_cols, weight_format, matrices, 0, emulator.count(1))
+    assert launch.shared_bytes <= 99 << 10
+    emulator.run(launch)
+    expected = _kernels.matmul(weight_format.ggml_type, weights, x)
+    if weight_format.activation == Activation.F32:
+        assert out == pytest.approx(expected, rel=1e-4, abs=1e-2)
+    else:
+        assert same_bits(out, expected)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F16"])

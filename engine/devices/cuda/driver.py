@@ -81,6 +81,7 @@ class GPU:
         compute: compute capability.
         memory_bytes: memory of the card.
         n_multiprocessors: streaming multiprocessors.
+        shared_bytes: shared memory that a block may have.
         driver_version: CUDA version of the driver, 1000 * major + 10 * minor.
         display_timeout: whether kernels that run for seconds are stopped.
     """
@@ -90,6 +91,7 @@ class GPU:
     compute: tuple[int, int]
     memory_bytes: int
     n_multiprocessors: int
+    shared_bytes: int
     driver_version: int
     display_timeout: bool
 
@@ -140,6 +142,7 @@ def probe(index: int = 0) -> GPU:
         ),
         memory_bytes=int(call("cuDeviceTotalMem", device)),
         n_multiprocessors=attribute(device, "MULTIPROCESSOR_COUNT"),
+        shared_bytes=attribute(device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         driver_version=version,
         display_timeout=bool(attribute(device, "KERNEL_EXEC_TIMEOUT")),
     )

@@ -48,6 +48,7 @@ _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same ti
 _FLOAT_WARPS_WANTED = 2112
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
+_SHARED_BYTES = 99 << 10  # that every GPU has for a block
 
 
 class _Forms(ctypes.Structure):
@@ -129,11 +130,13 @@ def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens
     return min(nearby, key=wasted) if wanted <= most else most  # leaves the fewest lanes without work
 
 
-def _row_warps(weight_format: QuantFormat, n_wanted: int) -> int:
+def _row_warps(weight_format: QuantFormat, n_wanted: int, most: int) -> int:
     """Return how many warps of a block take rows: with float weights, whose rows are long, few for few rows."""
     if weight_format.activation != Activation.F32:
-        return N_WARPS
-    return next((n for n in (4, 2) if n_wanted >= n * _MULTIPROCESSORS), 1)
+        wanted = N_WARPS
+    else:
+        wanted = next((n for n in (4, 2) if n_wanted >= n * _MULTIPROCESSORS), 1)
+    return next((n for n in (4, 2) if n <= min(wanted, most)), 1)
 
 
 def _round_up_128(n_bytes: int) -> int:
@@ -219,11 +222,14 @@ def linear(
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
-    row_warps = _row_warps(weight_format, ceil_div(sum(m.n_rows for m in matrices), per_warp))
-    packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
-    shared = _records_bytes(weight_format.activation, n_cols, n_tokens) + row_warps * _warp_bytes(
-        weight_format, per_warp, n_cols
+    records, of_warp = (
+        _records_bytes(weight_format.activation, n_cols, n_tokens),
+        _warp_bytes(weight_format, per_warp, n_cols),
     )
+    n_wanted, most = ceil_div(sum(m.n_rows for m in matrices), per_warp), (_SHARED_BYTES - records) // of_warp
+    row_warps = _row_warps(weight_format, n_wanted, most)
+    packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
+    shared = records + row_warps * of_warp
     compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")
     first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
     if routed is not None:
