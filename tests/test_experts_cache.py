@@ -390,13 +390,15 @@ def test_a_cache_that_cannot_pay_says_why() -> None:
 
 
 def test_one_line_says_what_the_cache_does() -> None:
-    cache, device = make_cache([3, 3, 4, 4], 1, bypass_n_tokens=16)
+    cache, device = make_cache([3, 3, 4, 4], 1, kept=[3, 3, 3, 3], bypass_n_tokens=16)
     line = (
         "hot-expert cache: 3 to 4 of 10 experts in each of 4 layers (35%, 0.0 MB), about 84% hits expected; swaps may"
     )
     assert cache.describe().startswith(line)
     cache.observe(tokens(np.random.default_rng(0), 1))
     assert cache.describe().endswith("0% hits, 0.0 swaps a token")
+    cache.make_room(1, 1)
+    assert cache.describe().endswith("swaps a token; 2 slots are lent to the prompt or the context")
     off, _ = make_cache([0] * N_LAYERS, 1)
     assert off.describe().startswith("hot-expert cache off: no layer has a slot")
     off.observe(tokens(np.random.default_rng(0), 40))

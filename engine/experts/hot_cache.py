@@ -276,8 +276,9 @@ class HotCache:
         text += f"{size / 1e9:.2f} GB)" if size >= 1e9 else f"{size / 1e6:.1f} MB)"
         if not self._n_tokens:
             return f"{text}, about {expected_hit_rate(share):.0%} hits expected; {self._budget.describe()}"
-        found = self.statistics
-        return f"{text}, {found.hit_rate:.0%} hits, {found.n_loads / found.n_tokens:.1f} swaps a token"
+        found, n_lent = self.statistics, int((n_slots - self.table.n_usable).sum())
+        text += f", {found.hit_rate:.0%} hits, {found.n_loads / found.n_tokens:.1f} swaps a token"
+        return f"{text}; {n_lent} slots are lent to the prompt or the context" if n_lent else text
 
 
 # Of the adaptive policy on recorded chats with models of 30 to 120 billion parameters (the mean of two, and of made-up
