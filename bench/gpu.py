@@ -706,11 +706,10 @@ def _fill(bench: Bench, name: str, program: Any) -> None:
     """Put random experts into all slots that no step borrows memory from, as a swapper would."""
     rng, start, n_bytes = np.random.default_rng(1), time.perf_counter(), 0
     tickets = []
-    for layer, n_slots in enumerate(
-        program.usable_slots(program.limits.max_tokens, program.limits.context_length).tolist()
-    ):
-        if n_slots < program.n_experts:
-            for slot, expert in enumerate(rng.permutation(program.n_experts)[:n_slots].tolist()):
+    left = program.usable_slots(program.limits.max_tokens, program.limits.context_length)
+    for layer, slots in enumerate(map(np.flatnonzero, left)):
+        if len(slots) < program.n_experts:
+            for slot, expert in zip(slots.tolist(), rng.permutation(program.n_experts).tolist(), strict=False):
                 tickets.append((program.copy_expert(layer, expert, slot), layer, expert, slot))
                 n_bytes += int(program.expert_bytes[layer])
     program.wait_all()

@@ -85,9 +85,9 @@ class Model:
         plan = plan_memory(self.footprint, MACHINE.vram_bytes, device.wish)
         n_slots = np.minimum(np.resize(np.array(setup.n_slots, np.intp), self.n_layers), self.n_experts)
         n_kept = np.maximum(n_slots - np.resize(np.array(setup.n_lent, np.intp), self.n_layers), 0)
-        first_to_last = sorted(setup.outlast, reverse=True)
-        in_contexts = [ContextSlot(la, 0, 0, n) for la in range(self.n_layers) for n in first_to_last[: n_slots[la]]]
-        n_kept = np.minimum(n_kept, np.maximum(n_slots - len(first_to_last), 0))
+        longest_first = sorted(setup.outlast, reverse=True)
+        in_contexts = [ContextSlot(la, 0, 0, n) for la in range(self.n_layers) for n in longest_first[: n_slots[la]]]
+        n_kept = np.maximum(n_kept - len(longest_first), 0)
         lowered = Lowering(self.loaded.graph, self.weights, LIMITS, setup.n_threads, device.cpu.isa)
         plan = replace(plan, n_slots=n_slots, n_kept=n_kept, context_slots=tuple(in_contexts))
         program = EmulatedProgram(device, lowered, self.footprint, plan, setup.bypass_n_tokens)

@@ -75,9 +75,8 @@ class FakeSlots:
 
     def usable_slots(self, n_tokens: int, n_positions: int) -> np.ndarray:
         """As if each position took a slot of each layer more, as far as there are any that are not kept."""
-        if n_tokens >= self.lends_from:
-            return self.n_kept
-        return np.maximum(self.n_slots - n_positions, self.n_kept) if n_positions else self.n_slots
+        long, short = self.n_kept, np.maximum(self.n_slots - n_positions, np.minimum(self.n_kept, self.n_slots))
+        return np.arange(self.n_slots.max()) < (long if n_tokens >= self.lends_from else short)[:, None]
 
     def longest_after(self, positions: np.ndarray, slots: np.ndarray) -> int:
         return 0
@@ -99,13 +98,13 @@ class FakeSlots:
 
     def start_long_step(self) -> None:
         """Start a step that uses the memory of all slots but those that are kept."""
-        lent = self._lend(self.n_kept)
+        lent = self._lend(self.usable_slots(self.lends_from, 0))
         kept = [(layer, int(slot)) for layer, row in enumerate(self.where) for slot in row if slot >= 0]
         self.steps.append(Work((*lent, *kept)))
 
-    def _lend(self, n_usable: np.ndarray) -> list[tuple[int, int]]:
-        """Empty all slots but the first ones of each layer; return them."""
-        lent = [(layer, slot) for layer, n in enumerate(self.n_slots) for slot in range(n_usable[layer], n)]
+    def _lend(self, usable: np.ndarray) -> list[tuple[int, int]]:
+        """Empty all slots but some; return them."""
+        lent = [(layer, slot) for layer, n in enumerate(self.n_slots) for slot in range(n) if not usable[layer, slot]]
         assert not any((self.where[layer] == slot).any() for layer, slot in lent), "a published slot is lent"
         assert not any(copy.what[:2] in lent for copy in self.copies), "a slot is lent while something is copied there"
         for slot in lent:

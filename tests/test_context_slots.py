@@ -71,12 +71,18 @@ def test_a_slot_is_usable_while_no_sequence_is_longer(in_contexts, n_positions) 
     slots = [ContextSlot(layer, 0, 0, end) for layer, end in in_contexts]
     n_kept, n_own = np.array([1, 0, 2]), np.array([3, 0, 2])
     n_slots = n_own + np.bincount([slot.layer for slot in slots], minlength=3)
-    usable = UsableSlots(n_kept, n_slots, slots)
-    there = [sum(slot.layer == layer and slot.n_positions >= n_positions for slot in slots) for layer in range(3)]
-    assert usable.of(False, n_positions).tolist() == (n_own + there).tolist()
-    assert usable.of(False, n_positions) is usable.of(False, n_positions)
-    assert usable.of(True, n_positions) is n_kept
-    assert usable.of(False, 0) is n_slots
+    usable, short, long = UsableSlots(n_kept, n_slots, slots), [], []
+    for layer in range(3):
+        there = [slot.n_positions >= n_positions for slot in slots if slot.layer == layer]
+        kept, none = [True] * n_kept[layer], [False] * int(n_slots.max() - n_slots[layer])
+        n_lent = int(n_own[layer] - n_kept[layer])
+        short.append([*kept, *there, *[True] * n_lent, *none])
+        long.append([*kept, *there, *[False] * n_lent, *none])
+    assert usable.of(False, n_positions).tolist() == short
+    assert usable.of(True, n_positions).tolist() == long
+    for is_long in (False, True):
+        assert usable.of(is_long, n_positions) is usable.of(is_long, n_positions)
+    assert usable.of(False, 0).sum(1).tolist() == n_slots.tolist()
 
 
 def test_sequences_are_as_long_as_their_last_step_left_them() -> None:
@@ -106,7 +112,7 @@ def test_a_plan_puts_slots_into_contexts_only_where_there_is_something_to_choose
     assert "more of slots where no context has come yet" in some.describe()
     own = some.n_slots - np.bincount([slot.layer for slot in some.context_slots], minlength=len(some.n_slots))
     assert (some.n_kept <= own).all()
-    assert some.usable.of(False, 4096).tolist() == own.tolist()
+    assert some.usable.of(False, 4096).sum(1).tolist() == own.tolist()
     assert some.slot_bytes - some.context_bytes == (own * some.expert_bytes).sum()
     assert (plan_memory(footprint, room, Wish(hot_k=int(own.min()) + 1)).n_slots <= own.min() + 1).all()
     for wish in (Wish(hot_k=0), Wish(n_cpu_moe=len(some.n_slots) - 1)):
@@ -134,6 +140,22 @@ def test_slots_go_as_a_sequence_grows_and_come_back_with_the_next(models) -> Non
             cache.table.check_integrity()
             if at == 9:
                 assert cache.table.ready.sum(1).max() == 6
+    cache.close()
+    program.close()
+
+
+def test_long_steps_leave_experts_in_contexts_alone(models) -> None:
+    setup = Setup((7,), "lru", bypass_n_tokens=8, n_lent=(2,), outlast=(12, 40))
+    forward, cache, program = models.open(setup)
+    cache.fill(np.ones((models.n_layers, models.n_experts), np.float32), wait=True)
+    held = cache.table.ready.copy()
+    forward.run(0, TOKENS[:10], 0, "none")
+    assert (cache.table.ready.sum(1) == 5).all()  # three that are kept and two in the context
+    forward.run(0, TOKENS[10:20], 10, "none")
+    assert (cache.table.ready.sum(1) == 4).all()
+    assert (cache.table.ready <= held).all()
+    forward.run(0, TOKENS[20:21], 20, "none")
+    assert (cache.table.n_usable == 6).all()
     cache.close()
     program.close()
 

@@ -50,13 +50,13 @@ class Borrowing:
 
     def _borrows(self, budget: int) -> bool:
         with suppress(DeviceError), self.open(budget) as opened:
-            n_left = opened.program.usable_slots(1, N_TOKENS)
+            n_left = opened.program.usable_slots(1, N_TOKENS).sum(1)
             return bool((n_left > 0).all() and (n_left < opened.program.n_slots).any())
         return False
 
-    def open(self, budget: int = 0) -> Opened:
+    def open(self, budget: int = 0, **settings) -> Opened:
         """Open it, with no expert in any slot."""
-        opened = self.model.open(limits=self.limits, vram_budget=budget or self.budget, prompt_tokens=24)
+        opened = self.model.open(limits=self.limits, vram_budget=budget or self.budget, prompt_tokens=24, **settings)
         assert opened.program.device_bytes <= (budget or self.budget)
         opened.program._places[:] = opened.program._slot_of[:] = -1
         return opened
@@ -89,6 +89,13 @@ def step(program, model: Model, at: int, sequence: int) -> np.ndarray:
     return program.run(*args).copy()
 
 
+def prompt(program, model: Model, start: int, end: int) -> np.ndarray:
+    """Logits of the last of some tokens of the first sequence."""
+    positions = np.arange(start, end, dtype=np.int32)
+    tokens = np.array(model.tokens[start:end], np.int32)
+    return program.run(tokens, positions, np.zeros_like(positions), np.array([end - start - 1], np.int32)).copy()
+
+
 def one_by_one(program, model: Model, sequence: int) -> np.ndarray:
     return np.concatenate([step(program, model, at, sequence) for at in range(N_TOKENS)])
 
@@ -109,7 +116,7 @@ def test_sequences_grow_and_begin_anew_with_the_same_bits(borrowing: Borrowing, 
                     assert same_bits(logits, borrowing.expected[sequence][at : at + 1])
                 if at == 0:  # all slots are back
                     cache.fill(everybody, wait=True)
-                n_left = program.usable_slots(1, N_TOKENS)
+                n_left = program.usable_slots(1, N_TOKENS).sum(1)
                 found.append(int((cache.table.ready.sum(1) > n_left).sum()))
         cache.close()
         cache.table.check_integrity()
@@ -117,17 +124,41 @@ def test_sequences_grow_and_begin_anew_with_the_same_bits(borrowing: Borrowing, 
     assert found[N_TOKENS - 1] == found[-1] == 0
 
 
+def test_long_steps_leave_experts_in_the_context_alone(borrowing: Borrowing) -> None:
+    """Until the prompt itself has come to there."""
+    model, n_seen = borrowing.model, 0
+    expected = borrowing.expected[0]
+    with borrowing.open(stream_n_tokens=10) as opened:
+        program, cache = opened.program, cached(opened, "static")
+        watched = WatchedProgram(program, cache)
+        step(watched, model, 0, 0)
+        cache.fill(np.ones((len(program.n_slots), program.n_experts), np.float32), wait=True)
+        before = cache.table.ready.copy()
+        for start, end in ((0, 10), (10, 22)):
+            logits = prompt(watched, model, start, end)
+            assert same_bits(logits, expected[end - 1 : end])
+            left = program.usable_slots(10, end)
+            assert cache.table.ready.sum(1).tolist() == left.sum(1).tolist()
+            assert (cache.table.ready <= before).all()
+            n_seen += int((left.sum(1) > program.usable_slots(10, N_TOKENS).sum(1)).sum())
+        for at in range(22, N_TOKENS):
+            assert same_bits(step(watched, model, at, 0), expected[at : at + 1])
+        cache.close()
+        cache.table.check_integrity()
+    assert n_seen > 0
+
+
 def test_the_memory_is_really_that_of_keys_and_values(borrowing: Borrowing) -> None:
     """Whoever believes the contents of a slot that was lent gets other logits, and the device refuses to lend one."""
     model, expected = borrowing.model, borrowing.expected[0]
     with borrowing.open() as opened:
-        program, n_left = opened.program, opened.program.usable_slots(1, N_TOKENS)
-        lent = [(layer, slot) for layer, n in enumerate(program.n_slots) for slot in range(n_left[layer], n)]
+        program, left = opened.program, opened.program.usable_slots(1, N_TOKENS)
+        lent = [(layer, slot) for layer, n in enumerate(program.n_slots) for slot in range(n) if not left[layer, slot]]
         for layer, n_slots in enumerate(program.n_slots.tolist()):
             for slot in range(n_slots):
                 opened.copy(layer, slot, slot)
         at = 0
-        while (program.usable_slots(1, at + 1) == program.n_slots).all():
+        while (program.usable_slots(1, at + 1).sum(1) == program.n_slots).all():
             assert same_bits(step(program, model, at, 0), expected[at : at + 1])
             at += 1
         assert 3 <= at < N_TOKENS
@@ -170,10 +201,10 @@ def test_slots_lie_in_the_ends_of_stretches(borrowing: Borrowing) -> None:
         state_start, n_state_bytes = lowering.state
         taken = []
         for number, layer in enumerate(lowering.experts.layers):
-            for slot in range(layer.n_own, layer.n_slots):
+            for slot in range(layer.n_kept, layer.n_kept + layer.n_in_contexts):
                 start, end = layer.offsets[slot], layer.offsets[slot] + layer.expert_bytes
                 assert state_start <= start < end <= state_start + n_state_bytes
-                outlasts = max(n for n in range(limits.context_length) if program.usable_slots(1, n)[number] > slot)
+                outlasts = max(n for n in range(limits.context_length) if program.usable_slots(1, n)[number, slot])
                 taken.append((start, end, outlasts))
         taken.sort()
         assert all(end <= start for (_, end, _), (start, _, _) in pairwise(taken))

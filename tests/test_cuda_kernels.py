@@ -92,9 +92,7 @@ def test_linear_has_no_races(name: str) -> None:
 @pytest.mark.parametrize(("n_multiprocessors", "warps"), [(1, 4), (8, 2), (64, 1)])
 def test_a_block_takes_few_rows_where_there_are_few(n_multiprocessors: int, warps: int, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_MULTIPROCESSORS", n_multiprocessors)
-    assert (
-        kernels._row_warps(BY_NAME["F16"], 21, 4) == warps
-    )  # the warps that check_linear's rows keep busy
+    assert kernels._row_warps(BY_NAME["F16"], 21, 4) == warps  # the warps that check_linear's rows keep busy
     check_linear(BY_NAME["F16"], 1, "race")
 
 

@@ -49,7 +49,7 @@ class Lending:
 
     def _lends(self, budget: int) -> bool:
         with suppress(DeviceError), self.open(budget) as opened:
-            n_kept, n_slots = opened.program.usable_slots(N_TOKENS, N_TOKENS), opened.program.n_slots
+            n_kept, n_slots = opened.program.usable_slots(N_TOKENS, N_TOKENS).sum(1), opened.program.n_slots
             return bool((n_kept > 0).all() and (n_kept < n_slots).all() and (n_slots < opened.program.n_experts).all())
         return False
 
@@ -136,7 +136,8 @@ def test_long_and_short_steps_in_any_order_have_the_same_bits(
             for start, end in cuts:
                 logits = step(watched, lending.model, start, end)
                 assert same_bits(logits, lending.expected[end - 1 : end])
-                seen_lent += int((cache.table.ready.sum(1) > opened.program.usable_slots(N_TOKENS, N_TOKENS)).sum())
+                n_kept = opened.program.usable_slots(N_TOKENS, N_TOKENS).sum(1)
+                seen_lent += int((cache.table.ready.sum(1) > n_kept).sum())
                 if cuts is one_by_one:
                     watched.settle()
                     opened.program.wait_all()
@@ -152,7 +153,7 @@ def test_what_is_kept_stays_and_what_is_lent_is_overwritten(lending: Lending) ->
     """The memory is really the same: whoever believes the contents of a slot that was lent gets other logits."""
     model, expected = lending.model, lending.expected
     with lending.open() as opened:
-        program, n_kept = opened.program, opened.program.usable_slots(N_TOKENS, N_TOKENS)
+        program, n_kept = opened.program, opened.program.usable_slots(N_TOKENS, N_TOKENS).sum(1)
         for layer, n_slots in enumerate(program.n_slots.tolist()):
             for slot in range(n_slots):
                 opened.copy(layer, slot, slot)

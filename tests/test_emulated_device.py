@@ -368,17 +368,17 @@ class Forgetful(Swapper):
 class Stubborn(Swapper):
     """Lends no slot."""
 
-    def lend_all_but(self, n_usable) -> None:
+    def lend_all_but(self, usable) -> None:
         pass
 
 
 class Careless(Swapper):
     """Lends slots that an expert is being copied to."""
 
-    def lend_all_but(self, n_usable) -> None:
+    def lend_all_but(self, usable) -> None:
         wait_all, self._device.wait_all = self._device.wait_all, lambda: None
         try:
-            super().lend_all_but(n_usable)
+            super().lend_all_but(usable)
         finally:
             self._device.wait_all = wait_all
 
@@ -386,10 +386,10 @@ class Careless(Swapper):
 class Nostalgic(Swapper):
     """Believes that slots come back with what was in them."""
 
-    def lend_all_but(self, n_usable) -> None:
+    def lend_all_but(self, usable) -> None:
         table = self._table
         before = {(la, e): table.slot_of(la, e) for la, e in np.argwhere(table.ready).tolist()}
-        super().lend_all_but(n_usable)
+        super().lend_all_but(usable)
         for (layer, expert), slot in before.items():
             if not table.ready[layer, expert]:
                 self._device.publish(layer, expert, slot)

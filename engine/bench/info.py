@@ -200,7 +200,7 @@ def _ram_facts(weight_bytes: int, state_bytes: int, scratch_bytes: int) -> Facts
 def _slots(plan: MemoryPlan, context_length: int) -> str:
     text = f"{_range(plan.n_slots)} of {plan.n_experts}"
     if plan.context_slots:
-        text += f", {_range(plan.usable.of(False, context_length))} in a full context"
+        text += f", {_range(plan.usable.of(False, context_length).sum(1))} in a full context"
     return f"{text}, {_range(plan.n_kept)} while a long prompt runs" if plan.lent_bytes else text
 
 

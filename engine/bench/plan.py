@@ -125,7 +125,7 @@ def predict_wish(
     Raises `DeviceError` if the model does not fit.
     """
     plan = plan_memory(footprint, allowed_bytes, wish)
-    n_slots = plan.usable.of(False, position + 1)
+    n_slots = plan.usable.of(False, position + 1).sum(1)
     is_whole = n_slots >= plan.n_experts
     if (is_whole | (n_slots == 0)).all():  # there is nothing to swap
         rates, loads = is_whole.astype(np.float64), np.zeros(len(is_whole))

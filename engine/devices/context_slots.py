@@ -72,28 +72,34 @@ def place_in_context(
 
 
 class UsableSlots:
-    """How many slots of each layer, the first ones, a step leaves alone."""
+    """Which slots a step leaves alone; each layer has kept ones, then those in contexts, then those of long steps."""
 
     def __init__(
         self, n_kept: npt.NDArray[np.intp], n_slots: npt.NDArray[np.intp], context_slots: Sequence[ContextSlot]
     ) -> None:
-        """Note which there are.
+        """Note which there are; context_slots: of each layer in the order of their numbers."""
+        numbers = np.arange(n_slots.max(initial=0))
+        n_in_contexts = np.bincount([slot.layer for slot in context_slots], minlength=len(n_slots))
+        self._exists = numbers < n_slots[:, None]
+        self._stays = numbers < (n_kept + n_in_contexts)[:, None]  # in long steps
+        self._outlasts = np.full(self._exists.shape, np.iinfo(np.int64).max)
+        used = n_kept.copy()
+        for slot in context_slots:
+            self._outlasts[slot.layer, used[slot.layer]] = slot.n_positions
+            used[slot.layer] += 1
+        self._ends = sorted({slot.n_positions for slot in context_slots})
+        self._found: dict[tuple[bool, int], npt.NDArray[np.bool_]] = {}
 
-        Args:
-            n_kept: in any step.
-            n_slots: in short steps, while all sequences are short.
-            context_slots: the last ones of these; of each layer those that stay longest first.
+    def of(self, is_long: bool, n_positions: int) -> npt.NDArray[np.bool_]:
+        """Return them for a step after which the longest sequence has so many tokens, bool [n_layers, most slots].
+
+        For the same slots it is the same array, which is not to be changed.
         """
-        self._n_kept = n_kept
-        layers = np.array([slot.layer for slot in context_slots], np.intp)
-        n_positions = np.array([slot.n_positions for slot in context_slots], np.int64)
-        self._ends = sorted(set(n_positions.tolist()))
-        gone = (np.bincount(layers[n_positions <= end], minlength=len(n_slots)) for end in self._ends)
-        self._n_left = [n_slots, *(n_slots - n for n in gone)]
-
-    def of(self, is_long: bool, n_positions: int) -> npt.NDArray[np.intp]:
-        """Return them for a step after which the longest sequence has so many tokens; the same array for the same."""
-        return self._n_kept if is_long else self._n_left[bisect_left(self._ends, n_positions)]
+        key = is_long, bisect_left(self._ends, n_positions)
+        if key not in self._found:
+            there = self._exists & (self._outlasts >= n_positions)
+            self._found[key] = there & self._stays if is_long else there
+        return self._found[key]
 
 
 class SequenceLengths:

@@ -43,10 +43,10 @@ class MemoryPlan:
         state_bytes: keys, values and recurrent states.
         scratch_bytes: intermediate results of short steps; of all if none streams experts.
         streaming_bytes: those of long steps, and the buffers that experts pass through; 0 if none do.
-        n_slots: expert slots of each MoE layer: those that are kept, those that share the memory of long steps, and
-            those in the memory of contexts.
-        n_kept: those of them, the first ones, that are there in any step.
-        context_slots: those, the last ones of each layer, that lie in the memory of keys and values.
+        n_slots: expert slots of each MoE layer: those that are kept, those in the memory of contexts, and those that
+            share the memory of long steps.
+        n_kept: the first of them, that are there in any step.
+        context_slots: those that lie in the memory of keys and values.
         expert_bytes: int64 [n_moe_layers], the size of each of them.
         n_experts: of each layer.
         allowed_bytes: what may be used.
@@ -91,7 +91,7 @@ class MemoryPlan:
 
     @property
     def usable(self) -> UsableSlots:
-        """Return how many slots of each layer steps leave alone."""
+        """Return which slots steps leave alone."""
         return UsableSlots(self.n_kept, self.n_slots, self.context_slots)
 
     def describe(self) -> str:

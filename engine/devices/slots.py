@@ -36,8 +36,8 @@ class SlotDevice(Protocol):
         """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
         ...
 
-    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.intp]:
-        """Return how many slots of each layer, the first ones, a step leaves alone.
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.bool_]:
+        """Return which slots a step leaves alone, bool [n_moe_layers, most slots of a layer].
 
         The others are lent to it, or to the context: whatever is in them is lost. No expert may be published there when
         the step begins, nor be copied there before it is over.

@@ -219,12 +219,12 @@ class HotCache:
         """
         if self._interrupted:
             self.recover()
-        n_usable = self.device.usable_slots(n_tokens, n_positions)
-        if np.array_equal(n_usable, self.table.n_usable):
+        usable = self.device.usable_slots(n_tokens, n_positions)
+        if usable is self.table.usable or np.array_equal(usable, self.table.usable):
             return
         try:
             self._to_fill = NO_SWAPS  # it reckons with other slots
-            self._swapper.lend_all_but(n_usable)
+            self._swapper.lend_all_but(usable)
         except BaseException:
             self._interrupted = True
             raise

@@ -6,8 +6,7 @@ The life of a slot:
       ^                  |                  |
       +------ release ---+------------------+
 
-Some slots of a layer, the last ones, can be LENT to steps that need their memory; whatever was in them is lost, and
-when they come back they are FREE.
+Slots can be LENT to steps that need their memory; whatever was in them is lost, and when they come back they are FREE.
 
 A slot is RETIRING from the moment no new step may read it until the steps that still do are done; only then is it
 overwritten (LOADING), and only when that copy is done is it read (READY). The record of a slot is replaced in one
@@ -52,7 +51,7 @@ class SlotTable:
 
     Attributes:
         n_slots: slots of each layer.
-        n_usable: those of them that are not lent, the first ones.
+        usable: bool [n_layers, most slots], those that are not lent; to be replaced as a whole, before `settle_lent`.
         held: bool [n_layers, n_experts]: experts that are in a slot or on their way to one.
         ready: bool of the same shape: experts that steps may read from a slot.
     """
@@ -61,7 +60,8 @@ class SlotTable:
         """Start with all slots free; expert_bytes: int64 [n_layers]."""
         assert ((n_slots >= 0) & (n_slots <= n_experts)).all()
         assert len(n_slots) == len(expert_bytes)
-        self.n_slots = self.n_usable = n_slots
+        self.n_slots = n_slots
+        self.usable: npt.NDArray[np.bool_] = np.arange(n_slots.max(initial=0)) < n_slots[:, None]
         self.expert_bytes = expert_bytes
         self._slots = [[_FREE] * int(n) for n in n_slots]
         self.held: Resident = np.zeros((len(n_slots), n_experts), bool)
@@ -73,6 +73,12 @@ class SlotTable:
     def n_bytes(self) -> int:
         """Return the bytes of all slots."""
         return int((self.n_slots * self.expert_bytes).sum())
+
+    @property
+    def n_usable(self) -> Ids:
+        """Return how many slots of each layer are not lent."""
+        n_usable: Ids = self.usable.sum(1)
+        return n_usable
 
     def slot_of(self, layer: int, expert: int) -> int:
         """Return the slot that holds an expert or waits for it, -1 if none does."""
@@ -123,19 +129,18 @@ class SlotTable:
 
     def lent(self, layer: int, slot: int) -> bool:
         """Return whether a slot is lent."""
-        return bool(slot >= self.n_usable[layer])
+        return not self.usable[layer, slot]
 
     def settle_lent(self) -> None:
-        """Empty the slots that `n_usable` says are lent, and free those that are no longer."""
+        """Empty the slots that `usable` says are lent, and free those that are no longer."""
         for layer, slots in enumerate(self._slots):
-            n_usable = int(self.n_usable[layer])
-            for slot in range(n_usable, len(slots)):
-                record, slots[slot] = slots[slot], _LENT
-                if record.expert >= 0:
-                    self.held[layer, record.expert] = self.ready[layer, record.expert] = False
-                    self._slot_of[layer, record.expert] = -1
-            for slot in range(n_usable):
-                if slots[slot] is _LENT:
+            for slot, record in enumerate(slots):
+                if self.lent(layer, slot):
+                    slots[slot] = _LENT
+                    if record.expert >= 0:
+                        self.held[layer, record.expert] = self.ready[layer, record.expert] = False
+                        self._slot_of[layer, record.expert] = -1
+                elif record is _LENT:
                     slots[slot] = _FREE
             self._list_free(layer)
 
@@ -144,7 +149,7 @@ class SlotTable:
         self._free[layer] = [slot for slot in range(len(slots) - 1, -1, -1) if slots[slot] is _FREE]
 
     def rebuild(self) -> None:
-        """Free every slot that is neither ready nor lent, and derive all else from the records and `n_usable`."""
+        """Free every slot that is neither ready nor lent, and derive all else from the records and `usable`."""
         self.held[:] = self.ready[:] = False
         self._slot_of[:] = -1
         for layer, slots in enumerate(self._slots):

@@ -11,11 +11,12 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.devices.slots import SlotDevice, Ticket
 from engine.errors import DeviceError
 from engine.experts.slots import SlotState, SlotTable
-from engine.experts.swaps import Ids, Swaps
+from engine.experts.swaps import Swaps
 
 log = logging.getLogger(__name__)
 
@@ -132,13 +133,13 @@ class Swapper:
             self.stopped = f"{FAILURES_IN_A_ROW} copies in a row failed: {error}"
             log.warning("the expert cache swaps no more; %s", self.stopped)
 
-    def lend_all_but(self, n_usable: Ids) -> None:
-        """Empty all slots of each layer but so many, for steps that need their memory, or take some of them back.
+    def lend_all_but(self, usable: npt.NDArray[np.bool_]) -> None:
+        """Empty all slots but some, for steps that need the memory of the others, or take some of these back.
 
         Copies into slots that are lent now are waited for, or not begun. After an interrupt `recover` goes on with it.
         """
         table, device = self._table, self._device
-        table.n_usable = n_usable
+        table.usable = usable
         given_up = [swap for swap in self._swaps if table.lent(swap.layer, swap.slot)]
         if any(swap.copying for swap in given_up):
             device.wait_all()

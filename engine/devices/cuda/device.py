@@ -240,7 +240,8 @@ class CUDAProgram:
         self._n_tokens = 0
         self._rows_of_routing = 1
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
-        self._n_slots = usable.of(False, 0)
+        self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
+        self._all_slots = usable.of(False, 0)
         n_layers, n_experts, n_used = len(lowering.experts.layers), lowering.experts.n_experts, lowering.experts.n_used
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
@@ -317,8 +318,9 @@ class CUDAProgram:
     def _take_memory(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         """Note that a step uses the memory of the slots that it does not leave alone."""
         usable = self.usable_slots(n_tokens, self.longest_after(positions, slots))
-        if usable is not self._n_slots:
-            assert (self._slot_of < usable[:, None]).all(), "the step needs the memory of an expert that is published"
+        if usable is not self._all_slots:
+            is_there = np.take_along_axis(usable, np.maximum(self._slot_of, 0), 1) | (self._slot_of < 0)
+            assert is_there.all(), "the step needs the memory of an expert that is published"
         self._lengths.note(positions, slots)
 
     def _run(
@@ -460,8 +462,8 @@ class CUDAProgram:
         """Return the slots of each MoE layer."""
         return self._n_slots
 
-    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.intp]:
-        """Return those that a step leaves alone: the first ones of each layer."""
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.bool_]:
+        """Return which slots a step leaves alone."""
         staging = self._lowering.staging
         return self._usable.of(staging is not None and n_tokens >= staging.lends_from, n_positions)
 
@@ -559,7 +561,7 @@ class CUDAProgram:
         if staging is None:
             return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
         size = staging.n_buffers * lowering.staging_buffer_bytes
-        n_lent = sum(layer.n_own - layer.n_kept for layer in lowering.experts.layers)
+        n_lent = sum(layer.n_lent for layer in lowering.experts.layers)
         return (
             f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
             f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "

@@ -28,17 +28,17 @@ class ExpertLayer:
 
     Attributes:
         op: the operation.
-        n_slots: how many there are.
-        n_own: those of them, the first ones, that do not lie in the memory of contexts.
-        n_kept: those of these that exist in steps that stream experts, too.
+        n_kept: slots that always exist, the first ones.
+        n_in_contexts: those that lie in the memory of contexts, the next ones.
+        n_lent: those that lie in the memory of long steps, the last ones.
         slot_bytes: what each of the three matrices takes.
         offsets: of the slots, to be set by whoever lays them out.
     """
 
     op: ops.Experts
-    n_slots: int
-    n_own: int
     n_kept: int
+    n_in_contexts: int
+    n_lent: int
     slot_bytes: list[int] = field(init=False)
     offsets: list[int] = field(default_factory=list)
 
@@ -60,6 +60,11 @@ class ExpertLayer:
     def n_experts(self) -> int:
         """Return how many experts the layer has."""
         return self.op.routing.n_experts
+
+    @property
+    def n_slots(self) -> int:
+        """Return how many slots there are."""
+        return self.n_kept + self.n_in_contexts + self.n_lent
 
     @property
     def is_resident(self) -> bool:

@@ -159,7 +159,7 @@ class _Experts:
         ids, slots = self.tables.ids(self.op.routing, p), self.tables.slots(self.op.routing, p)
         count, most = p.count(self.op.x.rows), tiles.n_tiles(self.sizes, p.most)
         streams = p.streams and not self.layer.is_resident
-        has_slots = bool(self.layer.n_kept if p.streams else self.layer.n_slots)
+        has_slots = self.layer.n_slots > (self.layer.n_lent if p.streams else 0)
         groups, first = self._groups(p), ctypes.c_int32(0)
         gate, up, down = self._in_slots(p)
         yield from tiles.group_choices(ids, slots, self.sizes, groups, count)

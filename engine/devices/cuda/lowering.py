@@ -125,6 +125,9 @@ class Lowering:
         """
         layout, layers, staging = self.layout, self.experts.layers, self.staging
         layout.n_bytes = shared = place_slots(layers, layout.n_bytes, lambda layer: layer.n_kept)
+        stretches = context_stretches(self.recorder.states, self.limits)
+        for slot in context_slots:
+            layers[slot.layer].offsets.append(aligned(stretches[slot.stretch][0] + slot.offset))
         self.staging_offset = self.staging_buffer_bytes = 0
         self.scratch = self.long_scratch = self.recorder.scratch_for(self.limits)
         self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
@@ -133,12 +136,9 @@ class Lowering:
             self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
             self.scratch = self.recorder.scratch_for(self.limits.up_to(staging.lends_from - 1))
             n_bytes = reserved_bytes(self.scratch.n_bytes)
-            lent_end = place_slots(layers, shared, lambda layer: layer.n_own)
+            lent_end = place_slots(layers, shared, lambda layer: layer.n_slots)
             self.scratch.offset = max(lent_end + reserved_bytes(0), layout.n_bytes - n_bytes)
             layout.n_bytes = self.scratch.offset + n_bytes
-        stretches = context_stretches(self.recorder.states, self.limits)
-        for slot in context_slots:
-            layers[slot.layer].offsets.append(aligned(stretches[slot.stretch][0] + slot.offset))
         assert all(len(layer.offsets) == layer.n_slots for layer in layers)
 
 
@@ -147,8 +147,9 @@ def _expert_layers(graph: Graph, plan: MemoryPlan | None) -> list[ExpertLayer]:
     operations = [op for op in graph.operations if isinstance(op, ops.Experts)]
     if plan is None:
         return [ExpertLayer(op, 0, 0, 0) for op in operations]
-    n_own = plan.n_slots - np.bincount([slot.layer for slot in plan.context_slots], minlength=len(operations))
-    counts = zip(plan.n_slots.tolist(), n_own.tolist(), plan.n_kept.tolist(), strict=True)
+    n_in_contexts = np.bincount([slot.layer for slot in plan.context_slots], minlength=len(operations))
+    n_lent = plan.n_slots - plan.n_kept - n_in_contexts
+    counts = np.stack([plan.n_kept, n_in_contexts, n_lent], 1).tolist()
     return [ExpertLayer(op, *of_layer) for op, of_layer in zip(operations, counts, strict=True)]
 
 

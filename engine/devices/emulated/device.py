@@ -193,9 +193,9 @@ class EmulatedProgram:
         self._memory.settle()
         return logits
 
-    def _lend(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> list[int]:
-        """Take the memory of the slots that a step needs; return how many of each layer it leaves alone."""
-        usable: list[int] = self.usable_slots(n_tokens, self.longest_after(positions, slots)).tolist()
+    def _lend(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> list[list[bool]]:
+        """Take the memory of the slots that a step needs; return which of each layer it leaves alone."""
+        usable: list[list[bool]] = self.usable_slots(n_tokens, self.longest_after(positions, slots)).tolist()
         self._memory.lend(usable)
         self._lengths.note(positions, slots)
         return usable
@@ -279,8 +279,8 @@ class EmulatedProgram:
         """Return the slots of each MoE layer."""
         return self.plan.n_slots
 
-    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.intp]:
-        """Return those that a step leaves alone: the first ones of each layer."""
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.bool_]:
+        """Return which slots a step leaves alone."""
         return self._usable.of(n_tokens >= lends_from(self._stream_n_tokens), n_positions)
 
     def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 
 import numpy as np
 
@@ -131,10 +133,12 @@ class SlotMemory:
         """Return the experts of each layer that steps read from slots."""
         return [[slot.expert for slot in slots if slot.is_published] for slots in self._slots]
 
-    def lend(self, n_kept: Sequence[int]) -> None:
-        """Poison all slots of each layer but so many: a step that begins now, or the context, uses their memory."""
-        for layer, (slots, n) in enumerate(zip(self._slots, n_kept, strict=True)):
-            for slot, record in enumerate(slots[n:], n):
+    def lend(self, usable: Sequence[Sequence[bool]]) -> None:
+        """Poison all slots but some of each layer: a step that begins now, or the context, uses their memory."""
+        for layer, (slots, stays) in enumerate(zip(self._slots, usable, strict=True)):
+            for slot, record in enumerate(slots):
+                if stays[slot]:
+                    continue
                 if record.is_published:
                     raise HazardError(
                         f"layer {layer}: slot {slot} is lent while expert {record.expert} is published in it"
@@ -144,10 +148,10 @@ class SlotMemory:
                 if record.expert >= 0:
                     self._empty(layer, slot)
 
-    def note_lent(self, n_kept: Sequence[int], until: float) -> None:
-        """Note that a step uses the memory of all slots of each layer but so many until then."""
-        for slots, n in zip(self._slots, n_kept, strict=True):
-            for record in slots[n:]:
+    def note_lent(self, usable: Sequence[Sequence[bool]], until: float) -> None:
+        """Note that a step uses the memory of all slots but some of each layer until then."""
+        for slots, stays in zip(self._slots, usable, strict=True):
+            for record in compress(slots, map(not_, stays)):
                 record.read_until = until
 
     def note_readers(self, until: float) -> None:
