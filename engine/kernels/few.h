@@ -39,9 +39,6 @@ typedef struct {
     block_points points[4];
 } unpacked_blocks;
 
-// Repeating what memory holds is a matter of the load units; the compiler would rather shuffle what it just stored.
-#define KEEP_IN_MEMORY(variable) __asm__("" : "+m"(variable))
-
 static inline __m512i eight_times(const void *p) {
     int64_t bytes;
     memcpy(&bytes, p, sizeof bytes);

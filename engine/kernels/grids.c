@@ -5,9 +5,8 @@
 _Alignas(64) int8_t engine_grid_iq2_xxs[256][8];
 _Alignas(64) int8_t engine_grid_iq2_xs[512][8];
 _Alignas(64) int8_t engine_grid_iq2_s[1024][8];
-_Alignas(64) int8_t engine_grid_iq3_xxs[256][4];
-_Alignas(64) int8_t engine_grid_iq3_s[512][4];
 _Alignas(64) int8_t engine_grid_iq1[2048][8];
+_Alignas(64) struct engine_grid_of_4 engine_grid_iq3_xxs, engine_grid_iq3_s;
 packed_grid engine_packed_iq2_xxs, engine_packed_iq2_xs, engine_packed_iq2_s, engine_packed_iq3_xxs,
     engine_packed_iq3_s, engine_packed_iq1;
 
@@ -56,8 +55,8 @@ int engine_set_grid(const char *format, const int8_t *values, size_t n_bytes) {
         {"IQ2_XXS", engine_grid_iq2_xxs, sizeof engine_grid_iq2_xxs, 8, signed_weight, &engine_packed_iq2_xxs},
         {"IQ2_XS", engine_grid_iq2_xs, sizeof engine_grid_iq2_xs, 8, signed_weight, &engine_packed_iq2_xs},
         {"IQ2_S", engine_grid_iq2_s, sizeof engine_grid_iq2_s, 8, signed_weight, &engine_packed_iq2_s},
-        {"IQ3_XXS", engine_grid_iq3_xxs, sizeof engine_grid_iq3_xxs, 4, signed_weight, &engine_packed_iq3_xxs},
-        {"IQ3_S", engine_grid_iq3_s, sizeof engine_grid_iq3_s, 4, signed_weight, &engine_packed_iq3_s},
+        {"IQ3_XXS", engine_grid_iq3_xxs.points, 256 * 4, 4, signed_weight, &engine_packed_iq3_xxs},
+        {"IQ3_S", engine_grid_iq3_s.points, 512 * 4, 4, signed_weight, &engine_packed_iq3_s},
         {"IQ1_S", engine_grid_iq1, sizeof engine_grid_iq1, 8, shifted_weight, &engine_packed_iq1},
         {"IQ1_M", engine_grid_iq1, sizeof engine_grid_iq1, 8, shifted_weight, &engine_packed_iq1},
     };
@@ -66,6 +65,9 @@ int engine_set_grid(const char *format, const int8_t *values, size_t n_bytes) {
             if (pack(values, n_bytes, grids[i].n_values, grids[i].weight, grids[i].packed))
                 return -1;
             memcpy(grids[i].grid, values, n_bytes);
+            if (grids[i].weight == shifted_weight)
+                for (size_t j = 0; j < n_bytes; j++)
+                    ((int8_t *)grids[i].grid)[j] = (int8_t)(8 * values[j] + 9);
             return 0;
         }
     return -1;

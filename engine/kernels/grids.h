@@ -11,9 +11,12 @@
 extern int8_t engine_grid_iq2_xxs[256][8];
 extern int8_t engine_grid_iq2_xs[512][8];
 extern int8_t engine_grid_iq2_s[1024][8];
-extern int8_t engine_grid_iq3_xxs[256][4];
-extern int8_t engine_grid_iq3_s[512][4];
-extern int8_t engine_grid_iq1[2048][8]; // IQ1_S and IQ1_M
+extern int8_t engine_grid_iq1[2048][8]; // IQ1_S and IQ1_M: eight times a value, and 9 more, so that none is negative
+
+// Points of four values may be loaded with their neighbours, so there is something on both sides.
+extern struct engine_grid_of_4 {
+    int8_t before[64], points[512][4], after[64];
+} engine_grid_iq3_xxs, engine_grid_iq3_s; // the first has 256 points
 
 // The same in two bytes a point, for levels that look them up in registers: the lower and the upper bits of eight
 // codes, or four codes of 3 bits, lowest first.

@@ -40,23 +40,6 @@ static inline __m256i bytes_of_bits(uint32_t bits) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
 }
 
-// Magnitudes, negative where a bit is set.
-static inline __m256i apply_signs(__m256i magnitudes, uint32_t signs) {
-    return _mm256_sign_epi8(magnitudes, _mm256_or_si256(bytes_of_bits(signs), _mm256_set1_epi8(1)));
-}
-
-// The same from four 7-bit indexes, one a 32-bit lane: bit 7 is their parity.
-static inline __m256i apply_signs_of_7_bits(__m256i magnitudes, __m128i indexes) {
-    const __m128i folded = _mm_and_si128(_mm_xor_si128(indexes, _mm_srli_epi32(indexes, 4)), _mm_set1_epi32(15));
-    const __m128i parity =
-        _mm_shuffle_epi8(_mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0), folded);
-    const __m256i signs = _mm256_broadcastsi128_si256(_mm_or_si128(indexes, parity));
-    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0404040404040404, 0x0808080808080808, 0x0c0c0c0c0c0c0c0c);
-    const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
-    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(signs, byte_of), bit_of);
-    return _mm256_sign_epi8(magnitudes, _mm256_or_si256(_mm256_cmpeq_epi8(spread, bit_of), _mm256_set1_epi8(1)));
-}
-
 static inline int32_t load_i32(const void *p) {
     int32_t value;
     __builtin_memcpy(&value, p, sizeof value);
@@ -67,17 +50,6 @@ static inline uint64_t load_u64(const void *p) {
     uint64_t value;
     __builtin_memcpy(&value, p, sizeof value);
     return value;
-}
-
-// Four bytes as 32-bit lanes.
-static inline __m128i widen_4_bytes(const uint8_t *p) { return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_i32(p))); }
-
-// Grid points of eight values at four indexes, and of four values at eight.
-static inline __m256i points_of_8(const int8_t (*grid)[8], __m128i indexes) {
-    return _mm256_i32gather_epi64((const long long *)grid, indexes, 8);
-}
-static inline __m256i points_of_4(const int8_t (*grid)[4], __m256i indexes) {
-    return _mm256_i32gather_epi32((const int *)grid, indexes, 4);
 }
 
 // Eight small int32, one a sub-block of 32, as int16, all in each half.

@@ -85,13 +85,14 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
 #define VECTOR_FORMAT(NAME, HAS_MIN, ...) FORMAT_WITH(NAME, HAS_MIN, .chunk = chunk_##NAME, WIDE(NAME) __VA_ARGS__)
 
 #define GRID_FORMAT(NAME, IS_SIGNED, ...)                                                                              \
-    FORMAT_WITH(NAME, 0, .scales = scales_##NAME, .is_signed = IS_SIGNED, ON_GRIDS(NAME, IS_SIGNED) __VA_ARGS__)
+    FORMAT_WITH(NAME, 0, .scales = scales_##NAME, .is_signed = IS_SIGNED, .points = points_##NAME,                     \
+                .layout = layout_##NAME, ON_GRIDS(NAME, IS_SIGNED) __VA_ARGS__)
 #if defined(__AVX512VBMI__)
-#define ON_GRIDS(NAME, IS_SIGNED) .order = COLUMNS, .points = points_##NAME, .layout = layout_##NAME,
+#define ON_GRIDS(NAME, IS_SIGNED) .order = COLUMNS,
 #elif defined(__AVX512VNNI__)
-#define ON_GRIDS(NAME, IS_SIGNED) .chunk = chunk_##NAME, .wide = wide_##NAME, .order = IN_ORDER, .has_signs = IS_SIGNED,
+#define ON_GRIDS(NAME, IS_SIGNED) .wide = wide_##NAME, .order = IN_ORDER, .has_signs = IS_SIGNED,
 #else
-#define ON_GRIDS(NAME, IS_SIGNED) .chunk = chunk_##NAME,
+#define ON_GRIDS(NAME, IS_SIGNED)
 #endif
 #else
 enum { HAS_VECTORS = 0 };

@@ -145,7 +145,7 @@ ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uin
         _mm256_store_si256((void *)scale, scales);
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++) {
-            const __m256i q = f.chunk(block, k);
+            const __m256i q = chunk_of(f, block, points, k);
             const __m256i low = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q));
             const __m256i high = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1));
             __m256i *words = (__m256i *)(out->words[r] + 32 * k);

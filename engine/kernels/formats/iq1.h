@@ -5,11 +5,12 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
+#include "../points256.h"
 #include "../points512.h"
 
 static inline void set_shifted_iq1(int8_t *q, int index, int shift) {
     for (int i = 0; i < 8; i++)
-        q[i] = (int8_t)(8 * engine_grid_iq1[index][i] + shift);
+        q[i] = (int8_t)(engine_grid_iq1[index][i] - 9 + shift);
 }
 
 static inline void unpack_IQ1_S(const void *block, integer_block *out) {
@@ -41,34 +42,10 @@ static inline void unpack_IQ1_M(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-// 8 g + shift + 9, from 0 to 18, for the 11-bit indexes whose high bits start each lane of `high`; `shifts` holds
-// shift + 9 for each weight.
-static inline __m256i chunk_of_iq1(const uint8_t *low, __m128i high, __m256i shifts) {
-    const __m128i index = _mm_or_si128(widen_4_bytes(low), _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi32(7)), 8));
-    const __m256i points = points_of_8(engine_grid_iq1, index);
-    const __m256i eightfold = _mm256_and_si256(_mm256_slli_epi16(points, 3), _mm256_set1_epi8((char)0xf8));
-    return _mm256_add_epi8(eightfold, shifts);
-}
-
-static inline __m256i chunk_IQ1_S(const void *block, int k) {
-    const block_IQ1_S *b = block;
-    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(b->qh[k]), _mm_setr_epi32(0, 3, 6, 9));
-    return chunk_of_iq1(b->qs + 4 * k, high, _mm256_set1_epi8((char)(b->qh[k] & 0x8000 ? 8 : 10)));
-}
-
 static inline __m256i scales_IQ1_S(const void *block, __m256i *mins) {
     const __m256i high = load_128_twice(((const block_IQ1_S *)block)->qh);
     (void)mins;
     return odd_scales(_mm256_and_si256(_mm256_srli_epi16(high, 12), _mm256_set1_epi16(7)));
-}
-
-static inline __m256i chunk_IQ1_M(const void *block, int k) {
-    const block_IQ1_M *b = block;
-    const int nibbles = b->qh[2 * k] | b->qh[2 * k + 1] << 8;
-    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(nibbles), _mm_setr_epi32(0, 4, 8, 12));
-    const __m256i minus = _mm256_slli_epi64(_mm256_cvtepu32_epi64(high), 60); // bit 3 is now the sign of the lane
-    const __m256i is_minus = _mm256_cmpgt_epi64(_mm256_setzero_si256(), minus);
-    return chunk_of_iq1(b->qs + 4 * k, high, _mm256_blendv_epi8(_mm256_set1_epi8(10), _mm256_set1_epi8(8), is_minus));
 }
 
 // Four scales of 3 bits in each of four words: each is moved to the top of its 12 bits, then down.
@@ -131,19 +108,53 @@ static inline void points_IQ1_M(const uint8_t *const blocks[4], block_points out
     }
     look_up_8(&engine_packed_iq1, 2048, at, is_minus, (sign_places){0, 1, 4}, out);
 }
-#elif defined(__AVX512VNNI__)
-// As chunk_of_iq1, for eight indexes.
+#elif defined(__AVX2__)
+static const point_layout layout_IQ1_S = {engine_grid_iq1, 8, 0};
+static const point_layout layout_IQ1_M = {engine_grid_iq1, 8, 0};
+
+static inline void points_IQ1_S(const uint8_t *block, block_points *out) {
+    const block_IQ1_S *b = (const void *)block;
+    const __m128i qh = load_128(b->qh); // 16 bits for 32 weights
+    const __m256i word_of =
+        _mm256_setr_epi64x(0x0100010001000100, 0x0302030203020302, 0x0504050405040504, 0x0706070607060706);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) { // three bits of an index are moved to the top of a lane, then down
+        const __m256i spread = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(qh),
+                                                   _mm256_add_epi8(word_of, _mm256_set1_epi8((char)(8 * i))));
+        const __m256i raised = _mm256_mullo_epi16(spread, _mm256_set1_epi64x(0x0010008004002000));
+        set_indexes(out, 16 * i, b->qs + 16 * i,
+                    _mm256_and_si256(_mm256_srli_epi16(raised, 5), _mm256_set1_epi16(0x700)));
+    }
+    const __m256i is_minus = _mm256_cvtepi16_epi32(_mm_srai_epi16(qh, 15));
+    _mm256_store_si256((void *)out->shifts, _mm256_or_si256(is_minus, _mm256_set1_epi8(1)));
+}
+
+static inline void points_IQ1_M(const uint8_t *block, block_points *out) {
+    const block_IQ1_M *b = (const void *)block;
+    const __m128i qh = load_128(b->qh), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(qh, mask), high = _mm_and_si128(_mm_srli_epi16(qh, 4), mask);
+    const __m128i nibbles[2] = {_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const __m128i is_minus = _mm_cmpgt_epi8(nibbles[i], _mm_set1_epi8(7));
+        const __m256i bits = _mm256_cvtepu8_epi16(_mm_and_si128(nibbles[i], _mm_set1_epi8(7)));
+        set_indexes(out, 16 * i, b->qs + 16 * i, _mm256_slli_epi16(bits, 8));
+        _mm_store_si128((void *)(out->shifts + 16 * i), _mm_or_si128(is_minus, _mm_set1_epi8(1)));
+    }
+}
+#endif
+
+#if defined(__AVX512VNNI__) && !defined(__AVX512VBMI__)
+// 8 g + shift + 9, from 0 to 18, for the 11-bit indexes whose high bits start each lane of `high`.
 static inline __m512i wide_of_iq1(const uint8_t *low, __m256i high, __m512i shifts) {
     const __m256i high_bits = _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(7)), 8);
     const __m256i low_bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)low));
-    const __m512i points = _mm512_i32gather_epi64(_mm256_or_si256(low_bits, high_bits), engine_grid_iq1, 8);
-    const __m512i eightfold = _mm512_and_si512(_mm512_slli_epi16(points, 3), _mm512_set1_epi8((char)0xf8));
-    return _mm512_add_epi8(eightfold, shifts);
+    return _mm512_add_epi8(_mm512_i32gather_epi64(_mm256_or_si256(low_bits, high_bits), engine_grid_iq1, 8), shifts);
 }
 
-// shift + 9 for the weights of eight indexes, where a bit says that the shift is minus.
+// The shifts of eight indexes, where a bit says that they are minus.
 static inline __m512i shifts_of_iq1(__mmask8 is_minus) {
-    return _mm512_mask_blend_epi64(is_minus, _mm512_set1_epi8(10), _mm512_set1_epi8(8));
+    return _mm512_mask_blend_epi64(is_minus, _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
 }
 
 static inline weights_256 wide_IQ1_S(const uint8_t *block) {

@@ -4,6 +4,7 @@
 
 #include "../grids.h"
 #include "../integer_block.h"
+#include "../points256.h"
 #include "../points512.h"
 
 // Signs from a 7-bit index: the eighth makes the number of minus signs even.
@@ -56,30 +57,15 @@ static inline void unpack_IQ2_S(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-// Four 7-bit sign indexes below the scale in one word.
-static inline __m128i sign_indexes_of(uint32_t signs_scale) {
-    const __m128i shifted = _mm_srlv_epi32(_mm_set1_epi32((int)signs_scale), _mm_setr_epi32(0, 7, 14, 21));
-    return _mm_and_si128(shifted, _mm_set1_epi32(127));
-}
-
-static inline __m256i chunk_IQ2_XXS(const void *block, int k) {
-    const block_IQ2_XXS *b = block;
-    const __m256i points = points_of_8(engine_grid_iq2_xxs, widen_4_bytes(b->group[k].index));
-    return apply_signs_of_7_bits(points, sign_indexes_of(b->group[k].signs_scale));
+// Four 7-bit sign indexes below a scale, in each of eight words.
+static inline __m256i signs_scales_of_iq2_xxs(const block_IQ2_XXS *b) {
+    const __m256 low = _mm256_castsi256_ps(load_256(&b->group[0])), high = _mm256_castsi256_ps(load_256(&b->group[4]));
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd)), 0xd8); // odd words
 }
 
 static inline __m256i scales_IQ2_XXS(const void *block, __m256i *mins) {
-    const block_IQ2_XXS *b = block;
-    const __m256 low = _mm256_castsi256_ps(load_256(&b->group[0])), high = _mm256_castsi256_ps(load_256(&b->group[4]));
-    const __m256i words = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd)); // odd ones: signs and scale
     (void)mins;
-    return odd_scales(scales_from_i32(_mm256_srli_epi32(_mm256_permute4x64_epi64(words, 0xd8), 28)));
-}
-
-static inline __m256i chunk_IQ2_XS(const void *block, int k) {
-    const __m128i v = _mm_cvtepu16_epi32(_mm_loadl_epi64((const void *)(((const block_IQ2_XS *)block)->qs + 4 * k)));
-    const __m256i points = points_of_8(engine_grid_iq2_xs, _mm_and_si128(v, _mm_set1_epi32(511)));
-    return apply_signs_of_7_bits(points, _mm_srli_epi32(v, 9));
+    return odd_scales(scales_from_i32(_mm256_srli_epi32(signs_scales_of_iq2_xxs(block), 28)));
 }
 
 // Sixteen nibbles.
@@ -92,14 +78,6 @@ static inline __m256i odd_scales_of_nibbles(const uint8_t *scales) {
 static inline __m256i scales_IQ2_XS(const void *block, __m256i *mins) {
     (void)mins;
     return odd_scales_of_nibbles(((const block_IQ2_XS *)block)->scales);
-}
-
-static inline __m256i chunk_IQ2_S(const void *block, int k) {
-    const block_IQ2_S *b = block;
-    const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(b->qh[k]), _mm_setr_epi32(0, 2, 4, 6));
-    const __m128i index =
-        _mm_or_si128(widen_4_bytes(b->qs + 4 * k), _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi32(3)), 8));
-    return apply_signs(points_of_8(engine_grid_iq2_s, index), (uint32_t)load_i32(b->signs + 4 * k));
 }
 
 static inline __m256i scales_IQ2_S(const void *block, __m256i *mins) {
@@ -163,7 +141,41 @@ static inline void points_IQ2_S(const uint8_t *const blocks[4], block_points out
     }
     look_up_8(&engine_packed_iq2_s, 1024, at, signs, (sign_places){0, 1, 4}, out);
 }
-#elif defined(__AVX512VNNI__)
+#elif defined(__AVX2__)
+static const point_layout layout_IQ2_XXS = {engine_grid_iq2_xxs, 8, offsetof(block_IQ2_XXS, group)};
+static const point_layout layout_IQ2_XS = {engine_grid_iq2_xs, 8, 0};
+static const point_layout layout_IQ2_S = {engine_grid_iq2_s, 8, 0};
+
+static inline void points_IQ2_XXS(const uint8_t *block, block_points *out) {
+    const __m256i words = signs_scales_of_iq2_xxs((const void *)block);
+    _mm256_store_si256((void *)out->minus, bytes_with_parity(bytes_of_7_bits(words)));
+}
+
+static inline void points_IQ2_XS(const uint8_t *block, block_points *out) {
+    const block_IQ2_XS *b = (const void *)block;
+    const __m256i first = load_256(b->qs), second = load_256(b->qs + 16), mask = _mm256_set1_epi16(511);
+    const __m256i signs = _mm256_packus_epi16(_mm256_srli_epi16(first, 9), _mm256_srli_epi16(second, 9));
+    _mm256_store_si256((void *)out->indexes, _mm256_and_si256(first, mask));
+    _mm256_store_si256((void *)(out->indexes + 16), _mm256_and_si256(second, mask));
+    _mm256_store_si256((void *)out->minus, bytes_with_parity(_mm256_permute4x64_epi64(signs, 0xd8)));
+}
+
+static inline void points_IQ2_S(const uint8_t *block, block_points *out) {
+    const block_IQ2_S *b = (const void *)block;
+    const __m256i qh = _mm256_set1_epi64x((int64_t)load_u64(b->qh)); // of each byte, two bits for an index
+    const __m256i byte_of = _mm256_setr_epi64x((int64_t)0x8000800080008000, (int64_t)0x8001800180018001,
+                                               (int64_t)0x8002800280028002, (int64_t)0x8003800380038003);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const __m256i spread = _mm256_shuffle_epi8(qh, _mm256_add_epi8(byte_of, _mm256_set1_epi16((short)(4 * i))));
+        const __m256i raised = _mm256_mullo_epi16(spread, _mm256_set1_epi64x(0x0004001000400100));
+        set_indexes(out, 16 * i, b->qs + 16 * i, _mm256_and_si256(raised, _mm256_set1_epi16(0x300)));
+    }
+    _mm256_store_si256((void *)out->minus, load_256(b->signs));
+}
+#endif
+
+#if defined(__AVX512VNNI__) && !defined(__AVX512VBMI__)
 // Eight times 7 bits, one in each byte, with their parity as the eighth.
 static inline __mmask64 with_parity(uint64_t bits) {
     uint64_t folded = bits ^ bits >> 4;

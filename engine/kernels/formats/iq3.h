@@ -11,8 +11,8 @@ static inline void unpack_IQ3_XXS(const void *block, integer_block *out) {
         for (int o = 0; o < 4; o++) {
             const unsigned signs = signs_of_7_bits[a >> 7 * o & 127];
             int8_t *q = out->q + 32 * s + 8 * o;
-            set_signed(q, engine_grid_iq3_xxs[b->qs[8 * s + 2 * o]], signs, 4);
-            set_signed(q + 4, engine_grid_iq3_xxs[b->qs[8 * s + 2 * o + 1]], signs >> 4, 4);
+            set_signed(q, engine_grid_iq3_xxs.points[b->qs[8 * s + 2 * o]], signs, 4);
+            set_signed(q + 4, engine_grid_iq3_xxs.points[b->qs[8 * s + 2 * o + 1]], signs >> 4, 4);
         }
         set_sub_blocks(out->scale, s, 32, 2 * (int)(a >> 28) + 1);
     }
@@ -23,7 +23,7 @@ static inline void unpack_IQ3_S(const void *block, integer_block *out) {
     const block_IQ3_S *b = block;
     for (int i = 0; i < 64; i++) {
         const int index = b->qs[i] | (b->qh[i / 8] >> (i % 8) & 1) << 8;
-        set_signed(out->q + 4 * i, engine_grid_iq3_s[index], (unsigned)b->signs[i / 2] >> 4 * (i % 2), 4);
+        set_signed(out->q + 4 * i, engine_grid_iq3_s.points[index], (unsigned)b->signs[i / 2] >> 4 * (i % 2), 4);
     }
     for (int s = 0; s < 8; s++)
         set_sub_blocks(out->scale, s, 32, 2 * (b->scales[s / 2] >> 4 * (s % 2) & 15) + 1);
@@ -31,24 +31,9 @@ static inline void unpack_IQ3_S(const void *block, integer_block *out) {
 }
 
 #if defined(__AVX2__)
-static inline __m256i widen_8_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
-
-static inline __m256i chunk_IQ3_XXS(const void *block, int k) {
-    const block_IQ3_XXS *b = block;
-    const __m256i points = points_of_4(engine_grid_iq3_xxs, widen_8_bytes(b->qs + 8 * k));
-    return apply_signs_of_7_bits(points, sign_indexes_of(b->signs_scale[k]));
-}
-
 static inline __m256i scales_IQ3_XXS(const void *block, __m256i *mins) {
     (void)mins;
     return odd_scales(scales_from_i32(_mm256_srli_epi32(load_256(((const block_IQ3_XXS *)block)->signs_scale), 28)));
-}
-
-static inline __m256i chunk_IQ3_S(const void *block, int k) {
-    const block_IQ3_S *b = block;
-    const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(b->qh[k]), _mm256_setr_epi32(8, 7, 6, 5, 4, 3, 2, 1));
-    const __m256i index = _mm256_or_si256(widen_8_bytes(b->qs + 8 * k), _mm256_and_si256(high, _mm256_set1_epi32(256)));
-    return apply_signs(points_of_4(engine_grid_iq3_s, index), (uint32_t)load_i32(b->signs + 4 * k));
 }
 
 static inline __m256i scales_IQ3_S(const void *block, __m256i *mins) {
@@ -86,13 +71,37 @@ static inline void points_IQ3_S(const uint8_t *const blocks[4], block_points out
     }
     look_up_4(&engine_packed_iq3_s, 512, at, signs, out);
 }
-#elif defined(__AVX512VNNI__)
+#elif defined(__AVX2__)
+static const point_layout layout_IQ3_XXS = {engine_grid_iq3_xxs.points, 4, offsetof(block_IQ3_XXS, qs)};
+static const point_layout layout_IQ3_S = {engine_grid_iq3_s.points, 4, 0};
+
+static inline void points_IQ3_XXS(const uint8_t *block, block_points *out) {
+    const __m256i words = load_256(((const block_IQ3_XXS *)block)->signs_scale);
+    _mm256_store_si256((void *)out->minus, bytes_with_parity(bytes_of_7_bits(words)));
+}
+
+static inline void points_IQ3_S(const uint8_t *block, block_points *out) {
+    const block_IQ3_S *b = (const void *)block;
+    const __m256i one = _mm256_set1_epi8(1);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const __m256i low = load_256(b->qs + 32 * i);
+        const __m256i high = _mm256_and_si256(bytes_of_bits((uint32_t)load_i32(b->qh + 4 * i)), one);
+        const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+        _mm256_store_si256((void *)(out->indexes + 32 * i), _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_store_si256((void *)(out->indexes + 32 * i + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+    _mm256_store_si256((void *)out->minus, load_256(b->signs));
+}
+#endif
+
+#if defined(__AVX512VNNI__) && !defined(__AVX512VBMI__)
 static inline weights_256 wide_IQ3_XXS(const uint8_t *block) {
     const block_IQ3_XXS *b = (const void *)block;
     weights_256 w;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        w.u[i] = _mm512_i32gather_epi32(_mm512_cvtepu8_epi32(load_128(b->qs + 16 * i)), engine_grid_iq3_xxs, 4);
+        w.u[i] = _mm512_i32gather_epi32(_mm512_cvtepu8_epi32(load_128(b->qs + 16 * i)), engine_grid_iq3_xxs.points, 4);
         w.minus[i] = signs_of_words(b->signs_scale[2 * i], b->signs_scale[2 * i + 1]);
     }
     return w;
@@ -105,8 +114,8 @@ static inline weights_256 wide_IQ3_S(const uint8_t *block) {
     for (int i = 0; i < 4; i++) {
         const __m512i low = _mm512_cvtepu8_epi32(load_128(b->qs + 16 * i));
         const __mmask16 high = (__mmask16)(b->qh[2 * i] | b->qh[2 * i + 1] << 8);
-        w.u[i] =
-            _mm512_i32gather_epi32(_mm512_mask_add_epi32(low, high, low, _mm512_set1_epi32(256)), engine_grid_iq3_s, 4);
+        w.u[i] = _mm512_i32gather_epi32(_mm512_mask_add_epi32(low, high, low, _mm512_set1_epi32(256)),
+                                        engine_grid_iq3_s.points, 4);
         w.minus[i] = load_u64(b->signs + 8 * i);
     }
     return w;
