@@ -138,7 +138,8 @@ ALWAYS_INLINE void unpack_part(vector_format f, const uint8_t *const blocks[4], 
         begin_chunks(f, blocks, out->points);
 #pragma GCC unroll 8
     for (int k = 8 / n * part; k < 8 / n * (part + 1); k++)
-        _mm256_store_si256((void *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, &out->points[r], k));
+        _mm256_store_si256((void *)(out->bytes[r] + 32 * k),
+                           unsigned_chunk(f, few_offset(f), block, &out->points[r], k));
     if (part)
         return;
     __m256i mins = _mm256_setzero_si256();
@@ -248,7 +249,7 @@ ALWAYS_INLINE void multiply_few_32(vector_format f, const uint8_t *const blocks[
     _Alignas(32) uint8_t bytes[4][32];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
-        _mm256_store_si256((void *)bytes[r], unsigned_chunk(f, blocks[r], NULL, 0));
+        _mm256_store_si256((void *)bytes[r], unsigned_chunk(f, few_offset(f), blocks[r], NULL, 0));
     KEEP_IN_MEMORY(bytes);
     const __m512i start = f.has_min ? _mm512_setzero_si512() : _mm512_load_si512(x->starts[b]);
     __m512i sums[4], values[4];

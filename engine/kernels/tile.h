@@ -5,8 +5,8 @@
 //
 //   bytes  four weights of a row in each 32-bit lane, as u8 with an offset; AVX2 sums products in int16 for as long as
 //          they fit and then widens them with the scale, VNNI sums to int32 at once.
-//   words  two weights in each 32-bit lane, as int16 already multiplied by their scale; for weights too large for the
-//          first layout on AVX2.
+//   words  two weights in each 32-bit lane, as int16 already multiplied by their scale; for signed weights
+//          too large for the first layout on AVX2.
 //
 // Either way the integer sum of a block is exact, so it is that of decode.h and matmul.h.
 #ifndef ENGINE_TILE_H
@@ -99,9 +99,12 @@ ALWAYS_INLINE tile_layout layout_of(vector_format f) {
 #if defined(__AVX512VNNI__)
     return (tile_layout){0, f.is_signed ? 128 : f.offset, f.sub_block / 4};
 #else
-    const int fit = 32767 / (2 * 127 * f.largest); // pair sums that an int16 holds
+    const int largest = f.is_signed ? 2 * f.largest : f.largest; // as a byte
+    const int fit = 32767 / (2 * 127 * largest);                 // pair sums that an int16 holds
     const int group = fit >= 8 ? 8 : fit >= 4 ? 4 : 2;
-    return (tile_layout){f.is_signed, f.offset, group < f.sub_block / 4 ? group : f.sub_block / 4};
+    return (tile_layout){.words = f.is_signed && fit < 4,
+                         .offset = f.is_signed ? f.largest : f.offset,
+                         .group = group < f.sub_block / 4 ? group : f.sub_block / 4};
 #endif
 }
 
@@ -156,7 +159,7 @@ ALWAYS_INLINE void unpack_row_256(vector_format f, tile_layout layout, const uin
     }
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++)
-        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * k), unsigned_chunk(f, block, points, k));
+        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * k), unsigned_chunk(f, layout.offset, block, points, k));
 #if defined(__AVX512VNNI__)
     _mm512_store_si512((void *)out->scales[r], _mm512_cvtepi16_epi32(scales));
 #else
@@ -179,7 +182,7 @@ ALWAYS_INLINE void unpack_row_32(vector_format f, tile_layout layout, const uint
         _mm256_store_si256(words, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q)));
         _mm256_store_si256(words + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1)));
     } else
-        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * index), unsigned_chunk(f, block, NULL, 0));
+        _mm256_store_si256((__m256i *)(out->bytes[r] + 32 * index), unsigned_chunk(f, layout.offset, block, NULL, 0));
 }
 
 // Unpacks `n_blocks` blocks of each row, TILE_COLS columns or fewer.

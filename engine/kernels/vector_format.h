@@ -96,9 +96,13 @@ ALWAYS_INLINE __m256i chunk_of(vector_format f, const uint8_t *block, const bloc
 #endif
 }
 
-ALWAYS_INLINE __m256i unsigned_chunk(vector_format f, const uint8_t *block, const block_points *points, int k) {
+// The same, unsigned: signed ones are raised by `offset`.
+ALWAYS_INLINE __m256i unsigned_chunk(vector_format f, int offset, const uint8_t *block, const block_points *points,
+                                     int k) {
     const __m256i u = chunk_of(f, block, points, k);
-    return f.is_signed ? flip_top_bits(u) : u;
+    if (!f.is_signed)
+        return u;
+    return offset == 128 ? flip_top_bits(u) : _mm256_add_epi8(u, _mm256_set1_epi8((char)offset));
 }
 
 #endif
