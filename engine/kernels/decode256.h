@@ -19,7 +19,7 @@ ALWAYS_INLINE __m256i dot_pairs(vector_format f, __m256i u, __m256i x) {
 // The same for the k-th chunk of a block. Formats with grids have signs apart, which spares two instructions.
 ALWAYS_INLINE __m256i dot_chunk(vector_format f, const uint8_t *block, const block_points *points, int k, __m256i x) {
     if (f.points && f.is_signed)
-        return dot_pairs_u8(look_up_points(f.layout, block, points, k), negate_where(minus_of_points(points, k), x));
+        return dot_pairs_u8(look_up_points(f.layout, block, points, k), give_signs(signs_of_points(points, k), x));
     return dot_pairs(f, chunk_of(f, block, points, k), x);
 }
 

@@ -148,7 +148,7 @@ static const point_layout layout_IQ2_S = {engine_grid_iq2_s, 8, 0};
 
 static inline void points_IQ2_XXS(const uint8_t *block, block_points *out) {
     const __m256i words = signs_scales_of_iq2_xxs((const void *)block);
-    _mm256_store_si256((void *)out->minus, bytes_with_parity(bytes_of_7_bits(words)));
+    set_signs(out, bytes_with_parity(bytes_of_7_bits(words)));
 }
 
 static inline void points_IQ2_XS(const uint8_t *block, block_points *out) {
@@ -157,7 +157,7 @@ static inline void points_IQ2_XS(const uint8_t *block, block_points *out) {
     const __m256i signs = _mm256_packus_epi16(_mm256_srli_epi16(first, 9), _mm256_srli_epi16(second, 9));
     _mm256_store_si256((void *)out->indexes, _mm256_and_si256(first, mask));
     _mm256_store_si256((void *)(out->indexes + 16), _mm256_and_si256(second, mask));
-    _mm256_store_si256((void *)out->minus, bytes_with_parity(_mm256_permute4x64_epi64(signs, 0xd8)));
+    set_signs(out, bytes_with_parity(_mm256_permute4x64_epi64(signs, 0xd8)));
 }
 
 static inline void points_IQ2_S(const uint8_t *block, block_points *out) {
@@ -171,7 +171,7 @@ static inline void points_IQ2_S(const uint8_t *block, block_points *out) {
         const __m256i raised = _mm256_mullo_epi16(spread, _mm256_set1_epi64x(0x0004001000400100));
         set_indexes(out, 16 * i, b->qs + 16 * i, _mm256_and_si256(raised, _mm256_set1_epi16(0x300)));
     }
-    _mm256_store_si256((void *)out->minus, load_256(b->signs));
+    set_signs(out, load_256(b->signs));
 }
 #endif
 

@@ -77,7 +77,7 @@ static const point_layout layout_IQ3_S = {engine_grid_iq3_s.points, 4, 0};
 
 static inline void points_IQ3_XXS(const uint8_t *block, block_points *out) {
     const __m256i words = load_256(((const block_IQ3_XXS *)block)->signs_scale);
-    _mm256_store_si256((void *)out->minus, bytes_with_parity(bytes_of_7_bits(words)));
+    set_signs(out, bytes_with_parity(bytes_of_7_bits(words)));
 }
 
 static inline void points_IQ3_S(const uint8_t *block, block_points *out) {
@@ -91,7 +91,7 @@ static inline void points_IQ3_S(const uint8_t *block, block_points *out) {
         _mm256_store_si256((void *)(out->indexes + 32 * i), _mm256_permute2x128_si256(even, odd, 0x20));
         _mm256_store_si256((void *)(out->indexes + 32 * i + 16), _mm256_permute2x128_si256(even, odd, 0x31));
     }
-    _mm256_store_si256((void *)out->minus, load_256(b->signs));
+    set_signs(out, load_256(b->signs));
 }
 #endif
 
