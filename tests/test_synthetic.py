@@ -82,12 +82,13 @@ def test_chooses_formats_as_llama_quantize_does_in_all_golden_files(shared: Path
     assert {path.name: differing_formats(path) for path in paths} == {path.name: [] for path in paths}
 
 
-def test_iq4_xs_spends_more_on_values_shared_by_many_heads(shared: Path) -> None:
+@pytest.mark.parametrize(("usual", "formats"), [("IQ4_XS", ("IQ4_XS", "Q5_K")), ("Q2_K", ("Q3_K", "Q4_K"))])
+def test_values_shared_by_many_heads_get_more_bits(shared: Path, usual: str, formats: tuple[str, str]) -> None:
     # llama-quantize does so from four query heads to a value head on; the golden file has two, every real model more
-    differing = differing_formats(shared / "golden" / "qwen35moe" / "qwen35moe-wide-IQ4_XS.gguf")
+    differing = differing_formats(shared / "golden" / "qwen35moe" / f"qwen35moe-wide-{usual}.gguf")
     assert {(name.split(".")[2], *formats) for name, *formats in differing} == {
-        ("attn_qkv", "IQ4_XS", "Q5_K"),
-        ("attn_v", "IQ4_XS", "Q5_K"),
+        ("attn_qkv", *formats),
+        ("attn_v", *formats),
     }
 
 
@@ -97,6 +98,9 @@ def test_iq4_xs_spends_more_on_values_shared_by_many_heads(shared: Path) -> None
         ("q4_k_m", 256, "Q4_K"),
         ("q4_k_m", 96, "Q5_0"),
         ("iq4_xs", 96, "IQ4_NL"),
+        ("iq2_xxs", 512, "IQ2_XXS"),
+        ("iq2_xxs", 96, "IQ4_NL"),
+        ("q2_k", 96, "Q4_0"),
         ("q6_k", 96, "Q8_0"),
         ("q8_0", 8, "F16"),
     ],

@@ -133,6 +133,8 @@ def _uniform(file_type: int, name: str) -> Recipe:
 _Q4_K_M = Recipe(15, "Q4_K", "Q4_K", "Q6_K", _more_bits("Q6_K", "Q4_K"), _more_bits("Q6_K", "Q4_K"), "Q4_K")
 
 RECIPES: dict[str, Recipe] = {
+    "iq2_xxs": Recipe(19, "IQ2_XXS", "Q2_K", "Q5_K", _always("Q4_K"), _first_part(8, "Q2_K", "IQ2_XXS"), "IQ2_XXS"),
+    "q2_k": Recipe(10, "Q2_K", "Q2_K", "Q6_K", _always("Q4_K"), _always("Q3_K"), "Q3_K"),
     "q3_k_m": Recipe(12, "Q3_K", "Q3_K", "Q6_K", _first(2, "Q5_K", "Q4_K"), _first_part(16, "Q5_K", "Q4_K"), "Q4_K"),
     "q4_k_s": Recipe(14, "Q4_K", "Q4_K", "Q6_K", _first(4, "Q5_K", "Q4_K"), _first_part(8, "Q5_K", "Q4_K"), "Q4_K"),
     "q4_k_m": _Q4_K_M,
@@ -146,7 +148,15 @@ RECIPES: dict[str, Recipe] = {
 }
 
 # Formats whose blocks are longer than a row give way to ones with short blocks.
-_FALLBACK = {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_FALLBACK = {
+    "IQ2_XXS": "IQ4_NL",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}
 
 
 def choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: int) -> QuantFormat:
