@@ -16,7 +16,7 @@ from engine.devices.cuda.places import ALIGNMENT, Layout, Pass, aligned
 from engine.devices.footprint import lends_from
 from engine.devices.graph import Routing, Vector, Weight
 
-PLACE_BYTES = ALIGNMENT
+PLACE_BYTES = ALIGNMENT  # so an int32 reaches half a terabyte far
 
 
 @dataclass(slots=True)

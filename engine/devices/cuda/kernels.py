@@ -222,12 +222,10 @@ def linear(
     n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
-    records, of_warp = (
-        _records_bytes(weight_format.activation, n_cols, n_tokens),
-        _warp_bytes(weight_format, per_warp, n_cols),
-    )
-    n_wanted, most = ceil_div(sum(m.n_rows for m in matrices), per_warp), (_SHARED_BYTES - records) // of_warp
-    row_warps = _row_warps(weight_format, n_wanted, most)
+    records = _records_bytes(weight_format.activation, n_cols, n_tokens)
+    of_warp = _warp_bytes(weight_format, per_warp, n_cols)
+    n_wanted = ceil_div(sum(m.n_rows for m in matrices), per_warp)
+    row_warps = _row_warps(weight_format, n_wanted, (_SHARED_BYTES - records) // of_warp)
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
     shared = records + row_warps * of_warp
     compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")

@@ -127,7 +127,9 @@ class Lowering:
         layout.n_bytes = shared = place_slots(layers, layout.n_bytes, lambda layer: layer.n_kept)
         stretches = context_stretches(self.recorder.states, self.limits)
         for slot in context_slots:
-            layers[slot.layer].offsets.append(aligned(stretches[slot.stretch][0] + slot.offset))
+            layer, (start, n_bytes) = layers[slot.layer], stretches[slot.stretch]
+            layer.offsets.append(aligned(start + slot.offset))
+            assert layer.offsets[-1] + layer.expert_bytes <= start + n_bytes
         self.staging_offset = self.staging_buffer_bytes = 0
         self.scratch = self.long_scratch = self.recorder.scratch_for(self.limits)
         self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
