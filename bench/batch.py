@@ -1,6 +1,7 @@
 """Measures what answering prompts together gains over answering them one by one, in tokens a second of all answers.
 
-    python bench/batch.py -m MODEL [-t THREADS] [--sequences 8] [--prompt-tokens 16] [--gen-tokens 32] [--rounds 5]
+    python bench/batch.py -m MODEL [-t THREADS] [--device cpu] [--sequences 8] [--prompt-tokens 16] [--gen-tokens 32]
+                          [--rounds 5]
 
 Both ways alternate, on one engine and with the same prompts of random tokens; the texts must be the same.
 """
@@ -18,7 +19,12 @@ from engine.bench.measure import random_tokens
 def main() -> None:
     """Measure; print a line for each round, then the medians."""
     args = _read_arguments()
-    settings = {"engine.n_sequences": args.sequences, "engine.n_threads": args.threads, "model.path": args.model}
+    settings = {
+        "engine.device": args.device,
+        "engine.n_sequences": args.sequences,
+        "engine.n_threads": args.threads,
+        "model.path": args.model,
+    }
     params = SamplingParams(max_tokens=args.gen_tokens, temperature=0.0, ignore_eos=True)
     n_tokens = args.sequences * args.gen_tokens
     speeds: list[tuple[float, float]] = []
@@ -43,6 +49,7 @@ def _read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure answers made together against answers made one by one.")
     parser.add_argument("-m", "--model", default="synthetic:qwen3-30b-a3b:layers=8", metavar="MODEL")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (default: cpu)")
     for name, default in (("sequences", 8), ("prompt-tokens", 16), ("gen-tokens", 32), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
     return parser.parse_args()
