@@ -149,6 +149,25 @@ def test_long_and_short_steps_in_any_order_have_the_same_bits(
         assert cache.statistics.hits.sum() > 0
 
 
+def test_an_expert_that_leaves_while_a_step_begins_is_no_error(lending: Lending) -> None:
+    """The cache's thread may take one out of a slot that the step leaves alone, at any moment."""
+
+    class Leaving(np.ndarray):
+        """Has an expert in slot 0 until somebody has looked."""
+
+        def __ge__(self, other: object) -> np.ndarray:
+            found = np.asarray(self) >= other
+            if self.base is not None:  # no copy
+                self.base[0, 0] = -1
+            return found
+
+    model = lending.model
+    with lending.open() as opened:
+        opened.copy(0, 0, 0)
+        opened.program._slot_of = opened.program._slot_of.view(Leaving)
+        assert same_bits(step(opened.program, model, 0, 12), lending.expected[11:12])
+
+
 def test_what_is_kept_stays_and_what_is_lent_is_overwritten(lending: Lending) -> None:
     """The memory is really the same: whoever believes the contents of a slot that was lent gets other logits."""
     model, expected = lending.model, lending.expected

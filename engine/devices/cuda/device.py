@@ -319,8 +319,9 @@ class CUDAProgram:
         """Note that a step uses the memory of the slots that it does not leave alone."""
         usable = self.usable_slots(n_tokens, self.longest_after(positions, slots))
         if usable is not self._all_slots:
-            layers, experts = np.nonzero(self._slot_of >= 0)
-            is_left_alone = usable[layers, self._slot_of[layers, experts]]
+            slot_of = self._slot_of.copy()  # another thread may be publishing, in slots that the step leaves alone
+            layers, experts = np.nonzero(slot_of >= 0)
+            is_left_alone = usable[layers, slot_of[layers, experts]]
             assert is_left_alone.all(), "the step needs the memory of an expert that is published"
         self._lengths.note(positions, slots)
 
