@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from engine import _kernels, machine
 from engine.devices.cpu import CPUDevice
-from engine.devices.cuda import CUDADevice, elementwise, kernels, probe, recurrent, tiles
+from engine.devices.cuda import CUDADevice, drawing, elementwise, kernels, probe, recurrent, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.attention import attend as attention_over
 from engine.devices.cuda.attention import inputs as attention_inputs
@@ -34,8 +35,8 @@ from engine.devices.cuda.jit import NVRTCCompiler
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
+from engine.devices.graph import DRAW, Gating, KVType, Limits, Scoring
 from engine.devices.graph import Activation as ExpertActivation
-from engine.devices.graph import Gating, KVType, Limits, Scoring
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.generate.forward import ForwardPass
@@ -554,6 +555,38 @@ def small(bench: Bench) -> None:
         bench.share("small", "delta net, 64 heads of 128 x 128, with all around it", n_bytes, s)
 
 
+def draws(bench: Bench) -> None:
+    """What the choice of tokens takes on the GPU, and on the CPU with the logits fetched before."""
+    most, rng = 8, np.random.default_rng(0)
+    settings = {"greedy": (1, 1.0, 0.0), "top-k 40, top-p 0.95": (40, 0.95, 0.05), "top-p 0.95 alone": (0, 0.95, 0.0)}
+    for n_vocab in (151_936, 248_320):
+        rows = rng.standard_normal((most, n_vocab)).astype(np.float32) * 4
+        sizes = rows.nbytes, n_vocab // 8, most * DRAW.itemsize, most * 4096, most * 8, most * 4, most * 4, 256
+        with bench.memory(*sizes) as (logits, allowed, how, maxima, sums, n_done, chosen, words):
+            bench.put(logits, rows)
+            bench.put(allowed, np.full(n_vocab // 8, 0xFF, np.uint8))
+            pinned = PinnedMemory(rows.nbytes)
+            for n_rows in (1, most):
+                fetch = partial(bench.stream.download, pinned.address, logits, 4 * n_rows * n_vocab)
+                bench.note("draws", f"{n_rows} x {n_vocab}: fetching the logits", bench.seconds(fetch) * 1e6, "us")
+                for name, (top_k, top_p, min_p) in settings.items():
+                    bench.put(how, np.array([(0.3, top_p, min_p, 1 / 0.7, top_k)] * most, DRAW))
+                    bench.put(words, np.array([n_rows], np.int32))
+                    places, count = (allowed, how, maxima, sums, n_done, chosen), Count(words, n_rows)
+                    launches = drawing.launches(Rows(logits, n_vocab), n_vocab, *places, count)
+                    s = bench.replay_s(launches * 20) / 20
+                    start, nothing = time.perf_counter(), np.zeros(0, np.int32)
+                    for _ in range(20):
+                        for row in rows[:n_rows]:
+                            if top_k == 1:
+                                _kernels.argmax(row)
+                            else:
+                                _kernels.sample(row, nothing, 0.7, top_k, top_p, min_p, 1.0, 0.0, 0.0, 0.3)
+                    on_cpu = (time.perf_counter() - start) / 20 * 1e6
+                    bench.note("draws", f"{n_rows} x {n_vocab}: {name}", s * 1e6, f"us; on the CPU {on_cpu:.0f}")
+            pinned.close()
+
+
 def handshake(bench: Bench) -> None:
     """48 requests in one graph, answered by a team of threads that has next to nothing to do for each."""
     n_layers, hidden = 48, 256
@@ -809,6 +842,7 @@ SECTIONS = {
         grouped_experts,
         attention,
         prompt_attention,
+        draws,
         handshake,
         prompt,
         model,

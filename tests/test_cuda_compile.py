@@ -35,6 +35,7 @@ KERNELS = [
     ("expert_down_tiles.cu", ("DOWN_FORMAT=Q6_K",)),
     ("group_choices.cu", ()),
     ("embed.cu", ("FORMAT=Q8_0",)),
+    ("draw.cu", ()),
     ("fetch.cu", ()),
     ("elementwise.cu", ()),
     ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=768", "ROUNDS=1")),

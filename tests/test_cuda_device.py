@@ -11,11 +11,12 @@ import pytest
 from golden_files import model_path
 from model_runner import divergence
 
+from engine import _kernels
 from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.device import CUDAProgram
 from engine.devices.cuda.driver import probe
-from engine.devices.graph import Graph, KVType, Limits, Weight
+from engine.devices.graph import DRAW, NO_DRAW, Graph, KVType, Limits, Weight
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.errors import DeviceError, RequestError
@@ -237,6 +238,56 @@ def test_two_sequences_in_one_step(small: Model) -> None:
         whole = np.append(tokens[:half], more[0]), np.append(tokens[half : half + 3], more[1])
         ends = [opened.forward.run(0, part, 0).copy() for part in whole]
         assert (pair.view(np.uint32) == np.concatenate(ends).view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("stream_n_tokens", [32, 4])
+def test_tokens_are_drawn_as_the_cpu_draws_them(stream_n_tokens: int, small: Model) -> None:
+    """One row and two, of short and long steps; where one cannot be drawn all logits come along."""
+    nothing, allowed = np.zeros(0, np.int32), np.ones(small.n_vocab, np.bool_)
+    tokens, positions = np.array(small.tokens, np.int32), np.arange(N_TOKENS, dtype=np.int32)
+    slots, last = np.zeros(N_TOKENS, np.int32), np.array([N_TOKENS - 1], np.int32)
+    with small.open(hot_k=3, stream_n_tokens=stream_n_tokens) as opened:
+        program = opened.program
+
+        def drawn(logits: np.ndarray, draw: tuple[float, float, float, float, int]) -> int:
+            uniform, top_p, min_p, inverse, top_k = draw
+            kept = np.where(allowed, logits, -np.inf).astype(np.float32)
+            return _kernels.sample(kept, nothing, 1 / inverse, top_k, top_p, min_p, 1.0, 0.0, 0.0, uniform)
+
+        logits = program.run(tokens, positions, slots, last)[0].copy()
+        draws = [(0.0, 1.0, 0.0, 1.0, 1), (0.8, 0.9, 0.0, 0.5, 40), (0.4, 1.0, 0.1, 2.0, 0)]
+        for _ in range(2):
+            for draw in draws:
+                found, rest = program.run_and_draw(tokens, positions, slots, last, np.array([draw], DRAW))
+                assert found.tolist() == [drawn(logits, draw)]
+                assert rest is None
+            allowed[logits.argmax()] = False
+            program.allow(allowed)
+        for draw in ((0.5, 1.0, 0.0, 1.0, 1000), (0.0, 1.0, 0.0, 1.0, NO_DRAW)):
+            found, rest = program.run_and_draw(tokens, positions, slots, last, np.array([draw], DRAW))
+            assert found.tolist() == [-1]
+            assert rest is not None
+            assert (rest[0].view(np.uint32) == logits.view(np.uint32)).all()
+
+        both = np.array([1, 5], np.int32), np.array([N_TOKENS, 0], np.int32), np.array([0, 1], np.int32)
+        two = program.run(*both, np.array([0, 1], np.int32)).copy()
+        program.run(tokens, positions, slots, last)
+        for pair in ((draws[1], draws[2]), (draws[0], (0.0, 1.0, 0.0, 1.0, NO_DRAW))):
+            found, rest = program.run_and_draw(*both, np.array([0, 1], np.int32), np.array(list(pair), DRAW))
+            expected = [drawn(row, draw) if draw[4] >= 0 else -1 for row, draw in zip(two, pair, strict=True)]
+            assert found.tolist() == expected
+            assert (rest is None) == (min(expected) >= 0)
+
+
+def test_what_the_device_gives_up_on_comes_with_all_logits(small: Model) -> None:
+    step = [np.array(values, np.int32) for values in ([1], [0], [0], [0])]
+    with small.open(hot_k=3) as opened:
+        logits = opened.program.run(*step)[0].copy()
+        opened.program.allow(np.zeros(small.n_vocab, np.bool_))  # so that there is nothing to draw
+        found, rest = opened.program.run_and_draw(*step, np.array([(0.5, 0.9, 0.0, 1.0, 40)], DRAW))
+        assert found.tolist() == [-1]
+        assert rest is not None
+        assert (rest[0].view(np.uint32) == logits.view(np.uint32)).all()
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from engine.__main__ import main
 from engine.cli.layers import layer_table
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.devices.cuda import jit, probe
+from engine.devices.cuda.device import CUDAProgram
 from engine.errors import DeviceError
 from engine.gguf import weights
 from engine.runtime import Engine
@@ -59,6 +60,40 @@ def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) ->
     if moe.get("policy") == "lru":
         assert found.cache.n_loads > 0
         assert 0 < found.cache.hit_rate < 1
+
+
+@pytest.mark.parametrize(
+    ("params", "draws"),
+    [
+        ({}, True),
+        ({"top_k": 0, "min_p": 0.0}, True),
+        ({"top_k": 1000, "min_p": 0.0}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"logprobs": 2}, False),
+    ],
+    ids=str,
+)
+def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, monkeypatch) -> None:
+    """The GPU, or the CPU from the same logits; and logits are fetched only if somebody looks at them."""
+    n_fetched = 0
+    download = CUDAProgram._download_logits
+
+    def count(*args) -> None:
+        nonlocal n_fetched
+        n_fetched += 1
+        download(*args)
+
+    monkeypatch.setattr(CUDAProgram, "_download_logits", count)
+    sampling = SamplingParams(**({"max_tokens": 8, "ignore_eos": True, "seed": 3} | params))
+    with Engine.open(config=config(hot_k=9)) as engine:
+        assert isinstance(engine._program, CUDAProgram)
+        drawn = engine.generate(PROMPT, sampling)
+        n_while_drawing = n_fetched
+        engine._forward._draws = False
+        chosen = engine.generate(PROMPT, sampling)
+    assert drawn.token_ids == chosen.token_ids
+    assert drawn.logprobs == chosen.logprobs
+    assert n_while_drawing == (0 if draws else 8)
 
 
 def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:

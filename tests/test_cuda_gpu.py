@@ -8,6 +8,7 @@ import cuda_launcher
 import numpy as np
 import pytest
 import test_cuda_device
+import test_cuda_draw
 import test_cuda_kernels
 import test_cuda_tiles
 from test_cuda_device import (  # noqa: F401 - collected here
@@ -17,7 +18,15 @@ from test_cuda_device import (  # noqa: F401 - collected here
     test_more_copies_than_buffers,
     test_slots_and_cuts_never_change_a_bit,
     test_steps_that_do_not_fit_are_refused,
+    test_tokens_are_drawn_as_the_cpu_draws_them,
     test_two_sequences_in_one_step,
+)
+from test_cuda_draw import (  # noqa: F401 - collected here
+    test_draws_are_those_of_the_cpu,
+    test_draws_break_no_rule,
+    test_logits_that_are_no_numbers,
+    test_only_allowed_tokens_are_drawn,
+    test_what_takes_all_logits_is_left_to_the_cpu,
 )
 from test_cuda_kernels import (  # noqa: F401 - collected here
     test_a_shared_expert_is_one_more_choice,
@@ -65,6 +74,7 @@ def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         probe()
     except DeviceError as error:
         pytest.skip(f"there is no GPU: {error}")
+    monkeypatch.setattr(test_cuda_draw, "Emulator", cuda_launcher.RealGPU)
     monkeypatch.setattr(test_cuda_kernels, "Emulator", cuda_launcher.RealGPU)
     monkeypatch.setattr(test_cuda_tiles, "Emulator", cuda_launcher.RealGPU)
     monkeypatch.setattr(test_cuda_device, "StandInCompiler", lambda: None)  # NVIDIA's instead

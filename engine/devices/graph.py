@@ -725,6 +725,51 @@ class ProfiledProgram(Protocol):
         ...
 
 
+DRAW = np.dtype(
+    [
+        ("uniform", np.float64),  # in [0, 1)
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("inverse_temperature", np.float32),
+        ("top_k", np.int32),  # 0: all; 1: the likeliest token, whatever the rest says; NO_DRAW: no token
+    ]
+)  # how a token is drawn, without penalties: see `kernels/sampling.h`
+NO_DRAW = -1
+Draw = tuple[float, float, float, float, int]  # a value of it
+
+
+@runtime_checkable
+class DrawingProgram(Protocol):
+    """A program that can draw tokens itself, with the bits of `_kernels.sample`."""
+
+    def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
+        """Say which tokens may be drawn from now on, [n_vocab]; until then all may."""
+        ...
+
+    def run_and_draw(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+        draws: npt.NDArray[np.void],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Run one step as `Program.run` does, and draw a token from each row of logits.
+
+        Args:
+            token_ids: as for `Program.run`, like the next two.
+            positions: of the tokens.
+            slots: of their sequences.
+            output_rows: at most one for each sequence.
+            draws: how, `DRAW` [n_outputs].
+
+        Returns:
+            The tokens, int32 [n_outputs], -1 where none was asked for or a draw takes all logits; and the logits, as
+            `Program.run` returns them, if there is such a row.
+        """
+        ...
+
+
 @runtime_checkable
 class TunableProgram(Protocol):
     """A program whose vectors can be changed."""

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Limits, Program, SavingProgram
+from engine.devices.graph import DrawingProgram, Limits, Program, SavingProgram
 from engine.devices.slots import ClockedProgram
 from engine.experts.hot_cache import HotCache
 from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,37 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
+        return self._watch(token_ids, positions, slots, lambda p: p.run(token_ids, positions, slots, output_rows))
+
+    def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
+        """Say which tokens may be drawn, of a program that draws; see `graph.DrawingProgram`."""
+        assert isinstance(self._program, DrawingProgram)
+        self._program.allow(allowed)
+
+    def run_and_draw(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+        draws: npt.NDArray[np.void],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Run one step of a program that draws tokens, likewise; see `graph.DrawingProgram`."""
+
+        def step(program: Program) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+            assert isinstance(program, DrawingProgram)
+            return program.run_and_draw(token_ids, positions, slots, output_rows, draws)
+
+        return self._watch(token_ids, positions, slots, step)
+
+    def _watch(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        run: Callable[[Program], T],
+    ) -> T:
+        """Run one step and let the watchers see it."""
         if self._steering is not None:
             self._steering.begin_step(len(token_ids))
         if self._cache is not None:
@@ -84,13 +119,13 @@ class WatchedProgram:
         looking = self._thread.submit(self.settle) if self._thread is not None and self._unseen is not None else None
         start = self.now()
         try:
-            logits = self._program.run(token_ids, positions, slots, output_rows)
+            result = run(self._program)
             step_s = self.now() - start
         finally:
             if looking is not None:
                 looking.result()
         if self._cache is None and self._recorder is None:
-            return logits
+            return result
         routing = self._program.routing()
         if self._recorder is not None:
             self._record(self._recorder, routing, slots)
@@ -100,7 +135,7 @@ class WatchedProgram:
             self._unseen = _Step(routing, resident, step_s)
         if self._thread is None:
             self.settle()
-        return logits
+        return result
 
     def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put a saved sequence back, see `graph.SavingProgram`: it needs memory as a step that ends there does."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
+from engine.devices.graph import Draw
 from engine.generate.forward import Progress
 from engine.generate.leases import Lease
 from engine.generate.sampling import Sampler
@@ -196,10 +197,16 @@ class Answer:
             total = len(self._sequence.prompt_ids) - self._n_reused
             self._progress(self.lease.n_held - self._n_reused, total)
 
-    def choose(self, logits: npt.NDArray[np.float32]) -> tuple[int, TokenLogprobs | None]:
-        """Return the next token and its probabilities; nothing is changed yet."""
-        token_id = self._sampler.choose(logits, self._sequence)
-        return token_id, rate(logits, token_id, self._sequence.params.logprobs, self._tokenizer)
+    def draw(self) -> Draw | None:
+        """Return how a device may draw the next token; None if the logits are to be looked at."""
+        return self._sampler.draw(self._sequence) if self._sequence.params.logprobs < 0 else None
+
+    def choose(self, found: npt.NDArray[np.float32] | int) -> tuple[int, TokenLogprobs | None]:
+        """Return the next token and its probabilities, from logits, or as it was drawn; nothing is changed yet."""
+        if isinstance(found, int):
+            return found, None
+        token_id = self._sampler.choose(found, self._sequence)
+        return token_id, rate(found, token_id, self._sequence.params.logprobs, self._tokenizer)
 
     def append(self, token_id: int, rated: TokenLogprobs | None, seconds: float) -> None:
         """Add a chosen token and the time that took, prompt steps not counted."""

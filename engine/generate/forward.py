@@ -10,12 +10,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Limits, Program, Rows
+from engine.devices.graph import DRAW, NO_DRAW, Draw, DrawingProgram, Limits, Program, Rows
 from engine.devices.slots import ClockedProgram
 from engine.errors import RequestError
 
 Outputs = Literal["none", "last", "all"]
 Progress = Callable[[int, int], None]
+_NO_DRAW: Draw = (0.0, 1.0, 0.0, 1.0, NO_DRAW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class Part:
         token_ids: to append, at least one.
         position: tokens that the sequence holds already.
         wants_logits: of its last token.
+        draw: how the token after that is drawn; None to look at the logits.
     """
 
     slot: int
     token_ids: Sequence[int]
     position: int
     wants_logits: bool
+    draw: Draw | None = None
 
 
 class ForwardPass:
@@ -42,11 +45,13 @@ class ForwardPass:
         now: returns seconds, of the program's clock if it has one.
     """
 
-    def __init__(self, program: Program, limits: Limits, n_vocab: int) -> None:
+    def __init__(self, program: Program, limits: Limits, n_vocab: int, *, draws: bool = False) -> None:
+        """Use a program; `draws` says whether it is a `DrawingProgram`, or watches one."""
         self.program = program
         self.now: Callable[[], float] = program.now if isinstance(program, ClockedProgram) else time.perf_counter
         self.limits = limits
         self.n_vocab = n_vocab
+        self._draws = draws
         self._slots = np.zeros(limits.max_tokens, np.int32)
         self._no_rows = np.zeros(0, np.int32)
 
@@ -100,11 +105,12 @@ class ForwardPass:
                 progress(stop, n)
         return logits
 
-    def step(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:
+    def step(self, parts: Sequence[Part]) -> list[int | npt.NDArray[np.float32]]:
         """Append to several sequences in one step, which reads each weight they share once.
 
-        Returns logits, float32 [parts that want them, n_vocab], in order; a view that is valid until the next call.
-        Raises `RequestError` for more than `limits.max_tokens` tokens or a position beyond the context.
+        Returns for each part that wants them, in order, its logits, float32 [n_vocab], a view that is valid until the
+        next call; or the token that follows, where the program could draw it. Raises `RequestError` for more than
+        `limits.max_tokens` tokens or a position beyond the context.
         """
         sizes = [len(part.token_ids) for part in parts]
         ends = np.cumsum(sizes)
@@ -114,7 +120,13 @@ class ForwardPass:
         )
         slots = np.repeat(np.array([part.slot for part in parts], np.int32), sizes)
         rows = np.array([end - 1 for part, end in zip(parts, ends, strict=True) if part.wants_logits], np.int32)
-        return self.program.run(ids, positions, slots, rows)
+        draws = [part.draw for part in parts if part.wants_logits]
+        if not self._draws or all(draw is None for draw in draws):
+            return list(self.program.run(ids, positions, slots, rows))
+        assert isinstance(self.program, DrawingProgram)
+        packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)
+        tokens, logits = self.program.run_and_draw(ids, positions, slots, rows, packed)
+        return [logits[i] if token < 0 and logits is not None else token for i, token in enumerate(tokens.tolist())]
 
     def _rows(self, n: int, outputs: Outputs, *, is_last: bool) -> npt.NDArray[np.int32]:
         if outputs == "all":

@@ -9,10 +9,12 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.config import SamplingParams
+from engine.devices.graph import Draw
 from engine.generate.sequence import Sequence
 from engine.tokenizer import Tokenizer
 
 _MASK = (1 << 64) - 1
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _SMALLEST_TOP_P = 2.0**-53  # what 0 means: the likeliest token alone
 
 
@@ -33,6 +35,21 @@ class Sampler:
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
         self._no_tokens = np.zeros(0, np.int32)
+
+    def draw(self, sequence: Sequence) -> Draw | None:
+        """Return how a device may draw the token that follows `sequence`; None if that takes penalties."""
+        params = self._params
+        if self._has_penalties:
+            return None
+        if params.temperature == 0:
+            return 0.0, 1.0, 0.0, 1.0, 1
+        return (
+            uniform(self.seed, len(sequence.token_ids)),
+            max(params.top_p, _SMALLEST_TOP_P),
+            params.min_p,
+            min(1 / params.temperature, _LARGEST_FLOAT),
+            params.top_k,
+        )
 
     def choose(self, logits: npt.NDArray[np.float32], sequence: Sequence) -> int:
         """Return the id of the token that follows `sequence`.

@@ -132,7 +132,7 @@ class Scheduler:
         now = self._forward.now
         complete = [len(ids) == answer.n_pending for answer, ids in shares]
         parts = [
-            Part(answer.lease.slot, ids, answer.lease.n_held, wants)
+            Part(answer.lease.slot, ids, answer.lease.n_held, wants, answer.draw() if wants else None)
             for (answer, ids), wants in zip(shares, complete, strict=True)
         ]
         n_prompt = sum(len(ids) for answer, ids in shares if answer.is_at_prompt)
@@ -144,10 +144,10 @@ class Scheduler:
         rows = iter(self._forward.step(parts))
         step_s = now() - start
         for (answer, ids), wants in zip(shares, complete, strict=True):
-            logits = next(rows) if wants else None
+            found = next(rows) if wants else None
             try:
                 chosen_at = now()
-                chosen = None if logits is None else answer.choose(logits)
+                chosen = None if found is None else answer.choose(found)
                 spent = now() - chosen_at
                 answer.note_run(ids)
                 if answer.is_at_prompt:

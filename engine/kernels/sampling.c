@@ -20,7 +20,7 @@ typedef struct {
     bool is_all; // of the ids that can be drawn
 } candidates;
 
-enum { LANES = 16, BLOCK = 256 }; // of logits: most blocks have no candidate, and are read once
+enum { BLOCK = 256 }; // logits: most blocks have no candidate, and are read once
 
 // How a logit becomes a weight.
 typedef struct {
@@ -29,10 +29,19 @@ typedef struct {
 } weighing;
 
 // The same bits for one logit as for many.
-static double weight_of(const weighing *w, float logit) {
+static float weight_of(const weighing *w, float logit) {
     float weight;
     w->exponentials(&logit, 1, w->largest, w->scale, &weight);
-    return (double)weight;
+    return weight;
+}
+
+// A weight, at most 1, as a multiple of 2^-40: the last bits of its sum with a number whose last bit is that much.
+static int64_t units(float weight) {
+    const double large = 0x1.8p12, sum = (double)weight + large;
+    int64_t bits, bits_of_large;
+    memcpy(&bits, &sum, sizeof bits);
+    memcpy(&bits_of_large, &large, sizeof bits_of_large);
+    return bits - bits_of_large;
 }
 
 // -- candidates ------------------------------------------------------------------------------------------------------
@@ -122,23 +131,16 @@ int largest_logit(const ops_table *ops, const float *logits, int n) { return fin
 
 static float *maxima_for(int n) { return malloc((size_t)(n / BLOCK + 1) * sizeof(float)); }
 
-static double sum_of_weights(const weighing *w, const float *logits, int n) {
+static int64_t sum_of_weights(const weighing *w, const float *logits, int n) {
     float weights[BLOCK];
-    double lanes[LANES] = {0.0};
+    int64_t sum = 0;
     for (int first = 0; first < n; first += BLOCK) {
         const int n_block = first + BLOCK < n ? BLOCK : n - first;
         w->exponentials(logits + first, n_block, w->largest, w->scale, weights);
-        int i = 0;
-        for (; i + LANES <= n_block; i += LANES)
-            for (int j = 0; j < LANES; j++)
-                lanes[j] += (double)weights[i + j];
-        for (; i < n_block; i++)
-            lanes[0] += (double)weights[i];
+        for (int i = 0; i < n_block; i++)
+            sum += units(weights[i]);
     }
-    for (int half = LANES / 2; half; half /= 2)
-        for (int j = 0; j < half; j++)
-            lanes[j] += lanes[j + half];
-    return lanes[0];
+    return sum;
 }
 
 static int compare_ids(const void *a, const void *b) {
@@ -167,37 +169,37 @@ enum { NOT_ENOUGH = -2 };
 
 // Draws one of the candidates; `all` is the sum of all n weights, if no top-k is asked for. NOT_ENOUGH if that takes
 // more than were collected.
-static int draw(candidates *c, const weighing *w, int n, double all, const sampling_params *params, double uniform) {
+static int draw(candidates *c, const weighing *w, int n, int64_t all, const sampling_params *params, double uniform) {
     const int n_top = params->top_k > 0 && params->top_k < n ? params->top_k : n;
-    double total = all;
+    int64_t total = all;
     const candidate *at;
     if (n_top < n) {
-        total = 0.0;
+        total = 0;
         for (int rank = 0; rank < n_top && (at = ranked(c, rank)); rank++)
-            total += weight_of(w, at->logit);
+            total += units(weight_of(w, at->logit));
         if (c->n < n_top && !c->is_all)
             return NOT_ENOUGH;
     }
     int n_kept = n_top;
     if (params->top_p < 1.0 || params->min_p > 0.0) {
-        const double wanted = params->top_p < 1.0 ? params->top_p * total : INFINITY;
-        double sum = 0.0;
+        const double wanted = params->top_p < 1.0 ? params->top_p * (double)total : INFINITY;
+        int64_t sum = 0;
         for (n_kept = 0; n_kept < n_top && (at = ranked(c, n_kept)); n_kept++) {
-            const double weight = weight_of(w, at->logit);
-            if (n_kept > 0 && (sum >= wanted || weight < params->min_p))
+            const float weight = weight_of(w, at->logit);
+            if (n_kept > 0 && ((double)sum >= wanted || (double)weight < params->min_p))
                 break;
-            sum += weight;
+            sum += units(weight);
         }
         if (n_kept < n_top && n_kept == c->n && !c->is_all)
             return NOT_ENOUGH;
         total = sum;
     }
-    double sum = 0.0;
+    int64_t sum = 0;
     int id = 0;
     for (int rank = 0; rank < n_kept && (at = ranked(c, rank)); rank++) {
         id = at->id;
-        sum += weight_of(w, at->logit);
-        if (sum > uniform * total)
+        sum += units(weight_of(w, at->logit));
+        if ((double)sum > uniform * (double)total)
             return id;
     }
     return n_kept <= c->n || c->is_all ? id : NOT_ENOUGH; // the last one: uniform was next to 1
@@ -214,7 +216,7 @@ static int draw_token(const ops_table *ops, const float *logits, int n, const sa
         const double inverse = 1.0 / params->temperature;
         const weighing w = {ops->exponentials, logits[best], inverse < (double)FLT_MAX ? (float)inverse : FLT_MAX};
         const bool needs_all = params->top_k == 0 || params->top_k >= n, can_weigh = isfinite(w.largest);
-        const double all = needs_all && can_weigh ? sum_of_weights(&w, logits, n) : 0.0;
+        const int64_t all = needs_all && can_weigh ? sum_of_weights(&w, logits, n) : 0;
         float depth = (float)(8.0 * params->temperature);
         if (can_weigh)
             do {
@@ -256,7 +258,7 @@ int best_log_probabilities(const ops_table *ops, const float *logits, int n, int
     const bool has_memory = maxima && c.heap;
     if (has_memory) {
         const weighing w = {ops->exponentials, logits[find_largest(ops, logits, n, maxima)], 1.0f};
-        *log_sum = (double)w.largest + log(sum_of_weights(&w, logits, n));
+        *log_sum = (double)w.largest + log(0x1p-40 * (double)sum_of_weights(&w, logits, n));
         collect_best(&c, logits, n, maxima, n_top);
         int rank = 0;
         for (const candidate *at; rank < n_top && (at = ranked(&c, rank)); rank++) {

@@ -4,7 +4,9 @@
 //
 //     penalties    for each id that occurs c > 0 times in `recent`:
 //                  l = l > 0 ? l / repetition : l * repetition;  l = l - presence - frequency * c
-//     temperature  w = exp((l - max l) * (1 / temperature)), the exp of vmath.h; sums of them in double
+//     temperature  w = exp((l - max l) * (1 / temperature)), the exp of vmath.h; in sums rounded to a multiple of
+//     2^-40, so
+//                  that these are exact and the same in whatever order they are made (on a GPU: `cuda/draw.cu`)
 //     top-k        the k largest
 //     top-p        the fewest of those, largest first, whose sum reaches p of theirs
 //     min-p        of those with w >= min_p * the largest

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import ProfiledProgram, Program, RecurrentProgram, SavingProgram
+from engine.devices.graph import DrawingProgram, ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
 from engine.errors import DeviceError, EngineError, RequestError
@@ -100,7 +100,10 @@ class Engine(Answering):
             self._weights.close()
             raise
         self._limits = self._program.limits
-        self._forward = ForwardPass(self._caching.program, self._limits, self.spec.n_vocab)
+        program, draws = self._caching.program, isinstance(self._program, DrawingProgram)
+        if draws:
+            program.allow(self.tokenizer.sampled_among(self.spec.n_vocab))
+        self._forward = ForwardPass(program, self._limits, self.spec.n_vocab, draws=draws)
         is_recurrent = any(self.spec.recurrent_layers)
         self._snapshots: Snapshots | None = None
         if is_recurrent and settings.n_snapshots and isinstance(self._program, RecurrentProgram):

@@ -61,6 +61,12 @@ class Tokenizer:
         """Return the unused ids below `n_sampled`, rising; shared by all who ask."""
         return np.array(sorted(i for i in self.unused_ids if i < self.n_sampled), np.intp)
 
+    def sampled_among(self, n_logits: int) -> npt.NDArray[np.bool_]:
+        """Return for each logit of a model whether it is that of a token that may be sampled, [n_logits]."""
+        is_sampled = np.arange(n_logits) < self.n_sampled
+        is_sampled[self.unused_among_sampled] = False
+        return is_sampled
+
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Return the token ids of a text.
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices.context_slots import SequenceLengths, UsableSlots
-from engine.devices.cuda import tiles
+from engine.devices.cuda import drawing, tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.elementwise import fetch
 from engine.devices.cuda.expert_layers import Staging, Streamed
@@ -22,15 +22,15 @@ from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
-from engine.devices.cuda.places import reserved_bytes
+from engine.devices.cuda.places import DRAW_WORDS, reserved_bytes
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
 from engine.devices.cuda.speeds import measure_speeds
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
 from engine.devices.footprint import lends_from, measure
+from engine.devices.graph import DRAW, NO_DRAW, Limits, Rows, WeightAccess
 from engine.devices.graph import Graph as ForwardGraph
-from engine.devices.graph import Limits, Rows, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, MemoryPlan, Wish, plan_memory
 from engine.devices.slots import Ticket
 from engine.devices.timing import CPU_MACS, Bandwidths, LayerTimes
@@ -250,9 +250,12 @@ class CUDAProgram:
             self._words = self._step.bytes.view(np.int32)
             self._table = self._own(PinnedMemory(4 * max(1, n_layers * n_experts)))
             self._ids = self._own(PinnedMemory(4 * max(1, n_layers * limits.max_tokens * n_used)))
-            rows = min(limits.n_slots, limits.most(Rows.OUTPUTS))  # one for each sequence: what decoding asks for
+            rows = lowering.drawing.n_rows  # one for each sequence: what decoding asks for
             logits = self._own(PinnedMemory(4 * rows * lowering.n_vocab))
             self._logits: npt.NDArray[np.float32] = logits.bytes.view(np.float32).reshape(rows, -1)
+            self._draws = self._words[lowering.step.first_draw :].view(DRAW)
+            self._drawn = self._own(PinnedMemory(4 * rows))
+            self._chosen: npt.NDArray[np.int32] = self._drawn.bytes.view(np.int32)[:rows]
             self._places = self._table.bytes.view(np.int32)[: n_layers * n_experts].reshape(n_layers, -1)
             self._places[:] = -1
             self._slot_of = np.full_like(self._places, -1)
@@ -306,12 +309,47 @@ class CUDAProgram:
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
         """
+        self._draws["top_k"] = NO_DRAW
+        _, logits = self._run(token_ids, positions, slots, output_rows)
+        assert logits is not None or not len(output_rows)
+        return self._logits[:0] if logits is None else logits
+
+    def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
+        """Say which tokens may be drawn from now on, [n_vocab]."""
+        assert len(allowed) == self._lowering.n_vocab
+        bits = drawing.as_bits(allowed)
+        self._upload([(self._lowering.drawing.allowed, bits.nbytes)], bits.view(np.uint8))
+
+    def run_and_draw(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+        draws: npt.NDArray[np.void],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Run one step and draw tokens; see `graph.DrawingProgram.run_and_draw`, and `run` for what it raises."""
+        n = len(output_rows)
+        assert len(draws) == n <= len(self._draws)
+        self._draws[:n] = draws
+        self._draws["top_k"][:n][draws["top_k"] > drawing.MOST_TOP_K] = NO_DRAW
+        self._draws["top_k"][n:] = NO_DRAW
+        return self._run(token_ids, positions, slots, output_rows)
+
+    def _run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Run a step, checked; return what was drawn, -1 for nothing, and all logits if that is so anywhere."""
         self._check(token_ids, positions, slots, output_rows)
         self._take_memory(len(token_ids), positions, slots)
         self._context.make_current()
         self._n_begun += 1
         try:
-            return self._run(token_ids, positions, slots, output_rows)
+            return self._run_step(token_ids, positions, slots, output_rows)
         finally:
             self._n_over = self._n_begun
 
@@ -325,13 +363,13 @@ class CUDAProgram:
             assert is_left_alone.all(), "the step needs the memory of an expert that is published"
         self._lengths.note(positions, slots)
 
-    def _run(
+    def _run_step(
         self,
         token_ids: npt.NDArray[np.int32],
         positions: npt.NDArray[np.int32],
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
-    ) -> npt.NDArray[np.float32]:
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         n, n_outputs = len(token_ids), len(output_rows)
         lowering, limits = self._lowering, self._limits
         self._words[:3] = n, n_outputs, self._step_number
@@ -343,6 +381,8 @@ class CUDAProgram:
         logits = self._logits[:n_outputs]
         if n_outputs > len(self._logits):
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
+        asks = self._draws["top_k"][:n_outputs] != NO_DRAW
+        may_do_without = np.count_nonzero(asks) == n_outputs
 
         number, self._step_number = self._step_number, (self._step_number + 1) & 0x7FFFFFFF
         misses = None if streams else self._misses
@@ -355,7 +395,7 @@ class CUDAProgram:
                 self._launch(most, streams)
             if misses is not None:
                 misses.serve(number, self._stream.is_idle)
-            if n_outputs and most > 1:
+            if not may_do_without:
                 self._download_logits(logits, most)
         except BaseException:
             if misses is not None:
@@ -366,7 +406,13 @@ class CUDAProgram:
         self._n_tokens, self._rows_of_routing = n, most
         if misses is not None:
             self._count_seconds(misses, n)
-        return logits
+        chosen = np.where(asks, self._chosen[:n_outputs], -1)
+        if may_do_without and chosen.min(initial=0) >= 0:
+            return chosen, None
+        if may_do_without:  # now, for swaps may take this memory when the step is over
+            self._download_logits(logits, most)
+            self._synchronize()
+        return chosen, logits
 
     def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
         if n_tokens == 1:
@@ -576,16 +622,19 @@ class CUDAProgram:
         The launches of a step that waits for the CPU must all be queued before it is answered: only a graph is.
         """
         lowering, base, max_tokens = self._lowering, self._memory.address, self._limits.max_tokens
+        drawn = self._drawn.device_address
         largest = min(self._stream_n_tokens - 1, max_tokens)  # of the steps that stream nothing
         recorded: dict[int, Sequence[Launch | Streamed]] = {}
         staging = lowering.staging
         short = largest if staging is None else staging.lends_from - 1  # no larger step may take a short one's launches
         for size in sorted({min(size, largest) for size in (*_SIZES, short, largest)}):
-            recorded[size] = [*self._fetch_step(size, self._table), *lowering.launches(base, size, exchange)]
+            first, last = self._fetch_step(size, self._table), lowering.draw(base, size, drawn)
+            recorded[size] = [*first, *lowering.launches(base, size, exchange), *last]
         if self._expert_stream is not None:
             table = self._expert_stream.table
             for size in sorted({min(size, max_tokens) for size in (*_SIZES, max_tokens) if size > largest}):
-                recorded[size] = [*self._fetch_step(size, table), *lowering.streaming_launches(base, size)]
+                first, last = self._fetch_step(size, table), lowering.draw(base, size, drawn)
+                recorded[size] = [*first, *lowering.streaming_launches(base, size), *last]
         kernels = [k for steps in recorded.values() for step in steps for k in _kernels_of(step)]
         self._context.prepare(kernels, progress)
         for launch in kernels:
@@ -604,7 +653,8 @@ class CUDAProgram:
         counts, *arrays = step.offset, step.token_ids, step.positions, step.slots, step.output_rows
         pieces = [(host + 16 + i * stride, to + array, most) for i, array in enumerate(arrays)]
         places = table.device_address, to + lowering.experts.slot_table, self._places.size
-        return fetch([(host, to + counts, 4), *pieces, places])
+        draws = host + 4 * step.first_draw, to + step.draws, min(most, len(self._draws)) * DRAW_WORDS
+        return fetch([(host, to + counts, 4), *pieces, draws, places])
 
     def _captured(self, launches: Sequence[Launch], results_of: int | None = None) -> Graph:
         """Return launches as a graph, and the download of the results of so many tokens if asked for."""
@@ -633,13 +683,11 @@ class CUDAProgram:
         self._stream.download(int(logits.ctypes.data), source, logits.nbytes)
 
     def _download_results(self, most: int) -> None:
-        """Queue what every step of so many tokens at most gives: routing, and a single token's logits."""
+        """Queue what every step of so many tokens at most gives: routing."""
         lowering = self._lowering
         n_ids = len(lowering.experts.layers) * most * lowering.experts.n_used
         if n_ids:
             self._stream.download(self._ids.address, self._memory.address + lowering.experts.chosen, 4 * n_ids)
-        if most == 1:
-            self._download_logits(self._logits[:1], most)
 
     def _synchronize(self) -> None:
         """Wait for the step, and for the copies that it began; those may fail, too."""

@@ -16,9 +16,10 @@ import numpy as np
 from engine.devices import graph as ops
 from engine.devices.context_slots import ContextSlot
 from engine.devices.cuda import expert_operations, fusion, kernels, operations, sequence_operations, tiles
+from engine.devices.cuda.drawing import Drawing
 from engine.devices.cuda.expert_layers import ExpertLayer, ExpertTables, Staging, Streamed, place_slots
 from engine.devices.cuda.kernels import Exchange
-from engine.devices.cuda.launch import Launch
+from engine.devices.cuda.launch import Count, Launch, Rows
 from engine.devices.cuda.places import Layout, Pass, StepLayout, aligned, reserved_bytes
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.cuda.scratch import Scratch
@@ -35,6 +36,7 @@ class Lowering:
         staging: the ring of long steps, or None.
         layout: of the device allocation.
         step: the inputs of a step in it.
+        drawing: what draws tokens, one for each sequence at most.
         experts: of all layers.
         recorder: what the operations need.
         state: offset and bytes of all caches and states.
@@ -64,7 +66,8 @@ class Lowering:
         self.limits = limits
         self.staging = staging
         self.layout = Layout()
-        self.step = StepLayout(self.layout, limits.max_tokens)
+        n_draws = min(limits.n_slots, limits.most(ops.Rows.OUTPUTS))
+        self.step = StepLayout(self.layout, limits.max_tokens, n_draws)
         layers = _expert_layers(graph, plan)
         self.experts = ExpertTables(layers, self.layout, limits.max_tokens, staging.at_once if staging else 1)
         self.recorder = Recorder(weights, limits, self.layout, self.experts)
@@ -77,8 +80,9 @@ class Lowering:
         assert graph.logits is not None
         self.recorder.index = len(graph.operations)
         self._logits = self.recorder.use(graph.logits).need
-        self._place_scratch_and_slots(() if plan is None else plan.context_slots)
         self.n_vocab = graph.logits.width
+        self.drawing = Drawing(self.recorder, n_draws, self.n_vocab)
+        self._place_scratch_and_slots(() if plan is None else plan.context_slots)
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
     @property
@@ -99,6 +103,12 @@ class Lowering:
     def logits(self, most: int) -> int:
         """Return where a step of at most so many tokens leaves its logits."""
         return self.scratch_of(most).offset_of(self._logits)
+
+    def draw(self, base: int, most: int, chosen: int) -> list[Launch]:
+        """Return the launches that draw the next tokens after a step of at most so many; they go to `chosen`."""
+        count = Count(base + self.step.n_rows[ops.Rows.OUTPUTS], min(most, self.drawing.n_rows))
+        logits = Rows(base + self.logits(most), self.n_vocab)
+        return self.drawing.launches(base, logits, base + self.step.draws, chosen, count)
 
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""

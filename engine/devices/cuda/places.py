@@ -14,6 +14,7 @@ from engine.devices.graph import Limits
 from engine.quants.formats import Activation, QuantFormat
 
 ALIGNMENT = 256
+DRAW_WORDS = graph.DRAW.itemsize // 4
 
 
 class Layout:
@@ -40,16 +41,23 @@ def aligned(n_bytes: int) -> int:
 
 
 class StepLayout:
-    """The inputs of a step, int32: counts and the step's number, then one array after the other."""
+    """The inputs of a step: counts and the step's number, then one array after the other, and how tokens are drawn.
 
-    def __init__(self, layout: Layout, max_tokens: int) -> None:
-        self.n_words = 4 + 4 * max_tokens
+    Attributes:
+        n_words: four-byte words in all.
+        first_draw: the word where `graph.DRAW` of the first row begins; all words before are int32.
+    """
+
+    def __init__(self, layout: Layout, max_tokens: int, n_draws: int) -> None:
+        self.first_draw = 4 + 4 * max_tokens
+        self.n_words = self.first_draw + n_draws * DRAW_WORDS
         self.offset = layout.reserve(4 * self.n_words)
         self.n_rows = {graph.Rows.TOKENS: self.offset, graph.Rows.OUTPUTS: self.offset + 4}
         self.number = self.offset + 8
         self.token_ids, self.positions, self.slots, self.output_rows = (
             self.offset + 4 * (4 + i * max_tokens) for i in range(4)
         )
+        self.draws = self.offset + 4 * self.first_draw
 
 
 @dataclass(slots=True)
