@@ -109,8 +109,10 @@ DEVICE bool collect(const Logits &logits, int row, int k, float largest, Candida
     constexpr int AT_ONCE = 8; // logits of a lane that are on the way together
     const int thread = threadIdx.x;
     const unsigned own = order_of(largest);
-    unsigned lowest = 0; // the largest number that k hands reach, bit by bit
-    for (int bit = 31; bit >= 32 - EXACT_BITS; bit--)
+    const int n_hands = __syncthreads_count(own != 0);
+    k = min(k, (n_hands * 7 + 7) / 8); // what the worst of them reach, too many logits do
+    unsigned lowest = 0; // the largest number that k hands reach, bit by bit; any, if all logits can be kept
+    for (int bit = 31; bit >= 32 - EXACT_BITS && logits.n > MOST; bit--)
         if (__syncthreads_count(own >= (lowest | 1u << bit)) >= k)
             lowest |= 1u << bit;
     if (thread == 0)
