@@ -25,9 +25,9 @@ struct Draw {
 struct Logits {
     const float *rows;
     int64_t stride;
-    const unsigned *allowed; // bits
-    const Draw *draws;       // [rows]
-    float *maxima;           // [rows, MOST], of the hands
+    const unsigned *allowed;  // bits
+    const Draw *draws;        // [rows]
+    float *maxima;            // [rows, MOST], of the hands
     unsigned long long *sums; // [rows] of all weights; 0 before and after
     unsigned *n_done;         // [rows], likewise
     int n, n_hands;
@@ -98,7 +98,7 @@ struct Candidates {
     long long sums[MOST];                       // of the weights up to each
     int hands[MOST];
     int n, n_hands, first_out, chosen;
-    unsigned long long all;      // weights
+    unsigned long long all;        // weights
     long long totals[MOST / WARP]; // of the weights of each warp
     float maxima[MOST / WARP];
 };

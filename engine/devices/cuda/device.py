@@ -336,20 +336,15 @@ class CUDAProgram:
         self._draws["top_k"][n:] = NO_DRAW
         return self._run(token_ids, positions, slots, output_rows)
 
-    def _run(
-        self,
-        token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int32],
-        output_rows: npt.NDArray[np.int32],
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def _run(self, *step: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Run a step, checked; return what was drawn, -1 for nothing, and all logits if that is so anywhere."""
-        self._check(token_ids, positions, slots, output_rows)
+        self._check(*step)
+        token_ids, positions, slots, _ = step
         self._take_memory(len(token_ids), positions, slots)
         self._context.make_current()
         self._n_begun += 1
         try:
-            return self._run_step(token_ids, positions, slots, output_rows)
+            return self._run_step(*step)
         finally:
             self._n_over = self._n_begun
 
