@@ -171,20 +171,24 @@ ALWAYS_INLINE __m128 add_blocks(vector_format f, const uint8_t *const rows[4], i
                                : add_blocks_32(f, n, blocks, q, x_sums, x.d + b, acc);
 }
 
-// Four rows, 256 weights of each at a time, while as many bytes from `next` on are fetched.
-ALWAYS_INLINE __m128 dot_4_rows(vector_format f, const uint8_t *const rows[4], const uint8_t *next, int n_blocks,
-                                activation_row x) {
+// Row r of four streams, 256 weights of each at a time.
+ALWAYS_INLINE __m128 dot_4_rows(vector_format f, row_streams streams, int r, int n_blocks, activation_row x,
+                                int fetches) {
     const int step = 256 / f.block_size;
+    const uint8_t *rows[4];
     __m128 acc = _mm_setzero_ps();
+    set_rows(streams, 4, r, rows);
     int b = 0;
     for (; b + step <= n_blocks; b += step) {
-        if (next)
-            fetch(next + (int64_t)b * 4 * f.block_bytes, 4 * step * f.block_bytes);
+        if (fetches)
+            fetch_of_streams(streams, 4, r * streams.row_bytes + (int64_t)b * f.block_bytes, step * f.block_bytes);
 #pragma GCC unroll 4
         for (int i = 0; i < step; i += 2)
             acc = add_blocks(f, rows, b + i, 2, x, acc);
     }
-    if (f.block_size == 32) {
+    if (f.block_size == 32 && b < n_blocks) {
+        if (fetches)
+            fetch_of_streams(streams, 4, r * streams.row_bytes + (int64_t)b * f.block_bytes, step * f.block_bytes);
         for (; b + 2 <= n_blocks; b += 2)
             acc = add_blocks(f, rows, b, 2, x, acc);
         if (b < n_blocks)
@@ -195,21 +199,14 @@ ALWAYS_INLINE __m128 dot_4_rows(vector_format f, const uint8_t *const rows[4], c
 
 ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
                                  const void *const *x, int n_x, float *const *y) {
-    const int64_t ahead = rows_ahead(row_bytes, 4) * row_bytes;
-    for (int r = 0; r < n_rows; r += 4) {
-        const int n = n_rows - r < 4 ? n_rows - r : 4;
-        const uint8_t *rows[4];
-        for (int i = 0; i < 4; i++)
-            rows[i] = w + (r + (i < n ? i : n - 1)) * row_bytes;
+    const row_streams streams = streams_of(4, w, row_bytes, n_rows);
+    for (int r = 0; r < streams.n_each; r++)
         for (int t = 0; t < n_x; t++) {
             float sums[4];
-            const uint8_t *next = t == 0 ? rows[0] + ahead : NULL; // fetched once for all tokens
-            _mm_storeu_ps(
-                sums, dot_4_rows(f, rows, next, n_cols / f.block_size, activation_view(x[t], f.activation, n_cols)));
-            for (int i = 0; i < n; i++)
-                y[t][r + i] = sums[i];
+            _mm_storeu_ps(sums, dot_4_rows(f, streams, r, n_cols / f.block_size,
+                                           activation_view(x[t], f.activation, n_cols), t == 0));
+            store_of_rows(streams, 4, r, sums, y[t]);
         }
-    }
 }
 
 #endif

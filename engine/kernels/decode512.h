@@ -302,23 +302,22 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
                                  const void *const *x, float *const *y) {
     const int unit_blocks = 256 / f.block_size, unit_bytes = unit_blocks * f.block_bytes;
     const int n_blocks = n_cols / f.block_size, n_units = (n_blocks + unit_blocks - 1) / unit_blocks;
-    const int64_t ahead = rows_ahead(row_bytes, 4) * row_bytes;
+    const row_streams streams = streams_of(4, w, row_bytes, n_rows);
     activation_unit units[DECODE_TOKENS][MAX_UNITS];
     for (int first = 0; first < n_units; first += MAX_UNITS) {
         const int end = n_units - first < MAX_UNITS ? n_units : first + MAX_UNITS;
         for (int t = 0; t < n; t++)
             prepare_activations(f, activation_view(x[t], f.activation, n_cols), n_cols, first, end, units[t]);
-        for (int r = 0; r < n_rows; r += 4) {
-            const int n_left = n_rows - r < 4 ? n_rows - r : 4;
+        const int64_t other_columns = row_bytes - (int64_t)(end - first) * unit_bytes;
+        for (int r = 0; r < streams.n_each; r++) {
             const uint8_t *rows[4];
-            for (int i = 0; i < 4; i++) // what is missing repeats the last row
-                rows[i] = w + (r + (i < n_left ? i : n_left - 1)) * row_bytes;
+            set_rows(streams, 4, r, rows);
             float sums[DECODE_TOKENS][4] = {0};
             __m128 acc[DECODE_TOKENS];
 #pragma GCC unroll 4
             for (int t = 0; t < n; t++) {
                 if (first)
-                    memcpy(sums[t], y[t] + r, (size_t)n_left * sizeof(float));
+                    load_of_rows(streams, 4, r, y[t], sums[t]);
                 acc[t] = _mm_loadu_ps(sums[t]);
             }
             for (int u = first; u < end; u++) {
@@ -328,11 +327,8 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
 #pragma GCC unroll 4
                 for (int t = 0; t < n; t++)
                     a[t] = &units[t][u - first];
-                if (n_units <= MAX_UNITS)
-                    fetch(rows[0] + ahead + 4 * at, 4 * unit_bytes);
-                else
-                    for (int i = 0; i < 4; i++)
-                        fetch(blocks[i] + ahead, unit_bytes);
+                const int64_t next_row = (end - u) * (int64_t)unit_bytes <= STREAM_AHEAD ? other_columns : 0;
+                fetch_of_streams(streams, 4, r * row_bytes + at + next_row, unit_bytes);
                 if (f.block_size == 32)
                     u *unit_blocks + unit_blocks <= n_blocks
                         ? add_blocks_32(f, n, unit_blocks, blocks, a, acc)
@@ -349,7 +345,7 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
 #pragma GCC unroll 4
             for (int t = 0; t < n; t++) {
                 _mm_storeu_ps(sums[t], acc[t]);
-                memcpy(y[t] + r, sums[t], (size_t)n_left * sizeof(float));
+                store_of_rows(streams, 4, r, sums[t], y[t]);
             }
         }
     }

@@ -62,7 +62,7 @@ ALWAYS_INLINE void dequantize_integer(unpack_fn unpack, int block_size, int bloc
     }
 }
 
-// Where to fetch weights into the second-level cache while others are computed with: at least this far ahead.
+// Where several tokens, or a test of memory, fetch into the second-level cache: at least this far ahead, as one stream.
 enum { BYTES_AHEAD = 16 << 10 };
 static inline int64_t rows_ahead(int64_t row_bytes, int together) {
     return (BYTES_AHEAD / (together * row_bytes) + 1) * together;
@@ -70,6 +70,49 @@ static inline int64_t rows_ahead(int64_t row_bytes, int together) {
 ALWAYS_INLINE void fetch(const uint8_t *first, int n_bytes) {
     for (int line = 0; line < n_bytes; line += 64)
         __builtin_prefetch(first + line, 0, 2);
+}
+
+// What one token reads. Some rows at a time, one of each of as many streams, which are equal parts of the rows of a
+// call: in pages of their own, so that a CPU that fetches ahead by itself sees each of them go on; neighbouring rows
+// lie in the same page, and look like no order at all. What comes next is fetched into the first-level cache besides.
+typedef struct {
+    const uint8_t *first;
+    int64_t row_bytes;
+    int n_rows, n_each; // rows of all streams, of each
+} row_streams;
+
+ALWAYS_INLINE row_streams streams_of(int n_streams, const uint8_t *w, int64_t row_bytes, int n_rows) {
+    return (row_streams){w, row_bytes, n_rows, (n_rows + n_streams - 1) / n_streams};
+}
+
+// Row r of each stream; what the last ones lack repeats the last row.
+ALWAYS_INLINE void set_rows(row_streams s, int n_streams, int r, const uint8_t **rows) {
+    for (int i = 0; i < n_streams; i++) {
+        const int row = i * s.n_each + r;
+        rows[i] = s.first + (row < s.n_rows ? row : s.n_rows - 1) * s.row_bytes;
+    }
+}
+
+ALWAYS_INLINE void load_of_rows(row_streams s, int n_streams, int r, const float *y, float *values) {
+    for (int i = 0; i < n_streams; i++)
+        values[i] = i * s.n_each + r < s.n_rows ? y[i * s.n_each + r] : 0.0f;
+}
+
+ALWAYS_INLINE void store_of_rows(row_streams s, int n_streams, int r, const float *values, float *y) {
+    for (int i = 0; i < n_streams; i++)
+        if (i * s.n_each + r < s.n_rows)
+            y[i * s.n_each + r] = values[i];
+}
+
+// Fetches what streams read soon after the n_bytes from byte `at` of each. Behind its end a stream goes on in the next
+// call, for a thread takes the rows that follow as a rule.
+enum { STREAM_AHEAD = 1 << 10 };
+ALWAYS_INLINE void fetch_of_streams(row_streams s, int n_streams, int64_t at, int n_bytes) {
+    const int64_t stream_bytes = s.n_each * s.row_bytes, place = at + STREAM_AHEAD;
+    const uint8_t *next = s.first + place + (place < stream_bytes ? 0 : (s.n_rows - s.n_each) * s.row_bytes);
+    for (int i = 0; i < n_streams; i++)
+        for (int line = 0; line < n_bytes; line += 64)
+            __builtin_prefetch(next + i * stream_bytes + line, 0, 3);
 }
 
 // Rows and tokens whose sums are in registers together.
@@ -81,46 +124,45 @@ enum { FLOAT_ROWS = 2, FLOAT_TOKENS = 2 };
 enum { FLOAT_ROWS = 1, FLOAT_TOKENS = 1 };
 #endif
 
-ALWAYS_INLINE void dot_float(load_fn load, int weight_bytes, const uint8_t *const rows[FLOAT_ROWS], const uint8_t *next,
-                             int n_cols, int n, const float *const x[FLOAT_TOKENS],
-                             float sums[FLOAT_TOKENS][FLOAT_ROWS]) {
+// Of row r of each stream, with n tokens.
+ALWAYS_INLINE void dot_float(load_fn load, int weight_bytes, row_streams streams, int r, int n_cols, int n,
+                             const float *const x[FLOAT_TOKENS], int fetches, float sums[FLOAT_TOKENS][FLOAT_ROWS]) {
     const int tail = n_cols % 16, whole = n_cols - tail;
+    const uint8_t *rows[FLOAT_ROWS];
     v16 acc[FLOAT_TOKENS][FLOAT_ROWS], w[FLOAT_ROWS];
+    set_rows(streams, FLOAT_ROWS, r, rows);
     for (int t = 0; t < n; t++)
-        for (int r = 0; r < FLOAT_ROWS; r++)
-            acc[t][r] = v16_set(0.0f);
-    for (int i = 0; i < whole; i += 16) {
-        if (next)
-            fetch(next + (int64_t)i * weight_bytes * FLOAT_ROWS, 16 * weight_bytes * FLOAT_ROWS);
-        for (int r = 0; r < FLOAT_ROWS; r++)
-            w[r] = load(rows[r] + (int64_t)i * weight_bytes);
+        for (int i = 0; i < FLOAT_ROWS; i++)
+            acc[t][i] = v16_set(0.0f);
+    for (int c = 0; c < whole; c += 16) {
+        const int64_t at = (int64_t)c * weight_bytes;
+        if (fetches && at % 64 == 0)
+            fetch_of_streams(streams, FLOAT_ROWS, r * streams.row_bytes + at, 64);
+        for (int i = 0; i < FLOAT_ROWS; i++)
+            w[i] = load(rows[i] + at);
         for (int t = 0; t < n; t++) {
-            const v16 values = v16_load(x[t] + i);
-            for (int r = 0; r < FLOAT_ROWS; r++)
-                acc[t][r] = v16_fma(w[r], values, acc[t][r]);
+            const v16 values = v16_load(x[t] + c);
+            for (int i = 0; i < FLOAT_ROWS; i++)
+                acc[t][i] = v16_fma(w[i], values, acc[t][i]);
         }
     }
-    for (int r = 0; r < FLOAT_ROWS; r++) {
+    for (int i = 0; i < FLOAT_ROWS; i++) {
         if (tail) {
             uint8_t padded[64] = {0};
-            memcpy(padded, rows[r] + (int64_t)whole * weight_bytes, (size_t)(tail * weight_bytes));
+            memcpy(padded, rows[i] + (int64_t)whole * weight_bytes, (size_t)(tail * weight_bytes));
             for (int t = 0; t < n; t++)
-                acc[t][r] = v16_fma(load(padded), v16_load_first(x[t] + whole, tail), acc[t][r]);
+                acc[t][i] = v16_fma(load(padded), v16_load_first(x[t] + whole, tail), acc[t][i]);
         }
         for (int t = 0; t < n; t++)
-            sums[t][r] = v16_sum(acc[t][r]);
+            sums[t][i] = v16_sum(acc[t][i]);
     }
 }
 
 // Float formats: sixteen chains, chain i takes the weights i, i + 16, ...; then the tree of v16_sum.
 ALWAYS_INLINE void matmul_float(load_fn load, int weight_bytes, const uint8_t *w, int64_t row_bytes, int n_rows,
                                 int n_cols, const void *const *x, int n_x, float *const *y) {
-    const int64_t ahead = rows_ahead(row_bytes, FLOAT_ROWS) * row_bytes;
-    for (int first = 0; first < n_rows; first += FLOAT_ROWS) {
-        const int n = n_rows - first < FLOAT_ROWS ? n_rows - first : FLOAT_ROWS;
-        const uint8_t *rows[FLOAT_ROWS];
-        for (int r = 0; r < FLOAT_ROWS; r++) // what is missing repeats the last row
-            rows[r] = w + (first + (r < n ? r : n - 1)) * row_bytes;
+    const row_streams streams = streams_of(FLOAT_ROWS, w, row_bytes, n_rows);
+    for (int r = 0; r < streams.n_each; r++)
         for (int t = 0; t < n_x;) {
             const float *values[FLOAT_TOKENS] = {x[t]};
             float sums[FLOAT_TOKENS][FLOAT_ROWS];
@@ -128,14 +170,13 @@ ALWAYS_INLINE void matmul_float(load_fn load, int weight_bytes, const uint8_t *w
             for (int i = 0; i < together; i++)
                 values[i] = x[t + i];
             if (together == FLOAT_TOKENS)
-                dot_float(load, weight_bytes, rows, NULL, n_cols, FLOAT_TOKENS, values, sums);
+                dot_float(load, weight_bytes, streams, r, n_cols, FLOAT_TOKENS, values, t == 0, sums);
             else
-                dot_float(load, weight_bytes, rows, n_x == 1 ? rows[0] + ahead : NULL, n_cols, 1, values, sums);
+                dot_float(load, weight_bytes, streams, r, n_cols, 1, values, t == 0, sums);
             for (int i = 0; i < together; i++)
-                memcpy(y[t + i] + first, sums[i], (size_t)n * sizeof(float));
+                store_of_rows(streams, FLOAT_ROWS, r, sums[i], y[t + i]);
             t += together;
         }
-    }
 }
 
 ALWAYS_INLINE void dequantize_float(load_fn load, int weight_bytes, const uint8_t *w, float *out, int n_cols) {
