@@ -62,7 +62,7 @@ ALWAYS_INLINE void dequantize_integer(unpack_fn unpack, int block_size, int bloc
     }
 }
 
-// Where several tokens, or a test of memory, fetch into the second-level cache: at least this far ahead, as one stream.
+// Where several tokens fetch weights into the second-level cache: at least this far ahead, as one stream.
 enum { BYTES_AHEAD = 16 << 10 };
 static inline int64_t rows_ahead(int64_t row_bytes, int together) {
     return (BYTES_AHEAD / (together * row_bytes) + 1) * together;

@@ -12,17 +12,19 @@
 #include "ops/rope.h"
 #include "ops/router.h"
 
-// Reads as products with four rows do: four streams, and what comes next fetched as one.
+// Reads as products with one token do.
 static float read_all(const uint8_t *bytes, int64_t n_bytes) {
-    enum { STREAMS = 4, STREAM_BYTES = BYTES_AHEAD / STREAMS };
-    v16 sums[STREAMS] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
-    for (int64_t first = 0; first + BYTES_AHEAD <= n_bytes; first += BYTES_AHEAD)
-        for (int i = 0; i < STREAM_BYTES; i += 64) {
-            fetch(bytes + first + BYTES_AHEAD + STREAMS * i, STREAMS * 64);
-            for (int j = 0; j < STREAMS; j++)
-                sums[j] = v16_max(v16_load((const float *)(bytes + first + j * STREAM_BYTES + i)), sums[j]);
-        }
-    return v16_sum(v16_add(v16_add(sums[0], sums[1]), v16_add(sums[2], sums[3])));
+    enum { STREAMS = 4, LINE = 64 };
+    const row_streams lines = streams_of(STREAMS, bytes, LINE, (int)(n_bytes / (STREAMS * LINE)) * STREAMS);
+    v16 largest[STREAMS] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
+    for (int line = 0; line < lines.n_each; line++) {
+        const uint8_t *rows[STREAMS];
+        set_rows(lines, STREAMS, line, rows);
+        fetch_of_streams(lines, STREAMS, (int64_t)line * LINE, LINE);
+        for (int i = 0; i < STREAMS; i++)
+            largest[i] = v16_max(v16_load((const float *)rows[i]), largest[i]);
+    }
+    return v16_sum(v16_add(v16_add(largest[0], largest[1]), v16_add(largest[2], largest[3])));
 }
 
 static void exponentials_of(const float *x, int n, float shift, float scale, float *out) {
