@@ -308,7 +308,7 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
         const int end = n_units - first < MAX_UNITS ? n_units : first + MAX_UNITS;
         for (int t = 0; t < n; t++)
             prepare_activations(f, activation_view(x[t], f.activation, n_cols), n_cols, first, end, units[t]);
-        const int64_t other_columns = row_bytes - (int64_t)(end - first) * unit_bytes;
+        const int64_t other_columns = row_bytes - (int64_t)(end - first) * unit_bytes; // lie before the next row's
         for (int r = 0; r < streams.n_each; r++) {
             const uint8_t *rows[4];
             set_rows(streams, 4, r, rows);

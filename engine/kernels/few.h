@@ -336,7 +336,8 @@ ALWAYS_INLINE void multiply_rows_32(vector_format f, few_rows rows, int64_t ahea
 // At most FEW_TOKENS.
 ALWAYS_INLINE void matmul_few(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
                               const void *const *x, int n_x, float *const *y) {
-    const int64_t ahead = rows_ahead(row_bytes, 4) * row_bytes;
+    enum { BYTES_AHEAD = 16 << 10 }; // at least, where weights are fetched as one stream
+    const int64_t four_rows = 4 * row_bytes, ahead = (BYTES_AHEAD / four_rows + 1) * four_rows;
     activation_row tokens[FEW_TOKENS];
     for (int t = 0; t < n_x; t++)
         tokens[t] = activation_view(x[t], f.activation, n_cols);

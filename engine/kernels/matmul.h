@@ -62,19 +62,16 @@ ALWAYS_INLINE void dequantize_integer(unpack_fn unpack, int block_size, int bloc
     }
 }
 
-// Where several tokens fetch weights into the second-level cache: at least this far ahead, as one stream.
-enum { BYTES_AHEAD = 16 << 10 };
-static inline int64_t rows_ahead(int64_t row_bytes, int together) {
-    return (BYTES_AHEAD / (together * row_bytes) + 1) * together;
-}
+// Into the second-level cache, for what several tokens read.
 ALWAYS_INLINE void fetch(const uint8_t *first, int n_bytes) {
     for (int line = 0; line < n_bytes; line += 64)
         __builtin_prefetch(first + line, 0, 2);
 }
 
-// What one token reads. Some rows at a time, one of each of as many streams, which are equal parts of the rows of a
-// call: in pages of their own, so that a CPU that fetches ahead by itself sees each of them go on; neighbouring rows
-// lie in the same page, and look like no order at all. What comes next is fetched into the first-level cache besides.
+// What one token, or so few that they take turns, reads: some rows together, each from a stream of its own. Streams are
+// equal parts of the rows of a call, so that they run through pages of their own, where a CPU that fetches ahead by
+// itself sees them go on; neighbouring rows lie in one page, and look like no order at all. What comes next is fetched
+// into the first-level cache besides.
 typedef struct {
     const uint8_t *first;
     int64_t row_bytes;
