@@ -25,7 +25,7 @@ enum {
 typedef struct {
     __m512i x[4];
     __m512i sums[2]; // see prepare_activations
-    float d[8];      // one, or one for each block of 32
+    __m512 d[2];     // one for all, or in each 128 bits that of a block of 32
 } activation_unit;
 
 // What the bytes of `wide` are too large by.
@@ -53,7 +53,12 @@ ALWAYS_INLINE activation_unit prepare_unit(vector_format f, const int8_t *q, con
     const __m256i sums_32 = _mm256_madd_epi16(sums_16, _mm256_set1_epi16(1));
     const __m512i offset = _mm512_set1_epi8((char)offset_of_wide(f)), zero = _mm512_setzero_si512();
     activation_unit unit;
-    memcpy(unit.d, d, (size_t)(256 / f.block_size) * sizeof *d);
+    if (f.block_size == 32) {
+        const __m512 d_of_blocks = _mm512_castps256_ps512(_mm256_loadu_ps(d));
+        unit.d[0] = _mm512_permutexvar_ps(lanes, d_of_blocks);
+        unit.d[1] = _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(4)), d_of_blocks);
+    } else
+        unit.d[0] = unit.d[1] = _mm512_set1_ps(*d);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         unit.x[i] = f.order == COLUMNS
@@ -141,7 +146,7 @@ ALWAYS_INLINE void add_block_of_pairs(vector_format f, int n, const uint8_t *con
                       second = _mm512_mullo_epi32(sums.p[1], s.scales[1]);
         const __m128i isum =
             sum_lanes_128(_mm512_add_epi32(first, f.second_shift ? _mm512_srai_epi32(second, f.second_shift) : second));
-        const __m128 d = _mm_set1_ps(a[t]->d[0]);
+        const __m128 d = _mm512_castps512_ps128(a[t]->d[0]);
         acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(isum), acc[t]);
         if (f.has_min) {
             const __m128i imin = sum_lanes_128(_mm512_madd_epi16(s.mins, a[t]->sums[0]));
@@ -179,7 +184,7 @@ ALWAYS_INLINE void add_block_of_16(vector_format f, int n, const uint8_t *const 
     }
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++) {
-        const __m128 d = _mm_set1_ps(a[t]->d[0]);
+        const __m128 d = _mm512_castps512_ps128(a[t]->d[0]);
         acc[t] =
             _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), d), _mm_cvtepi32_ps(sum_lanes_128(sum_fours_of_4(dots[t]))), acc[t]);
         if (f.has_min) {
@@ -244,44 +249,70 @@ ALWAYS_INLINE void add_block_of_columns(vector_format f, int n, const uint8_t *c
                 ? sum_pairs_of_2(_mm512_mullo_epi32(sum_pairs_of_2(d[0], d[1]), scales_of_2(scales[0], scales[1])),
                                  _mm512_mullo_epi32(sum_pairs_of_2(d[2], d[3]), scales_of_2(scales[2], scales[3])))
                 : sum_fours_of_4(d);
-        acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), _mm_set1_ps(a[t]->d[0])), _mm_cvtepi32_ps(sum_lanes_128(sums)),
-                              acc[t]);
+        acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.d(blocks), _mm512_castps512_ps128(a[t]->d[0])),
+                              _mm_cvtepi32_ps(sum_lanes_128(sums)), acc[t]);
     }
 }
 #endif
 
 enum { BLOCKS_TOGETHER = 8 }; // of 32
 
+// The i-th 128 bits, of a register or read back from memory, which takes no port that products need.
+ALWAYS_INLINE __m128 quarter(__m512 v, int i) {
+    switch (i) {
+    case 0:
+        return _mm512_castps512_ps128(v);
+    case 1:
+        return _mm512_extractf32x4_ps(v, 1);
+    case 2:
+        return _mm512_extractf32x4_ps(v, 2);
+    default:
+        return _mm512_extractf32x4_ps(v, 3);
+    }
+}
+ALWAYS_INLINE __m128 stored_quarter(const __m512 *v, int i) { return _mm_loadu_ps((const float *)v + 4 * i); }
+
 // The first n_blocks of eight 32-blocks of four rows.
 ALWAYS_INLINE void add_blocks_32(vector_format f, int n, int n_blocks, const uint8_t *const blocks[4],
                                  const activation_unit *const a[], __m128 *acc) {
     weights_256 w[4];
+    __m512 d_w[2], min_d_w[2];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
         w[r] = f.wide(blocks[r]);
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; p++)
+        if (f.d_16) {
+            d_w[p] = f.d_16(blocks, 4 * p * f.block_bytes);
+            min_d_w[p] = f.has_min ? f.min_d_16(blocks, 4 * p * f.block_bytes) : d_w[p];
+        }
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++) {
         const sub_block_sums sums = sums_of_pairs(f, w, a[t]);
 #pragma GCC unroll 2
         for (int p = 0; p < 2; p++) {
-            const __m512 isums = _mm512_cvtepi32_ps(sums.p[p]), x_sums = _mm512_castsi512_ps(a[t]->sums[p]);
-            const int first = 4 * p * f.block_bytes;
-            const __m512 d_16 = f.d_16 ? f.d_16(blocks, first) : isums;
-#define ADD_BLOCK(i)                                                                                                   \
-    if (4 * p + (i) < n_blocks) {                                                                                      \
-        const int at = first + (i) * f.block_bytes;                                                                    \
-        const uint8_t *const rows[4] = {blocks[0] + at, blocks[1] + at, blocks[2] + at, blocks[3] + at};               \
-        const __m128 d_x = _mm_set1_ps(a[t]->d[4 * p + (i)]);                                                          \
-        const __m128 d = f.d_16 ? _mm512_extractf32x4_ps(d_16, i) : f.d(rows);                                         \
-        acc[t] = _mm_fmadd_ps(_mm_mul_ps(d, d_x), _mm512_extractf32x4_ps(isums, i), acc[t]);                           \
-        if (f.has_min)                                                                                                 \
-            acc[t] = _mm_fmadd_ps(_mm_mul_ps(f.min_d(rows), d_x), _mm512_extractf32x4_ps(x_sums, i), acc[t]);          \
-    }
-            ADD_BLOCK(0)
-            ADD_BLOCK(1)
-            ADD_BLOCK(2)
-            ADD_BLOCK(3)
-#undef ADD_BLOCK
+            __m512 isums = _mm512_cvtepi32_ps(sums.p[p]), d, min_d;
+            if (f.d_16) {
+                d = _mm512_mul_ps(d_w[p], a[t]->d[p]);
+                min_d = _mm512_mul_ps(min_d_w[p], a[t]->d[p]);
+                KEEP_IN_MEMORY(isums);
+                KEEP_IN_MEMORY(d);
+                if (f.has_min)
+                    KEEP_IN_MEMORY(min_d);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const int at = (4 * p + i) * f.block_bytes;
+                const uint8_t *const rows[4] = {blocks[0] + at, blocks[1] + at, blocks[2] + at, blocks[3] + at};
+                const __m128 d_x = stored_quarter(&a[t]->d[p], i);
+                if (4 * p + i >= n_blocks)
+                    break;
+                acc[t] = _mm_fmadd_ps(f.d_16 ? stored_quarter(&d, i) : _mm_mul_ps(f.d(rows), d_x),
+                                      f.d_16 ? stored_quarter(&isums, i) : quarter(isums, i), acc[t]);
+                if (f.has_min)
+                    acc[t] = _mm_fmadd_ps(f.d_16 ? stored_quarter(&min_d, i) : _mm_mul_ps(f.min_d(rows), d_x),
+                                          stored_quarter((const __m512 *)&a[t]->sums[p], i), acc[t]);
+            }
         }
     }
 }

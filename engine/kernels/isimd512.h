@@ -89,15 +89,37 @@ static inline __m512i move_bits(__m512i bytes, int64_t matrix) {
 // Keeps the compiler from loading a vector once for each use of it.
 #define KEEP_IN_REGISTER_512(vector) __asm__("" : "+v"(vector))
 
+// Keeps the compiler from loading a mask anew wherever it is used, which takes a shuffle's place.
+#define KEEP_IN_MASK(mask) __asm__("" : "+k"(mask))
+
+static inline __m512i high_nibbles(__m512i packed) {
+#if defined(__GFNI__)
+    return move_bits(packed, BIT_TO(0, 4) | BIT_TO(1, 5) | BIT_TO(2, 6) | BIT_TO(3, 7));
+#else
+    return _mm512_and_si512(_mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
+#endif
+}
+
 // Nibbles of 64 bytes: the low ones to u[0], the high ones to u[1].
 static inline void set_nibbles(__m512i *u, __m512i packed) {
     KEEP_IN_REGISTER_512(packed);
     u[0] = _mm512_and_si512(packed, _mm512_set1_epi8(15));
-#if defined(__GFNI__)
-    u[1] = move_bits(packed, BIT_TO(0, 4) | BIT_TO(1, 5) | BIT_TO(2, 6) | BIT_TO(3, 7));
-#else
-    u[1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
-#endif
+    u[1] = high_nibbles(packed);
+}
+
+// The half floats at `at` of four blocks of four rows: a block in each 128 bits, a row in each lane. Blocks stand
+// `stride` apart, at most 20, so that one load reaches those of a row.
+static inline __m512 halves_of_16(const uint8_t *const blocks[4], int at, int stride) {
+    const __m256i lanes = _mm256_setr_epi16(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i places = _mm512_castsi256_si512(_mm256_mullo_epi16(lanes, _mm256_set1_epi16((short)(stride / 2))));
+    __m512i words = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        __mmask32 row = 0x1111 << r;
+        KEEP_IN_MASK(row);
+        words = _mm512_mask_permutexvar_epi16(words, row, places, load_512(blocks[r] + at));
+    }
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
 }
 
 // a, with the bits of b that are in `mask`.

@@ -127,6 +127,17 @@ enum { HAS_VECTORS = 0 };
         return _mm_xor_ps(upper_of_pairs(pairs_of_4(blocks, offsetof(block_##NAME, d))), _mm_set1_ps(SIGN));           \
     }
 
+// Of four blocks of 32 of four rows.
+#define D_16_AT(NAME)                                                                                                  \
+    static inline __m512 d_16_##NAME(const uint8_t *const blocks[4], int at) {                                         \
+        return halves_of_16(blocks, at + (int)offsetof(block_##NAME, d), NAME##_BLOCK_BYTES);                          \
+    }
+#define D_AND_MIN_16_AT(NAME)                                                                                          \
+    D_16_AT(NAME)                                                                                                      \
+    static inline __m512 min_d_16_##NAME(const uint8_t *const blocks[4], int at) {                                     \
+        return halves_of_16(blocks, at + (int)offsetof(block_##NAME, m), NAME##_BLOCK_BYTES);                          \
+    }
+
 #define FLOAT_FORMAT(NAME)                                                                                             \
     enum { is_fast_##NAME = HAS_VECTORS };                                                                             \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
@@ -154,6 +165,7 @@ SCALED_D_AT(IQ3_XXS, 0.25f) SCALED_D_AT(IQ1_S, 0.125f)
 D_AND_MIN_AT(Q4_1, 0.0f) D_AND_MIN_AT(Q5_1, 0.0f) D_AND_MIN_AT(Q2_K, -0.0f)
 #endif
 #if defined(__AVX512VNNI__)
+D_16_AT(Q4_0) D_16_AT(IQ4_NL) D_AND_MIN_16_AT(Q4_1)
 D_AND_MIN_IN_HEAD(Q4_K) D_AND_MIN_IN_HEAD(Q5_K) D_IN_HEAD(IQ4_XS)
 #elif defined(__AVX2__)
 D_AND_MIN_AT(Q4_K, -0.0f) D_AND_MIN_AT(Q5_K, -0.0f) D_AT(IQ4_XS)
@@ -167,12 +179,12 @@ EXPANDED_FORMAT(TQ2_0)
 EXPANDED_FORMAT(NVFP4)
 EXPANDED_FORMAT(Q1_0)
 EXPANDED_FORMAT(Q2_0)
-VECTOR_FORMAT(Q4_0, 0, .sub_block = 32, .largest = 15, .offset = 8, PER_LEVEL(.runs = runs_Q4_0, .order = BY_2))
-VECTOR_FORMAT(Q4_1, 1, .sub_block = 32, .largest = 15, .min_d = min_d_Q4_1, PER_LEVEL(.runs = runs_Q4_1, .order = BY_2))
+VECTOR_FORMAT(Q4_0, 0, .sub_block = 32, .largest = 15, .offset = 8, PER_LEVEL(.runs = runs_Q4_0, .order = BY_2, .d_16 = d_16_Q4_0))
+VECTOR_FORMAT(Q4_1, 1, .sub_block = 32, .largest = 15, .min_d = min_d_Q4_1, PER_LEVEL(.runs = runs_Q4_1, .order = BY_2, .d_16 = d_16_Q4_1, .min_d_16 = min_d_16_Q4_1))
 VECTOR_FORMAT(Q5_0, 0, .sub_block = 32, .largest = 31, .offset = 16, PER_LEVEL(.runs = runs_Q5_0, .order = BY_2))
 VECTOR_FORMAT(Q5_1, 1, .sub_block = 32, .largest = 31, .min_d = min_d_Q5_1, PER_LEVEL(.runs = runs_Q5_1, .order = BY_2))
 VECTOR_FORMAT(Q8_0, 0, .sub_block = 32, .is_signed = 1, .largest = 128, PER_LEVEL(.runs = runs_Q8_0, .order = BY_2))
-VECTOR_FORMAT(IQ4_NL, 0, .sub_block = 32, .is_signed = 1, .largest = 127, PER_LEVEL(.runs = runs_IQ4_NL, .order = BY_2))
+VECTOR_FORMAT(IQ4_NL, 0, .sub_block = 32, .is_signed = 1, .largest = 127, PER_LEVEL(.runs = runs_IQ4_NL, .order = BY_2, .d_16 = d_16_IQ4_NL))
 VECTOR_FORMAT(MXFP4, 0, .sub_block = 32, .largest = 24, .offset = 12, PER_LEVEL(.runs = runs_MXFP4, .order = BY_2, .d_16 = d_16_MXFP4))
 VECTOR_FORMAT(Q2_K, 1, .sub_block = 16, .scales = scales_Q2_K, .largest = 3, .min_d = min_d_Q2_K, PER_LEVEL(.runs = NULL, .order = HALVES))
 VECTOR_FORMAT(Q3_K, 0, .sub_block = 16, .scales = scales_Q3_K, .largest = 7, .offset = 4, PER_LEVEL(.runs = NULL, .order = HALVES))

@@ -48,10 +48,10 @@ typedef struct {
 #if defined(__AVX512VNNI__)
     wide_fn *wide;
     group_order order;
-    int has_signs;         // wide gives magnitudes and signs
-    scales_4_fn *scales_4; // of sub-blocks of 32 in pairs of registers
-    int second_shift;      // by which registers 2 and 3 are too large, as a power of two
-    d_16_fn *d_16;         // of four blocks of 32 of four rows, a block in each 128 bits; or NULL
+    int has_signs;            // wide gives magnitudes and signs
+    scales_4_fn *scales_4;    // of sub-blocks of 32 in pairs of registers
+    int second_shift;         // by which registers 2 and 3 are too large, as a power of two
+    d_16_fn *d_16, *min_d_16; // of four blocks of 32 of four rows, a block in each 128 bits; or NULL
 #else
     runs_fn *runs; // or NULL
 #endif

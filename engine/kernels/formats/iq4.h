@@ -115,22 +115,42 @@ static inline __m256i scales_IQ4_XS(const void *block, __m256i *mins) {
 static const uint8_t iq4_shifted[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                         129, 141, 153, 166, 181, 197, 217, 241}; // + 128
 
+#if defined(__AVX512VBMI__)
+// As set_nibbles, of a table that `values` holds four times: of an index its two upper bits do not matter.
+static inline void look_up_nibbles(__m512i *u, __m512i packed, __m512i values) {
+    KEEP_IN_REGISTER_512(packed);
+    u[0] = _mm512_permutexvar_epi8(packed, values);
+    u[1] = _mm512_permutexvar_epi8(high_nibbles(packed), values);
+}
+#endif
+
 static inline weights_256 wide_of_table(__m512i first, __m512i second, const void *table) {
     const __m512i values = four_times(load_128(table));
     weights_256 w;
+#if defined(__AVX512VBMI__)
+    look_up_nibbles(w.u, first, values);
+    look_up_nibbles(w.u + 2, second, values);
+#else
     set_nibbles(w.u, first);
     set_nibbles(w.u + 2, second);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         w.u[i] = _mm512_shuffle_epi8(values, w.u[i]);
+#endif
     return w;
 }
 
-// The nibbles of four blocks of 17 bytes: those of two begin at odd addresses, those of the others at even ones.
+// The nibbles of four blocks of 17 bytes. One load reaches those of three, and the exponents of all, see d_16_MXFP4.
 static inline __m512i load_four_17(const uint8_t *blocks) {
-    const __m512i places = join_256(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 39, 40, 41, 42, 43, 44, 45, 46),
-                                    _mm256_setr_epi16(17, 18, 19, 20, 21, 22, 23, 24, 56, 57, 58, 59, 60, 61, 62, 63));
-    return _mm512_permutex2var_epi16(load_512(blocks + 1), places, load_512(blocks + 4));
+#if defined(__AVX512VBMI__)
+    const __m128i in_order = _mm_setr_epi8(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+    const int block = MXFP4_BLOCK_BYTES * 0x01010101;
+    const __m512i places = _mm512_add_epi8(four_times(in_order), each_128(0, block, 2 * block, 0));
+    const uint8_t *last = blocks + 3 * MXFP4_BLOCK_BYTES + offsetof(block_MXFP4, qs);
+    return _mm512_inserti32x4(_mm512_permutexvar_epi8(places, load_512(blocks)), load_128(last), 3);
+#else
+    return load_four_128(blocks + offsetof(block_MXFP4, qs), MXFP4_BLOCK_BYTES);
+#endif
 }
 
 static inline weights_256 wide_IQ4_NL(const uint8_t *blocks) {
@@ -148,6 +168,18 @@ static inline weights_256 wide_IQ4_XS(const uint8_t *block) {
 
 // As d_MXFP4.
 static inline __m512 d_16_MXFP4(const uint8_t *const blocks[4], int at) {
+#if defined(__AVX512VBMI__)
+    const int block = MXFP4_BLOCK_BYTES << 24;
+    const __m512i places = each_128(0, block, 2 * block, 3 * block);
+    __m512i above = _mm512_setzero_si512(); // exponents in the upper bytes of the lanes
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        __mmask64 upper = 0x0008000800080008 << 4 * r;
+        KEEP_IN_MASK(upper);
+        above = _mm512_mask_permutexvar_epi8(above, upper, places, load_512(blocks[r] + at));
+    }
+    const __m512i powers = _mm512_srli_epi32(above, 1);
+#else
     uint64_t first = 0, last = 0; // exponents of two blocks
     for (int r = 0; r < 4; r++) {
         const block_MXFP4 *b = (const void *)(blocks[r] + at);
@@ -155,7 +187,9 @@ static inline __m512 d_16_MXFP4(const uint8_t *const blocks[4], int at) {
         last |= (uint64_t)b[2].e << 8 * r | (uint64_t)b[3].e << (32 + 8 * r);
     }
     const __m512i e = _mm512_cvtepu8_epi32(_mm_set_epi64x((int64_t)last, (int64_t)first));
-    const __m512i twice = _mm512_max_epi32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(0x400000));
+    const __m512i powers = _mm512_slli_epi32(e, 23);
+#endif
+    const __m512i twice = _mm512_max_epi32(powers, _mm512_set1_epi32(0x400000));
     return _mm512_mul_ps(_mm512_castsi512_ps(twice), _mm512_set1_ps(0.5f));
 }
 
