@@ -174,7 +174,7 @@ static inline __m512 d_16_MXFP4(const uint8_t *const blocks[4], int at) {
     __m512i above = _mm512_setzero_si512(); // exponents in the upper bytes of the lanes
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        __mmask64 upper = 0x0008000800080008 << 4 * r;
+        __mmask64 upper = 0x0008000800080008u << 4 * r;
         KEEP_IN_MASK(upper);
         above = _mm512_mask_permutexvar_epi8(above, upper, places, load_512(blocks[r] + at));
     }
