@@ -423,14 +423,28 @@ class RequestServer:
     Attributes:
         seconds: float64 [2, n_layers], the server's own: waited for the request of each layer, and spent to answer it,
             added up over all steps.
+        guesses: int64 [2], the server's own: experts asked for in layers that were guessed about, and those of them that
+            had been guessed.
     """
 
     seconds: npt.NDArray[np.float64]
+    guesses: npt.NDArray[np.int64]
 
-    def __init__(self, programs: Sequence[Program], requested: int, answered: int, abandoned: int) -> None:
-        """Serve these layers, in order, through three addresses of uint32, each on a cache line of its own.
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        requested: int,
+        answered: int,
+        abandoned: int,
+        guessed: int = 0,
+        guessed_ids: int = 0,
+    ) -> None:
+        """Serve these layers, in order, through addresses of uint32, each on a cache line of its own.
 
-        `abandoned` is not 0 once the other side has given up. Raises `ValueError` for programs that do not fit together.
+        `abandoned` is not 0 once the other side has given up. In steps of one token `guessed` holds the number of a later
+        request, of which `guessed_ids` (int32 [n_experts_used], below 0 for none) are likely experts: between an answer
+        and the next request the team brings their weights into its caches. 0: nobody guesses. Raises `ValueError` for
+        programs that do not fit together.
         """
 
     def run(self, step: Step, first: int, last: int, timeout_s: float) -> bool:

@@ -220,9 +220,12 @@ cdef extern from "kernels/program.h" nogil:
         const uint32_t *requested
         uint32_t *answered
         const uint32_t *abandoned
+        const uint32_t *guessed
+        const int32_t *guessed_ids
         uint32_t first, last
         double timeout_s
         double *seconds
+        int64_t *guesses
     ctypedef enum serve_result:
         SERVE_DONE
         SERVE_TIMED_OUT
@@ -1136,10 +1139,19 @@ cdef class RequestServer:
     cdef list _programs
     cdef program **_layers
     cdef exchange _exchange
-    cdef readonly object seconds
+    cdef readonly object seconds, guesses
     cdef double[::1] _seconds
+    cdef int64_t[::1] _guesses
 
-    def __init__(self, programs, uintptr_t requested, uintptr_t answered, uintptr_t abandoned):
+    def __init__(
+        self,
+        programs,
+        uintptr_t requested,
+        uintptr_t answered,
+        uintptr_t abandoned,
+        uintptr_t guessed=0,
+        uintptr_t guessed_ids=0,
+    ):
         need(self._layers == NULL, "a server is made once")
         self._programs = list(programs)
         need_at_least("the number of programs", len(self._programs), 1)
@@ -1154,9 +1166,14 @@ cdef class RequestServer:
         self.seconds = np.zeros((2, len(self._programs)))
         self._seconds = self.seconds.reshape(-1)
         self._exchange.seconds = &self._seconds[0]
+        self.guesses = self._guesses = np.zeros(2, np.int64)
+        self._exchange.guesses = &self._guesses[0]
         self._exchange.requested = <const uint32_t *> need_address("requested", requested)
         self._exchange.answered = <uint32_t *> need_address("answered", answered)
         self._exchange.abandoned = <const uint32_t *> need_address("abandoned", abandoned)
+        if guessed:
+            self._exchange.guessed = <const uint32_t *> guessed
+            self._exchange.guessed_ids = <const int32_t *> need_address("guessed_ids", guessed_ids)
 
     def __dealloc__(self):
         free(self._layers)

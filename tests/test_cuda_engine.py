@@ -129,7 +129,29 @@ def test_it_is_measured_how_gpu_and_cpu_share_the_time() -> None:
     assert ((times.device > 0) == (times.cpu > 0)).all()  # layers that found all they needed in slots did not ask
     out = Console(width=200, record=True, file=io.StringIO())
     out.print(layer_table("answer", now, before))
-    assert "until the CPU is asked" in out.export_text()
+    text = " ".join(out.export_text().split())
+    assert "until the CPU is asked" in text
+    assert "of what it was asked for had been guessed" in text
+
+
+@pytest.mark.parametrize("moe", [{"hot_k": 0}, {"hot_k": 12}, {"n_cpu_moe": 6}], ids=str)
+def test_the_cpu_guesses_what_it_will_be_asked_for(moe: dict, expected) -> None:
+    with Engine.open(config=config(**moe)) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+        assert engine.statistics.layer_times is not None
+        n_asked, n_guessed = engine.statistics.layer_times.guesses
+        n_experts, n_used = engine.spec.moe.n_experts, engine.spec.moe.n_experts_used
+    assert n_asked > 0
+    assert 2 * n_used / n_experts < n_guessed / n_asked < 1  # far more than chance, and not what was asked itself
+
+
+@pytest.mark.parametrize("moe", [{"fetch_ahead": False}, {"hot_k": "auto"}], ids=str)
+def test_nobody_guesses_unless_the_cpu_takes_part_and_may(moe: dict, expected) -> None:
+    with Engine.open(config=config(**{"hot_k": 9, **moe})) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+        times = engine.statistics.layer_times
+    assert times is not None
+    assert times.guesses.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("moe", [{"hot_k": 0}, {"hot_k": 9}, {"n_cpu_moe": 5}], ids=str)

@@ -72,6 +72,8 @@ def _of_layers(times: LayerTimes) -> tuple[str, Times]:
     spent = (
         f"; of a token {_ms(device, n_tokens)} ms until the CPU is asked, {_ms(cpu, n_tokens)} until it has answered"
     )
+    if times.guesses[0]:
+        spent += f"; {times.guesses[1] / times.guesses[0]:.0%} of what it was asked for had been guessed"
     return spent, {"device us": times.device / n_tokens, "CPU us": times.cpu / n_tokens}
 
 

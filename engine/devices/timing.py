@@ -140,14 +140,21 @@ class LayerTimes:
         n_tokens: that were made one by one.
         device: the device worked, and the CPU had nothing to do until it was asked for this layer's experts.
         cpu: the CPU answered. The device computed those in its slots meanwhile, and waited.
+        guesses: int64 [2], experts that the CPU was asked for where it had a guess before, and those that were guessed.
     """
 
     n_tokens: int
     device: Bytes
     cpu: Bytes
+    guesses: npt.NDArray[np.int64]
 
     def __sub__(self, other: LayerTimes) -> LayerTimes:
-        return LayerTimes(self.n_tokens - other.n_tokens, self.device - other.device, self.cpu - other.cpu)
+        return LayerTimes(
+            self.n_tokens - other.n_tokens,
+            self.device - other.device,
+            self.cpu - other.cpu,
+            self.guesses - other.guesses,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,9 +254,18 @@ typedef struct {
 
 typedef void (*tile_fn)(const op_args *args, const step_view *step, tile t);
 
+// A word that another processor changes some time, and what it holds until then.
+typedef struct {
+    const uint32_t *word;
+    uint32_t value;
+} awaited_word;
+
 typedef struct {
     int (*begin)(const op_args *args, const worker *w); // returns the number of tasks; called by every thread
     void (*run)(const op_args *args, const worker *w, int task);
+    // Brings what this thread would read of an expert into its caches, until a word changes. NULL where there are no
+    // experts.
+    void (*fetch)(const op_args *args, const worker *w, int expert, awaited_word until);
 } task_fns;
 
 typedef struct ops_table {

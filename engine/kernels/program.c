@@ -54,6 +54,9 @@ struct program {
     uint8_t *is_used;                       // [n_slots], for the check of a step
     int n_rope_tables;
     rope_table_args *rope_tables;
+    const int32_t *expert_ids; // of the first token, [n_guessed]
+    int32_t *guess;            // [n_guessed]: what is guessed of them
+    int n_guessed;
     int64_t hidden_bytes, hidden_quantized_bytes, n_rows_done_bytes, partial_bytes, n_done_bytes;
     uint8_t *hidden, *hidden_quantized, *n_rows_done, *partials, *n_done; // shared by all operations of that kind
     team_barrier barrier;
@@ -560,6 +563,11 @@ int program_experts(program *p, experts_args args, int down_activation) {
             return -1;
     }
 
+    if (!(p->guess = allocate(p, ids_row_bytes)))
+        return -1;
+    p->n_guessed = args.n_experts_used;
+    p->expert_ids = args.ids;
+
     operation gate_up = {.name = "experts_gate_up", .args.experts = args, .tasks = &p->kernels->ops->experts_gate_up};
     touch_rows(p, &gate_up, READS, args.x_gate, args.x_gate_row_bytes, args.x_gate_row_bytes, 0);
     touch_rows(p, &gate_up, READS, args.x_up, args.x_up_row_bytes, args.x_up_row_bytes, 0);
@@ -745,24 +753,69 @@ void program_run(program *p, const program_step *step, int first, int last, doub
 
 enum { POLLS_PER_CLOCK = 1024 };
 
-// Waits for the next request and returns its layer; n_layers if the step is over, -1 if `*result` says why not.
-static int await_request(const exchange *e, uint32_t last, int n_layers, serve_result *result) {
+// What the first thread sends the team for: to compute a layer, or to fetch what is guessed of one until another
+// request than `answered` is there. Layer n_layers: the step is over; -1: some `result` says why not.
+typedef struct {
+    int layer;
+    bool is_guess;
+    uint32_t answered;
+} errand;
+
+// Keeps what is guessed of a layer behind `layer`, if there is something; returns of which, or -1.
+static int take_guess(program *const *layers, int n_layers, const exchange *e, int layer) {
+    const uint32_t guessed = __atomic_load_n(e->guessed, __ATOMIC_ACQUIRE) - e->first;
+    if (guessed >= (uint32_t)n_layers || (int)guessed <= layer)
+        return -1;
+    const program *p = layers[guessed];
+    memcpy(p->guess, e->guessed_ids, (size_t)p->n_guessed * sizeof *p->guess);
+    return (int)guessed;
+}
+
+// Waits for the next request, or for a guess, and returns what is to be done after the errand `before`.
+static errand await_errand(program *const *layers, int n_layers, const exchange *e, const errand *before,
+                           serve_result *result) {
     const double start = seconds_now();
+    const uint32_t last = before->answered;
     for (uint32_t polls = 1;; polls++) {
         const uint32_t request = __atomic_load_n(e->requested, __ATOMIC_ACQUIRE);
         if (request != last) {
             const uint32_t layer = request - e->first;
-            return layer < (uint32_t)n_layers ? (int)layer : n_layers;
+            return (errand){layer < (uint32_t)n_layers ? (int)layer : n_layers, false, request};
         }
+        const int guessed = e->guessed ? take_guess(layers, n_layers, e, before->layer) : -1;
+        if (guessed >= 0)
+            return (errand){guessed, true, last};
         if (polls % POLLS_PER_CLOCK == 0) {
             *result = __atomic_load_n(e->abandoned, __ATOMIC_ACQUIRE) ? SERVE_ABANDONED
                       : seconds_now() - start > e->timeout_s          ? SERVE_TIMED_OUT
                                                                       : SERVE_DONE;
             if (*result != SERVE_DONE)
-                return -1;
+                return (errand){-1, false, last};
             sched_yield(); // whoever asks may need this core
         }
         CPU_PAUSE();
+    }
+}
+
+// Brings what this thread would read of the guessed experts, the likeliest first, into its caches, until the next
+// request.
+static void fetch_guess(const program *p, const worker *w, awaited_word next_request) {
+    for (int rank = 0; rank < p->n_guessed; rank++)
+        for (int g = 0; g < p->n_groups; g++) {
+            const operation *op = &p->operations[p->groups[g].first];
+            if (op->tasks && op->tasks->fetch)
+                op->tasks->fetch(&op->args, w, p->guess[rank], next_request);
+        }
+}
+
+// Counts what is asked for of a layer that was guessed about, and what of it had been guessed.
+static void count_guess(const program *p, int64_t *guesses) {
+    for (int i = 0; i < p->n_guessed; i++) {
+        bool is_guessed = false;
+        for (int j = 0; j < p->n_guessed; j++)
+            is_guessed |= p->guess[j] == p->expert_ids[i];
+        guesses[0] += p->expert_ids[i] >= 0;
+        guesses[1] += p->expert_ids[i] >= 0 && is_guessed;
     }
 }
 
@@ -777,26 +830,34 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
     program *leader = layers[0];
     const step_view view = view_step(leader, step);
     serve_result result = SERVE_DONE;
-    int layer = 0; // written by the first thread between two meetings, read by all after the second
+    // In turn: the first thread writes one when everybody has met since the other one was written, so has read that.
+    errand errands[2] = {{-1, false, e->last}, {-1, false, e->last}};
 
 #pragma omp parallel num_threads(leader->n_threads)
     {
         const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-        uint32_t last = e->last;
         double before = thread == 0 ? seconds_now() : 0.0;
-        for (;;) {
+        for (int turn = 1;; turn = !turn) {
+            errand *now = &errands[turn];
             if (thread == 0) {
-                layer = await_request(e, last, n_layers, &result);
-                if (layer >= 0 && layer < n_layers) {
-                    begin_run(layers[layer]);
-                    before = add_time(&e->seconds[layer], before);
+                const errand *previous = &errands[!turn];
+                *now = await_errand(layers, n_layers, e, previous, &result);
+                if (!now->is_guess && now->layer >= 0 && now->layer < n_layers) {
+                    if (previous->is_guess && previous->layer == now->layer)
+                        count_guess(layers[now->layer], e->guesses);
+                    begin_run(layers[now->layer]);
+                    before = add_time(&e->seconds[now->layer], before);
                 }
             }
             team_meet(&leader->barrier, n_threads);
-            if (layer < 0 || layer == n_layers)
+            if (now->layer < 0 || now->layer == n_layers)
                 break;
-            program *p = layers[layer];
+            program *p = layers[now->layer];
             const worker w = {&view, thread, n_threads, p->scratch[thread]};
+            if (now->is_guess) {
+                fetch_guess(p, &w, (awaited_word){e->requested, now->answered});
+                continue;
+            }
             for (int g = 0; g < p->n_groups; g++) {
                 if (p->groups[g].starts_phase)
                     team_meet(&leader->barrier, n_threads);
@@ -804,9 +865,8 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             }
             team_meet(&leader->barrier, n_threads);
             if (thread == 0) {
-                last = e->first + (uint32_t)layer;
-                __atomic_store_n(e->answered, last, __ATOMIC_RELEASE);
-                before = add_time(&e->seconds[n_layers + layer], before);
+                __atomic_store_n(e->answered, now->answered, __ATOMIC_RELEASE);
+                before = add_time(&e->seconds[n_layers + now->layer], before);
             }
         }
     }

@@ -65,6 +65,7 @@ class CUDADevice:
         bandwidths: Bandwidths | None = None,
         prompt_tokens: int = 4096,
         stream_n_tokens: int | None = None,
+        guesses: bool = True,
         compiler: Compiler | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -80,6 +81,7 @@ class CUDADevice:
             prompt_tokens: of a prompt that are run together, if memory allows and more than `Limits.max_tokens`.
             stream_n_tokens: steps of this many tokens or more bring the experts that have no slot to the GPU; in
                 smaller ones the CPU computes them. None for where that pays.
+            guesses: whether the CPU fetches what the next layer will likely ask it for while it waits.
             compiler: makes the kernels; None for NVIDIA's.
             progress: called while kernels are compiled.
         """
@@ -91,6 +93,7 @@ class CUDADevice:
         self.bandwidths = bandwidths
         self.prompt_tokens = prompt_tokens
         self.stream_n_tokens = stream_n_tokens
+        self.guesses = guesses
         self.progress = progress
         install_grids()
         self.context = Context(self.gpu, compiler)
@@ -152,14 +155,13 @@ class CUDADevice:
             footprint = replace(footprint, scratch_bytes=behind_slots, long_scratch_bytes=scratch_bytes)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_kept < bare.experts.n_experts).any())
-        lowering = Lowering(graph, weights, limits, plan, staging if streams else None)
+        lowering = Lowering(graph, weights, limits, plan, staging if streams else None, guesses=self.guesses)
         assert lowering.layout.n_bytes <= allowed
         return lowering, plan
 
-    @staticmethod
-    def _bare(graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
+    def _bare(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
         """Return what is needed without any expert."""
-        bare = Lowering(graph, weights, limits)
+        bare = Lowering(graph, weights, limits, guesses=self.guesses)
         bare.recorder.uploads.clear()  # they hold the weights, and a recorder refers to itself: it may live on for long
         return bare
 
@@ -419,7 +421,8 @@ class CUDAProgram:
     def layer_times(self) -> LayerTimes:
         """Return the times of all steps of one token so far in which the CPU may have had to help."""
         device, cpu = self._seconds.copy()
-        return LayerTimes(self._n_single_tokens, device, cpu)
+        guesses = np.zeros(2, np.int64) if self._misses is None else self._misses.guesses.copy()
+        return LayerTimes(self._n_single_tokens, device, cpu, guesses)
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""

@@ -114,7 +114,10 @@ class ExpertTables:
         slot_table: offset of the places of all experts, int32 [n_moe_layers, n_experts].
         chosen: offset of the choices of a step, int32 [n_moe_layers, rows that its launches are made for, n_used].
         n_misses: offset of the word (int32) in which a layer notes whether it asked the CPU for anything.
+        n_guessed: the same for a guess.
         asks_early: by the ids of a layer: whether the launch that chooses its experts asks the CPU, too.
+        next_routers: by the number of a layer: the router whose choice is guessed there, that of the next layer, and what
+            gives its logits.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer], layout: Layout, max_tokens: int, at_once: int) -> None:
@@ -127,7 +130,9 @@ class ExpertTables:
         self.slot_table = layout.reserve(4 * max(1, len(layers) * self.n_experts))
         self.chosen = layout.reserve(4 * max(1, len(layers) * max_tokens * self.n_used))
         self.n_misses = layout.reserve(4)
+        self.n_guessed = layout.reserve(4)
         self.asks_early: dict[object, Callable[[Pass], bool]] = {}
+        self.next_routers: dict[int, tuple[ops.Linear, ops.Router]] = {}
         self._numbers = {layer.op.routing.ids.buffer: i for i, layer in enumerate(layers)}
 
     def number(self, routing: Routing) -> int:

@@ -16,7 +16,7 @@ from engine.devices import graph as ops
 from engine.devices.cuda import fusion, kernels, operations, tiles
 from engine.devices.cuda.expert_layers import PLACE_BYTES, Streamed
 from engine.devices.cuda.kernels import Asked, Combined, Routed
-from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Rows
+from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.places import Pass, Place
 from engine.devices.cuda.recorder import Launches, Recorder
 from engine.devices.cuda.tiles import Groups, Sizes
@@ -101,6 +101,8 @@ class _Experts:
             self.h_in_form = recorder.temporary(lambda n_tokens: n_tokens * n_used * row_bytes, row_bytes)
         self.sizes = sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, tables.at_once)
         self.parts = recorder.temporaries(lambda n_tokens: tiles.groups_bytes(sizes, n_tokens))
+        next_router = tables.next_routers.get(self.number)
+        self.guess = _guess(recorder, op.x, *next_router) if next_router else None
 
     def launches(self, p: Pass) -> Iterable[Launch | Streamed]:
         """Yield the launches: the request, the shared expert where it goes by itself, the others."""
@@ -116,6 +118,8 @@ class _Experts:
             yield from self.shared.plain(p)
         if self.layer.n_slots or p.streams:
             yield from self._by_expert(p) if groups else self._by_choice(p)
+        if asked is not None and self.guess is not None:
+            yield from self.guess(p)  # while the CPU computes its share
 
     def _by_choice(self, p: Pass) -> Iterable[Launch]:
         """Each choice for itself: for few tokens."""
@@ -268,12 +272,20 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
 
 def _routing(recorder: Recorder, op: ops.Router) -> Callable[[Pass], kernels.Routing]:
     """Return what says how experts are chosen."""
-    logits, weights, bias = recorder.use(op.logits), recorder.use(op.out.weights), recorder.vector(op.bias)
+    logits, weights = recorder.use(op.logits), recorder.use(op.out.weights)
     assert op.out.ids.width == recorder.experts.n_used, "layers that use different numbers of experts"
+    return _choice(recorder, op, logits, lambda p: recorder.experts.ids(op.out, p), weights)
+
+
+def _choice(
+    recorder: Recorder, op: ops.Router, logits: Place, ids: Callable[[Pass], int], weights: Place
+) -> Callable[[Pass], kernels.Routing]:
+    """Return how a router chooses, with logits from somewhere, and results that go somewhere."""
+    bias = recorder.vector(op.bias)
     return lambda p: kernels.Routing(
         p.rows(logits),
         p.at(bias),
-        recorder.experts.ids(op.out, p),
+        ids(p),
         p.rows(weights).address,
         op.out.n_experts,
         op.out.ids.width,
@@ -283,6 +295,32 @@ def _routing(recorder: Recorder, op: ops.Router) -> Callable[[Pass], kernels.Rou
         op.normalize,
         op.scale,
     )
+
+
+def _guess(recorder: Recorder, x: ops.Tensor, linear: ops.Linear, router: ops.Router) -> Launches:
+    """Note what a router needs to choose experts of another layer's activations; return what makes the launch.
+
+    It tells the CPU which of them have no slot. For steps of one token.
+    """
+    i = linear.outs.index(router.logits)
+    weight, n_experts, n_used = linear.weights[i], router.out.n_experts, router.out.ids.width
+    assert weight.n_cols == x.width, "layers of different widths"
+    activations, grid = recorder.activations(x, weight.format.activation), recorder.grid(weight.format)
+    matrix, bias, scale = recorder.matrix(weight), recorder.vector(linear.biases[i]), recorder.vector(weight.scale)
+    logits, ids, weights = recorder.temporaries(lambda _: (4 * n_experts, 4 * n_used, 4 * n_used))
+    choice = _choice(recorder, router, logits, lambda p: p.rows(ids).address, weights)
+    n_done = recorder.constant("n_done", lambda: np.zeros(1, np.int32))
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        exchange = recorder.experts.exchange(router.out, p)
+        if exchange is None or p.most > 1 or not kernels.can_route(weight.format, x.width, 1):
+            return
+        asked = Asked(recorder.experts.slots(router.out, p), {}, x.width, exchange.of_guess)
+        out = Matrix(p.base + matrix, weight.n_rows, Rows(p.rows(logits).address, n_experts), p.at(bias), p.at(scale))
+        what = p.rows(activations), x.width, weight.format, [out], p.at(grid), p.count(x.rows)
+        yield kernels.linear(*what, routed=Routed(choice(p), p.base + n_done, asked))
+
+    return launches
 
 
 def _forms_of_x(recorder: Recorder, op: ops.Experts) -> dict[Activation, Place]:

@@ -621,7 +621,7 @@ def router(routing: Routing, count: Count) -> Launch:
 class Exchange(NamedTuple):
     """Device addresses of what a layer shares with the CPU; see `handshake.cuh`.
 
-    `x` is where activations go, by the form of their rows.
+    `x` is where activations go, by the form of their rows. The last three are 0 if nobody guesses.
     """
 
     missing_ids: int
@@ -634,6 +634,14 @@ class Exchange(NamedTuple):
     n_misses: int
     n_layers: int
     layer: int = 0
+    guessed_ids: int = 0
+    guessed: int = 0
+    n_guessed: int = 0
+
+    @property
+    def of_guess(self) -> Exchange:
+        """Return where a guess of the layer's request goes: what is like a request, but that nobody waits for it."""
+        return self._replace(missing_ids=self.guessed_ids, requested=self.guessed, n_misses=self.n_guessed)
 
     @property
     def argument(self) -> Any:

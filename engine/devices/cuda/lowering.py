@@ -53,6 +53,8 @@ class Lowering:
         limits: Limits,
         plan: MemoryPlan | None = None,
         staging: Staging | None = None,
+        *,
+        guesses: bool = False,
     ) -> None:
         """Plan the memory.
 
@@ -62,6 +64,7 @@ class Lowering:
             limits: of a step.
             plan: of the memory, with the expert slots; None for none anywhere.
             staging: the ring for long steps, without which there are none.
+            guesses: whether the CPU is told what the next layer's router would choose of a layer's activations.
         """
         self.limits = limits
         self.staging = staging
@@ -75,7 +78,13 @@ class Lowering:
         state_start = self.layout.n_bytes
         self.recorder.reserve_states(graph)
         self.state = (state_start, self.layout.n_bytes - state_start)
-        for self.recorder.index, item in fusion.fused(graph.operations):
+        items = list(fusion.fused(graph.operations))
+        if guesses:
+            choices = [item for _, item in items if isinstance(item, fusion.LinearAndRouter)]
+            self.experts.next_routers = {
+                self.experts.number(choice.router.out) - 1: (choice.linear, choice.router) for choice in choices
+            }
+        for self.recorder.index, item in items:
             _LOWER[type(item)](self.recorder, item)
         assert graph.logits is not None
         self.recorder.index = len(graph.operations)

@@ -33,6 +33,7 @@ class MissServer:
 
     Attributes:
         seconds: float64 [2, n_moe_layers], waited for each layer's request, and spent to answer it, in all steps.
+        guesses: int64 [2], experts asked for in layers that were guessed about, and those that had been guessed.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class MissServer:
         forms = {w.format.activation for layer in lowering.experts.layers for w in (layer.op.gate, layer.op.up)}
         self._row_bytes = {form: _kernels.activation_bytes(form, hidden_size) for form in sorted(forms)}
         x_sizes = (limits.max_tokens * n_bytes for n_bytes in self._row_bytes.values())
-        sizes = (3 * _LINE, 4 * n_choices, 4 * n_choices * hidden_size, *x_sizes)
+        n_guessed = lowering.experts.n_used
+        sizes = (4 * _LINE, 4 * n_choices, 4 * n_guessed, 4 * n_choices * hidden_size, *x_sizes)
         self._starts = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)]).tolist()
         self.memory = PinnedMemory(self._starts.pop())
         flags = self.memory.address
@@ -58,12 +60,13 @@ class MissServer:
         self._step.positions[:] = np.arange(limits.max_tokens)
         self._last_request = 0
         programs = [self._program(layer, n_threads, isa) for layer in lowering.experts.layers]
-        self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE)
-        self.seconds = self._server.seconds
+        guess = (flags + 3 * _LINE, self._shared(flags)[2]) if lowering.experts.next_routers else (0, 0)
+        self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE, *guess)
+        self.seconds, self.guesses = self._server.seconds, self._server.guesses
 
     def exchange(self, base: int) -> Exchange:
         """Return the addresses that the kernels need; `base` is where the device allocation begins."""
-        flags, ids, answers, x = self._shared(self.memory.device_address)
+        flags, ids, guess, answers, x = self._shared(self.memory.device_address)
         return Exchange(
             ids,
             x,
@@ -74,12 +77,15 @@ class MissServer:
             base + self._lowering.step.number,
             base + self._lowering.experts.n_misses,
             self._n_layers,
+            guessed_ids=guess,
+            guessed=flags + 3 * _LINE,
+            n_guessed=base + self._lowering.experts.n_guessed,
         )
 
-    def _shared(self, base: int) -> tuple[int, int, int, dict[Activation, int]]:
-        """Return where flags, ids, answers and activations lie in the memory that begins at an address."""
-        flags, ids, answers, *x = (base + start for start in self._starts)
-        return flags, ids, answers, dict(zip(self._row_bytes, x, strict=True))
+    def _shared(self, base: int) -> tuple[int, int, int, int, dict[Activation, int]]:
+        """Return where flags, ids, a guess, answers and activations lie in the memory that begins at an address."""
+        flags, ids, guess, answers, *x = (base + start for start in self._starts)
+        return flags, ids, guess, answers, dict(zip(self._row_bytes, x, strict=True))
 
     def begin(self, n_tokens: int) -> None:
         """Get ready for a step, which is launched after this."""
@@ -134,7 +140,7 @@ class MissServer:
 
     def _program(self, layer: ExpertLayer, n_threads: int, isa: str | None) -> _kernels.Program:
         limits, op = self._limits, layer.op
-        _, ids, answers, x = self._shared(self.memory.address)
+        _, ids, _, answers, x = self._shared(self.memory.address)
         program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
         hidden_size, n_used = op.gate.n_cols, op.routing.ids.width
         forms = [(x[w.format.activation], self._row_bytes[w.format.activation]) for w in (op.gate, op.up)]

@@ -71,27 +71,48 @@ static void group_pairs(const experts_args *a, const worker *w) {
 }
 
 typedef struct {
-    int index, expert, row, n_rows, n_pairs; // index: of the active experts
+    int index, expert, row, n_rows, n_pairs; // index: of the active experts; n_rows: perhaps none
     const int32_t *pairs;
 } experts_task;
+
+// For one token a thread's tasks are the same part of each expert's rows, whichever experts there are: so what it has
+// fetched of an expert that was guessed is what it reads, if the guess was right, and the caches of its core have it.
+enum { SLICE_UNIT = 4 }; // rows
+
+static inline int slices_of_thread(int n_active, int n_rows, int n_threads) {
+    return tasks_of(n_rows, n_threads * rows_of_task((int64_t)n_active * n_rows, n_threads, ROWS_PER_TASK));
+}
+
+// Where part i of n begins of so many rows.
+static inline int part_begin(int n_rows, int64_t i, int n) {
+    const int row = (int)(tasks_of(n_rows, SLICE_UNIT) * i / n) * SLICE_UNIT;
+    return row < n_rows ? row : n_rows;
+}
 
 static inline int experts_begin(const experts_args *a, const worker *w, int n_rows) {
     group_pairs(a, w);
     const int n_active = w->scratch[0];
+    if (w->step->n_tokens == 1)
+        return n_active * w->n_threads * slices_of_thread(n_active, n_rows, w->n_threads);
     return n_active * tasks_of(n_rows, rows_of_task((int64_t)n_active * n_rows, w->n_threads, ROWS_PER_TASK));
 }
 
 static inline experts_task experts_task_of(const experts_args *a, const worker *w, int n_rows, int task) {
     const expert_groups g = groups_in(w, a->n_experts);
-    const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads, ROWS_PER_TASK);
-    const int tasks_per_expert = tasks_of(n_rows, rows_per_task);
-    const int i = task / tasks_per_expert, row = task % tasks_per_expert * rows_per_task;
-    return (experts_task){i,
-                          g.experts[i],
-                          row,
-                          n_rows - row < rows_per_task ? n_rows - row : rows_per_task,
-                          g.starts[i + 1] - g.starts[i],
-                          g.pairs + g.starts[i]};
+    int i, row, end;
+    if (w->step->n_tokens == 1) {
+        const int n_slices = slices_of_thread(g.n_active, n_rows, w->n_threads), of_thread = n_slices * g.n_active;
+        const int slice = task / of_thread * n_slices + task % n_slices;
+        i = task % of_thread / n_slices;
+        row = part_begin(n_rows, slice, n_slices * w->n_threads);
+        end = part_begin(n_rows, slice + 1, n_slices * w->n_threads);
+    } else {
+        const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads, ROWS_PER_TASK);
+        const int tasks_per_expert = tasks_of(n_rows, rows_per_task);
+        i = task / tasks_per_expert, row = task % tasks_per_expert * rows_per_task;
+        end = n_rows - row < rows_per_task ? n_rows : row + rows_per_task;
+    }
+    return (experts_task){i, g.experts[i], row, end - row, g.starts[i + 1] - g.starts[i], g.pairs + g.starts[i]};
 }
 
 static inline const uint8_t *expert_rows(const expert_matrix *m, int expert, int row) {
@@ -131,6 +152,17 @@ static inline void quantize_complete(const experts_args *a, const experts_task *
     }
 }
 
+// Brings the rows of an expert that fall to this thread, when it comes to that, into the caches of its core, until the
+// word changes: soon after that somebody waits.
+static void fetch_share(const expert_matrix *m, const worker *w, int expert, int n_rows, awaited_word until) {
+    enum { FETCHED_AT_ONCE = 1 << 10 };
+    const uint8_t *rows = expert_rows(m, expert, part_begin(n_rows, w->thread, w->n_threads));
+    const int64_t n_bytes = expert_rows(m, expert, part_begin(n_rows, w->thread + 1, w->n_threads)) - rows;
+    for (int64_t at = 0; at < n_bytes && __atomic_load_n(until.word, __ATOMIC_RELAXED) == until.value;
+         at += FETCHED_AT_ONCE)
+        fetch(rows + at, n_bytes - at < FETCHED_AT_ONCE ? (int)(n_bytes - at) : FETCHED_AT_ONCE);
+}
+
 static int experts_gate_up_begin(const op_args *args, const worker *w) {
     return experts_begin(&args->experts, w, args->experts.ffn_size);
 }
@@ -138,6 +170,8 @@ static int experts_gate_up_begin(const op_args *args, const worker *w) {
 static void experts_gate_up_run(const op_args *args, const worker *w, int task) {
     const experts_args *a = &args->experts;
     const experts_task t = experts_task_of(a, w, a->ffn_size, task);
+    if (t.n_rows == 0)
+        return;
     float gate[TOKENS_PER_CALL][ROWS_PER_TASK], up[TOKENS_PER_CALL][ROWS_PER_TASK];
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
@@ -169,6 +203,14 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
         quantize_complete(a, &t);
 }
 
+static void experts_gate_up_fetch(const op_args *args, const worker *w, int expert, awaited_word until) {
+    const experts_args *a = &args->experts;
+    if (expert < 0 || expert >= a->n_experts)
+        return;
+    fetch_share(&a->gate, w, expert, a->ffn_size, until);
+    fetch_share(&a->up, w, expert, a->ffn_size, until);
+}
+
 static int experts_down_begin(const op_args *args, const worker *w) {
     return experts_begin(&args->experts, w, args->experts.hidden_size);
 }
@@ -176,6 +218,8 @@ static int experts_down_begin(const op_args *args, const worker *w) {
 static void experts_down_run(const op_args *args, const worker *w, int task) {
     const experts_args *a = &args->experts;
     const experts_task t = experts_task_of(a, w, a->hidden_size, task);
+    if (t.n_rows == 0)
+        return;
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
         const void *x[TOKENS_PER_CALL];
@@ -197,6 +241,12 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
                                     n_left);
                 }
     }
+}
+
+static void experts_down_fetch(const op_args *args, const worker *w, int expert, awaited_word until) {
+    const experts_args *a = &args->experts;
+    if (expert >= 0 && expert < a->n_experts)
+        fetch_share(&a->down, w, expert, a->hidden_size, until);
 }
 
 #endif
