@@ -116,8 +116,8 @@ class ExpertTables:
         n_misses: offset of the word (int32) in which a layer notes whether it asked the CPU for anything.
         n_guessed: the same for a guess.
         asks_early: by the ids of a layer: whether the launch that chooses its experts asks the CPU, too.
-        next_routers: by the number of a layer: the router whose choice is guessed there, that of the next layer, and what
-            gives its logits.
+        next_routers: by the number of a layer: the router whose choice is guessed there, that of the next layer, with
+            what gives its logits.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer], layout: Layout, max_tokens: int, at_once: int) -> None:
