@@ -15,8 +15,10 @@ cdef extern from "kernels/table.h" nogil:
         ACTIVATION_F32
         N_ACTIVATIONS
 
+    ctypedef struct weight_rows:
+        pass
     ctypedef void (*matmul_fn)(const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x,
-                               int n_x, float *const *y)
+                               int n_x, float *const *y, const weight_rows *next)
     ctypedef void (*quantize_fn)(const float *x, void *row, int n_cols, int first, int end)
     ctypedef void (*dequantize_fn)(const uint8_t *w, float *out, int n_cols)
     ctypedef void (*exponentials_fn)(const float *x, int n, float shift, float scale, float *out)

@@ -198,8 +198,8 @@ ALWAYS_INLINE __m128 dot_4_rows(vector_format f, row_streams streams, int r, int
 }
 
 ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
-                                 const void *const *x, int n_x, float *const *y) {
-    const row_streams streams = streams_of(4, w, row_bytes, n_rows);
+                                 const void *const *x, int n_x, float *const *y, const weight_rows *next) {
+    const row_streams streams = streams_of(4, w, row_bytes, n_rows, next);
     for (int r = 0; r < streams.n_each; r++)
         for (int t = 0; t < n_x; t++) {
             float sums[4];

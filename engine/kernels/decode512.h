@@ -330,10 +330,10 @@ ALWAYS_INLINE void add_last_blocks_32(vector_format f, int n, int n_blocks, cons
 
 // All rows of n tokens, which share what is unpacked.
 ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
-                                 const void *const *x, float *const *y) {
+                                 const void *const *x, float *const *y, const weight_rows *next) {
     const int unit_blocks = 256 / f.block_size, unit_bytes = unit_blocks * f.block_bytes;
     const int n_blocks = n_cols / f.block_size, n_units = (n_blocks + unit_blocks - 1) / unit_blocks;
-    const row_streams streams = streams_of(4, w, row_bytes, n_rows);
+    const row_streams streams = streams_of(4, w, row_bytes, n_rows, next);
     activation_unit units[DECODE_TOKENS][MAX_UNITS];
     for (int first = 0; first < n_units; first += MAX_UNITS) {
         const int end = n_units - first < MAX_UNITS ? n_units : first + MAX_UNITS;
@@ -383,20 +383,20 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
 }
 
 ALWAYS_INLINE void matmul_decode(vector_format f, const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols,
-                                 const void *const *x, int n_x, float *const *y) {
+                                 const void *const *x, int n_x, float *const *y, const weight_rows *next) {
     for (int t = 0; t < n_x; t += DECODE_TOKENS)
         switch (n_x - t) {
         case 1:
-            decode_tokens(f, 1, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            decode_tokens(f, 1, w, row_bytes, n_rows, n_cols, x + t, y + t, next);
             break;
         case 2:
-            decode_tokens(f, 2, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            decode_tokens(f, 2, w, row_bytes, n_rows, n_cols, x + t, y + t, next);
             break;
         case 3:
-            decode_tokens(f, 3, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            decode_tokens(f, 3, w, row_bytes, n_rows, n_cols, x + t, y + t, next);
             break;
         default:
-            decode_tokens(f, DECODE_TOKENS, w, row_bytes, n_rows, n_cols, x + t, y + t);
+            decode_tokens(f, DECODE_TOKENS, w, row_bytes, n_rows, n_cols, x + t, y + t, next);
         }
 }
 

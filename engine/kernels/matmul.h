@@ -9,6 +9,8 @@
 #include "integer_block.h"
 #include "simd.h"
 
+#include <stdbool.h>
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 typedef void unpack_fn(const void *block, integer_block *out);
@@ -75,11 +77,18 @@ ALWAYS_INLINE void fetch(const uint8_t *first, int n_bytes) {
 typedef struct {
     const uint8_t *first;
     int64_t row_bytes;
-    int n_rows, n_each; // rows of all streams, of each
+    int n_rows, n_each;  // rows of all streams, of each
+    const uint8_t *next; // what the first stream goes on with in the next call
+    int64_t next_stream_bytes;
 } row_streams;
 
-ALWAYS_INLINE row_streams streams_of(int n_streams, const uint8_t *w, int64_t row_bytes, int n_rows) {
-    return (row_streams){w, row_bytes, n_rows, (n_rows + n_streams - 1) / n_streams};
+ALWAYS_INLINE row_streams streams_of(int n_streams, const uint8_t *w, int64_t row_bytes, int n_rows,
+                                     const weight_rows *next) {
+    const int n_each = (n_rows + n_streams - 1) / n_streams;
+    if (!next)
+        return (row_streams){w, row_bytes, n_rows, n_each, w + n_rows * row_bytes, n_each * row_bytes};
+    return (row_streams){w,      row_bytes,   n_rows,
+                         n_each, next->first, (next->n_rows + n_streams - 1) / n_streams * next->row_bytes};
 }
 
 // Row r of each stream; what the last ones lack repeats the last row.
@@ -102,14 +111,16 @@ ALWAYS_INLINE void store_of_rows(row_streams s, int n_streams, int r, const floa
 }
 
 // Fetches what streams read soon after the n_bytes from byte `at` of each. Behind its end a stream goes on in the next
-// call, for a thread takes the rows that follow as a rule.
+// call.
 enum { STREAM_AHEAD = 1 << 10 };
 ALWAYS_INLINE void fetch_of_streams(row_streams s, int n_streams, int64_t at, int n_bytes) {
     const int64_t stream_bytes = s.n_each * s.row_bytes, place = at + STREAM_AHEAD;
-    const uint8_t *next = s.first + place + (place < stream_bytes ? 0 : (s.n_rows - s.n_each) * s.row_bytes);
+    const bool is_own = place < stream_bytes;
+    const uint8_t *first = is_own ? s.first + place : s.next + (place - stream_bytes);
+    const int64_t apart = is_own ? stream_bytes : s.next_stream_bytes;
     for (int i = 0; i < n_streams; i++)
         for (int line = 0; line < n_bytes; line += 64)
-            __builtin_prefetch(next + i * stream_bytes + line, 0, 3);
+            __builtin_prefetch(first + i * apart + line, 0, 3);
 }
 
 // Rows and tokens whose sums are in registers together.
@@ -157,8 +168,8 @@ ALWAYS_INLINE void dot_float(load_fn load, int weight_bytes, row_streams streams
 
 // Float formats: sixteen chains, chain i takes the weights i, i + 16, ...; then the tree of v16_sum.
 ALWAYS_INLINE void matmul_float(load_fn load, int weight_bytes, const uint8_t *w, int64_t row_bytes, int n_rows,
-                                int n_cols, const void *const *x, int n_x, float *const *y) {
-    const row_streams streams = streams_of(FLOAT_ROWS, w, row_bytes, n_rows);
+                                int n_cols, const void *const *x, int n_x, float *const *y, const weight_rows *next) {
+    const row_streams streams = streams_of(FLOAT_ROWS, w, row_bytes, n_rows, next);
     for (int r = 0; r < streams.n_each; r++)
         for (int t = 0; t < n_x;) {
             const float *values[FLOAT_TOKENS] = {x[t]};

@@ -15,7 +15,7 @@
 // Reads as products with one token do.
 static float read_all(const uint8_t *bytes, int64_t n_bytes) {
     enum { STREAMS = 4, LINE = 64 };
-    const row_streams lines = streams_of(STREAMS, bytes, LINE, (int)(n_bytes / (STREAMS * LINE)) * STREAMS);
+    const row_streams lines = streams_of(STREAMS, bytes, LINE, (int)(n_bytes / (STREAMS * LINE)) * STREAMS, NULL);
     v16 largest[STREAMS] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
     for (int line = 0; line < lines.n_each; line++) {
         const uint8_t *rows[STREAMS];

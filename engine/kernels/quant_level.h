@@ -28,7 +28,8 @@ enum { TILE_MIN_TOKENS = 4 };
 #endif
 
 #define MATMUL_ARGUMENTS                                                                                               \
-    const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x, float *const *y
+    const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x, float *const *y,       \
+        const weight_rows *next
 
 #define INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                              \
     static void dequantize_##NAME(const uint8_t *w, float *out, int n_cols) {                                          \
@@ -40,6 +41,7 @@ enum { TILE_MIN_TOKENS = 4 };
     enum { is_fast_##NAME = 0 };                                                                                       \
     INTEGER_DEQUANTIZE(NAME, HAS_MIN)                                                                                  \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
+        (void)next;                                                                                                    \
         matmul_integer(unpack_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, HAS_MIN, NAME##_ACTIVATION, w, row_bytes, \
                        n_rows, n_cols, x, n_x, y);                                                                     \
     }
@@ -56,7 +58,7 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
     }
 #endif
     if (n_x < TILE_MIN_TOKENS)
-        matmul_decode(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
+        matmul_decode(f, w, row_bytes, n_rows, n_cols, x, n_x, y, next);
     else
         matmul_tiles(f, w, row_bytes, n_rows, n_cols, x, n_x, y);
 }
@@ -80,7 +82,7 @@ ALWAYS_INLINE void matmul_vectors(vector_format f, MATMUL_ARGUMENTS) {
                                  .has_min = HAS_MIN,                                                                   \
                                  .d = d_##NAME,                                                                        \
                                  __VA_ARGS__};                                                                         \
-        matmul_vectors(f, w, row_bytes, n_rows, n_cols, x, n_x, y);                                                    \
+        matmul_vectors(f, w, row_bytes, n_rows, n_cols, x, n_x, y, next);                                              \
     }
 #define VECTOR_FORMAT(NAME, HAS_MIN, ...) FORMAT_WITH(NAME, HAS_MIN, .chunk = chunk_##NAME, WIDE(NAME) __VA_ARGS__)
 
@@ -141,7 +143,7 @@ enum { HAS_VECTORS = 0 };
 #define FLOAT_FORMAT(NAME)                                                                                             \
     enum { is_fast_##NAME = HAS_VECTORS };                                                                             \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
-        matmul_float(load_##NAME, NAME##_BLOCK_BYTES, w, row_bytes, n_rows, n_cols, x, n_x, y);                        \
+        matmul_float(load_##NAME, NAME##_BLOCK_BYTES, w, row_bytes, n_rows, n_cols, x, n_x, y, next);                  \
     }                                                                                                                  \
     static void dequantize_##NAME(const uint8_t *w, float *out, int n_cols) {                                          \
         dequantize_float(load_##NAME, NAME##_BLOCK_BYTES, w, out, n_cols);                                             \
@@ -150,6 +152,7 @@ enum { HAS_VECTORS = 0 };
 #define EXPANDED_FORMAT(NAME)                                                                                          \
     enum { is_fast_##NAME = 0 };                                                                                       \
     static void matmul_##NAME(MATMUL_ARGUMENTS) {                                                                      \
+        (void)next;                                                                                                    \
         matmul_expanded(expand_##NAME, NAME##_BLOCK_SIZE, NAME##_BLOCK_BYTES, w, row_bytes, n_rows, n_cols, x, n_x,    \
                         y);                                                                                            \
     }                                                                                                                  \

@@ -9,11 +9,18 @@
 
 enum { ACTIVATION_F32, ACTIVATION_Q8_256, ACTIVATION_Q8_32, N_ACTIVATIONS };
 
+typedef struct {
+    const uint8_t *first;
+    int64_t row_bytes;
+    int n_rows;
+} weight_rows;
+
 // y[i][r] = w_r . x[i] for n_rows weight rows that stand row_bytes apart and n_x activation rows, in the form the
 // format takes. Every y[i][r] is computed whole by this call, in the canonical order: the split of rows over threads
-// and of tokens over calls cannot change a bit.
+// and of tokens over calls cannot change a bit. `next`: what this thread will read after it, to be fetched ahead; NULL
+// for the rows behind.
 typedef void (*matmul_fn)(const uint8_t *w, int64_t row_bytes, int n_rows, int n_cols, const void *const *x, int n_x,
-                          float *const *y);
+                          float *const *y, const weight_rows *next);
 
 typedef void (*dequantize_fn)(const uint8_t *w, float *out, int n_cols);
 

@@ -71,6 +71,7 @@ static void group_pairs(const experts_args *a, const worker *w) {
 }
 
 typedef struct {
+    bool goes_on;                            // with the next task, if nobody helps
     int index, expert, row, n_rows, n_pairs; // index: of the active experts; n_rows: perhaps none
     const int32_t *pairs;
 } experts_task;
@@ -100,23 +101,30 @@ static inline int experts_begin(const experts_args *a, const worker *w, int n_ro
 static inline experts_task experts_task_of(const experts_args *a, const worker *w, int n_rows, int task) {
     const expert_groups g = groups_in(w, a->n_experts);
     int i, row, end;
+    bool goes_on = false;
     if (w->step->n_tokens == 1) {
         const int n_slices = slices_of_thread(g.n_active, n_rows, w->n_threads), of_thread = n_slices * g.n_active;
         const int slice = task / of_thread * n_slices + task % n_slices;
         i = task % of_thread / n_slices;
         row = part_begin(n_rows, slice, n_slices * w->n_threads);
         end = part_begin(n_rows, slice + 1, n_slices * w->n_threads);
+        goes_on = (task + 1) % of_thread != 0;
     } else {
         const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads, ROWS_PER_TASK);
         const int tasks_per_expert = tasks_of(n_rows, rows_per_task);
         i = task / tasks_per_expert, row = task % tasks_per_expert * rows_per_task;
         end = n_rows - row < rows_per_task ? n_rows : row + rows_per_task;
     }
-    return (experts_task){i, g.experts[i], row, end - row, g.starts[i + 1] - g.starts[i], g.pairs + g.starts[i]};
+    const int32_t *pairs = g.pairs + g.starts[i];
+    return (experts_task){goes_on, i, g.experts[i], row, end - row, g.starts[i + 1] - g.starts[i], pairs};
 }
 
 static inline const uint8_t *expert_rows(const expert_matrix *m, int expert, int row) {
     return (const uint8_t *)(uintptr_t)m->table[expert] + row * m->row_bytes;
+}
+
+static inline weight_rows rows_of(const expert_matrix *m, const experts_task *t) {
+    return (weight_rows){expert_rows(m, t->expert, t->row), m->row_bytes, t->n_rows};
 }
 
 // y * scale + bias, each if there is one.
@@ -172,6 +180,9 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
     const experts_task t = experts_task_of(a, w, a->ffn_size, task);
     if (t.n_rows == 0)
         return;
+    const experts_task following = t.goes_on ? experts_task_of(a, w, a->ffn_size, task + 1) : t;
+    const weight_rows own_up = rows_of(&a->up, &t), next_gate = rows_of(&a->gate, &following);
+    const bool is_alone = w->step->n_tokens == 1; // else several calls read the same rows
     float gate[TOKENS_PER_CALL][ROWS_PER_TASK], up[TOKENS_PER_CALL][ROWS_PER_TASK];
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
@@ -185,8 +196,9 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             ups[i] = up[i];
         }
         a->gate.matmul(expert_rows(&a->gate, t.expert, t.row), a->gate.row_bytes, t.n_rows, a->hidden_size, x_gate, n,
-                       gates);
-        a->up.matmul(expert_rows(&a->up, t.expert, t.row), a->up.row_bytes, t.n_rows, a->hidden_size, x_up, n, ups);
+                       gates, is_alone ? &own_up : NULL);
+        a->up.matmul(own_up.first, own_up.row_bytes, t.n_rows, a->hidden_size, x_up, n, ups,
+                     is_alone ? &next_gate : NULL);
         for (int i = 0; i < n; i++) {
             float *hidden = a->hidden + (int64_t)t.pairs[first + i] * a->ffn_size + t.row;
             for (int r = 0; r < t.n_rows; r += 16) {
@@ -220,6 +232,8 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
     const experts_task t = experts_task_of(a, w, a->hidden_size, task);
     if (t.n_rows == 0)
         return;
+    const experts_task following = t.goes_on ? experts_task_of(a, w, a->hidden_size, task + 1) : t;
+    const weight_rows next = rows_of(&a->down, &following);
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
         const void *x[TOKENS_PER_CALL];
@@ -230,7 +244,8 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
             x[i] = a->hidden_quantized + pair * a->hidden_row_bytes;
             y[i] = a->out.at + token * a->out.stride + (int64_t)rank * a->hidden_size + t.row;
         }
-        a->down.matmul(expert_rows(&a->down, t.expert, t.row), a->down.row_bytes, t.n_rows, a->ffn_size, x, n, y);
+        a->down.matmul(expert_rows(&a->down, t.expert, t.row), a->down.row_bytes, t.n_rows, a->ffn_size, x, n, y,
+                       w->step->n_tokens == 1 ? &next : NULL);
         if (a->down.scale || a->down.bias)
             for (int i = 0; i < n; i++)
                 for (int r = 0; r < t.n_rows; r += 16) {

@@ -55,7 +55,7 @@ static void linear_run(const op_args *args, const worker *w, int task) {
             x[i] = a->x + (token + i) * a->x_row_bytes;
             y[i] = weight->out.at + (token + i) * weight->out.stride + first;
         }
-        weight->matmul(weight->weight + first * weight->row_bytes, weight->row_bytes, n_rows, a->n_cols, x, n, y);
+        weight->matmul(weight->weight + first * weight->row_bytes, weight->row_bytes, n_rows, a->n_cols, x, n, y, NULL);
         if (weight->scale)
             for (int i = 0; i < n; i++)
                 for (int r = 0; r < n_rows; r++)
