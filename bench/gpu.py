@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -798,6 +798,36 @@ def swaps(bench: Bench) -> None:
             )
 
 
+def guesses(bench: Bench) -> None:
+    """Tokens with four fifths of the experts in slots, without guesses of what is missing and with them, by turns."""
+    limits, n_before, n_tokens = Limits(64, 1, 2048, KVType.F16), 64, 200
+    with ExitStack() as opened_now:
+        ways: dict[bool, tuple[CUDAProgram, ForwardPass, list[float]]] = {}
+        for guesses in (False, True):
+            loaded, weights = opened_now.enter_context(opened(bench))
+            wish = Wish(loaded.spec.moe.n_experts * 4 // 5)
+            program = opened_now.enter_context(compiled(bench, loaded, weights, limits, wish, guesses=guesses))
+            _fill(bench, f"guesses: {guesses}", program)
+            ways[guesses] = program, ForwardPass(program, limits, loaded.spec.n_vocab), []
+        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, n_before + n_tokens).tolist()
+        for _, forward, _ in ways.values():
+            forward.run(0, tokens[:n_before], 0)
+        for position in range(n_before, n_before + n_tokens):
+            for _, forward, times in ways.values():
+                start = time.perf_counter()
+                forward.run(0, tokens[position : position + 1], position)
+                times.append(time.perf_counter() - start)
+        for is_guessing, (program, _, times) in ways.items():
+            measured, name = program.layer_times, f"{'with' if is_guessing else 'without'} guesses"
+            per_layer = 1e6 / measured.n_tokens / len(measured.cpu)
+            bench.note("guesses", f"{name}: decode", float(np.median(times) * 1e3), "ms a token")
+            for what, seconds in (("until the CPU is asked", measured.device), ("until it has answered", measured.cpu)):
+                bench.note("guesses", f"{name}: {what}", float(seconds.sum() * per_layer), "us a layer")
+        n_asked, n_guessed = ways[True][0].layer_times.guesses
+        bench.note("guesses", "asked for in a layer", n_asked / n_tokens / max(len(measured.cpu) - 1, 1))
+        bench.note("guesses", "had been guessed", n_guessed / max(n_asked, 1))
+
+
 def operations(bench: Bench) -> None:
     """Where the GPU's time of a token goes."""
     _time_operations(bench, "operations", 1, Limits(32, 1, 2048, KVType.F16))
@@ -847,6 +877,7 @@ SECTIONS = {
         prompt,
         model,
         swaps,
+        guesses,
         operations,
         prompt_operations,
     )

@@ -13,6 +13,9 @@
 // ever reset. A layer without misses makes no request: the CPU sees from the next number that it was skipped, and it
 // cannot be overtaken, since a request is written only after the one before was answered.
 //
+// A guess of what a later layer will ask for goes through ids and a word of its own, with the number of that request. Nobody
+// answers it.
+//
 // Order: all threads store and meet; then one thread stores the number with release semantics, which holds for all that
 // happened before: for the stores of those that it met, and of blocks whose results it has seen. The CPU reads the number
 // (acquire), then the request; it stores its answer, then the number (release). The GPU reads that with acquire, and the

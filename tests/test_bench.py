@@ -279,7 +279,7 @@ def test_kernels_shows_every_speed(capsys: pytest.CaptureFixture[str], monkeypat
         KernelSpeed("Q4_K", "scalar", (one, two), 3e9, is_fast=False),
         KernelSpeed("Q4_K", "avx2", (two, one), 5e9, is_fast=True),
     ]
-    monkeypatch.setattr("engine.bench.kernels.measure_kernels", lambda n_threads, n_bytes, progress: speeds)
+    monkeypatch.setattr("engine.bench.kernels.measure_kernels", lambda formats, n_threads, n_bytes, progress: speeds)
     assert main([*QUICK, "--kernels"]) == 0
     out = capsys.readouterr().out
     slow = next(line for line in out.splitlines() if "scalar *" in line)
@@ -290,14 +290,13 @@ def test_kernels_shows_every_speed(capsys: pytest.CaptureFixture[str], monkeypat
 
 def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("engine.bench.kernels")
-    monkeypatch.setattr(kernels, "FORMATS", [f for f in kernels.FORMATS if f.name in {"Q8_0", "F32"}])
     monkeypatch.setattr(kernels, "HIDDEN_SIZE", 96)
     monkeypatch.setattr(kernels, "FFN_SIZE", 64)
     monkeypatch.setattr(kernels, "_SECONDS", 0.0)
     monkeypatch.setattr(kernels, "bandwidth_buffer_bytes", lambda at_least: at_least)
     monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1 << 16)
     steps: list[tuple[str, int, int]] = []
-    speeds = kernels.measure_kernels(2, 1 << 20, lambda *step: steps.append(step))
+    speeds = kernels.measure_kernels(kernels.named_formats("q8_0, F32"), 2, 1 << 20, lambda *step: steps.append(step))
     assert {speed.format for speed in speeds} == {"Q8_0", "F32"}
     assert all([decode.n_threads for decode in speed.decode] == [1, 2] for speed in speeds)
     assert all(decode.bytes_s > 0 and decode.bandwidth > 0 for speed in speeds for decode in speed.decode)
@@ -311,6 +310,7 @@ def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--reps", "0"], 2, "bench.reps"),
         (["--prompt-tokens", "1,x"], 2, "bench.prompt_tokens"),
         (["--kernels", "--json", "x.json"], 1, "--json"),
+        (["--kernels", "Q4_K,Q4_9"], 1, "there is no format 'Q4_9'; there are"),
         (["-m", "nothing.gguf"], 1, "nothing.gguf"),
         (["-m", "synthetic:tiny", "--peer", "llama.cpp"], 1, "python -m engine synth"),
         (["--prompt-tokens", "50", "-c", "40"], 1, "context"),

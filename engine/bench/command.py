@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from engine.errors import ConfigError, RequestError
 from engine.files import check_target
 from engine.gguf.synthetic import PREFIX
 from engine.machine import last_level_cache_bytes, n_physical_cores
+from engine.quants.formats import QuantFormat
 from engine.runtime import Engine, EngineStatistics
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
@@ -52,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE", help="draw the speeds, or the hit rates of --replay or --conversation"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--kernels", action="store_true", help="measure every weight format at every instruction set")
+    what.add_argument(
+        "--kernels",
+        nargs="?",
+        const="all",
+        metavar="FORMATS",
+        help="measure every weight format, or some (Q4_K,MXFP4), at every instruction set",
+    )
     what.add_argument("--profile", action="store_true", help="show where the time of a prompt and of a token goes")
     what.add_argument(
         "--conversation", action="store_true", help="play a conversation of many subjects; show hit rates turn by turn"
@@ -90,7 +98,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         _check_peer(peer_name, config)
     with Bars(console, quiet=args.quiet) as bars:
         if args.kernels:
-            _show_kernels(config, bars, out)
+            _show_kernels(kernels.named_formats(args.kernels), config, bars, out)
         elif args.profile:
             _show_profile(config, bars, out)
         else:
@@ -197,9 +205,9 @@ def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
         plots.plot_conversation(turns, f"{statistics.model}, a conversation of many subjects", args.plot)
 
 
-def _show_kernels(config: EngineConfig, bars: Bars, out: Console) -> None:
+def _show_kernels(formats: Sequence[QuantFormat], config: EngineConfig, bars: Bars, out: Console) -> None:
     n_threads = config.engine.n_threads or n_physical_cores()
-    speeds = kernels.measure_kernels(n_threads, config.bench.bandwidth_mb << 20, bars.steps)
+    speeds = kernels.measure_kernels(formats, n_threads, config.bench.bandwidth_mb << 20, bars.steps)
     for key, value in machine_facts().items():
         out.print(f"{key}: {value}")
     out.print(

@@ -1,4 +1,4 @@
-"""Times the experts of every weight format at every instruction-set level, against the memory's bandwidth.
+"""Times the experts of weight formats at every instruction-set level, against the memory's bandwidth.
 
 For decode, one token goes through eight experts a layer of 3 x 1024 x 3072 weights, what a 122B model reads, in more
 layers than the caches hold. Between any two such steps the bandwidth is measured, since other work on the machine
@@ -8,16 +8,17 @@ changes it within seconds. For prompts, a batch of tokens goes through one exper
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
+from engine.errors import RequestError
 from engine.machine import bandwidth_buffer_bytes, last_level_cache_bytes
 from engine.quants import install_grids
-from engine.quants.formats import FORMATS, Activation, QuantFormat
+from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
 
 N_EXPERTS, HIDDEN_SIZE, FFN_SIZE = 8, 3072, 1024
 N_PROMPT_TOKENS = 64
@@ -54,14 +55,28 @@ class KernelSpeed:
     is_fast: bool
 
 
-def measure_kernels(n_threads: int, buffer_bytes: int, progress: Callable[[str, int, int], None]) -> list[KernelSpeed]:
-    """Time all formats at all levels of this CPU; the bandwidth is read from a buffer of at least `buffer_bytes`."""
+def named_formats(names: str) -> list[QuantFormat]:
+    """Return the formats of a list like "Q4_K,MXFP4", all of them for "all"; raise `RequestError` for another name."""
+    if names == "all":
+        return list(FORMATS)
+    found = []
+    for name in map(str.strip, names.split(",")):
+        if name.upper() not in BY_NAME:
+            raise RequestError(f"--kernels {names}: there is no format {name!r}; there are {', '.join(BY_NAME)}")
+        found.append(BY_NAME[name.upper()])
+    return found
+
+
+def measure_kernels(
+    formats: Sequence[QuantFormat], n_threads: int, buffer_bytes: int, progress: Callable[[str, int, int], None]
+) -> list[KernelSpeed]:
+    """Time some formats at all levels of this CPU; the bandwidth is read from a buffer of at least `buffer_bytes`."""
     install_grids()
     levels = _kernels.isa_levels()
     buffer = np.ones(bandwidth_buffer_bytes(buffer_bytes), np.uint8)
     found: list[KernelSpeed] = []
-    total = len(FORMATS) * len(levels)
-    for fmt in FORMATS:
+    total = len(formats) * len(levels)
+    for fmt in formats:
         layers = _layers(fmt, n_threads)
         for isa in levels:
             progress(f"{fmt.name} {isa}", len(found), total)
