@@ -799,33 +799,46 @@ def swaps(bench: Bench) -> None:
 
 
 def guesses(bench: Bench) -> None:
-    """Tokens with four fifths of the experts in slots, without guesses of what is missing and with them, by turns."""
-    limits, n_before, n_tokens = Limits(64, 1, 2048, KVType.F16), 64, 200
+    """Tokens with four fifths of the experts in slots, without guesses of what is missing and with them, by turns.
+
+    Once by themselves, and once beside copies into slots that they do not read, as many as a cache makes.
+    """
+    limits, position, n_tokens = Limits(64, 1, 2048, KVType.F16), 64, 160
     with ExitStack() as opened_now:
-        ways: dict[bool, tuple[CUDAProgram, ForwardPass, list[float]]] = {}
-        for guesses in (False, True):
+        ways: dict[str, tuple[CUDAProgram, ForwardPass]] = {}
+        for name in ("without", "with"):
             loaded, weights = opened_now.enter_context(opened(bench))
             wish = Wish(loaded.spec.moe.n_experts * 4 // 5)
-            program = opened_now.enter_context(compiled(bench, loaded, weights, limits, wish, guesses=guesses))
-            _fill(bench, f"guesses: {guesses}", program)
-            ways[guesses] = program, ForwardPass(program, limits, loaded.spec.n_vocab), []
-        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, n_before + n_tokens).tolist()
-        for _, forward, _ in ways.values():
-            forward.run(0, tokens[:n_before], 0)
-        for position in range(n_before, n_before + n_tokens):
-            for _, forward, times in ways.values():
-                start = time.perf_counter()
-                forward.run(0, tokens[position : position + 1], position)
-                times.append(time.perf_counter() - start)
-        for is_guessing, (program, _, times) in ways.items():
-            measured, name = program.layer_times, f"{'with' if is_guessing else 'without'} guesses"
-            per_layer = 1e6 / measured.n_tokens / len(measured.cpu)
-            bench.note("guesses", f"{name}: decode", float(np.median(times) * 1e3), "ms a token")
-            for what, seconds in (("until the CPU is asked", measured.device), ("until it has answered", measured.cpu)):
-                bench.note("guesses", f"{name}: {what}", float(seconds.sum() * per_layer), "us a layer")
-        n_asked, n_guessed = ways[True][0].layer_times.guesses
-        bench.note("guesses", "asked for in a layer", n_asked / n_tokens / max(len(measured.cpu) - 1, 1))
-        bench.note("guesses", "had been guessed", n_guessed / max(n_asked, 1))
+            program = opened_now.enter_context(compiled(bench, loaded, weights, limits, wish, guesses=name == "with"))
+            _fill(bench, f"{name} guesses", program)
+            ways[name] = program, ForwardPass(program, limits, loaded.spec.n_vocab)
+        n_layers, n_experts = len(program.n_slots), program.n_experts
+        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, position + 2 * n_tokens).tolist()
+        for program, forward in ways.values():
+            forward.run(0, tokens[:position], 0)
+            for layer in range(n_layers):  # the first slot is what copies go to
+                program.publish(layer, int(np.flatnonzero(program._slot_of[layer] == 0)[0]), -1)
+        for n_copies in (0, 20 * n_layers // 48):
+            before = {name: program.layer_times for name, (program, _) in ways.items()}
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for i in range(n_tokens):
+                for name, (program, forward) in ways.items():
+                    for j in range(n_copies):
+                        program.copy_expert(j % n_layers, (i + j) % n_experts, 0)
+                    start = time.perf_counter()
+                    forward.run(0, tokens[position : position + 1], position)
+                    times[name].append(time.perf_counter() - start)
+                    program.wait_all()
+                position += 1
+            for name, (program, _) in ways.items():
+                spent = program.layer_times - before[name]
+                device, cpu = (float(s.sum()) * 1e6 / n_tokens / n_layers for s in (spent.device, spent.cpu))
+                shown = f"ms; of a layer {device:.1f} us until the CPU is asked, {cpu:.1f} until it has answered"
+                n_asked, n_guessed = spent.guesses
+                if n_asked:
+                    shown += f"; {n_guessed / n_asked:.0%} of {n_asked / n_tokens / n_layers:.2f} experts guessed"
+                what = f"a token {name} guesses, {n_copies} copied beside it"
+                bench.note("guesses", what, float(np.median(times[name])) * 1e3, shown)
 
 
 def operations(bench: Bench) -> None:

@@ -13,4 +13,5 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=lib
 # The interpreter itself is not clean of leaks; a finding of UBSan must stop the run.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 PYTHONPATH=. "$python" -m pytest -q -p no:cacheprovider --numprocesses=logical --maxprocesses=4 \
-    tests/test_kernels_formats.py tests/test_ops.py tests/test_program.py tests/test_sampling_kernels.py
+    tests/test_kernels_formats.py tests/test_ops.py tests/test_program.py tests/test_request_server.py \
+    tests/test_sampling_kernels.py
