@@ -45,7 +45,7 @@ class Lending:
         with model.open(limits=replace(LIMITS, max_tokens=1)) as opened:
             self.expected = np.concatenate([step(opened.program, model, at, at + 1) for at in range(N_TOKENS)])
             whole = opened.program.device_bytes
-        self.budget = next(budget for budget in range(whole // 4, whole, whole // 40) if self._lends(budget))
+        self.budget = next(budget for budget in range(whole, whole // 4, -whole // 100) if self._lends(budget))
 
     def _lends(self, budget: int) -> bool:
         with suppress(DeviceError), self.open(budget) as opened:
