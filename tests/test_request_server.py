@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from engine import _kernels
-from engine.quants.formats import BY_NAME, Activation
+from engine.quants.formats import BY_NAME
 
-Q4_K = BY_NAME["Q4_K"].ggml_type
 WIDTH, MAX_TOKENS = 48, 3
 
 
@@ -109,21 +108,20 @@ def test_programs_and_steps_that_do_not_fit_are_refused() -> None:
 
 
 class ExpertLayers:
-    """Layers of experts in Q4_K of which one token asks for some, with guesses of what it will ask for.
+    """Layers of experts of which one token asks for some, with guesses of what it will ask for.
 
     The other side is a thread that guesses a layer, gives the team time to fetch, and then asks for it.
     """
 
-    N_EXPERTS, N_USED, HIDDEN_SIZE, FFN_SIZE = 6, 3, 256, 512
+    N_EXPERTS, N_USED = 6, 3
 
-    def __init__(self, n_layers: int, n_threads: int) -> None:
-        rng = np.random.default_rng(0)
+    def __init__(self, n_layers: int, n_threads: int, name: str, hidden_size: int, ffn_size: int) -> None:
+        self.format, self.hidden_size, self.ffn_size = BY_NAME[name], hidden_size, ffn_size
         self.flags = np.zeros((4, 16), np.uint32)
         self.ids, self.guess = np.zeros(self.N_USED, np.int32), np.zeros(self.N_USED, np.int32)
-        x = rng.standard_normal((1, self.HIDDEN_SIZE), np.float32)
-        self.x = _kernels.quantize_activations(x, Activation.Q8_256)
-        self.answer = np.zeros(self.N_USED * self.HIDDEN_SIZE, np.float32)
-        self.answers: list[np.ndarray] = []
+        x = np.random.default_rng(0).standard_normal((1, hidden_size), np.float32)
+        self.x = _kernels.quantize_activations(x, self.format.activation)
+        self.answer = np.zeros(self.N_USED * hidden_size, np.float32)
         self.keep: list[np.ndarray] = []
         self.programs = [self._program(i, n_threads) for i in range(n_layers)]
         addresses = [int(flag.ctypes.data) for flag in self.flags]
@@ -132,70 +130,67 @@ class ExpertLayers:
         self.step.n_tokens = 1
 
     def _program(self, layer: int, n_threads: int) -> _kernels.Program:
-        shapes = [(self.FFN_SIZE, self.HIDDEN_SIZE)] * 2 + [(self.HIDDEN_SIZE, self.FFN_SIZE)]
+        hidden_size, ffn_size, ggml_type = self.hidden_size, self.ffn_size, self.format.ggml_type
         matrices = []
-        for i, (n_rows, n_cols) in enumerate(shapes):
-            raw = np.empty((self.N_EXPERTS, n_rows * BY_NAME["Q4_K"].row_bytes(n_cols)), np.uint8)
-            _kernels.fill_random_blocks(Q4_K, raw.reshape(self.N_EXPERTS * n_rows, -1), n_cols, 3 * layer + i, 1)
-            table = raw.ctypes.data + raw.strides[0] * np.arange(self.N_EXPERTS, dtype=np.int64)
+        for i, (n_rows, n_cols) in enumerate([(ffn_size, hidden_size)] * 2 + [(hidden_size, ffn_size)]):
+            raw = np.empty((self.N_EXPERTS * n_rows, self.format.row_bytes(n_cols)), np.uint8)
+            _kernels.fill_random_blocks(ggml_type, raw, n_cols, 3 * layer + i, 1)
+            table = raw.ctypes.data + raw.nbytes // self.N_EXPERTS * np.arange(self.N_EXPERTS, dtype=np.int64)
             self.keep += [raw, table]
-            matrices.append((int(table.ctypes.data), Q4_K, 0, 0))
+            matrices.append((int(table.ctypes.data), ggml_type, 0, 0))
         program = _kernels.Program(1, 1, n_threads)
         at = int(self.x.ctypes.data), self.x.strides[0]
-        program.experts(
-            *at,
-            *at,
-            int(self.ids.ctypes.data),
-            self.N_EXPERTS,
-            self.N_USED,
-            *matrices,
-            _kernels.ACTIVATE_SILU,
-            self.HIDDEN_SIZE,
-            self.FFN_SIZE,
-            int(self.answer.ctypes.data),
-            len(self.answer),
-        )
+        ids, out = int(self.ids.ctypes.data), int(self.answer.ctypes.data)
+        form = _kernels.ACTIVATE_SILU, hidden_size, ffn_size, out, len(self.answer)
+        program.experts(*at, *at, ids, self.N_EXPERTS, self.N_USED, *matrices, *form)
         return program
 
-    def ask(self, rounds: list[tuple[int, list[int], list[int] | None]]) -> None:
-        """Ask for (layer, ids) one after another, each after a guess if there is one; then end the step."""
-        for layer, ids, guess in rounds:
-            if guess is not None:
-                self.guess[:] = guess
-                self.flags[3, 0] = 1 + layer
-                time.sleep(0.01)
+    def compute(self, asked: list[tuple[int, list[int]]]) -> list[np.ndarray]:
+        """Return the answers without a server."""
+        answers = []
+        for layer, ids in asked:
             self.ids[:] = ids
-            self.flags[0, 0] = 1 + layer
-            end = time.monotonic() + 20
-            while self.flags[1, 0] != 1 + layer:
-                assert time.monotonic() < end
-                time.sleep(0)
-            self.answers.append(self.answer.copy())
-        self.flags[0, 0] = 1 + len(self.programs)
+            self.programs[layer].run(self.step)
+            answers.append(self.answer.copy())
+        return answers
 
-    def run(self, rounds: list[tuple[int, list[int], list[int] | None]]) -> list[np.ndarray]:
-        """Return the answers of one step."""
-        thread = threading.Thread(target=self.ask, args=(rounds,))
+    def serve(self, asked: list[tuple[int, list[int]]], guesses: list[list[int] | None]) -> list[np.ndarray]:
+        """Return the answers of one step, in which each request follows its guess, if there is one."""
+        answers: list[np.ndarray] = []
+
+        def ask() -> None:
+            for (layer, ids), guess in zip(asked, guesses, strict=True):
+                if guess is not None:
+                    self.guess[:] = guess
+                    self.flags[3, 0] = 1 + layer
+                    time.sleep(0.01)
+                self.ids[:] = ids
+                self.flags[0, 0] = 1 + layer
+                end = time.monotonic() + 20
+                while self.flags[1, 0] != 1 + layer:
+                    assert time.monotonic() < end
+                    time.sleep(0)
+                answers.append(self.answer.copy())
+            self.flags[0, 0] = 1 + len(self.programs)
+
+        thread = threading.Thread(target=ask)
         thread.start()
         assert self.server.run(self.step, 1, 0, 20.0)
         thread.join()
-        return self.answers
+        return answers
 
 
-@pytest.mark.parametrize("n_threads", [1, 2, 5])
-def test_a_guess_changes_no_answer_and_is_counted(n_threads: int) -> None:
+@pytest.mark.parametrize("n_threads", [1, 2, 7])
+@pytest.mark.parametrize("sizes", [("Q4_K", 256, 512), ("Q8_0", 96, 160), ("F32", 33, 18)], ids=str)
+def test_a_guess_changes_no_answer_and_is_counted(sizes: tuple[str, int, int], n_threads: int) -> None:
     asked = [(0, [4, -1, 2]), (1, [5, 0, 3]), (3, [-1, 1, -1])]
-    plain = ExpertLayers(4, n_threads).run([(*one, None) for one in asked])
-    layers = ExpertLayers(4, n_threads)
-    guesses = [
-        None,
-        [0, -1, 5],
-        [2**30, -7, 1],
-    ]  # of the second two ids are right and one is missing; then what is no id
-    answers = layers.run([(*one, guess) for one, guess in zip(asked, guesses, strict=True)])
-    for answer, expected in zip(answers, plain, strict=True):
+    layers = ExpertLayers(4, n_threads, *sizes)
+    plain = layers.compute(asked)
+    assert all(np.abs(answer).max() > 0 for answer in plain)
+    layers.answer[:] = 0
+    guesses = [None, [0, -1, 5], [2**30, -7, 1]]  # two of three; then one beside what is no id
+    for answer, expected in zip(layers.serve(asked, guesses), plain, strict=True):
         np.testing.assert_array_equal(answer.view(np.uint32), expected.view(np.uint32))
-    assert all(np.abs(answer).max() > 0 for answer in answers)
     assert layers.server.guesses.tolist() == [3 + 1, 2 + 1]
 
 

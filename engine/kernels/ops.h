@@ -250,6 +250,7 @@ typedef struct {
     const step_view *step;
     int thread, n_threads;
     int32_t *scratch; // of this thread alone; see program_scratch
+    bool takes_parts; // of one token's experts: the same part of each
 } worker;
 
 typedef void (*tile_fn)(const op_args *args, const step_view *step, tile t);

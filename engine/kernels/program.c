@@ -729,7 +729,7 @@ void program_run(program *p, const program_step *step, int first, int last, doub
 #pragma omp parallel num_threads(p->n_threads)
     {
         const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-        const worker w = {&view, thread, n_threads, p->scratch[thread]};
+        const worker w = {&view, thread, n_threads, p->scratch[thread], false};
         double before = seconds_now();
         for (int g = 0; g < p->n_groups; g++) {
             if (p->groups[g].first < first || p->groups[g].first >= last)
@@ -829,6 +829,7 @@ static double add_time(double *sum, double before) {
 serve_result program_serve(program *const *layers, int n_layers, const program_step *step, const exchange *e) {
     program *leader = layers[0];
     const step_view view = view_step(leader, step);
+    const bool takes_parts = e->guessed && step->n_tokens == 1;
     serve_result result = SERVE_DONE;
     // In turn: the first thread writes one when everybody has met since the other one was written, so has read that.
     errand errands[2] = {{-1, false, e->last}, {-1, false, e->last}};
@@ -853,7 +854,7 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             if (now->layer < 0 || now->layer == n_layers)
                 break;
             program *p = layers[now->layer];
-            const worker w = {&view, thread, n_threads, p->scratch[thread]};
+            const worker w = {&view, thread, n_threads, p->scratch[thread], takes_parts};
             if (now->is_guess) {
                 fetch_guess(p, &w, (awaited_word){e->requested, now->answered});
                 continue;

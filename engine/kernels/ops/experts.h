@@ -76,25 +76,25 @@ typedef struct {
     const int32_t *pairs;
 } experts_task;
 
-// For one token a thread's tasks are the same part of each expert's rows, whichever experts there are: so what it has
+// A thread that takes parts has the same part of each expert's rows, whichever experts there are: so what it has
 // fetched of an expert that was guessed is what it reads, if the guess was right, and the caches of its core have it.
-enum { SLICE_UNIT = 4 }; // rows
+enum { PART_UNIT = 4 }; // rows
 
-static inline int slices_of_thread(int n_active, int n_rows, int n_threads) {
+static inline int tasks_of_part(int n_active, int n_rows, int n_threads) {
     return tasks_of(n_rows, n_threads * rows_of_task((int64_t)n_active * n_rows, n_threads, ROWS_PER_TASK));
 }
 
 // Where part i of n begins of so many rows.
 static inline int part_begin(int n_rows, int64_t i, int n) {
-    const int row = (int)(tasks_of(n_rows, SLICE_UNIT) * i / n) * SLICE_UNIT;
+    const int row = (int)(tasks_of(n_rows, PART_UNIT) * i / n) * PART_UNIT;
     return row < n_rows ? row : n_rows;
 }
 
 static inline int experts_begin(const experts_args *a, const worker *w, int n_rows) {
     group_pairs(a, w);
     const int n_active = w->scratch[0];
-    if (w->step->n_tokens == 1)
-        return n_active * w->n_threads * slices_of_thread(n_active, n_rows, w->n_threads);
+    if (w->takes_parts)
+        return n_active * w->n_threads * tasks_of_part(n_active, n_rows, w->n_threads);
     return n_active * tasks_of(n_rows, rows_of_task((int64_t)n_active * n_rows, w->n_threads, ROWS_PER_TASK));
 }
 
@@ -102,12 +102,12 @@ static inline experts_task experts_task_of(const experts_args *a, const worker *
     const expert_groups g = groups_in(w, a->n_experts);
     int i, row, end;
     bool goes_on = false;
-    if (w->step->n_tokens == 1) {
-        const int n_slices = slices_of_thread(g.n_active, n_rows, w->n_threads), of_thread = n_slices * g.n_active;
-        const int slice = task / of_thread * n_slices + task % n_slices;
-        i = task % of_thread / n_slices;
-        row = part_begin(n_rows, slice, n_slices * w->n_threads);
-        end = part_begin(n_rows, slice + 1, n_slices * w->n_threads);
+    if (w->takes_parts) {
+        const int of_part = tasks_of_part(g.n_active, n_rows, w->n_threads), of_thread = of_part * g.n_active;
+        const int at = task / of_thread * of_part + task % of_part, n = of_part * w->n_threads;
+        i = task % of_thread / of_part;
+        row = part_begin(n_rows, at, n);
+        end = part_begin(n_rows, at + 1, n);
         goes_on = (task + 1) % of_thread != 0;
     } else {
         const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads, ROWS_PER_TASK);
@@ -182,7 +182,6 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
         return;
     const experts_task following = t.goes_on ? experts_task_of(a, w, a->ffn_size, task + 1) : t;
     const weight_rows own_up = rows_of(&a->up, &t), next_gate = rows_of(&a->gate, &following);
-    const bool is_alone = w->step->n_tokens == 1; // else several calls read the same rows
     float gate[TOKENS_PER_CALL][ROWS_PER_TASK], up[TOKENS_PER_CALL][ROWS_PER_TASK];
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
@@ -196,9 +195,9 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             ups[i] = up[i];
         }
         a->gate.matmul(expert_rows(&a->gate, t.expert, t.row), a->gate.row_bytes, t.n_rows, a->hidden_size, x_gate, n,
-                       gates, is_alone ? &own_up : NULL);
+                       gates, w->takes_parts ? &own_up : NULL);
         a->up.matmul(own_up.first, own_up.row_bytes, t.n_rows, a->hidden_size, x_up, n, ups,
-                     is_alone ? &next_gate : NULL);
+                     w->takes_parts ? &next_gate : NULL);
         for (int i = 0; i < n; i++) {
             float *hidden = a->hidden + (int64_t)t.pairs[first + i] * a->ffn_size + t.row;
             for (int r = 0; r < t.n_rows; r += 16) {
@@ -245,7 +244,7 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
             y[i] = a->out.at + token * a->out.stride + (int64_t)rank * a->hidden_size + t.row;
         }
         a->down.matmul(expert_rows(&a->down, t.expert, t.row), a->down.row_bytes, t.n_rows, a->ffn_size, x, n, y,
-                       w->step->n_tokens == 1 ? &next : NULL);
+                       w->takes_parts ? &next : NULL);
         if (a->down.scale || a->down.bias)
             for (int i = 0; i < n; i++)
                 for (int r = 0; r < t.n_rows; r += 16) {
