@@ -912,7 +912,7 @@ def main() -> None:
         try:
             bench.context.make_current()
             SECTIONS[name](bench)
-        except Exception:  # a GPU is lent for minutes: whatever a section does, the others are run
+        except Exception:  # GPUs are rented by the minute: whatever a section does, the others are run
             print(traceback.format_exc(), flush=True)
             bench.results.setdefault("errors", []).append(traceback.format_exc())
         bench.note("seconds", name, time.perf_counter() - start)
