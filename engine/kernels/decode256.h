@@ -97,12 +97,10 @@ ALWAYS_INLINE void add_runs(vector_format f, const uint8_t *const blocks[4], con
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
         const two_runs values = runs_of_activations(x + 64 * k, x + 64 * k + 32);
-        const __m256i of_runs = _mm256_set_m128i(_mm_set1_epi16((short)(0x0100 * (4 * k + 3) + 4 * k + 2)),
-                                                 _mm_set1_epi16((short)(0x0100 * (4 * k + 1) + 4 * k)));
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             const two_runs u = f.runs(blocks[r], blocks[r], k);
-            const __m256i scale = _mm256_shuffle_epi8(scales[r], of_runs);
+            const __m256i scale = spread_two_scales(scales[r], 2 * k);
             const __m256i low = _mm256_madd_epi16(dot_pairs(f, u.low, values.low), scale);
             const __m256i high = _mm256_madd_epi16(dot_pairs(f, u.high, values.high), scale);
             b->dots[r] = _mm256_add_epi32(b->dots[r], _mm256_add_epi32(low, high));

@@ -68,16 +68,15 @@ void program_run(program *p, const program_step *step, int first, int last, doub
 // In steps of one token the other side may guess what a later request will ask for, before it waits for the answer to
 // one: the team then fetches the weights until the next request is there. What is computed does not depend on it.
 typedef struct {
-    const uint32_t *requested; // the newest request
-    uint32_t *answered;        // gets its number when everything it asked for is written
-    const uint32_t *abandoned; // not 0: the other side has given up
-    const uint32_t *guessed;   // the number of the request that the newest guess is of; NULL if nobody guesses
-    const int32_t
-        *guessed_ids;     // its experts, n_experts_used, below 0 for none; not written while a request is answered
-    uint32_t first, last; // `last`: what `requested` held before the step began
-    double timeout_s;     // for one request
-    double *seconds;      // [2 * n_layers]: waited for each layer's request, and spent to answer it; added up
-    int64_t *guesses; // [2]: experts asked for in layers that were guessed about, and those that were guessed; added up
+    const uint32_t *requested;  // the newest request
+    uint32_t *answered;         // gets its number when everything it asked for is written
+    const uint32_t *abandoned;  // not 0: the other side has given up
+    const uint32_t *guessed;    // the number of the request that the newest guess is of; NULL if nobody guesses
+    const int32_t *guessed_ids; // its experts, n_experts_used, below 0 for none; written before its number
+    uint32_t first, last;       // `last`: what `requested` held before the step began
+    double timeout_s;           // for one request
+    double *seconds;            // [2 * n_layers]: waited for each layer's request, and spent to answer it; added up
+    int64_t *guesses;           // [2]: experts asked for where there was a guess, and those that were guessed; added up
 } exchange;
 
 typedef enum { SERVE_DONE, SERVE_TIMED_OUT, SERVE_ABANDONED } serve_result;

@@ -621,7 +621,8 @@ def router(routing: Routing, count: Count) -> Launch:
 class Exchange(NamedTuple):
     """Device addresses of what a layer shares with the CPU; see `handshake.cuh`.
 
-    `x` is where activations go, by the form of their rows. The last three are 0 if nobody guesses.
+    `x` is where activations go, by the form of their rows. The last three are what a guess has in place of
+    `missing_ids`, `requested` and `n_misses`.
     """
 
     missing_ids: int
