@@ -8,10 +8,15 @@ from engine.errors import DeviceError
 
 
 class Work:
-    """A copy or a step: done when the device says so."""
+    """A copy, a step or a fence: done when the device says so. A short step passes layers before that."""
 
-    def __init__(self, what: tuple) -> None:
+    def __init__(self, what: tuple, is_short: bool = False) -> None:
         self.what, self.done, self.failed = what, False, False
+        self.is_short, self.n_passed = is_short, 0
+
+    def reads(self, layer: int, slot: int) -> bool:
+        """Whether this step may still read a slot."""
+        return layer >= self.n_passed and (layer, slot) in self.what
 
 
 class FakeSlots:
@@ -44,7 +49,7 @@ class FakeSlots:
     def copy_expert(self, layer: int, expert: int, slot: int) -> Work:
         self.n_calls += 1
         assert not (self.where[layer] == slot).any(), "a slot is overwritten while it is published"
-        assert not any((layer, slot) in step.what for step in self.steps), "a slot is overwritten while a step reads it"
+        assert not any(step.reads(layer, slot) for step in self.steps), "a slot is overwritten while a step reads it"
         assert not any(copy.what[:2] == (layer, slot) for copy in self.copies), "two copies into one slot"
         self.contents.pop((layer, slot), None)
         if self.rng.random() < self.failing / 2:
@@ -55,16 +60,17 @@ class FakeSlots:
         self.n_copies += 1
         return copy
 
-    def fence(self) -> Work:
+    def fence(self, layer: int) -> Work:
         self.n_calls += 1
-        return Work((list(self.steps),))
+        return Work((list(self.steps), layer))
 
     def is_done(self, ticket: Work) -> bool:
         self.n_calls += 1
         if ticket.failed:
             raise DeviceError("copy was lost")
         if isinstance(ticket.what[0], list):
-            return all(step.done for step in ticket.what[0])
+            steps, layer = ticket.what
+            return all(step.done or layer < step.n_passed for step in steps)
         return ticket.done
 
     def publish(self, layer: int, expert: int, slot: int) -> None:
@@ -93,7 +99,7 @@ class FakeSlots:
         slots = [(layer, int(self.where[layer, e])) for layer, row in enumerate(chosen) for e in row]
         for (layer, slot), expert in zip(slots, chosen.reshape(-1), strict=True):
             assert slot < 0 or self.contents[layer, slot] == expert, "a step reads another expert's bytes"
-        self.steps.append(Work(tuple(s for s in slots if s[1] >= 0)))
+        self.steps.append(Work(tuple(s for s in slots if s[1] >= 0), is_short=True))
         return [slot >= 0 for _, slot in slots]
 
     def start_long_step(self) -> None:
@@ -118,7 +124,10 @@ class FakeSlots:
         self.steps.clear()
 
     def finish(self, share: float) -> None:
-        """Let some of the work end, in random order."""
+        """Let some of the work end, in random order, and steps come to other layers."""
+        for step in self.steps:
+            if step.is_short:
+                step.n_passed = int(self.rng.integers(step.n_passed, len(self.n_slots) + 1))
         for queue in (self.steps, self.copies):
             for work in list(queue):
                 if self.rng.random() >= share:

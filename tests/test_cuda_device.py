@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +196,66 @@ def test_swaps_never_change_a_bit(settings: dict, small: Model, driver) -> None:
             assert (opened.logits(1, between=swap).view(np.uint32) == expected.view(np.uint32)).all()
         program.wait_all()
     assert n_published > 0
+
+
+@pytest.mark.parametrize("settings", [{"jitter_us": 300}, {"copy_us": 1000}, {"order": "random"}], ids=str)
+def test_slots_may_be_overwritten_while_a_step_runs_that_has_passed_their_layer(
+    settings: dict, small: Model, driver
+) -> None:
+    """A thread swaps all the time, by the rules: unpublish, wait for the fence, copy, publish."""
+    with small.open() as opened:
+        expected = opened.logits()
+    driver.set(**settings)
+    rng, stop = np.random.default_rng(2), threading.Event()
+    with small.open(hot_k=3) as opened, ThreadPoolExecutor(1) as pool:
+        program, held = opened.program, [[0, 1, 2] for _ in opened.program.n_slots]
+
+        def wait_for(ticket: object) -> None:
+            while not program.is_done(ticket):
+                time.sleep(1e-5)
+
+        def swap() -> int:
+            n_early = 0
+            while not stop.is_set():
+                layer, slot = int(rng.integers(len(held))), int(rng.integers(3))
+                program.publish(layer, held[layer][slot], -1)
+                fence = program.fence(layer)
+                wait_for(fence)
+                n_early += fence.step > program._n_over
+                expert = int(rng.choice([e for e in range(program.n_experts) if e not in held[layer]]))
+                wait_for(program.copy_expert(layer, expert, slot))
+                program.publish(layer, expert, slot)
+                held[layer][slot] = expert
+            return n_early
+
+        swapping = pool.submit(swap)
+        try:
+            found = [opened.logits(1).view(np.uint32) for _ in range(3)]
+        finally:
+            stop.set()
+        assert swapping.result() > 0
+        assert all((bits == expected.view(np.uint32)).all() for bits in found)
+
+
+def test_a_fence_is_passed_with_its_layer(small: Model) -> None:
+    """As soon as a later layer asks the CPU, or the step is over; numbers of earlier steps say nothing."""
+    with small.open(hot_k=3) as opened:
+        program, n_layers = opened.program, len(opened.program.n_slots)
+        misses, first = program._misses, opened.logits(1)
+        assert misses is not None
+        assert all(program.is_done(program.fence(layer)) for layer in range(n_layers))
+        program._n_begun = 1 << 31  # of which the GPU's count is 0
+        fences = [program.fence(layer) for layer in range(n_layers)]
+        assert not any(program.is_done(fence) for fence in fences)
+        for asking in range(n_layers + 1):
+            misses._requested[0] = 1 + asking
+            assert [program.is_done(fence) for fence in fences] == [layer < asking for layer in range(n_layers)]
+        for other in (0, n_layers + 2, 1 << 31):
+            misses._requested[0] = other
+            assert not any(program.is_done(fence) for fence in fences)
+        program._n_over = program._n_begun
+        assert all(program.is_done(fence) for fence in fences)
+        assert (opened.logits(1).view(np.uint32) == first.view(np.uint32)).all()
 
 
 def test_more_copies_than_buffers(small: Model) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -421,3 +423,42 @@ def test_statistics_can_start_afresh() -> None:
     cache.reset_statistics()
     after = cache.statistics
     assert (after.n_tokens, after.n_loads, after.loaded_bytes, int(after.choices.sum())) == (0, 0, 0, 0)
+
+
+class Passing(Stepping):
+    """Each step passes all layers as soon as a swap waits for it, and is over when something is copied."""
+
+    def __init__(self, device: FakeSlots, cache: HotCache) -> None:
+        super().__init__(device, [])
+        self.cache = cache
+
+    def run(self, *_: np.ndarray) -> np.ndarray:
+        device, n_before = self.device, self.device.n_copies
+        self.chosen = tokens(self.rng, 1)
+        device.start_step(self.chosen[:, 0])
+        if self.calls:
+            self._wait(lambda: self.cache._swapper.n_fenced or device.n_copies > n_before)
+            device.steps[-1].n_passed = N_LAYERS
+            self._wait(lambda: device.n_copies > n_before)
+        self.calls.append("run")
+        return np.zeros((1, 1), np.float32)
+
+    @staticmethod
+    def _wait(condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end, "nothing is copied while the step runs"
+            time.sleep(1e-3)
+
+
+def test_a_slot_is_filled_while_the_step_runs_that_may_have_read_it() -> None:
+    """So the expert is there for the next one."""
+    cache, device = make_cache([3] * N_LAYERS, 0, "lru")
+    watched = WatchedProgram(Passing(device, cache), cache, in_background=True)
+    nothing = np.zeros(1, np.int32)
+    for _ in range(8):
+        watched.run(nothing, nothing, nothing, nothing)
+        device.finish(1.0)
+    watched.close()
+    cache.close()
+    check(cache, device)

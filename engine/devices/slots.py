@@ -24,8 +24,8 @@ class SlotDevice(Protocol):
         """Start to copy an expert from RAM into a slot that no step reads. Raises `DeviceError` if that fails."""
         ...
 
-    def fence(self) -> Ticket:
-        """Return a ticket that is done when all steps started so far are: they read no slot any more."""
+    def fence(self, layer: int) -> Ticket:
+        """Return a ticket that is done when no step started so far reads a slot of the layer any more."""
         ...
 
     def is_done(self, ticket: Ticket) -> bool:

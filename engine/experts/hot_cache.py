@@ -239,6 +239,13 @@ class HotCache:
             self._interrupted = True
             raise
 
+    def go_on(self) -> bool:
+        """Move swaps on while a step runs; return whether some wait for it to have passed their layer."""
+        if self._interrupted or not self._swapper.n_fenced:
+            return False
+        self._advance(NO_SWAPS)
+        return self._swapper.n_fenced > 0
+
     def _advance(self, swaps: Swaps) -> int:
         """Begin with swaps and move all on. An interrupt in here leaves a note for the next call."""
         try:

@@ -62,6 +62,11 @@ class Swapper:
         """Return the swaps under way."""
         return len(self._swaps)
 
+    @property
+    def n_fenced(self) -> int:
+        """Return how many of them cannot be copied yet, for a step may still read their slots."""
+        return sum(not swap.copying for swap in self._swaps)
+
     def submit(self, swaps: Swaps) -> int:
         """Begin with swaps, in their order, as far as there is room; return how many.
 
@@ -79,11 +84,9 @@ class Swapper:
                     continue
                 device.publish(layer, evict, -1)
             begun.append(_Swap(layer, expert, table.reserve(layer, expert, evict), None))
-        if begun:
-            fence = device.fence()  # one for all: it comes after every publish above
-            for swap in begun:
-                swap.ticket = fence
-            self._swaps += begun
+        for swap in begun:
+            swap.ticket = device.fence(swap.layer)  # after every publish above
+        self._swaps += begun
         return len(begun)
 
     def poll(self, *, may_start: bool = True) -> None:

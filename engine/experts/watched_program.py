@@ -24,6 +24,8 @@ from engine.experts.hot_cache import HotCache
 from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
 
+_PACE_S = 2e-4  # in which a step of large models comes to the next layer
+
 T = TypeVar("T")
 
 
@@ -53,6 +55,7 @@ class WatchedProgram:
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
         self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
+        self._is_over = threading.Event()  # the step that runs beside the thread
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -116,13 +119,17 @@ class WatchedProgram:
             if self._thread is not None:
                 self._cache.publish_arrivals()  # what the thread publishes while this step runs comes too late for it
         resident = None if self._cache is None else self._cache.resident()
-        looking = self._thread.submit(self.settle) if self._thread is not None and self._unseen is not None else None
+        looking = None
+        if self._thread is not None and self._unseen is not None:
+            self._is_over.clear()
+            looking = self._thread.submit(self._follow)
         start = self.now()
         try:
             result = run(self._program)
             step_s = self.now() - start
         finally:
             if looking is not None:
+                self._is_over.set()
                 looking.result()
         if self._cache is None and self._recorder is None:
             return result
@@ -147,6 +154,17 @@ class WatchedProgram:
     def _make_room(self, cache: HotCache, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         with self._settling:
             cache.make_room(len(positions), cache.device.longest_after(positions, slots))
+
+    def _follow(self) -> None:
+        """Let the cache look at the last step, then copy experts as soon as the running step is done with their slots.
+
+        So they are there for the next step, for which the swaps were decided.
+        """
+        self.settle()
+        while not self._is_over.wait(_PACE_S):
+            with self._settling:
+                if self._cache is None or not self._cache.go_on():
+                    return
 
     def settle(self) -> None:
         """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""

@@ -353,7 +353,12 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
             }
             for (int u = first; u < end; u++) {
                 const int64_t at = (int64_t)u * unit_bytes;
-                const uint8_t *const blocks[4] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at};
+                const uint8_t *blocks[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    blocks[i] = rows[i] + at;
+                    KEEP_SCALAR(blocks[i]);
+                }
                 const activation_unit *a[DECODE_TOKENS];
 #pragma GCC unroll 4
                 for (int t = 0; t < n; t++)

@@ -89,6 +89,9 @@ static inline __m512i move_bits(__m512i bytes, int64_t matrix) {
 // Keeps the compiler from loading a vector once for each use of it.
 #define KEEP_IN_REGISTER_512(vector) __asm__("" : "+v"(vector))
 
+// Keeps the compiler from computing several pointers in a vector, from which shuffles would have to take them.
+#define KEEP_SCALAR(pointer) __asm__("" : "+r"(pointer))
+
 // Keeps the compiler from loading a mask anew wherever it is used, which takes a shuffle's place.
 #define KEEP_IN_MASK(mask) __asm__("" : "+k"(mask))
 
@@ -136,7 +139,8 @@ static inline __m512i sum_fours_of_4(const __m512i a[4]) {
 
 // The same for lanes so small that a lane, and the sum of two, fit in an int16.
 static inline __m512i sum_small_fours_of_4(const __m512i a[4]) {
-    const __m512i ones = _mm512_set1_epi16(1);
+    __m512i ones = _mm512_set1_epi16(1);
+    KEEP_IN_REGISTER_512(ones);
     const __m512i s01 = _mm512_madd_epi16(_mm512_packs_epi32(a[0], a[1]), ones);
     const __m512i s23 = _mm512_madd_epi16(_mm512_packs_epi32(a[2], a[3]), ones);
     return _mm512_madd_epi16(_mm512_packs_epi32(s01, s23), ones);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -190,6 +190,18 @@ class CUDADevice:
         return Staging(n_buffers, at_once, threshold)
 
 
+class _Passage(NamedTuple):
+    """When a step, by its number from 1 on, is done with the slots of a layer."""
+
+    step: int
+    layer: int
+
+
+def _step_number(n_begun: int) -> int:
+    """Return the number that the GPU has for the n-th step."""
+    return n_begun & 0x7FFFFFFF
+
+
 def _kernels_of(step: Launch | Streamed) -> tuple[Launch, ...]:
     return (step,) if isinstance(step, Launch) else step.launches
 
@@ -234,7 +246,6 @@ class CUDAProgram:
         self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
         self._long_steps: dict[int, list[Launch | Streamed]] = {}
         self._graphs: dict[int, Graph] = {}
-        self._step_number = 0
         self._n_begun = self._n_over = 0  # steps
         self.leaves_a_cpu = False
         self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
@@ -369,7 +380,7 @@ class CUDAProgram:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         n, n_outputs = len(token_ids), len(output_rows)
         lowering, limits = self._lowering, self._limits
-        self._words[:3] = n, n_outputs, self._step_number
+        self._words[:3] = n, n_outputs, _step_number(self._n_begun)
         for i, values in enumerate((token_ids, positions, slots, output_rows)):
             start = 4 + i * limits.max_tokens
             self._words[start : start + len(values)] = values
@@ -381,7 +392,6 @@ class CUDAProgram:
         asks = self._draws["top_k"][:n_outputs] != NO_DRAW
         may_do_without = np.count_nonzero(asks) == n_outputs
 
-        number, self._step_number = self._step_number, (self._step_number + 1) & 0x7FFFFFFF
         misses = None if streams else self._misses
         if misses is not None:
             misses.begin(n)
@@ -391,7 +401,7 @@ class CUDAProgram:
             else:
                 self._launch(most, streams)
             if misses is not None:
-                misses.serve(number, self._stream.is_idle)
+                misses.serve(_step_number(self._n_begun), self._stream.is_idle)
             if not may_do_without:
                 self._download_logits(logits, most)
         except BaseException:
@@ -545,14 +555,17 @@ class CUDAProgram:
         self._context.make_current()
         return self._copies.begin(layer, expert, slot)
 
-    def fence(self) -> Ticket:
-        """Return a ticket that is done when all steps started so far are."""
-        return self._n_begun
+    def fence(self, layer: int) -> Ticket:
+        """Return a ticket that is done when no step started so far reads a slot of the layer any more."""
+        return _Passage(self._n_begun, layer)
 
     def is_done(self, ticket: Ticket) -> bool:
         """Return whether the work is done; raise `DeviceError` if it failed."""
-        if isinstance(ticket, int):
-            return self._n_over >= ticket
+        if isinstance(ticket, _Passage):
+            if self._n_over >= ticket.step:
+                return True
+            misses = self._misses
+            return misses is not None and misses.has_passed(_step_number(ticket.step), ticket.layer)
         assert isinstance(ticket, Copy)
         if not ticket.is_done and self._copies is not None:
             self._context.make_current()

@@ -100,7 +100,7 @@ class MissServer:
         `DeviceError` if the CPU could not do its share, or nothing was asked for a long time; the rest of the step is
         then abandoned: its graph runs to its end with wrong values.
         """
-        first, last = (step_number * (self._n_layers + 1) + 1) & _WORD, self._last_request
+        first, last = self._first_request(step_number), self._last_request
         silent_s, slice_s = 0.0, min(_LOOK_S, _TIMEOUT_S)
         try:
             while silent_s < _TIMEOUT_S and not self._serve_for(slice_s, first, last):
@@ -120,6 +120,18 @@ class MissServer:
                 f"the GPU made no request for {silent_s:g} s (the last was {int(self._requested[0])}, answered "
                 f"{int(self._answered[0])}); is another program using the GPU?"
             )
+
+    def has_passed(self, step_number: int, layer: int) -> bool:
+        """Return whether the GPU is known to be done with a layer in a step; any thread may ask, at any time.
+
+        It is known where a later layer asks for experts, or the step is over: kernels run one after the other.
+        """
+        asking = (int(self._requested[0]) - self._first_request(step_number)) & _WORD
+        return layer < asking <= self._n_layers
+
+    def _first_request(self, step_number: int) -> int:
+        """Return the number of the request that a step's first layer may make."""
+        return (step_number * (self._n_layers + 1) + 1) & _WORD
 
     def _serve_for(self, seconds: float, first: int, last: int) -> bool:
         """Return whether the step is over; False if nothing was asked for so long."""

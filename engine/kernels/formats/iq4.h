@@ -189,7 +189,9 @@ static inline __m512 d_16_MXFP4(const uint8_t *const blocks[4], int at) {
     const __m512i e = _mm512_cvtepu8_epi32(_mm_set_epi64x((int64_t)last, (int64_t)first));
     const __m512i powers = _mm512_slli_epi32(e, 23);
 #endif
-    const __m512i twice = _mm512_max_epi32(powers, _mm512_set1_epi32(0x400000));
+    __m512i least = _mm512_set1_epi32(0x400000);
+    KEEP_IN_REGISTER_512(least);
+    const __m512i twice = _mm512_max_epi32(powers, least);
     return _mm512_mul_ps(_mm512_castsi512_ps(twice), _mm512_set1_ps(0.5f));
 }
 
