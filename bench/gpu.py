@@ -63,6 +63,8 @@ LINEAR_FORMATS = [
     "BF16",
 ]
 POOL_BYTES = 1 << 30  # weights that a kernel cycles through: far more than the L2 cache
+# Threads, words under way of each, and blocks on a multiprocessor: the best on an H200 for launches of some size.
+READ_SHAPES = ((128, 2, 16), (128, 8, 16), (256, 8, 8), (512, 1, 4), (512, 4, 2), (512, 8, 4))
 SPEEDS = Bandwidths(100e9, 25e9, 1000e9)
 
 
@@ -224,6 +226,23 @@ def _grid(bench: Bench, weight_format: QuantFormat, address: int) -> int:
         return 0
     bench.put(address, load_grid(name))
     return address
+
+
+def reads(bench: Bench) -> None:
+    """What a launch of so many bytes can reach: kernels that only read, one after the other as products are."""
+    source, n_sms = str(Path(__file__).with_name("read.cu").resolve()), bench.gpu.n_multiprocessors
+    with bench.memory(POOL_BYTES, 4) as (data, out):
+        for mib in (10, 20, 40, 80, 160):
+            n_bytes, times = mib << 20, []
+            n, n_words = min(64, POOL_BYTES // n_bytes), n_bytes // 16
+            for threads, depth, blocks in READ_SHAPES:
+                definitions, n_blocks = (f"THREADS={threads}", f"DEPTH={depth}"), n_sms * blocks
+                counts = ctypes.c_int64(n_words), ctypes.c_int64(-(-n_words // n_blocks))
+                parts = [(ctypes.c_uint64(data + i * n_bytes), *counts, ctypes.c_uint64(out)) for i in range(n)]
+                grid = (n_blocks, 1, 1)
+                launches = [Launch(source, "read_all", definitions, grid, threads, part) for part in parts]
+                times.append(bench.replay_s(launches) / n)
+            bench.share("reads", f"{mib} MiB", n_bytes, min(times))
 
 
 def linear(bench: Bench) -> None:
@@ -879,6 +898,7 @@ SECTIONS = {
         facts,
         copies,
         small,
+        reads,
         linear,
         products,
         experts,

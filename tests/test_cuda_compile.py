@@ -59,6 +59,12 @@ def test_every_kernel_compiles(arch: str, tmp_path: Path) -> None:
         assert compiler.compile(source, definitions).startswith(b"\x7fELF")
 
 
+def test_the_benchmark_that_only_reads_compiles(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "bench" / "read.cu"
+    compiler = jit.NVRTCCompiler("sm_90", tmp_path)
+    assert compiler.compile(str(source), ("THREADS=128", "DEPTH=2")).startswith(b"\x7fELF")
+
+
 def test_every_kernel_file_is_among_them() -> None:
     assert {path.name for path in jit.sources().glob("*.cu")} == {source for source, _ in KERNELS}
 

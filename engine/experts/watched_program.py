@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,6 +56,7 @@ class WatchedProgram:
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
         self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
         self._is_over = threading.Event()  # the step that runs beside the thread
+        self._following: Future[None] | None = None  # the thread's work beside it, or beside the last one
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -115,6 +116,7 @@ class WatchedProgram:
         if self._steering is not None:
             self._steering.begin_step(len(token_ids))
         if self._cache is not None:
+            self._await_thread()
             self._make_room(self._cache, positions, slots)
             if self._thread is not None:
                 self._cache.publish_arrivals()  # what the thread publishes while this step runs comes too late for it
@@ -122,14 +124,15 @@ class WatchedProgram:
         looking = None
         if self._thread is not None and self._unseen is not None:
             self._is_over.clear()
-            looking = self._thread.submit(self._follow)
+            looking = self._thread.submit(self.settle)
+            self._following = self._thread.submit(self._follow)
         start = self.now()
         try:
             result = run(self._program)
             step_s = self.now() - start
         finally:
             if looking is not None:
-                self._is_over.set()
+                self._is_over.set()  # the thread need not be waited for to see it
                 looking.result()
         if self._cache is None and self._recorder is None:
             return result
@@ -148,6 +151,7 @@ class WatchedProgram:
         """Put a saved sequence back, see `graph.SavingProgram`: it needs memory as a step that ends there does."""
         assert isinstance(self._program, SavingProgram)
         if self._cache is not None and n_tokens:
+            self._await_thread()
             self._make_room(self._cache, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
         self._program.load_sequence(slot, n_tokens, saved)
 
@@ -156,15 +160,19 @@ class WatchedProgram:
             cache.make_room(len(positions), cache.device.longest_after(positions, slots))
 
     def _follow(self) -> None:
-        """Let the cache look at the last step, then copy experts as soon as the running step is done with their slots.
-
-        So they are there for the next step, for which the swaps were decided.
-        """
-        self.settle()
+        """Copy experts as soon as the running step is done with their slots, so that they are there for the next."""
         while not self._is_over.wait(_PACE_S):
             with self._settling:
                 if self._cache is None or not self._cache.go_on():
                     return
+
+    def _await_thread(self) -> None:
+        """Wait until the thread has seen that its step is over."""
+        following = self._following
+        if following is not None:
+            wait([following])
+            self._following = None
+            following.result()
 
     def settle(self) -> None:
         """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""
