@@ -426,21 +426,22 @@ def test_statistics_can_start_afresh() -> None:
 
 
 class Passing(Stepping):
-    """Each step passes all layers as soon as a swap waits for it, and is over when something is copied."""
+    """Each step passes all layers as soon as a swap waits for it, and is over when what waited is copied."""
 
     def __init__(self, device: FakeSlots, cache: HotCache) -> None:
         super().__init__(device, [])
-        self.cache = cache
+        self.cache, self.n_copies = cache, 0
 
     def run(self, *_: np.ndarray) -> np.ndarray:
-        device, n_before = self.device, self.device.n_copies
+        device, n_before = self.device, self.n_copies
         self.chosen = tokens(self.rng, 1)
         device.start_step(self.chosen[:, 0])
         if self.calls:
             self._wait(lambda: self.cache._swapper.n_fenced or device.n_copies > n_before)
             device.steps[-1].n_passed = N_LAYERS
-            self._wait(lambda: device.n_copies > n_before)
+            self._wait(lambda: device.n_copies > n_before and not self.cache._swapper.n_fenced)
         self.calls.append("run")
+        self.n_copies = device.n_copies
         return np.zeros((1, 1), np.float32)
 
     @staticmethod
@@ -462,3 +463,20 @@ def test_a_slot_is_filled_while_the_step_runs_that_may_have_read_it() -> None:
     watched.close()
     cache.close()
     check(cache, device)
+
+
+def test_an_error_in_the_thread_is_raised_by_the_step_beside_it(monkeypatch) -> None:
+    cache, device = make_cache([3] * N_LAYERS, 0)
+    watched = WatchedProgram(Stepping(device, []), cache, in_background=True)
+    nothing = np.zeros(1, np.int32)
+    watched.run(nothing, nothing, nothing, nothing)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no step")
+
+    monkeypatch.setattr(cache, "step", fail)
+    with pytest.raises(RuntimeError, match="no step"):  # noqa: PT012 - the thread may be a step late
+        for _ in range(100):
+            watched.run(nothing, nothing, nothing, nothing)
+            time.sleep(1e-3)
+    watched.close()

@@ -39,7 +39,7 @@ BATCH_TOKENS = 512  # of a step
 LONG_STEP = 4096  # tokens of a prompt that a GPU runs together at most, through which all experts pass once
 LONG_STEP_SHARE = 1 / 8  # of the memory that is left for experts, which the intermediate results of it may take
 SWAP_SHARE = 0.2  # of a token's time
-SWAP_LAG = 1  # tokens by which a swap is late: its cause is looked at during the next step, in which it arrives as a rule
+SWAP_LAG = 1  # tokens by which a swap is late: its cause is looked at during the next step, and it arrives in that
 
 # A Ryzen 9 7950X with 96 GB of DDR5 and an RTX 4090, on which a fork of llama.cpp with a hot-expert cache reports these
 # tokens a second for Qwen3.5-122B-A10B at Q4_K_L. Kernels reach a part of what the data sheets say.

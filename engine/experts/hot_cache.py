@@ -60,9 +60,9 @@ class HotCache:
         counts: int64 [n_layers, n_experts], all choices since the start, for a profile.
         n_counted: the tokens that made them.
 
-    At each token boundary, `observe` is given the routing of the step that has just run, then `step` moves swaps on.
-    Before a step, `make_room` lends it the slots whose memory it needs. None of them changes what is computed, only
-    where.
+    At each token boundary, `observe` is given the routing of the step that has just run, then `step` moves swaps on;
+    while another one runs, `go_on` does. Before a step, `make_room` lends it the slots whose memory it needs. None of
+    them changes what is computed, only where.
     """
 
     def __init__(
@@ -220,7 +220,10 @@ class HotCache:
         if self._interrupted:
             self.recover()
         usable = self.device.usable_slots(n_tokens, n_positions)
-        if usable is self.table.usable or np.array_equal(usable, self.table.usable):
+        if usable is self.table.usable:
+            return
+        if np.array_equal(usable, self.table.usable):
+            self.table.usable = usable  # for a device has one array for the same slots, and tokens are many
             return
         try:
             self._to_fill = NO_SWAPS  # it reckons with other slots

@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,7 @@ class WatchedProgram:
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
         self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
-        self._is_over = threading.Event()  # the step that runs beside the thread
-        self._following: Future[None] | None = None  # the thread's work beside it, or beside the last one
+        self._looking: Future[None] | None = None  # the thread's latest work
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -82,7 +81,9 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
-        return self._watch(token_ids, positions, slots, lambda p: p.run(token_ids, positions, slots, output_rows))
+        return self._watch(
+            token_ids, positions, slots, lambda: self._program.run(token_ids, positions, slots, output_rows)
+        )
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
         """Say which tokens may be drawn, of a program that draws; see `graph.DrawingProgram`."""
@@ -98,42 +99,35 @@ class WatchedProgram:
         draws: npt.NDArray[np.void],
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Run one step of a program that draws tokens, likewise; see `graph.DrawingProgram`."""
-
-        def step(program: Program) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
-            assert isinstance(program, DrawingProgram)
-            return program.run_and_draw(token_ids, positions, slots, output_rows, draws)
-
-        return self._watch(token_ids, positions, slots, step)
+        program = cast(DrawingProgram, self._program)  # to look for its methods takes 10 us, of each token
+        return self._watch(
+            token_ids, positions, slots, lambda: program.run_and_draw(token_ids, positions, slots, output_rows, draws)
+        )
 
     def _watch(
         self,
         token_ids: npt.NDArray[np.int32],
         positions: npt.NDArray[np.int32],
         slots: npt.NDArray[np.int32],
-        run: Callable[[Program], T],
+        run: Callable[[], T],
     ) -> T:
         """Run one step and let the watchers see it."""
         if self._steering is not None:
             self._steering.begin_step(len(token_ids))
         if self._cache is not None:
-            self._await_thread()
             self._make_room(self._cache, positions, slots)
-            if self._thread is not None:
-                self._cache.publish_arrivals()  # what the thread publishes while this step runs comes too late for it
         resident = None if self._cache is None else self._cache.resident()
-        looking = None
         if self._thread is not None and self._unseen is not None:
-            self._is_over.clear()
-            looking = self._thread.submit(self.settle)
-            self._following = self._thread.submit(self._follow)
+            self._looking = self._thread.submit(self._look)
         start = self.now()
         try:
-            result = run(self._program)
+            result = run()
             step_s = self.now() - start
         finally:
-            if looking is not None:
-                self._is_over.set()  # the thread need not be waited for to see it
-                looking.result()
+            self.settle()  # waits until the thread has, or does it
+        if self._looking is not None and self._looking.done():
+            looking, self._looking = self._looking, None
+            looking.result()  # raises what went wrong there
         if self._cache is None and self._recorder is None:
             return result
         routing = self._program.routing()
@@ -151,28 +145,28 @@ class WatchedProgram:
         """Put a saved sequence back, see `graph.SavingProgram`: it needs memory as a step that ends there does."""
         assert isinstance(self._program, SavingProgram)
         if self._cache is not None and n_tokens:
-            self._await_thread()
             self._make_room(self._cache, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
         self._program.load_sequence(slot, n_tokens, saved)
 
     def _make_room(self, cache: HotCache, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         with self._settling:
             cache.make_room(len(positions), cache.device.longest_after(positions, slots))
+            if self._thread is not None:
+                cache.publish_arrivals()  # what the thread publishes while the step runs comes too late for it
 
-    def _follow(self) -> None:
-        """Copy experts as soon as the running step is done with their slots, so that they are there for the next."""
-        while not self._is_over.wait(_PACE_S):
-            with self._settling:
-                if self._cache is None or not self._cache.go_on():
-                    return
+    def _look(self) -> None:
+        """Let the cache look at the last step, then copy experts as soon as the running one is done with their slots.
 
-    def _await_thread(self) -> None:
-        """Wait until the thread has seen that its step is over."""
-        following = self._following
-        if following is not None:
-            wait([following])
-            self._following = None
-            following.result()
+        So they are there for the next step. When the running one is over there is soon nothing left to wait for: nobody
+        has to tell.
+        """
+        self.settle()
+        while self._cache is not None and self._go_on(self._cache):
+            time.sleep(_PACE_S)
+
+    def _go_on(self, cache: HotCache) -> bool:
+        with self._settling:
+            return cache.go_on()
 
     def settle(self) -> None:
         """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""
