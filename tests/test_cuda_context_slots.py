@@ -58,7 +58,7 @@ class Borrowing:
         """Open it, with no expert in any slot."""
         opened = self.model.open(limits=self.limits, vram_budget=budget or self.budget, prompt_tokens=24, **settings)
         assert opened.program.device_bytes <= (budget or self.budget)
-        opened.program._places[:] = opened.program._slot_of[:] = -1
+        opened.program._places[:] = opened.program._expert_in[:] = -1
         return opened
 
     def close(self) -> None:

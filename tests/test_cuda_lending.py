@@ -58,7 +58,7 @@ class Lending:
         budget = budget or self.budget
         opened = self.model.open(vram_budget=budget, **SETTINGS)
         assert opened.program.device_bytes <= budget
-        opened.program._places[:] = opened.program._slot_of[:] = -1
+        opened.program._places[:] = opened.program._expert_in[:] = -1
         return opened
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ def test_an_expert_that_leaves_while_a_step_begins_is_no_error(lending: Lending)
     model = lending.model
     with lending.open() as opened:
         opened.copy(0, 0, 0)
-        opened.program._slot_of = opened.program._slot_of.view(Leaving)
+        opened.program._expert_in = opened.program._expert_in.view(Leaving)
         assert same_bits(step(opened.program, model, 0, 12), lending.expected[11:12])
 
 

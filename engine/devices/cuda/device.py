@@ -271,7 +271,7 @@ class CUDAProgram:
             self._chosen: npt.NDArray[np.int32] = self._drawn.bytes.view(np.int32)[:rows]
             self._places = self._table.bytes.view(np.int32)[: n_layers * n_experts].reshape(n_layers, -1)
             self._places[:] = -1
-            self._slot_of = np.full_like(self._places, -1)
+            self._expert_in = np.full(self._all_slots.shape, -1, np.int32)  # of each layer's slots, -1: nobody's
             self._upload_constants()
             exchange = None
             if lowering.needs_cpu:
@@ -365,10 +365,9 @@ class CUDAProgram:
         """Note that a step uses the memory of the slots that it does not leave alone."""
         usable = self.usable_slots(n_tokens, self.longest_after(positions, slots))
         if usable is not self._all_slots:
-            slot_of = self._slot_of.copy()  # another thread may be publishing, in slots that the step leaves alone
-            layers, experts = np.nonzero(slot_of >= 0)
-            is_left_alone = usable[layers, slot_of[layers, experts]]
-            assert is_left_alone.all(), "the step needs the memory of an expert that is published"
+            # One look: another thread may be publishing, in slots that the step leaves alone.
+            is_published = self._expert_in >= 0
+            assert not (is_published & ~usable).any(), "the step needs the memory of an expert that is published"
         self._lengths.note(positions, slots)
 
     def _run_step(
@@ -579,7 +578,10 @@ class CUDAProgram:
         experts = self._lowering.experts.layers[layer]
         if not experts.is_resident:
             self._places[layer, expert] = -1 if slot < 0 else experts.place(slot)
-            self._slot_of[layer, expert] = slot
+            held = self._expert_in[layer]
+            held[held == expert] = -1
+            if slot >= 0:
+                held[slot] = expert
 
     def wait_all(self) -> None:
         """Wait for all copies; those that failed do not raise."""
@@ -604,7 +606,7 @@ class CUDAProgram:
                 continue
             for expert in range(experts.n_experts):
                 self._places[layer, expert] = experts.place(expert)
-                self._slot_of[layer, expert] = expert
+                self._expert_in[layer, expert] = expert
             for i, weight in enumerate(experts.weights):
                 array = self._weights.array(weight.name)
                 for expert, offset in enumerate(experts.offsets):
