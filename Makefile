@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard engine/*.pyx engine/kernels/*.[ch] engine/kernels/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test smoke test-gpu test-sanitize bench bench-gpu lint format docs build clean
+.PHONY: help install demo test smoke test-gpu test-sanitize bench bench-once bench-gpu lint format docs build clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ test-sanitize: $(VENV)/.installed-dev ## run the kernel tests under AddressSanit
 
 bench: $(VENV)/.installed-test ## run the microbenchmarks
 	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+bench-once: $(VENV)/.installed-test ## run every microbenchmark once, untimed, but for those of plain C
+	$(PY) -m pytest -q bench --benchmark-disable -k "not scalar" $(PYTEST_ARGS)
 
 bench-gpu: $(VENV)/.installed-test ## measure kernels and whole models on an NVIDIA GPU
 	$(PY) bench/gpu.py $(BENCH_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.experts.replay import replay
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.slots import SlotTable
 from engine.experts.swaps import hottest
+from engine.experts.watched_program import WatchedProgram
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from fake_slots import FakeSlots
@@ -46,15 +48,19 @@ def test_policy(benchmark, trace, name) -> None:
     benchmark(token)
 
 
-def test_cache_step(benchmark, trace) -> None:
-    """One token of the whole cache: observe, budget, plan, swaps begun and finished, on a device that takes no time."""
-    device = FakeSlots(N_LAYERS, N_EXPERTS, seed=0)
-    cache = HotCache(
+def make_cache(device) -> HotCache:
+    return HotCache(
         device,
         SlotTable(np.full(N_LAYERS, N_SLOTS), N_EXPERTS, np.full(N_LAYERS, EXPERT_BYTES)),
         make_policy("adaptive", N_LAYERS, N_EXPERTS),
         SwapBudget(Bandwidths(60e9, 25e9, 900e9).pcie, EXPERT_BYTES, 0.2),
     )
+
+
+def test_cache_step(benchmark, trace) -> None:
+    """One token of the whole cache: observe, budget, plan, swaps begun and finished, on a device that takes no time."""
+    device = FakeSlots(N_EXPERTS, 0, [N_SLOTS] * N_LAYERS)
+    cache = make_cache(device)
     routing = trace.ids.transpose(1, 0, 2).astype(np.int32)
     cache.observe(routing[:, :64])
     tokens = iter(range(10**9))
@@ -66,6 +72,65 @@ def test_cache_step(benchmark, trace) -> None:
         cache.step(0.03)
 
     benchmark(token)
+
+
+class Asleep:
+    """A device with slots and its program, whose steps sleep from layer to layer. It trusts the cache."""
+
+    slept_s = 0.0
+    PAUSES, STEP_S, COPY_S = 12, 9e-3, 1e-4
+
+    def __init__(self, routing: np.ndarray) -> None:
+        """routing: int32 [n_layers, n_tokens, n_used], of one token after the other."""
+        self.usable = np.ones((N_LAYERS, N_SLOTS), bool)
+        self.tokens, self.n_begun, self.n_over, self.layer = routing, 0, 0, 0
+
+    def run(self, *_: np.ndarray) -> np.ndarray:
+        start = time.perf_counter()
+        self.n_begun += 1
+        for layer in range(0, N_LAYERS, N_LAYERS // self.PAUSES):
+            self.layer = layer
+            time.sleep(self.STEP_S / self.PAUSES)
+        self.n_over = self.n_begun
+        Asleep.slept_s += time.perf_counter() - start
+        return np.zeros((1, 1), np.float32)
+
+    def routing(self) -> np.ndarray:
+        t = self.n_over % self.tokens.shape[1]
+        return self.tokens[:, t : t + 1]
+
+    def copy_expert(self, layer: int, expert: int, slot: int) -> float:
+        return time.perf_counter() + self.COPY_S
+
+    def fence(self, layer: int) -> tuple[int, int]:
+        return self.n_begun, layer
+
+    def is_done(self, ticket: float | tuple[int, int]) -> bool:
+        if isinstance(ticket, tuple):
+            return self.n_over >= ticket[0] or self.layer > ticket[1]
+        return time.perf_counter() >= ticket
+
+    def publish(self, layer: int, expert: int, slot: int) -> None:
+        pass
+
+    def usable_slots(self, n_tokens: int, n_positions: int) -> np.ndarray:
+        return self.usable
+
+    def longest_after(self, positions: np.ndarray, slots: np.ndarray) -> int:
+        return 0
+
+    def wait_all(self) -> None:
+        pass
+
+
+@pytest.mark.benchmark(timer=lambda: time.perf_counter() - Asleep.slept_s)
+def test_what_comes_on_top_of_a_step(benchmark, trace) -> None:
+    """For the thread that runs steps, while another one looks after the cache. The step's own time is not counted."""
+    device = Asleep(trace.ids.transpose(1, 0, 2).astype(np.int32))
+    watched = WatchedProgram(device, make_cache(device), in_background=True)
+    nothing = np.zeros(1, np.int32)
+    benchmark.pedantic(watched.run, (nothing, nothing, nothing, nothing), rounds=200, warmup_rounds=50, iterations=1)
+    watched.close()
 
 
 def test_replay(benchmark, trace) -> None:
