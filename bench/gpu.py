@@ -228,20 +228,29 @@ def _grid(bench: Bench, weight_format: QuantFormat, address: int) -> int:
     return address
 
 
+def read_launch(data: int, n_bytes: int, out: int, shape: tuple[int, int, int], n_multiprocessors: int) -> Launch:
+    """Return a launch that reads so many bytes, a multiple of 16; shape: one of `READ_SHAPES`."""
+    threads, depth, blocks = shape
+    n_words, n_blocks = n_bytes // 16, n_multiprocessors * blocks
+    return Launch(
+        str(Path(__file__).with_name("read.cu").resolve()),
+        "read_all",
+        (f"THREADS={threads}", f"DEPTH={depth}"),
+        (n_blocks, 1, 1),
+        threads,
+        (ctypes.c_void_p(data), ctypes.c_int64(n_words), ctypes.c_int64(-(-n_words // n_blocks)), ctypes.c_void_p(out)),
+    )
+
+
 def reads(bench: Bench) -> None:
     """What a launch of so many bytes can reach: kernels that only read, one after the other as products are."""
-    source, n_sms = str(Path(__file__).with_name("read.cu").resolve()), bench.gpu.n_multiprocessors
     with bench.memory(POOL_BYTES, 4) as (data, out):
         for mib in (10, 20, 40, 80, 160):
             n_bytes, times = mib << 20, []
-            n, n_words = min(64, POOL_BYTES // n_bytes), n_bytes // 16
-            for threads, depth, blocks in READ_SHAPES:
-                definitions, n_blocks = (f"THREADS={threads}", f"DEPTH={depth}"), n_sms * blocks
-                counts = ctypes.c_int64(n_words), ctypes.c_int64(-(-n_words // n_blocks))
-                parts = [(ctypes.c_uint64(data + i * n_bytes), *counts, ctypes.c_uint64(out)) for i in range(n)]
-                grid = (n_blocks, 1, 1)
-                launches = [Launch(source, "read_all", definitions, grid, threads, part) for part in parts]
-                times.append(bench.replay_s(launches) / n)
+            starts = [data + i * n_bytes for i in range(min(64, POOL_BYTES // n_bytes))]
+            for shape in READ_SHAPES:
+                launches = [read_launch(at, n_bytes, out, shape, bench.gpu.n_multiprocessors) for at in starts]
+                times.append(bench.replay_s(launches) / len(launches))
             bench.share("reads", f"{mib} MiB", n_bytes, min(times))
 
 

@@ -4,21 +4,13 @@
 // end, the first of them before the kernel before it is over, as products do. Grid: (blocks).
 #include "common.cuh"
 
-DEVICE uint4 read_once(const uint4 *p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
 DEVICE void read_ahead(uint4 words[DEPTH], const uint4 *data, int64_t at, int64_t end) {
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
-        words[i] = at + i * THREADS < end ? read_once(data + at + i * THREADS) : uint4{0, 0, 0, 0};
+        words[i] = at + i * THREADS < end ? ld_stream16(data + at + i * THREADS) : uint4{0, 0, 0, 0};
 }
 
-// out: written only if some words have one unlikely sum, so that they must be read.
+// out: 4 bytes, written only if what a thread finds comes to one unlikely number: so everything must be read.
 KERNEL(THREADS)
 read_all(const uint4 *data, int64_t n_words, int64_t each, unsigned *out) {
     const int64_t first = each * blockIdx.x, end = min(first + each, n_words);

@@ -58,13 +58,8 @@ class Swapper:
         return 0 if self.stopped else self._max_in_flight - len(self._swaps)
 
     @property
-    def in_flight(self) -> int:
-        """Return the swaps under way."""
-        return len(self._swaps)
-
-    @property
     def n_fenced(self) -> int:
-        """Return how many of them cannot be copied yet, for a step may still read their slots."""
+        """Return how many swaps cannot be copied yet, for a step may still read their slots."""
         return sum(not swap.copying for swap in self._swaps)
 
     def submit(self, swaps: Swaps) -> int:
