@@ -258,6 +258,19 @@ def test_the_error_against_exact_arithmetic_is_that_of_the_activations(fmt: Quan
 
 
 @each_level
+@pytest.mark.parametrize("exponent", [0, 1, 2, 127, 254, 255])
+@pytest.mark.parametrize("n_tokens", [1, 3, 9])
+def test_every_exponent_of_mxfp4_is_a_power_of_two(isa: str, n_tokens: int, exponent: int) -> None:
+    """The least ones are subnormal; the greatest is what no doubled float32 holds."""
+    fmt, n_cols = BY_NAME["MXFP4"], 9 * 32
+    raw, x = random_rows(fmt, 6, n_cols), normal(n_tokens, n_cols) * np.float32(2e-6 if exponent > 127 else 1)
+    raw[:, :: fmt.block_bytes] = exponent
+    found = _kernels.matmul(fmt.ggml_type, raw, x, 1, isa)
+    assert np.isfinite(found).all()
+    assert np.array_equal(bits(found), bits(canonical.matmul(fmt, raw, x)))
+
+
+@each_level
 def test_numbers_that_are_none_do_not_crash(isa: str) -> None:
     for fmt in FORMATS:
         n_cols = 2 * max(fmt.block_size, 32)

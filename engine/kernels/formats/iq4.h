@@ -66,7 +66,8 @@ static inline __m128 d_MXFP4(const uint8_t *const blocks[4]) {
     const uint32_t packed = *blocks[0] | *blocks[1] << 8 | *blocks[2] << 16 | (uint32_t)*blocks[3] << 24;
     const __m128i e = _mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)packed));
     const __m128i twice = _mm_max_epi32(_mm_slli_epi32(e, 23), _mm_set1_epi32(0x400000)); // 2^-127 is subnormal
-    return _mm_mul_ps(_mm_castsi128_ps(twice), _mm_set1_ps(0.5f));
+    const __m128 d = _mm_mul_ps(_mm_castsi128_ps(twice), _mm_set1_ps(0.5f));
+    return _mm_min_ps(d, _mm_set1_ps(0x1p127f)); // twice that is infinite
 }
 
 static inline two_runs table_of_runs(__m256i packed, const int8_t *table) {
@@ -192,7 +193,8 @@ static inline __m512 d_16_MXFP4(const uint8_t *const blocks[4], int at) {
     __m512i least = _mm512_set1_epi32(0x400000);
     KEEP_IN_REGISTER_512(least);
     const __m512i twice = _mm512_max_epi32(powers, least);
-    return _mm512_mul_ps(_mm512_castsi512_ps(twice), _mm512_set1_ps(0.5f));
+    const __m512 d = _mm512_mul_ps(_mm512_castsi512_ps(twice), _mm512_set1_ps(0.5f));
+    return _mm512_min_ps(d, _mm512_set1_ps(0x1p127f));
 }
 
 static inline scales_of_4 scales_4_of_iq4_xs(const uint8_t *const blocks[4]) {
