@@ -76,12 +76,16 @@ typedef struct {
     const int32_t *pairs;
 } experts_task;
 
+static inline int expert_rows_per_task(const worker *w, int n_active, int n_rows) {
+    return rows_of_task((int64_t)n_active * n_rows, w->step->n_tokens, w->n_threads, ROWS_PER_TASK);
+}
+
 // A thread that takes parts has the same part of each expert's rows, whichever experts there are: so what it has
 // fetched of an expert that was guessed is what it reads, if the guess was right, and the caches of its core have it.
 enum { PART_UNIT = 4 }; // rows
 
-static inline int tasks_of_part(int n_active, int n_rows, int n_threads) {
-    return tasks_of(n_rows, n_threads * rows_of_task((int64_t)n_active * n_rows, n_threads, ROWS_PER_TASK));
+static inline int tasks_of_part(const worker *w, int n_active, int n_rows) {
+    return tasks_of(n_rows, w->n_threads * expert_rows_per_task(w, n_active, n_rows));
 }
 
 // Where part i of n begins of so many rows.
@@ -94,8 +98,8 @@ static inline int experts_begin(const experts_args *a, const worker *w, int n_ro
     group_pairs(a, w);
     const int n_active = w->scratch[0];
     if (w->takes_parts)
-        return n_active * w->n_threads * tasks_of_part(n_active, n_rows, w->n_threads);
-    return n_active * tasks_of(n_rows, rows_of_task((int64_t)n_active * n_rows, w->n_threads, ROWS_PER_TASK));
+        return n_active * w->n_threads * tasks_of_part(w, n_active, n_rows);
+    return n_active * tasks_of(n_rows, expert_rows_per_task(w, n_active, n_rows));
 }
 
 static inline experts_task experts_task_of(const experts_args *a, const worker *w, int n_rows, int task) {
@@ -103,14 +107,14 @@ static inline experts_task experts_task_of(const experts_args *a, const worker *
     int i, row, end;
     bool goes_on = false;
     if (w->takes_parts) {
-        const int of_part = tasks_of_part(g.n_active, n_rows, w->n_threads), of_thread = of_part * g.n_active;
+        const int of_part = tasks_of_part(w, g.n_active, n_rows), of_thread = of_part * g.n_active;
         const int at = task / of_thread * of_part + task % of_part, n = of_part * w->n_threads;
         i = task % of_thread / of_part;
         row = part_begin(n_rows, at, n);
         end = part_begin(n_rows, at + 1, n);
         goes_on = (task + 1) % of_thread != 0;
     } else {
-        const int rows_per_task = rows_of_task((int64_t)g.n_active * n_rows, w->n_threads, ROWS_PER_TASK);
+        const int rows_per_task = expert_rows_per_task(w, g.n_active, n_rows);
         const int tasks_per_expert = tasks_of(n_rows, rows_per_task);
         i = task / tasks_per_expert, row = task % tasks_per_expert * rows_per_task;
         end = n_rows - row < rows_per_task ? n_rows : row + rows_per_task;

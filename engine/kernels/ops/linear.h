@@ -5,12 +5,14 @@
 #include "../ops.h"
 #include "../simd.h"
 
-// Rows of one task: small enough that all threads end at about the same time, large enough to stream.
-static inline int rows_of_task(int64_t n_rows, int n_threads, int most) {
-    enum { MULTIPLE = 8, TASKS_PER_THREAD = 8 };
+// Rows of one task: small enough that all threads end at about the same time, large enough to stream, and whole tiles
+// (`tile.h`) where there are many tokens.
+static inline int rows_of_task(int64_t n_rows, int n_tokens, int n_threads, int most) {
+    enum { FEW = 8, ROWS_FOR_FEW = 8, ROWS_FOR_MANY = 32, TASKS_PER_THREAD = 8 };
+    const int multiple = n_tokens <= FEW ? ROWS_FOR_FEW : ROWS_FOR_MANY;
     const int64_t wanted = n_rows / ((int64_t)n_threads * TASKS_PER_THREAD);
-    const int64_t rows = (wanted + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
-    return rows < MULTIPLE ? MULTIPLE : rows > most ? most : (int)rows;
+    const int64_t rows = (wanted + multiple - 1) / multiple * multiple;
+    return rows < multiple ? multiple : rows > most ? most : (int)rows;
 }
 
 static inline int tasks_of(int n_rows, int rows_per_task) { return (n_rows + rows_per_task - 1) / rows_per_task; }
@@ -25,7 +27,7 @@ static inline int linear_rows_per_task(const linear_args *a, const worker *w) {
     int64_t n_rows = 0;
     for (int i = 0; i < a->n_weights; i++)
         n_rows += a->weights[i].n_rows;
-    return rows_of_task(n_rows, w->n_threads, most);
+    return rows_of_task(n_rows, linear_tokens(a, w->step), w->n_threads, most);
 }
 
 static int linear_begin(const op_args *args, const worker *w) {
