@@ -288,8 +288,10 @@ def test_kernels_shows_every_speed(capsys: pytest.CaptureFixture[str], monkeypat
     assert "decode, 2 threads" in out
 
 
-def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("long_step_s", [0.0, 60.0])
+def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch, long_step_s: float) -> None:
     kernels = importlib.import_module("engine.bench.kernels")
+    monkeypatch.setattr(kernels, "_LONG_STEP_S", long_step_s)
     monkeypatch.setattr(kernels, "HIDDEN_SIZE", 96)
     monkeypatch.setattr(kernels, "FFN_SIZE", 64)
     monkeypatch.setattr(kernels, "_SECONDS", 0.0)

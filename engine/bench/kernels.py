@@ -8,7 +8,7 @@ changes it within seconds. For prompts, a batch of tokens goes through one exper
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
 N_EXPERTS, HIDDEN_SIZE, FFN_SIZE = 8, 3072, 1024
 N_PROMPT_TOKENS = 64
 _SECONDS, _MIN_STEPS = 0.25, 3
+_LONG_STEP_S = 0.5  # one such step is enough: plain C takes seconds for more than a large cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,25 +151,30 @@ class _Step:
         return time.perf_counter() - start
 
 
+def _times(step: _Step) -> Iterator[float]:
+    """Yield the seconds of some steps behind a first one; of a long one these alone."""
+    first = step.run()
+    if first >= _LONG_STEP_S:
+        yield first
+        return
+    n, total_s = 0, 0.0
+    while n < _MIN_STEPS or total_s < _SECONDS:
+        seconds = step.run()
+        n, total_s = n + 1, total_s + seconds
+        yield seconds
+
+
 def _time_decode(
     fmt: QuantFormat, layers: list[_Layer], n_threads: int, isa: str, buffer: npt.NDArray[np.uint8]
 ) -> DecodeSpeed:
     """Return the medians of steps and of passes over the buffer, taken in turn."""
     step = _Step(fmt, layers, 1, N_EXPERTS, n_threads, isa)
-    step.run()
-    seconds: list[float] = []
-    bandwidths: list[float] = []
-    while len(seconds) < _MIN_STEPS or sum(seconds) < _SECONDS:
-        seconds.append(step.run())
-        bandwidths.append(_kernels.read_bandwidth(buffer, n_threads, 1))
-    n_bytes = sum(layer.n_bytes for layer in layers)
-    return DecodeSpeed(n_threads, float(n_bytes / np.median(seconds)), float(np.median(bandwidths)))
+    pairs = [(seconds, _kernels.read_bandwidth(buffer, n_threads, 1)) for seconds in _times(step)]
+    seconds, bandwidth = np.median(pairs, 0).tolist()
+    return DecodeSpeed(n_threads, sum(layer.n_bytes for layer in layers) / seconds, bandwidth)
 
 
 def _time_prompt(fmt: QuantFormat, layer: _Layer, n_threads: int, isa: str) -> float:
     """Return the multiply-adds a second of the median step."""
     step = _Step(fmt, [layer], N_PROMPT_TOKENS, 1, n_threads, isa)
-    seconds: list[float] = []
-    while len(seconds) < _MIN_STEPS:
-        seconds.append(step.run())
-    return float(N_PROMPT_TOKENS * 3 * FFN_SIZE * HIDDEN_SIZE / np.median(seconds))
+    return float(N_PROMPT_TOKENS * 3 * FFN_SIZE * HIDDEN_SIZE / np.median(list(_times(step))))
