@@ -329,28 +329,23 @@ def test_misuse_of_the_areas_is_found(models) -> None:
 class Impatient(Swapper):
     """Publishes before the copy is done."""
 
-    def _advance(self, swap) -> bool:
-        table = self._table
-        if not swap.copying:
-            if not self._device.is_done(swap.ticket):
-                return False
-            table.load(swap.layer, swap.slot)
-            self._device.copy_expert(swap.layer, swap.expert, swap.slot)
-        table.make_ready(swap.layer, swap.slot)
-        self._device.publish(swap.layer, swap.expert, swap.slot)
-        return True
+    def _begin_copy(self, swap) -> bool:
+        begun = super()._begin_copy(swap)
+        if self._copying:
+            self._copying.pop()
+            self._table.make_ready(swap.layer, swap.slot)
+            self._device.publish(swap.layer, swap.expert, swap.slot)
+        return begun
 
 
 class Ruthless(Swapper):
     """Does not wait for the steps that still read the victim."""
 
-    def _advance(self, swap) -> bool:
-        if not swap.copying:
-            self._table.load(swap.layer, swap.slot)
-            swap.ticket = self._device.copy_expert(swap.layer, swap.expert, swap.slot)
-            swap.copying = True
-            return False
-        return super()._advance(swap)
+    def _begin_copy(self, swap) -> bool:
+        self._table.load(swap.layer, swap.slot)
+        swap.ticket = self._device.copy_expert(swap.layer, swap.expert, swap.slot)
+        self._copying.append(swap)
+        return True
 
 
 class Forgetful(Swapper):
@@ -399,7 +394,8 @@ class Hasty(Swapper):
     """Leaves copies behind when it is closed."""
 
     def drain(self) -> None:
-        self._swaps = []
+        self._fenced.clear()
+        self._copying.clear()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,15 @@
 A swap goes through three hands, at any pace the device likes: the victim is unpublished and its slot fenced off; when
 the fence is passed, the copy is started; when the copy is done, the newcomer is published. A copy that fails costs
 its slot's contents and nothing else: the expert is computed from RAM, as it was before.
+
+Fences are passed in the order of steps and their layers, and copies end in the order in which they were begun, so only
+the first of each is asked for: this happens many times while a step runs, whose thread wants the interpreter, too.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +35,6 @@ class _Swap:
     expert: int
     slot: int
     ticket: Ticket
-    copying: bool = False
 
 
 class Swapper:
@@ -46,7 +49,8 @@ class Swapper:
 
     def __init__(self, device: SlotDevice, table: SlotTable, max_in_flight: int = 64) -> None:
         self._device, self._table, self._max_in_flight = device, table, max_in_flight
-        self._swaps: list[_Swap] = []
+        self._fenced: deque[_Swap] = deque()
+        self._copying: deque[_Swap] = deque()
         self._failures_in_a_row = 0
         self.loads = np.zeros(len(table.n_slots), np.int64)
         self.n_bytes = self.n_failures = 0
@@ -55,12 +59,12 @@ class Swapper:
     @property
     def room(self) -> int:
         """Return how many more swaps may be submitted now."""
-        return 0 if self.stopped else self._max_in_flight - len(self._swaps)
+        return 0 if self.stopped else self._max_in_flight - len(self._fenced) - len(self._copying)
 
     @property
     def n_fenced(self) -> int:
         """Return how many swaps cannot be copied yet, for a step may still read their slots."""
-        return sum(not swap.copying for swap in self._swaps)
+        return len(self._fenced)
 
     def submit(self, swaps: Swaps) -> int:
         """Begin with swaps, in their order, as far as there is room; return how many.
@@ -79,41 +83,45 @@ class Swapper:
                     continue
                 device.publish(layer, evict, -1)
             begun.append(_Swap(layer, expert, table.reserve(layer, expert, evict), None))
+        begun.sort(key=lambda swap: swap.layer)  # as a step passes them
         for swap in begun:
             swap.ticket = device.fence(swap.layer)  # after every publish above
-        self._swaps += begun
+        self._fenced += begun
         return len(begun)
 
     def poll(self, *, may_start: bool = True) -> None:
-        """Take every swap as far as it goes without waiting; if not `may_start`, only publish those that are there."""
-        waiting: list[_Swap] = []
-        for swap in self._swaps:
-            if not swap.copying and not may_start:
-                waiting.append(swap)
-                continue
-            try:
-                if self._advance(swap):
-                    continue
-            except DeviceError as error:
-                self._fail(swap, error)
-                continue
-            waiting.append(swap)
-        self._swaps = waiting
+        """Take swaps as far as they go without waiting; if not `may_start`, only publish those that are there."""
+        while may_start and self._fenced and self._begin_copy(self._fenced[0]):
+            self._fenced.popleft()
+        while self._copying and self._publish(self._copying[0]):
+            self._copying.popleft()
 
-    def _advance(self, swap: _Swap) -> bool:
-        """Return whether the swap is over."""
+    def _begin_copy(self, swap: _Swap) -> bool:
+        """Begin to copy, if no step reads the slot any more; return whether that is so."""
         device, table = self._device, self._table
-        if not device.is_done(swap.ticket):
-            return False
-        if not swap.copying:
+        try:
+            if not device.is_done(swap.ticket):
+                return False
             if self.stopped:
                 table.release(swap.layer, swap.slot)
                 return True
             table.load(swap.layer, swap.slot)
             swap.ticket = device.copy_expert(swap.layer, swap.expert, swap.slot)
-            swap.copying = True
+        except DeviceError as error:
+            self._fail(swap, error)
+        else:
+            self._copying.append(swap)
+        return True
+
+    def _publish(self, swap: _Swap) -> bool:
+        """Publish who has arrived; return whether the copy is over."""
+        device, table = self._device, self._table
+        try:
             if not device.is_done(swap.ticket):
                 return False
+        except DeviceError as error:
+            self._fail(swap, error)
+            return True
         table.make_ready(swap.layer, swap.slot)
         device.publish(swap.layer, swap.expert, swap.slot)
         self.loads[swap.layer] += 1
@@ -138,10 +146,12 @@ class Swapper:
         """
         table, device = self._table, self._device
         table.usable = usable
-        given_up = [swap for swap in self._swaps if table.lent(swap.layer, swap.slot)]
-        if any(swap.copying for swap in given_up):
+        if any(table.lent(swap.layer, swap.slot) for swap in self._copying):
             device.wait_all()
-        self._swaps = [swap for swap in self._swaps if not table.lent(swap.layer, swap.slot)]
+        for swaps in (self._fenced, self._copying):
+            kept = [swap for swap in swaps if not table.lent(swap.layer, swap.slot)]
+            swaps.clear()
+            swaps.extend(kept)
         for layer, expert in np.argwhere(table.ready).tolist():
             if table.lent(layer, table.slot_of(layer, expert)):
                 device.publish(layer, expert, -1)
@@ -149,14 +159,15 @@ class Swapper:
 
     def drain(self) -> None:
         """Wait until no swap is under way."""
-        while self._swaps:
+        while self._fenced or self._copying:
             self._device.wait_all()
             self.poll()
 
     def recover(self) -> None:
         """Bring table and device in line after an interrupt, at any point of any call; swaps under way are dropped."""
         self._device.wait_all()
-        self._swaps = []
+        self._fenced.clear()
+        self._copying.clear()
         self._table.rebuild()
         for layer in range(len(self._table.n_slots)):
             for expert in range(self._table.held.shape[1]):
