@@ -295,10 +295,14 @@ def test_what_has_arrived_is_published_and_nothing_else_is_begun() -> None:
 class Stepping:
     """A program whose steps choose at random and note in `calls` that they ran."""
 
+    while_waiting: Callable[[], object] | None = None
+
     def __init__(self, device: FakeSlots, calls: list[str]) -> None:
         self.device, self.calls, self.rng, self.n_hits = device, calls, np.random.default_rng(0), 0
 
     def run(self, *_: np.ndarray) -> np.ndarray:
+        if self.while_waiting is not None:
+            self.while_waiting()
         self.calls.append("run")
         self.chosen = tokens(self.rng, 1)
         self.n_hits += sum(self.device.where[layer, e] >= 0 for layer in range(N_LAYERS) for e in self.chosen[layer, 0])
@@ -436,6 +440,8 @@ class Passing(Stepping):
         device, n_before = self.device, self.n_copies
         self.chosen = tokens(self.rng, 1)
         device.start_step(self.chosen[:, 0])
+        assert self.while_waiting is not None
+        self.while_waiting()
         if self.calls:
             self._wait(lambda: self.cache._swapper.n_fenced or device.n_copies > n_before)
             device.steps[-1].n_passed = N_LAYERS
@@ -463,6 +469,32 @@ def test_a_slot_is_filled_while_the_step_runs_that_may_have_read_it() -> None:
     watched.close()
     cache.close()
     check(cache, device)
+
+
+class Launching(Stepping):
+    """Each step lets go of the interpreter before it has nothing more to do but wait, and then waits."""
+
+    def run(self, *_: np.ndarray) -> np.ndarray:
+        time.sleep(0.02)
+        self.calls.append("launched")
+        result = super().run()
+        time.sleep(0.02)
+        return result
+
+
+def test_the_thread_leaves_the_interpreter_to_a_step_that_is_being_launched(monkeypatch) -> None:
+    """Else it would hold it for as long as it plans swaps, as soon as the step is launched by a call of the driver."""
+    cache, device = make_cache([3] * N_LAYERS, 0)
+    calls: list[str] = []
+    observe = cache.observe
+    monkeypatch.setattr(cache, "observe", lambda *step: (calls.append("look"), observe(*step)))
+    watched = WatchedProgram(Launching(device, calls), cache, in_background=True)
+    nothing = np.zeros(1, np.int32)
+    for _ in range(4):
+        watched.run(nothing, nothing, nothing, nothing)
+    watched.close()
+    looks = [i for i, call in enumerate(calls) if call == "look"]
+    assert [calls[:i].count("launched") for i in looks] == [2, 3, 4]  # each at the step before, beside the next one
 
 
 def test_an_error_in_the_thread_is_raised_by_the_step_beside_it(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -82,13 +83,26 @@ class SlotProgram(SlotDevice, Protocol):
         ...
 
     @property
-    def leaves_a_cpu(self) -> bool:
-        """Return whether another thread may work, and call all of the above, while a step runs."""
-        ...
-
-    @property
     def device_bytes(self) -> int:
         """Return the device memory in use, slots and everything else."""
+        ...
+
+
+@runtime_checkable
+class WaitingProgram(SlotProgram, Protocol):
+    """One whose steps wait for the device, so that another thread may work, and call all of the above, meanwhile.
+
+    Attributes:
+        while_waiting: called in each step by the thread that runs it, right before that lets go of the interpreter
+            until the step is over. A thread that began to work before would hold the interpreter for milliseconds,
+            in which the step would not get on.
+    """
+
+    while_waiting: Callable[[], object] | None
+
+    @property
+    def leaves_a_cpu(self) -> bool:
+        """Return whether there is a CPU for another thread."""
         ...
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.config import EngineConfig, MoESettings
 from engine.devices.graph import Program
-from engine.devices.slots import SlotProgram
+from engine.devices.slots import SlotProgram, WaitingProgram
 from engine.errors import ConfigError
 from engine.experts.cost import SwapBudget
 from engine.experts.hot_cache import CacheStatistics, HotCache, why_useless
@@ -61,7 +61,7 @@ class ExpertCaching:
             self.cache,
             recorder,
             steering,
-            in_background=isinstance(program, SlotProgram) and self.cache is not None and program.leaves_a_cpu,
+            in_background=isinstance(program, WaitingProgram) and self.cache is not None and program.leaves_a_cpu,
         )
 
     def _make_cache(self, program: SlotProgram, moe: MoESettings, n_experts_used: int) -> HotCache:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.devices.graph import DrawingProgram, Limits, Program, SavingProgram
-from engine.devices.slots import ClockedProgram
+from engine.devices.slots import ClockedProgram, WaitingProgram
 from engine.experts.hot_cache import HotCache
 from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
@@ -50,12 +50,14 @@ class WatchedProgram:
         *,
         in_background: bool = False,
     ) -> None:
-        """Watch a program; `in_background` lets the cache work while steps run."""
+        """Watch a program; `in_background` lets the cache work while steps run, of a `WaitingProgram`."""
         self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
         self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
         self._looking: Future[None] | None = None  # the thread's latest work
+        if in_background:
+            cast(WaitingProgram, program).while_waiting = self._begin_to_look
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -117,8 +119,6 @@ class WatchedProgram:
         if self._cache is not None:
             self._make_room(self._cache, positions, slots)
         resident = None if self._cache is None else self._cache.resident()
-        if self._thread is not None and self._unseen is not None:
-            self._looking = self._thread.submit(self._look)
         start = self.now()
         try:
             result = run()
@@ -154,13 +154,20 @@ class WatchedProgram:
             if self._thread is not None:
                 cache.publish_arrivals()  # what the thread publishes while the step runs comes too late for it
 
-    def _look(self) -> None:
-        """Let the cache look at the last step, then copy experts as soon as the running one is done with their slots.
+    def _begin_to_look(self) -> None:
+        """Have the thread look at the last step, now that the one that runs does not need the interpreter."""
+        if self._thread is not None and self._unseen is not None:
+            self._looking = self._thread.submit(self._look, self._unseen)
+
+    def _look(self, step: _Step) -> None:
+        """Let the cache look at a step, then copy experts as soon as the one that runs is done with their slots.
 
         So they are there for the next step. When the running one is over there is soon nothing left to wait for: nobody
         has to tell.
         """
-        self.settle()
+        with self._settling:
+            if self._unseen is step:  # else this comes late
+                self._show_unseen()
         while self._cache is not None and self._go_on(self._cache):
             time.sleep(_PACE_S)
 
@@ -171,10 +178,13 @@ class WatchedProgram:
     def settle(self) -> None:
         """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""
         with self._settling:
-            step, self._unseen = self._unseen, None
-            if step is not None and self._cache is not None:
-                self._cache.observe(step.routing, step.resident)
-                self._cache.step(step.seconds)
+            self._show_unseen()
+
+    def _show_unseen(self) -> None:
+        step, self._unseen = self._unseen, None
+        if step is not None and self._cache is not None:
+            self._cache.observe(step.routing, step.resident)
+            self._cache.step(step.seconds)
 
     @staticmethod
     def _record(recorder: TraceRecorder, routing: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:

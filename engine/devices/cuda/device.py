@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -212,14 +212,14 @@ def _batch_bytes(lowering: Lowering, at_once: int) -> int:
 
 
 class CUDAProgram:
-    """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `SlotProgram`.
+    """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `WaitingProgram`.
 
     Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
     first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step,
     and what is published meanwhile for this one or the next.
 
     Attributes:
-        leaves_a_cpu: another thread may work, and move experts, while a step runs.
+        leaves_a_cpu, while_waiting: another thread may work, and move experts, while a step runs; see `WaitingProgram`.
     """
 
     state_layout = "positions"
@@ -248,6 +248,7 @@ class CUDAProgram:
         self._graphs: dict[int, Graph] = {}
         self._n_begun = self._n_over = 0  # steps
         self.leaves_a_cpu = False
+        self.while_waiting: Callable[[], object] | None = None
         self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
         self._n_single_tokens = 0
         self._n_tokens = 0
@@ -399,6 +400,8 @@ class CUDAProgram:
                 self._graphs[most].launch(self._stream)
             else:
                 self._launch(most, streams)
+            if self.while_waiting is not None:
+                self.while_waiting()
             if misses is not None:
                 misses.serve(_step_number(self._n_begun), self._stream.is_idle)
             if not may_do_without:

@@ -303,11 +303,6 @@ class EmulatedProgram:
         return self._device.machine.bandwidths
 
     @property
-    def leaves_a_cpu(self) -> bool:
-        """Return False: a virtual clock has one thread."""
-        return False
-
-    @property
     def device_bytes(self) -> int:
         """Return the device memory that a real GPU would use."""
         return self.plan.n_bytes
