@@ -488,11 +488,13 @@ def test_the_thread_leaves_the_interpreter_to_a_step_that_is_being_launched(monk
     calls: list[str] = []
     observe = cache.observe
     monkeypatch.setattr(cache, "observe", lambda *step: (calls.append("look"), observe(*step)))
-    watched = WatchedProgram(Launching(device, calls), cache, in_background=True)
+    program = Launching(device, calls)
+    watched = WatchedProgram(program, cache, in_background=True)
     nothing = np.zeros(1, np.int32)
     for _ in range(4):
         watched.run(nothing, nothing, nothing, nothing)
     watched.close()
+    assert program.while_waiting is None
     looks = [i for i, call in enumerate(calls) if call == "look"]
     assert [calls[:i].count("launched") for i in looks] == [2, 3, 4]  # each at the step before, beside the next one
 

@@ -201,4 +201,5 @@ class WatchedProgram:
     def close(self) -> None:
         """End the thread; the program is left to its owner."""
         if self._thread is not None:
+            cast(WaitingProgram, self._program).while_waiting = None
             self._thread.shutdown()
