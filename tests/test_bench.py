@@ -91,14 +91,26 @@ def test_the_table_shows_median_spread_and_share() -> None:
 
 
 def test_three_placements_fit_a_terminal_of_usual_width() -> None:
-    placed = Placed(12_345_678_900, 0.66, 20.5, 45.6e9, 6.5e9, 345.6e9, 54.6, 61.2, 77.7, 0.86, is_virtual=True)
+    placed = Placed(
+        12_345_678_900, 0.66, 20.5, 45.6e9, 6.5e9, 345.6e9, 54.6, 61.2, 77.7, 0.86, 2.5e-3, 6e-3, 5e-4, is_virtual=True
+    )
     names = ("all experts on the CPU", "whole layers (n_cpu_moe = 39)", "hot experts (window_topk)")
     rows = [replace(ROWS[0], name=name, placed=placed, gains={"CPU": 0.57, "layers": 0.3}) for name in names]
     out = io.StringIO()
     render(Report({}, 0.0, rows), Console(file=out, width=80, highlight=False, markup=False))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "…" not in out.getvalue()
-    wanted = ("steady 77.7", "over layers +30%", "PCIe GB/s 6.5", "VRAM GB 12.3", "of limit 86%", "virtual clock")
+    wanted = (
+        "steady 77.7",
+        "GPU ms 2.5",
+        "CPU ms 6",
+        "other ms 0.5",
+        "over layers +30%",
+        "PCIe GB/s 6.5",
+        "VRAM GB 12.3",
+        "of limit 86%",
+        "virtual clock",
+    )
     assert all(any(line.startswith(start) for line in lines) for start in wanted)
 
 
@@ -163,6 +175,7 @@ def test_three_placements_at_equal_memory(tmp_path: Path, capsys: pytest.Capture
     assert hot["gains"]["CPU"] > layers["gains"]["CPU"] > 0
     assert hot["gains"]["layers"] > 0
     assert "over layers" in out
+    assert "other ms" not in out
     assert hot["placed"]["swaps"] > 0
     assert layers["placed"]["vram_bytes"] <= hot["placed"]["vram_bytes"] <= 12_000_000
     for row in (cpu, layers, hot):
@@ -172,6 +185,7 @@ def test_three_placements_at_equal_memory(tmp_path: Path, capsys: pytest.Capture
         assert placed["is_virtual"]
         assert 0 < placed["share_of_limit"] < 1
         assert placed["vram_bytes_s"] > 0
+        assert placed["device_s"] == placed["cpu_s"] == placed["other_s"] == 0  # such a device does not measure it
     rows = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
     assert float(rows[2]["hit_rate"]) == hot["placed"]["hit_rate"]
 

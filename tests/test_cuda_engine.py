@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from engine.__main__ import main
+from engine.bench.measure import measure
 from engine.cli.layers import layer_table
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.devices.cuda import jit, probe
@@ -113,6 +114,16 @@ def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:
             found[n_logical] = statistics
             engine._caching.cache.table.check_integrity()
     assert found[1].choices.tolist() == found[64].choices.tolist()
+
+
+def test_the_bench_says_where_the_time_of_a_token_goes() -> None:
+    with Engine.open(config=config(hot_k=9)) as engine:
+        (row,) = measure(engine, "hot experts", [3], 4, 1, lambda *_: None)
+    placed = row.placed
+    assert placed is not None
+    parts = placed.device_s, placed.cpu_s, placed.other_s
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(1 / row.decode_tok_s.median)
 
 
 def test_it_is_measured_how_gpu_and_cpu_share_the_time() -> None:

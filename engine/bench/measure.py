@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from engine import _kernels
-from engine.devices.timing import Bandwidths, Machine, StepWork, Traffic, time_step, traffic_of
+from engine.devices.timing import Bandwidths, LayerTimes, Machine, StepWork, Traffic, time_step, traffic_of
 from engine.experts.hot_cache import CacheStatistics
 from engine.machine import resident_bytes
 from engine.runtime import Engine
@@ -53,6 +53,8 @@ class Placed:
         steady_tok_s: of all later ones together; of the first if there is no other.
         share_of_limit: time that the memories need for those bytes, in the order in which a token needs them, over the
             time it took: what `engine plan` computes with the measured bandwidths, without its fixed costs.
+        device_s, cpu_s, other_s: of a token, while the CPU had nothing to do until it was asked for experts, until it
+            had answered, and for all else; 0 if the device does not measure it.
         is_virtual: times are those of a virtual clock.
     """
 
@@ -66,6 +68,9 @@ class Placed:
     first_turn_tok_s: float
     steady_tok_s: float
     share_of_limit: float
+    device_s: float
+    cpu_s: float
+    other_s: float
     is_virtual: bool
 
 
@@ -115,12 +120,17 @@ class CacheWork:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run, in seconds; `cold_s` are those of the first `COLD_TOKENS` tokens of `decode_s`, 0 if not known."""
+    """One run, in seconds; `cold_s` are those of the first `COLD_TOKENS` tokens of `decode_s`, 0 if not known.
+
+    `device_s` and `cpu_s` are parts of `decode_s`, as in `Placed`.
+    """
 
     prompt_s: float
     first_token_s: float
     decode_s: float
     cold_s: float = 0.0
+    device_s: float = 0.0
+    cpu_s: float = 0.0
     cache: CacheWork | None = None
 
 
@@ -193,7 +203,16 @@ def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
             ends.append(engine.now())
     cold, positions = ends[min(COLD_TOKENS, len(ends)) - 1], range(n_prompt, len(tokens))
     work = _cache_work(engine, before.cache, positions)
-    return Sample(ran - start, first - start, ends[-1] - first, cold - first, work)
+    times = _seconds(engine.statistics.layer_times, before.layer_times)
+    return Sample(ran - start, first - start, ends[-1] - first, cold - first, *times, work)
+
+
+def _seconds(now: LayerTimes | None, before: LayerTimes | None) -> tuple[float, float]:
+    """Return how long the device and the CPU worked between two looks; zeros if nobody measured it."""
+    if now is None or before is None:
+        return 0.0, 0.0
+    times = now - before
+    return float(times.device.sum()), float(times.cpu.sum())
 
 
 def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range) -> CacheWork | None:
@@ -230,7 +249,8 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int, limits: Bandw
     if not works or limits is None:
         return None
     seconds = sum(sample.decode_s for sample in samples)
-    later = samples[1:] or samples
+    later, n_tokens = samples[1:] or samples, n_gen * len(samples)
+    device_s, cpu_s = sum(sample.device_s for sample in samples), sum(sample.cpu_s for sample in samples)
     moved = sum((traffic_of(work.work) for work in works), Traffic())
     least = sum(_limit_s(work.work, limits) for work in works)
     return Placed(
@@ -244,5 +264,8 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int, limits: Bandw
         n_gen / samples[0].decode_s,
         n_gen * len(later) / sum(sample.decode_s for sample in later),
         least / seconds,
+        device_s / n_tokens,
+        cpu_s / n_tokens,
+        (seconds - device_s - cpu_s) / n_tokens if device_s else 0.0,
         statistics.has_virtual_clock,
     )

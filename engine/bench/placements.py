@@ -50,6 +50,11 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
         "steady: all later ones. gain: in decode speed. swaps: experts copied for a token; of limit: the time the "
         "memories need for the bytes moved, dense weights and experts one after the other, over the time taken.",
     ]
+    if statistics.layer_times is not None:
+        notes.append(
+            "GPU, CPU, other ms: of a token, until the CPU is asked for experts, until it has answered (the GPU "
+            "computes its own meanwhile), and all else."
+        )
     if limits is not None:
         speeds = (f"{speed / 1e9:.3g}" for speed in (limits.ram, limits.pcie, limits.vram))
         notes.append("The limits, in GB/s: {} from RAM, {} over PCIe, {} from VRAM.".format(*speeds))

@@ -96,6 +96,10 @@ def _share_of_limit(row: Row, limit: float) -> str:
     return f"{row.bandwidth / limit:.0%}" if row.token_bytes and limit else ""
 
 
+def _part_ms(seconds: float) -> str:
+    return _figure(seconds * 1e3) if seconds else ""
+
+
 def _note(row: Row) -> str:
     virtual = "virtual clock" if row.placed is not None and row.placed.is_virtual else ""
     return ", ".join(filter(None, (row.note, virtual)))
@@ -119,6 +123,9 @@ LINES: tuple[Line, ...] = (
     ("  cold", _of_placed(lambda placed: _figure(placed.cold_tok_s))),
     ("  first turn", _of_placed(lambda placed: _figure(placed.first_turn_tok_s))),
     ("  steady", _of_placed(lambda placed: _figure(placed.steady_tok_s))),
+    ("  GPU ms", _of_placed(lambda placed: _part_ms(placed.device_s))),
+    ("  CPU ms", _of_placed(lambda placed: _part_ms(placed.cpu_s))),
+    ("  other ms", _of_placed(lambda placed: _part_ms(placed.other_s))),
     ("  over CPU", _gain_over("CPU")),
     ("  over layers", _gain_over("layers")),
     ("VRAM GB", _of_placed(lambda placed: _gigabytes(placed.vram_bytes))),
