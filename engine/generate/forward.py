@@ -112,20 +112,24 @@ class ForwardPass:
         next call; or the token that follows, where the program could draw it. Raises `RequestError` for more than
         `limits.max_tokens` tokens or a position beyond the context.
         """
-        sizes = [len(part.token_ids) for part in parts]
-        ends = np.cumsum(sizes)
-        ids = np.concatenate([np.asarray(part.token_ids, np.int32) for part in parts])
-        positions = np.concatenate(
-            [np.arange(p.position, p.position + n, dtype=np.int32) for p, n in zip(parts, sizes, strict=True)]
-        )
-        slots = np.repeat(np.array([part.slot for part in parts], np.int32), sizes)
-        rows = np.array([end - 1 for part, end in zip(parts, ends, strict=True) if part.wants_logits], np.int32)
-        draws = [part.draw for part in parts if part.wants_logits]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows: list[int] = []
+        draws: list[Draw | None] = []
+        for part in parts:
+            ids.extend(part.token_ids)
+            positions.extend(range(part.position, part.position + len(part.token_ids)))
+            slots.extend([part.slot] * len(part.token_ids))
+            if part.wants_logits:
+                rows.append(len(ids) - 1)
+                draws.append(part.draw)
+        step = _int32(ids), _int32(positions), _int32(slots), _int32(rows)
         if not self._draws or all(draw is None for draw in draws):
-            return list(self.program.run(ids, positions, slots, rows))
+            return list(self.program.run(*step))
         program = cast(DrawingProgram, self.program)  # to look for its methods takes 10 us, of each token
         packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)
-        tokens, logits = program.run_and_draw(ids, positions, slots, rows, packed)
+        tokens, logits = program.run_and_draw(*step, packed)
         return [logits[i] if token < 0 and logits is not None else token for i, token in enumerate(tokens.tolist())]
 
     def _rows(self, n: int, outputs: Outputs, *, is_last: bool) -> npt.NDArray[np.int32]:
@@ -134,3 +138,7 @@ class ForwardPass:
         if outputs == "last" and is_last:
             return np.array([n - 1], np.int32)
         return self._no_rows
+
+
+def _int32(values: list[int]) -> npt.NDArray[np.int32]:
+    return np.array(values, np.int32)

@@ -20,12 +20,20 @@ MAX_AHEAD = 16  # tokens that are made for a reader who does not fetch them
 
 @dataclass(frozen=True, slots=True)
 class StepCount:
-    """What a step did: tokens of prompts and answers, and its seconds, split between the two by tokens."""
+    """What steps did: tokens of prompts and answers, and their seconds, split between the two by tokens."""
 
-    n_prompt_tokens: int
-    n_decode_tokens: int
-    prompt_s: float
-    decode_s: float
+    n_prompt_tokens: int = 0
+    n_decode_tokens: int = 0
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __add__(self, other: StepCount) -> StepCount:
+        return StepCount(
+            self.n_prompt_tokens + other.n_prompt_tokens,
+            self.n_decode_tokens + other.n_decode_tokens,
+            self.prompt_s + other.prompt_s,
+            self.decode_s + other.decode_s,
+        )
 
 
 class Scheduler:

@@ -112,6 +112,7 @@ class Engine(Answering):
         self._scheduler = Scheduler(self._forward, self._turn, self._record)
         self._lock = threading.RLock()
         self._is_open = True
+        self._steps = StepCount()  # all of them together
         self._statistics = EngineStatistics(
             f"{self.spec.name} ({self.spec.architecture})",
             self._device.description,
@@ -421,6 +422,10 @@ class Engine(Answering):
                 time_spent=None if metered is None else metered.time_spent,
                 layer_times=None if timed is None else timed.layer_times,
                 traffic=None if metered is None else metered.traffic,
+                n_prompt_tokens=self._steps.n_prompt_tokens,
+                n_decode_tokens=self._steps.n_decode_tokens,
+                prompt_s=self._steps.prompt_s,
+                decode_s=self._steps.decode_s,
             )
 
     def now(self) -> float:
@@ -436,14 +441,7 @@ class Engine(Answering):
             yield
 
     def _record(self, step: StepCount) -> None:
-        s = self._statistics
-        self._statistics = replace(
-            s,
-            n_prompt_tokens=s.n_prompt_tokens + step.n_prompt_tokens,
-            n_decode_tokens=s.n_decode_tokens + step.n_decode_tokens,
-            prompt_s=s.prompt_s + step.prompt_s,
-            decode_s=s.decode_s + step.decode_s,
-        )
+        self._steps += step
 
     def _first_line(self, device_reason: str) -> str:
         """Say what is used and why, in one line."""
