@@ -18,7 +18,8 @@ class SlotDevice(Protocol):
     """A device with memory for some experts of each layer, in numbered slots.
 
     A step reads a slot only where a `publish` made before the step was started says so. None of these calls waits for
-    the device, but for `wait_all`.
+    the device, but for `wait_all`. Fences are passed in the order of steps and their layers as a rule, and copies end
+    in the order in which they were begun; nothing goes wrong where they do not, but then it may be noticed late.
     """
 
     def copy_expert(self, layer: int, expert: int, slot: int) -> Ticket:

@@ -4,8 +4,8 @@ A swap goes through three hands, at any pace the device likes: the victim is unp
 the fence is passed, the copy is started; when the copy is done, the newcomer is published. A copy that fails costs
 its slot's contents and nothing else: the expert is computed from RAM, as it was before.
 
-Fences are passed in the order of steps and their layers, and copies end in the order in which they were begun, so only
-the first of each is asked for: this happens many times while a step runs, whose thread wants the interpreter, too.
+Fences are passed and copies end in an order that is known (`SlotDevice`), so only the first of each is asked for: this
+happens many times while a step runs, whose thread wants the interpreter, too.
 """
 
 from __future__ import annotations
