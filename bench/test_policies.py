@@ -80,6 +80,7 @@ class Asleep:
     """A device with slots and its program, whose steps sleep from layer to layer. It trusts the cache."""
 
     while_waiting: Callable[[], object] | None = None
+    before_end: Callable[[], object] | None = None
     slept_s = 0.0
     PAUSES, STEP_S, COPY_S = 12, 9e-3, 1e-4
 
@@ -98,8 +99,10 @@ class Asleep:
         for layer in range(0, N_LAYERS, N_LAYERS // self.PAUSES):
             self.layer = layer
             time.sleep(self.STEP_S / self.PAUSES)
-        self.n_over = self.n_begun
         Asleep.slept_s += time.perf_counter() - start
+        if self.before_end is not None:
+            self.before_end()
+        self.n_over = self.n_begun
         return np.zeros((1, 1), np.float32)
 
     def routing(self) -> np.ndarray:

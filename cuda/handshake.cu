@@ -1,4 +1,4 @@
-// Asks the CPU for experts (`handshake.cuh`), and tells it when a step is over.
+// Asks the CPU for experts (`handshake.cuh`), and tells it after the last ones.
 #include "handshake.cuh"
 
 // Grid: 1 block.
@@ -11,7 +11,8 @@ publish_misses(const int *ids, const int *slots, int n_used, Sent gate, Sent up,
     exchange.ask(ids, slots, n_used, n);
 }
 
-// Grid: 1 block of 1 thread. After the last layer: lets the CPU's loop end. `layer` is the number of layers.
+// Grid: 1 block of 1 thread. After the last layer, before the output head: lets the CPU's loop end. `layer` is the number
+// of layers.
 KERNEL(1)
 publish_end(Exchange exchange) {
     begin_kernel();

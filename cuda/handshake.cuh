@@ -8,10 +8,10 @@
 //     answered   written by the CPU when its answer is
 //     abandoned  not 0 once the CPU cannot answer any more: the graph then runs to its end, with wrong values
 //
-// A request's number is step * (n_layers + 1) + layer + 1, and step * (n_layers + 1) + n_layers + 1 says that the step is
-// over. `step` is counted up by the host and read from device memory, so one graph serves every token and no flag is
-// ever reset. A layer without misses makes no request: the CPU sees from the next number that it was skipped, and it
-// cannot be overtaken, since a request is written only after the one before was answered.
+// A request's number is step * (n_layers + 1) + layer + 1, and step * (n_layers + 1) + n_layers + 1 says that the step asks
+// for nothing more. `step` is counted up by the host and read from device memory, so one graph serves every token and no
+// flag is ever reset. A layer without misses makes no request: the CPU sees from the next number that it was skipped, and
+// it cannot be overtaken, since a request is written only after the one before was answered.
 //
 // A guess of what a later layer will ask for goes through ids and a word of its own, with the number of that request. Nobody
 // answers it.

@@ -448,7 +448,7 @@ class RequestServer:
         """
 
     def run(self, step: Step, first: int, last: int, timeout_s: float) -> bool:
-        """Serve until the step is over, without the GIL and with one team of threads; False if it was abandoned.
+        """Serve until the step asks for nothing more, without the GIL and with one team of threads; False if it was abandoned.
 
         `last` is what `requested` held before the step began. Raises `TimeoutError` if a request takes too long to
         come, and `ValueError` for a step that does not fit the programs.

@@ -296,6 +296,7 @@ class Stepping:
     """A program whose steps choose at random and note in `calls` that they ran."""
 
     while_waiting: Callable[[], object] | None = None
+    before_end: Callable[[], object] | None = None
 
     def __init__(self, device: FakeSlots, calls: list[str]) -> None:
         self.device, self.calls, self.rng, self.n_hits = device, calls, np.random.default_rng(0), 0
@@ -306,6 +307,8 @@ class Stepping:
         self.calls.append("run")
         self.chosen = tokens(self.rng, 1)
         self.n_hits += sum(self.device.where[layer, e] >= 0 for layer in range(N_LAYERS) for e in self.chosen[layer, 0])
+        if self.before_end is not None:
+            self.before_end()
         return np.zeros((1, 1), np.float32)
 
     def routing(self) -> np.ndarray:
@@ -313,7 +316,7 @@ class Stepping:
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_arrivals_are_published_before_a_step_if_nobody_else_does_so_in_time(monkeypatch, in_background: bool) -> None:
+def test_arrivals_are_published_at_both_ends_of_a_step_if_nobody_else_does(monkeypatch, in_background: bool) -> None:
     cache, device = make_cache([3] * N_LAYERS, 0)
     calls: list[str] = []
     publish = cache.publish_arrivals
@@ -325,7 +328,7 @@ def test_arrivals_are_published_before_a_step_if_nobody_else_does_so_in_time(mon
         watched.run(nothing, nothing, nothing, nothing)
         watched.settle()
         device.finish(1.0)
-    assert calls == (["publish", "run"] if in_background else ["run"]) * 6
+    assert calls == (["publish", "run", "publish"] if in_background else ["run"]) * 6
     assert cache.statistics.hits.sum() == program.n_hits > 0
     check(cache, device)
     watched.close()
@@ -494,7 +497,7 @@ def test_the_thread_leaves_the_interpreter_to_a_step_that_is_being_launched(monk
     for _ in range(4):
         watched.run(nothing, nothing, nothing, nothing)
     watched.close()
-    assert program.while_waiting is None
+    assert program.while_waiting is program.before_end is None
     looks = [i for i, call in enumerate(calls) if call == "look"]
     assert [calls[:i].count("launched") for i in looks] == [2, 3, 4]  # each at the step before, beside the next one
 

@@ -95,11 +95,14 @@ class WaitingProgram(SlotProgram, Protocol):
 
     Attributes:
         while_waiting: called in each step by the thread that runs it, right before that lets go of the interpreter
-            until the step is over. A thread that began to work before would hold the interpreter for milliseconds,
-            in which the step would not get on.
+            until the step is nearly over. A thread that began to work before would hold the interpreter for
+            milliseconds, in which the step would not get on.
+        before_end: called by that thread when all layers are done and only the output head is not: what can be done
+            for the next step by then costs no time.
     """
 
     while_waiting: Callable[[], object] | None
+    before_end: Callable[[], object] | None
 
     @property
     def leaves_a_cpu(self) -> bool:

@@ -36,6 +36,9 @@ class Steering:
     ) -> None:
         self._program, self._names, self._next_token = program, bias_names, next_token
         self._values = np.zeros((len(bias_names), n_experts), np.float32)
+        self._first = n_experts * np.arange(len(bias_names))[:, None]  # of each layer's values
+        self._set: npt.NDArray[np.intp] | None = None  # which values are not 0
+        self._prepared: npt.NDArray[np.integer] | None = None  # the next token's experts
 
     def end_of_prompt(self) -> npt.NDArray[np.int32]:
         """Return what is played for the last tokens of a prompt, [n_moe_layers, PLAYED_OF_PROMPT, n_experts_used].
@@ -43,15 +46,29 @@ class Steering:
         A prompt runs with what its random routers choose, which says nothing about the answer that is played after it.
         Whoever learns from prompts is to be told this instead.
         """
-        return np.stack([self._next_token() for _ in range(PLAYED_OF_PROMPT)], axis=1).astype(np.int32)
+        return np.stack([self._take() for _ in range(PLAYED_OF_PROMPT)], axis=1).astype(np.int32)
+
+    def prepare(self) -> None:
+        """Find the next token's routing already, when there is time for it and no other thread is in here."""
+        if self._prepared is None:
+            self._prepared = self._next_token()
+
+    def _take(self) -> npt.NDArray[np.integer]:
+        self.prepare()
+        ids, self._prepared = self._prepared, None
+        assert ids is not None
+        return ids
 
     def begin_step(self, n_tokens: int) -> None:
         """Set the biases for a step of so many tokens."""
-        self._values[:] = 0.0
+        values = self._values.reshape(-1)
+        if self._set is not None:
+            values[self._set] = 0.0
+            self._set = None
         if n_tokens == 1:
-            ids = self._next_token()
-            ranks = np.arange(ids.shape[1], dtype=np.float32)
-            np.put_along_axis(self._values, ids.astype(np.intp), _ABOVE_SCORES - ranks / ids.shape[1], axis=1)
+            self._set = self._first + self._take()
+            n_used = self._set.shape[1]
+            values[self._set] = _ABOVE_SCORES - np.arange(n_used, dtype=np.float32) / n_used
         self._program.write_vectors(self._names, self._values)
 
 

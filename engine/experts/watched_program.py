@@ -57,7 +57,8 @@ class WatchedProgram:
         self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
         self._looking: Future[None] | None = None  # the thread's latest work
         if in_background:
-            cast(WaitingProgram, program).while_waiting = self._begin_to_look
+            waiting = cast(WaitingProgram, program)
+            waiting.while_waiting, waiting.before_end = self._begin_to_look, self._get_ready
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -115,7 +116,8 @@ class WatchedProgram:
     ) -> T:
         """Run one step and let the watchers see it."""
         if self._steering is not None:
-            self._steering.begin_step(len(token_ids))
+            with self._settling:
+                self._steering.begin_step(len(token_ids))
         if self._cache is not None:
             self._make_room(self._cache, positions, slots)
         resident = None if self._cache is None else self._cache.resident()
@@ -134,7 +136,8 @@ class WatchedProgram:
         if self._recorder is not None:
             self._record(self._recorder, routing, slots)
         if self._steering is not None and self._cache is not None and self._cache.bypasses(len(token_ids)):
-            routing = self._steering.end_of_prompt()
+            with self._settling:
+                routing = self._steering.end_of_prompt()
         if resident is not None:
             self._unseen = _Step(routing, resident, step_s)
         if self._thread is None:
@@ -168,8 +171,17 @@ class WatchedProgram:
         with self._settling:
             if self._unseen is step:  # else this comes late
                 self._show_unseen()
+            if self._steering is not None:
+                self._steering.prepare()
         while self._cache is not None and self._go_on(self._cache):
             time.sleep(_PACE_S)
+
+    def _get_ready(self) -> None:
+        """Do what a step that is nearly over leaves to do for the next one, in the time that its output head takes."""
+        with self._settling:
+            self._show_unseen()
+            if self._cache is not None:
+                self._cache.publish_arrivals()
 
     def _go_on(self, cache: HotCache) -> bool:
         with self._settling:
@@ -201,5 +213,6 @@ class WatchedProgram:
     def close(self) -> None:
         """End the thread; the program is left to its owner."""
         if self._thread is not None:
-            cast(WaitingProgram, self._program).while_waiting = None
+            waiting = cast(WaitingProgram, self._program)
+            waiting.while_waiting = waiting.before_end = None
             self._thread.shutdown()

@@ -754,7 +754,7 @@ void program_run(program *p, const program_step *step, int first, int last, doub
 enum { POLLS_PER_CLOCK = 1024 };
 
 // What the first thread sends the team for: to compute a layer, or to fetch what is guessed of one until another
-// request than `answered` is there. Layer n_layers: the step is over; -1: some `result` says why not.
+// request than `answered` is there. Layer n_layers: nothing more will be; -1: some `result` says why not.
 typedef struct {
     int layer;
     bool is_guess;

@@ -219,7 +219,8 @@ class CUDAProgram:
     and what is published meanwhile for this one or the next.
 
     Attributes:
-        leaves_a_cpu, while_waiting: another thread may work, and move experts, while a step runs; see `WaitingProgram`.
+        leaves_a_cpu, while_waiting, before_end: another thread may work, and move experts, while a step runs; see
+            `WaitingProgram`.
     """
 
     state_layout = "positions"
@@ -249,10 +250,9 @@ class CUDAProgram:
         self._n_begun = self._n_over = 0  # steps
         self.leaves_a_cpu = False
         self.while_waiting: Callable[[], object] | None = None
+        self.before_end: Callable[[], object] | None = None
         self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
         self._n_single_tokens = 0
-        self._n_tokens = 0
-        self._rows_of_routing = 1
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
         self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
         self._all_slots = usable.of(False, 0)
@@ -273,6 +273,7 @@ class CUDAProgram:
             self._chosen: npt.NDArray[np.int32] = self._drawn.bytes.view(np.int32)[:rows]
             self._places = self._table.bytes.view(np.int32)[: n_layers * n_experts].reshape(n_layers, -1)
             self._places[:] = -1
+            self._routing: npt.NDArray[np.int32] = np.zeros((n_layers, 0, n_used), np.int32)  # of the last step
             self._expert_in = np.full(self._all_slots.shape, -1, np.int32)  # of each layer's slots, -1: nobody's
             self._upload_constants()
             exchange = None
@@ -390,8 +391,7 @@ class CUDAProgram:
         logits = self._logits[:n_outputs]
         if n_outputs > len(self._logits):
             logits = np.empty((n_outputs, lowering.n_vocab), np.float32)
-        asks = self._top_k[:n_outputs] != NO_DRAW
-        may_do_without = np.count_nonzero(asks) == n_outputs
+        may_do_without = NO_DRAW not in self._top_k[:n_outputs].tolist()  # of few Python is quicker
 
         misses = None if streams else self._misses
         if misses is not None:
@@ -407,21 +407,24 @@ class CUDAProgram:
                 misses.serve(_step_number(self._n_begun), self._stream.is_idle)
             if not may_do_without:
                 self._download_logits(logits, most)
+            if misses is not None:
+                self._count_seconds(misses, n)
+            if self.before_end is not None:
+                self.before_end()
         except BaseException:
             if misses is not None:
                 misses.abandon()
             self._synchronize()
             raise
         self._synchronize()
-        self._n_tokens, self._rows_of_routing = n, most
-        if misses is not None:
-            self._count_seconds(misses, n)
-        chosen = np.where(asks, self._chosen[:n_outputs], -1)
-        if may_do_without and chosen.min(initial=0) >= 0:
+        self._routing = self._routing_of[most][:, :n]
+        if not may_do_without:
+            return np.where(self._top_k[:n_outputs] != NO_DRAW, self._chosen[:n_outputs], -1), logits
+        chosen = self._chosen[:n_outputs].copy()
+        if min(chosen.tolist(), default=0) >= 0:
             return chosen, None
-        if may_do_without:  # now, for swaps may take this memory when the step is over
-            self._download_logits(logits, most)
-            self._synchronize()
+        self._download_logits(logits, most)  # now, for swaps may take this memory when the step is over
+        self._synchronize()
         return chosen, logits
 
     def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
@@ -439,10 +442,8 @@ class CUDAProgram:
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        shape = (len(self._places), self._rows_of_routing, self._lowering.experts.n_used)
-        ids: npt.NDArray[np.int32] = self._ids.bytes.view(np.int32)[: shape[0] * shape[1] * shape[2]].reshape(shape)
-        kept: npt.NDArray[np.int32] = ids[:, : self._n_tokens].copy()
-        return kept
+        routing: npt.NDArray[np.int32] = self._routing.copy()
+        return routing
 
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors, [len(names), size], for all steps from now on."""
@@ -657,6 +658,9 @@ class CUDAProgram:
         for launch in kernels:
             self._context.function(launch)  # no look-up may happen while a graph waits
         self._sizes = list(recorded)
+        n_layers, n_used = len(lowering.experts.layers), lowering.experts.n_used
+        ids = self._ids.bytes.view(np.int32)
+        self._routing_of = {n: ids[: n_layers * n * n_used].reshape(n_layers, n, n_used) for n in self._sizes}
         for size, steps in recorded.items():
             if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):
                 self._graphs[size] = self._captured([step for step in steps if isinstance(step, Launch)], size)

@@ -247,7 +247,8 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
     expert_out, weights, stream = (recorder.use(t) for t in (op.expert_out, op.routing.weights, op.residual))
     shared = recorder.use(op.shared) if op.shared else None
     shared_gate = recorder.use(op.shared_gate) if op.shared_gate else None
-    layer = recorder.experts.layers[recorder.experts.number(op.routing)]
+    number = recorder.experts.number(op.routing)
+    layer = recorder.experts.layers[number]
 
     def summands(p: Pass) -> tuple[Rows, Combined, Rows]:
         return (
@@ -268,6 +269,8 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
         )
 
     operations.residual(recorder, op.out, summands, norm)
+    if number + 1 == len(recorder.experts.layers):
+        recorder.record(lambda p: [] if p.exchange is None else [kernels.publish_end(p.exchange)])
 
 
 def _routing(recorder: Recorder, op: ops.Router) -> Callable[[Pass], kernels.Routing]:

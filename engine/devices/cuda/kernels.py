@@ -685,6 +685,6 @@ def publish_misses(ids: int, n_used: int, asked: Asked, count: Count) -> Launch:
 
 
 def publish_end(exchange: Exchange) -> Launch:
-    """Tell the CPU that the step is over."""
+    """Tell the CPU that it will be asked for nothing more in this step."""
     end = exchange._replace(layer=exchange.n_layers)
     return Launch("handshake.cu", "publish_end", (), (1, 1, 1), 1, (end.argument,))

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.devices import graph as ops
 from engine.devices.context_slots import ContextSlot
-from engine.devices.cuda import expert_operations, fusion, kernels, operations, sequence_operations, tiles
+from engine.devices.cuda import expert_operations, fusion, operations, sequence_operations, tiles
 from engine.devices.cuda.drawing import Drawing
 from engine.devices.cuda.expert_layers import ExpertLayer, ExpertTables, Staging, Streamed, place_slots
 from engine.devices.cuda.kernels import Exchange
@@ -122,10 +122,7 @@ class Lowering:
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
         made = Pass(self.limits, self.step, self.scratch_of(most), most, base, exchange)
-        launches = self.recorder.launches(made)
-        if exchange is not None:
-            launches.append(kernels.publish_end(exchange))
-        return [launch for launch in launches if isinstance(launch, Launch)]
+        return [launch for launch in self.recorder.launches(made) if isinstance(launch, Launch)]
 
     def streaming_launches(self, base: int, most: int) -> list[Launch | Streamed]:
         """Return the launches of a step that brings experts without a slot to the device, for at least some tokens."""

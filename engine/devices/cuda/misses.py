@@ -124,7 +124,7 @@ class MissServer:
     def has_passed(self, step_number: int, layer: int) -> bool:
         """Return whether the GPU is known to be done with a layer in a step; any thread may ask, at any time.
 
-        It is known where a later layer asks for experts, or the step is over: kernels run one after the other.
+        It is known where a later layer asks for experts, or none will: kernels run one after the other.
         """
         asking = (int(self._requested[0]) - self._first_request(step_number)) & _WORD
         return layer < asking <= self._n_layers
@@ -134,7 +134,7 @@ class MissServer:
         return (step_number * (self._n_layers + 1) + 1) & _WORD
 
     def _serve_for(self, seconds: float, first: int, last: int) -> bool:
-        """Return whether the step is over; False if nothing was asked for so long."""
+        """Return whether the step asks for nothing more; False if nothing was asked for so long."""
         try:
             self._server.run(self._step, first, last, seconds)
         except TimeoutError:
