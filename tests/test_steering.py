@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 
 from engine.config import EngineConfig, EngineSettings, MoESettings
 from engine.data import tiny_model_path
+from engine.devices.cuda import device as cuda_device
 from engine.errors import ConfigError
 from engine.experts.routing_process import RoutingProcess
-from engine.experts.steering import PLAYED_OF_PROMPT
+from engine.experts.steering import PLAYED_OF_PROMPT, Steering
 from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
 from engine.experts.tracker import count_choices
 from engine.runtime import Engine
@@ -69,8 +71,45 @@ def test_the_cache_is_told_what_is_played_for_the_end_of_a_prompt() -> None:
         np.testing.assert_array_equal(cache.counts, expected + count_choices(played[-1:], 16))
 
 
+class Told:
+    """A program that keeps what its routers are told."""
+
+    def __init__(self) -> None:
+        self.values, self.n_times = np.full((3, 16), np.nan, np.float32), 0
+
+    def write_vectors(self, _: Sequence[str], values: np.ndarray) -> None:
+        self.values[:] = values
+        self.n_times += 1
+
+
+def test_what_is_played_is_the_same_if_it_is_set_before_a_step_is_over() -> None:
+    """It takes no time then, from the second of several tokens on; a prompt in between makes no difference."""
+    told: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    n_late: dict[bool, list[int]] = {False: [], True: []}
+    for is_early, seen in told.items():
+        program = Told()
+        steering = Steering(program, ["a", "b", "c"], 16, RoutingProcess(3, 16, 4).next_token)
+        for n_tokens in (1, 1, 1, 5, 5, 1, 1, 2, 1):
+            before = program.n_times
+            steering.begin_step(n_tokens)
+            n_late[is_early].append(program.n_times - before)
+            seen.append(program.values.copy())
+            if is_early:
+                steering.find_next()
+                steering.foresee()
+            if n_tokens > 1:
+                seen.append(steering.end_of_prompt())
+    for late, early in zip(told[False], told[True], strict=True):
+        np.testing.assert_array_equal(late, early)
+    assert n_late == {False: [1, 1, 1, 1, 0, 1, 1, 1, 1], True: [1, 0, 0, 1, 0, 1, 0, 1, 1]}
+
+
 @needs_emulator
-def test_the_gpu_chooses_them_too(driver, tmp_path: Path, process: np.ndarray) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_the_gpu_chooses_them_too(
+    in_background: bool, driver, tmp_path: Path, process: np.ndarray, monkeypatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "n_logical_cpus", lambda: 64 if in_background else 1)
     driver.set(order="random", copy_us=200)
     np.testing.assert_array_equal(routing_of_run("cuda", tmp_path, "made-up"), process)
 

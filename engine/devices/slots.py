@@ -97,8 +97,8 @@ class WaitingProgram(SlotProgram, Protocol):
         while_waiting: called in each step by the thread that runs it, right before that lets go of the interpreter
             until the step is nearly over. A thread that began to work before would hold the interpreter for
             milliseconds, in which the step would not get on.
-        before_end: called by that thread when all layers are done and only the output head is not: what can be done
-            for the next step by then costs no time.
+        before_end: called by that thread once all layers are done and only the output head is not, in steps in which
+            the CPU takes part: what is done for the next step by then costs no time.
     """
 
     while_waiting: Callable[[], object] | None

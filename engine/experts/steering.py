@@ -8,7 +8,7 @@ it always does, so that what is measured is the real thing, on any device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,16 @@ BIAS_NAME = "exp_probs_b.bias"
 PLAYED_OF_PROMPT = 32  # tokens: made-up routing takes half a millisecond for each
 _ABOVE_SCORES = 16.0  # which are probabilities
 
+_Routing: TypeAlias = npt.NDArray[np.integer]
 RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
 """Returns the experts of one more token, [n_moe_layers, n_experts_used], best first."""
 
 
 class Steering:
-    """Sets the biases of all routers before each step: one token gets the next routing, several their own."""
+    """Sets the biases of all routers before each step: one token gets the next routing, several their own.
+
+    Nobody may call it from two threads at a time. What is played does not depend on when routing is found, or set.
+    """
 
     def __init__(
         self, program: TunableProgram, bias_names: Sequence[str], n_experts: int, next_token: RoutingSource
@@ -37,8 +41,10 @@ class Steering:
         self._program, self._names, self._next_token = program, bias_names, next_token
         self._values = np.zeros((len(bias_names), n_experts), np.float32)
         self._first = n_experts * np.arange(len(bias_names))[:, None]  # of each layer's values
-        self._set: npt.NDArray[np.intp] | None = None  # which values are not 0
-        self._prepared: npt.NDArray[np.integer] | None = None  # the next token's experts
+        self._set = np.zeros((0, 0), np.intp)  # which values are not 0
+        self._next: _Routing | None = None  # of the next token, once it is known
+        self._written: _Routing | Literal["nothing"] | None = "nothing"  # what the routers are told; None: to choose
+        self._runs_one = False  # the last step
 
     def end_of_prompt(self) -> npt.NDArray[np.int32]:
         """Return what is played for the last tokens of a prompt, [n_moe_layers, PLAYED_OF_PROMPT, n_experts_used].
@@ -48,28 +54,38 @@ class Steering:
         """
         return np.stack([self._take() for _ in range(PLAYED_OF_PROMPT)], axis=1).astype(np.int32)
 
-    def prepare(self) -> None:
-        """Find the next token's routing already, when there is time for it and no other thread is in here."""
-        if self._prepared is None:
-            self._prepared = self._next_token()
+    def begin_step(self, n_tokens: int) -> None:
+        """Set the biases for a step of so many tokens, if that was not foreseen."""
+        self._runs_one = n_tokens == 1
+        self._write(self._take() if self._runs_one else None)
 
-    def _take(self) -> npt.NDArray[np.integer]:
-        self.prepare()
-        ids, self._prepared = self._prepared, None
+    def find_next(self) -> None:
+        """Find the next token's routing already, when there is time for it."""
+        if self._next is None:
+            self._next = self._next_token()
+
+    def foresee(self) -> None:
+        """Set the biases for one more token, if the step that runs is of one; its routers must have chosen."""
+        if self._runs_one:
+            self.find_next()
+            self._write(self._next)
+
+    def _take(self) -> _Routing:
+        self.find_next()
+        ids, self._next = self._next, None
         assert ids is not None
         return ids
 
-    def begin_step(self, n_tokens: int) -> None:
-        """Set the biases for a step of so many tokens."""
+    def _write(self, ids: _Routing | None) -> None:
+        if ids is self._written:
+            return
         values = self._values.reshape(-1)
-        if self._set is not None:
-            values[self._set] = 0.0
-            self._set = None
-        if n_tokens == 1:
-            self._set = self._first + self._take()
-            n_used = self._set.shape[1]
-            values[self._set] = _ABOVE_SCORES - np.arange(n_used, dtype=np.float32) / n_used
+        values[self._set] = 0.0
+        self._set = np.zeros((0, 0), np.intp) if ids is None else self._first + ids
+        n_used = self._set.shape[1]
+        values[self._set] = _ABOVE_SCORES - np.arange(n_used, dtype=np.float32) / n_used
         self._program.write_vectors(self._names, self._values)
+        self._written = ids
 
 
 def make_steering(setting: str, program: Program, tensor_names: Sequence[str], spec: ModelSpec) -> Steering | None:

@@ -172,7 +172,7 @@ class WatchedProgram:
             if self._unseen is step:  # else this comes late
                 self._show_unseen()
             if self._steering is not None:
-                self._steering.prepare()
+                self._steering.find_next()
         while self._cache is not None and self._go_on(self._cache):
             time.sleep(_PACE_S)
 
@@ -182,6 +182,8 @@ class WatchedProgram:
             self._show_unseen()
             if self._cache is not None:
                 self._cache.publish_arrivals()
+            if self._steering is not None:
+                self._steering.foresee()
 
     def _go_on(self, cache: HotCache) -> bool:
         with self._settling:

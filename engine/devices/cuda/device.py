@@ -409,8 +409,8 @@ class CUDAProgram:
                 self._download_logits(logits, most)
             if misses is not None:
                 self._count_seconds(misses, n)
-            if self.before_end is not None:
-                self.before_end()
+                if self.before_end is not None:
+                    self.before_end()
         except BaseException:
             if misses is not None:
                 misses.abandon()
@@ -457,7 +457,7 @@ class CUDAProgram:
             pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
             self._vector_writes[key] = memory, self._own(self._captured(fetch(pieces)))
         memory, graph = self._vector_writes[key]
-        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # no step runs that may be reading it
+        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # the last ones were fetched before the step at hand
         graph.launch(self._stream)
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
