@@ -29,11 +29,11 @@ from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.attention import attend as attention_over
 from engine.devices.cuda.attention import inputs as attention_inputs
 from engine.devices.cuda.attention import scratch_bytes as attention_scratch_bytes
-from engine.devices.cuda.device import CUDAProgram
 from engine.devices.cuda.driver import call
 from engine.devices.cuda.jit import NVRTCCompiler
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
+from engine.devices.cuda.program import CUDAProgram
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.graph import DRAW, Gating, KVType, Limits, Scoring
 from engine.devices.graph import Activation as ExpertActivation
@@ -804,7 +804,7 @@ def swaps(bench: Bench) -> None:
         forward = ForwardPass(program, limits, loaded.spec.n_vocab)
         n_layers, token = len(program.n_slots), 0
         for layer in range(n_layers):  # the first slot is what copies go to
-            program.publish(layer, int(np.flatnonzero(program._slot_of[layer] == 0)[0]), -1)
+            program.publish(layer, int(program._expert_in[layer, 0]), -1)
         for n_copies in (0, 2, 4, 6, 8, 0):
             times, before = [], program.layer_times
             for i in range(160):
@@ -845,7 +845,7 @@ def guesses(bench: Bench) -> None:
         for program, forward in ways.values():
             forward.run(0, tokens[:position], 0)
             for layer in range(n_layers):  # the first slot is what copies go to
-                program.publish(layer, int(np.flatnonzero(program._slot_of[layer] == 0)[0]), -1)
+                program.publish(layer, int(program._expert_in[layer, 0]), -1)
         for n_copies in (0, 20 * n_layers // 48):
             before = {name: program.layer_times for name, (program, _) in ways.items()}
             times: dict[str, list[float]] = {name: [] for name in ways}

@@ -17,7 +17,8 @@ from engine.bench.measure import measure
 from engine.cli.layers import layer_table
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
 from engine.devices.cuda import jit, probe
-from engine.devices.cuda.device import CUDAProgram
+from engine.devices.cuda.program import CUDAProgram
+from engine.devices.cuda.steps import Steps
 from engine.errors import DeviceError
 from engine.gguf import weights
 from engine.runtime import Engine
@@ -77,14 +78,14 @@ def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) ->
 def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, monkeypatch) -> None:
     """The GPU, or the CPU from the same logits; and logits are fetched only if somebody looks at them."""
     n_fetched = 0
-    download = CUDAProgram._download_logits
+    download = Steps.download_logits
 
     def count(*args) -> None:
         nonlocal n_fetched
         n_fetched += 1
         download(*args)
 
-    monkeypatch.setattr(CUDAProgram, "_download_logits", count)
+    monkeypatch.setattr(Steps, "download_logits", count)
     sampling = SamplingParams(**({"max_tokens": 8, "ignore_eos": True, "seed": 3} | params))
     with Engine.open(config=config(hot_k=9)) as engine:
         assert isinstance(engine._program, CUDAProgram)
@@ -102,7 +103,7 @@ def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:
     driver.set(order="random", copy_us=300)
     found = {}
     for n_logical in (1, 64):
-        monkeypatch.setattr("engine.devices.cuda.device.n_logical_cpus", lambda n=n_logical: n)
+        monkeypatch.setattr("engine.devices.cuda.program.n_logical_cpus", lambda n=n_logical: n)
         loaded = replace(config(hot_k=9, policy="lru"), model=ModelSettings(load="memory"))
         with Engine.open(config=loaded) as engine:
             assert engine._program.leaves_a_cpu == (n_logical > 2)

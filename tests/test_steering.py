@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import EngineConfig, EngineSettings, MoESettings
 from engine.data import tiny_model_path
-from engine.devices.cuda import device as cuda_device
+from engine.devices.cuda import program as cuda_program
 from engine.errors import ConfigError
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.steering import PLAYED_OF_PROMPT, Steering
@@ -109,7 +109,7 @@ def test_what_is_played_is_the_same_if_it_is_set_before_a_step_is_over() -> None
 def test_the_gpu_chooses_them_too(
     in_background: bool, driver, tmp_path: Path, process: np.ndarray, monkeypatch
 ) -> None:
-    monkeypatch.setattr(cuda_device, "n_logical_cpus", lambda: 64 if in_background else 1)
+    monkeypatch.setattr(cuda_program, "n_logical_cpus", lambda: 64 if in_background else 1)
     driver.set(order="random", copy_us=200)
     np.testing.assert_array_equal(routing_of_run("cuda", tmp_path, "made-up"), process)
 

@@ -1,0 +1,497 @@
+"""A compiled forward pass on a GPU, ready to run steps; beside them experts are copied into slots."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.context_slots import SequenceLengths, UsableSlots
+from engine.devices.cuda import drawing
+from engine.devices.cuda.elementwise import fetch
+from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
+from engine.devices.cuda.jit import Progress
+from engine.devices.cuda.lowering import Lowering
+from engine.devices.cuda.misses import MissServer
+from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
+from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
+from engine.devices.cuda.step_memory import StepMemory
+from engine.devices.cuda.steps import Steps
+from engine.devices.cuda.streaming import ExpertStream
+from engine.devices.cuda.swaps import Copy, ExpertCopies
+from engine.devices.graph import Limits, Rows, WeightAccess
+from engine.devices.slots import Ticket
+from engine.devices.timing import Bandwidths, LayerTimes
+from engine.errors import RequestError
+from engine.machine import n_logical_cpus
+
+_log = logging.getLogger("engine")
+_DONE = Copy(-1, -1, -1, is_done=True)
+_THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
+T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph, StepMemory, Steps)
+
+
+class _Passage(NamedTuple):
+    """When a step, by its number from 1 on, is done with the slots of a layer."""
+
+    step: int
+    layer: int
+
+
+def _step_number(n_begun: int) -> int:
+    """Return the number that the GPU has for the n-th step."""
+    return n_begun & 0x7FFFFFFF
+
+
+class CUDAProgram:
+    """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `WaitingProgram`.
+
+    Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
+    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step,
+    and what is published meanwhile for this one or the next.
+
+    Attributes:
+        leaves_a_cpu, while_waiting, before_end: another thread may work, and move experts, while a step runs; see
+            `WaitingProgram`.
+    """
+
+    state_layout = "positions"
+
+    def __init__(
+        self,
+        context: Context,
+        lowering: Lowering,
+        usable: UsableSlots,
+        weights: WeightAccess,
+        bandwidths: Bandwidths,
+        *,
+        n_threads: int,
+        isa: str | None,
+        progress: Progress | None,
+    ) -> None:
+        """Reserve and fill all memory, and compile.
+
+        Args:
+            context: the GPU, of the caller's.
+            lowering: says what lies where, and which launches a step has.
+            usable: which slots which steps leave alone.
+            weights: must outlive the program.
+            bandwidths: of the machine.
+            n_threads: CPU threads for the experts without a slot.
+            isa: instruction-set level that they may use; None for the best.
+            progress: called while kernels are compiled.
+        """
+        self._context = context
+        self._lowering = lowering
+        self._weights = weights
+        self._bandwidths = bandwidths
+        self._limits = limits = lowering.limits
+        self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph | StepMemory | Steps] = []
+        self._vector_writes: dict[tuple[str | int, ...], tuple[PinnedMemory, Graph]] = {}  # by names and size
+        self._misses: MissServer | None = None
+        self._copies: ExpertCopies | None = None
+        self._pinned: PinnedExperts | None = None
+        self._expert_stream: ExpertStream | None = None
+        self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
+        self._n_begun = self._n_over = 0  # steps
+        self.leaves_a_cpu = False
+        self.while_waiting: Callable[[], object] | None = None
+        self.before_end: Callable[[], object] | None = None
+        self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
+        self._n_single_tokens = 0
+        self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
+        self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
+        self._all_slots = usable.of(False, 0)
+        try:
+            self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
+            self._stream = self._own(Stream(context))
+            self._step_memory = self._own(StepMemory(lowering))
+            self._places, self._logits = self._step_memory.places, self._step_memory.logits
+            self._routing = self._step_memory.routing(1, 0)  # of the last step
+            self._expert_in = np.full(self._all_slots.shape, -1, np.int32)  # of each layer's slots, -1: nobody's
+            self._upload_constants()
+            exchange = None
+            if lowering.needs_cpu:
+                self._pinned = PinnedExperts(lowering, weights)
+                is_pinned = self._pinned.is_pinned
+                paths = ExpertPaths(lowering, weights, self._memory.address, n_threads, is_pinned)
+                self._copies = ExpertCopies(context, paths)
+                if lowering.staging is not None:
+                    self._expert_stream = ExpertStream(context, paths)
+                    self._stream_n_tokens = lowering.staging.from_n_tokens
+                most = min(limits.max_tokens, self._stream_n_tokens - 1)
+                if self._pinned.is_pinned:  # else the threads must fill buffers, too
+                    self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
+                    n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
+                self._misses = MissServer(lowering, weights, most, n_threads, isa)
+                exchange = self._misses.exchange(self._memory.address)
+                _log.info("%s", self._describe_streaming(self._pinned))
+            self._steps = self._own(
+                Steps(
+                    context,
+                    self._stream,
+                    lowering,
+                    self._memory.address,
+                    self._step_memory,
+                    exchange,
+                    self._expert_stream,
+                    progress,
+                )
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def limits(self) -> Limits:
+        """Return what a step may be: of more tokens than were asked for, where memory allows and it helps."""
+        return self._limits
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of all KV caches and recurrent states."""
+        return self._lowering.state[1]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the bytes of all intermediate results."""
+        return self._lowering.long_scratch.n_bytes
+
+    def run(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        """Run one step; see `graph.Program.run`.
+
+        Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
+        failed; after a failure of the CPU's share the program can be used on.
+        """
+        self._step_memory.put_no_draws()
+        _, logits = self._run(token_ids, positions, slots, output_rows)
+        assert logits is not None or not len(output_rows)
+        return self._logits[:0] if logits is None else logits
+
+    def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
+        """Say which tokens may be drawn from now on, [n_vocab]."""
+        assert len(allowed) == self._lowering.n_vocab
+        bits = drawing.as_bits(allowed)
+        self._upload([(self._lowering.drawing.allowed, bits.nbytes)], bits.view(np.uint8))
+
+    def run_and_draw(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+        draws: npt.NDArray[np.void],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Run one step and draw tokens; see `graph.DrawingProgram.run_and_draw`, and `run` for what it raises."""
+        assert len(draws) == len(output_rows)
+        self._step_memory.put_draws(draws)
+        return self._run(token_ids, positions, slots, output_rows)
+
+    def _run(self, *step: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Run a step, checked; return what was drawn, -1 for nothing, and all logits if that is so anywhere."""
+        self._check(*step)
+        token_ids, positions, slots, _ = step
+        self._take_memory(len(token_ids), positions, slots)
+        self._context.make_current()
+        self._n_begun += 1
+        try:
+            return self._run_step(*step)
+        finally:
+            self._n_over = self._n_begun
+
+    def _take_memory(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
+        """Note that a step uses the memory of the slots that it does not leave alone."""
+        usable = self.usable_slots(n_tokens, self.longest_after(positions, slots))
+        if usable is not self._all_slots:
+            # One look: another thread may be publishing, in slots that the step leaves alone.
+            is_published = self._expert_in >= 0
+            assert not (is_published & ~usable).any(), "the step needs the memory of an expert that is published"
+        self._lengths.note(positions, slots)
+
+    def _run_step(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        n, n_outputs, memory, steps = len(token_ids), len(output_rows), self._step_memory, self._steps
+        memory.put(_step_number(self._n_begun), token_ids, positions, slots, output_rows)
+        size, does_not_fit = steps.size_for(n), n_outputs > len(self._logits)
+        logits = np.empty((n_outputs, self._logits.shape[1]), np.float32) if does_not_fit else self._logits[:n_outputs]
+        may_do_without = memory.all_draw(n_outputs)
+
+        misses = None if n >= self._stream_n_tokens else self._misses
+        if misses is not None:
+            misses.begin(n)
+        try:
+            steps.launch(size)
+            if self.while_waiting is not None:
+                self.while_waiting()
+            if misses is not None:
+                misses.serve(_step_number(self._n_begun), self._stream.is_idle)
+            if not may_do_without:
+                steps.download_logits(logits, size)
+            if misses is not None:
+                self._count_seconds(misses, n)
+                if self.before_end is not None:
+                    self.before_end()
+        except BaseException:
+            if misses is not None:
+                misses.abandon()
+            steps.synchronize()
+            raise
+        steps.synchronize()
+        self._routing, chosen = memory.routing(size, n), memory.drawn(n_outputs)
+        if not may_do_without:
+            return chosen, logits
+        if min(chosen.tolist(), default=0) >= 0:
+            return chosen, None
+        steps.download_logits(logits, size)  # now, for swaps may take this memory when the step is over
+        steps.synchronize()
+        return chosen, logits
+
+    def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
+        if n_tokens == 1:
+            self._seconds += misses.seconds
+            self._n_single_tokens += 1
+        misses.seconds[:] = 0.0
+
+    @property
+    def layer_times(self) -> LayerTimes:
+        """Return the times of all steps of one token so far in which the CPU may have had to help."""
+        device, cpu = self._seconds.copy()
+        guesses = np.zeros(2, np.int64) if self._misses is None else self._misses.guesses.copy()
+        return LayerTimes(self._n_single_tokens, device, cpu, guesses)
+
+    def routing(self) -> npt.NDArray[np.int32]:
+        """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
+        routing: npt.NDArray[np.int32] = self._routing.copy()
+        return routing
+
+    def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
+        """Replace the values of some vectors, [len(names), size], for all steps from now on."""
+        self._context.make_current()
+        key = (*names, values.shape[1])
+        if key not in self._vector_writes:
+            memory = self._own(PinnedMemory(values.nbytes))
+            offsets = [self._lowering.recorder.vector_offset(name, values.shape[1]) for name in names]
+            n_words, to = values.shape[1], self._memory.address
+            pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
+            launches = fetch(pieces)
+
+            def fetch_all() -> None:
+                for launch in launches:
+                    self._stream.launch(launch)
+
+            self._vector_writes[key] = memory, self._own(self._stream.capture(fetch_all))
+        memory, graph = self._vector_writes[key]
+        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # the last ones were fetched before the step at hand
+        graph.launch(self._stream)
+
+    def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
+        return self._download(list(used_parts(self._lowering.recorder.states, self._limits, slot, n_tokens)))
+
+    def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_sequence` returned. Raises `RequestError` if it is not as long as this program needs."""
+        parts = list(used_parts(self._lowering.recorder.states, self._limits, slot, n_tokens))
+        needed = sum(n_bytes for _, n_bytes in parts)
+        if saved.size != needed:
+            raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
+        if n_tokens:
+            self._take_memory(1, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
+        self._upload(parts, saved)
+
+    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of the recurrent states of the sequence in a slot, flat."""
+        return self._download(recurrent_parts(self._lowering.recorder.states, slot))
+
+    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+        """Put back what `save_states` returned for this slot."""
+        self._upload(recurrent_parts(self._lowering.recorder.states, slot), saved)
+
+    def _download(self, parts: list[Part]) -> npt.NDArray[np.uint8]:
+        self._context.make_current()
+        saved, at = np.empty(sum(n_bytes for _, n_bytes in parts), np.uint8), 0
+        try:
+            for offset, n_bytes in parts:
+                self._stream.download(int(saved.ctypes.data) + at, self._memory.address + offset, n_bytes)
+                at += n_bytes
+        finally:
+            self._stream.synchronize()
+        return saved
+
+    def _upload(self, parts: list[Part], saved: npt.NDArray[np.uint8]) -> None:
+        self._context.make_current()
+        source, at = np.ascontiguousarray(saved), 0
+        try:
+            for offset, n_bytes in parts:
+                self._stream.upload(self._memory.address + offset, int(source.ctypes.data) + at, n_bytes)
+                at += n_bytes
+        finally:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Free all memory."""
+        self._context.make_current()
+        misses, self._misses = self._misses, None
+        copies, self._copies = self._copies, None
+        expert_stream, self._expert_stream = self._expert_stream, None
+        pinned, self._pinned = self._pinned, None
+        owned, self._owned = self._owned, []
+        close_all([*owned[::-1], *(c for c in (copies, expert_stream, misses, pinned) if c is not None)])
+
+    # -- slots -------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_slots(self) -> npt.NDArray[np.intp]:
+        """Return the slots of each MoE layer."""
+        return self._n_slots
+
+    def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.bool_]:
+        """Return which slots a step leaves alone."""
+        staging = self._lowering.staging
+        return self._usable.of(staging is not None and n_tokens >= staging.lends_from, n_positions)
+
+    def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
+        """Return how many tokens the longest sequence has after a step with tokens there."""
+        return self._lengths.longest_after(positions, slots)
+
+    @property
+    def n_experts(self) -> int:
+        """Return the experts of each MoE layer."""
+        return self._lowering.experts.n_experts
+
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
+        return np.array([layer.expert_bytes for layer in self._lowering.experts.layers], np.int64)
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """Return the speeds that decide which swaps pay."""
+        return self._bandwidths
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the bytes of device memory in all."""
+        return self._lowering.layout.n_bytes
+
+    def copy_expert(self, layer: int, expert: int, slot: int) -> Ticket:
+        """Start to copy an expert from RAM into a slot that no step reads."""
+        if self._lowering.experts.layers[layer].is_resident:
+            return _DONE
+        assert self._copies is not None
+        self._context.make_current()
+        return self._copies.begin(layer, expert, slot)
+
+    def fence(self, layer: int) -> Ticket:
+        """Return a ticket that is done when no step started so far reads a slot of the layer any more."""
+        return _Passage(self._n_begun, layer)
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """Return whether the work is done; raise `DeviceError` if it failed."""
+        if isinstance(ticket, _Passage):
+            if self._n_over >= ticket.step:
+                return True
+            misses = self._misses
+            return misses is not None and misses.has_passed(_step_number(ticket.step), ticket.layer)
+        assert isinstance(ticket, Copy)
+        if not ticket.is_done and self._copies is not None:
+            self._context.make_current()
+            self._copies.advance()
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.is_done
+
+    def publish(self, layer: int, expert: int, slot: int) -> None:
+        """Tell steps started from now on where an expert is: in a slot, or only in RAM (-1)."""
+        experts = self._lowering.experts.layers[layer]
+        if not experts.is_resident:
+            self._places[layer, expert] = -1 if slot < 0 else experts.place(slot)
+            held = self._expert_in[layer]
+            held[held == expert] = -1
+            if slot >= 0:
+                held[slot] = expert
+
+    def wait_all(self) -> None:
+        """Wait for all copies; those that failed do not raise."""
+        if self._copies is not None:
+            self._context.make_current()
+            self._copies.wait_all()
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def _own(self, thing: T) -> T:
+        self._owned.append(thing)
+        return thing
+
+    def _upload_constants(self) -> None:
+        """Fill the device memory: constants, zero states, and the first experts into the slots."""
+        lowering, base, stream = self._lowering, self._memory.address, self._stream
+        stream.fill(base + lowering.state[0], 0, lowering.state[1])
+        for offset, values in lowering.recorder.uploads:
+            stream.upload(base + offset, int(values.ctypes.data), values.nbytes)
+        for layer, experts in enumerate(lowering.experts.layers):
+            if not experts.is_resident:
+                continue
+            for expert in range(experts.n_experts):
+                self._places[layer, expert] = experts.place(expert)
+                self._expert_in[layer, expert] = expert
+            for i, weight in enumerate(experts.weights):
+                array = self._weights.array(weight.name)
+                for expert, offset in enumerate(experts.offsets):
+                    source = experts.expert(array, i, expert)
+                    to = base + offset + experts.matrix_offset(i)
+                    stream.upload(to, int(source.ctypes.data), source.nbytes)
+        stream.synchronize()
+        lowering.recorder.uploads.clear()
+
+    def _describe_streaming(self, pinned: PinnedExperts) -> str:
+        """Return one line: how experts without a slot get to the device."""
+        staging, lowering = self._lowering.staging, self._lowering
+        if staging is None:
+            return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
+        size = staging.n_buffers * lowering.staging_buffer_bytes
+        n_lent = sum(layer.n_lent for layer in lowering.experts.layers)
+        return (
+            f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
+            f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "
+            f"in memory that holds {n_lent} experts in between"
+        )
+
+    def _check(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> None:
+        limits, n = self._limits, len(token_ids)
+        most_outputs = limits.most(Rows.OUTPUTS)
+        if len(output_rows) > most_outputs:
+            raise RequestError(
+                f"a step with logits of {len(output_rows)} tokens was asked for; this program gives {most_outputs}"
+            )
+        if not 0 < n <= limits.max_tokens:
+            raise RequestError(f"a step of {n} tokens was asked for; this program takes 1 to {limits.max_tokens}")
+        for name, values, end in (
+            ("token id", token_ids, self._lowering.n_embeddings),
+            ("position", positions, limits.context_length),
+            ("sequence slot", slots, limits.n_slots),
+            ("output row", output_rows, n),
+        ):
+            numbers = values.tolist()  # of one token Python is quicker
+            if numbers and not 0 <= min(numbers) <= max(numbers) < end:
+                wrong = next(v for v in numbers if not 0 <= v < end)
+                raise RequestError(f"{name} {wrong} is not in the range 0 to {end - 1} that this program takes")

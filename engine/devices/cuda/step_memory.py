@@ -1,0 +1,129 @@
+"""What a step takes from the host and gives back: pinned memory that the device reads and writes in place."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.devices.cuda import drawing
+from engine.devices.cuda.elementwise import fetch
+from engine.devices.cuda.launch import Launch
+from engine.devices.cuda.lowering import Lowering
+from engine.devices.cuda.places import DRAW_WORDS
+from engine.devices.cuda.runtime import PinnedMemory, Stream, close_all
+from engine.devices.graph import DRAW, NO_DRAW
+
+T = TypeVar("T", bound=np.generic)
+
+
+class StepMemory:
+    """Inputs and results of the step at hand. What is put here holds for steps that are launched after it.
+
+    Attributes:
+        places: int32 [n_moe_layers, n_experts], where each expert's slot lies, -1 for none; a step takes a copy along.
+        logits: float32 [rows, n_vocab], room for those that decoding asks for.
+        table: the memory of `places`.
+    """
+
+    def __init__(self, lowering: Lowering) -> None:
+        """Reserve it; nobody has a slot."""
+        self._lowering, step, limits = lowering, lowering.step, lowering.limits
+        experts, n_rows = lowering.experts, lowering.drawing.n_rows  # one for each sequence: what decoding asks for
+        n_layers = len(experts.layers)
+        self._owned: list[PinnedMemory] = []
+        try:
+            self._inputs = self._own(4 * step.n_words)
+            self.table = self._own(4 * max(1, n_layers * experts.n_experts))
+            self._ids = self._own(4 * max(1, n_layers * limits.max_tokens * experts.n_used))
+            logits = self._own(4 * n_rows * lowering.n_vocab)
+            self._drawn = self._own(4 * n_rows)
+        except BaseException:
+            self.close()
+            raise
+        self._words = self._inputs.bytes.view(np.int32)
+        self._draws = self._words[step.first_draw :].view(DRAW)
+        self._top_k: npt.NDArray[np.int32] = self._draws["top_k"]
+        self._chosen = _array(self._drawn, (n_rows,), np.int32)
+        self.places = _array(self.table, (n_layers, experts.n_experts), np.int32)
+        self.places[:] = -1
+        self.logits = _array(logits, (n_rows, lowering.n_vocab), np.float32)
+
+    def put(
+        self,
+        number: int,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        output_rows: npt.NDArray[np.int32],
+    ) -> None:
+        """Set the inputs of a step, of which `number` is the device's count, but for how tokens are drawn."""
+        self._words[:3] = len(token_ids), len(output_rows), number
+        for i, values in enumerate((token_ids, positions, slots, output_rows)):
+            start = 4 + i * self._lowering.limits.max_tokens
+            self._words[start : start + len(values)] = values
+
+    def put_draws(self, draws: npt.NDArray[np.void]) -> None:
+        """Set how the first rows draw tokens, those that the device can draw; all others draw none."""
+        n = len(draws)
+        assert n <= len(self._draws)
+        self._draws[:n] = draws
+        self._top_k[:n][draws["top_k"] > drawing.MOST_TOP_K] = NO_DRAW
+        self._top_k[n:] = NO_DRAW
+
+    def put_no_draws(self) -> None:
+        """Have no row draw a token."""
+        self._top_k[:] = NO_DRAW
+
+    def all_draw(self, n_rows: int) -> bool:
+        """Return whether so many rows all draw a token."""
+        return NO_DRAW not in self._top_k[:n_rows].tolist()  # of few Python is quicker
+
+    def drawn(self, n_rows: int) -> npt.NDArray[np.int32]:
+        """Return a copy of the tokens that the first rows drew, -1 for none; no more than can draw."""
+        return np.where(self._top_k[:n_rows] == NO_DRAW, np.int32(-1), self._chosen[:n_rows])
+
+    def routing(self, size: int, n_tokens: int) -> npt.NDArray[np.int32]:
+        """Return the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]; valid until the next.
+
+        `size` is the one that the step's launches were made for.
+        """
+        experts = self._lowering.experts
+        return _array(self._ids, (len(experts.layers), size, experts.n_used), np.int32)[:, :n_tokens]
+
+    def fetch(self, base: int, size: int, table: PinnedMemory) -> list[Launch]:
+        """Return the launches that begin steps of at most `size` tokens: they bring all inputs to the device."""
+        lowering, step = self._lowering, self._lowering.step
+        host, stride = self._inputs.device_address, 4 * lowering.limits.max_tokens
+        counts, *arrays = step.offset, step.token_ids, step.positions, step.slots, step.output_rows
+        pieces = [(host + 16 + i * stride, base + array, size) for i, array in enumerate(arrays)]
+        places = table.device_address, base + lowering.experts.slot_table, self.places.size
+        draws = host + 4 * step.first_draw, base + step.draws, min(size, len(self._draws)) * DRAW_WORDS
+        return fetch([(host, base + counts, 4), *pieces, draws, places])
+
+    def draw(self, base: int, size: int) -> list[Launch]:
+        """Return the launches that end them: they draw tokens."""
+        return self._lowering.draw(base, size, self._drawn.device_address)
+
+    def download_routing(self, base: int, size: int, stream: Stream) -> None:
+        """Queue what brings the experts that were chosen to the host."""
+        experts = self._lowering.experts
+        n_ids = len(experts.layers) * size * experts.n_used
+        if n_ids:
+            stream.download(self._ids.address, base + experts.chosen, 4 * n_ids)
+
+    def close(self) -> None:
+        """Free the memory; views of it must not be used after that."""
+        owned, self._owned = self._owned, []
+        close_all(owned)
+
+    def _own(self, n_bytes: int) -> PinnedMemory:
+        self._owned.append(memory := PinnedMemory(n_bytes))
+        return memory
+
+
+def _array(memory: PinnedMemory, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:
+    """Return the first bytes of memory as an array."""
+    return np.frombuffer(memory.bytes, dtype, math.prod(shape)).reshape(shape)
