@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,14 +71,19 @@ SPEEDS = Bandwidths(100e9, 25e9, 1000e9)
 class Bench:
     """The opened GPU, and what was measured so far."""
 
-    def __init__(self, n_threads: int, model: str, n_prompt: int) -> None:
+    def __init__(self, n_threads: int, model: str, n_prompt: int, longest: int, n_tokens: int) -> None:
         self.n_threads, self.model, self.n_prompt = n_threads, model, n_prompt
+        self.longest, self.n_tokens = longest, n_tokens
         self.results: dict[str, Any] = {}
         self.gpu = probe()
         install_grids()
         self.context = Context(self.gpu)
         self.stream = Stream(self.context)
         self.vram_gb_s = 0.0
+
+    def lengths(self, *wanted: int) -> list[int]:
+        """Return numbers of tokens, those that are no more than the longest prompt."""
+        return [n for n in wanted if n <= self.longest] or [self.longest]
 
     def note(self, section: str, name: str, value: Any, unit: str = "") -> None:
         """Keep a result and show it."""
@@ -107,12 +112,17 @@ class Bench:
             call("cuEventDestroy", event)
         return best
 
+    def launch(self, launches: Iterable[Launch]) -> None:
+        """Queue kernels, one after the other."""
+        for launch in launches:
+            self.stream.launch(launch)
+
     def replay_s(self, launches: Sequence[Launch], repeats: int = 5) -> float:
         """Return the seconds of one run of all launches, captured into a graph."""
         self.context.prepare(launches)
         for launch in launches:
             self.context.function(launch)
-        graph: Graph = self.stream.capture(lambda: [self.stream.launch(launch) for launch in launches] and None)
+        graph: Graph = self.stream.capture(lambda: self.launch(launches))
         try:
             return self.seconds(lambda: graph.launch(self.stream), repeats)
         finally:
@@ -156,10 +166,10 @@ def opened(bench: Bench) -> Iterator[tuple[Model, WeightMemory]]:
 
 @contextmanager
 def compiled(
-    bench: Bench, loaded: Model, weights: WeightMemory, limits: Limits, wish: Wish, **options: int
+    bench: Bench, loaded: Model, weights: WeightMemory, limits: Limits, wish: Wish, **options: Any
 ) -> Iterator[CUDAProgram]:
     """Compile the model for the GPU, with its experts placed as wished for."""
-    device = CUDADevice(wish=wish, bandwidths=SPEEDS, **{"n_threads": bench.n_threads, **options})
+    device = CUDADevice(wish=wish, bandwidths=SPEEDS, **{"n_threads": bench.n_threads} | options)
     try:
         program = device.compile(loaded.graph, weights, limits)
         try:
@@ -376,7 +386,7 @@ def experts(bench: Bench) -> None:
             bench.put(ids, np.arange(n_slots, dtype=np.int32))
             bench.put(count, np.array([1], np.int32))
             x_rows = Rows(x, kernels.activation_bytes(gate.activation, hidden))
-            matrices = [ExpertMatrix(a, size, f) for a, size, (f, _, _) in zip((g, u, d), sizes, shapes, strict=True)]
+            own = [ExpertMatrix(a, size, f) for a, size, (f, _, _) in zip((g, u, d), sizes, shapes, strict=True)]
             for n_hits in (8, 4, 2):
                 firsts, seconds_ = [], []
                 for i in range(min(64, n_slots // n_hits)):
@@ -386,7 +396,8 @@ def experts(bench: Bench) -> None:
                             at,
                             slots,
                             n_hits,
-                            *matrices[:2],
+                            own[0],
+                            own[1],
                             x_rows,
                             x_rows,
                             hidden,
@@ -402,7 +413,7 @@ def experts(bench: Bench) -> None:
                             at,
                             slots,
                             n_hits,
-                            matrices[2],
+                            own[2],
                             h,
                             hidden,
                             ffn,
@@ -491,12 +502,12 @@ def prompt_attention(bench: Bench) -> None:
         vectors,
         positions,
         slots,
-        count,
+        counter,
         convolved,
     ):
         bench.put(positions, np.arange(n, dtype=np.int32))
-        bench.put(count, np.array([n], np.int32))
-        rows, places = Rows(beta, 64), (positions, slots, Count(count, n))
+        bench.put(counter, np.array([n], np.int32))
+        rows, places = Rows(beta, 64), (positions, slots, Count(counter, n))
         net = recurrent.delta_net(
             qkv,
             qkv + 4 * 2048,
@@ -640,7 +651,7 @@ def handshake(bench: Bench) -> None:
             bench.context.prepare(launches)
             for launch in launches:
                 bench.context.function(launch)
-            graph = bench.stream.capture(lambda: [bench.stream.launch(launch) for launch in launches] and None)
+            graph = bench.stream.capture(lambda: bench.launch(launches))
             for n_threads in sorted({1, 4, bench.n_threads - 1, bench.n_threads}):
                 programs = []
                 for _ in range(n_layers):
@@ -728,12 +739,13 @@ def prompt(bench: Bench) -> None:
     device_memory.close()
     with opened(bench) as (loaded, weights):
         n_experts = loaded.spec.moe.n_experts
-        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, 3000).tolist()
+        tokens = np.random.default_rng(0).integers(0, loaded.spec.n_vocab, bench.longest).tolist()
+        long, few = bench.lengths(64, 512, 3000), bench.lengths(16, 32, 64, 128, 256)
         for hot_k, bypass, lengths in (
-            (n_experts, 32, (64, 512, 3000)),
-            (n_experts * 2 // 5, 32, (64, 512, 3000)),
-            (0, 32, (64, 512, 3000)),
-            (n_experts * 2 // 5, 10000, (16, 32, 64, 128, 256)),  # the CPU computes what has no slot
+            (n_experts, 32, long),
+            (n_experts * 2 // 5, 32, long),
+            (0, 32, long),
+            (n_experts * 2 // 5, 10000, few),  # the CPU computes what has no slot
         ):
             name = f"{hot_k} of {n_experts} experts in slots, {'streams' if bypass == 32 else 'the CPU helps'}"
             start = time.perf_counter()
@@ -757,7 +769,7 @@ def prompt(bench: Bench) -> None:
                     rate = moved / s / 1e9
                     shown = f"tok/s; {s * 1e3:.1f} ms; {rate:.1f} GB/s, {rate / pcie:.0%} of PCIe"
                     bench.note("prompt", f"{name}: prompt of {n}", n / s, shown)
-                if lengths[-1] == 3000:
+                if bypass == 32:
                     expected = logits if expected is None else expected
                     same = bool((logits.view(np.uint32) == expected.view(np.uint32)).all())
                     bench.note("prompt", f"{name}: same bits", same)
@@ -787,27 +799,30 @@ def _time_model(bench: Bench, name: str, forward: ForwardPass, tokens: list[int]
     forward.run(0, tokens[:prompt], 0)
     bench.note("model", f"{name}: prompt of {prompt}", prompt / (time.perf_counter() - start), "tok/s")
     times = []
-    for i in range(48):
+    for i in range(min(48, bench.n_tokens)):
         start = time.perf_counter()
         forward.run(0, tokens[prompt + i : prompt + i + 1], prompt + i)
         times.append(time.perf_counter() - start)
-    bench.note(
-        "model", f"{name}: decode", float(np.median(times[8:]) * 1e3), f"ms a token (best {min(times) * 1e3:.3f})"
-    )
+    late = times[min(8, len(times) - 1) :]
+    shown = f"ms a token (best {min(times) * 1e3:.3f})"
+    bench.note("model", f"{name}: decode", float(np.median(late) * 1e3), shown)
 
 
 def swaps(bench: Bench) -> None:
     """What a token takes beside copies into slots that it does not read: so many experts a token."""
     limits = Limits(32, 1, 2048, KVType.F16)
-    with opened(bench) as (loaded, weights), compiled(bench, loaded, weights, limits, Wish(168)) as program:
-        _fill(bench, "168 slots", program)
+    with ExitStack() as opened_now:
+        loaded, weights = opened_now.enter_context(opened(bench))
+        wish = Wish(loaded.spec.moe.n_experts * 21 // 32)
+        program = opened_now.enter_context(compiled(bench, loaded, weights, limits, wish))
+        _fill(bench, "21 of 32 experts in slots", program)
         forward = ForwardPass(program, limits, loaded.spec.n_vocab)
         n_layers, token = len(program.n_slots), 0
         for layer in range(n_layers):  # the first slot is what copies go to
             program.publish(layer, int(program._expert_in[layer, 0]), -1)
         for n_copies in (0, 2, 4, 6, 8, 0):
             times, before = [], program.layer_times
-            for i in range(160):
+            for i in range(bench.n_tokens):
                 copies = [program.copy_expert(j % n_layers, (i + j) % program.n_experts, 0) for j in range(n_copies)]
                 start = time.perf_counter()
                 forward.run(0, [token % loaded.spec.n_vocab], token)
@@ -831,7 +846,7 @@ def guesses(bench: Bench) -> None:
 
     Once by themselves, and once beside copies into slots that they do not read, as many as a cache makes.
     """
-    limits, position, n_tokens = Limits(64, 1, 2048, KVType.F16), 64, 160
+    limits, position, n_tokens = Limits(64, 1, 2048, KVType.F16), 64, bench.n_tokens
     with ExitStack() as opened_now:
         ways: dict[str, tuple[CUDAProgram, ForwardPass]] = {}
         for name in ("without", "with"):
@@ -876,7 +891,7 @@ def operations(bench: Bench) -> None:
 
 def prompt_operations(bench: Bench) -> None:
     """Where the GPU's time of a prompt goes."""
-    _time_operations(bench, "prompt_operations", 3000, Limits(512, 1, 4096, KVType.F16))
+    _time_operations(bench, "prompt_operations", bench.longest, Limits(512, 1, 4096, KVType.F16))
 
 
 def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) -> None:
@@ -896,8 +911,8 @@ def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) 
                 n = 20 if n_tokens == 1 else 1
                 totals[key] = [0, bench.replay_s([launch] * n, 2) / n * 1e6]
             totals[key][0] += 1
-        for key, (n, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
-            bench.note(section, key, n * us, f"us in {n:.0f} launches (weights warm in L2)")
+        for key, (times, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
+            bench.note(section, key, times * us, f"us in {times:.0f} launches (weights warm in L2)")
         bench.note(section, "launches of a step", len(launches))
 
 
@@ -926,15 +941,18 @@ SECTIONS = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sections that were asked for; exit with a message if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for gpu.json")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--threads", type=int, default=machine.n_physical_cores())
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt, 1 to 512")
+    parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest prompt, up to 4096")
+    parser.add_argument("--tokens", type=int, default=160, help="tokens of an answer that a figure is taken of")
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    args = parser.parse_args()
-    bench = Bench(args.threads, args.model, args.prompt)
+    args = parser.parse_args(arguments)
+    bench = Bench(args.threads, args.model, args.prompt, args.longest, args.tokens)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.sections.split(","):
         start = time.perf_counter()
