@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bench import batch
 from engine.bench.__main__ import main
 from engine.bench.conversation import Turn
 from engine.bench.kernels import DecodeSpeed, KernelSpeed
@@ -406,3 +407,11 @@ def fake_llama_cpp() -> types.ModuleType:
     api.llama_decode = lambda context, tokens: api.decoded.append(tokens) or 0
     api.llama_free = api.llama_model_free = api.freed.append
     return api
+
+
+def test_answers_together_and_one_by_one_are_measured(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"model": tiny_model_path(), "threads": 1, "sequences": 2, "gen-tokens": 3, "rounds": 1}
+    monkeypatch.setattr(sys, "argv", ["batch.py", *(f"--{name}={value}" for name, value in sizes.items())])
+    batch.main()
+    assert "round 1: one by one " in (shown := capsys.readouterr().out)
+    assert "medians of 1 rounds: " in shown
