@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from engine.bench.table import write_file
 from engine.bench.units import format_bytes
 from engine.errors import ConfigError
 from engine.experts.policy import POLICIES, make_policy
@@ -231,7 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser, modes: argparse._MutuallyExcl
 def run(args: argparse.Namespace, out: Console, console: Console) -> None:
     """Do the replay that the options ask for: the tables to `out`, progress to `console`.
 
-    Raises `ConfigError` for what cannot be read, played or written.
+    Raises `ConfigError` for what cannot be read or played, `RequestError` for what cannot be written.
     """
     policies = parse_policies(args.policy)
     if not policies:
@@ -272,14 +274,12 @@ def run(args: argparse.Namespace, out: Console, console: Console) -> None:
 
 
 def write_rows(rows: Sequence[Row], json_path: Path | None, csv_path: Path | None) -> None:
-    """Write rows as JSON, CSV or both. Raises `ConfigError` if a file cannot be written."""
-    try:
-        if json_path:
-            json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        if csv_path:
-            with csv_path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-                writer.writeheader()
-                writer.writerows(asdict(row) for row in rows)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    """Write rows as JSON, CSV or both. Raises `RequestError` if a file cannot be written."""
+    if json_path:
+        write_file(json_path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if csv_path:
+        out = io.StringIO()
+        writer = csv.DictWriter(out, fieldnames=list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+        write_file(csv_path, out.getvalue())

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError
 from engine.experts.tracker import count_choices
+from engine.files import whole_file
 
 NOT_RECORDED = 65535
 PROMPT, ANSWER = 0, 1
@@ -132,22 +133,12 @@ def save_trace(path: str | os.PathLike[str], trace: Trace) -> None:
 
 
 def save_npz(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write arrays to a file beside `path`, then rename it: a crash leaves the old file, never half a new one.
-
-    Raises `ConfigError` if the folder is missing, full or read-only.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write arrays to a file, whole or not at all; raise `ConfigError` if it cannot be written."""
     try:
-        with beside.open("wb") as file:
+        with whole_file(Path(path)) as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class TraceRecorder:

@@ -226,10 +226,10 @@ class CUDAProgram:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         n, n_outputs, memory, steps = len(token_ids), len(output_rows), self._step_memory, self._steps
         memory.put(_step_number(self._n_begun), token_ids, positions, slots, output_rows)
-        size, does_not_fit = steps.size_for(n), n_outputs > len(self._logits)
-        logits = np.empty((n_outputs, self._logits.shape[1]), np.float32) if does_not_fit else self._logits[:n_outputs]
-        may_do_without = memory.all_draw(n_outputs)
-
+        size, may_do_without = steps.size_for(n), memory.all_draw(n_outputs)
+        logits = self._logits[:n_outputs]
+        if n_outputs > len(self._logits):
+            logits = np.empty((n_outputs, self._logits.shape[1]), np.float32)
         misses = None if n >= self._stream_n_tokens else self._misses
         if misses is not None:
             misses.begin(n)
