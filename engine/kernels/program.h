@@ -81,8 +81,8 @@ typedef struct {
 
 typedef enum { SERVE_DONE, SERVE_TIMED_OUT, SERVE_ABANDONED } serve_result;
 
-// Runs the program of each layer that is requested until the step asks for nothing more, with one team for all of it. All
-// programs have the same number of threads, and the step must have passed `program_check` for each.
+// Runs the program of each layer that is requested until the step asks for nothing more, with one team for all of it.
+// All programs have the same number of threads, and the step must have passed `program_check` for each.
 serve_result program_serve(program *const *layers, int n_layers, const program_step *step, const exchange *e);
 
 int program_n_groups(const program *p);
