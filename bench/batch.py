@@ -9,16 +9,24 @@ Both ways alternate, on one engine and with the same prompts of random tokens; t
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from statistics import median
 
 from engine import Completion, Engine, EngineConfig, SamplingParams
 from engine.bench.measure import random_tokens
+from engine.errors import EngineError
 
 
 def main() -> None:
-    """Measure; print a line for each round, then the medians."""
-    args = _read_arguments()
+    """Measure; print a line for each round, then the medians. Exit with a message for what cannot be done."""
+    try:
+        _measure(_read_arguments())
+    except EngineError as error:
+        sys.exit(f"error: {error}")
+
+
+def _measure(args: argparse.Namespace) -> None:
     settings = {
         "engine.device": args.device,
         "engine.n_sequences": args.sequences,
@@ -52,7 +60,11 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (default: cpu)")
     for name, default in (("sequences", 8), ("prompt-tokens", 16), ("gen-tokens", 32), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("sequences", "prompt_tokens", "gen_tokens", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more")
+    return args
 
 
 def _run(

@@ -39,6 +39,7 @@ from engine.devices.graph import DRAW, Gating, KVType, Limits, Scoring
 from engine.devices.graph import Activation as ExpertActivation
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
+from engine.errors import EngineError
 from engine.generate.forward import ForwardPass
 from engine.gguf import WeightMemory, open_model_file
 from engine.models import Model, load_model
@@ -951,10 +952,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest prompt, up to 4096")
     parser.add_argument("--tokens", type=int, default=160, help="tokens of an answer that a figure is taken of")
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    args = parser.parse_args(arguments)
-    bench = Bench(args.threads, args.model, args.prompt, args.longest, args.tokens)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args, sections = parser.parse_args(arguments), []
     for name in args.sections.split(","):
+        if name not in SECTIONS:
+            parser.error(f"there is no section {name!r}; there are {', '.join(SECTIONS)}")
+        sections.append(name)
+    for name in ("threads", "prompt", "longest", "tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; expected 1 or more")
+    try:
+        bench = Bench(args.threads, args.model, args.prompt, args.longest, args.tokens)
+    except EngineError as error:
+        sys.exit(f"error: {error}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in sections:
         start = time.perf_counter()
         try:
             bench.context.make_current()

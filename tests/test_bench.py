@@ -415,3 +415,21 @@ def test_answers_together_and_one_by_one_are_measured(monkeypatch, capsys: pytes
     batch.main()
     assert "round 1: one by one " in (shown := capsys.readouterr().out)
     assert "medians of 1 rounds: " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gen-tokens=0"], "--gen-tokens is 0; expected 1 or more"),
+        (["--model=/nonexistent"], "/nonexistent: cannot be read"),
+        (["--model=synthetic:tiny", "--sequences=5000"], "engine.n_sequences is 5000; expected an integer"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_message(
+    arguments: list[str], message: str, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["batch.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        batch.main()
+    assert stopped.value.code
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"

@@ -34,3 +34,19 @@ def test_sections_run(section: str, tmp_path: Path, driver, monkeypatch) -> None
     assert not [
         name for values in found.values() for name, value in values.items() if "same bits" in name and not value
     ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--sections=nonsense", "there is no section 'nonsense'"), ("--tokens=0", "--tokens is 0; expected 1 or more")],
+)
+def test_what_cannot_be_measured_is_a_message(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main([argument])
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(driver) -> None:
+    driver.set(n_devices=0)
+    with pytest.raises(SystemExit, match="error: no GPU was found"):
+        gpu.main([])
