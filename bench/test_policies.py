@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.devices.graph import AheadProgram, Step
 from engine.devices.timing import Bandwidths
 from engine.experts.cost import SwapBudget
 from engine.experts.hot_cache import HotCache
@@ -76,11 +76,10 @@ def test_cache_step(benchmark, trace) -> None:
     benchmark(token)
 
 
-class Asleep:
+class Asleep(AheadProgram):
     """A device with slots and its program, whose steps sleep from layer to layer. It trusts the cache."""
 
-    while_waiting: Callable[[], object] | None = None
-    before_end: Callable[[], object] | None = None
+    runs_ahead = True
     slept_s = 0.0
     PAUSES, STEP_S, COPY_S = 12, 9e-3, 1e-4
 
@@ -89,21 +88,21 @@ class Asleep:
         self.usable = np.ones((N_LAYERS, N_SLOTS), bool)
         self.tokens, self.n_begun, self.n_over, self.layer = routing, 0, 0, 0
 
-    def run(self, *_: np.ndarray) -> np.ndarray:
+    def begin(self, step: Step) -> None:
         self.n_begun += 1
         for _ in range(2):
             os.sched_yield()  # as the driver does, of which a step is asked for: it lets go of the interpreter
-        if self.while_waiting is not None:
-            self.while_waiting()
+
+    def finish_layers(self) -> None:
         start = time.perf_counter()
         for layer in range(0, N_LAYERS, N_LAYERS // self.PAUSES):
             self.layer = layer
             time.sleep(self.STEP_S / self.PAUSES)
         Asleep.slept_s += time.perf_counter() - start
-        if self.before_end is not None:
-            self.before_end()
+
+    def collect(self) -> tuple[np.ndarray, np.ndarray]:
         self.n_over = self.n_begun
-        return np.zeros((1, 1), np.float32)
+        return np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
 
     def routing(self) -> np.ndarray:
         t = self.n_over % self.tokens.shape[1]

@@ -2,7 +2,8 @@
 // its turn: after all experts that are on their way into slots.
 //
 // Grid: (ceil(words of the longest piece / 256), pieces), 256 threads, a word each. The host memory is pinned, and not
-// written while the kernel runs.
+// written while the kernel runs. A step that was begun before the host knew its tokens has numbers below 0 for them: -1
+// - i is what row i of the step before drew, in the same memory.
 #include "common.cuh"
 
 constexpr int MAX_PIECES = 128;
@@ -10,17 +11,20 @@ constexpr int MAX_PIECES = 128;
 struct Piece {
     const volatile int *from; // read from the host, whatever a cache has of it
     int *to;
-    int n, unused;
+    int n, is_tokens;
 };
 
 struct Pieces {
     Piece list[MAX_PIECES];
+    const volatile int *drawn; // by the step before
 };
 
 KERNEL(256) fetch(const Pieces pieces) {
     begin_kernel();
     const Piece piece = pieces.list[blockIdx.y];
     const int i = blockIdx.x * 256 + threadIdx.x;
-    if (i < piece.n)
-        piece.to[i] = piece.from[i];
+    if (i >= piece.n)
+        return;
+    const int word = piece.from[i];
+    piece.to[i] = piece.is_tokens && word < 0 ? pieces.drawn[-1 - word] : word;
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.program import CUDAProgram
-from engine.devices.graph import DRAW, NO_DRAW, Graph, KVType, Limits, Weight
+from engine.devices.graph import DRAW, NO_DRAW, Graph, KVType, Limits, Step, Weight
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.errors import DeviceError, RequestError
@@ -260,17 +260,19 @@ def test_a_fence_is_passed_with_its_layer(small: Model) -> None:
 
 def test_before_the_output_head_the_step_needs_the_cpu_no_more(small: Model) -> None:
     with small.open(hot_k=3) as opened:
-        program, n_layers, seen = opened.program, len(opened.program.n_slots), []
+        program, n_layers = opened.program, len(opened.program.n_slots)
         assert program._misses is not None
         launches = program._lowering.launches(0, 1, program._misses.exchange(0))
         end = next(i for i, launch in enumerate(launches) if launch.kernel == "publish_end")
         assert [launch.source for launch in launches[end + 1 :]] == ["elementwise.cu", "residual.cu", "linear.cu"]
-        expected, fences = opened.logits(1), []
-        program.while_waiting = lambda: fences.extend(program.fence(layer) for layer in range(n_layers))
-        program.before_end = lambda: seen.append(all(program.is_done(fence) for fence in fences))
-        assert (opened.logits(1).view(np.uint32) == expected.view(np.uint32)).all()
-        assert seen
-        assert all(seen)
+        step = Step(*(np.array([value], np.int32) for value in (small.tokens[0], 0, 0, 0)), None)
+        expected = program.run(*step[:4]).copy()
+        for _ in range(4):
+            program.begin(step)
+            fences = [program.fence(layer) for layer in range(n_layers)]
+            program.finish_layers()
+            assert all(program.is_done(fence) for fence in fences)
+            assert (program.collect()[1].view(np.uint32) == expected.view(np.uint32)).all()
 
 
 def test_more_copies_than_buffers(small: Model) -> None:
@@ -355,6 +357,118 @@ def test_tokens_are_drawn_as_the_cpu_draws_them(stream_n_tokens: int, small: Mod
             expected = [drawn(row, draw) if draw[4] >= 0 else -1 for row, draw in zip(two, pair, strict=True)]
             assert found.tolist() == expected
             assert (rest is None) == (min(expected) >= 0)
+
+
+GREEDY, SAMPLED = (0.0, 1.0, 0.0, 1.0, 1), (0.7, 0.9, 0.0, 0.8, 40)
+
+
+def a_step(token_ids: Sequence[int], position: int, draw: tuple[float, float, float, float, int] | None) -> Step:
+    """Return a step of as many sequences, each with a token at that place."""
+    n = len(token_ids)
+    arrays = (np.array(v, np.int32) for v in (token_ids, [position] * n, range(n), range(n)))
+    return Step(*arrays, None if draw is None else np.array([draw] * n, DRAW))
+
+
+@pytest.fixture(scope="module", params=[SMALL, "qwen35moe/qwen35moe-micro-F32.gguf"])
+def either(request, golden_path) -> Iterator[Model]:
+    """With recurrent states and without."""
+    model = Model(golden_path(request.param))
+    yield model
+    model.close()
+
+
+@pytest.mark.parametrize("hot_k", [None, 3, 0])
+@pytest.mark.parametrize("first", [[5], [5, 9]])
+def test_steps_that_are_begun_ahead_give_the_same_bits(
+    first: list[int], hot_k: int | None, either: Model, driver
+) -> None:
+    """With tokens that the host has not seen; slots change hands meanwhile."""
+    rng = np.random.default_rng(0)
+    for order in ("random", "reverse"):
+        driver.set(order=order, copy_us=100)
+        with either.open(hot_k=hot_k, stream_n_tokens=8) as opened:
+            program, tokens, draws = (
+                opened.program,
+                [first],
+                [GREEDY, SAMPLED, GREEDY, GREEDY, SAMPLED, SAMPLED, GREEDY],
+            )
+            for position, draw in enumerate(draws):
+                found, logits = program.run_and_draw(*a_step(tokens[-1], position, draw))
+                assert logits is None
+                tokens.append(found.tolist())
+            expected = program.run(*a_step(tokens[-1], len(draws), None)[:4]).copy()
+
+            unknown = [-1 - i for i in range(len(first))]
+            program.begin(a_step(first, 0, draws[0]))
+            for position, draw in enumerate([*draws[1:], None], 1):
+                found, _ = program.end(a_step(unknown, position, draw))
+                assert found.tolist() == tokens[position]
+                if 0 < program.n_slots[0] < program.n_experts and rng.random() < 0.7:
+                    layer, expert = rng.integers(len(program.n_slots)), rng.integers(program.n_experts)
+                    program.publish(layer, int(expert), -1)
+            _, logits = program.end()
+            assert logits is not None
+            assert (logits.view(np.uint32) == expected.view(np.uint32)).all()
+
+
+def test_a_token_that_could_not_be_drawn_is_told_with_the_step_behind_it(small: Model) -> None:
+    with small.open(hot_k=3) as opened:
+        program, expected = opened.program, opened.logits()
+        program.allow(np.zeros(small.n_vocab, np.bool_))
+        program.begin(a_step([5], 0, SAMPLED))
+        found, logits = program.end(a_step([-1], 1, SAMPLED))
+        assert (found.tolist(), logits) == ([-1], None)
+        found, logits = program.end()
+        assert found.tolist() == [-1]
+        assert logits is not None  # of a token that does not exist
+        assert (opened.logits().view(np.uint32) == expected.view(np.uint32)).all()
+
+
+def test_steps_under_way_can_be_dropped(small: Model, monkeypatch) -> None:
+    """At will, with a step behind them that does not fit, after a failure of the CPU's, and when all is closed."""
+    monkeypatch.setattr("engine.devices.cuda.misses._TIMEOUT_S", 0.2)
+    with small.open(hot_k=1) as opened:
+        program, expected = opened.program, opened.logits()
+
+        def check() -> None:
+            assert not program._under_way
+            assert program._n_over == program._n_begun
+            assert (opened.logits().view(np.uint32) == expected.view(np.uint32)).all()
+
+        program.drop()
+        check()
+        for n in (1, 2):
+            program.begin(a_step([5], 0, GREEDY))
+            program.finish_layers()
+            if n == 2:
+                program.begin(a_step([-1], 1, GREEDY))
+            program.drop()
+            check()
+        for wrong in (a_step([-2], 1, GREEDY), a_step([-1], 64, GREEDY)):
+            program.begin(a_step([5], 0, GREEDY))
+            with pytest.raises(RequestError):
+                program.end(wrong)
+            check()
+        with pytest.raises(RequestError, match="token id -1 is not in the range 0 to"):
+            program.begin(a_step([-1], 0, GREEDY))
+        check()
+
+        class Failing:
+            def run(self, *_: object) -> None:
+                raise MemoryError("no memory for this")
+
+        program.begin(a_step([5], 0, GREEDY))
+        with monkeypatch.context() as patch:
+            program.finish_layers()
+            patch.setattr(program._misses, "_server", Failing())
+            program.begin(a_step([-1], 1, GREEDY))
+            assert program.collect()[0].tolist() >= [0]
+            with pytest.raises(DeviceError, match="no memory for this"):
+                program.end()
+        check()
+        program.begin(a_step([5], 0, GREEDY))
+        program.finish_layers()
+        program.begin(a_step([-1], 1, GREEDY))
 
 
 def test_what_the_device_gives_up_on_comes_with_all_logits(small: Model) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupter import Interrupter
 
+from engine.devices.graph import AheadProgram, Step
 from engine.devices.timing import Bandwidths
 from engine.experts import hot_cache as hot_cache_module
 from engine.experts import slots as slots_module
@@ -292,27 +293,33 @@ def test_what_has_arrived_is_published_and_nothing_else_is_begun() -> None:
     assert cache.table.held.sum() >= first
 
 
-class Stepping:
+class Stepping(AheadProgram):
     """A program whose steps choose at random and note in `calls` that they ran."""
 
-    while_waiting: Callable[[], object] | None = None
-    before_end: Callable[[], object] | None = None
+    runs_ahead = True
 
     def __init__(self, device: FakeSlots, calls: list[str]) -> None:
         self.device, self.calls, self.rng, self.n_hits = device, calls, np.random.default_rng(0), 0
+        self.under_way: list[np.ndarray] = []
 
-    def run(self, *_: np.ndarray) -> np.ndarray:
-        if self.while_waiting is not None:
-            self.while_waiting()
+    def begin(self, step: Step) -> None:
         self.calls.append("run")
-        self.chosen = tokens(self.rng, 1)
-        self.n_hits += sum(self.device.where[layer, e] >= 0 for layer in range(N_LAYERS) for e in self.chosen[layer, 0])
-        if self.before_end is not None:
-            self.before_end()
-        return np.zeros((1, 1), np.float32)
+        self.under_way.append(tokens(self.rng, 1))
+        chosen = self.under_way[-1]
+        self.n_hits += sum(self.device.where[layer, e] >= 0 for layer in range(N_LAYERS) for e in chosen[layer, 0])
+
+    def finish_layers(self) -> None:
+        pass
+
+    def collect(self) -> tuple[np.ndarray, np.ndarray]:
+        self.chosen = self.under_way.pop(0)
+        return np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
 
     def routing(self) -> np.ndarray:
         return self.chosen
+
+    def drop(self) -> None:
+        self.under_way.clear()
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -439,19 +446,17 @@ class Passing(Stepping):
         super().__init__(device, [])
         self.cache, self.n_copies = cache, 0
 
-    def run(self, *_: np.ndarray) -> np.ndarray:
+    def begin(self, step: Step) -> None:
+        super().begin(step)
+        self.device.start_step(self.under_way[-1][:, 0])
+
+    def finish_layers(self) -> None:
         device, n_before = self.device, self.n_copies
-        self.chosen = tokens(self.rng, 1)
-        device.start_step(self.chosen[:, 0])
-        assert self.while_waiting is not None
-        self.while_waiting()
-        if self.calls:
+        if len(self.calls) > 1:
             self._wait(lambda: self.cache._swapper.n_fenced or device.n_copies > n_before)
             device.steps[-1].n_passed = N_LAYERS
             self._wait(lambda: device.n_copies > n_before and not self.cache._swapper.n_fenced)
-        self.calls.append("run")
         self.n_copies = device.n_copies
-        return np.zeros((1, 1), np.float32)
 
     @staticmethod
     def _wait(condition: Callable[[], object]) -> None:
@@ -477,12 +482,12 @@ def test_a_slot_is_filled_while_the_step_runs_that_may_have_read_it() -> None:
 class Launching(Stepping):
     """Each step lets go of the interpreter before it has nothing more to do but wait, and then waits."""
 
-    def run(self, *_: np.ndarray) -> np.ndarray:
+    def begin(self, step: Step) -> None:
         time.sleep(0.02)
-        self.calls.append("launched")
-        result = super().run()
+        super().begin(step)
+
+    def finish_layers(self) -> None:
         time.sleep(0.02)
-        return result
 
 
 def test_the_thread_leaves_the_interpreter_to_a_step_that_is_being_launched(monkeypatch) -> None:
@@ -497,9 +502,8 @@ def test_the_thread_leaves_the_interpreter_to_a_step_that_is_being_launched(monk
     for _ in range(4):
         watched.run(nothing, nothing, nothing, nothing)
     watched.close()
-    assert program.while_waiting is program.before_end is None
     looks = [i for i, call in enumerate(calls) if call == "look"]
-    assert [calls[:i].count("launched") for i in looks] == [2, 3, 4]  # each at the step before, beside the next one
+    assert [calls[:i].count("run") for i in looks] == [2, 3, 4]  # each at the step before, beside the next one
 
 
 def test_an_error_in_the_thread_is_raised_by_the_step_beside_it(monkeypatch) -> None:

@@ -88,9 +88,13 @@ def test_no_request_in_time_is_an_error() -> None:
 
 
 def test_an_abandoned_step_ends() -> None:
+    """Also if something is asked for."""
     layers = Layers(1, 2)
     layers.flags[2, 0] = 1
-    assert not layers.server.run(layers.step, 1, 0, 20.0)
+    for last in (0, 1):
+        layers.flags[0, 0] = 1
+        assert not layers.server.run(layers.step, 1, last, 20.0)
+        assert layers.flags[1, 0] == 0
 
 
 def test_programs_and_steps_that_do_not_fit_are_refused() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import EngineSettings, ModelSettings
 from engine.errors import DeviceError, RequestError
-from engine.generate.scheduler import MAX_AHEAD, share_out
+from engine.generate.scheduler import MAX_UNREAD, share_out
 
 PROMPTS = ["def main():", "# Installing\n\nTo install the package", "import os\n", "x = [1, 2, 3]\nfor y in x:\n", "a"]
 PARAMS = SamplingParams(temperature=0.9, seed=7, max_tokens=10, logprobs=2)
@@ -120,7 +120,7 @@ def test_a_reader_who_does_not_read_is_not_worked_for(shared: Engine, alone: lis
         next(unread)
         before = shared.statistics.n_decode_tokens
         shared.generate(PROMPTS[1], params)
-        assert shared.statistics.n_decode_tokens - before == 59 + MAX_AHEAD
+        assert shared.statistics.n_decode_tokens - before == 59 + MAX_UNREAD
         rest = list(unread)
     assert rest[-1].completion.token_ids == shared.generate(PROMPTS[0], params).token_ids
 

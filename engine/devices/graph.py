@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -735,6 +735,7 @@ DRAW = np.dtype(
     ]
 )  # how a token is drawn, without penalties: see `kernels/sampling.h`
 NO_DRAW = -1
+MOST_TOP_K = 256  # that a program draws; with more, or all, it may give up
 Draw = tuple[float, float, float, float, int]  # a value of it
 
 
@@ -767,6 +768,56 @@ class DrawingProgram(Protocol):
             The tokens, int32 [n_outputs], -1 where none was asked for or a draw takes all logits; and the logits, as
             `Program.run` returns them, if there is such a row.
         """
+        ...
+
+
+class Step(NamedTuple):
+    """What `DrawingProgram.run_and_draw` takes, in one; `draws` may be None: no token is drawn."""
+
+    token_ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int32]
+    output_rows: npt.NDArray[np.int32]
+    draws: npt.NDArray[np.void] | None
+
+
+@runtime_checkable
+class AheadProgram(DrawingProgram, Protocol):
+    """One whose steps can be begun before the tokens of the step before are known to the host.
+
+    A step is begun, its layers are finished, its result is collected; between the last two the next one may be begun,
+    for which a token id of -1 - i stands for the token that output row i of this step draws. So the device need not
+    wait until the host has seen the token. Whatever raises leaves no step under way, and in their sequences nothing of
+    use.
+
+    Attributes:
+        runs_ahead: whether that pays: there is a CPU for it.
+    """
+
+    runs_ahead: bool
+
+    def begin(self, step: Step) -> None:
+        """Begin a step. Raises `RequestError` for one that does not fit the program."""
+        ...
+
+    def finish_layers(self) -> None:
+        """Wait for the CPU's part in the oldest step under way; when that is done only its output head may be left."""
+        ...
+
+    def collect(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Wait for the end of that step; return tokens and logits as `run_and_draw` does.
+
+        There are no logits if a step was begun after it: a token that could not be drawn after all is -1, and both
+        steps have to be run again.
+        """
+        ...
+
+    def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Finish the layers of the oldest step, begin the one after it, if any, and collect what the first gives."""
+        ...
+
+    def drop(self) -> None:
+        """Stop all steps under way."""
         ...
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.devices.graph import AheadProgram
 from engine.devices.timing import Bandwidths, LayerTimes, StepTime, Traffic
 
 Ticket: TypeAlias = object
@@ -90,24 +90,14 @@ class SlotProgram(SlotDevice, Protocol):
 
 
 @runtime_checkable
-class WaitingProgram(SlotProgram, Protocol):
+class WaitingProgram(SlotProgram, AheadProgram, Protocol):
     """One whose steps wait for the device, so that another thread may work, and call all of the above, meanwhile.
 
     Attributes:
-        while_waiting: called in each step by the thread that runs it, right before that lets go of the interpreter
-            until the step is nearly over. A thread that began to work before would hold the interpreter for
-            milliseconds, in which the step would not get on.
-        before_end: called by that thread once all layers are done and only the output head is not, in steps in which
-            the CPU takes part: what is done for the next step by then costs no time.
+        leaves_a_cpu: whether there is a CPU for it.
     """
 
-    while_waiting: Callable[[], object] | None
-    before_end: Callable[[], object] | None
-
-    @property
-    def leaves_a_cpu(self) -> bool:
-        """Return whether there is a CPU for another thread."""
-        ...
+    leaves_a_cpu: bool
 
 
 @runtime_checkable

@@ -44,7 +44,6 @@ class Steering:
         self._set = np.zeros((0, 0), np.intp)  # which values are not 0
         self._next: _Routing | None = None  # of the next token, once it is known
         self._written: _Routing | Literal["nothing"] | None = "nothing"  # what the routers are told; None: to choose
-        self._runs_one = False  # the last step
 
     def end_of_prompt(self) -> npt.NDArray[np.int32]:
         """Return what is played for the last tokens of a prompt, [n_moe_layers, PLAYED_OF_PROMPT, n_experts_used].
@@ -55,20 +54,13 @@ class Steering:
         return np.stack([self._take() for _ in range(PLAYED_OF_PROMPT)], axis=1).astype(np.int32)
 
     def begin_step(self, n_tokens: int) -> None:
-        """Set the biases for a step of so many tokens, if that was not foreseen."""
-        self._runs_one = n_tokens == 1
-        self._write(self._take() if self._runs_one else None)
+        """Set the biases for a step of so many tokens."""
+        self._write(self._take() if n_tokens == 1 else None)
 
     def find_next(self) -> None:
         """Find the next token's routing already, when there is time for it."""
         if self._next is None:
             self._next = self._next_token()
-
-    def foresee(self) -> None:
-        """Set the biases for one more token, if the step that runs is of one; its routers must have chosen."""
-        if self._runs_one:
-            self.find_next()
-            self._write(self._next)
 
     def _take(self) -> _Routing:
         self.find_next()

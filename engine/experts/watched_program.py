@@ -2,35 +2,45 @@
 
 Whoever runs steps need not know. After each step the watchers see what was routed, and the cache moves its swaps on;
 the logits are the same with and without. On a device that leaves a CPU free for it, the cache does so in a thread of
-its own while the next step runs: its milliseconds of Python would else come on top of every token. Where routing is
-played back to the routers, that happens here, too.
+its own while the next step runs: its milliseconds of Python would else come on top of every token. It begins when the
+step has been begun and is waited for: before that it would hold the interpreter, and the step would not get on. Where
+routing is played back to the routers, that happens here, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import DrawingProgram, Limits, Program, SavingProgram
-from engine.devices.slots import ClockedProgram, WaitingProgram
+from engine.devices.graph import AheadProgram, DrawingProgram, Limits, Program, SavingProgram, Step
+from engine.devices.slots import ClockedProgram
+from engine.errors import DeviceError
 from engine.experts.hot_cache import HotCache
 from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
 
 _PACE_S = 2e-4  # in which a step of large models comes to the next layer
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step that was begun: which experts had slots, and when."""
+
+    step: Step
+    resident: npt.NDArray[np.bool_] | None
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _Over:
     """A step that is over: what it routed, which experts it found in slots, and how long it took."""
 
     routing: npt.NDArray[np.int32]
@@ -39,7 +49,11 @@ class _Step:
 
 
 class WatchedProgram:
-    """Implements `graph.Program` on top of another one, which stays its owner's."""
+    """Implements `graph.Program`, and `AheadProgram` if the program does on top of which it is; that stays its owner's.
+
+    Attributes:
+        runs_ahead: see `AheadProgram`; False for others.
+    """
 
     def __init__(
         self,
@@ -54,11 +68,12 @@ class WatchedProgram:
         self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
-        self._unseen: _Step | None = None  # the last one, while the cache has not looked at it
+        self._ahead = program if isinstance(program, AheadProgram) else None
+        self.runs_ahead = self._ahead is not None and self._ahead.runs_ahead
+        self._begun: deque[_Begun] = deque()  # what is under way
+        self._ended_at = 0.0  # the last step
+        self._unseen: _Over | None = None  # the last one, while the cache has not looked at it
         self._looking: Future[None] | None = None  # the thread's latest work
-        if in_background:
-            waiting = cast(WaitingProgram, program)
-            waiting.while_waiting, waiting.before_end = self._begin_to_look, self._get_ready
         self.now = program.now if isinstance(program, ClockedProgram) else time.perf_counter
 
     @property
@@ -84,9 +99,16 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
-        return self._watch(
-            token_ids, positions, slots, lambda: self._program.run(token_ids, positions, slots, output_rows)
-        )
+        step = Step(token_ids, positions, slots, output_rows, None)
+        if self._ahead is not None:
+            self.begin(step)
+            _, logits = self.end()
+            assert logits is not None
+            return logits
+        begun = self._prepare(step)
+        result = self._program.run(token_ids, positions, slots, output_rows)
+        self._see(begun)
+        return result
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
         """Say which tokens may be drawn, of a program that draws; see `graph.DrawingProgram`."""
@@ -102,47 +124,74 @@ class WatchedProgram:
         draws: npt.NDArray[np.void],
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Run one step of a program that draws tokens, likewise; see `graph.DrawingProgram`."""
-        program = cast(DrawingProgram, self._program)  # to look for its methods takes 10 us, of each token
-        return self._watch(
-            token_ids, positions, slots, lambda: program.run_and_draw(token_ids, positions, slots, output_rows, draws)
-        )
+        step = Step(token_ids, positions, slots, output_rows, draws)
+        if self._ahead is not None:
+            self.begin(step)
+            return self.end()
+        begun = self._prepare(step)
+        result = cast(DrawingProgram, self._program).run_and_draw(token_ids, positions, slots, output_rows, draws)
+        self._see(begun)
+        return result
 
-    def _watch(
-        self,
-        token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int32],
-        run: Callable[[], T],
-    ) -> T:
-        """Run one step and let the watchers see it."""
+    def begin(self, step: Step) -> None:
+        """Begin a step; see `graph.AheadProgram`."""
+        assert self._ahead is not None
+        begun = self._prepare(step)
+        self._ahead.begin(step)
+        self._begun.append(begun)
+
+    def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Finish the oldest step under way, with another one begun behind it, and let the watchers see it."""
+        assert self._ahead is not None
+        try:
+            self._begin_to_look()
+            self._ahead.finish_layers()
+            self._get_ready()
+            if then is not None:
+                self.begin(then)
+            result = self._ahead.collect()
+        except BaseException:
+            with contextlib.suppress(DeviceError):  # the one at hand says more
+                self.drop()
+            raise
+        self._see(self._begun.popleft())
+        return result
+
+    def drop(self) -> None:
+        """Stop all steps under way."""
+        assert self._ahead is not None
+        self._begun.clear()
+        self._ahead.drop()
+
+    def _prepare(self, step: Step) -> _Begun:
+        """Do what is to be done before a step."""
         if self._steering is not None:
             with self._settling:
-                self._steering.begin_step(len(token_ids))
+                self._steering.begin_step(len(step.token_ids))
         if self._cache is not None:
-            self._make_room(self._cache, positions, slots)
-        resident = None if self._cache is None else self._cache.resident()
-        start = self.now()
-        try:
-            result = run()
-            step_s = self.now() - start
-        finally:
-            self.settle()  # waits until the thread has, or does it
+            self._make_room(self._cache, step.positions, step.slots)
+        return _Begun(step, None if self._cache is None else self._cache.resident(), self.now())
+
+    def _see(self, begun: _Begun) -> None:
+        """Let the watchers see a step that is over, now or as soon as somebody waits for the next one."""
+        seconds = self.now() - max(begun.at, self._ended_at)
+        self._ended_at = self.now()
+        self.settle()  # waits until the thread has looked at the step before, or does it
         if self._looking is not None and self._looking.done():
             looking, self._looking = self._looking, None
             looking.result()  # raises what went wrong there
         if self._cache is None and self._recorder is None:
-            return result
-        routing = self._program.routing()
+            return
+        routing, slots = self._program.routing(), begun.step.slots
         if self._recorder is not None:
             self._record(self._recorder, routing, slots)
-        if self._steering is not None and self._cache is not None and self._cache.bypasses(len(token_ids)):
+        if self._steering is not None and self._cache is not None and self._cache.bypasses(len(slots)):
             with self._settling:
                 routing = self._steering.end_of_prompt()
-        if resident is not None:
-            self._unseen = _Step(routing, resident, step_s)
+        if begun.resident is not None:
+            self._unseen = _Over(routing, begun.resident, seconds)
         if self._thread is None:
             self.settle()
-        return result
 
     def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put a saved sequence back, see `graph.SavingProgram`: it needs memory as a step that ends there does."""
@@ -162,7 +211,7 @@ class WatchedProgram:
         if self._thread is not None and self._unseen is not None:
             self._looking = self._thread.submit(self._look, self._unseen)
 
-    def _look(self, step: _Step) -> None:
+    def _look(self, step: _Over) -> None:
         """Let the cache look at a step, then copy experts as soon as the one that runs is done with their slots.
 
         So they are there for the next step. When the running one is over there is soon nothing left to wait for: nobody
@@ -177,13 +226,15 @@ class WatchedProgram:
             time.sleep(_PACE_S)
 
     def _get_ready(self) -> None:
-        """Do what a step that is nearly over leaves to do for the next one, in the time that its output head takes."""
-        with self._settling:
-            self._show_unseen()
-            if self._cache is not None:
-                self._cache.publish_arrivals()
-            if self._steering is not None:
-                self._steering.foresee()
+        """Do what is left to do for the next step, in the time that the output head of one takes that is nearly over.
+
+        Nobody does so if there is no thread: then the cache has looked at the step before, and this one is to come.
+        """
+        if self._thread is not None:
+            with self._settling:
+                self._show_unseen()
+                if self._cache is not None:
+                    self._cache.publish_arrivals()
 
     def _go_on(self, cache: HotCache) -> bool:
         with self._settling:
@@ -215,6 +266,4 @@ class WatchedProgram:
     def close(self) -> None:
         """End the thread; the program is left to its owner."""
         if self._thread is not None:
-            waiting = cast(WaitingProgram, self._program)
-            waiting.while_waiting = waiting.before_end = None
             self._thread.shutdown()

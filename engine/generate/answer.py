@@ -120,7 +120,7 @@ class Answer:
     answer: whatever the slot lost is run again, which gives the same bits.
 
     Attributes:
-        lease: its slot, given back as soon as the answer is over.
+        lease: its slot, given back when the answer is over, and no step with it is under way.
         is_streamed: keep a chunk for each token, for a reader.
         chunks: made and not read yet.
         completion: the whole answer, once there is one.
@@ -152,6 +152,9 @@ class Answer:
         self._remember_at = 0
         if lease.takes_snapshots:
             self._remember_at = likely_end(sequence.prompt_ids, tokenizer.eog_ids)
+        # After a text that is cut off, a recurrent state beyond the last token but one would be of no use.
+        self._may_run_ahead = sequence.params.logprobs < 0 and self._sampler.is_sure
+        self._may_run_ahead &= lease.can_cut_back or not sequence.params.stop
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_s = self._first_token_s = self._decode_s = 0.0
 
@@ -197,9 +200,24 @@ class Answer:
             total = len(self._sequence.prompt_ids) - self._n_reused
             self._progress(self.lease.n_held - self._n_reused, total)
 
-    def draw(self) -> Draw | None:
-        """Return how a device may draw the next token; None if the logits are to be looked at."""
-        return self._sampler.draw(self._sequence) if self._sequence.params.logprobs < 0 else None
+    @property
+    def can_run_ahead(self) -> bool:
+        """Return whether the token after the next one may be begun before that is known, which needs it."""
+        n_made = len(self._sequence.token_ids)
+        is_at_end = n_made + 1 >= self._sequence.params.max_tokens
+        return self._may_run_ahead and not self.is_at_prompt and self.n_pending == 1 and not is_at_end
+
+    def draw(self, n_unseen: int = 0) -> Draw | None:
+        """Return how a device may draw the next token; None if the logits are to be looked at.
+
+        n_unseen: tokens before it that are not known yet.
+        """
+        return self._sampler.draw(self._sequence, n_unseen) if self._sequence.params.logprobs < 0 else None
+
+    def redo(self) -> None:
+        """Go back to before the last steps, after one that could not draw a token; the next ones are not run ahead."""
+        self._may_run_ahead = False
+        self.lease.recover(self.lease.n_held)
 
     def choose(self, found: npt.NDArray[np.float32] | int) -> tuple[int, TokenLogprobs | None]:
         """Return the next token and its probabilities, from logits, or as it was drawn; nothing is changed yet."""
@@ -209,7 +227,7 @@ class Answer:
         return token_id, rate(found, token_id, self._sequence.params.logprobs, self._tokenizer)
 
     def append(self, token_id: int, rated: TokenLogprobs | None, seconds: float) -> None:
-        """Add a chosen token and the time that took, prompt steps not counted."""
+        """Add a chosen token and the time that took, prompt steps not counted; the slot is kept."""
         sequence = self._sequence
         if self.is_at_prompt:
             self._first_token_s = self._prompt_s + seconds
@@ -234,7 +252,6 @@ class Answer:
             tuple(self._logprobs),
         )
         self.chunks.append(Chunk(rest, completion=self.completion))
-        self.lease.close()
 
     def fail(self, error: Exception) -> None:
         """End with an error, which its reader gets."""

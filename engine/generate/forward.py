@@ -10,7 +10,7 @@ from typing import Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import DRAW, NO_DRAW, Draw, DrawingProgram, Limits, Program, Rows
+from engine.devices.graph import DRAW, NO_DRAW, AheadProgram, Draw, DrawingProgram, Limits, Program, Rows, Step
 from engine.devices.slots import ClockedProgram
 from engine.errors import RequestError
 
@@ -25,7 +25,7 @@ class Part:
 
     Attributes:
         slot: which of the kept sequences.
-        token_ids: to append, at least one.
+        token_ids: to append, at least one; -1 - i for the token that row i of the step before gives.
         position: tokens that the sequence holds already.
         wants_logits: of its last token.
         draw: how the token after that is drawn; None to look at the logits.
@@ -43,15 +43,28 @@ class ForwardPass:
 
     Attributes:
         now: returns seconds, of the program's clock if it has one.
+        runs_ahead: whether `end` can begin another step.
     """
 
-    def __init__(self, program: Program, limits: Limits, n_vocab: int, *, draws: bool = False) -> None:
-        """Use a program; `draws` says whether it is a `DrawingProgram`, or watches one."""
+    def __init__(
+        self, program: Program, limits: Limits, n_vocab: int, *, draws: bool = False, runs_ahead: bool = False
+    ) -> None:
+        """Use a program.
+
+        Args:
+            program: runs the steps.
+            limits: of a step.
+            n_vocab: tokens that there are logits of.
+            draws: it is a `DrawingProgram`, or watches one.
+            runs_ahead: it is an `AheadProgram`, or watches one, of which steps are to be begun ahead.
+        """
         self.program = program
         self.now: Callable[[], float] = program.now if isinstance(program, ClockedProgram) else time.perf_counter
         self.limits = limits
         self.n_vocab = n_vocab
+        self.runs_ahead = runs_ahead
         self._draws = draws
+        self._waiting: Step | None = None  # was begun, of a program that can only run it as a whole
         self._slots = np.zeros(limits.max_tokens, np.int32)
         self._no_rows = np.zeros(0, np.int32)
 
@@ -105,13 +118,44 @@ class ForwardPass:
                 progress(stop, n)
         return logits
 
-    def step(self, parts: Sequence[Part]) -> list[int | npt.NDArray[np.float32]]:
-        """Append to several sequences in one step, which reads each weight they share once.
+    def begin(self, parts: Sequence[Part]) -> None:
+        """Begin to append to several sequences in one step, which reads each weight they share once.
+
+        Raises `RequestError` for more than `limits.max_tokens` tokens or a position beyond the context.
+        """
+        step = self._step(parts)
+        if self.runs_ahead:
+            cast(AheadProgram, self.program).begin(step)
+        else:
+            self._waiting = step
+
+    def end(self, then: Sequence[Part] = ()) -> list[int | npt.NDArray[np.float32]]:
+        """Wait for the end of the step that was begun first; `then` is begun before its tokens are looked at.
 
         Returns for each part that wants them, in order, its logits, float32 [n_vocab], a view that is valid until the
-        next call; or the token that follows, where the program could draw it. Raises `RequestError` for more than
-        `limits.max_tokens` tokens or a position beyond the context.
+        next step; or the token that follows, where the program could draw it. With `then` that is -1 for a token that
+        it could not draw after all; both steps have to be run again.
         """
+        if self.runs_ahead:
+            tokens, logits = cast(AheadProgram, self.program).end(self._step(then) if then else None)
+        else:
+            step, self._waiting = self._waiting, None
+            assert step is not None
+            assert not then
+            if step.draws is None:
+                return list(self.program.run(*step[:4]))
+            program = cast(DrawingProgram, self.program)  # to look for its methods takes 10 us, of each token
+            tokens, logits = program.run_and_draw(*step[:4], step.draws)
+        return [logits[i] if token < 0 and logits is not None else token for i, token in enumerate(tokens.tolist())]
+
+    def drop(self) -> None:
+        """Stop what is under way; what its sequences hold is not known."""
+        self._waiting = None
+        if self.runs_ahead:
+            cast(AheadProgram, self.program).drop()
+
+    def _step(self, parts: Sequence[Part]) -> Step:
+        """Return what a program takes."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -124,13 +168,10 @@ class ForwardPass:
             if part.wants_logits:
                 rows.append(len(ids) - 1)
                 draws.append(part.draw)
-        step = _int32(ids), _int32(positions), _int32(slots), _int32(rows)
-        if not self._draws or all(draw is None for draw in draws):
-            return list(self.program.run(*step))
-        program = cast(DrawingProgram, self.program)  # to look for its methods takes 10 us, of each token
-        packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)
-        tokens, logits = program.run_and_draw(*step, packed)
-        return [logits[i] if token < 0 and logits is not None else token for i, token in enumerate(tokens.tolist())]
+        packed = None
+        if self._draws and any(draw is not None for draw in draws):
+            packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)
+        return Step(_int32(ids), _int32(positions), _int32(slots), _int32(rows), packed)
 
     def _rows(self, n: int, outputs: Outputs, *, is_last: bool) -> npt.NDArray[np.int32]:
         if outputs == "all":

@@ -129,6 +129,16 @@ class Lease:
         return len(self._held)
 
     @property
+    def is_open(self) -> bool:
+        """Return whether the slot was not given back yet."""
+        return self._is_open
+
+    @property
+    def can_cut_back(self) -> bool:
+        """Return whether the sequence can be cut back to any place."""
+        return self._table.can_cut_back
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
         """Return the tokens that the slot holds."""
         return tuple(self._held)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.config import SamplingParams
-from engine.devices.graph import Draw
+from engine.devices.graph import MOST_TOP_K, Draw
 from engine.generate.sequence import Sequence
 from engine.tokenizer import Tokenizer
 
@@ -36,15 +36,24 @@ class Sampler:
         )
         self._no_tokens = np.zeros(0, np.int32)
 
-    def draw(self, sequence: Sequence) -> Draw | None:
-        """Return how a device may draw the token that follows `sequence`; None if that takes penalties."""
+    @property
+    def is_sure(self) -> bool:
+        """Return whether a device can draw every token, as far as one can tell: of many candidates it may give up."""
+        params = self._params
+        return not self._has_penalties and (params.temperature == 0 or 0 < params.top_k <= MOST_TOP_K)
+
+    def draw(self, sequence: Sequence, n_unseen: int = 0) -> Draw | None:
+        """Return how a device may draw the token that follows `sequence`; None if that takes penalties.
+
+        n_unseen: tokens in between, which are not known yet.
+        """
         params = self._params
         if self._has_penalties:
             return None
         if params.temperature == 0:
             return 0.0, 1.0, 0.0, 1.0, 1
         return (
-            uniform(self.seed, len(sequence.token_ids)),
+            uniform(self.seed, len(sequence.token_ids) + n_unseen),
             max(params.top_p, _SMALLEST_TOP_P),
             params.min_p,
             min(1 / params.temperature, _LARGEST_FLOAT),

@@ -3,6 +3,10 @@
 There is no thread of its own. Whoever waits for an answer runs the next step, for all; the others wait for its end,
 and find their tokens made. A weight, or an expert, that several sequences need is thus read once for all of them.
 What a sequence computes does not depend on which others are in its steps, down to the bit.
+
+On a device that can take it, a step that decodes is begun before the tokens of the one before it are looked at: the
+device need not wait for Python. If one of these tokens ends its answer, the slot holds it in the end, and its reader
+waits for one step more; that is all.
 """
 
 from __future__ import annotations
@@ -10,12 +14,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Part
 
-MAX_AHEAD = 16  # tokens that are made for a reader who does not fetch them
+MAX_UNREAD = 16  # tokens that are made for a reader who does not fetch them
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,30 @@ class StepCount:
         )
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that was begun.
+
+    Attributes:
+        shares: whose it is, and how many of the pending tokens of each.
+        complete: whether these are all of them, so that the next one is wanted.
+        begun_at: seconds.
+        is_ahead: it was begun before the tokens that it runs were known.
+        void: those of whom it ran a token that does not exist.
+    """
+
+    shares: list[tuple[Answer, int]]
+    complete: list[bool]
+    begun_at: float
+    is_ahead: bool = False
+    void: list[Answer] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Return whose it is."""
+        return [answer for answer, _ in self.shares]
+
+
 class Scheduler:
     """All answers under way. Safe to use from several threads; an answer has one reader."""
 
@@ -51,6 +82,8 @@ class Scheduler:
         self._record = record
         self._answers: list[Answer] = []
         self._n_steps = 0
+        self._ahead: _Step | None = None  # begun, and not looked at
+        self._ended_at = 0.0  # the last step
         self._is_running = False
         self._changed = threading.Condition()
 
@@ -60,13 +93,35 @@ class Scheduler:
             self._answers.append(answer)
 
     def remove(self, answer: Answer) -> None:
-        """Let go of an answer, finished or not; its slot goes back after the step that is being run."""
+        """Let go of an answer, finished or not; its slot goes back after the steps that it is part of."""
+        while not self._let_go(answer):
+            self._lead(lambda: self._is_under_way(answer), self.settle)
+
+    def _let_go(self, answer: Answer) -> bool:
+        """Remove an answer if no step is under way with it; return whether that is so."""
         with self._changed:
-            while self._is_running and not answer.is_over:
-                self._changed.wait()
+            if self._is_under_way(answer):
+                return False
             if answer in self._answers:
                 self._answers.remove(answer)
             answer.lease.close()
+            return True
+
+    def _is_under_way(self, answer: Answer) -> bool:
+        if not answer.lease.is_open:
+            return False
+        return self._is_running or (self._ahead is not None and answer in self._ahead.answers)
+
+    def settle(self) -> None:
+        """Finish the step that is under way, if any; within this thread's turn."""
+        if self._ahead is not None:
+            self._step(goes_on=False)
+            with self._changed:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Forget what is under way, as the program is closed; within this thread's turn."""
+        self._ahead = None
 
     def stream(self, answer: Answer) -> Generator[Chunk, None, None]:
         """Yield an answer piece by piece, the last chunk with the whole of it; close the iterator to stop it."""
@@ -97,77 +152,137 @@ class Scheduler:
 
     def _run_until(self, is_satisfied: Callable[[], bool], on_step: Callable[[], object] = lambda: None) -> None:
         """Run steps, or wait for those that others run."""
-        while True:
-            is_leader = False
-            try:
-                with self._changed:
-                    while self._is_running and not is_satisfied():
-                        self._changed.wait()
-                    if is_satisfied():
-                        return
-                    is_leader = self._is_running = True
-                with self._turn():
-                    self._step()
-            finally:
-                if is_leader:
-                    with self._changed:
-                        self._is_running = False
-                        self._changed.notify_all()
+        while self._lead(lambda: not is_satisfied(), self._step):
             on_step()
+
+    def _lead(self, is_needed: Callable[[], bool], run: Callable[[], object]) -> bool:
+        """Be the one who runs a step, as soon as nobody else does and if it is needed then; return whether it was."""
+        is_leader = False
+        try:
+            with self._changed:
+                while self._is_running and is_needed():
+                    self._changed.wait()
+                if not is_needed():
+                    return False
+                is_leader = self._is_running = True
+            with self._turn():
+                run()
+            return True
+        finally:
+            if is_leader:
+                with self._changed:
+                    self._is_running = False
+                    self._changed.notify_all()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        self._n_steps += 1
+    def _step(self, *, goes_on: bool = True) -> None:
+        """Run a step, or finish the one under way; if it `goes_on`, the next one may be under way then."""
         with self._changed:
             answers = list(self._answers)
-        ready = [a for a in answers if not a.is_over and not (a.is_streamed and len(a.chunks) >= MAX_AHEAD)]
-        shares = share_out(ready, self._forward.limits.max_tokens)
+        ready = [a for a in answers if not a.is_over and not (a.is_streamed and len(a.chunks) >= MAX_UNREAD)]
+        step, following = self._ahead or self._new_step(ready), None
         try:
-            self._run([(answer, answer.pending(n)) for answer, n in shares])
+            if self._ahead is None:
+                self._forward.begin(self._begin(step))
+            if goes_on:
+                following = self._following(step, ready)
+            self._run(step, following)
+            if following is not None and (following.void or any(answer.is_over for answer in following.answers)):
+                self._run(following, None)  # whoever goes on has one more token then
+                following = None
+            self._ahead = following
         except Exception as error:
-            for answer, _ in shares:
-                if not answer.is_over:
+            self._ahead = None
+            self._forward.drop()
+            for answer in step.answers:
+                if answer.is_over:
+                    answer.lease.close()
+                else:
                     answer.fail(error)
         except BaseException:  # Ctrl-C: the reader at hand gets it, all others go on
-            for answer, _ in shares:
-                if not answer.is_over:
+            self._ahead = None
+            self._forward.drop()
+            for answer in step.answers:
+                if following is not None:
+                    answer.lease.begin()  # it may have been stopped anywhere
+                if answer.is_over:
+                    answer.lease.close()
+                else:
                     answer.lease.recover(answer.lease.n_held + answer.n_pending - 1)
             raise
 
-    def _run(self, shares: list[tuple[Answer, list[int]]]) -> None:
-        """Run these tokens; whoever has no more to run gets the next one."""
-        now = self._forward.now
-        complete = [len(ids) == answer.n_pending for answer, ids in shares]
-        parts = [
-            Part(answer.lease.slot, ids, answer.lease.n_held, wants, answer.draw() if wants else None)
-            for (answer, ids), wants in zip(shares, complete, strict=True)
-        ]
-        n_prompt = sum(len(ids) for answer, ids in shares if answer.is_at_prompt)
-        n_decode = sum(len(ids) for _, ids in shares) - n_prompt
-        for answer, _ in shares:
+    def _new_step(self, ready: list[Answer]) -> _Step:
+        """Return the next step of those who are ready."""
+        shares = [(a, len(a.pending(n))) for a, n in share_out(ready, self._forward.limits.max_tokens)]
+        return _Step(shares, [n == answer.n_pending for answer, n in shares], self._forward.now())
+
+    def _following(self, step: _Step, ready: list[Answer]) -> _Step | None:
+        """Return what can be begun before a step is over: the next one, if all answers are known to go on."""
+        answers = step.answers
+        if not self._forward.runs_ahead or len(ready) != len(answers) or any(answer not in ready for answer in answers):
+            return None
+        if not all(answer.can_run_ahead for answer in answers):
+            return None
+        return _Step([(answer, 1) for answer in answers], [True] * len(answers), self._forward.now(), is_ahead=True)
+
+    def _begin(self, step: _Step) -> list[Part]:
+        """Return the parts of a step, which is begun with them."""
+        self._n_steps += 1
+        parts = []
+        for i, ((answer, n), wants) in enumerate(zip(step.shares, step.complete, strict=True)):
             answer.last_step = self._n_steps
+            ids = [-1 - i] if step.is_ahead else answer.pending(n)
+            draw = answer.draw(int(step.is_ahead)) if wants else None
+            parts.append(Part(answer.lease.slot, ids, answer.lease.n_held + step.is_ahead, wants, draw))
             answer.lease.begin()
-        start = now()
-        rows = iter(self._forward.step(parts))
+        return parts
+
+    def _run(self, step: _Step, following: _Step | None) -> None:
+        """Run a step, with the one after it begun; whoever has no more to run gets the next token."""
+        now = self._forward.now
+        rows = iter(self._forward.end(self._begin(following) if following is not None else ()))
+        start = max(step.begun_at, self._ended_at)
         step_s = now() - start
-        for (answer, ids), wants in zip(shares, complete, strict=True):
+        n_prompt = n_decode = 0
+        for (answer, n), wants in zip(step.shares, step.complete, strict=True):
             found = next(rows) if wants else None
+            if not answer.lease.is_open:
+                continue
             try:
-                chosen_at = now()
-                chosen = None if found is None else answer.choose(found)
-                spent = now() - chosen_at
-                answer.note_run(ids)
-                if answer.is_at_prompt:
-                    answer.note_prompt(step_s)
+                if answer in step.void:
+                    answer.redo()
+                elif isinstance(found, int) and found < 0:
+                    assert following is not None
+                    following.void.append(answer)
+                elif answer.is_over:
+                    answer.note_run(answer.pending(n))
                 else:
-                    spent += step_s
-                if chosen is not None:
-                    answer.append(*chosen, spent)
+                    n_prompt, n_decode = n_prompt + n * answer.is_at_prompt, n_decode + n * (not answer.is_at_prompt)
+                    self._append(answer, n, found, step_s)
             except Exception as error:  # one answer's trouble, such as a progress callback's, is no other's
                 answer.fail(error)
-        spent, n_tokens = now() - start, n_prompt + n_decode
-        self._record(StepCount(n_prompt, n_decode, spent * n_prompt / n_tokens, spent * n_decode / n_tokens))
+            if following is not None:
+                answer.lease.begin()
+            elif answer.is_over:
+                answer.lease.close()
+        self._ended_at = now()
+        spent, share = self._ended_at - start, n_prompt / max(1, n_prompt + n_decode)
+        self._record(StepCount(n_prompt, n_decode, spent * share, spent * (1 - share)))
+
+    def _append(self, answer: Answer, n: int, found: npt.NDArray[np.float32] | int | None, step_s: float) -> None:
+        """Note that `n` tokens of an answer were run, and add what was found to follow them."""
+        now = self._forward.now
+        chosen_at = now()
+        chosen = None if found is None else answer.choose(found)
+        spent = now() - chosen_at
+        answer.note_run(answer.pending(n))
+        if answer.is_at_prompt:
+            answer.note_prompt(step_s)
+        else:
+            spent += step_s
+        if chosen is not None:
+            answer.append(*chosen, spent)
 
 
 def share_out(ready: Sequence[Answer], n_tokens: int) -> list[tuple[Answer, int]]:

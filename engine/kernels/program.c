@@ -771,6 +771,8 @@ static int take_guess(program *const *layers, int n_layers, const exchange *e, i
     return (int)guessed;
 }
 
+static bool is_abandoned(const exchange *e) { return __atomic_load_n(e->abandoned, __ATOMIC_ACQUIRE); }
+
 // Waits for the next request, or for a guess, and returns what is to be done after the errand `before`.
 static errand await_errand(program *const *layers, int n_layers, const exchange *e, const errand *before,
                            serve_result *result) {
@@ -778,7 +780,7 @@ static errand await_errand(program *const *layers, int n_layers, const exchange 
     const uint32_t last = before->answered;
     for (uint32_t polls = 1;; polls++) {
         const uint32_t request = __atomic_load_n(e->requested, __ATOMIC_ACQUIRE);
-        if (request != last) {
+        if (request != last && !is_abandoned(e)) {
             const uint32_t layer = request - e->first;
             return (errand){layer < (uint32_t)n_layers ? (int)layer : n_layers, false, request};
         }
@@ -786,9 +788,9 @@ static errand await_errand(program *const *layers, int n_layers, const exchange 
         if (guessed >= 0)
             return (errand){guessed, true, last};
         if (polls % POLLS_PER_CLOCK == 0) {
-            *result = __atomic_load_n(e->abandoned, __ATOMIC_ACQUIRE) ? SERVE_ABANDONED
-                      : seconds_now() - start > e->timeout_s          ? SERVE_TIMED_OUT
-                                                                      : SERVE_DONE;
+            *result = is_abandoned(e)                        ? SERVE_ABANDONED
+                      : seconds_now() - start > e->timeout_s ? SERVE_TIMED_OUT
+                                                             : SERVE_DONE;
             if (*result != SERVE_DONE)
                 return (errand){-1, false, last};
             sched_yield(); // whoever asks may need this core

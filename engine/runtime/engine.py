@@ -103,7 +103,9 @@ class Engine(Answering):
         program, draws = self._caching.program, isinstance(self._program, DrawingProgram)
         if draws:
             program.allow(self.tokenizer.sampled_among(self.spec.n_vocab))
-        self._forward = ForwardPass(program, self._limits, self.spec.n_vocab, draws=draws)
+        self._forward = ForwardPass(
+            program, self._limits, self.spec.n_vocab, draws=draws, runs_ahead=program.runs_ahead
+        )
         is_recurrent = any(self.spec.recurrent_layers)
         self._snapshots: Snapshots | None = None
         if is_recurrent and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
@@ -162,6 +164,7 @@ class Engine(Answering):
         with self._lock:
             if self._is_open:
                 self._is_open = False
+                self._scheduler.close()
                 self._caching.close()
                 self._program.close()
                 self._device.close()
@@ -347,7 +350,7 @@ class Engine(Answering):
         saved = load_session(path, self._fingerprint, settings.kv_type, program.state_layout, settings.context_length)
         lease = self._slots.borrow((), reuse=False)
         try:
-            with self._turn():
+            with self._alone():
                 lease.begin()
                 self._caching.program.load_sequence(lease.slot, len(saved.token_ids), saved.state)
                 lease.commit(saved.token_ids)
@@ -358,7 +361,7 @@ class Engine(Answering):
 
     def _save(self, lease: Lease, path: str | os.PathLike[str]) -> None:
         program = self._saving_program()
-        with self._turn():
+        with self._alone():
             state = program.save_sequence(lease.slot, lease.n_held)
         kv_type, layout = self.config.engine.kv_type, program.state_layout
         save_session(path, SavedSession(self._fingerprint, kv_type, layout, lease.token_ids, state))
@@ -382,7 +385,7 @@ class Engine(Answering):
 
     def _append(self, lease: Lease, token_ids: Sequence[int], outputs: Outputs) -> npt.NDArray[np.float32]:
         _check_ids(token_ids, self.spec.n_vocab)
-        with self._turn():
+        with self._alone():
             logits = lease.extend(self._forward, token_ids, outputs)
             return logits if outputs == "all" else logits.copy()  # the others are a view into the program
 
@@ -404,7 +407,7 @@ class Engine(Answering):
         if not isinstance(self._program, ProfiledProgram):
             raise DeviceError(f"{self._device.description}: this device cannot tell how long each operation takes")
         ids = np.asarray(token_ids, np.int32)
-        with self._slots.borrow((), reuse=False) as lease, self._turn():
+        with self._slots.borrow((), reuse=False) as lease, self._alone():
             slots, last = np.full(len(ids), lease.slot, np.int32), np.array([len(ids) - 1], np.int32)
             return self._program.profile(ids, np.arange(len(ids), dtype=np.int32), slots, last)
 
@@ -438,6 +441,13 @@ class Engine(Answering):
         with self._lock:
             if not self._is_open:
                 raise RequestError("the engine is closed; open it again")
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for this thread's turn to use the program for something else than the scheduler's steps."""
+        with self._turn():
+            self._scheduler.settle()
             yield
 
     def _record(self, step: StepCount) -> None:

@@ -14,8 +14,7 @@ import numpy.typing as npt
 from engine.devices.cuda.launch import WARP, Count, Launch, Rows, ceil_div, pointer
 from engine.devices.cuda.recorder import Recorder
 
-MOST_TOP_K = 256  # that can be drawn; `draw.cu`, as all below
-_MOST_HANDS = 1024
+_MOST_HANDS = 1024  # `draw.cu`, as all below
 _FINDERS = 256  # threads of a block that finds maxima
 _THREADS = 1024  # of one that draws
 _LOGITS_PER_BLOCK = 2048  # that it adds up

@@ -35,21 +35,27 @@ class _Piece(ctypes.Structure):
         ("from", ctypes.c_void_p),
         ("to", ctypes.c_void_p),
         ("n", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("is_tokens", ctypes.c_int32),
     ]
 
 
 class _Pieces(ctypes.Structure):
-    _fields_ = [("list", _Piece * _MAX_PIECES)]
+    _fields_ = [("list", _Piece * _MAX_PIECES), ("drawn", ctypes.c_void_p)]
 
 
-def fetch(pieces: Sequence[tuple[int, int, int]]) -> list[Launch]:
-    """Read pinned host memory into device memory: (device address of the one, address of the other, 32-bit words)."""
+def fetch(pieces: Sequence[tuple[int, int, int]], tokens: int = -1, drawn: int = 0) -> list[Launch]:
+    """Read pinned host memory into device memory.
+
+    Args:
+        pieces: (device address of the one, address of the other, 32-bit words).
+        tokens: which of them has token ids, of which -1 - i stands for number i of those `drawn`.
+        drawn: device address of these, in pinned memory, too.
+    """
     launches = []
     for first in range(0, len(pieces), _MAX_PIECES):
-        some, packed = pieces[first : first + _MAX_PIECES], _Pieces()
+        some, packed = pieces[first : first + _MAX_PIECES], _Pieces(drawn=drawn)
         for i, piece in enumerate(some):
-            packed.list[i] = _Piece(*piece)
+            packed.list[i] = _Piece(*piece, first + i == tokens)
         grid = (max(1, ceil_div(max(n for _, _, n in some), _COLUMNS)), len(some), 1)
         launches.append(Launch("fetch.cu", "fetch", (), grid, _COLUMNS, (packed,)))
     return launches

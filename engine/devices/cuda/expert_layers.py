@@ -127,13 +127,18 @@ class ExpertTables:
         self.n_used = max((layer.op.routing.ids.width for layer in layers), default=0)
         self.hidden_size = layers[0].op.x.width if layers else 0
         self.at_once = at_once
-        self.slot_table = layout.reserve(4 * max(1, len(layers) * self.n_experts))
+        self.slot_table = layout.reserve(4 * max(1, self.n_places))
         self.chosen = layout.reserve(4 * max(1, len(layers) * max_tokens * self.n_used))
         self.n_misses = layout.reserve(4)
         self.n_guessed = layout.reserve(4)
         self.asks_early: dict[object, Callable[[Pass], bool]] = {}
         self.next_routers: dict[int, tuple[ops.Linear, ops.Router]] = {}
         self._numbers = {layer.op.routing.ids.buffer: i for i, layer in enumerate(layers)}
+
+    @property
+    def n_places(self) -> int:
+        """Return the words of the slot table."""
+        return len(self.layers) * self.n_experts
 
     def number(self, routing: Routing) -> int:
         """Return which layer it is whose experts are chosen so."""

@@ -6,6 +6,7 @@ The protocol is written down in `cuda/handshake.cuh`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import numpy as np
@@ -27,9 +28,10 @@ _LOOK_S = 0.5  # after which the GPU is asked whether it still lives
 
 
 class MissServer:
-    """Computes misses while a step runs, with one team of threads from its first layer to its last.
+    """Computes misses while steps run, with one team of threads from a step's first layer to its last.
 
-    It holds one small CPU program for each layer. The activations come in the forms that the weights take.
+    It holds one small CPU program for each layer. The activations come in the forms that the weights take. The team's
+    first thread is the server's own: a step may be under way while whoever runs steps is at something else.
 
     Attributes:
         seconds: float64 [2, n_moe_layers], waited for each layer's request, and spent to answer it, in all steps.
@@ -37,9 +39,20 @@ class MissServer:
     """
 
     def __init__(
-        self, lowering: Lowering, weights: WeightAccess, max_tokens: int, n_threads: int, isa: str | None = None
+        self,
+        lowering: Lowering,
+        weights: WeightAccess,
+        max_tokens: int,
+        n_threads: int,
+        isa: str | None = None,
+        *,
+        look: Callable[[], object] = lambda: None,
     ) -> None:
-        """Get ready for steps of so many tokens."""
+        """Get ready for steps of so many tokens.
+
+        `look` is called now and then, by the server's thread, while the GPU asks for nothing; it raises if the GPU has
+        failed.
+        """
         self._limits = limits = replace(lowering.limits, max_tokens=max_tokens)
         n_choices, hidden_size = limits.max_tokens * lowering.experts.n_used, lowering.experts.hidden_size
         forms = {w.format.activation for layer in lowering.experts.layers for w in (layer.op.gate, layer.op.up)}
@@ -59,6 +72,10 @@ class MissServer:
         self._step = _kernels.Step(limits.max_tokens)
         self._step.positions[:] = np.arange(limits.max_tokens)
         self._last_request = 0
+        self._look = look
+        self._thread = ThreadPoolExecutor(1, "experts")
+        self._serving: Future[None] = Future()  # what the thread is at
+        self._serving.set_result(None)
         programs = [self._program(layer, n_threads, isa) for layer in lowering.experts.layers]
         guess = (flags + 3 * _LINE, self._shared(flags)[2]) if lowering.experts.next_routers else (0, 0)
         self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE, *guess)
@@ -88,34 +105,40 @@ class MissServer:
         return flags, ids, guess, answers, dict(zip(self._row_bytes, x, strict=True))
 
     def begin(self, n_tokens: int) -> None:
-        """Get ready for a step, which is launched after this."""
+        """Get ready for a step, which is launched after this; all before it have been waited for."""
         self._abandoned[0] = 0
         self._step.n_tokens = n_tokens
         self._last_request = int(self._requested[0])  # before the launch: the first request may come at once
 
-    def serve(self, step_number: int, look: Callable[[], object]) -> None:
-        """Answer the requests of the step that was launched.
+    def serve(self, step_number: int) -> None:
+        """Begin to answer the requests of the step that was launched."""
+        self._serving = self._thread.submit(self._serve, step_number, self._last_request)
 
-        `look` is called now and then while the GPU asks for nothing; it raises if the GPU has failed. Raises
-        `DeviceError` if the CPU could not do its share, or nothing was asked for a long time; the rest of the step is
-        then abandoned: its graph runs to its end with wrong values.
+    def wait(self) -> None:
+        """Wait until the step asks for nothing more.
+
+        Raises `DeviceError` if the CPU could not do its share, or nothing was asked for a long time; the rest of the
+        step is then abandoned: its graph runs to its end with wrong values.
         """
-        first, last = self._first_request(step_number), self._last_request
+        self._serving.result()
+
+    def _serve(self, step_number: int, last: int) -> None:
+        first = self._first_request(step_number)
         silent_s, slice_s = 0.0, min(_LOOK_S, _TIMEOUT_S)
         try:
             while silent_s < _TIMEOUT_S and not self._serve_for(slice_s, first, last):
-                look()
+                self._look()
                 answered, silent_s = int(self._answered[0]), silent_s + slice_s
                 if answered != last and (answered - first) & _WORD < self._n_layers:
                     last, silent_s = answered, 0.0  # go on after what was answered before the silence
         except (ValueError, MemoryError) as error:
-            self.abandon()
+            self._abandoned[0] = 1
             raise DeviceError(f"the CPU could not compute its share of the experts: {error}") from error
         except BaseException:
-            self.abandon()
+            self._abandoned[0] = 1
             raise
         if silent_s >= _TIMEOUT_S:
-            self.abandon()
+            self._abandoned[0] = 1
             raise DeviceError(
                 f"the GPU made no request for {silent_s:g} s (the last was {int(self._requested[0])}, answered "
                 f"{int(self._answered[0])}); is another program using the GPU?"
@@ -134,7 +157,7 @@ class MissServer:
         return (step_number * (self._n_layers + 1) + 1) & _WORD
 
     def _serve_for(self, seconds: float, first: int, last: int) -> bool:
-        """Return whether the step asks for nothing more; False if nothing was asked for so long."""
+        """Return whether the step asks for nothing more, or was abandoned; False if nothing was asked for so long."""
         try:
             self._server.run(self._step, first, last, seconds)
         except TimeoutError:
@@ -142,11 +165,13 @@ class MissServer:
         return True
 
     def abandon(self) -> None:
-        """Let the graph run to the end of the step without answers."""
+        """Let the graph run to the end of the step without answers; nothing is computed any more on return."""
         self._abandoned[0] = 1
+        wait([self._serving])
 
     def close(self) -> None:
-        """Free the memory; no step may be under way."""
+        """End the thread and free the memory; no step may be under way."""
+        self._thread.shutdown()
         del self._requested, self._answered, self._abandoned, self._server
         self.memory.close()
 

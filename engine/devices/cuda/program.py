@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,10 +24,10 @@ from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.steps import Steps
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
-from engine.devices.graph import Limits, Rows, WeightAccess
+from engine.devices.graph import Limits, Rows, Step, WeightAccess
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
-from engine.errors import RequestError
+from engine.errors import DeviceError, RequestError
 from engine.machine import n_logical_cpus
 
 _log = logging.getLogger("engine")
@@ -41,6 +43,22 @@ class _Passage(NamedTuple):
     layer: int
 
 
+class _UnderWay(NamedTuple):
+    """A step that was begun: its number, tokens, rows of logits, the size of its launches, and where its data are.
+
+    `gives_logits` says that they are wanted, or some row draws no token; `misses` computes its experts without a slot,
+    None if all pass through the device.
+    """
+
+    number: int
+    n_tokens: int
+    n_outputs: int
+    size: int
+    buffer: int
+    gives_logits: bool
+    misses: MissServer | None
+
+
 def _step_number(n_begun: int) -> int:
     """Return the number that the GPU has for the n-th step."""
     return n_begun & 0x7FFFFFFF
@@ -50,12 +68,12 @@ class CUDAProgram:
     """A compiled forward pass, the sequences it keeps, and the memory of both. Implements `WaitingProgram`.
 
     Layers that have a slot for every expert are filled here and stay as they are. The slots of all others are empty at
-    first. A step is over when `run` returns: whatever is published between two calls holds for the whole next step,
-    and what is published meanwhile for this one or the next.
+    first. What is published before a step is begun holds for all of it, what is published meanwhile for this one or the
+    next.
 
     Attributes:
-        leaves_a_cpu, while_waiting, before_end: another thread may work, and move experts, while a step runs; see
-            `WaitingProgram`.
+        leaves_a_cpu: see `WaitingProgram`.
+        runs_ahead: see `AheadProgram`.
     """
 
     state_layout = "positions"
@@ -90,7 +108,7 @@ class CUDAProgram:
         self._bandwidths = bandwidths
         self._limits = limits = lowering.limits
         self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph | StepMemory | Steps] = []
-        self._vector_writes: dict[tuple[str | int, ...], tuple[PinnedMemory, Graph]] = {}  # by names and size
+        self._vector_writes: dict[tuple[str | int, ...], list[tuple[PinnedMemory, Graph]]] = {}  # by names and size
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
         self._pinned: PinnedExperts | None = None
@@ -98,8 +116,7 @@ class CUDAProgram:
         self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
         self._n_begun = self._n_over = 0  # steps
         self.leaves_a_cpu = False
-        self.while_waiting: Callable[[], object] | None = None
-        self.before_end: Callable[[], object] | None = None
+        self._under_way: deque[_UnderWay] = deque()  # one step, or two
         self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
         self._n_single_tokens = 0
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
@@ -110,7 +127,7 @@ class CUDAProgram:
             self._stream = self._own(Stream(context))
             self._step_memory = self._own(StepMemory(lowering))
             self._places, self._logits = self._step_memory.places, self._step_memory.logits
-            self._routing = self._step_memory.routing(1, 0)  # of the last step
+            self._routing = self._step_memory.buffers[0].routing(1, 0)  # of the last step
             self._expert_in = np.full(self._all_slots.shape, -1, np.int32)  # of each layer's slots, -1: nobody's
             self._upload_constants()
             exchange = None
@@ -126,9 +143,10 @@ class CUDAProgram:
                 if self._pinned.is_pinned:  # else the threads must fill buffers, too
                     self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
                     n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
-                self._misses = MissServer(lowering, weights, most, n_threads, isa)
+                self._misses = MissServer(lowering, weights, most, n_threads, isa, look=self._look)
                 exchange = self._misses.exchange(self._memory.address)
                 _log.info("%s", self._describe_streaming(self._pinned))
+            self.runs_ahead = self.leaves_a_cpu or not lowering.needs_cpu
             self._steps = self._own(
                 Steps(
                     context,
@@ -172,10 +190,10 @@ class CUDAProgram:
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
         """
-        self._step_memory.put_no_draws()
-        _, logits = self._run(token_ids, positions, slots, output_rows)
-        assert logits is not None or not len(output_rows)
-        return self._logits[:0] if logits is None else logits
+        self.begin(Step(token_ids, positions, slots, output_rows, None))
+        _, logits = self.end()
+        assert logits is not None
+        return logits
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
         """Say which tokens may be drawn from now on, [n_vocab]."""
@@ -193,20 +211,94 @@ class CUDAProgram:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Run one step and draw tokens; see `graph.DrawingProgram.run_and_draw`, and `run` for what it raises."""
         assert len(draws) == len(output_rows)
-        self._step_memory.put_draws(draws)
-        return self._run(token_ids, positions, slots, output_rows)
+        self.begin(Step(token_ids, positions, slots, output_rows, draws))
+        return self.end()
 
-    def _run(self, *step: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
-        """Run a step, checked; return what was drawn, -1 for nothing, and all logits if that is so anywhere."""
-        self._check(*step)
-        token_ids, positions, slots, _ = step
-        self._take_memory(len(token_ids), positions, slots)
-        self._context.make_current()
-        self._n_begun += 1
+    def begin(self, step: Step) -> None:
+        """Begin a step, behind the one under way if there is one; see `graph.AheadProgram` and `run`."""
+        assert len(self._under_way) < 2
+        before = self._under_way[-1] if self._under_way else None
         try:
-            return self._run_step(*step)
+            self._check(step, 0 if before is None else before.n_outputs)
+            n, n_outputs, size = len(step.token_ids), len(step.output_rows), self._steps.size_for(len(step.token_ids))
+            self._take_memory(n, step.positions, step.slots)
+            self._context.make_current()
+            self._n_begun += 1
+            number, index = _step_number(self._n_begun), 0 if before is None else 1 - before.buffer
+            buffer = self._step_memory.buffers[index]
+            buffer.put(number, step)
+            misses = None if n >= self._stream_n_tokens else self._misses
+            if misses is not None:
+                misses.begin(n)
+            self._steps.launch(size, index, behind=before is not None)
+            if misses is not None:
+                misses.serve(number)
+            gives_logits = step.draws is None or not buffer.all_draw(n_outputs)
+            self._under_way.append(_UnderWay(self._n_begun, n, n_outputs, size, index, gives_logits, misses))
+        except BaseException:
+            self.drop()
+            raise
+
+    def finish_layers(self) -> None:
+        """Wait until the oldest step under way does not need the CPU any more."""
+        step = self._under_way[0]
+        if step.misses is None:
+            return
+        try:
+            step.misses.wait()
+            self._count_seconds(step.misses, step.n_tokens)
+        except BaseException:
+            self.drop()
+            raise
+
+    def collect(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Wait for the oldest step under way; return what was drawn, -1 for nothing, and all logits if need be."""
+        step, steps = self._under_way[0], self._steps
+        buffer, is_last, logits = self._step_memory.buffers[step.buffer], len(self._under_way) == 1, None
+        assert is_last or not step.gives_logits, "the step behind overwrites them"
+        try:
+            if step.gives_logits:
+                logits = self._download_logits(step)
+            if is_last:
+                steps.synchronize()
+            else:
+                steps.wait_for_passed()
+            self._routing, chosen = buffer.routing(step.size, step.n_tokens), buffer.drawn(step.n_outputs)
+            if is_last and logits is None and min(chosen.tolist(), default=0) < 0:
+                logits = self._download_logits(step)  # now, for swaps may take this memory when the step is over
+                steps.synchronize()
+        except BaseException:
+            self.drop()
+            raise
+        self._under_way.popleft()
+        self._n_over = step.number
+        return chosen, logits
+
+    def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        """Finish the oldest step under way, with another one begun behind it; see `graph.AheadProgram`."""
+        self.finish_layers()
+        if then is not None:
+            self.begin(then)
+        return self.collect()
+
+    def drop(self) -> None:
+        """Stop all steps under way; the device goes through them without the CPU's answers."""
+        try:
+            if self._misses is not None:
+                self._misses.abandon()
+            self._steps.synchronize()
         finally:
+            self._under_way.clear()
             self._n_over = self._n_begun
+
+    def _download_logits(self, step: _UnderWay) -> npt.NDArray[np.float32]:
+        """Queue what brings all logits of the last step to the host; return where they will be."""
+        logits = self._logits[: step.n_outputs]
+        if step.n_outputs > len(self._logits):
+            logits = np.empty((step.n_outputs, self._logits.shape[1]), np.float32)
+        if step.n_outputs:
+            self._steps.download_logits(logits, step.size)
+        return logits
 
     def _take_memory(self, n_tokens: int, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         """Note that a step uses the memory of the slots that it does not leave alone."""
@@ -217,48 +309,10 @@ class CUDAProgram:
             assert not (is_published & ~usable).any(), "the step needs the memory of an expert that is published"
         self._lengths.note(positions, slots)
 
-    def _run_step(
-        self,
-        token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int32],
-        output_rows: npt.NDArray[np.int32],
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
-        n, n_outputs, memory, steps = len(token_ids), len(output_rows), self._step_memory, self._steps
-        memory.put(_step_number(self._n_begun), token_ids, positions, slots, output_rows)
-        size, may_do_without = steps.size_for(n), memory.all_draw(n_outputs)
-        logits = self._logits[:n_outputs]
-        if n_outputs > len(self._logits):
-            logits = np.empty((n_outputs, self._logits.shape[1]), np.float32)
-        misses = None if n >= self._stream_n_tokens else self._misses
-        if misses is not None:
-            misses.begin(n)
-        try:
-            steps.launch(size)
-            if self.while_waiting is not None:
-                self.while_waiting()
-            if misses is not None:
-                misses.serve(_step_number(self._n_begun), self._stream.is_idle)
-            if not may_do_without:
-                steps.download_logits(logits, size)
-            if misses is not None:
-                self._count_seconds(misses, n)
-                if self.before_end is not None:
-                    self.before_end()
-        except BaseException:
-            if misses is not None:
-                misses.abandon()
-            steps.synchronize()
-            raise
-        steps.synchronize()
-        self._routing, chosen = memory.routing(size, n), memory.drawn(n_outputs)
-        if not may_do_without:
-            return chosen, logits
-        if min(chosen.tolist(), default=0) >= 0:
-            return chosen, None
-        steps.download_logits(logits, size)  # now, for swaps may take this memory when the step is over
-        steps.synchronize()
-        return chosen, logits
+    def _look(self) -> None:
+        """Raise `DeviceError` if the device has failed."""
+        self._context.make_current()
+        self._stream.is_idle()
 
     def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
         if n_tokens == 1:
@@ -283,20 +337,26 @@ class CUDAProgram:
         self._context.make_current()
         key = (*names, values.shape[1])
         if key not in self._vector_writes:
-            memory = self._own(PinnedMemory(values.nbytes))
-            offsets = [self._lowering.recorder.vector_offset(name, values.shape[1]) for name in names]
-            n_words, to = values.shape[1], self._memory.address
-            pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
-            launches = fetch(pieces)
-
-            def fetch_all() -> None:
-                for launch in launches:
-                    self._stream.launch(launch)
-
-            self._vector_writes[key] = memory, self._own(self._stream.capture(fetch_all))
-        memory, graph = self._vector_writes[key]
-        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # the last ones were fetched before the step at hand
+            self._vector_writes[key] = [self._vector_write(names, values) for _ in range(2)]
+        writes = self._vector_writes[key]
+        writes.reverse()
+        memory, graph = writes[0]
+        memory.bytes[:] = values.reshape(-1).view(np.uint8)  # the last but one were fetched before the step at hand
         graph.launch(self._stream)
+
+    def _vector_write(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> tuple[PinnedMemory, Graph]:
+        """Return memory for values such as these, and what brings them to their places."""
+        memory = self._own(PinnedMemory(values.nbytes))
+        offsets = [self._lowering.recorder.vector_offset(name, values.shape[1]) for name in names]
+        n_words, to = values.shape[1], self._memory.address
+        pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
+        launches = fetch(pieces)
+
+        def fetch_all() -> None:
+            for launch in launches:
+                self._stream.launch(launch)
+
+        return memory, self._own(self._stream.capture(fetch_all))
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
@@ -342,8 +402,11 @@ class CUDAProgram:
             self._stream.synchronize()
 
     def close(self) -> None:
-        """Free all memory."""
+        """Stop what is under way and free all memory."""
         self._context.make_current()
+        if self._under_way:
+            with contextlib.suppress(DeviceError):  # what has failed can be freed
+                self.drop()
         misses, self._misses = self._misses, None
         copies, self._copies = self._copies, None
         expert_stream, self._expert_stream = self._expert_stream, None
@@ -470,13 +533,9 @@ class CUDAProgram:
             f"in memory that holds {n_lent} experts in between"
         )
 
-    def _check(
-        self,
-        token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int32],
-        output_rows: npt.NDArray[np.int32],
-    ) -> None:
+    def _check(self, step: Step, n_drawn: int) -> None:
+        """Raise `RequestError` for a step that does not fit; the one before draws so many tokens."""
+        token_ids, positions, slots, output_rows, _ = step
         limits, n = self._limits, len(token_ids)
         most_outputs = limits.most(Rows.OUTPUTS)
         if len(output_rows) > most_outputs:
@@ -485,13 +544,13 @@ class CUDAProgram:
             )
         if not 0 < n <= limits.max_tokens:
             raise RequestError(f"a step of {n} tokens was asked for; this program takes 1 to {limits.max_tokens}")
-        for name, values, end in (
-            ("token id", token_ids, self._lowering.n_embeddings),
-            ("position", positions, limits.context_length),
-            ("sequence slot", slots, limits.n_slots),
-            ("output row", output_rows, n),
+        for name, values, first, end in (
+            ("token id", token_ids, -n_drawn, self._lowering.n_embeddings),
+            ("position", positions, 0, limits.context_length),
+            ("sequence slot", slots, 0, limits.n_slots),
+            ("output row", output_rows, 0, n),
         ):
             numbers = values.tolist()  # of one token Python is quicker
-            if numbers and not 0 <= min(numbers) <= max(numbers) < end:
-                wrong = next(v for v in numbers if not 0 <= v < end)
+            if numbers and not first <= min(numbers) <= max(numbers) < end:
+                wrong = next(v for v in numbers if not first <= v < end)
                 raise RequestError(f"{name} {wrong} is not in the range 0 to {end - 1} that this program takes")

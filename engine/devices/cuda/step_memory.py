@@ -1,4 +1,4 @@
-"""What a step takes from the host and gives back: pinned memory that the device reads and writes in place."""
+"""Pinned memory of steps: what goes in, and what comes out."""
 
 from __future__ import annotations
 
@@ -8,37 +8,28 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.cuda import drawing
 from engine.devices.cuda.elementwise import fetch
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import DRAW_WORDS
 from engine.devices.cuda.runtime import PinnedMemory, Stream, close_all
-from engine.devices.graph import DRAW, NO_DRAW
+from engine.devices.graph import DRAW, MOST_TOP_K, NO_DRAW, Step
 
 T = TypeVar("T", bound=np.generic)
+M = TypeVar("M", PinnedMemory, "StepBuffer")
 
 
-class StepMemory:
-    """Inputs and results of the step at hand. What is put here holds for steps that are launched after it.
-
-    Attributes:
-        places: int32 [n_moe_layers, n_experts], where each expert's slot lies, -1 for none; a step takes a copy along.
-        logits: float32 [rows, n_vocab], room for those that decoding asks for.
-        table: the memory of `places`.
-    """
+class StepBuffer:
+    """Inputs and results of one step. What is put here holds for a step that is launched after it."""
 
     def __init__(self, lowering: Lowering) -> None:
-        """Reserve it; nobody has a slot."""
+        """Reserve the memory."""
         self._lowering, step, limits = lowering, lowering.step, lowering.limits
         experts, n_rows = lowering.experts, lowering.drawing.n_rows  # one for each sequence: what decoding asks for
-        n_layers = len(experts.layers)
         self._owned: list[PinnedMemory] = []
         try:
             self._inputs = self._own(4 * step.n_words)
-            self.table = self._own(4 * max(1, n_layers * experts.n_experts))
-            self._ids = self._own(4 * max(1, n_layers * limits.max_tokens * experts.n_used))
-            logits = self._own(4 * n_rows * lowering.n_vocab)
+            self._ids = self._own(4 * max(1, len(experts.layers) * limits.max_tokens * experts.n_used))
             self._drawn = self._own(4 * n_rows)
         except BaseException:
             self.close()
@@ -47,35 +38,23 @@ class StepMemory:
         self._draws = self._words[step.first_draw :].view(DRAW)
         self._top_k: npt.NDArray[np.int32] = self._draws["top_k"]
         self._chosen = _array(self._drawn, (n_rows,), np.int32)
-        self.places = _array(self.table, (n_layers, experts.n_experts), np.int32)
-        self.places[:] = -1
-        self.logits = _array(logits, (n_rows, lowering.n_vocab), np.float32)
 
-    def put(
-        self,
-        number: int,
-        token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int32],
-        output_rows: npt.NDArray[np.int32],
-    ) -> None:
-        """Set the inputs of a step, of which `number` is the device's count, but for how tokens are drawn."""
-        self._words[:3] = len(token_ids), len(output_rows), number
-        for i, values in enumerate((token_ids, positions, slots, output_rows)):
+    def put(self, number: int, step: Step) -> None:
+        """Set the inputs of a step, of which `number` is the device's count.
+
+        Rows draw tokens as the step says where the device can do so; all others draw none.
+        """
+        token_ids, *arrays, draws = step
+        self._words[:3] = len(token_ids), len(step.output_rows), number
+        for i, values in enumerate((token_ids, *arrays)):
             start = 4 + i * self._lowering.limits.max_tokens
             self._words[start : start + len(values)] = values
-
-    def put_draws(self, draws: npt.NDArray[np.void]) -> None:
-        """Set how the first rows draw tokens, those that the device can draw; all others draw none."""
-        n = len(draws)
+        n = 0 if draws is None else len(draws)
         assert n <= len(self._draws)
-        self._draws[:n] = draws
-        self._top_k[:n][draws["top_k"] > drawing.MOST_TOP_K] = NO_DRAW
+        if draws is not None:
+            self._draws[:n] = draws
+            self._top_k[:n][draws["top_k"] > MOST_TOP_K] = NO_DRAW
         self._top_k[n:] = NO_DRAW
-
-    def put_no_draws(self) -> None:
-        """Have no row draw a token."""
-        self._top_k[:] = NO_DRAW
 
     def all_draw(self, n_rows: int) -> bool:
         """Return whether so many rows all draw a token."""
@@ -86,22 +65,25 @@ class StepMemory:
         return np.where(self._top_k[:n_rows] == NO_DRAW, np.int32(-1), self._chosen[:n_rows])
 
     def routing(self, size: int, n_tokens: int) -> npt.NDArray[np.int32]:
-        """Return the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]; valid until the next.
+        """Return the chosen experts, [n_moe_layers, n_tokens, n_experts_used]; valid until the next step that is put.
 
         `size` is the one that the step's launches were made for.
         """
         experts = self._lowering.experts
         return _array(self._ids, (len(experts.layers), size, experts.n_used), np.int32)[:, :n_tokens]
 
-    def fetch(self, base: int, size: int, table: PinnedMemory) -> list[Launch]:
-        """Return the launches that begin steps of at most `size` tokens: they bring all inputs to the device."""
+    def fetch(self, base: int, size: int, table: PinnedMemory, before: StepBuffer) -> list[Launch]:
+        """Return the launches that begin steps of at most `size` tokens: they bring all inputs to the device.
+
+        Tokens may be those that the step before draws, whose buffer is `before`.
+        """
         lowering, step = self._lowering, self._lowering.step
         host, stride = self._inputs.device_address, 4 * lowering.limits.max_tokens
         counts, *arrays = step.offset, step.token_ids, step.positions, step.slots, step.output_rows
         pieces = [(host + 16 + i * stride, base + array, size) for i, array in enumerate(arrays)]
-        places = table.device_address, base + lowering.experts.slot_table, self.places.size
+        places = table.device_address, base + lowering.experts.slot_table, lowering.experts.n_places
         draws = host + 4 * step.first_draw, base + step.draws, min(size, len(self._draws)) * DRAW_WORDS
-        return fetch([(host, base + counts, 4), *pieces, draws, places])
+        return fetch([*pieces, (host, base + counts, 4), draws, places], 0, before._drawn.device_address)
 
     def draw(self, base: int, size: int) -> list[Launch]:
         """Return the launches that end them: they draw tokens."""
@@ -122,6 +104,41 @@ class StepMemory:
     def _own(self, n_bytes: int) -> PinnedMemory:
         self._owned.append(memory := PinnedMemory(n_bytes))
         return memory
+
+
+class StepMemory:
+    """What steps share, and buffers for two: one can be begun while the one before runs.
+
+    Attributes:
+        buffers: of a step and the one after it.
+        places: int32 [n_moe_layers, n_experts], where each expert's slot lies, -1 for none; a step takes a copy along.
+        logits: float32 [rows, n_vocab], room for those that decoding asks for.
+        table: the memory of `places`.
+    """
+
+    def __init__(self, lowering: Lowering) -> None:
+        """Reserve it; nobody has a slot."""
+        experts, n_rows = lowering.experts, lowering.drawing.n_rows
+        self._owned: list[PinnedMemory | StepBuffer] = []
+        try:
+            self.table = self._own(PinnedMemory(4 * max(1, experts.n_places)))
+            logits = self._own(PinnedMemory(4 * n_rows * lowering.n_vocab))
+            self.buffers = self._own(StepBuffer(lowering)), self._own(StepBuffer(lowering))
+        except BaseException:
+            self.close()
+            raise
+        self.places = _array(self.table, (len(experts.layers), experts.n_experts), np.int32)
+        self.places[:] = -1
+        self.logits = _array(logits, (n_rows, lowering.n_vocab), np.float32)
+
+    def close(self) -> None:
+        """Free the memory; views of it must not be used after that."""
+        owned, self._owned = self._owned, []
+        close_all(owned)
+
+    def _own(self, thing: M) -> M:
+        self._owned.append(thing)
+        return thing
 
 
 def _array(memory: PinnedMemory, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:

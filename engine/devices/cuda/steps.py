@@ -13,7 +13,7 @@ from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
-from engine.devices.cuda.runtime import Context, Graph, Stream, close_all
+from engine.devices.cuda.runtime import Context, Event, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.streaming import ExpertStream
 
@@ -25,7 +25,8 @@ class Steps:
     """Queues steps on a stream. A step takes the launches of the next size that is large enough.
 
     They are a graph where the CPU takes part, for the launches of a step that waits for it must all be queued before it
-    is answered, and where they are short.
+    is answered, and where they are short. Short steps, which decode, have launches for both buffers of the memory: so
+    one can be queued behind another.
     """
 
     def __init__(
@@ -53,44 +54,56 @@ class Steps:
         """
         self._stream, self._lowering, self._base, self._memory = stream, lowering, base, memory
         self._expert_stream = expert_stream
-        self._graphs: dict[int, Graph] = {}
-        self._launches: dict[int, list[Launch | Streamed]] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}  # by size and buffer
+        self._launches: dict[tuple[int, int], list[Launch | Streamed]] = {}
+        self._passed = Event()  # after the last but one step
         staging, max_tokens = lowering.staging, lowering.limits.max_tokens
         largest = max_tokens if staging is None else min(staging.from_n_tokens - 1, max_tokens)  # that streams nothing
         short = largest if staging is None else staging.lends_from - 1  # no larger step may take a short one's launches
-        recorded: dict[int, list[Launch | Streamed]] = {}
-        for size in sorted({min(size, largest) for size in (*_SIZES, short, largest)}):
-            first, last = memory.fetch(base, size, memory.table), memory.draw(base, size)
-            recorded[size] = [*first, *lowering.launches(base, size, exchange), *last]
+        recorded: dict[tuple[int, int], list[Launch | Streamed]] = {}
+        sizes = sorted({min(size, largest) for size in (*_SIZES, short, largest)})
+        decoding = next((size for size in sizes if size >= lowering.limits.n_slots), 0)
+        for size in sizes:
+            launches = lowering.launches(base, size, exchange)
+            for buffer in range(2 if size <= decoding else 1):
+                recorded[size, buffer] = self._whole(launches, size, buffer, memory.table)
         if expert_stream is not None:
             for size in sorted({min(size, max_tokens) for size in (*_SIZES, max_tokens) if size > largest}):
-                first, last = memory.fetch(base, size, expert_stream.table), memory.draw(base, size)
-                recorded[size] = [*first, *lowering.streaming_launches(base, size), *last]
-        kernels = [kernel for launches in recorded.values() for step in launches for kernel in _kernels_of(step)]
+                recorded[size, 0] = self._whole(lowering.streaming_launches(base, size), size, 0, expert_stream.table)
+        kernels = [kernel for whole in recorded.values() for step in whole for kernel in _kernels_of(step)]
         context.prepare(kernels, progress)
         for kernel in kernels:
             context.function(kernel)  # no look-up may happen while a graph waits
-        self._sizes, self._largest = list(recorded), largest
+        self._sizes, self._largest = [size for size, buffer in recorded if not buffer], largest
         try:
-            for size, launches in recorded.items():
+            for (size, buffer), whole in recorded.items():
                 if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):
-                    self._graphs[size] = stream.capture(partial(self._queue, launches, size))
+                    self._graphs[size, buffer] = stream.capture(partial(self._queue, whole, size, buffer))
                 else:
-                    self._launches[size] = launches
+                    self._launches[size, buffer] = whole
         except BaseException:
             self.close()
             raise
+
+    def _whole(
+        self, launches: Sequence[Launch | Streamed], size: int, buffer: int, table: PinnedMemory
+    ) -> list[Launch | Streamed]:
+        """Return the launches of a step whose inputs and results are in a buffer; table: of the experts' places."""
+        own, before = self._memory.buffers[buffer], self._memory.buffers[1 - buffer]
+        return [*own.fetch(self._base, size, table, before), *launches, *own.draw(self._base, size)]
 
     def size_for(self, n_tokens: int) -> int:
         """Return the size whose launches a step of so many tokens takes."""
         return next(size for size in self._sizes if size >= n_tokens)
 
-    def launch(self, size: int) -> None:
-        """Queue a step, with the routing it gives."""
-        if size in self._graphs:
-            self._graphs[size].launch(self._stream)
+    def launch(self, size: int, buffer: int, *, behind: bool = False) -> None:
+        """Queue a step, with the routing it gives; `behind` another, for whose end `wait_for_passed` waits then."""
+        if behind:
+            self._passed.record(self._stream)
+        if (size, buffer) in self._graphs:
+            self._graphs[size, buffer].launch(self._stream)
         else:
-            self._queue(self._launches[size], size)
+            self._queue(self._launches[size, buffer], size, buffer)
 
     def download_logits(self, logits: npt.NDArray[np.float32], size: int) -> None:
         """Queue what brings the first logits of a step to the host."""
@@ -103,12 +116,16 @@ class Steps:
             self._expert_stream.synchronize()
         self._stream.synchronize()
 
+    def wait_for_passed(self) -> None:
+        """Wait for the step before the one that was queued last, behind it."""
+        self._passed.synchronize()
+
     def close(self) -> None:
         """Destroy the graphs; no step may be under way."""
         graphs, self._graphs = list(self._graphs.values()), {}
-        close_all(graphs)
+        close_all([*graphs, self._passed])
 
-    def _queue(self, launches: Sequence[Launch | Streamed], size: int) -> None:
+    def _queue(self, launches: Sequence[Launch | Streamed], size: int, buffer: int) -> None:
         if self._expert_stream is not None and size > self._largest:
             self._expert_stream.begin(self._memory.places)
             self._expert_stream.launch(launches, self._stream)
@@ -116,7 +133,7 @@ class Steps:
             for launch in launches:
                 assert isinstance(launch, Launch)
                 self._stream.launch(launch)
-        self._memory.download_routing(self._base, size, self._stream)
+        self._memory.buffers[buffer].download_routing(self._base, size, self._stream)
 
 
 def _kernels_of(step: Launch | Streamed) -> tuple[Launch, ...]:
