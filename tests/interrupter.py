@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line that is run in some modules, once."""
+    """Raises KeyboardInterrupt at the n-th line that is run in some modules, but for some functions, once."""
 
-    def __init__(self, at_line: int, modules: Sequence[ModuleType]) -> None:
+    def __init__(self, at_line: int, modules: Sequence[ModuleType], but_for: Collection[str] = ()) -> None:
         self.at_line, self.n_lines, self.raised = at_line, 0, False
         self._files = {module.__file__ for module in modules}
+        self._but_for = but_for
 
     def __call__(self, frame, event, _):
-        if frame.f_code.co_filename not in self._files:
+        if frame.f_code.co_filename not in self._files or frame.f_code.co_name in self._but_for:
             return None
         if event == "line":
             self.n_lines += 1

@@ -10,16 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from interrupter import Interrupter
 from rich.console import Console
 
 from engine.__main__ import main
 from engine.bench.measure import measure
 from engine.cli.layers import layer_table
 from engine.config import EngineConfig, EngineSettings, ModelSettings, MoESettings, SamplingParams
-from engine.devices.cuda import jit, probe
+from engine.devices.cuda import jit, misses, probe
+from engine.devices.cuda import program as cuda_program
 from engine.devices.cuda.program import CUDAProgram
 from engine.devices.cuda.steps import Steps
-from engine.errors import DeviceError
+from engine.errors import DeviceError, RequestError
 from engine.gguf import weights
 from engine.runtime import Engine
 from tests.cusim import needs_emulator
@@ -115,6 +117,65 @@ def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:
             found[n_logical] = statistics
             engine._caching.cache.table.check_integrity()
     assert found[1].choices.tolist() == found[64].choices.tolist()
+
+
+@pytest.fixture
+def in_background(monkeypatch) -> EngineConfig:
+    """Settings with which a thread moves experts while steps run, and steps are begun ahead."""
+    monkeypatch.setattr("engine.devices.cuda.program.n_logical_cpus", lambda: 64)
+    return replace(config(hot_k=9, policy="lru"), model=ModelSettings(load="memory"))
+
+
+@pytest.mark.parametrize("hot_k", ["auto", 9])
+def test_steps_that_decode_are_begun_ahead(hot_k: str | int, expected, in_background, driver, monkeypatch) -> None:
+    """All but the first and those that might not be needed; one answer or several, whatever else there is to do."""
+    driver.set(order="random", copy_us=300)
+    launch, n_behind = Steps.launch, 0
+
+    def count(steps: Steps, size: int, buffer: int, *, behind: bool = False) -> None:
+        nonlocal n_behind
+        n_behind += behind
+        launch(steps, size, buffer, behind=behind)
+
+    monkeypatch.setattr(Steps, "launch", count)
+    settings = replace(in_background, moe=replace(in_background.moe, hot_k=hot_k))
+    settings = replace(settings, engine=replace(settings.engine, n_sequences=2))
+    with Engine.open(config=settings) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+        assert n_behind == GREEDY.max_tokens - 2
+        answers = dict(engine.generate_many([PROMPT, PROMPT[:7], PROMPT], GREEDY))
+        assert answers[0].token_ids == answers[2].token_ids == expected
+        stream = engine.generate(PROMPT, GREEDY, stream=True)
+        assert [next(stream).token_id for _ in range(3)] == list(expected[:3])
+        assert engine.generate(PROMPT[:7], GREEDY).token_ids == answers[1].token_ids
+        assert list(stream)[-1].completion.token_ids == expected
+        stream = engine.generate(PROMPT, GREEDY, stream=True)
+        for _ in range(3):
+            next(stream)
+    with pytest.raises(RequestError, match="closed"):
+        list(stream)
+    assert n_behind > 3 * (GREEDY.max_tokens - 2)
+
+
+def test_ctrl_c_while_steps_are_under_way(in_background, driver) -> None:
+    """At any line of what begins them and waits for them: the same engine then gives the same text."""
+    driver.set(order="random", copy_us=100)
+    modules, but_for = [cuda_program, misses], {"drop", "abandon", "copy_expert", "fence", "is_done", "publish"}
+    with Engine.open(config=in_background) as engine:
+        request = PROMPT[:3], replace(GREEDY, max_tokens=4)
+        expected = engine.generate(*request).token_ids
+        at_line, n_raised = 20, 0
+        while True:
+            with Interrupter(at_line, modules, but_for) as interrupter:
+                try:
+                    engine.generate(*request)
+                except KeyboardInterrupt:
+                    n_raised += 1
+            assert engine.generate(*request).token_ids == expected
+            if not interrupter.raised:
+                break
+            at_line += 43
+    assert n_raised > 5
 
 
 def test_the_bench_says_where_the_time_of_a_token_goes() -> None:

@@ -125,8 +125,8 @@ class Scheduler:
 
     def stream(self, answer: Answer) -> Generator[Chunk, None, None]:
         """Yield an answer piece by piece, the last chunk with the whole of it; close the iterator to stop it."""
-        self.add(answer)
         try:
+            self.add(answer)
             while True:
                 self._run_until(lambda: bool(answer.chunks) or answer.is_over)
                 if not answer.chunks:
