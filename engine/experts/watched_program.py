@@ -105,6 +105,7 @@ class WatchedProgram:
             _, logits = self.end()
             assert logits is not None
             return logits
+        self._steer(step)
         begun = self._prepare(step)
         result = self._program.run(token_ids, positions, slots, output_rows)
         self._see(begun)
@@ -128,6 +129,7 @@ class WatchedProgram:
         if self._ahead is not None:
             self.begin(step)
             return self.end()
+        self._steer(step)
         begun = self._prepare(step)
         result = cast(DrawingProgram, self._program).run_and_draw(token_ids, positions, slots, output_rows, draws)
         self._see(begun)
@@ -135,6 +137,10 @@ class WatchedProgram:
 
     def begin(self, step: Step) -> None:
         """Begin a step; see `graph.AheadProgram`."""
+        self._steer(step)
+        self._begin(step)
+
+    def _begin(self, step: Step) -> None:
         assert self._ahead is not None
         begun = self._prepare(step)
         self._ahead.begin(step)
@@ -145,10 +151,12 @@ class WatchedProgram:
         assert self._ahead is not None
         try:
             self._begin_to_look()
+            if then is not None:
+                self._steer(then)  # which the device does in its turn
             self._ahead.finish_layers()
             self._get_ready()
             if then is not None:
-                self.begin(then)
+                self._begin(then)
             result = self._ahead.collect()
         except BaseException:
             with contextlib.suppress(DeviceError):  # the one at hand says more
@@ -163,11 +171,14 @@ class WatchedProgram:
         self._begun.clear()
         self._ahead.drop()
 
-    def _prepare(self, step: Step) -> _Begun:
-        """Do what is to be done before a step."""
+    def _steer(self, step: Step) -> None:
+        """Tell routers what they are to choose in a step."""
         if self._steering is not None:
             with self._settling:
                 self._steering.begin_step(len(step.token_ids))
+
+    def _prepare(self, step: Step) -> _Begun:
+        """Do what is to be done before a step."""
         if self._cache is not None:
             self._make_room(self._cache, step.positions, step.slots)
         return _Begun(step, None if self._cache is None else self._cache.resident(), self.now())

@@ -225,13 +225,15 @@ class CUDAProgram:
             self._context.make_current()
             self._n_begun += 1
             number, index = _step_number(self._n_begun), 0 if before is None else 1 - before.buffer
-            buffer = self._step_memory.buffers[index]
-            buffer.put(number, step)
             misses = None if n >= self._stream_n_tokens else self._misses
             if misses is not None:
                 misses.begin(n)
+                if before is not None:  # the server has time to wake up; else its threads are not to delay the launch
+                    misses.serve(number)
+            buffer = self._step_memory.buffers[index]
+            buffer.put(number, step)
             self._steps.launch(size, index, behind=before is not None)
-            if misses is not None:
+            if misses is not None and before is None:
                 misses.serve(number)
             gives_logits = step.draws is None or not buffer.all_draw(n_outputs)
             self._under_way.append(_UnderWay(self._n_begun, n, n_outputs, size, index, gives_logits, misses))
