@@ -202,7 +202,7 @@ def test_no_more_text_is_made_than_is_run(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Engine, "generate", watched)
     assert main([*PLACED, "--vram-budget", "20MB", "-c", "512"]) == 0
-    assert made == [60, 60]
+    assert made == [40, 40]
 
 
 def test_a_model_of_random_weights_gets_routing_with_favourites(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from engine.quants.formats import QuantFormat
 from engine.runtime import Engine, EngineStatistics
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
-the same run. Prompts and answers are fixed random tokens."""
+the same run. Prompts are random tokens, answers what the model draws after them, read token by token."""
 _CONVERSATION_TOKENS = 768  # of context beside the longest answer
 _LINES_AROUND_LAYERS = 7  # title, which may take two lines, headings, frame, and the cursor's
 _FILE_WIDTH = 160  # columns, where the output is not a terminal

@@ -1,8 +1,8 @@
-"""Times an engine: prompt and answer apart, with fixed tokens, so that runs and programs can be compared.
+"""Times an engine: prompt and answer apart, as somebody has them who reads the answer token by token.
 
-Random tokens are what a bench can give every program alike; where a cache of experts is measured the tokens are text,
-as experts have favourites in text alone. Nothing is sampled from them: the ids of the answer are fixed too, and end
-tokens mean nothing.
+Random tokens are a prompt that a bench can give every program alike; where a cache of experts is measured it is text,
+as experts have favourites in text alone. Answers are drawn, the same ones wherever experts are, and end tokens mean
+nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from engine import _kernels
+from engine.config import SamplingParams
 from engine.devices.timing import Bandwidths, LayerTimes, Machine, StepWork, Traffic, time_step, traffic_of
 from engine.experts.hot_cache import CacheStatistics
 from engine.machine import resident_bytes
@@ -155,7 +155,7 @@ def summarise(name: str, samples: Sequence[Sample], n_prompt: int, n_gen: int, t
     )
 
 
-Tokens = Callable[[int, int], Sequence[int]]  # (repetition, how many) -> ids
+Prompts = Callable[[int, int], Sequence[int]]  # (repetition, how many tokens) -> ids
 
 
 def measure(
@@ -165,23 +165,22 @@ def measure(
     n_gen: int,
     reps: int,
     progress: Progress,
-    tokens: Tokens | None = None,
+    prompts: Prompts | None = None,
     limits: Bandwidths | None = None,
 ) -> list[Row]:
     """Time an engine; return a row for each prompt length, in the order given.
 
-    Without `tokens` they are random. `limits` are what rows are compared with; None for what the engine measured.
+    Without `prompts` they are random. `limits` are what rows are compared with; None for what the engine measured.
     """
-    chosen = tokens or (lambda _, n: random_tokens(n, engine.spec.n_vocab))
-    if tokens is None:
-        n = min(_WARM_UP, prompt_lengths[0]) + min(_WARM_UP, n_gen)  # first use of threads and pages
-        _run(engine, random_tokens(n, engine.spec.n_vocab), min(_WARM_UP, prompt_lengths[0]))
+    chosen = prompts or (lambda _, n: random_tokens(n, engine.spec.n_vocab))
+    if prompts is None:  # first use of threads and pages
+        _run(engine, random_tokens(min(_WARM_UP, prompt_lengths[0]), engine.spec.n_vocab), min(_WARM_UP, n_gen), 0)
     samples: dict[int, list[Sample]] = {n: [] for n in prompt_lengths}
     total, done = reps * len(prompt_lengths), 0
     for rep in range(reps):  # repetitions go round, so that a slow minute of the machine does not hit one length alone
         for n_prompt in prompt_lengths:
             progress(f"{name}, {n_prompt} + {n_gen} tokens", done, total)
-            samples[n_prompt].append(_run(engine, chosen(rep, n_prompt + n_gen), n_prompt))
+            samples[n_prompt].append(_run(engine, chosen(rep, n_prompt), n_gen, rep))
             done += 1
     progress(name, total, total)
     token_bytes = engine.statistics.weights.token_bytes
@@ -189,22 +188,24 @@ def measure(
     return [replace(row, placed=_placed(engine, samples[row.n_prompt], n_gen, limits)) for row in rows]
 
 
-def _run(engine: Engine, tokens: Sequence[int], n_prompt: int) -> Sample:
+def _run(engine: Engine, prompt: Sequence[int], n_gen: int, seed: int) -> Sample:
+    """Read an answer: its first token, and so many after it."""
+    params = SamplingParams(max_tokens=1 + n_gen, temperature=1.0, top_p=1.0, seed=seed, ignore_eos=True)
     with engine.new_session() as session:
         start = engine.now()
-        logits = session.run(tokens[:n_prompt])
-        ran = engine.now()
-        _kernels.argmax(logits[-1])
-        first = engine.now()
-        before = engine.statistics
+        chunks = session.generate(prompt, params, stream=True)
+        next(chunks)
+        first, before = engine.now(), engine.statistics
         ends = []
-        for token in tokens[n_prompt:]:
-            _kernels.argmax(session.run([token])[-1])
-            ends.append(engine.now())
-    cold, positions = ends[min(COLD_TOKENS, len(ends)) - 1], range(n_prompt, len(tokens))
+        for chunk in chunks:
+            if chunk.completion is None:
+                ends.append(engine.now())
+            else:
+                prompt_s = chunk.completion.timings.prompt_s
+    cold, positions = ends[min(COLD_TOKENS, len(ends)) - 1], range(len(prompt), len(prompt) + n_gen)
     work = _cache_work(engine, before.cache, positions)
     times = _seconds(engine.statistics.layer_times, before.layer_times)
-    return Sample(ran - start, first - start, ends[-1] - first, cold - first, *times, work)
+    return Sample(prompt_s, first - start, ends[-1] - first, cold - first, *times, work)
 
 
 def _seconds(now: LayerTimes | None, before: LayerTimes | None) -> tuple[float, float]:

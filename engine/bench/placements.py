@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.bench.measure import COLD_TOKENS, Progress, Row, Tokens, measure, random_tokens
+from engine.bench.measure import COLD_TOKENS, Progress, Prompts, Row, measure, random_tokens
 from engine.cli.terminal import Bars
 from engine.config import EngineConfig, SamplingParams
 from engine.devices.footprint import Footprint
@@ -22,19 +22,19 @@ def measure_placements(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, 
     """Measure the rows "all experts on the CPU", "whole layers on the GPU" and "hot experts on the GPU".
 
     Returns the settings in use, what the engine of the last row said of itself, and the rows. All three get the VRAM
-    that the hot experts take, and the same tokens: text of the model's own, or random ones for a model of random
+    that the hot experts take, and the same prompts: text of the model's own, or random ones for a model of random
     weights, whose routers are told whom to choose.
     """
     config = _with_favourites(config)
     hot = replace(config, moe=replace(config.moe, n_cpu_moe=-1))
-    tokens = _random_tokens(config) if config.model.path.startswith(PREFIX) else _text(hot, bars)
+    prompts = _random_prompts(config) if config.model.path.startswith(PREFIX) else _text(hot, bars)
     with Engine.open(config=hot, progress=bars.loading) as engine:
-        found = _measure(engine, f"hot experts ({config.moe.policy})", config, tokens, bars.steps)
+        found = _measure(engine, f"hot experts ({config.moe.policy})", config, prompts, bars.steps)
         statistics, used, footprint = engine.statistics, engine.config, engine.footprint
-    layers = _measure_layers(used, footprint, statistics, tokens, bars)
+    layers = _measure_layers(used, footprint, statistics, prompts, bars)
     cpu = replace(config, moe=replace(config.moe, hot_k=0, n_cpu_moe=-1))
     with Engine.open(config=cpu, progress=bars.loading) as engine:
-        on_cpu = _measure(engine, "all experts on the CPU", config, tokens, bars.steps, statistics)
+        on_cpu = _measure(engine, "all experts on the CPU", config, prompts, bars.steps, statistics)
     rows = []
     for cpu_row, layers_row, hot_row in zip(on_cpu, layers, found, strict=True):
         rows += [cpu_row, _compared(layers_row, CPU=cpu_row), _compared(hot_row, CPU=cpu_row, layers=layers_row)]
@@ -91,17 +91,17 @@ def _measure(
     engine: Engine,
     name: str,
     config: EngineConfig,
-    tokens: Tokens,
+    prompts: Prompts,
     progress: Progress,
     hot: EngineStatistics | None = None,
 ) -> list[Row]:
     """Measure one engine; all are compared with the limits that the one with hot experts found, the first."""
     bench, limits = config.bench, hot.bandwidths if hot else None
-    return measure(engine, name, bench.prompt_tokens, bench.gen_tokens, bench.reps, progress, tokens, limits)
+    return measure(engine, name, bench.prompt_tokens, bench.gen_tokens, bench.reps, progress, prompts, limits)
 
 
 def _measure_layers(
-    used: EngineConfig, footprint: Footprint, hot: EngineStatistics, tokens: Tokens, bars: Bars
+    used: EngineConfig, footprint: Footprint, hot: EngineStatistics, prompts: Prompts, bars: Bars
 ) -> list[Row]:
     """Measure with as many whole layers as the hot experts' memory holds."""
     n_layers, budget = len(footprint.expert_bytes), hot.device_bytes
@@ -114,26 +114,22 @@ def _measure_layers(
         try:
             with Engine.open(config=config, progress=bars.loading) as engine:
                 name = f"whole layers (n_cpu_moe = {n_cpu})"
-                return _measure(engine, name, used, tokens, bars.steps, hot)
+                return _measure(engine, name, used, prompts, bars.steps, hot)
         except DeviceError:
             if n_cpu == n_layers:  # else a device that lays its memory out in larger steps than the plan
                 raise
     raise AssertionError("the last number of layers either fits or raises")
 
 
-def _longest(config: EngineConfig) -> int:
-    return max(config.bench.prompt_tokens) + config.bench.gen_tokens
-
-
-def _random_tokens(config: EngineConfig) -> Tokens:
+def _random_prompts(config: EngineConfig) -> Prompts:
     """Return a source of ids that every vocabulary has; each repetition goes on where the last one ended."""
-    longest = _longest(config)
+    longest = max(config.bench.prompt_tokens)
     return lambda rep, n: random_tokens((rep + 1) * longest, SMALL_VOCABULARY)[rep * longest :][:n]
 
 
-def _text(config: EngineConfig, bars: Bars) -> Tokens:
+def _text(config: EngineConfig, bars: Bars) -> Prompts:
     """Return a source of text that the model makes up, another one for each repetition."""
-    longest, reps = _longest(config), config.bench.reps
+    longest, reps = max(config.bench.prompt_tokens), config.bench.reps
     texts: list[list[int]] = []
     with Engine.open(config=config, progress=bars.loading) as engine:
         for rep in range(reps):
