@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.devices.graph import AheadProgram, Step
+from engine.devices.graph import StagedProgram, Step
 from engine.devices.timing import Bandwidths
 from engine.experts.cost import SwapBudget
 from engine.experts.hot_cache import HotCache
@@ -76,7 +76,7 @@ def test_cache_step(benchmark, trace) -> None:
     benchmark(token)
 
 
-class Asleep(AheadProgram):
+class Asleep(StagedProgram):
     """A device with slots and its program, whose steps sleep from layer to layer. It trusts the cache."""
 
     runs_ahead = True
@@ -88,7 +88,10 @@ class Asleep(AheadProgram):
         self.usable = np.ones((N_LAYERS, N_SLOTS), bool)
         self.tokens, self.n_begun, self.n_over, self.layer = routing, 0, 0, 0
 
-    def begin(self, step: Step) -> None:
+    def prepare(self, step: Step) -> None:
+        pass
+
+    def launch(self) -> None:
         self.n_begun += 1
         for _ in range(2):
             os.sched_yield()  # as the driver does, of which a step is asked for: it lets go of the interpreter

@@ -268,7 +268,7 @@ def test_before_the_output_head_the_step_needs_the_cpu_no_more(small: Model) -> 
         step = Step(*(np.array([value], np.int32) for value in (small.tokens[0], 0, 0, 0)), None)
         expected = program.run(*step[:4]).copy()
         for _ in range(4):
-            program.begin(step)
+            begin(program, step)
             fences = [program.fence(layer) for layer in range(n_layers)]
             program.finish_layers()
             assert all(program.is_done(fence) for fence in fences)
@@ -369,6 +369,21 @@ def a_step(token_ids: Sequence[int], position: int, draw: tuple[float, float, fl
     return Step(*arrays, None if draw is None else np.array([draw] * n, DRAW))
 
 
+def begin(program: CUDAProgram, step: Step) -> None:
+    program.prepare(step)
+    program.launch()
+
+
+def end(program: CUDAProgram, then: Step | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Finish the step under way, with another one behind it."""
+    if then is not None:
+        program.prepare(then)
+    program.finish_layers()
+    if then is not None:
+        program.launch()
+    return program.collect()
+
+
 @pytest.fixture(scope="module", params=[SMALL, "qwen35moe/qwen35moe-micro-F32.gguf"])
 def either(request, golden_path) -> Iterator[Model]:
     """With recurrent states and without."""
@@ -399,14 +414,14 @@ def test_steps_that_are_begun_ahead_give_the_same_bits(
             expected = program.run(*a_step(tokens[-1], len(draws), None)[:4]).copy()
 
             unknown = [-1 - i for i in range(len(first))]
-            program.begin(a_step(first, 0, draws[0]))
+            begin(program, a_step(first, 0, draws[0]))
             for position, draw in enumerate([*draws[1:], None], 1):
-                found, _ = program.end(a_step(unknown, position, draw))
+                found, _ = end(program, a_step(unknown, position, draw))
                 assert found.tolist() == tokens[position]
                 if 0 < program.n_slots[0] < program.n_experts and rng.random() < 0.7:
                     layer, expert = rng.integers(len(program.n_slots)), rng.integers(program.n_experts)
                     program.publish(layer, int(expert), -1)
-            _, logits = program.end()
+            _, logits = end(program)
             assert logits is not None
             assert (logits.view(np.uint32) == expected.view(np.uint32)).all()
 
@@ -415,10 +430,10 @@ def test_a_token_that_could_not_be_drawn_is_told_with_the_step_behind_it(small: 
     with small.open(hot_k=3) as opened:
         program, expected = opened.program, opened.logits()
         program.allow(np.zeros(small.n_vocab, np.bool_))
-        program.begin(a_step([5], 0, SAMPLED))
-        found, logits = program.end(a_step([-1], 1, SAMPLED))
+        begin(program, a_step([5], 0, SAMPLED))
+        found, logits = end(program, a_step([-1], 1, SAMPLED))
         assert (found.tolist(), logits) == ([-1], None)
-        found, logits = program.end()
+        found, logits = end(program)
         assert found.tolist() == [-1]
         assert logits is not None  # of a token that does not exist
         assert (opened.logits().view(np.uint32) == expected.view(np.uint32)).all()
@@ -438,37 +453,39 @@ def test_steps_under_way_can_be_dropped(small: Model, monkeypatch) -> None:
         program.drop()
         check()
         for n in (1, 2):
-            program.begin(a_step([5], 0, GREEDY))
+            begin(program, a_step([5], 0, GREEDY))
             program.finish_layers()
             if n == 2:
-                program.begin(a_step([-1], 1, GREEDY))
+                begin(program, a_step([-1], 1, GREEDY))
             program.drop()
             check()
         for wrong in (a_step([-2], 1, GREEDY), a_step([-1], 64, GREEDY)):
-            program.begin(a_step([5], 0, GREEDY))
+            begin(program, a_step([5], 0, GREEDY))
             with pytest.raises(RequestError):
-                program.end(wrong)
+                end(program, wrong)
             check()
         with pytest.raises(RequestError, match="token id -1 is not in the range 0 to"):
-            program.begin(a_step([-1], 0, GREEDY))
+            begin(program, a_step([-1], 0, GREEDY))
         check()
 
         class Failing:
+            seconds = np.zeros(1)
+
             def run(self, *_: object) -> None:
                 raise MemoryError("no memory for this")
 
-        program.begin(a_step([5], 0, GREEDY))
+        begin(program, a_step([5], 0, GREEDY))
         with monkeypatch.context() as patch:
             program.finish_layers()
             patch.setattr(program._misses, "_server", Failing())
-            program.begin(a_step([-1], 1, GREEDY))
+            begin(program, a_step([-1], 1, GREEDY))
             assert program.collect()[0].tolist() >= [0]
             with pytest.raises(DeviceError, match="no memory for this"):
-                program.end()
+                end(program)
         check()
-        program.begin(a_step([5], 0, GREEDY))
+        begin(program, a_step([5], 0, GREEDY))
         program.finish_layers()
-        program.begin(a_step([-1], 1, GREEDY))
+        begin(program, a_step([-1], 1, GREEDY))
 
 
 def test_what_the_device_gives_up_on_comes_with_all_logits(small: Model) -> None:
@@ -490,6 +507,8 @@ def test_a_failure_of_the_cpus_share_is_an_error_and_the_device_goes_on(small: M
         expected = opened.logits()
 
         class Failing:
+            seconds = np.zeros(1)
+
             def run(self, *_: object) -> None:
                 raise MemoryError("no memory for this")
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupter import Interrupter
 
-from engine.devices.graph import AheadProgram, Step
+from engine.devices.graph import StagedProgram, Step
 from engine.devices.timing import Bandwidths
 from engine.experts import hot_cache as hot_cache_module
 from engine.experts import slots as slots_module
@@ -293,7 +293,7 @@ def test_what_has_arrived_is_published_and_nothing_else_is_begun() -> None:
     assert cache.table.held.sum() >= first
 
 
-class Stepping(AheadProgram):
+class Stepping(StagedProgram):
     """A program whose steps choose at random and note in `calls` that they ran."""
 
     runs_ahead = True
@@ -302,7 +302,10 @@ class Stepping(AheadProgram):
         self.device, self.calls, self.rng, self.n_hits = device, calls, np.random.default_rng(0), 0
         self.under_way: list[np.ndarray] = []
 
-    def begin(self, step: Step) -> None:
+    def prepare(self, step: Step) -> None:
+        pass
+
+    def launch(self) -> None:
         self.calls.append("run")
         self.under_way.append(tokens(self.rng, 1))
         chosen = self.under_way[-1]
@@ -446,8 +449,8 @@ class Passing(Stepping):
         super().__init__(device, [])
         self.cache, self.n_copies = cache, 0
 
-    def begin(self, step: Step) -> None:
-        super().begin(step)
+    def launch(self) -> None:
+        super().launch()
         self.device.start_step(self.under_way[-1][:, 0])
 
     def finish_layers(self) -> None:
@@ -482,9 +485,9 @@ def test_a_slot_is_filled_while_the_step_runs_that_may_have_read_it() -> None:
 class Launching(Stepping):
     """Each step lets go of the interpreter before it has nothing more to do but wait, and then waits."""
 
-    def begin(self, step: Step) -> None:
+    def launch(self) -> None:
         time.sleep(0.02)
-        super().begin(step)
+        super().launch()
 
     def finish_layers(self) -> None:
         time.sleep(0.02)

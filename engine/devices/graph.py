@@ -782,22 +782,25 @@ class Step(NamedTuple):
 
 
 @runtime_checkable
-class AheadProgram(DrawingProgram, Protocol):
-    """One whose steps can be begun before the tokens of the step before are known to the host.
+class StagedProgram(DrawingProgram, Protocol):
+    """One whose steps are run in four calls: `prepare`, `launch`, `finish_layers`, `collect`.
 
-    A step is begun, its layers are finished, its result is collected; between the last two the next one may be begun,
-    for which a token id of -1 - i stands for the token that output row i of this step draws. So the device need not
-    wait until the host has seen the token. Whatever raises leaves no step under way, and in their sequences nothing of
-    use.
+    The next step may be prepared as soon as one was launched, and launched as soon as its layers are finished. For it a
+    token id of -1 - i stands for the token that output row i of the step before draws: the device need not wait until
+    the host has seen that. Whatever raises leaves no step under way, and in their sequences nothing of use.
 
     Attributes:
-        runs_ahead: whether that pays: there is a CPU for it.
+        runs_ahead: whether it pays to launch a step before the one before is collected: there is a CPU for it.
     """
 
     runs_ahead: bool
 
-    def begin(self, step: Step) -> None:
-        """Begin a step. Raises `RequestError` for one that does not fit the program."""
+    def prepare(self, step: Step) -> None:
+        """Take the inputs of the next step. Raises `RequestError` for one that does not fit the program."""
+        ...
+
+    def launch(self) -> None:
+        """Launch the step that was prepared."""
         ...
 
     def finish_layers(self) -> None:
@@ -807,13 +810,27 @@ class AheadProgram(DrawingProgram, Protocol):
     def collect(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Wait for the end of that step; return tokens and logits as `run_and_draw` does.
 
-        There are no logits if a step was begun after it: a token that could not be drawn after all is -1, and both
+        There are no logits if a step was launched after it: a token that could not be drawn after all is -1, and both
         steps have to be run again.
         """
         ...
 
+    def drop(self) -> None:
+        """Stop all steps under way."""
+        ...
+
+
+class AheadProgram(Protocol):
+    """A program whose next step can be begun before the tokens of the one at hand are known; see `StagedProgram`."""
+
+    runs_ahead: bool
+
+    def begin(self, step: Step) -> None:
+        """Begin a step. Raises `RequestError` for one that does not fit the program."""
+        ...
+
     def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
-        """Finish the layers of the oldest step, begin the one after it, if any, and collect what the first gives."""
+        """Wait for the end of the step that was begun first, having begun another one; return what `collect` does."""
         ...
 
     def drop(self) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import AheadProgram
+from engine.devices.graph import StagedProgram
 from engine.devices.timing import Bandwidths, LayerTimes, StepTime, Traffic
 
 Ticket: TypeAlias = object
@@ -90,7 +90,7 @@ class SlotProgram(SlotDevice, Protocol):
 
 
 @runtime_checkable
-class WaitingProgram(SlotProgram, AheadProgram, Protocol):
+class WaitingProgram(SlotProgram, StagedProgram, Protocol):
     """One whose steps wait for the device, so that another thread may work, and call all of the above, meanwhile.
 
     Attributes:

@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import AheadProgram, DrawingProgram, Limits, Program, SavingProgram, Step
+from engine.devices.graph import DrawingProgram, Limits, Program, SavingProgram, StagedProgram, Step
 from engine.devices.slots import ClockedProgram
 from engine.errors import DeviceError
 from engine.experts.hot_cache import HotCache
@@ -49,7 +49,7 @@ class _Over:
 
 
 class WatchedProgram:
-    """Implements `graph.Program`, and `AheadProgram` if the program does on top of which it is; that stays its owner's.
+    """Implements `graph.Program`, and `AheadProgram` on top of a staged one; the program stays its owner's.
 
     Attributes:
         runs_ahead: see `AheadProgram`; False for others.
@@ -68,8 +68,8 @@ class WatchedProgram:
         self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
-        self._ahead = program if isinstance(program, AheadProgram) else None
-        self.runs_ahead = self._ahead is not None and self._ahead.runs_ahead
+        self._staged = program if isinstance(program, StagedProgram) else None
+        self.runs_ahead = self._staged is not None and self._staged.runs_ahead
         self._begun: deque[_Begun] = deque()  # what is under way
         self._ended_at = 0.0  # the last step
         self._unseen: _Over | None = None  # the last one, while the cache has not looked at it
@@ -100,7 +100,7 @@ class WatchedProgram:
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
         step = Step(token_ids, positions, slots, output_rows, None)
-        if self._ahead is not None:
+        if self._staged is not None:
             self.begin(step)
             _, logits = self.end()
             assert logits is not None
@@ -126,7 +126,7 @@ class WatchedProgram:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Run one step of a program that draws tokens, likewise; see `graph.DrawingProgram`."""
         step = Step(token_ids, positions, slots, output_rows, draws)
-        if self._ahead is not None:
+        if self._staged is not None:
             self.begin(step)
             return self.end()
         self._steer(step)
@@ -137,39 +137,48 @@ class WatchedProgram:
 
     def begin(self, step: Step) -> None:
         """Begin a step; see `graph.AheadProgram`."""
-        self._steer(step)
-        self._begin(step)
-
-    def _begin(self, step: Step) -> None:
-        assert self._ahead is not None
-        begun = self._prepare(step)
-        self._ahead.begin(step)
-        self._begun.append(begun)
+        assert self._staged is not None
+        try:
+            self._steer(step)
+            self._staged.prepare(step)
+            self._launch(step, self._staged)
+        except BaseException:
+            self._drop_quietly()
+            raise
 
     def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Finish the oldest step under way, with another one begun behind it, and let the watchers see it."""
-        assert self._ahead is not None
+        assert self._staged is not None
         try:
             self._begin_to_look()
-            if then is not None:
-                self._steer(then)  # which the device does in its turn
-            self._ahead.finish_layers()
+            if then is not None:  # whatever can be done before, for now there is time
+                self._steer(then)
+                self._staged.prepare(then)
+            self._staged.finish_layers()
             self._get_ready()
             if then is not None:
-                self._begin(then)
-            result = self._ahead.collect()
+                self._launch(then, self._staged)
+            result = self._staged.collect()
         except BaseException:
-            with contextlib.suppress(DeviceError):  # the one at hand says more
-                self.drop()
+            self._drop_quietly()
             raise
         self._see(self._begun.popleft())
         return result
 
+    def _launch(self, step: Step, program: StagedProgram) -> None:
+        begun = self._prepare(step)
+        program.launch()
+        self._begun.append(begun)
+
     def drop(self) -> None:
         """Stop all steps under way."""
-        assert self._ahead is not None
+        assert self._staged is not None
         self._begun.clear()
-        self._ahead.drop()
+        self._staged.drop()
+
+    def _drop_quietly(self) -> None:
+        with contextlib.suppress(DeviceError):  # the error at hand says more
+            self.drop()
 
     def _steer(self, step: Step) -> None:
         """Tell routers what they are to choose in a step."""

@@ -5,6 +5,7 @@ The protocol is written down in `cuda/handshake.cuh`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -34,7 +35,8 @@ class MissServer:
     first thread is the server's own: a step may be under way while whoever runs steps is at something else.
 
     Attributes:
-        seconds: float64 [2, n_moe_layers], waited for each layer's request, and spent to answer it, in all steps.
+        n_single_tokens: steps of one token so far.
+        seconds: float64 [2, n_moe_layers], waited for each layer's request, and spent to answer it, in all of these.
         guesses: int64 [2], experts asked for in layers that were guessed about, and those that had been guessed.
     """
 
@@ -74,12 +76,12 @@ class MissServer:
         self._last_request = 0
         self._look = look
         self._thread = ThreadPoolExecutor(1, "experts")
-        self._serving: Future[None] = Future()  # what the thread is at
-        self._serving.set_result(None)
+        self._serving: deque[Future[None]] = deque()  # the steps that the thread is at
         programs = [self._program(layer, n_threads, isa) for layer in lowering.experts.layers]
         guess = (flags + 3 * _LINE, self._shared(flags)[2]) if lowering.experts.next_routers else (0, 0)
         self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE, *guess)
-        self.seconds, self.guesses = self._server.seconds, self._server.guesses
+        self.seconds, self.guesses = np.zeros_like(self._server.seconds), self._server.guesses
+        self.n_single_tokens = 0
 
     def exchange(self, base: int) -> Exchange:
         """Return the addresses that the kernels need; `base` is where the device allocation begins."""
@@ -104,25 +106,41 @@ class MissServer:
         flags, ids, guess, answers, *x = (base + start for start in self._starts)
         return flags, ids, guess, answers, dict(zip(self._row_bytes, x, strict=True))
 
-    def begin(self, n_tokens: int) -> None:
-        """Get ready for a step, which is launched after this; all before it have been waited for."""
+    def begin(self) -> None:
+        """Get ready for a step, which is launched after this; no other one is under way."""
         self._abandoned[0] = 0
-        self._step.n_tokens = n_tokens
         self._last_request = int(self._requested[0])  # before the launch: the first request may come at once
 
-    def serve(self, step_number: int) -> None:
+    def serve(self, step_number: int, n_tokens: int) -> None:
         """Begin to answer the requests of the step that was launched."""
-        self._serving = self._thread.submit(self._serve, step_number, self._last_request)
+        self._serving.append(self._thread.submit(self._serve, step_number, n_tokens, self._last_request))
+
+    def serve_behind(self, step_number: int, n_tokens: int) -> None:
+        """Have the requests of a step answered that is launched behind the one before; its thread need not wake up."""
+        last = (self._first_request(step_number) - 1) & _WORD  # the end of the step before
+        self._serving.append(self._thread.submit(self._serve, step_number, n_tokens, last))
 
     def wait(self) -> None:
-        """Wait until the step asks for nothing more.
+        """Wait until the oldest step asks for nothing more.
 
         Raises `DeviceError` if the CPU could not do its share, or nothing was asked for a long time; the rest of the
         step is then abandoned: its graph runs to its end with wrong values.
         """
-        self._serving.result()
+        self._serving[0].result()
+        self._serving.popleft()
 
-    def _serve(self, step_number: int, last: int) -> None:
+    def _serve(self, step_number: int, n_tokens: int, last: int) -> None:
+        """Answer all requests of a step."""
+        self._step.n_tokens = n_tokens
+        try:
+            self._answer(step_number, last)
+        finally:
+            if n_tokens == 1:
+                self.seconds += self._server.seconds
+                self.n_single_tokens += 1
+            self._server.seconds[:] = 0.0
+
+    def _answer(self, step_number: int, last: int) -> None:
         first = self._first_request(step_number)
         silent_s, slice_s = 0.0, min(_LOOK_S, _TIMEOUT_S)
         try:
@@ -167,7 +185,8 @@ class MissServer:
     def abandon(self) -> None:
         """Let the graph run to the end of the step without answers; nothing is computed any more on return."""
         self._abandoned[0] = 1
-        wait([self._serving])
+        wait(self._serving)
+        self._serving.clear()
 
     def close(self) -> None:
         """End the thread and free the memory; no step may be under way."""

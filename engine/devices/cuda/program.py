@@ -47,7 +47,7 @@ class _UnderWay(NamedTuple):
     """A step that was begun: its number, tokens, rows of logits, the size of its launches, and where its data are.
 
     `gives_logits` says that they are wanted, or some row draws no token; `misses` computes its experts without a slot,
-    None if all pass through the device.
+    None if all pass through the device; `is_served` says that it was told so before the step was launched.
     """
 
     number: int
@@ -57,6 +57,7 @@ class _UnderWay(NamedTuple):
     buffer: int
     gives_logits: bool
     misses: MissServer | None
+    is_served: bool
 
 
 def _step_number(n_begun: int) -> int:
@@ -73,7 +74,7 @@ class CUDAProgram:
 
     Attributes:
         leaves_a_cpu: see `WaitingProgram`.
-        runs_ahead: see `AheadProgram`.
+        runs_ahead: see `StagedProgram`.
     """
 
     state_layout = "positions"
@@ -117,8 +118,7 @@ class CUDAProgram:
         self._n_begun = self._n_over = 0  # steps
         self.leaves_a_cpu = False
         self._under_way: deque[_UnderWay] = deque()  # one step, or two
-        self._seconds = np.zeros((2, len(lowering.experts.layers)))  # see `layer_times`
-        self._n_single_tokens = 0
+        self._prepared: tuple[Step, _UnderWay] | None = None
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
         self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
         self._all_slots = usable.of(False, 0)
@@ -190,8 +190,7 @@ class CUDAProgram:
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
         """
-        self.begin(Step(token_ids, positions, slots, output_rows, None))
-        _, logits = self.end()
+        _, logits = self._run(Step(token_ids, positions, slots, output_rows, None))
         assert logits is not None
         return logits
 
@@ -211,47 +210,62 @@ class CUDAProgram:
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Run one step and draw tokens; see `graph.DrawingProgram.run_and_draw`, and `run` for what it raises."""
         assert len(draws) == len(output_rows)
-        self.begin(Step(token_ids, positions, slots, output_rows, draws))
-        return self.end()
+        return self._run(Step(token_ids, positions, slots, output_rows, draws))
 
-    def begin(self, step: Step) -> None:
-        """Begin a step, behind the one under way if there is one; see `graph.AheadProgram` and `run`."""
+    def _run(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+        self.prepare(step)
+        self.launch()
+        self.finish_layers()
+        return self.collect()
+
+    def prepare(self, step: Step) -> None:
+        """Take the inputs of the next step, which may be behind the one under way; see `graph.StagedProgram`."""
+        assert self._prepared is None
         assert len(self._under_way) < 2
         before = self._under_way[-1] if self._under_way else None
         try:
             self._check(step, 0 if before is None else before.n_outputs)
             n, n_outputs, size = len(step.token_ids), len(step.output_rows), self._steps.size_for(len(step.token_ids))
-            self._take_memory(n, step.positions, step.slots)
-            self._context.make_current()
-            self._n_begun += 1
-            number, index = _step_number(self._n_begun), 0 if before is None else 1 - before.buffer
-            misses = None if n >= self._stream_n_tokens else self._misses
-            if misses is not None:
-                misses.begin(n)
-                if before is not None:  # the server has time to wake up; else its threads are not to delay the launch
-                    misses.serve(number)
-            buffer = self._step_memory.buffers[index]
-            buffer.put(number, step)
-            self._steps.launch(size, index, behind=before is not None)
-            if misses is not None and before is None:
-                misses.serve(number)
+            number, index = self._n_begun + 1, 0 if before is None else 1 - before.buffer
+            buffer, misses = self._step_memory.buffers[index], None if n >= self._stream_n_tokens else self._misses
+            buffer.put(_step_number(number), step)
             gives_logits = step.draws is None or not buffer.all_draw(n_outputs)
-            self._under_way.append(_UnderWay(self._n_begun, n, n_outputs, size, index, gives_logits, misses))
+            is_served = misses is not None and before is not None and before.misses is not None
+            if misses is not None and is_served:
+                misses.serve_behind(_step_number(number), n)
+            self._prepared = step, _UnderWay(number, n, n_outputs, size, index, gives_logits, misses, is_served)
+        except BaseException:
+            self.drop()
+            raise
+
+    def launch(self) -> None:
+        """Launch the step that was prepared, behind the one under way if there is one."""
+        assert self._prepared is not None
+        (inputs, step), self._prepared = self._prepared, None
+        begins = step.misses if not step.is_served else None
+        try:
+            self._take_memory(step.n_tokens, inputs.positions, inputs.slots)
+            self._context.make_current()
+            if begins is not None:
+                begins.begin()
+            self._n_begun = step.number
+            self._steps.launch(step.size, step.buffer, behind=bool(self._under_way))
+            self._under_way.append(step)
+            if begins is not None:  # not before the launch, which its threads are not to delay
+                begins.serve(_step_number(step.number), step.n_tokens)
         except BaseException:
             self.drop()
             raise
 
     def finish_layers(self) -> None:
         """Wait until the oldest step under way does not need the CPU any more."""
-        step = self._under_way[0]
-        if step.misses is None:
-            return
-        try:
-            step.misses.wait()
-            self._count_seconds(step.misses, step.n_tokens)
-        except BaseException:
-            self.drop()
-            raise
+        misses = self._under_way[0].misses
+        if misses is not None:
+            try:
+                misses.wait()
+            except BaseException:
+                self.drop()
+                raise
 
     def collect(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Wait for the oldest step under way; return what was drawn, -1 for nothing, and all logits if need be."""
@@ -276,13 +290,6 @@ class CUDAProgram:
         self._n_over = step.number
         return chosen, logits
 
-    def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
-        """Finish the oldest step under way, with another one begun behind it; see `graph.AheadProgram`."""
-        self.finish_layers()
-        if then is not None:
-            self.begin(then)
-        return self.collect()
-
     def drop(self) -> None:
         """Stop all steps under way; the device goes through them without the CPU's answers."""
         try:
@@ -291,6 +298,7 @@ class CUDAProgram:
             self._steps.synchronize()
         finally:
             self._under_way.clear()
+            self._prepared = None
             self._n_over = self._n_begun
 
     def _download_logits(self, step: _UnderWay) -> npt.NDArray[np.float32]:
@@ -316,18 +324,14 @@ class CUDAProgram:
         self._context.make_current()
         self._stream.is_idle()
 
-    def _count_seconds(self, misses: MissServer, n_tokens: int) -> None:
-        if n_tokens == 1:
-            self._seconds += misses.seconds
-            self._n_single_tokens += 1
-        misses.seconds[:] = 0.0
-
     @property
     def layer_times(self) -> LayerTimes:
         """Return the times of all steps of one token so far in which the CPU may have had to help."""
-        device, cpu = self._seconds.copy()
-        guesses = np.zeros(2, np.int64) if self._misses is None else self._misses.guesses.copy()
-        return LayerTimes(self._n_single_tokens, device, cpu, guesses)
+        misses, nothing = self._misses, np.zeros(len(self._n_slots))
+        if misses is None:
+            return LayerTimes(0, nothing, nothing, np.zeros(2, np.int64))
+        device, cpu = misses.seconds.copy()
+        return LayerTimes(misses.n_single_tokens, device, cpu, misses.guesses.copy())
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
