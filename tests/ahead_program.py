@@ -10,6 +10,7 @@ import numpy as np
 
 from engine import _kernels
 from engine.devices.graph import NO_DRAW, AheadProgram, Program, Step
+from engine.errors import DeviceError
 from engine.runtime import Engine
 
 
@@ -27,6 +28,7 @@ class EagerProgram(AheadProgram):
         n_ahead: steps that were begun behind another.
         gives_up: says of the number of a step, and of a row, whether it cannot draw after all.
         before: is called with the number of a step before it is run.
+        is_broken: cannot even be stopped.
     """
 
     runs_ahead = True
@@ -34,6 +36,7 @@ class EagerProgram(AheadProgram):
     def __init__(self, program: Program, allowed: np.ndarray) -> None:
         self.program, self.limits = program, program.limits
         self.n_ahead = self.n_steps = 0
+        self.is_broken = False
         self.gives_up: Callable[[int, int], bool] = lambda *_: False
         self.before: Callable[[int], object] = lambda _: None
         self._allowed = np.where(allowed, np.inf, -np.inf).astype(np.float32)
@@ -93,6 +96,8 @@ class EagerProgram(AheadProgram):
 
     def drop(self) -> None:
         self._under_way.clear()
+        if self.is_broken:
+            raise DeviceError("still broken")
 
 
 def run_ahead(engine: Engine) -> EagerProgram:

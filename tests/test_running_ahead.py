@@ -182,12 +182,14 @@ def test_a_failing_step_ends_its_answers_and_no_more(engine: Engine, program: Ea
 
         def fail(n: int, at: int = n_before + at) -> None:
             if n == at:
+                program.is_broken = at % 2 == 0
                 raise DeviceError("broken")
 
         program.before = fail
         first, *_ = engine.generate_many(PROMPTS[:2], PARAMS)
         assert isinstance(first[1], DeviceError)
-        program.before = lambda _: None
+        assert str(first[1]).endswith("broken")
+        program.before, program.is_broken = lambda _: None, False
         check(engine, alone)
 
 

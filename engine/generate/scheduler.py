@@ -11,6 +11,7 @@ waits for one step more; that is all.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from engine.errors import EngineError
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Part
 
@@ -193,16 +195,14 @@ class Scheduler:
                 following = None
             self._ahead = following
         except Exception as error:
-            self._ahead = None
-            self._forward.drop()
+            self._drop()
             for answer in step.answers:
                 if answer.is_over:
                     answer.lease.close()
                 else:
                     answer.fail(error)
         except BaseException:  # Ctrl-C: the reader at hand gets it, all others go on
-            self._ahead = None
-            self._forward.drop()
+            self._drop()
             for answer in step.answers:
                 if following is not None:
                     answer.lease.begin()  # it may have been stopped anywhere
@@ -211,6 +211,11 @@ class Scheduler:
                 else:
                     answer.lease.recover(answer.lease.n_held + answer.n_pending - 1)
             raise
+
+    def _drop(self) -> None:
+        self._ahead = None
+        with contextlib.suppress(EngineError):  # the error at hand says more
+            self._forward.drop()
 
     def _new_step(self, ready: list[Answer]) -> _Step:
         """Return the next step of those who are ready."""
