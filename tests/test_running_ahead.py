@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import ahead_program
+import numpy as np
 import pytest
 from ahead_program import EagerProgram, run_ahead
 from interrupter import Interrupter
@@ -164,6 +167,45 @@ def test_something_else_between_two_tokens(engine: Engine, program: EagerProgram
             if i == 6:
                 assert (engine.logits([1, 2, 3])[-1] == expected[-1]).all()
     assert tokens == list(alone[2])
+    check(engine, alone)
+
+
+def test_threads_that_read_leave_and_do_something_else(engine: Engine, program: EagerProgram, alone: list) -> None:
+    """Two read answers, whole ones and beginnings; a third has a session of its own."""
+    stop, errors = threading.Event(), []
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(12):
+                i, n_read = int(rng.integers(len(PROMPTS))), int(rng.integers(1, 2 * PARAMS.max_tokens))
+                stream = engine.generate(PROMPTS[i], PARAMS, stream=True)
+                tokens = [c.token_id for c in itertools.islice(stream, n_read) if c.completion is None]
+                stream.close()
+                assert tokens == list(alone[i][:n_read])
+        except BaseException as error:
+            errors.append(error)
+
+    def work() -> None:
+        try:
+            with engine.new_session() as session:
+                expected = session.run([1, 2, 3])
+            while not stop.is_set():
+                with engine.new_session() as session:
+                    assert (session.run([1, 2, 3]) == expected).all()
+        except BaseException as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in (1, 2)]
+    worker = threading.Thread(target=work)
+    for thread in (*readers, worker):
+        thread.start()
+    for thread in readers:
+        thread.join()
+    stop.set()
+    worker.join()
+    assert not errors
+    assert program.n_ahead > 0
     check(engine, alone)
 
 

@@ -112,7 +112,8 @@ class Scheduler:
     def _is_under_way(self, answer: Answer) -> bool:
         if not answer.lease.is_open:
             return False
-        return self._is_running or (self._ahead is not None and answer in self._ahead.answers)
+        ahead = self._ahead  # which another thread may be finishing
+        return self._is_running or (ahead is not None and answer in ahead.answers)
 
     def settle(self) -> None:
         """Finish the step that is under way, if any; within this thread's turn."""
