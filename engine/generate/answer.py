@@ -75,7 +75,7 @@ class Timings(TokenSpeeds):
     Attributes:
         prompt_s: running the prompt.
         first_token_s: running the prompt and choosing the first token.
-        decode_s: all tokens after the first one.
+        decode_s: all tokens after the first one; where steps are begun ahead a reader's time between two tokens counts.
         n_prompt_tokens: tokens that were run in `prompt_s`.
         n_decode_tokens: tokens that were made in `decode_s`.
     """
