@@ -70,3 +70,9 @@ def golden_path(data: Path, request: pytest.FixtureRequest) -> Callable[[str], P
         return copy if copy.exists() else request.getfixturevalue("shared") / "golden" / name
 
     return find
+
+
+@pytest.fixture(scope="module", params=["recurrent", "attention"])
+def small_model(request: pytest.FixtureRequest, golden_path: Callable[[str], Path]) -> Path | None:
+    """The bundled model, which has recurrent layers, and one of attention layers only."""
+    return None if request.param == "recurrent" else golden_path("qwen3moe/qwen3moe-micro-Q8_0.gguf")

@@ -13,38 +13,27 @@ import numpy as np
 import pytest
 from ahead_program import EagerProgram, run_ahead
 from interrupter import Interrupter
+from small_engines import PROMPTS, open_engine
 
-from engine.config import EngineConfig, EngineSettings, ModelSettings, SamplingParams
+from engine.config import SamplingParams
 from engine.errors import DeviceError
 from engine.generate import forward as forward_module
 from engine.generate import scheduler as scheduler_module
 from engine.runtime import Engine
 
-PROMPTS = ["def main():", "# Installing\n\nTo install the package", "import os\n", "x = [1, 2, 3]\nfor y in x:\n", "a"]
 PARAMS = SamplingParams(temperature=0.5, top_k=40, seed=7, max_tokens=10, ignore_eos=True)
 
 
-def open_engine(path: Path | None, n_sequences: int, **settings) -> Engine:
-    settings = {"n_threads": 2, "context_length": 128, "max_batch_tokens": 32, **settings}
-    return Engine.open(path, EngineConfig(ModelSettings(), EngineSettings(n_sequences=n_sequences, **settings)))
-
-
-@pytest.fixture(scope="module", params=["recurrent", "attention"])
-def path(request: pytest.FixtureRequest, golden_path) -> Path | None:
-    """The bundled model, which has recurrent layers, and one of attention layers only."""
-    return None if request.param == "recurrent" else golden_path("qwen3moe/qwen3moe-micro-Q8_0.gguf")
-
-
 @pytest.fixture(scope="module")
-def alone(path: Path | None) -> list[tuple[int, ...]]:
+def alone(small_model: Path | None) -> list[tuple[int, ...]]:
     """The tokens that follow each prompt, one answer after the other, nothing ahead."""
-    with open_engine(path, 1) as engine:
+    with open_engine(small_model, 1) as engine:
         return [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
 
 
 @pytest.fixture
-def engine(path: Path | None) -> Iterator[Engine]:
-    with open_engine(path, 3) as engine:
+def engine(small_model: Path | None) -> Iterator[Engine]:
+    with open_engine(small_model, 3) as engine:
         yield engine
 
 
@@ -82,7 +71,7 @@ def test_many_together_are_as_each_alone(engine: Engine, program: EagerProgram, 
 
 
 def test_an_end_that_nobody_knew_of_leaves_a_slot_that_holds_it(
-    path: Path | None, engine: Engine, program: EagerProgram, alone: list, monkeypatch: pytest.MonkeyPatch
+    small_model: Path | None, engine: Engine, program: EagerProgram, alone: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the next prompt of a chat begins with it, nothing of that has to be run again."""
     for n_made in (1, 2, 5, 9, 10):
@@ -98,7 +87,7 @@ def test_an_end_that_nobody_knew_of_leaves_a_slot_that_holds_it(
         n_held = len(prompt) + n_made - (n_made in (1, 10))  # after the last that it may have nothing is run
         again = engine.generate([*prompt, *found.token_ids, 5, 6], replace(params, max_tokens=1))
         assert again.usage.n_reused_tokens == n_held
-        with open_engine(path, 1) as other:
+        with open_engine(small_model, 1) as other:
             assert again.token_ids == other.generate([*prompt, *found.token_ids, 5, 6], params).token_ids[:1]
     monkeypatch.undo()
     check(engine, alone)
@@ -248,8 +237,8 @@ def test_a_callback_that_fails_is_its_own_answers_trouble(engine: Engine, progra
     check(engine, alone)
 
 
-def test_closing_the_engine_between_two_tokens(path: Path | None) -> None:
-    with open_engine(path, 2) as engine:
+def test_closing_the_engine_between_two_tokens(small_model: Path | None) -> None:
+    with open_engine(small_model, 2) as engine:
         run_ahead(engine)
         stream = engine.generate(PROMPTS[0], PARAMS, stream=True)
         for _ in range(3):
@@ -259,11 +248,11 @@ def test_closing_the_engine_between_two_tokens(path: Path | None) -> None:
         list(stream)
 
 
-def test_ctrl_c_anywhere_in_a_step(path: Path | None, alone: list) -> None:
+def test_ctrl_c_anywhere_in_a_step(small_model: Path | None, alone: list) -> None:
     """Another answer goes on to its end, and the slots hold nothing false."""
     modules = [forward_module, ahead_program, scheduler_module]
     but_for = {"complete", "stream", "_lead", "remove", "_let_go", "_is_under_way", "drop"}  # around it; what cleans up
-    with open_engine(path, 3) as engine:
+    with open_engine(small_model, 3) as engine:
         program, at_line, n_raised = run_ahead(engine), 1, 0
         while True:
             other = engine.generate(PROMPTS[1], PARAMS, stream=True)

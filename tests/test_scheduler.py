@@ -12,37 +12,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_engines import PROMPTS, open_engine
 
-from engine import Engine, EngineConfig, SamplingParams
-from engine.config import EngineSettings, ModelSettings
+from engine import Engine, SamplingParams
 from engine.errors import DeviceError, RequestError
 from engine.generate.scheduler import MAX_UNREAD, share_out
 
-PROMPTS = ["def main():", "# Installing\n\nTo install the package", "import os\n", "x = [1, 2, 3]\nfor y in x:\n", "a"]
 PARAMS = SamplingParams(temperature=0.9, seed=7, max_tokens=10, logprobs=2)
 
 
-def open_engine(path: Path | None = None, n_sequences: int = 3, **settings) -> Engine:
-    settings = {"n_threads": 2, "context_length": 128, "max_batch_tokens": 32, **settings}
-    return Engine.open(path, EngineConfig(ModelSettings(), EngineSettings(n_sequences=n_sequences, **settings)))
-
-
-@pytest.fixture(scope="module", params=["recurrent", "attention"])
-def path(request: pytest.FixtureRequest, golden_path) -> Path | None:
-    """The bundled model, which has recurrent layers, and one of attention layers only."""
-    return None if request.param == "recurrent" else golden_path("qwen3moe/qwen3moe-micro-Q8_0.gguf")
-
-
 @pytest.fixture(scope="module")
-def alone(path: Path | None) -> list:
+def alone(small_model: Path | None) -> list:
     """Every prompt answered by itself in an engine of its own."""
-    with open_engine(path, 1) as engine:
+    with open_engine(small_model, 1) as engine:
         return [outcome(engine.generate(prompt, PARAMS)) for prompt in PROMPTS]
 
 
 @pytest.fixture
-def shared(path: Path | None) -> Iterator[Engine]:
-    with open_engine(path) as engine:
+def shared(small_model: Path | None) -> Iterator[Engine]:
+    with open_engine(small_model) as engine:
         yield engine
 
 
@@ -78,8 +66,8 @@ def test_many_together_are_as_each_alone(shared: Engine, alone: list, monkeypatc
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 2, 5])
-def test_the_cut_of_steps_changes_nothing(path: Path | None, alone: list, max_batch_tokens: int) -> None:
-    with open_engine(path, max_batch_tokens=max_batch_tokens) as engine:
+def test_the_cut_of_steps_changes_nothing(small_model: Path | None, alone: list, max_batch_tokens: int) -> None:
+    with open_engine(small_model, max_batch_tokens=max_batch_tokens) as engine:
         found = dict(engine.generate_many(PROMPTS, PARAMS))
     assert [outcome(found[i]) for i in range(len(PROMPTS))] == alone
 
