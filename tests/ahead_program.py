@@ -55,7 +55,7 @@ class EagerProgram(AheadProgram):
         self.n_steps += 1
         try:
             self.before(self.n_steps)
-            logits = self.program.run(ids, *step[1:4]).copy()
+            logits = self.program.run(ids, *step.inputs[1:]).copy()
         except BaseException:
             self.drop()
             raise

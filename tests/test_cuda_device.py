@@ -266,7 +266,7 @@ def test_before_the_output_head_the_step_needs_the_cpu_no_more(small: Model) -> 
         end = next(i for i, launch in enumerate(launches) if launch.kernel == "publish_end")
         assert [launch.source for launch in launches[end + 1 :]] == ["elementwise.cu", "residual.cu", "linear.cu"]
         step = Step(*(np.array([value], np.int32) for value in (small.tokens[0], 0, 0, 0)), None)
-        expected = program.run(*step[:4]).copy()
+        expected = program.run(*step.inputs).copy()
         for _ in range(4):
             begin(program, step)
             fences = [program.fence(layer) for layer in range(n_layers)]
@@ -408,10 +408,11 @@ def test_steps_that_are_begun_ahead_give_the_same_bits(
                 [GREEDY, SAMPLED, GREEDY, GREEDY, SAMPLED, SAMPLED, GREEDY],
             )
             for position, draw in enumerate(draws):
-                found, logits = program.run_and_draw(*a_step(tokens[-1], position, draw))
+                step = a_step(tokens[-1], position, draw)
+                found, logits = program.run_and_draw(*step.inputs, step.draws)
                 assert logits is None
                 tokens.append(found.tolist())
-            expected = program.run(*a_step(tokens[-1], len(draws), None)[:4]).copy()
+            expected = program.run(*a_step(tokens[-1], len(draws), None).inputs).copy()
 
             unknown = [-1 - i for i in range(len(first))]
             begin(program, a_step(first, 0, draws[0]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -771,14 +771,23 @@ class DrawingProgram(Protocol):
         ...
 
 
-class Step(NamedTuple):
+_Ints: TypeAlias = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
     """What `DrawingProgram.run_and_draw` takes, in one; `draws` may be None: no token is drawn."""
 
-    token_ids: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
-    slots: npt.NDArray[np.int32]
-    output_rows: npt.NDArray[np.int32]
+    token_ids: _Ints
+    positions: _Ints
+    slots: _Ints
+    output_rows: _Ints
     draws: npt.NDArray[np.void] | None
+
+    @property
+    def inputs(self) -> tuple[_Ints, _Ints, _Ints, _Ints]:
+        """Return what `Program.run` takes."""
+        return self.token_ids, self.positions, self.slots, self.output_rows
 
 
 @runtime_checkable

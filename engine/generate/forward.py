@@ -143,9 +143,9 @@ class ForwardPass:
             assert step is not None
             assert not then
             if step.draws is None:
-                return list(self.program.run(*step[:4]))
+                return list(self.program.run(*step.inputs))
             program = cast(DrawingProgram, self.program)  # to look for its methods takes 10 us, of each token
-            tokens, logits = program.run_and_draw(*step[:4], step.draws)
+            tokens, logits = program.run_and_draw(*step.inputs, step.draws)
         return [logits[i] if token < 0 and logits is not None else token for i, token in enumerate(tokens.tolist())]
 
     def drop(self) -> None:

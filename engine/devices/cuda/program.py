@@ -541,7 +541,7 @@ class CUDAProgram:
 
     def _check(self, step: Step, n_drawn: int) -> None:
         """Raise `RequestError` for a step that does not fit; the one before draws so many tokens."""
-        token_ids, positions, slots, output_rows, _ = step
+        token_ids, positions, slots, output_rows = step.inputs
         limits, n = self._limits, len(token_ids)
         most_outputs = limits.most(Rows.OUTPUTS)
         if len(output_rows) > most_outputs:

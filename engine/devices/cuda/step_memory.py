@@ -44,9 +44,9 @@ class StepBuffer:
 
         Rows draw tokens as the step says where the device can do so; all others draw none.
         """
-        token_ids, *arrays, draws = step
-        self._words[:3] = len(token_ids), len(step.output_rows), number
-        for i, values in enumerate((token_ids, *arrays)):
+        draws = step.draws
+        self._words[:3] = len(step.token_ids), len(step.output_rows), number
+        for i, values in enumerate(step.inputs):
             start = 4 + i * self._lowering.limits.max_tokens
             self._words[start : start + len(values)] = values
         n = 0 if draws is None else len(draws)
