@@ -46,7 +46,10 @@ class Session(Answering):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Return the tokens run so far; the last one of an answer never is."""
+        """Return the tokens run so far.
+
+        The last one of an answer is among them only where steps are begun ahead, and not if `max_tokens` ended it.
+        """
         return self._lease.token_ids
 
     def run(self, token_ids: Sequence[int], outputs: Outputs = "last") -> npt.NDArray[np.float32]:
