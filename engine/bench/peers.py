@@ -1,4 +1,8 @@
-"""The same measurement on another program, through its Python package, on the same file."""
+"""The same prompts and numbers of tokens on another program, through its Python package, on the same file.
+
+It is given the tokens of its answers, random ones, and looks for the likeliest logit of each; ours are drawn and read
+as text, which takes longer, if anything.
+"""
 
 from __future__ import annotations
 
