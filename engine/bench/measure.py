@@ -188,9 +188,14 @@ def measure(
     return [replace(row, placed=_placed(engine, samples[row.n_prompt], n_gen, limits)) for row in rows]
 
 
+def sampling(n_tokens: int, seed: int) -> SamplingParams:
+    """Return how answers that are measured are drawn: any token may come, and none ends them early."""
+    return SamplingParams(max_tokens=n_tokens, temperature=1.0, top_p=1.0, seed=seed, ignore_eos=True)
+
+
 def _run(engine: Engine, prompt: Sequence[int], n_gen: int, seed: int) -> Sample:
     """Read an answer: its first token, and so many after it."""
-    params = SamplingParams(max_tokens=1 + n_gen, temperature=1.0, top_p=1.0, seed=seed, ignore_eos=True)
+    params = sampling(1 + n_gen, seed)
     with engine.new_session() as session:
         start = engine.now()
         chunks = session.generate(prompt, params, stream=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.bench.measure import COLD_TOKENS, Progress, Prompts, Row, measure, random_tokens
+from engine.bench.measure import COLD_TOKENS, Progress, Prompts, Row, measure, random_tokens, sampling
 from engine.cli.terminal import Bars
-from engine.config import EngineConfig, SamplingParams
+from engine.config import EngineConfig
 from engine.devices.footprint import Footprint
 from engine.devices.placement import least_cpu_layers
 from engine.errors import DeviceError
@@ -136,7 +136,6 @@ def _text(config: EngineConfig, bars: Bars) -> Prompts:
             bars.steps("making text", rep, reps)
             prompt = random_tokens(SHORT_TEXT * (rep + 1), engine.spec.n_vocab)[-SHORT_TEXT:]
             n = max(1, longest - SHORT_TEXT)
-            params = SamplingParams(max_tokens=n, temperature=1.0, top_p=1.0, seed=rep, ignore_eos=True)
-            texts.append([*prompt, *engine.generate(prompt, params).token_ids])
+            texts.append([*prompt, *engine.generate(prompt, sampling(n, rep)).token_ids])
         bars.steps("making text", reps, reps)
     return lambda rep, n: texts[rep][:n]

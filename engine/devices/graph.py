@@ -737,6 +737,7 @@ DRAW = np.dtype(
 NO_DRAW = -1
 MOST_TOP_K = 256  # that a program draws; with more, or all, it may give up
 Draw = tuple[float, float, float, float, int]  # a value of it
+Drawn: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]  # tokens; logits if any were asked for
 
 
 @runtime_checkable
@@ -754,7 +755,7 @@ class DrawingProgram(Protocol):
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
         draws: npt.NDArray[np.void],
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    ) -> Drawn:
         """Run one step as `Program.run` does, and draw a token from each row of logits.
 
         Args:
@@ -816,7 +817,7 @@ class StagedProgram(DrawingProgram, Protocol):
         """Wait for the CPU's part in the oldest step under way; when that is done only its output head may be left."""
         ...
 
-    def collect(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def collect(self) -> Drawn:
         """Wait for the end of that step; return tokens and logits as `run_and_draw` does.
 
         There are no logits if a step was launched after it: a token that could not be drawn after all is -1, and both
@@ -838,7 +839,7 @@ class AheadProgram(Protocol):
         """Begin a step. Raises `RequestError` for one that does not fit the program."""
         ...
 
-    def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def end(self, then: Step | None = None) -> Drawn:
         """Wait for the end of the step that was begun first, having begun another one; return what `collect` does."""
         ...
 

@@ -15,18 +15,18 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import DrawingProgram, Limits, Program, SavingProgram, StagedProgram, Step
+from engine.devices.graph import DrawingProgram, Drawn, Limits, Program, SavingProgram, StagedProgram, Step
 from engine.devices.slots import ClockedProgram
 from engine.errors import DeviceError
 from engine.experts.hot_cache import HotCache
 from engine.experts.steering import Steering
 from engine.experts.trace import ANSWER, PROMPT, TraceRecorder
 
+_NO_TOKENS: npt.NDArray[np.int32] = np.empty(0, np.int32)
 _PACE_S = 2e-4  # in which a step of large models comes to the next layer
 
 
@@ -99,17 +99,9 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run one step and let the watchers see it; see `graph.Program.run`."""
-        step = Step(token_ids, positions, slots, output_rows, None)
-        if self._staged is not None:
-            self.begin(step)
-            _, logits = self.end()
-            assert logits is not None
-            return logits
-        self._steer(step)
-        begun = self._prepare(step)
-        result = self._program.run(token_ids, positions, slots, output_rows)
-        self._see(begun)
-        return result
+        _, logits = self._run(Step(token_ids, positions, slots, output_rows, None))
+        assert logits is not None
+        return logits
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
         """Say which tokens may be drawn, of a program that draws; see `graph.DrawingProgram`."""
@@ -123,17 +115,25 @@ class WatchedProgram:
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
         draws: npt.NDArray[np.void],
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    ) -> Drawn:
         """Run one step of a program that draws tokens, likewise; see `graph.DrawingProgram`."""
-        step = Step(token_ids, positions, slots, output_rows, draws)
+        return self._run(Step(token_ids, positions, slots, output_rows, draws))
+
+    def _run(self, step: Step) -> Drawn:
         if self._staged is not None:
             self.begin(step)
             return self.end()
         self._steer(step)
         begun = self._prepare(step)
-        result = cast(DrawingProgram, self._program).run_and_draw(token_ids, positions, slots, output_rows, draws)
+        result = self._run_at_once(step)
         self._see(begun)
         return result
+
+    def _run_at_once(self, step: Step) -> Drawn:
+        if step.draws is None:
+            return _NO_TOKENS, self._program.run(*step.inputs)
+        assert isinstance(self._program, DrawingProgram)
+        return self._program.run_and_draw(*step.inputs, step.draws)
 
     def begin(self, step: Step) -> None:
         """Begin a step; see `graph.AheadProgram`."""
@@ -146,7 +146,7 @@ class WatchedProgram:
             self._drop_quietly()
             raise
 
-    def end(self, then: Step | None = None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def end(self, then: Step | None = None) -> Drawn:
         """Finish the oldest step under way, with another one begun behind it, and let the watchers see it."""
         assert self._staged is not None
         try:

@@ -363,8 +363,9 @@ ALWAYS_INLINE void decode_tokens(vector_format f, int n, const uint8_t *w, int64
 #pragma GCC unroll 4
                 for (int t = 0; t < n; t++)
                     a[t] = &units[t][u - first];
-                const int64_t next_row = (end - u) * (int64_t)unit_bytes <= STREAM_AHEAD ? other_columns : 0;
-                fetch_of_streams(streams, 4, r * row_bytes + at + next_row, unit_bytes);
+                const int64_t here = r * row_bytes + at, left = (end - u) * (int64_t)unit_bytes;
+                fetch_at(streams, 4, here + NEAR_AHEAD + (left <= NEAR_AHEAD ? other_columns : 0), unit_bytes, true);
+                fetch_at(streams, 4, here + FAR_AHEAD + (left <= FAR_AHEAD ? other_columns : 0), unit_bytes, false);
                 if (f.block_size == 32)
                     u *unit_blocks + unit_blocks <= n_blocks
                         ? add_blocks_32(f, n, unit_blocks, blocks, a, acc)

@@ -110,17 +110,26 @@ ALWAYS_INLINE void store_of_rows(row_streams s, int n_streams, int r, const floa
             y[i * s.n_each + r] = values[i];
 }
 
-// Fetches what streams read soon after the n_bytes from byte `at` of each. Behind its end a stream goes on in the next
-// call.
-enum { STREAM_AHEAD = 1 << 10 };
-ALWAYS_INLINE void fetch_of_streams(row_streams s, int n_streams, int64_t at, int n_bytes) {
-    const int64_t stream_bytes = s.n_each * s.row_bytes, place = at + STREAM_AHEAD;
-    const bool is_own = place < stream_bytes;
-    const uint8_t *first = is_own ? s.first + place : s.next + (place - stream_bytes);
+// Fetches n_bytes of each stream, from byte `at` on; behind its end a stream goes on in the next call.
+ALWAYS_INLINE void fetch_at(row_streams s, int n_streams, int64_t at, int n_bytes, bool is_near) {
+    const int64_t stream_bytes = s.n_each * s.row_bytes;
+    const bool is_own = at < stream_bytes;
+    const uint8_t *first = is_own ? s.first + at : s.next + (at - stream_bytes);
     const int64_t apart = is_own ? stream_bytes : s.next_stream_bytes;
     for (int i = 0; i < n_streams; i++)
         for (int line = 0; line < n_bytes; line += 64)
-            __builtin_prefetch(first + i * apart + line, 0, 3);
+            if (is_near)
+                __builtin_prefetch(first + i * apart + line, 0, 3);
+            else
+                __builtin_prefetch(first + i * apart + line, 0, 2);
+}
+
+// Fetches what streams read soon after the n_bytes from byte `at` of each: what comes next into the first-level cache,
+// what is farther into the second-level one, which waits for more lines at a time.
+enum { NEAR_AHEAD = 1 << 9, FAR_AHEAD = 4 << 10 };
+ALWAYS_INLINE void fetch_of_streams(row_streams s, int n_streams, int64_t at, int n_bytes) {
+    fetch_at(s, n_streams, at + NEAR_AHEAD, n_bytes, true);
+    fetch_at(s, n_streams, at + FAR_AHEAD, n_bytes, false);
 }
 
 // Rows and tokens whose sums are in registers together.

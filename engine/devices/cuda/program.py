@@ -24,7 +24,7 @@ from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.steps import Steps
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
-from engine.devices.graph import Limits, Rows, Step, WeightAccess
+from engine.devices.graph import Drawn, Limits, Rows, Step, WeightAccess
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
 from engine.errors import DeviceError, RequestError
@@ -207,12 +207,12 @@ class CUDAProgram:
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
         draws: npt.NDArray[np.void],
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    ) -> Drawn:
         """Run one step and draw tokens; see `graph.DrawingProgram.run_and_draw`, and `run` for what it raises."""
         assert len(draws) == len(output_rows)
         return self._run(Step(token_ids, positions, slots, output_rows, draws))
 
-    def _run(self, step: Step) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def _run(self, step: Step) -> Drawn:
         self.prepare(step)
         self.launch()
         self.finish_layers()
@@ -267,7 +267,7 @@ class CUDAProgram:
                 self.drop()
                 raise
 
-    def collect(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def collect(self) -> Drawn:
         """Wait for the oldest step under way; return what was drawn, -1 for nothing, and all logits if need be."""
         step, steps = self._under_way[0], self._steps
         buffer, is_last, logits = self._step_memory.buffers[step.buffer], len(self._under_way) == 1, None
