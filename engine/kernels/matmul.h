@@ -73,7 +73,7 @@ ALWAYS_INLINE void fetch(const uint8_t *first, int n_bytes) {
 // What one token, or so few that they take turns, reads: some rows together, each from a stream of its own. Streams are
 // equal parts of the rows of a call, so that they run through pages of their own, where a CPU that fetches ahead by
 // itself sees them go on; neighbouring rows lie in one page, and look like no order at all. What comes next is fetched
-// into the first-level cache besides.
+// besides.
 typedef struct {
     const uint8_t *first;
     int64_t row_bytes;
