@@ -27,14 +27,14 @@ scale(const float *x, int64_t x_stride, const float *by, int64_t by_stride, floa
         out[row * out_stride + col] = x[row * x_stride + col] * (by ? factor * by[row * by_stride] : factor);
 }
 
-// x *= 1 + slope * ln(1 + floor((position + 1) / period)), in place.
+// x *= 1 + slope * ln(1 + floor((position + offset) / period)), in place.
 KERNEL(THREADS)
-scale_by_position(float *x, int64_t x_stride, const int *positions, int n_cols, int period, float slope,
+scale_by_position(float *x, int64_t x_stride, const int *positions, int n_cols, int offset, int period, float slope,
                   const int *n_rows) {
     begin_kernel();
     const int row = blockIdx.y, col = column();
     if (row < *n_rows && col < n_cols)
-        x[row * x_stride + col] *= (float)(1.0 + (double)slope * log1p((double)((positions[row] + 1) / period)));
+        x[row * x_stride + col] *= (float)(1.0 + (double)slope * log1p((double)((positions[row] + offset) / period)));
 }
 
 // `joined` holds, for each head, `first_dim` values that are also in `first`, and after them `second_dim` that are in

@@ -4,7 +4,7 @@
 // Compiled for SOURCE, where x comes from (what is made is also kept in `sum`):
 //     0  a
 //     1  a + b
-//     2  a + scale * (experts in rank order, one fma a rank, + sigmoid(shared_gate) * shared), N_USED experts
+//     2  a (null for 0) + scale * (experts in rank order, one fma a rank, + sigmoid(shared_gate) * shared), N_USED experts
 // NORMALIZE (0: the sum is all that is wanted), FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), THREADS of a block
 // and ROUNDS of eight columns that each of them takes.
 // Grid: (1, rows); a block has a thread for each eight columns, with experts for each four, at most 1024 of them. n_cols is a
@@ -112,8 +112,9 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
             experts.exchange.await();
         __syncthreads();
         for (int at = threadIdx.x * COLUMNS; at < n_cols; at += blockDim.x * COLUMNS) {
-            float x[COLUMNS], added[COLUMNS];
-            load_floats(a + at, x);
+            float x[COLUMNS] = {}, added[COLUMNS];
+            if (a)
+                load_floats(a + at, x);
             combined(experts, ranks, row, at, added);
             add(x, added);
             store_floats(sum + at, x);

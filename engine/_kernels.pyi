@@ -252,8 +252,8 @@ class Program:
     ) -> None:
         """out = x * (factor * by), with one value of `by` for each row, or x * factor if `by` is 0; in place allowed."""
 
-    def scale_by_position(self, x: int, x_stride: int, n_cols: int, period: int, slope: float) -> None:
-        """x *= 1 + slope * ln(1 + floor((position + 1) / period))."""
+    def scale_by_position(self, x: int, x_stride: int, n_cols: int, offset: int, period: int, slope: float) -> None:
+        """x *= 1 + slope * ln(1 + floor((position + offset) / period)), with an offset of 0 or 1."""
 
     def rope(
         self,
@@ -408,7 +408,8 @@ class Program:
     ) -> None:
         """out = residual + scale * (sum over ranks of weight * expert_out, one fma a rank from rank 0, + sigmoid(shared_gate) * shared).
 
-        `shared` and `shared_gate` may be 0 (none; ungated), and `weights` (all 1). In place on residual allowed.
+        `shared` and `shared_gate` may be 0 (none; ungated), and so may `weights` (all 1) and `residual` (which then counts
+        as 0). In place on residual allowed.
         """
 
     def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:

@@ -94,7 +94,7 @@ cdef extern from "kernels/ops.h":
         float factor
     ctypedef struct scale_by_position_args:
         matrix x
-        int period
+        int offset, period
         float slope
     ctypedef struct heads_args:
         matrix joined, first, second
@@ -806,11 +806,13 @@ cdef class Program:
         args.factor = factor
         recorded(program_scale(self._program, args, n_cols, rows))
 
-    def scale_by_position(self, uintptr_t x, int64_t x_stride, int n_cols, int period, float slope):
+    def scale_by_position(self, uintptr_t x, int64_t x_stride, int n_cols, int offset, int period, float slope):
         need_at_least("n_cols", n_cols, 1)
+        need(0 <= offset <= 1, f"offset is {offset}; expected 0 or 1")
         need_at_least("period", period, 1)
         cdef scale_by_position_args args
         args.x = need_matrix("x", x, x_stride, n_cols)
+        args.offset = offset
         args.period = period
         args.slope = slope
         recorded(program_scale_by_position(self._program, args, n_cols))
@@ -1078,7 +1080,7 @@ cdef class Program:
         args.shared_gate = matrix(NULL, 0)
         if shared_gate:
             args.shared_gate = need_matrix("shared_gate", shared_gate, shared_gate_stride, 1)
-        args.residual = need_matrix("residual", residual, residual_stride, n_cols)
+        args.residual = need_matrix("residual", residual, residual_stride, n_cols) if residual else matrix(NULL, 0)
         args.out = need_matrix("out", out, out_stride, n_cols)
         args.n_cols = n_cols
         recorded(program_combine(self._program, args))

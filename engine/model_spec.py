@@ -41,6 +41,7 @@ class AttentionSpec:
         windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
         chunks: for each layer, the length of the stretches that attention does not look beyond; 0 or no entry: none.
         unrotated_layers: for each layer, whether it has no rotary embedding; no entry: it has.
+        window_rope: rotary embedding of layers with a window; None: as in the others.
     """
 
     n_heads: int
@@ -51,6 +52,7 @@ class AttentionSpec:
     windows: tuple[int, ...] = ()
     chunks: tuple[int, ...] = ()
     unrotated_layers: tuple[bool, ...] = ()
+    window_rope: RopeSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class LatentAttentionSpec:
         value_dim: of a head's value.
         scale: of the scores.
         rope: of the rotated part.
+        temperature_period, temperature_slope: queries at position p are multiplied by 1 + slope * ln(1 + floor(p /
+            period)); a slope of 0: they are not.
     """
 
     n_heads: int
@@ -76,6 +80,8 @@ class LatentAttentionSpec:
     value_dim: int
     scale: float
     rope: RopeSpec
+    temperature_period: int = 1
+    temperature_slope: float = 0.0
 
     @property
     def n_kv_heads(self) -> int:

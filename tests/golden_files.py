@@ -43,7 +43,26 @@ OTHER_FILES = (
 )
 ALL_FILES = QWEN_FILES + OTHER_FILES
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
-PEERS = ("bailingmoe2", "ernie4_5-moe", "granitemoe", "llama", "llama4", "minimax-m2", "qwen3", "qwen35")
+PEERS = (
+    "afmoe",
+    "bailingmoe",
+    "bailingmoe2",
+    "deepseek",
+    "dots1",
+    "ernie4_5-moe",
+    "exaone-moe",
+    "granitemoe",
+    "hunyuan-moe",
+    "hy_v3",
+    "llama",
+    "llama4",
+    "mellum",
+    "minimax-m2",
+    "mistral4",
+    "qwen3",
+    "qwen35",
+    "qwen3vlmoe",
+)
 PEER_FILES = tuple(f"{name}-{kind}" for name in PEERS for kind in ("F32", "Q8_0"))
 
 

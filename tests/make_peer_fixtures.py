@@ -44,14 +44,20 @@ class Peer:
         n_experts_used: by a token.
         shared_size: width of the shared expert; 0 for none.
         router_bias: up to how much is added to scores when experts are chosen; 0 for nothing.
+        bias_name: tensor of that.
         head_dim: of queries, keys and values.
+        n_kv_heads: of keys and values.
         head_norm: of queries and keys: "head" for one weight that serves every head, "row" for one over all heads.
         fused_qkv: whether queries, keys and values are one matrix.
         rope_divisors: whether there is a tensor that frequencies are divided by.
         tied: whether the embeddings serve as output matrix.
         recurrent: whether every other block is a delta net, and the others gate their attention.
+        is_latent: whether attention is multi-head latent attention.
+        attention_gate: whether what attention gives is gated by a projection of its input.
         ffn_norm: tensor of the norm before the feed-forward network.
+        post_norms: whether there are norms behind attention and feed-forward network, too.
         n_long: tokens of a long prompt whose last logits are kept as well.
+        seed: the first that is tried.
     """
 
     architecture: str
@@ -61,14 +67,20 @@ class Peer:
     n_experts_used: int = 2
     shared_size: int = 0
     router_bias: float = 0.0
+    bias_name: str = "exp_probs_b.bias"
     head_dim: int = HEAD_DIM
+    n_kv_heads: int = N_KV_HEADS
     head_norm: str = ""
     fused_qkv: bool = False
     rope_divisors: bool = False
     tied: bool = False
     recurrent: bool = False
+    is_latent: bool = False
+    attention_gate: bool = False
     ffn_norm: str = "ffn_norm"
+    post_norms: bool = False
     n_long: int = 0
+    seed: int = 0
 
 
 MOE = {"expert_count": N_EXPERTS, "expert_feed_forward_length": FFN}
@@ -82,7 +94,45 @@ DELTA_NET = {
     "full_attention_interval": 2,
     "rope.dimension_sections": [2, 1, 1, 0],
 }
+QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
+LATENT = {
+    "attention.head_count_kv": 1,
+    "attention.q_lora_rank": QUERY_RANK,
+    "attention.kv_lora_rank": LATENT_DIM,
+    "attention.key_length": LATENT_DIM + ROPE_DIM,
+    "attention.value_length": LATENT_DIM,
+    "attention.key_length_mla": KEY_DIM + ROPE_DIM,
+    "attention.value_length_mla": VALUE_DIM,
+    "rope.dimension_count": ROPE_DIM,
+}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 4096}
 PEERS = {
+    "afmoe": Peer(
+        "afmoe",
+        4,
+        MOE
+        | {
+            "leading_dense_block_count": 2,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.8,
+            "attention.sliding_window": 8,
+            "rope.freq_base_swa": 500.0,
+        },
+        moe_layers=(2, 3),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        attention_gate=True,
+        post_norms=True,
+    ),
+    "bailingmoe": Peer(
+        "bailingmoe",
+        2,
+        MOE | {"expert_shared_count": 2, "expert_weights_norm": True, "expert_weights_scale": 1.5},
+        moe_layers=(0, 1),
+        shared_size=2 * FFN,
+    ),
     "bailingmoe2": Peer(
         "bailingmoe2",
         3,
@@ -103,6 +153,53 @@ PEERS = {
         router_bias=0.2,
         head_norm="head",
         fused_qkv=True,
+    ),
+    "deepseek": Peer(
+        "deepseek",
+        2,
+        MOE | {"leading_dense_block_count": 1, "expert_shared_count": 2, "expert_weights_scale": 1.5},
+        moe_layers=(1,),
+        shared_size=2 * FFN,
+        tied=True,
+        seed=1,
+    ),
+    "dots1": Peer(
+        "dots1",
+        2,
+        MOE
+        | {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        },
+        moe_layers=(1,),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        n_kv_heads=N_HEADS,
+    ),
+    "exaone-moe": Peer(
+        "exaone-moe",
+        4,
+        MOE
+        | {
+            "leading_dense_block_count": 2,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": FFN,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, False, True, False],
+            "rope.scaling.type": "none",
+        },
+        moe_layers=(2, 3),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        seed=92,
     ),
     "ernie4_5-moe": Peer(
         "ernie4_5-moe",
@@ -133,6 +230,31 @@ PEERS = {
         shared_size=FFN,
         tied=True,
     ),
+    "hunyuan-moe": Peer(
+        "hunyuan-moe",
+        2,
+        MOE | {"expert_shared_feed_forward_length": 2 * FFN},
+        moe_layers=(0, 1),
+        shared_size=2 * FFN,
+        head_norm="head",
+        tied=True,
+    ),
+    "hy_v3": Peer(
+        "hy_v3",
+        2,
+        MOE
+        | {
+            "expert_shared_feed_forward_length": FFN,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        },
+        moe_layers=(1,),
+        shared_size=FFN,
+        router_bias=0.2,
+        bias_name="exp_probs_b",
+        head_norm="head",
+    ),
     "llama4": Peer(
         "llama4",
         4,
@@ -143,6 +265,13 @@ PEERS = {
         rope_divisors=True,
         n_long=N_TOKENS_LONG,
     ),
+    "mellum": Peer(
+        "mellum",
+        2,
+        MOE | YARN | {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False]},
+        moe_layers=(0, 1),
+        head_norm="head",
+    ),
     "minimax-m2": Peer(
         "minimax-m2",
         3,
@@ -150,6 +279,32 @@ PEERS = {
         moe_layers=(0, 1, 2),
         router_bias=0.2,
         head_norm="row",
+        head_dim=16,
+    ),
+    "mistral4": Peer(
+        "mistral4",
+        2,
+        MOE
+        | LATENT
+        | YARN
+        | {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "attention.temperature_scale": 0.3,
+            "attention.temperature_length": 8,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+        moe_layers=(1,),
+        shared_size=FFN,
+        is_latent=True,
+    ),
+    "qwen3vlmoe": Peer(
+        "qwen3vlmoe",
+        2,
+        MOE | {"rope.dimension_sections": [3, 3, 2, 0], "n_deepstack_layers": 1},
+        moe_layers=(0, 1),
+        head_norm="head",
         head_dim=16,
     ),
     # The dense siblings of architectures with experts.
@@ -195,14 +350,17 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "attn_norm.weight", draw.norm(HIDDEN)
     yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
+    if peer.post_norms:
+        yield "post_attention_norm.weight", draw.norm(HIDDEN)
+        yield "post_ffw_norm.weight", draw.norm(HIDDEN)
     is_recurrent = peer.recurrent and (layer + 1) % 2 != 0
-    yield from delta_net(draw) if is_recurrent else attention(peer, draw)
+    yield from delta_net(draw) if is_recurrent else latent_attention(draw) if peer.is_latent else attention(peer, draw)
     if layer not in peer.moe_layers:
         yield from feed_forward("", 2 * FFN, draw)
         return
     yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=3.0)
     if peer.router_bias:
-        yield "exp_probs_b.bias", draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
+        yield peer.bias_name, draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
     for part in ("gate", "up"):
         yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
@@ -217,7 +375,7 @@ def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.n
 
 
 def attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    q_size, kv_size = N_HEADS * peer.head_dim, N_KV_HEADS * peer.head_dim
+    q_size, kv_size = N_HEADS * peer.head_dim, peer.n_kv_heads * peer.head_dim
     sizes = {"q": 2 * q_size if peer.recurrent else q_size, "k": kv_size, "v": kv_size}
     if peer.fused_qkv:
         yield "attn_qkv.weight", draw.matrix(sum(sizes.values()), HIDDEN)
@@ -225,9 +383,22 @@ def attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         for part, size in sizes.items():
             yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
     yield "attn_output.weight", draw.matrix(HIDDEN, q_size)
+    if peer.attention_gate:
+        yield "attn_gate.weight", draw.matrix(q_size, HIDDEN)
     if peer.head_norm:
         for part, size in (("q", q_size), ("k", kv_size)):
             yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else peer.head_dim)
+
+
+def latent_attention(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "attn_q_a.weight", draw.matrix(QUERY_RANK, HIDDEN)
+    yield "attn_q_a_norm.weight", draw.norm(QUERY_RANK)
+    yield "attn_q_b.weight", draw.matrix(N_HEADS * (KEY_DIM + ROPE_DIM), QUERY_RANK)
+    yield "attn_kv_a_mqa.weight", draw.matrix(LATENT_DIM + ROPE_DIM, HIDDEN)
+    yield "attn_kv_a_norm.weight", draw.norm(LATENT_DIM)
+    yield "attn_k_b.weight", draw.matrix(N_HEADS, LATENT_DIM, KEY_DIM)
+    yield "attn_v_b.weight", draw.matrix(N_HEADS, VALUE_DIM, LATENT_DIM)
+    yield "attn_output.weight", draw.matrix(HIDDEN, N_HEADS * VALUE_DIM)
 
 
 def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -253,7 +424,7 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
         "block_count": peer.n_layers,
         "feed_forward_length": FFN if len(peer.moe_layers) == peer.n_layers else 2 * FFN,
         "attention.head_count": N_HEADS,
-        "attention.head_count_kv": N_KV_HEADS,
+        "attention.head_count_kv": peer.n_kv_heads,
         "attention.key_length": peer.head_dim,
         "attention.value_length": peer.head_dim,
         "attention.layer_norm_rms_epsilon": 1e-5,
@@ -263,7 +434,13 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
     if peer.moe_layers:
         keys["expert_used_count"] = peer.n_experts_used
     for key, value in (keys | peer.keys).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
         add[type(value)](f"{peer.architecture}.{key}", value)
     writer.add_string("general.name", f"tiny random {peer.architecture}")
     writer.add_string("tokenizer.ggml.model", "none")
@@ -336,7 +513,7 @@ def is_decisive(peer: Peer, seed: int, tokens: np.ndarray, plain: np.ndarray, fo
 
 def make(name: str, peer: Peer, folder: Path) -> None:
     model, quantized, back = OUT / f"{name}-F32.gguf", OUT / f"{name}-Q8_0.gguf", folder / "back.gguf"
-    for seed in range(1000):
+    for seed in range(peer.seed, peer.seed + 1000):
         tokens = np.random.default_rng(1000 + seed).integers(N_VOCAB, size=peer.n_long or N_TOKENS).astype(np.int32)
         short = tokens[:N_TOKENS]
         write_model(model, peer, seed)

@@ -90,7 +90,7 @@ class ReferenceProgram:
         self[op.out] = self[op.x] * op.factor * (1 if op.by is None else self[op.by])
 
     def scale_by_position(self, op: ops.ScaleByPosition) -> None:
-        factor = 1 + op.slope * np.log1p((self.positions + 1) // op.period)
+        factor = 1 + op.slope * np.log1p((self.positions + op.offset) // op.period)
         self[op.x] = self[op.x] * factor[:, None]
 
     def gate(self, op: ops.Gate) -> None:
@@ -208,7 +208,7 @@ class ReferenceProgram:
         total = np.einsum("trh,tr->th", expert_out, weights if op.weighted else np.ones_like(weights))
         if op.shared is not None:
             total = total + self[op.shared] * (1 if op.shared_gate is None else _sigmoid(self[op.shared_gate]))
-        self[op.out] = self[op.residual] + op.scale * total
+        self[op.out] = op.scale * total + (0 if op.residual is None else self[op.residual])
 
     def select_outputs(self, op: ops.SelectOutputs) -> None:
         self[op.out] = self[op.x]

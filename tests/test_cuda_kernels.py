@@ -13,7 +13,7 @@ from engine.devices import graph
 from engine.devices.cuda import attention, elementwise, kernels, recurrent, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
-from engine.devices.cuda.launch import ExpertMatrix, Launch, Matrix, Rows
+from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.quants import install_grids
@@ -392,13 +392,12 @@ def test_elementwise_operations(mode: str) -> None:
         emulator.run(elementwise.scale(emulator.rows(x), 0.3, None, emulator.rows(out), n_cols, count), order, seed)
         assert same_bits(out, x * F32(0.3))
         positions = np.array([0, 15, 8000], np.int32)
-        emulator.run(
-            elementwise.scale_by_position(emulator.rows(out), emulator.at(positions), n_cols, 16, 0.1, count),
-            order,
-            seed,
-        )
-        factor = 1 + 0.1 * np.log1p((positions + 1) // 16)
-        assert out == pytest.approx(x * F32(0.3) * factor[:, None], rel=1e-6)
+        for offset in (0, 1):
+            before, rows = out.copy(), emulator.rows(out)
+            launch = elementwise.scale_by_position(rows, emulator.at(positions), n_cols, offset, 16, 0.1, count)
+            emulator.run(launch, order, seed)
+            factor = 1 + 0.1 * np.log1p((positions + offset) // 16)
+            assert out == pytest.approx(before * factor[:, None], rel=1e-6)
         chosen, picked = np.array([2, 0], np.int32), np.zeros((2, n_cols), F32)
         rows = (emulator.rows(x), emulator.at(chosen), emulator.rows(picked))
         emulator.run(elementwise.select_outputs(*rows, n_cols, emulator.count(2)), order, seed)
@@ -540,13 +539,14 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, 
     )
     values = np.where((slots[ids] < 0)[..., None], answers, expert_out)
     total = np.einsum("trh,tr->th", values, weights if has_shared else np.ones_like(weights))
-    expected = residual + 0.5 * (total + has_shared * shared * sigmoid(shared_gate))
+    added_up = 0.5 * (total + has_shared * shared * sigmoid(shared_gate))
     for order, seed in SCHEDULES:
-        for chosen_early in (False, True):
+        for chosen_early, has_stream in ((False, True), (True, True), (True, False)):
+            expected = residual + added_up if has_stream else added_up
             out, normalised = np.zeros_like(residual), np.zeros_like(residual)
             forms, made = make_forms(emulator, n_tokens, n_cols, Activation.Q8_32)
             added, count = combined._replace(chosen_early=chosen_early), emulator.count(n_tokens)
-            rows = (emulator.rows(residual), added, emulator.rows(out))
+            rows = (emulator.rows(residual) if has_stream else NOTHING, added, emulator.rows(out))
             emulator.run(kernels.residual(*rows, n_cols, count), order, seed)
             assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
             emulator.run(kernels.residual(*rows, n_cols, count, 0, 1e-6, emulator.rows(normalised), forms), order, seed)

@@ -143,16 +143,16 @@ def test_scale(seed: int, n: int, width: int, by_row: bool, in_place: bool) -> N
 
 
 @few
-@given(seeds, token_counts, widths, st.integers(1, 40), st.integers(0, 100_000))
-def test_scale_by_position(seed: int, n: int, width: int, period: int, start: int) -> None:
+@given(seeds, token_counts, widths, st.integers(0, 1), st.integers(1, 40), st.integers(0, 100_000))
+def test_scale_by_position(seed: int, n: int, width: int, offset: int, period: int, start: int) -> None:
     x = normal(seed, n, width)
     case = Case(
-        lambda program, at: program.scale_by_position(*at.x, width, period, 0.1),
+        lambda program, at: program.scale_by_position(*at.x, width, offset, period, 0.1),
         {"x": x},
         results=("x",),
         start=start,
     )
-    factor = 1 + 0.1 * np.log1p((start + np.arange(n) + 1) // period)
+    factor = 1 + 0.1 * np.log1p((start + np.arange(n) + offset) // period)
     case.check({"x": x * factor[:, None]}, rtol=3e-7)
 
 
@@ -466,8 +466,16 @@ def test_logits_that_are_no_numbers_give_ids_in_range(scoring: int) -> None:
 
 
 @more
-@given(seeds, token_counts, widths, st.integers(1, 4), st.sampled_from(["none", "plain", "gated"]), st.booleans())
-def test_combine(seed: int, n: int, width: int, n_used: int, shared: str, weighted: bool) -> None:
+@given(
+    seeds,
+    token_counts,
+    widths,
+    st.integers(1, 4),
+    st.sampled_from(["none", "plain", "gated"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_combine(seed: int, n: int, width: int, n_used: int, shared: str, weighted: bool, adds: bool) -> None:
     inputs = {
         "expert_out": normal(seed, n, n_used * width),
         "shared": normal(seed + 1, n, width),
@@ -483,7 +491,7 @@ def test_combine(seed: int, n: int, width: int, n_used: int, shared: str, weight
             n_used,
             *(at.shared if shared != "none" else (0, 0)),
             *(at.gate if shared == "gated" else (0, 0)),
-            *at.residual,
+            *(at.residual if adds else (0, 0)),
             *at.residual,
             width,
             0.4,
@@ -497,7 +505,7 @@ def test_combine(seed: int, n: int, width: int, n_used: int, shared: str, weight
     if shared != "none":
         total = total + inputs["shared"] * (sigmoid(inputs["gate"]) if shared == "gated" else 1.0)
     case = Case(record, {**inputs, "weights": weights}, packed=("weights",), results=("residual",))
-    case.check({"residual": inputs["residual"] + np.float32(0.4) * total})
+    case.check({"residual": adds * inputs["residual"] + np.float32(0.4) * total})
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ FINE = {
     "split_heads": (A, 12, B, 8, C, 4, 2, 4, 2),
     "join_heads": (A, 8, B, 4, C, 12, 2, 4, 2),
     "scale": (A, 8, 0, 0, B, 8, 8, 2.0, 0),
-    "scale_by_position": (A, 8, 8, 4, 0.1),
+    "scale_by_position": (A, 8, 8, 1, 4, 0.1),
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0),
     "causal_conv": (0, 8, 0, C, B, 8, 8, 4),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
@@ -161,7 +161,8 @@ BAD = [
     ("join_heads", 1, 7, "the stride of first is 7"),
     ("scale", 6, 0, "n_cols is 0"),
     ("scale", 8, -1, "rows is -1"),
-    ("scale_by_position", 3, 0, "period is 0"),
+    ("scale_by_position", 3, 2, "offset is 2"),
+    ("scale_by_position", 4, 0, "period is 0"),
     ("rope", 5, 7, "n_rot is 7; expected an even number up to 8"),
     ("rope", 5, 10, "n_rot is 10"),
     ("rope", 6, 2, "style is 2"),

@@ -156,6 +156,8 @@ def test_sentence_piece_merging_is_that_of_the_plain_algorithm(text):
         ("deepseek-llm", "ab\u4e2d12!", "ab|\u4e2d|12|!"),
         ("starcoder", "ab12", "ab|1|2"),
         ("falcon", "a.1234", "a|.|123|4"),
+        ("afmoe", "a1234567 12 \u4e2d\uac00 !b", "a|1|234|567| |12| |\u4e2d\uac00| !|b"),
+        ("exaone-moe", "it's a b  c 12/\n", "it|'s| a b| | c| |1|2|/\n"),
         ("bailingmoe", "we'Ll 12", "we|'Ll| |1|2"),
         ("seed-coder", "a!\n12", "a|!|\n|1|2"),
         ("chatglm-bpe", "1234", "123|4"),

@@ -252,9 +252,10 @@ class Scale(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ScaleByPosition(Operation):
-    """x *= 1 + slope * ln(1 + floor((position + 1) / period)), in place: attention temperature of long contexts."""
+    """x *= 1 + slope * ln(1 + floor((position + offset) / period)), in place: temperature of attention far back."""
 
     x: Tensor
+    offset: int
     period: int
     slope: float
 
@@ -389,14 +390,14 @@ class Experts(Operation):
 class Combine(Operation):
     """out = residual + scale * (weighted sum over ranks, best first, + sigmoid(shared_gate) * shared).
 
-    Without `weighted` the experts' weights are 1 (they were applied to the input).
+    Without `weighted` the experts' weights are 1 (they were applied to the input). Without residual it counts as 0.
     """
 
     expert_out: Tensor
     routing: Routing
     shared: Tensor | None
     shared_gate: Tensor | None
-    residual: Tensor
+    residual: Tensor | None
     out: Tensor
     weighted: bool
     scale: float
@@ -467,9 +468,9 @@ class Graph:
         self.operations.append(Scale(x, by, out, factor))
         return out
 
-    def scale_by_position(self, x: Tensor, period: int, slope: float) -> Tensor:
+    def scale_by_position(self, x: Tensor, offset: int, period: int, slope: float) -> Tensor:
         """Multiply x in place by a factor that grows with the position; returns x."""
-        self.operations.append(ScaleByPosition(x, period, slope))
+        self.operations.append(ScaleByPosition(x, offset, period, slope))
         return x
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -607,15 +608,15 @@ class Graph:
         self,
         expert_out: Tensor,
         routing: Routing,
-        residual: Tensor,
+        residual: Tensor | None,
         shared: Tensor | None = None,
         shared_gate: Tensor | None = None,
         *,
         weighted: bool = True,
         scale: float = 1.0,
     ) -> Tensor:
-        """Add the experts up in rank order, the shared expert after them, and the residual stream."""
-        out = self._new(residual.width)
+        """Add the experts up in rank order, the shared expert after them, and the residual stream if it is given."""
+        out = self._new(expert_out.width // routing.ids.width)
         self.operations.append(Combine(expert_out, routing, shared, shared_gate, residual, out, weighted, scale))
         return out
 

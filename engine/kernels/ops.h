@@ -94,7 +94,7 @@ typedef struct {
 
 typedef struct {
     matrix x;
-    int period;
+    int offset, period;
     float slope;
 } scale_by_position_args;
 
@@ -124,7 +124,7 @@ typedef struct {
 } select_outputs_args;
 
 typedef struct {
-    matrix expert_out, shared, shared_gate, residual, out; // shared.at, shared_gate.at may be NULL
+    matrix expert_out, shared, shared_gate, residual, out; // shared.at, shared_gate.at, residual.at may be NULL
     const float *weights;                                  // [max_tokens, n_experts_used], or NULL: all 1
     int n_experts_used, n_cols;
     float scale;

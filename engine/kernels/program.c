@@ -597,7 +597,8 @@ int program_combine(program *p, combine_args args) {
         touch(p, &op, READS, args.shared);
     if (args.shared_gate.at)
         touch_whole(p, &op, READS, args.shared_gate, 1);
-    touch(p, &op, READS, args.residual);
+    if (args.residual.at)
+        touch(p, &op, READS, args.residual);
     touch(p, &op, WRITES, args.out);
     return record(p, op);
 }

@@ -1,4 +1,4 @@
-"""Model architectures: one file for each, chosen by `general.architecture`."""
+"""Model architectures, chosen by `general.architecture`: one file for each that is not plain (`plain.py`)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from engine.errors import UnsupportedModelError
 from engine.gguf.model_file import ModelFile
 from engine.model_spec import ModelSpec
 from engine.models import (
-    bailingmoe2,
+    afmoe,
     deepseek2,
-    ernie4_5_moe,
-    glm4moe,
+    exaone_moe,
     gpt_oss,
     granitemoe,
+    hunyuan_moe,
     llama,
     llama4,
-    minimax_m2,
-    olmoe,
-    qwen2moe,
-    qwen3moe,
+    mellum,
     qwen3next,
     qwen35moe,
 )
 from engine.models.binding import Keys, Tensors
+from engine.models.plain import PLAIN
 
 
 class Architecture(Protocol):
@@ -42,21 +40,19 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bailingmoe2": bailingmoe2,
+    **PLAIN,
+    "afmoe": afmoe,
     "deepseek2": deepseek2,
-    "ernie4_5-moe": ernie4_5_moe,
-    "glm4moe": glm4moe,
+    "exaone-moe": exaone_moe,
     "gpt-oss": gpt_oss,
     "granitemoe": granitemoe,
+    "hunyuan-moe": hunyuan_moe,
     "llama": llama,
     "llama4": llama4,
-    "minimax-m2": minimax_m2,
-    "olmoe": olmoe,
-    "qwen2moe": qwen2moe,
-    "qwen3": qwen3moe,
+    "mellum": mellum,
+    "mistral4": deepseek2,
     "qwen35": qwen35moe,
     "qwen35moe": qwen35moe,
-    "qwen3moe": qwen3moe,
     "qwen3next": qwen3next,
 }
 

@@ -38,28 +38,40 @@ def decoder(
     mixer: Mixer,
     *,
     ffn_norm: str = "ffn_norm.weight",
+    post_norms: tuple[str, str] | None = None,
     activation: Activation = Activation.SILU,
 ) -> Graph:
     """Record a pre-norm decoder: in each block a mixer of tokens, then a feed-forward network, added to the stream.
 
-    `mixer(graph, x, block, spec, layer)` returns what the block's attention (or the like) adds.
+    `mixer(graph, x, block, spec, layer)` returns what the block's attention (or the like) adds. With `post_norms` that
+    and the result of the feed-forward network are normalised, too, before they are added.
     """
     graph = Graph()
     x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
     for layer in range(spec.n_layers):
         block = tensors.block(layer)
-        h = graph.rms_norm(x, block.vector("attn_norm.weight", spec.hidden_size), spec.norm_eps)
-        x = graph.add(x, scaled(graph, mixer(graph, h, block, spec, layer), spec.residual_scale))
-        h = graph.rms_norm(x, block.vector(ffn_norm, spec.hidden_size), spec.norm_eps)
-        x = feed_forward(graph, h, x, block, spec, activation)
+        h = normalize(graph, x, block, "attn_norm.weight", spec)
+        h = scaled(graph, mixer(graph, h, block, spec, layer), spec.residual_scale)
+        x = graph.add(x, normalize(graph, h, block, post_norms[0], spec) if post_norms else h)
+        h = normalize(graph, x, block, ffn_norm, spec)
+        if post_norms:
+            h = feed_forward(graph, h, None, block, spec, activation)
+            x = graph.add(x, normalize(graph, h, block, post_norms[1], spec))
+        else:
+            x = feed_forward(graph, h, x, block, spec, activation)
     output_head(graph, x, tensors, spec)
     return graph
+
+
+def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec) -> Tensor:
+    """Normalise rows of the residual stream's width."""
+    return graph.rms_norm(x, tensors.vector(name, spec.hidden_size), spec.norm_eps)
 
 
 def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec) -> None:
     """Turn the residual stream into logits, for the wanted rows; without `output.weight` the embeddings serve."""
     x = graph.select_outputs(x)
-    x = graph.rms_norm(x, tensors.vector("output_norm.weight", spec.hidden_size), spec.norm_eps)
+    x = normalize(graph, x, tensors, "output_norm.weight", spec)
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
     logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size))
     graph.logits = scaled(graph, logits, spec.logit_scale)
@@ -81,8 +93,7 @@ def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, lay
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
-    q = rotate(graph, q, n_heads, attention.rope, block)
-    k = rotate(graph, k, n_kv_heads, attention.rope, block)
+    q, k = rotate_heads(graph, q, k, block, attention, layer)
     return attend(graph, q, k, v, block, spec, layer)
 
 
@@ -117,9 +128,12 @@ def attend(
 
 
 def project_qkv(
-    graph: Graph, x: Tensor, block: Tensors, hidden_size: int, q_size: int, kv_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project to queries, keys and values, stored as three matrices or as one (`attn_qkv`: q, then k, then v)."""
+    graph: Graph, x: Tensor, block: Tensors, hidden_size: int, q_size: int, kv_size: int, *more: Weight
+) -> tuple[Tensor, ...]:
+    """Project to queries, keys and values, stored as three matrices or as one (`attn_qkv`: q, then k, then v).
+
+    What `more` matrices give comes after these.
+    """
     sizes = (q_size, kv_size, kv_size)
     weights: list[Weight]
     biases: list[Vector | None]
@@ -131,8 +145,7 @@ def project_qkv(
         parts = list(zip(("attn_q", "attn_k", "attn_v"), sizes, strict=True))
         weights = [block.matrix(f"{part}.weight", size, hidden_size) for part, size in parts]
         biases = [block.optional_vector(f"{part}.bias", size) for part, size in parts]
-    q, k, v = graph.linears(x, weights, biases)
-    return q, k, v
+    return graph.linears(x, (*weights, *more), (*biases, *[None] * len(more)))
 
 
 def normalize_heads(graph: Graph, x: Tensor, block: Tensors, name: str, head_dim: int, eps: float) -> Tensor:
@@ -141,6 +154,16 @@ def normalize_heads(graph: Graph, x: Tensor, block: Tensors, name: str, head_dim
         return x
     size = math.prod(block.shape(name))
     return graph.rms_norm(x, block.vector(name, x.width if size == x.width else head_dim), eps)
+
+
+def rotate_heads(
+    graph: Graph, q: Tensor, k: Tensor, block: Tensors, attention: AttentionSpec, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys in place by their position, as their layer does; returns both."""
+    if of_layer(attention.unrotated_layers, layer):
+        return q, k
+    rope = (of_layer(attention.windows, layer) and attention.window_rope) or attention.rope
+    return rotate(graph, q, attention.n_heads, rope, block), rotate(graph, k, attention.n_kv_heads, rope, block)
 
 
 def rotate(graph: Graph, x: Tensor, n_heads: int, rope: RopeSpec, block: Tensors) -> Tensor:
@@ -192,12 +215,15 @@ def of_layer(values: tuple[int, ...], layer: int) -> int:
 def feed_forward(
     graph: Graph,
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     block: Tensors,
     spec: ModelSpec,
     activation: Activation = Activation.SILU,
 ) -> Tensor:
-    """Add the feed-forward network of one block to the residual stream: mixture of experts, or dense if it has none."""
+    """Add the feed-forward network of one block to the residual stream: mixture of experts, or dense if it has none.
+
+    Without `residual` it is returned alone.
+    """
     if block.has("ffn_gate_inp.weight"):
         return mixture_of_experts(graph, x, residual, block, spec, activation)
     ffn_size = block.shape("ffn_gate.weight")[0]
@@ -205,13 +231,14 @@ def feed_forward(
     gate, up = graph.linears(x, weights)
     gated = graph.gate(up, gate, Gating.SILU)
     down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
-    return graph.add(residual, scaled(graph, graph.linear(gated, down), spec.residual_scale))
+    out = scaled(graph, graph.linear(gated, down), spec.residual_scale)
+    return out if residual is None else graph.add(residual, out)
 
 
 def mixture_of_experts(
-    graph: Graph, x: Tensor, residual: Tensor, block: Tensors, spec: ModelSpec, activation: Activation
+    graph: Graph, x: Tensor, residual: Tensor | None, block: Tensors, spec: ModelSpec, activation: Activation
 ) -> Tensor:
-    """Add routed experts and the shared expert to the residual stream.
+    """Add routed experts and the shared expert to the residual stream, if there is one.
 
     out = residual + sum over chosen e of weight_e * down_e(act(gate_e x, up_e x))
                    + sigmoid(shared_gate . x) * down_s(silu(gate_s x) * up_s x)
@@ -236,7 +263,7 @@ def mixture_of_experts(
         moe.n_experts_used,
         _SCORINGS[moe.scoring],
         moe.normalize,
-        block.optional_vector("exp_probs_b.bias", moe.n_experts),
+        block.optional_vector("exp_probs_b.bias" if block.has("exp_probs_b.bias") else "exp_probs_b", moe.n_experts),
         moe.n_groups,
         moe.n_groups_used,
         moe.scale,

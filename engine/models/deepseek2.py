@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, R1, Kimi K2, GLM-4.7-Flash: multi-head latent attention, shared and routed experts.
+"""DeepSeek V2 and V3, R1, Kimi K2, GLM-4.7-Flash, Mistral 4 and Large 3: multi-head latent attention.
 
 Attention runs in the absorbed form: the cache keeps the latent vector and one rotated key part a token, and each head's
 query is taken into the latent space instead of every key out of it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 from engine.devices.graph import Graph, Tensor
-from engine.errors import UnsupportedModelError
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
 from engine.models.binding import Keys, Tensors
 from engine.models.blocks import decoder, rotate
@@ -26,11 +25,6 @@ def _read_attention(keys: Keys) -> LatentAttentionSpec:
     rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
     if head_dim <= rope_dim:
         raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")
-    if keys.number("attention.temperature_scale", 0.0):
-        raise UnsupportedModelError(
-            f"{keys.file_name}: scales queries by their position ({keys.architecture}.attention.temperature_scale), as "
-            "Mistral Large 3 does; this version has no such step for latent attention"
-        )
     # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier; then cosine and sine are not scaled.
     yarn = keys.rope(rope_dim, "norm")
     slope = 0.1
@@ -38,6 +32,7 @@ def _read_attention(keys: Keys) -> LatentAttentionSpec:
         slope = keys.number("rope.scaling.yarn_log_multiplier")
         yarn = keys.rope(rope_dim, "norm", yarn_slope=0.0)
     stretch = 1.0 + slope * math.log(yarn.factor) if yarn.scaling == "yarn" else 1.0
+    temperature_slope = keys.number("attention.temperature_scale", 0.0)
     return LatentAttentionSpec(
         n_heads=keys.size("attention.head_count"),
         query_rank=keys.size("attention.q_lora_rank", 0, minimum=0),
@@ -47,6 +42,8 @@ def _read_attention(keys: Keys) -> LatentAttentionSpec:
         value_dim=keys.size("attention.value_length_mla"),
         scale=stretch**2 / math.sqrt(head_dim),
         rope=yarn,
+        temperature_period=keys.size("attention.temperature_length") if temperature_slope else 1,
+        temperature_slope=temperature_slope,
     )
 
 
@@ -88,6 +85,8 @@ def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _
 
     q = graph.head_linear(q, block.experts("attn_k_b.weight", n_heads, latent_dim, mla.key_dim))
     q = graph.join_heads(q, q_rope, n_heads)
+    if mla.temperature_slope:
+        q = graph.scale_by_position(q, 0, mla.temperature_period, mla.temperature_slope)
     k = graph.join_heads(c, k_rope, 1)
     out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim)
     out = graph.head_linear(out, block.experts("attn_v_b.weight", n_heads, mla.value_dim, latent_dim))

@@ -8,7 +8,7 @@ from engine.devices.graph import Graph, Tensor
 from engine.errors import UnsupportedModelError
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import attend, decoder, of_layer, project_qkv, rotate
+from engine.models.blocks import attend, decoder, of_layer, project_qkv, rotate_heads
 
 _CHUNK = 8192
 _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE = 8192, 0.1
@@ -44,10 +44,9 @@ def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: 
     n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
     if of_layer(attention.unrotated_layers, layer):
-        q = graph.scale_by_position(q, _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE)
+        q = graph.scale_by_position(q, 1, _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE)
     else:
-        q = rotate(graph, q, n_heads, attention.rope, block)
-        k = rotate(graph, k, n_kv_heads, attention.rope, block)
+        q, k = rotate_heads(graph, q, k, block, attention, layer)
         if spec.moe.n_experts != _N_EXPERTS_UNNORMALIZED:
             q = graph.rms_norm(q, None, spec.norm_eps, head_dim)
             k = graph.rms_norm(k, None, spec.norm_eps, head_dim)

@@ -9,7 +9,7 @@ from engine.devices.graph import Gating, Graph, Tensor
 from engine.errors import UnsupportedModelError
 from engine.model_spec import AttentionSpec, DeltaNetSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import attend, decoder, normalize_heads, project_qkv, rotate
+from engine.models.blocks import attend, decoder, normalize_heads, project_qkv, rotate_heads
 
 _log = logging.getLogger("engine")
 _DT_BIAS, _DT_BIAS_UNUSUAL = "ssm_dt.bias", "ssm_dt"
@@ -86,8 +86,7 @@ def gated_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, la
     q, gate = graph.split_heads(qg, n_heads)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
-    q = rotate(graph, q, n_heads, attention.rope, block)
-    k = rotate(graph, k, n_kv_heads, attention.rope, block)
+    q, k = rotate_heads(graph, q, k, block, attention, layer)
     return attend(graph, q, k, v, block, spec, layer, gate)
 
 

@@ -257,7 +257,7 @@ class Lowering:
 
     def _scale_by_position(self, op: ops.ScaleByPosition) -> None:
         x = self._use(op.x)
-        self._calls.append(lambda: self.program.scale_by_position(*x.at, op.x.width, op.period, op.slope))
+        self._calls.append(lambda: self.program.scale_by_position(*x.at, op.x.width, op.offset, op.period, op.slope))
 
     def _add(self, op: ops.Add) -> None:
         a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
@@ -440,7 +440,7 @@ class Lowering:
 
     def _combine(self, op: ops.Combine) -> None:
         expert_out, weights = self._use(op.expert_out), self._use(op.routing.weights)
-        residual, out = self._use(op.residual), self._use(op.out)
+        residual, out = self._use(op.residual) if op.residual else None, self._use(op.out)
         shared = self._use(op.shared) if op.shared else None
         shared_gate = self._use(op.shared_gate) if op.shared_gate else None
         self._calls.append(
@@ -450,9 +450,9 @@ class Lowering:
                 op.routing.ids.width,
                 *(shared.at if shared else (0, 0)),
                 *(shared_gate.at if shared_gate else (0, 0)),
-                *residual.at,
+                *(residual.at if residual else (0, 0)),
                 *out.at,
-                op.residual.width,
+                op.out.width,
                 op.scale,
             )
         )

@@ -123,9 +123,11 @@ def scale(x: Rows, factor: float, by: Rows | None, out: Rows, n_cols: int, count
     return _elementwise("scale", n_cols, count, *rows, int32(n_cols), float32(factor))
 
 
-def scale_by_position(x: Rows, positions: int, n_cols: int, period: int, slope: float, count: Count) -> Launch:
+def scale_by_position(
+    x: Rows, positions: int, n_cols: int, offset: int, period: int, slope: float, count: Count
+) -> Launch:
     """Multiply in place by a factor that grows with the position."""
-    arguments = (*at(x), pointer(positions), int32(n_cols), int32(period), float32(slope))
+    arguments = (*at(x), pointer(positions), int32(n_cols), int32(offset), int32(period), float32(slope))
     return _elementwise("scale_by_position", n_cols, count, *arguments)
 
 

@@ -243,8 +243,8 @@ def shared_expert(recorder: Recorder, item: fusion.SharedExpert) -> None:
 
 def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None) -> None:
     """Record the sum of what the experts gave into the residual stream, with the norm behind it if there is one."""
-    total = recorder.use(op.out)
-    expert_out, weights, stream = (recorder.use(t) for t in (op.expert_out, op.routing.weights, op.residual))
+    total, expert_out, weights = (recorder.use(t) for t in (op.out, op.expert_out, op.routing.weights))
+    stream = recorder.use(op.residual) if op.residual else None
     shared = recorder.use(op.shared) if op.shared else None
     shared_gate = recorder.use(op.shared_gate) if op.shared_gate else None
     number = recorder.experts.number(op.routing)
@@ -252,7 +252,7 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
 
     def summands(p: Pass) -> tuple[Rows, Combined, Rows]:
         return (
-            p.rows(stream),
+            p.rows(stream) if stream else NOTHING,
             Combined(
                 p.rows(expert_out),
                 recorder.experts.exchange(op.routing, p),

@@ -21,7 +21,7 @@ def scale_by_position(recorder: Recorder, op: ops.ScaleByPosition) -> None:
     recorder.record(
         lambda p: [
             elementwise.scale_by_position(
-                p.rows(x), p.base + p.step.positions, op.x.width, op.period, op.slope, p.count(op.x.rows)
+                p.rows(x), p.base + p.step.positions, op.x.width, op.offset, op.period, op.slope, p.count(op.x.rows)
             )
         ]
     )

@@ -79,7 +79,7 @@ static void op_scale(const op_args *args, const step_view *step, tile t) {
 static void op_scale_by_position(const op_args *args, const step_view *step, tile t) {
     const scale_by_position_args *a = &args->scale_by_position;
     for (int row = t.row; row < t.row_end; row++) {
-        const int periods = (step->positions[row] + 1) / a->period;
+        const int periods = (step->positions[row] + a->offset) / a->period;
         const float factor = (float)(1.0 + (double)a->slope * log1p((double)periods));
         for (int c = t.col; c < t.col_end; c++)
             row_of(a->x, row)[c] *= factor;
@@ -150,14 +150,15 @@ static inline __attribute__((always_inline)) v16 combined(const combine_args *a,
         const v16 value = v16_load_first(shared + c, n);
         sum = a->shared_gate.at ? v16_fma(shared_weight, value, sum) : v16_add(sum, value);
     }
-    return v16_add(v16_load_first(residual + c, n), v16_mul(v16_set(a->scale), sum));
+    return v16_add(residual ? v16_load_first(residual + c, n) : v16_set(0.0f), v16_mul(v16_set(a->scale), sum));
 }
 
 static void op_combine(const op_args *args, const step_view *step, tile t) {
     const combine_args *a = &args->combine;
     (void)step;
     for (int row = t.row; row < t.row_end; row++) {
-        const float *expert_out = row_of(a->expert_out, row), *residual = row_of(a->residual, row);
+        const float *expert_out = row_of(a->expert_out, row);
+        const float *residual = a->residual.at ? row_of(a->residual, row) : NULL;
         const float *weights = a->weights ? a->weights + (int64_t)row * a->n_experts_used : NULL;
         const float *shared = a->shared.at ? row_of(a->shared, row) : NULL;
         const v16 shared_weight = v16_set(a->shared_gate.at ? sigmoid_one(*row_of(a->shared_gate, row)) : 1.0f);

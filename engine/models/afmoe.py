@@ -1,0 +1,51 @@
+"""Trinity (Nano, Mini, Large): gated attention, windows on three layers of four, norms behind every sub-block, too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from engine.devices.graph import Graph, Tensor
+from engine.model_spec import AttentionSpec, ModelSpec
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import attend, decoder, normalize_heads, project_qkv, rotate_heads
+
+_PERIOD = 4  # of the layers without a window, and of those that are not rotated
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters."""
+    n_layers, attention = keys.n_layers(), keys.attention()
+    unrotated = tuple((layer + 1) % _PERIOD == 0 for layer in range(n_layers))
+    attention = replace(attention, unrotated_layers=unrotated)
+    if keys.size("attention.sliding_window", 0, minimum=0):
+        freq_base = keys.number("rope.freq_base_swa", attention.rope.freq_base)
+        local = replace(attention.rope, freq_base=freq_base)
+        attention = replace(attention, windows=keys.windows(n_layers, _PERIOD), window_rope=local)
+    moe = keys.mixture(
+        tensors,
+        scoring=keys.scoring("sigmoid"),
+        normalize=keys.flag("expert_weights_norm", False),
+        scale=keys.weights_scale(),
+    )
+    spec = keys.model(tensors, attention, moe)
+    return replace(spec, embedding_scale=math.sqrt(spec.hidden_size))
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    return decoder(spec, tensors, _attention, post_norms=("post_attention_norm.weight", "post_ffw_norm.weight"))
+
+
+def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    """Attend, then gate every value by a projection of the input."""
+    attention = spec.attention
+    assert isinstance(attention, AttentionSpec)
+    head_dim, q_size = attention.head_dim, attention.n_heads * attention.head_dim
+    gate_weight = block.matrix("attn_gate.weight", q_size, spec.hidden_size)
+    kv_size = attention.n_kv_heads * head_dim
+    q, k, v, gate = project_qkv(graph, x, block, spec.hidden_size, q_size, kv_size, gate_weight)
+    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
+    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
+    q, k = rotate_heads(graph, q, k, block, attention, layer)
+    return attend(graph, q, k, v, block, spec, layer, gate)
