@@ -12,8 +12,8 @@
 // float32 sums. A query, and a weight of a value, is the sum of two such numbers, so is a float32 key or value; products
 // of two second numbers are too small to count. The eight warps share the work on a tile three times: products with
 // keys by quarters of a head's values and halves of the tile, the softmax by query, products with values by values.
+#include "gate.cuh"
 #include "kv_cache.cuh"
-#include "quantize.cuh"
 
 constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
 constexpr int TILE = 32;
@@ -335,8 +335,8 @@ DEVICE float merged_value(float keep, float take, float before, float of_part) {
     return __fmaf_rn(of_part, take, before * keep);
 }
 
-// Merges the parts of 256 columns, then gates them: out = x * sigmoid(gate) or x * silu(gate), in all forms that are wanted.
-// gate: float32 rows, VALUE_DIM values for each head, `gate_step` values from head to head. sinks: a score for each head
+// Merges the parts of 256 columns, then gates them: out = x * f(gate), in all forms that are wanted. gate: float32 rows,
+// VALUE_DIM values for each head or, with PER_HEAD, one, `gate_step` values from head to head. sinks: a score for each head
 // that has no value, or null. Grid: (ceil(n_heads * VALUE_DIM / 256), tokens). Dynamic shared memory: 16 bytes for each part
 // (32, 64, ... of them) of the heads that 256 columns can touch.
 KERNEL(256)
@@ -367,7 +367,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     };
     load_parts(0);
     if (GATE && thread < WARP && at < n_cols)
-        load_floats(gate + token * gate_stride + at / VALUE_DIM * gate_step + at % VALUE_DIM, g);
+        load_gate<PER_HEAD>(gate + token * gate_stride, at, VALUE_DIM, gate_step, g);
     for (int head = first_head + thread / WARP; head < end_head; head += 256 / WARP) {
         // a warp takes the running maximum of 32 parts at a time
         float largest = before_parts(sinks, head).largest;
@@ -412,7 +412,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
         if (GATE) {
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                x[i] *= GATE == 2 ? silu(g[i]) : sigmoid(g[i]);
+                x[i] *= gate_of<GATE - 1>(g[i]);
         }
         store_floats(out + token * out_stride + at, x);
     }

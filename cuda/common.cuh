@@ -95,6 +95,22 @@ DEVICE float sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + exp_canonical(-x))
 
 DEVICE float silu(float x) { return __fdiv_rn(x, 1.0f + exp_canonical(-x)); }
 
+// ln(1 + e^x), the bits of `vmath.h`: 2 artanh(z / (z + 2)) with z = e^-|x|, and x if that is above 0.
+DEVICE float softplus(float x) {
+    const float z = exp_canonical(-fmaxf(x, -x)), s = __fdiv_rn(z, z + 2.0f), squared = s * s;
+    float p = 1.0f / 15;
+#pragma unroll
+    for (int n = 13; n > 0; n -= 2)
+        p = __fmaf_rn(p, squared, 1.0f / (float)n);
+    return __fmaf_rn(s + s, p, fmaxf(x, 0.0f));
+}
+
+// x, but no farther from 0 than `limit`; of a NaN what the CPU makes of it.
+DEVICE float within(float x, float limit) {
+    const float below = x < limit ? x : limit;
+    return below > -limit ? below : -limit;
+}
+
 // Views into one activation row; layout as in `engine/kernels/activations.h`: int8 q[n_cols], float d for each group of
 // `group` values, int16 sums of q over 16 values, each part from a multiple of 64 bytes on.
 struct Activation {

@@ -162,7 +162,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         load_floats_past_cache(found + at, x);
         load_floats(layer.gate + at, g);
     }
-    normalize_and_gate<V_DIM, IS_SILU>(x, g, at, layer.norm_weight, layer.norm_eps);
+    normalize_and_gate<V_DIM, GATING>(x, g, at, layer.norm_weight, layer.norm_eps);
     if (at < n_cols)
         store_floats(out + at, x);
     forms.store<FORMS>(x, 0, at, n_cols);

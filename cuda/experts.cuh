@@ -45,10 +45,15 @@ struct Choice {
     }
 };
 
-// How the two projections are joined: 0 silu(g) * u; 1 the clamped swish of gpt-oss.
-DEVICE float activated(int kind, float gate, float up) {
+// How the two projections are joined: 0 silu(g) * u, with a `limit` above 0 clamped, see `graph.Experts`; 1 the clamped
+// swish of gpt-oss.
+DEVICE float activated(int kind, float limit, float gate, float up) {
+    if (kind == 0 && limit > 0.0f) {
+        const float factor = silu(gate);
+        return (factor < limit ? factor : limit) * within(up, limit);
+    }
     if (kind == 0)
         return silu(gate) * up;
-    const float g = gate < 7.0f ? gate : 7.0f, u = up < 7.0f ? up : 7.0f; // as the CPU does with a NaN
-    return g * sigmoid(1.702f * g) * ((u > -7.0f ? u : -7.0f) + 1.0f);
+    const float g = gate < 7.0f ? gate : 7.0f; // as the CPU does with a NaN
+    return g * sigmoid(1.702f * g) * (within(up, 7.0f) + 1.0f);
 }

@@ -1,13 +1,29 @@
-// A gate over eight columns of a lane, and the norm of heads before it.
+// A gate over eight columns of a lane, and the norm of heads before it; how a gate acts.
 #pragma once
 
-#include "common.cuh"
+#include "quantize.cuh"
 
-// x = x * silu(g) if SILU, else x * sigmoid(g); before that, with a SIZE (a power of two from 8 to 256; 0: not), x = weight * x /
+// The gate of eight columns, from a row of `width` values for each head, `step` apart, or of one value for so many columns.
+template <int IS_PER_HEAD> DEVICE void load_gate(const float *row, int at, int width, int step, float (&g)[8]) {
+    const float *of_head = row + at / width * step;
+    if (!IS_PER_HEAD) {
+        load_floats(of_head + at % width, g);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        g[i] = *of_head;
+}
+
+// What x is multiplied by; KIND: 0 sigmoid, 1 SiLU, 2 softplus.
+template <int KIND> DEVICE float gate_of(float g) { return KIND == 2 ? softplus(g) : KIND == 1 ? silu(g) : sigmoid(g); }
+
+// x = x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; before that, with a SIZE (a power of two from 8 to 256; 0: not), x = weight * x /
 // sqrt(mean(x^2) + eps) over the columns of its head, whose lanes stand together. `at`: the lane's first column. weight
 // [SIZE] or null. Whole warps only.
-template <int SIZE, bool SILU>
-DEVICE void normalize_and_gate(float (&x)[8], const float (&g)[8], int at, const float *weight, float eps) {
+template <int SIZE, int KIND>
+DEVICE void normalize_and_gate(float (&x)[8], const float (&g)[8], int at, const float *weight, float eps,
+                               float limit = 0.0f) {
     if constexpr (SIZE > 0) {
         float squares = 0.0f;
 #pragma unroll
@@ -21,6 +37,8 @@ DEVICE void normalize_and_gate(float (&x)[8], const float (&g)[8], int at, const
             x[i] = weight ? x[i] * factor * weight[(at + i) % SIZE] : x[i] * factor;
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        x[i] *= SILU ? silu(g[i]) : sigmoid(g[i]);
+    for (int i = 0; i < 8; i++) {
+        const float factor = gate_of<KIND>(g[i]);
+        x[i] = limit > 0.0f ? (factor < limit ? factor : limit) * within(x[i], limit) : x[i] * factor;
+    }
 }

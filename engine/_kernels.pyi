@@ -19,6 +19,7 @@ ROWS_OUTPUTS: int  # an operation over the rows picked by `select_outputs` and a
 
 GATE_SIGMOID: int  # x * sigmoid(gate)
 GATE_SILU: int  # x * silu(gate)
+GATE_SOFTPLUS: int  # x * ln(1 + exp(gate))
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -205,10 +206,15 @@ class Program:
         out: int,
         out_stride: int,
         n_cols: int,
+        n_gates: int,
         kind: int,
+        limit: float,
         rows: int,
     ) -> None:
-        """out = x * sigmoid(gate) or x * silu(gate), by `kind`; in place allowed."""
+        """out = x * f(gate), f by `kind`, with n_gates values for as many equal parts of x; in place allowed.
+
+        With a limit above 0, f(gate) is at most that, and x is clamped to within it on both sides.
+        """
 
     def split_heads(
         self,
@@ -373,6 +379,7 @@ class Program:
         up: tuple[int, int, int, int],
         down: tuple[int, int, int, int],
         activation: int,
+        limit: float,
         hidden_size: int,
         ffn_size: int,
         out: int,
@@ -381,7 +388,7 @@ class Program:
         """Gated FFN of the chosen experts: out[t, rank] = down_e(act(gate_e x[t], up_e x[t])), not yet weighted.
 
         `activation` is ACTIVATE_SILU, silu(g) * u, or ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u
-        within 7 of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
+        within 7 of 0. With a limit above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
         address of each expert's first row and is read in every run; scale is float32 [n_experts], bias [n_experts, rows]. gate and up have `ffn_size` rows of
         `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.
         ids is int32 [max_tokens, n_experts_used]; out is float32 [max_tokens, n_experts_used, hidden_size], rows

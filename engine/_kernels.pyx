@@ -51,6 +51,7 @@ cdef extern from "kernels/ops.h":
         _ROWS_OUTPUTS "ROWS_OUTPUTS"
         _GATE_SIGMOID "GATE_SIGMOID"
         _GATE_SILU "GATE_SILU"
+        _GATE_SOFTPLUS "GATE_SOFTPLUS"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
@@ -88,7 +89,8 @@ cdef extern from "kernels/ops.h":
         matrix a, b, out
     ctypedef struct gate_args:
         matrix x, gate, out
-        int kind
+        int kind, span
+        float limit
     ctypedef struct scale_args:
         matrix x, out, by
         float factor
@@ -170,6 +172,7 @@ cdef extern from "kernels/ops.h":
         int64_t x_gate_row_bytes, x_up_row_bytes
         const int32_t *ids
         int n_experts, n_experts_used, hidden_size, ffn_size, activation
+        float limit
         expert_matrix gate, up, down
         matrix out
 
@@ -266,6 +269,7 @@ ROWS_TOKENS = _ROWS_TOKENS
 ROWS_OUTPUTS = _ROWS_OUTPUTS
 GATE_SIGMOID = _GATE_SIGMOID
 GATE_SILU = _GATE_SILU
+GATE_SOFTPLUS = _GATE_SOFTPLUS
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
@@ -739,14 +743,20 @@ cdef class Program:
         uintptr_t out,
         int64_t out_stride,
         int n_cols,
+        int n_gates,
         int kind,
+        float limit,
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 2)
+        need_one_of("kind", kind, 3)
+        need_at_least("n_gates", n_gates, 1)
+        need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
         args.x = need_matrix("x", x, x_stride, n_cols)
-        args.gate = need_matrix("gate", gate, gate_stride, n_cols)
+        args.gate = need_matrix("gate", gate, gate_stride, n_gates)
+        args.span = n_cols // n_gates
+        args.limit = limit
         args.out = need_matrix("out", out, out_stride, n_cols)
         args.kind = kind
         recorded(program_gate(self._program, args, n_cols, rows))
@@ -1027,6 +1037,7 @@ cdef class Program:
         up,
         down,
         int activation,
+        float limit,
         int hidden_size,
         int ffn_size,
         uintptr_t out,
@@ -1045,6 +1056,7 @@ cdef class Program:
         args.hidden_size = hidden_size
         args.ffn_size = ffn_size
         args.activation = activation
+        args.limit = limit
         args.gate = self._expert_matrix("gate", gate, hidden_size, x_gate, x_gate_row_bytes)
         args.up = self._expert_matrix("up", up, hidden_size, x_up, x_up_row_bytes)
         args.down = self._expert_matrix("down", down, ffn_size, 0, 0)

@@ -20,6 +20,7 @@ class RopeSpec:
         original_context_length: the trained context (YaRN).
         magnitude: factor of cosine and sine on top of YaRN's own.
         yarn_slope: YaRN's own factor is 1 + yarn_slope * ln(factor).
+        divides: whether frequencies are divided by those that the file has (`rope_freqs`), if it has any.
     """
 
     n_rot: int
@@ -31,6 +32,7 @@ class RopeSpec:
     original_context_length: int = 0
     magnitude: float = 1.0
     yarn_slope: float = 0.1
+    divides: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class AttentionSpec:
     """Softmax attention; `n_heads / n_kv_heads` query heads share one key and value head.
 
     Attributes:
+        layer_heads: `n_heads` of each layer where they differ; no entry: they do not.
+        layer_kv_heads: likewise `n_kv_heads`.
+        gating: how values are gated, where the file has a gate for them.
         windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
         chunks: for each layer, the length of the stretches that attention does not look beyond; 0 or no entry: none.
         unrotated_layers: for each layer, whether it has no rotary embedding; no entry: it has.
@@ -53,6 +58,16 @@ class AttentionSpec:
     chunks: tuple[int, ...] = ()
     unrotated_layers: tuple[bool, ...] = ()
     window_rope: RopeSpec | None = None
+    layer_heads: tuple[int, ...] = ()
+    layer_kv_heads: tuple[int, ...] = ()
+    gating: Literal["sigmoid", "softplus"] = "sigmoid"
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """Return the query heads of a layer, and its key and value heads."""
+        return (
+            self.layer_heads[layer] if self.layer_heads else self.n_heads,
+            self.layer_kv_heads[layer] if self.layer_kv_heads else self.n_kv_heads,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,8 @@ class MoESpec:
         scale: factor of the weights after that.
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
+        limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
+            networks, 0 for nothing; no entry: nothing.
     """
 
     n_experts: int = 0
@@ -148,6 +165,15 @@ class MoESpec:
     n_groups: int = 1
     n_groups_used: int = 1
     weights_input: bool = False
+    limits: tuple[float, ...] = ()
+    shared_limits: tuple[float, ...] = ()
+
+    def layer_limits(self, layer: int) -> tuple[float, float]:
+        """Return the limits of a layer's routed and of its other networks."""
+        return (
+            self.limits[layer] if self.limits else 0.0,
+            self.shared_limits[layer] if self.shared_limits else 0.0,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ PEERS = (
     "granitemoe",
     "hunyuan-moe",
     "hy_v3",
+    "laguna",
     "llama",
     "llama4",
     "mellum",
@@ -62,6 +63,7 @@ PEERS = (
     "qwen3",
     "qwen35",
     "qwen3vlmoe",
+    "step35",
 )
 PEER_FILES = tuple(f"{name}-{kind}" for name in PEERS for kind in ("F32", "Q8_0"))
 

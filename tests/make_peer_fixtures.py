@@ -53,7 +53,8 @@ class Peer:
         tied: whether the embeddings serve as output matrix.
         recurrent: whether every other block is a delta net, and the others gate their attention.
         is_latent: whether attention is multi-head latent attention.
-        attention_gate: whether what attention gives is gated by a projection of its input.
+        attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
+        layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network.
         post_norms: whether there are norms behind attention and feed-forward network, too.
         n_long: tokens of a long prompt whose last logits are kept as well.
@@ -76,7 +77,8 @@ class Peer:
     tied: bool = False
     recurrent: bool = False
     is_latent: bool = False
-    attention_gate: bool = False
+    attention_gate: str = ""
+    layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
     post_norms: bool = False
     n_long: int = 0
@@ -123,7 +125,7 @@ PEERS = {
         shared_size=FFN,
         router_bias=0.2,
         head_norm="head",
-        attention_gate=True,
+        attention_gate="value",
         post_norms=True,
     ),
     "bailingmoe": Peer(
@@ -255,6 +257,30 @@ PEERS = {
         bias_name="exp_probs_b",
         head_norm="head",
     ),
+    "laguna": Peer(
+        "laguna",
+        3,
+        MOE
+        | YARN
+        | {
+            "leading_dense_block_count": 1,
+            "expert_shared_feed_forward_length": FFN,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": 2,
+            "rope.dimension_count": 8,
+            "rope.dimension_count_swa": 16,
+            "rope.freq_base_swa": 500.0,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        head_dim=16,
+        layer_heads=(2, 4, 2),
+        attention_gate="head",
+    ),
     "llama4": Peer(
         "llama4",
         4,
@@ -307,6 +333,28 @@ PEERS = {
         head_norm="head",
         head_dim=16,
     ),
+    "step35": Peer(
+        "step35",
+        4,
+        MOE
+        | {
+            "expert_shared_feed_forward_length": FFN,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 3.0,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [False, True, True, False],
+            "rope.freq_base_swa": 500.0,
+            "swiglu_clamp_exp": [0.0, 0.0, 0.5, 0.0],
+            "swiglu_clamp_shexp": [0.0, 0.0, 0.4, 0.7],
+        },
+        moe_layers=(2, 3),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        layer_heads=(4, 2, 2, 4),
+        rope_divisors=True,
+        attention_gate="head",
+    ),
     # The dense siblings of architectures with experts.
     "llama": Peer("llama", 2, rope_divisors=True),
     "qwen3": Peer("qwen3", 2, head_norm="head", tied=True),
@@ -354,7 +402,10 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield "post_attention_norm.weight", draw.norm(HIDDEN)
         yield "post_ffw_norm.weight", draw.norm(HIDDEN)
     is_recurrent = peer.recurrent and (layer + 1) % 2 != 0
-    yield from delta_net(draw) if is_recurrent else latent_attention(draw) if peer.is_latent else attention(peer, draw)
+    if is_recurrent:
+        yield from delta_net(draw)
+    else:
+        yield from latent_attention(draw) if peer.is_latent else attention(peer, layer, draw)
     if layer not in peer.moe_layers:
         yield from feed_forward("", 2 * FFN, draw)
         return
@@ -374,8 +425,9 @@ def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.n
     yield f"ffn_down{suffix}.weight", draw.matrix(HIDDEN, size)
 
 
-def attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    q_size, kv_size = N_HEADS * peer.head_dim, peer.n_kv_heads * peer.head_dim
+def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    n_heads = peer.layer_heads[layer] if peer.layer_heads else N_HEADS
+    q_size, kv_size = n_heads * peer.head_dim, peer.n_kv_heads * peer.head_dim
     sizes = {"q": 2 * q_size if peer.recurrent else q_size, "k": kv_size, "v": kv_size}
     if peer.fused_qkv:
         yield "attn_qkv.weight", draw.matrix(sum(sizes.values()), HIDDEN)
@@ -384,7 +436,7 @@ def attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
             yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
     yield "attn_output.weight", draw.matrix(HIDDEN, q_size)
     if peer.attention_gate:
-        yield "attn_gate.weight", draw.matrix(q_size, HIDDEN)
+        yield "attn_gate.weight", draw.matrix(n_heads if peer.attention_gate == "head" else q_size, HIDDEN)
     if peer.head_norm:
         for part, size in (("q", q_size), ("k", kv_size)):
             yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else peer.head_dim)
@@ -423,7 +475,7 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
         "embedding_length": HIDDEN,
         "block_count": peer.n_layers,
         "feed_forward_length": FFN if len(peer.moe_layers) == peer.n_layers else 2 * FFN,
-        "attention.head_count": N_HEADS,
+        "attention.head_count": list(peer.layer_heads) or N_HEADS,
         "attention.head_count_kv": peer.n_kv_heads,
         "attention.key_length": peer.head_dim,
         "attention.value_length": peer.head_dim,

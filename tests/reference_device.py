@@ -94,8 +94,8 @@ class ReferenceProgram:
         self[op.x] = self[op.x] * factor[:, None]
 
     def gate(self, op: ops.Gate) -> None:
-        gate = self[op.gate]
-        self[op.out] = self[op.x] * (_sigmoid(gate) if op.gating == Gating.SIGMOID else _silu(gate))
+        x, factor = self[op.x], _GATINGS[op.gating](self[op.gate]).repeat(op.x.width // op.gate.width, 1)
+        self[op.out] = np.minimum(factor, op.limit) * np.clip(x, -op.limit, op.limit) if op.limit else x * factor
 
     def split_heads(self, op: ops.SplitHeads) -> None:
         x = self[op.x].reshape(len(self.token_ids), op.n_heads, -1)
@@ -198,7 +198,7 @@ class ReferenceProgram:
         )
         rows = []
         for x, ids in zip(self[op.x], self[op.routing.ids].astype(int), strict=True):
-            hidden = [_activate(op.activation, gate[e] @ x + gate_b[e], up[e] @ x + up_b[e]) for e in ids]
+            hidden = [_activate(op, gate[e] @ x + gate_b[e], up[e] @ x + up_b[e]) for e in ids]
             rows.append(np.concatenate([down[e] @ h + down_b[e] for e, h in zip(ids, hidden, strict=True)]))
         self[op.out] = np.stack(rows)
 
@@ -222,11 +222,16 @@ def _silu(x: np.ndarray) -> np.ndarray:
     return x * _sigmoid(x)
 
 
-def _activate(activation: Activation, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    if activation == Activation.SILU:
+def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    if op.activation == Activation.SILU and op.limit:
+        return np.minimum(_silu(gate), op.limit) * np.clip(up, -op.limit, op.limit)
+    if op.activation == Activation.SILU:
         return _silu(gate) * up
     gate = np.minimum(gate, 7)
     return gate * _sigmoid(1.702 * gate) * (np.clip(up, -7, 7) + 1)
+
+
+_GATINGS = {Gating.SIGMOID: _sigmoid, Gating.SILU: _silu, Gating.SOFTPLUS: lambda x: np.logaddexp(0, x)}
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -161,12 +161,12 @@ def check_linear(
         assert same_bits(second, expected[:, sizes[0] :] * scale + bias)
 
 
-EXPERTS = {  # formats, hidden_size, ffn_size, activation
-    "mixed": (("Q4_K", "Q4_K", "Q6_K"), 512, 256, graph.Activation.SILU),
-    "blocks of 32": (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH),
-    "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH),
-    "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.SILU),
-    "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.SILU),
+EXPERTS = {  # formats, hidden_size, ffn_size, activation, limit
+    "mixed": (("Q4_K", "Q4_K", "Q6_K"), 512, 256, graph.Activation.SILU, 0.7),
+    "blocks of 32": (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH, 0.0),
+    "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, 0.0),
+    "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.SILU, 0.3),
+    "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.SILU, 0.0),
 }
 
 
@@ -175,7 +175,7 @@ EXPERTS = {  # formats, hidden_size, ffn_size, activation
 )
 def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     """Through slots in another order, with one expert that has none and one id that is not asked for."""
-    formats, hidden_size, ffn_size, activation = EXPERTS[name]
+    formats, hidden_size, ffn_size, activation, limit = EXPERTS[name]
     n_experts, n_used, n_tokens = 6, 3, 2
     rng, emulator = np.random.default_rng(2), Emulator(mode)
     gate, up, down = (BY_NAME[f] for f in formats)
@@ -184,7 +184,7 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     slots = np.array([4, 1, 0, -1, 2, 5], np.int32)
     scale = rng.random(n_experts).astype(F32)
     stacks, biases = random_experts(rng, (gate, up, down), n_experts, hidden_size, ffn_size)
-    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale, biases, activation)
+    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale, biases, activation, limit)
 
     in_slots = [aligned(np.zeros_like(stack)) for stack in stacks]
     for stack, placed in zip(stacks, in_slots, strict=True):
@@ -212,6 +212,7 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
                 emulator.at(h),
                 (0, 0),
                 activation,
+                limit,
                 count,
             ),
             order,
@@ -233,7 +234,7 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
 @pytest.mark.parametrize(("name", "mode"), [("mixed", "fast"), ("blocks of 32", "asan"), ("float", "race")])
 def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
     """Of each token, with matrices of its own and a place of its own for its result, also where nobody has a slot."""
-    formats, hidden_size, ffn_size, _ = EXPERTS[name]
+    formats, hidden_size, ffn_size, _, limit = EXPERTS[name]
     formats, activation = tuple(BY_NAME[f] for f in formats), graph.Activation.SILU
     n_experts, n_used, n_tokens, own = 4, 2, 2, 3
     rng, emulator = np.random.default_rng(12), Emulator(mode)
@@ -242,7 +243,7 @@ def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
     stacks, biases = random_experts(rng, formats, n_experts, hidden_size, ffn_size)
     biases = [np.zeros_like(bias) for bias in biases]
     all_ids = np.hstack([ids, np.full((n_tokens, 1), own, np.int32)])
-    expected = cpu_experts(x, all_ids, stacks, formats, np.ones(n_experts, F32), biases, activation)
+    expected = cpu_experts(x, all_ids, stacks, formats, np.ones(n_experts, F32), biases, activation, limit)
     matrices = [ExpertMatrix(emulator.at(s), s.strides[0], f) for s, f in zip(stacks, formats, strict=True)]
     shared = [ExpertMatrix(m.address + own * m.slot_bytes, 0, m.format) for m in matrices]
     x_gate, x_up = (emulator.byte_rows(activations(x, f.activation)) for f in formats[:2])
@@ -250,7 +251,7 @@ def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
         h = np.full((n_tokens * (n_used + 1), ffn_size), np.nan, F32)
         out, shared_out = np.full((n_tokens, n_used * hidden_size), 7, F32), np.zeros((n_tokens, hidden_size), F32)
         count, common = emulator.count(n_tokens), (emulator.at(ids), emulator.at(slots), n_used)
-        first = (*matrices[:2], x_gate, x_up, hidden_size, ffn_size, emulator.at(h), (0, 0), activation, count)
+        first = (*matrices[:2], x_gate, x_up, hidden_size, ffn_size, emulator.at(h), (0, 0), activation, limit, count)
         emulator.run(kernels.expert_gate_up(*common, *first, (shared[0], shared[1])), order, seed)
         second = (matrices[2], emulator.at(h), hidden_size, ffn_size, emulator.rows(out), 0, count)
         emulator.run(kernels.expert_down(*common, *second, (shared[2], emulator.rows(shared_out))), order, seed)
@@ -280,6 +281,7 @@ def cpu_experts(
     gate_scale: np.ndarray,
     biases: list[np.ndarray],
     activation: graph.Activation,
+    limit: float,
 ) -> np.ndarray:
     """What the CPU's operation makes of the same experts, float32 [n_tokens, n_used, hidden_size]."""
     n_tokens, hidden_size = x.shape
@@ -302,6 +304,7 @@ def cpu_experts(
         ids.shape[1],
         *entries,
         activation,
+        limit,
         hidden_size,
         ffn_size,
         out.ctypes.data,
@@ -452,22 +455,35 @@ def make_forms(emulator: Emulator, n_rows: int, n_cols: int, *wanted: Activation
     return Forms(*places), made
 
 
+FUNCTIONS = {
+    Gating.SIGMOID: sigmoid,
+    Gating.SILU: lambda x: x * sigmoid(x),
+    Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
+}
+
+
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
 @pytest.mark.parametrize("gating", Gating)
-@pytest.mark.parametrize("head_size", [0, 8, 128, 256])
-def test_gate(mode: str, gating: Gating, head_size: int) -> None:
+@pytest.mark.parametrize(
+    ("head_size", "gated_together", "limit"), [(0, 1, 0.0), (8, 1, 0.0), (128, 1, 0.6), (256, 1, 0.0), (0, 64, 0.5)]
+)
+def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, limit: float) -> None:
     rng, emulator, n_rows, n_cols = np.random.default_rng(3), Emulator(mode), 3, 1280
-    x, by = (rng.standard_normal((n_rows, n_cols)).astype(F32) for _ in range(2))
+    x = rng.standard_normal((n_rows, n_cols)).astype(F32)
+    by = rng.standard_normal((n_rows, n_cols // gated_together)).astype(F32)
     weight = rng.standard_normal(max(1, head_size)).astype(F32)
     expected = x.astype(np.float64)
     if head_size:
         heads = expected.reshape(n_rows, -1, head_size)
         expected = (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * weight).reshape(n_rows, -1)
-    expected = expected * sigmoid(by) * (by if gating == Gating.SILU else 1)
+    factor = FUNCTIONS[gating](by.astype(np.float64)).repeat(gated_together, 1)
+    expected = np.minimum(factor, limit) * expected.clip(-limit, limit) if limit else factor * expected
     for order, seed in SCHEDULES:
         out = np.zeros_like(x)
         forms, made = make_forms(emulator, n_rows, n_cols, Activation.Q8_256, Activation.Q8_32)
-        gate = GateOf(gating, emulator.rows(by), n_cols, n_cols)
+        per_head = gated_together > 1
+        places = (gated_together, 1) if per_head else (n_cols, n_cols)
+        gate = GateOf(gating, emulator.rows(by), *places, per_head, limit)
         count, weights = emulator.count(n_rows), emulator.at(weight)
         rows = emulator.rows(x), gate, emulator.rows(out)
         launch = kernels.gate(*rows, n_cols, count, forms, head_size, weights, 1e-6)
@@ -749,13 +765,18 @@ def test_attention(
         few = np.zeros((4, n_heads * value_dim), F32)  # by parts that are merged afterwards
         emulator.run(attend(few), order, seed)
         assert same_bits(few, out[: len(few)])
+        gate = Rows(emulator.rows(by).address + 4 * value_dim, n_heads * 2 * value_dim)
+        of_values = by[:, :, value_dim:].reshape(few.shape)
+        of_heads = np.ascontiguousarray(by[:, :, 0])
         for gating in Gating:
-            gated, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
-            gate = Rows(emulator.rows(by).address + 4 * value_dim, n_heads * 2 * value_dim)
-            emulator.run(attend(gated, GateOf(gating, gate, value_dim, 2 * value_dim), forms), order, seed)
-            seen = by[:, :, value_dim:].reshape(few.shape)
-            assert gated == pytest.approx(few * sigmoid(seen) * (seen if gating == Gating.SILU else 1), rel=1e-5)
-            check_forms(gated, made)
+            for seen, gate_of in (
+                (of_values, GateOf(gating, gate, value_dim, 2 * value_dim)),
+                (of_heads.repeat(value_dim, 1), GateOf(gating, emulator.rows(of_heads), value_dim, 1, per_head=True)),
+            ):
+                gated, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
+                emulator.run(attend(gated, gate_of, forms), order, seed)
+                assert gated == pytest.approx(few * FUNCTIONS[gating](seen), rel=1e-5)
+                check_forms(gated, made)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

@@ -32,6 +32,9 @@ def silu(x: np.ndarray) -> np.ndarray:
     return f64(x) * sigmoid(x)
 
 
+GATINGS = {k.GATE_SIGMOID: sigmoid, k.GATE_SILU: silu, k.GATE_SOFTPLUS: lambda x: np.logaddexp(0, x)}
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(f64(x) - f64(x).max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
@@ -115,15 +118,17 @@ def test_add(seed: int, n: int, width: int, in_place: bool) -> None:
 
 
 @few
-@given(seeds, token_counts, widths, st.sampled_from([k.GATE_SIGMOID, k.GATE_SILU]))
-def test_gate(seed: int, n: int, width: int, kind: int) -> None:
-    x, gate = normal(seed, n, width), normal(seed + 1, n, width) * 20
+@given(seeds, token_counts, widths, st.sampled_from(sorted(GATINGS)), st.integers(1, 9), st.sampled_from([0.0, 0.5]))
+def test_gate(seed: int, n: int, n_gates: int, kind: int, span: int, limit: float) -> None:
+    width = n_gates * span
+    x, gate = normal(seed, n, width), normal(seed + 1, n, n_gates) * 20
     case = Case(
-        lambda program, at: program.gate(*at.x, *at.gate, *at.out, width, kind, k.ROWS_TOKENS),
+        lambda program, at: program.gate(*at.x, *at.gate, *at.out, width, n_gates, kind, limit, k.ROWS_TOKENS),
         {"x": x, "gate": gate},
         {"out": (width, np.float32)},
     )
-    case.check({"out": x * (silu(gate) if kind == k.GATE_SILU else sigmoid(gate))})
+    factor = GATINGS[kind](f64(gate)).repeat(span, 1)
+    case.check({"out": np.minimum(factor, limit) * x.clip(-limit, limit) if limit else x * factor})
 
 
 @few
@@ -288,6 +293,7 @@ def expert_case(
     n_experts: int,
     activation: int = k.ACTIVATE_SILU,
     extras: bool = False,
+    limit: float = 0.0,
 ) -> tuple[Case, np.ndarray]:
     """An experts operation and its exact result; NaN where an id is none."""
     hidden, ffn = sizes
@@ -317,7 +323,7 @@ def expert_case(
             for i, name in enumerate(formats)
         ]
         program.experts(
-            *places[0], *places[1], at.ids[0], n_experts, n_used, *matrices, activation, hidden, ffn, *at.out
+            *places[0], *places[1], at.ids[0], n_experts, n_used, *matrices, activation, limit, hidden, ffn, *at.out
         )
 
     gate, up, down = (
@@ -335,7 +341,7 @@ def expert_case(
             if extras:
                 g, u = g + biases[0][e], u + biases[1][e]
             if activation == k.ACTIVATE_SILU:
-                h = silu(g) * u
+                h = np.minimum(silu(g), limit) * np.clip(u, -limit, limit) if limit else silu(g) * u
             else:
                 g = np.minimum(g, 7)
                 h = g * sigmoid(1.702 * g) * (np.clip(u, -7, 7) + 1)
@@ -361,18 +367,18 @@ F32_EXPERTS, Q8_EXPERTS, K_EXPERTS = ("F32", "F32", "F32"), ("Q8_0", "F32", "Q8_
     st.integers(1, 40),
     st.sampled_from([(F32_EXPERTS, (24, 37)), (Q8_EXPERTS, (64, 96)), (K_EXPERTS, (256, 256))]),
     st.integers(1, 4),
-    st.sampled_from([k.ACTIVATE_SILU, k.ACTIVATE_CLAMPED_SWISH]),
+    st.sampled_from([(k.ACTIVATE_SILU, 0.0), (k.ACTIVATE_SILU, 0.5), (k.ACTIVATE_CLAMPED_SWISH, 0.0)]),
     st.booleans(),
     st.booleans(),
 )
-def test_experts(seed: int, n: int, geometry, n_used: int, activation: int, extras: bool, with_gaps: bool) -> None:
-    formats, sizes = geometry
+def test_experts(seed: int, n: int, geometry, n_used: int, activation, extras: bool, with_gaps: bool) -> None:
+    (formats, sizes), (kind, limit) = geometry, activation
     n_experts = 5
     random = np.random.default_rng(seed)
     ids = np.stack([random.permutation(n_experts)[:n_used] for _ in range(n)]).astype(np.int32)
     if with_gaps:
         ids[random.random(ids.shape) < 0.4] = random.choice([-1, n_experts, 2**31 - 1])
-    case, exact = expert_case(seed, n, formats, sizes, ids, n_experts, activation, extras)
+    case, exact = expert_case(seed, n, formats, sizes, ids, n_experts, kind, extras, limit)
     is_exact = formats == F32_EXPERTS
     # a value of h next to a rounding boundary may be rounded to the other side: one step of 1/127 of the largest
     case.check({"out": exact}, rtol=1e-5, atol=2e-6 if is_exact else 2e-3)

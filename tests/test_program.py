@@ -113,7 +113,7 @@ FINE = {
     "quantize": (A, 256, 256, 1, B, 0),
     "linear": (A, 32, 8, [(B, 0, 4, C, 4, 0, 0)], 0),
     "add": (A, 8, B, 8, C, 8, 8, 0),
-    "gate": (A, 8, B, 8, C, 8, 8, 0, 0),
+    "gate": (A, 8, B, 4, C, 8, 8, 4, 0, 0.0, 0),
     "split_heads": (A, 12, B, 8, C, 4, 2, 4, 2),
     "join_heads": (A, 8, B, 4, C, 12, 2, 4, 2),
     "scale": (A, 8, 0, 0, B, 8, 8, 2.0, 0),
@@ -123,7 +123,7 @@ FINE = {
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
     "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, C, C, 64, 2, 4, 16, 16, True, 1e-6),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
-    "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 8, 8, C, 16),
+    "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
     "select_outputs": (A, 8, B, 8, 8),
 }
@@ -153,7 +153,8 @@ BAD = [
     ("linear", 3, [(B, 8, 4, C, 4, 0, 0)], "not whole blocks of 32"),
     ("add", 4, 0, "the address of out"),
     ("add", 6, 0, "the width of a is 0"),
-    ("gate", 7, 2, "kind is 2"),
+    ("gate", 7, 3, "3 gates cannot share 8 columns"),
+    ("gate", 8, 3, "kind is 3"),
     ("split_heads", 6, 0, "n_heads is 0"),
     ("split_heads", 7, 0, "first_dim is 0"),
     ("split_heads", 1, 11, "the stride of the joined rows is 11"),
@@ -193,7 +194,7 @@ BAD = [
     ("experts", 7, (0, 0, 0, 0), "the address of the gate table is 0"),
     ("experts", 9, (C, 12, 0, 0), "not whole blocks of 256"),
     ("experts", 10, 2, "activation is 2"),
-    ("experts", 14, 15, "the stride of out is 15"),
+    ("experts", 15, 15, "the stride of out is 15"),
     ("combine", 3, 0, "n_experts_used is 0"),
     ("combine", 6, A, "a shared gate needs a shared expert"),
     ("combine", 1, 15, "the stride of expert_out is 15"),
@@ -294,7 +295,7 @@ class Memory:
         elif name == "add a part":
             program.add(at[a][0] + 64, WIDTH, *at[b], at[c][0] + 128, WIDTH, 16, rows)
         elif name == "gate":
-            program.gate(*at[a], *at[b], *at[c], WIDTH, k.GATE_SILU, rows)
+            program.gate(*at[a], *at[b], *at[c], WIDTH, WIDTH, k.GATE_SILU, 0.0, rows)
         elif name == "scale" and b != c:
             program.scale(*at[a], *at[b], *at[c], WIDTH, 0.5, rows)
         elif name == "norm of rows":

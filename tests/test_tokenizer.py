@@ -145,6 +145,7 @@ def test_sentence_piece_merging_is_that_of_the_plain_algorithm(text):
     [
         ("gpt-2", "It's 12345 ok!!", "It|'s| 12345| ok|!!"),
         ("qwen2", "IT'S 123 a\n\n b", "IT|'S| |1|2|3| a|\n\n| b"),
+        ("laguna", "a \n\n b1", "a| |\n\n| b|1"),
         ("qwen2", "e\u0301a", "e|\u0301a"),
         ("qwen35", "e\u0301a", "e\u0301a"),
         ("llama-bpe", "12345", "123|45"),

@@ -135,6 +135,7 @@ class _Step:
                 up,
                 down,
                 _kernels.ACTIVATE_SILU,
+                0.0,
                 HIDDEN_SIZE,
                 FFN_SIZE,
                 int(out.ctypes.data),

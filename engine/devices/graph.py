@@ -34,6 +34,7 @@ class Gating(enum.IntEnum):
 
     SIGMOID = 0
     SILU = 1
+    SOFTPLUS = 2
 
 
 class RopeStyle(enum.IntEnum):
@@ -262,12 +263,17 @@ class ScaleByPosition(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Gate(Operation):
-    """out = x * sigmoid(gate) or x * silu(gate)."""
+    """out = x * f(gate), with the function that `gating` names.
+
+    The gate is as wide as x, or has one value for each of so many equal parts of it (heads). With a `limit` above 0, f
+    is at most that, and x is clamped to within it on both sides.
+    """
 
     x: Tensor
     gate: Tensor
     out: Tensor
     gating: Gating
+    limit: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -371,7 +377,8 @@ class Router(Operation):
 class Experts(Operation):
     """out[t, rank] = down(act(gate x, up x)) of the expert with that rank, not yet weighted.
 
-    Biases have one row for each expert and are added to the projection they belong to.
+    Biases have one row for each expert and are added to the projection they belong to. With a `limit` above 0,
+    silu(gate x) is at most that, and up x is clamped to within it on both sides.
     """
 
     x: Tensor
@@ -383,6 +390,7 @@ class Experts(Operation):
     up_bias: Vector | None
     down_bias: Vector | None
     activation: Activation
+    limit: float
     out: Tensor
 
 
@@ -480,11 +488,11 @@ class Graph:
         self.operations.append(Add(a, b, out))
         return out
 
-    def gate(self, x: Tensor, gate: Tensor, gating: Gating) -> Tensor:
-        """Multiply by the sigmoid or SiLU of a gate."""
-        assert x.width == gate.width
+    def gate(self, x: Tensor, gate: Tensor, gating: Gating, limit: float = 0.0) -> Tensor:
+        """Multiply by a function of a gate, which has as many values as x, or one for each of so many parts of x."""
+        assert x.width % gate.width == 0
         out = self._new(x.width, x.rows)
-        self.operations.append(Gate(x, gate, out, gating))
+        self.operations.append(Gate(x, gate, out, gating, limit))
         return out
 
     def split_heads(self, x: Tensor, n_heads: int, first_dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -598,10 +606,12 @@ class Graph:
         down: Weight,
         biases: tuple[Vector | None, Vector | None, Vector | None] = (None, None, None),
         activation: Activation = Activation.SILU,
+        limit: float = 0.0,
     ) -> Tensor:
         """Compute the chosen experts; the result has one stretch of columns for each rank. Biases: gate, up, down."""
+        assert limit == 0.0 or activation == Activation.SILU
         out = self._new(routing.ids.width * down.n_rows)
-        self.operations.append(Experts(x, routing, gate, up, down, *biases, activation, out))
+        self.operations.append(Experts(x, routing, gate, up, down, *biases, activation, limit, out))
         return out
 
     def combine(

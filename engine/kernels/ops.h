@@ -13,7 +13,7 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU };
+enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
 enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH };
@@ -84,7 +84,8 @@ typedef struct {
 
 typedef struct {
     matrix x, gate, out;
-    int kind;
+    int kind, span; // span: columns of x that share a value of the gate
+    float limit;    // 0: none
 } gate_args;
 
 typedef struct {
@@ -209,6 +210,7 @@ typedef struct {
     int64_t x_gate_row_bytes, x_up_row_bytes;
     const int32_t *ids; // [max_tokens, n_experts_used]; -1: computed elsewhere
     int n_experts, n_experts_used, hidden_size, ffn_size, activation;
+    float limit; // 0: none
     expert_matrix gate, up, down;
     float *hidden;             // [pairs, ffn_size]
     uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32

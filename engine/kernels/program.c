@@ -346,7 +346,10 @@ int program_gate(program *p, gate_args args, int n_cols, int rows) {
                     .width = n_cols,
                     .unit = FLOATS_OF_LINE};
     touch(p, &op, READS, args.x);
-    touch(p, &op, READS, args.gate);
+    if (args.span == 1)
+        touch(p, &op, READS, args.gate);
+    else
+        touch_whole(p, &op, READS, args.gate, n_cols / args.span);
     touch(p, &op, WRITES, args.out);
     return record(p, op);
 }

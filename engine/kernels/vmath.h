@@ -1,4 +1,4 @@
-// exp, sigmoid and SiLU on sixteen floats: one polynomial, the same bits everywhere.
+// exp, sigmoid, SiLU and softplus on sixteen floats: polynomials, the same bits everywhere.
 #ifndef ENGINE_VMATH_H
 #define ENGINE_VMATH_H
 
@@ -29,6 +29,20 @@ static inline v16 v16_sigmoid(v16 x) {
 }
 
 static inline v16 v16_silu(v16 x) { return v16_div(x, v16_add(v16_set(1.0f), v16_exp(v16_neg(x)))); }
+
+// ln(1 + e^x) = max(x, 0) + ln(1 + z) with z = e^-|x|, and ln(1 + z) = 2 artanh(s) with s = z / (z + 2), at most a
+// third.
+static inline v16 v16_softplus(v16 x) {
+    const v16 z = v16_exp(v16_neg(v16_max(x, v16_neg(x)))), s = v16_div(z, v16_add(z, v16_set(2.0f)));
+    const v16 squared = v16_mul(s, s);
+    v16 p = v16_set(1.0f / 15);
+    for (int n = 13; n > 0; n -= 2)
+        p = v16_fma(p, squared, v16_set(1.0f / (float)n));
+    return v16_fma(v16_add(s, s), p, v16_max(x, v16_set(0.0f)));
+}
+
+// x, but no farther from 0 than `limit`.
+static inline v16 v16_within(v16 x, float limit) { return v16_max(v16_min(x, v16_set(limit)), v16_set(-limit)); }
 
 static inline float first_lane(v16 x) {
     float t[16];

@@ -17,11 +17,13 @@ from engine.models import (
     gpt_oss,
     granitemoe,
     hunyuan_moe,
+    laguna,
     llama,
     llama4,
     mellum,
     qwen3next,
     qwen35moe,
+    step35,
 )
 from engine.models.binding import Keys, Tensors
 from engine.models.plain import PLAIN
@@ -47,6 +49,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt-oss": gpt_oss,
     "granitemoe": granitemoe,
     "hunyuan-moe": hunyuan_moe,
+    "laguna": laguna,
     "llama": llama,
     "llama4": llama4,
     "mellum": mellum,
@@ -54,6 +57,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": qwen35moe,
     "qwen35moe": qwen35moe,
     "qwen3next": qwen3next,
+    "step35": step35,
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from engine.devices.graph import Graph, Tensor
-from engine.model_spec import AttentionSpec, ModelSpec
+from engine.devices.graph import Graph
+from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import attend, decoder, normalize_heads, project_qkv, rotate_heads
+from engine.models.blocks import decoder, self_attention
 
 _PERIOD = 4  # of the layers without a window, and of those that are not rotated
 
@@ -34,18 +34,4 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    return decoder(spec, tensors, _attention, post_norms=("post_attention_norm.weight", "post_ffw_norm.weight"))
-
-
-def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    """Attend, then gate every value by a projection of the input."""
-    attention = spec.attention
-    assert isinstance(attention, AttentionSpec)
-    head_dim, q_size = attention.head_dim, attention.n_heads * attention.head_dim
-    gate_weight = block.matrix("attn_gate.weight", q_size, spec.hidden_size)
-    kv_size = attention.n_kv_heads * head_dim
-    q, k, v, gate = project_qkv(graph, x, block, spec.hidden_size, q_size, kv_size, gate_weight)
-    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
-    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
-    q, k = rotate_heads(graph, q, k, block, attention, layer)
-    return attend(graph, q, k, v, block, spec, layer, gate)
+    return decoder(spec, tensors, self_attention, post_norms=("post_attention_norm.weight", "post_ffw_norm.weight"))

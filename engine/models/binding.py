@@ -166,22 +166,53 @@ class Keys:
 
     def attention(self, style: RopeStyle = "neox") -> AttentionSpec:
         """Read the keys of softmax attention that every architecture has."""
-        n_heads = self.size("attention.head_count")
-        # Some files give one number for each layer, 0 where a layer has no attention.
-        kv_heads = [n for n in self.sizes("attention.head_count_kv", n_heads) if n]
-        if len(set(kv_heads)) != 1:
-            raise self.wrong("attention.head_count_kv", kv_heads, "one number of heads for all attention layers")
-        n_kv_heads = kv_heads[0]
-        if n_heads % n_kv_heads:
-            raise self.wrong("attention.head_count_kv", n_kv_heads, f"a divisor of attention.head_count ({n_heads})")
+        layer_heads = self._heads("attention.head_count")
+        n_heads = max(layer_heads)
+        layer_kv_heads = self._heads("attention.head_count_kv", n_heads)
+        n_kv_heads = max(layer_kv_heads)
+        for layer in range(max(len(layer_heads), len(layer_kv_heads))):
+            own, own_kv = layer_heads[layer % len(layer_heads)], layer_kv_heads[layer % len(layer_kv_heads)]
+            if own % own_kv:
+                raise self.wrong("attention.head_count_kv", own_kv, f"a divisor of attention.head_count ({own})")
         head_dim = self.size("attention.key_length", max(1, self.size("embedding_length") // n_heads))
         if self.size("attention.value_length", head_dim) != head_dim:
             raise self.wrong("attention.value_length", self.size("attention.value_length"), f"{head_dim}, as for keys")
         scale = self.number("attention.scale", 0.0) or head_dim**-0.5
-        return AttentionSpec(n_heads, n_kv_heads, head_dim, scale, self.rope(head_dim, style))
+        return AttentionSpec(
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            scale,
+            self.rope(head_dim, style),
+            layer_heads=layer_heads if len(layer_heads) > 1 else (),
+            layer_kv_heads=layer_kv_heads if len(layer_kv_heads) > 1 else (),
+        )
 
-    def windows(self, n_layers: int, period: int) -> tuple[int, ...]:
-        """Return the sliding window of each layer, 0 for the last layer of every `period` (or as a key says)."""
+    def _heads(self, key: str, default: int | None = None) -> tuple[int, ...]:
+        """Return one number of heads, or one for each layer where they differ; 0, for no attention, does not count."""
+        numbers = self.sizes(key, default)
+        heads = [n for n in numbers if n]
+        if not heads:
+            raise self.wrong(key, numbers, "at least one head somewhere")
+        if len(set(heads)) == 1:
+            return (heads[0],)
+        if len(heads) < len(numbers) or len(heads) < self.n_layers():
+            raise self.wrong(key, numbers, f"one number, or one for each of {self.n_layers()} layers")
+        return tuple(heads[: self.n_layers()])
+
+    def floats_of_layers(self, key: str) -> tuple[float, ...]:
+        """Return one number for each layer; none at all if the file has none, or if all are 0."""
+        if not self.has(key):
+            return ()
+        n_layers = self.n_layers()
+        values = self._metadata.numbers(f"{self.architecture}.{key}") if self.is_array(key) else [self.number(key)]
+        values = values * n_layers if len(values) == 1 else values
+        if len(values) < n_layers or not all(math.isfinite(value) and value >= 0 for value in values):
+            raise self.wrong(key, values, f"one number of at least 0 for each of {n_layers} layers")
+        return tuple(values[:n_layers]) if any(values[:n_layers]) else ()
+
+    def windows(self, n_layers: int, period: int, *, without: int = -1) -> tuple[int, ...]:
+        """Return the sliding window of each layer, 0 for one of every `period`, by default the last (or as a key says)."""
         window = self.size("attention.sliding_window", minimum=0)
         pattern = "attention.sliding_window_pattern"
         if self.is_array(pattern):
@@ -190,7 +221,14 @@ class Keys:
                 raise self.wrong(pattern, f"{len(flags)} values", f"one for each of {n_layers} layers")
             return tuple(window if flag else 0 for flag in flags[:n_layers])
         period = self.size(pattern, period)
-        return tuple(window if layer % period < period - 1 else 0 for layer in range(n_layers))
+        return tuple(window if layer % period != without % period else 0 for layer in range(n_layers))
+
+    def local_rope(self, head_dim: int, freq_base: float) -> RopeSpec:
+        """Read the keys of the plain rotation that layers with a window have where it is not that of the others."""
+        n_rot = self.size("rope.dimension_count_swa", self.size("rope.dimension_count", head_dim))
+        if n_rot % 2 or n_rot > head_dim:
+            raise self.wrong("rope.dimension_count_swa", n_rot, f"an even number up to the head size {head_dim}")
+        return RopeSpec(n_rot, self.number("rope.freq_base_swa", freq_base))
 
     def rope(self, head_dim: int, style: RopeStyle = "neox", *, yarn_slope: float = 0.1) -> RopeSpec:
         """Read the keys of rotary position embedding."""
@@ -257,9 +295,15 @@ class Tensors:
         """Return such a tensor, or None if the file does not have it."""
         return self.vector(name, *shape) if self.has(name) else None
 
-    def shared_vector(self, name: str, *shape: int) -> Vector | None:
-        """Return a tensor that all blocks share (its name has no prefix), or None if the file does not have it."""
-        return Tensors(self._file).optional_vector(name, *shape)
+    def first_values(self, name: str, size: int) -> Vector | None:
+        """Return the first values of a tensor that all blocks share (its name has no prefix), or None without it."""
+        shared = Tensors(self._file)
+        if not shared.has(name):
+            return None
+        stored_size = math.prod(shared.shape(name))
+        if stored_size <= size:
+            return shared.vector(name, size)
+        return split_values(shared.vector(name, stored_size), size, stored_size - size)[0]
 
     def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
         """Return a matrix that maps `n_cols` inputs to `n_rows` outputs."""

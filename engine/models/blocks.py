@@ -22,6 +22,7 @@ Mixer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
 
 _YARN_FAST, _YARN_SLOW = 32.0, 1.0  # turns over the trained context above / below which a pair is kept / stretched
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
+_GATINGS = {"sigmoid": Gating.SIGMOID, "softplus": Gating.SOFTPLUS}
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
@@ -55,10 +56,10 @@ def decoder(
         x = graph.add(x, normalize(graph, h, block, post_norms[0], spec) if post_norms else h)
         h = normalize(graph, x, block, ffn_norm, spec)
         if post_norms:
-            h = feed_forward(graph, h, None, block, spec, activation)
+            h = feed_forward(graph, h, None, block, spec, layer, activation)
             x = graph.add(x, normalize(graph, h, block, post_norms[1], spec))
         else:
-            x = feed_forward(graph, h, x, block, spec, activation)
+            x = feed_forward(graph, h, x, block, spec, layer, activation)
     output_head(graph, x, tensors, spec)
     return graph
 
@@ -86,15 +87,20 @@ def scaled(graph: Graph, x: Tensor, factor: float) -> Tensor:
 
 
 def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    """Attend: project, normalise heads if the file has their norms, rotate, look back, project."""
+    """Attend: project, normalise heads if the file has their norms, rotate, look back, gate if it has a gate, project."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
-    n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
-    q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
+    (n_heads, n_kv_heads), head_dim = attention.heads(layer), attention.head_dim
+    gates = []
+    if block.has("attn_gate.weight"):  # a gate for each head, or for each of its values
+        n_gates = n_heads if block.shape("attn_gate.weight")[0] == n_heads else n_heads * head_dim
+        gates.append(block.matrix("attn_gate.weight", n_gates, spec.hidden_size))
+    sizes = n_heads * head_dim, n_kv_heads * head_dim
+    q, k, v, *gate = project_qkv(graph, x, block, spec.hidden_size, *sizes, *gates)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
     q, k = rotate_heads(graph, q, k, block, attention, layer)
-    return attend(graph, q, k, v, block, spec, layer)
+    return attend(graph, q, k, v, block, spec, layer, *gate)
 
 
 def attend(
@@ -110,20 +116,21 @@ def attend(
     """Look back over the layer's keys and values, gate what is found if there is a gate, and project it."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
+    n_heads, n_kv_heads = attention.heads(layer)
     out = graph.attention(
         q,
         k,
         v,
-        attention.n_heads,
-        attention.n_kv_heads,
+        n_heads,
+        n_kv_heads,
         attention.scale,
-        sinks=block.optional_vector("attn_sinks.weight", attention.n_heads),
+        sinks=block.optional_vector("attn_sinks.weight", n_heads),
         window=of_layer(attention.windows, layer),
         chunk=of_layer(attention.chunks, layer),
     )
     if gate is not None:
-        out = graph.gate(out, gate, Gating.SIGMOID)
-    weight = block.matrix("attn_output.weight", spec.hidden_size, attention.n_heads * attention.head_dim)
+        out = graph.gate(out, gate, _GATINGS[attention.gating])
+    weight = block.matrix("attn_output.weight", spec.hidden_size, n_heads * attention.head_dim)
     return graph.linear(out, weight, block.optional_vector("attn_output.bias", spec.hidden_size))
 
 
@@ -163,13 +170,14 @@ def rotate_heads(
     if of_layer(attention.unrotated_layers, layer):
         return q, k
     rope = (of_layer(attention.windows, layer) and attention.window_rope) or attention.rope
-    return rotate(graph, q, attention.n_heads, rope, block), rotate(graph, k, attention.n_kv_heads, rope, block)
+    n_heads, n_kv_heads = attention.heads(layer)
+    return rotate(graph, q, n_heads, rope, block), rotate(graph, k, n_kv_heads, rope, block)
 
 
 def rotate(graph: Graph, x: Tensor, n_heads: int, rope: RopeSpec, block: Tensors) -> Tensor:
     """Rotate the heads of x in place by their position."""
     frequencies, magnitude = rope_frequencies(rope)
-    divisors = block.shared_vector("rope_freqs.weight", rope.n_rot // 2)
+    divisors = block.first_values("rope_freqs.weight", rope.n_rot // 2) if rope.divides else None
     return graph.rope(x, n_heads, frequencies, _ROPE_STYLES[rope.style], magnitude, divisors)
 
 
@@ -218,6 +226,7 @@ def feed_forward(
     residual: Tensor | None,
     block: Tensors,
     spec: ModelSpec,
+    layer: int,
     activation: Activation = Activation.SILU,
 ) -> Tensor:
     """Add the feed-forward network of one block to the residual stream: mixture of experts, or dense if it has none.
@@ -225,18 +234,24 @@ def feed_forward(
     Without `residual` it is returned alone.
     """
     if block.has("ffn_gate_inp.weight"):
-        return mixture_of_experts(graph, x, residual, block, spec, activation)
+        return mixture_of_experts(graph, x, residual, block, spec, layer, activation)
     ffn_size = block.shape("ffn_gate.weight")[0]
     weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in ("gate", "up")]
     gate, up = graph.linears(x, weights)
-    gated = graph.gate(up, gate, Gating.SILU)
+    gated = graph.gate(up, gate, Gating.SILU, spec.moe.layer_limits(layer)[1])
     down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
     out = scaled(graph, graph.linear(gated, down), spec.residual_scale)
     return out if residual is None else graph.add(residual, out)
 
 
 def mixture_of_experts(
-    graph: Graph, x: Tensor, residual: Tensor | None, block: Tensors, spec: ModelSpec, activation: Activation
+    graph: Graph,
+    x: Tensor,
+    residual: Tensor | None,
+    block: Tensors,
+    spec: ModelSpec,
+    layer: int,
+    activation: Activation,
 ) -> Tensor:
     """Add routed experts and the shared expert to the residual stream, if there is one.
 
@@ -280,11 +295,13 @@ def mixture_of_experts(
             block.optional_vector("ffn_down_exps.bias", moe.n_experts, hidden_size),
         ),
         activation,
+        moe.layer_limits(layer)[0],
     )
     shared = None
     if moe.shared_ffn_size:
         down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
-        shared = graph.linear(graph.gate(projected["up"], projected["gate"], Gating.SILU), down)
+        limit = moe.layer_limits(layer)[1]
+        shared = graph.linear(graph.gate(projected["up"], projected["gate"], Gating.SILU, limit), down)
     return graph.combine(
         expert_out,
         routing,

@@ -41,7 +41,7 @@ def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: 
     """Attend; rotated layers normalise queries and keys after the rotation, the others scale queries by position."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
-    n_heads, n_kv_heads, head_dim = attention.n_heads, attention.n_kv_heads, attention.head_dim
+    (n_heads, n_kv_heads), head_dim = attention.heads(layer), attention.head_dim
     q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
     if of_layer(attention.unrotated_layers, layer):
         q = graph.scale_by_position(q, 1, _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE)

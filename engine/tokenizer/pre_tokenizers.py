@@ -85,6 +85,7 @@ _TABLE: tuple[tuple[str, PreTokenizer], ...] = (
         "qwen2 deepseek-r1-qwen megrez kormo f2llmv2 hunyuan solar-open stablelm2 grok-2",
         PreTokenizer((_QWEN_2,)),
     ),
+    ("laguna", PreTokenizer((r"[^\n]+|\n+", _QWEN_2))),
     ("qwen35", PreTokenizer((_QWEN_35,))),
     (
         "llama-bpe llama3 llama-v3 pixtral falcon3 falcon-h1 midm-2.0 lfm2",

@@ -271,7 +271,9 @@ class Lowering:
                 *gate.at,
                 *out.at,
                 op.x.width,
+                op.gate.width,
                 op.gating,
+                op.limit,
                 op.x.rows,
             )
         )
@@ -430,6 +432,7 @@ class Lowering:
                 up,
                 down,
                 op.activation,
+                op.limit,
                 op.x.width,
                 op.gate.n_rows,
                 *out.at,

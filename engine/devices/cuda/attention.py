@@ -21,7 +21,7 @@ from engine.devices.cuda.launch import (
     int32,
     pointer,
 )
-from engine.devices.graph import Gating, KVType, RopeStyle
+from engine.devices.graph import KVType, RopeStyle
 from engine.errors import DeviceError
 
 FEW_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without; `attention.cu`
@@ -243,7 +243,8 @@ def attend(
     definitions = (
         *cache.definitions,
         f"GROUP={group}",
-        f"GATE={0 if gate is None else 2 if gate.gating == Gating.SILU else 1}",
+        f"GATE={0 if gate is None else 1 + gate.gating}",
+        f"PER_HEAD={int(gate is not None and gate.per_head)}",
         forms.definition,
     )
     threads, shared = _WARPS * WARP, _tile_bytes(cache)
@@ -254,6 +255,7 @@ def attend(
         arguments = (*arguments, pointer(count.address))
         return Launch("attention.cu", kernel, definitions, grid, threads, arguments, shared_bytes)
 
+    assert gate is None or gate.limit == 0.0
     if count.most > FEW_TOKENS:
         assert gate is None
         assert forms == NO_FORMS

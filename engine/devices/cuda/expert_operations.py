@@ -140,6 +140,7 @@ class _Experts:
             h,
             (p.at(self.grids[0]), p.at(self.grids[1])),
             self.op.activation,
+            self.op.limit,
             count,
             (own[0], own[1]) if own else None,
         )
@@ -189,6 +190,7 @@ class _Experts:
             p.rows(self.h).address,
             (p.at(self.grids[0]), p.at(self.grids[1])),
             self.op.activation,
+            self.op.limit,
             most,
         )
 

@@ -185,6 +185,7 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
         conv.out.columns(end, conv.out.width),
     )
     alone = all(n_users[tensor.buffer] == 2 for tensor in (conv.out, net.out, norm.out))
+    alone = alone and gate.gate.width == gate.x.width and not gate.limit
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
     return None
@@ -201,6 +202,7 @@ def _shared_expert(
     if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
         return None
     is_plain = experts.activation == ops.Activation.SILU and gate.gating == ops.Gating.SILU and down.biases == (None,)
+    is_plain = is_plain and experts.limit == gate.limit and gate.x.width == gate.gate.width
     own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))
     for i, op in enumerate(before):
         if not (isinstance(op, ops.Linear) and op.x == experts.x and gate.gate in op.outs and gate.x in op.outs):
@@ -232,7 +234,7 @@ def _around(operations: Sequence[ops.Operation], i: int, n_users: Counter[ops.Bu
     assert isinstance(attention, ops.Attention)
     found, first = Attention(attention), i
     following = operations[i + 1] if i + 1 < len(operations) else None
-    if isinstance(following, ops.Gate) and following.x == attention.out and n_users[attention.out.buffer] == 2:
+    if isinstance(following, ops.Gate) and _gates(following, attention) and n_users[attention.out.buffer] == 2:
         found = replace(found, gate=following)
     candidate = found
     for before in range(i - 1, -1, -1):
@@ -243,6 +245,11 @@ def _around(operations: Sequence[ops.Operation], i: int, n_users: Counter[ops.Bu
         if _alone(candidate, n_users):  # a rotation alone is not: the norm before it uses its tensor, too
             found, first = candidate, before
     return first, found
+
+
+def _gates(gate: ops.Gate, attention: ops.Attention) -> bool:
+    """Return whether a gate is one of what attention finds, of all values or of all heads."""
+    return gate.x == attention.out and gate.gate.width in {attention.n_heads, gate.x.width} and not gate.limit
 
 
 def _with(found: Attention, op: ops.Operation) -> Attention | None:

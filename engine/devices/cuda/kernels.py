@@ -282,6 +282,7 @@ def expert_gate_up(
     h: int,
     grids: tuple[int, int],
     activation: graph.Activation,
+    limit: float,
     count: Count,
     shared: tuple[ExpertMatrix, ExpertMatrix] | None = None,
 ) -> Launch:
@@ -296,7 +297,12 @@ def expert_gate_up(
     return Launch(
         "expert_gate_up.cu",
         "expert_gate_up",
-        (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
+        (
+            f"GATE_FORMAT={gate.format.name}",
+            f"UP_FORMAT={up.format.name}",
+            f"ACTIVATION={int(activation)}",
+            f"LIMIT={limit}f",
+        ),
         (ceil_div(ffn_size, N_WARPS // 2 * per_warp), count.most * (n_used + (shared is not None)), 1),
         N_WARPS * WARP,
         (
@@ -489,12 +495,17 @@ def can_gate_heads(head_size: int) -> bool:
 
 
 class GateOf(NamedTuple):
-    """A gate: float32 rows that begin with the first head's, the values of a head, and from one head to the next."""
+    """A gate: float32 rows that begin with the first head's, the values of a head, and from one head to the next.
+
+    With `per_head` there is one value for `width` columns. limit: see `graph.Gate`.
+    """
 
     gating: Gating
     x: Rows
     width: int
     step: int
+    per_head: bool = False
+    limit: float = 0.0
 
 
 def gate(
@@ -508,16 +519,22 @@ def gate(
     weight: int = 0,
     eps: float = 0.0,
 ) -> Launch:
-    """Multiply by the sigmoid or SiLU of a gate; with a `head_size`, x is normalised head by head before that."""
-    assert n_cols % _LANE == 0
-    assert by.width % _LANE == by.step % 4 == 0
-    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in (x, by.x, out))
+    """Multiply by a function of a gate; with a `head_size`, x is normalised head by head before that."""
+    assert n_cols % _LANE == by.width % _LANE == 0
+    assert by.per_head or by.step % 4 == 0
+    assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in ((x, out) if by.per_head else (x, by.x, out)))
     assert weight % 16 == 0
     assert head_size == 0 or (can_gate_heads(head_size) and n_cols % head_size == 0)
     return Launch(
         "gate.cu",
         "gate",
-        (f"IS_SILU={int(by.gating == Gating.SILU)}", f"HEAD_SIZE={head_size}", forms.definition),
+        (
+            f"GATING={int(by.gating)}",
+            f"LIMIT={by.limit}f",
+            f"PER_HEAD={int(by.per_head)}",
+            f"HEAD_SIZE={head_size}",
+            forms.definition,
+        ),
         (ceil_div(n_cols, 4 * WARP * _LANE), count.most, 1),
         4 * WARP,
         (

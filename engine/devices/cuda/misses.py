@@ -211,6 +211,7 @@ class MissServer:
             up,
             down,
             op.activation,
+            op.limit,
             hidden_size,
             op.gate.n_rows,
             answers,

@@ -199,15 +199,23 @@ def scale(recorder: Recorder, op: ops.Scale) -> None:
     )
 
 
+def gate_of(op: ops.Gate, rows: Rows, head_dim: int) -> GateOf:
+    """Return the gate of an operation on heads of that size, whose values lie there."""
+    per_head = op.gate.width < op.x.width
+    assert not per_head or op.gate.width * head_dim == op.x.width
+    return GateOf(op.gating, rows, head_dim, 1 if per_head else head_dim, per_head, op.limit)
+
+
 def gate(recorder: Recorder, op: ops.Gate, norm: ops.RMSNorm | None = None) -> None:
     """Record a gate, with the norm of the heads before it if there is one."""
     x, by, out = recorder.use(norm.x if norm else op.x), recorder.use(op.gate), recorder.use(op.out)
     weight, finish = recorder.vector(norm.weight) if norm else None, recorder.finish(op.out)
+    head_dim = op.x.width // op.gate.width if op.gate.width < op.x.width else op.x.width
     recorder.record(
         lambda p: [
             kernels.gate(
                 p.rows(x),
-                GateOf(op.gating, p.rows(by), op.x.width, op.x.width),
+                gate_of(op, p.rows(by), head_dim),
                 p.rows(out),
                 op.x.width,
                 p.count(op.x.rows),

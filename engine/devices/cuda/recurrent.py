@@ -187,7 +187,7 @@ def delta_net_step(
             f"K_DIM={net.k_dim}",
             f"V_DIM={net.v_dim}",
             f"KERNEL_SIZE={net.kernel_size}",
-            f"IS_SILU={int(net.gating == Gating.SILU)}",
+            f"GATING={int(net.gating)}",
             forms.definition,
         ),
         (net.n_v_heads, ceil_div(net.v_dim, _STEP_ROWS), 1),

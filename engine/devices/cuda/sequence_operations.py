@@ -75,7 +75,7 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
         first, stride = p.rows(by)
         if item.split:
             return GateOf(item.gate.gating, Rows(first + 4 * cache.key_dim, stride), cache.value_dim, q_step)
-        return GateOf(item.gate.gating, Rows(first, stride), cache.value_dim, cache.value_dim)
+        return operations.gate_of(item.gate, Rows(first, stride), cache.value_dim)
 
     def launches(p: Pass) -> Iterable[Launch]:
         count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))

@@ -237,6 +237,7 @@ def expert_gate_up(
     h: int,
     grids: tuple[int, int],
     activation: graph.Activation,
+    limit: float,
     most: int,
 ) -> Launch:
     """First half of the experts of one group: h float32 [tokens * n_used, ffn_size]; activation strides in bytes.
@@ -248,7 +249,12 @@ def expert_gate_up(
     return Launch(
         "expert_gate_up_tiles.cu",
         "expert_gate_up_tiles",
-        (f"GATE_FORMAT={gate.format.name}", f"UP_FORMAT={up.format.name}", f"ACTIVATION={int(activation)}"),
+        (
+            f"GATE_FORMAT={gate.format.name}",
+            f"UP_FORMAT={up.format.name}",
+            f"ACTIVATION={int(activation)}",
+            f"LIMIT={limit}f",
+        ),
         _expert_grid(sizes.ffn_size, most),
         _WARPS * WARP,
         (

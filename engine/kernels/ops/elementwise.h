@@ -48,19 +48,34 @@ static void op_add(const op_args *args, const step_view *step, tile t) {
     }
 }
 
-static inline v16 gated(v16 x, v16 gate, int kind) {
-    return v16_mul(x, kind == GATE_SILU ? v16_silu(gate) : v16_sigmoid(gate));
+static inline v16 gate_of(v16 gate, int kind) {
+    return kind == GATE_SILU ? v16_silu(gate) : kind == GATE_SOFTPLUS ? v16_softplus(gate) : v16_sigmoid(gate);
+}
+
+static inline v16 gated(const gate_args *a, v16 x, v16 gate) {
+    const v16 factor = gate_of(gate, a->kind);
+    return a->limit > 0.0f ? v16_mul(v16_min(factor, v16_set(a->limit)), v16_within(x, a->limit)) : v16_mul(factor, x);
+}
+
+// The gate of n columns from c on, at most 16.
+static inline v16 load_gate(const float *gate, int c, int n, int span) {
+    float values[16] = {0};
+    if (span == 1)
+        return n == 16 ? v16_load(gate + c) : v16_load_first(gate + c, n);
+    for (int i = 0; i < n; i++)
+        values[i] = gate[(c + i) / span];
+    return v16_load(values);
 }
 
 static void op_gate(const op_args *args, const step_view *step, tile t) {
-    const int kind = args->gate.kind;
+    const gate_args *a = &args->gate;
     (void)step;
     for (int row = t.row; row < t.row_end; row++) {
-        const float *x = row_of(args->gate.x, row), *gate = row_of(args->gate.gate, row);
-        float *out = row_of(args->gate.out, row);
-        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, gated(v16_load(x + c), v16_load(gate + c), kind)),
+        const float *x = row_of(a->x, row), *gate = row_of(a->gate, row);
+        float *out = row_of(a->out, row);
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, gated(a, v16_load(x + c), load_gate(gate, c, 16, a->span))),
                     v16_store_first(
-                        out + c, gated(v16_load_first(x + c, n_left), v16_load_first(gate + c, n_left), kind), n_left));
+                        out + c, gated(a, v16_load_first(x + c, n_left), load_gate(gate, c, n_left, a->span)), n_left));
     }
 }
 

@@ -140,11 +140,12 @@ static inline v16 scaled_and_biased(v16 y, const expert_matrix *m, int expert, i
     return y;
 }
 
-static inline v16 activated(v16 gate, v16 up, int activation) {
-    if (activation == ACTIVATE_SILU)
+static inline v16 activated(const experts_args *a, v16 gate, v16 up) {
+    if (a->activation == ACTIVATE_SILU && a->limit > 0.0f)
+        return v16_mul(v16_min(v16_silu(gate), v16_set(a->limit)), v16_within(up, a->limit));
+    if (a->activation == ACTIVATE_SILU)
         return v16_mul(v16_silu(gate), up);
-    const v16 limit = v16_set(7.0f), g = v16_min(gate, limit);
-    const v16 u = v16_max(v16_min(up, limit), v16_set(-7.0f));
+    const v16 g = v16_min(gate, v16_set(7.0f)), u = v16_within(up, 7.0f);
     return v16_mul(v16_mul(g, v16_sigmoid(v16_mul(v16_set(1.702f), g))), v16_add(u, v16_set(1.0f)));
 }
 
@@ -210,7 +211,7 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
                                                 t.row + r, n_left);
                 const v16 u = scaled_and_biased(v16_load_first(up[i] + r, n_left), &a->up, t.expert, a->ffn_size,
                                                 t.row + r, n_left);
-                v16_store_first(hidden + r, activated(g, u, a->activation), n_left);
+                v16_store_first(hidden + r, activated(a, g, u), n_left);
             }
         }
     }
