@@ -42,7 +42,9 @@ class AttentionSpec:
     Attributes:
         layer_heads: `n_heads` of each layer where they differ; no entry: they do not.
         layer_kv_heads: likewise `n_kv_heads`.
+        value_dim: width of a head's value; 0: `head_dim`, which is that of queries and keys.
         gating: how values are gated, where the file has a gate for them.
+        output_scale: factor of what attention adds to the residual stream.
         windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
         chunks: for each layer, the length of the stretches that attention does not look beyond; 0 or no entry: none.
         unrotated_layers: for each layer, whether it has no rotary embedding; no entry: it has.
@@ -60,7 +62,14 @@ class AttentionSpec:
     window_rope: RopeSpec | None = None
     layer_heads: tuple[int, ...] = ()
     layer_kv_heads: tuple[int, ...] = ()
+    value_dim: int = 0
     gating: Literal["sigmoid", "softplus"] = "sigmoid"
+    output_scale: float = 1.0
+
+    @property
+    def cached_dims(self) -> tuple[int, ...]:
+        """Return the widths of what the cache keeps of a head: key and value."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     def heads(self, layer: int) -> tuple[int, int]:
         """Return the query heads of a layer, and its key and value heads."""
@@ -68,6 +77,12 @@ class AttentionSpec:
             self.layer_heads[layer] if self.layer_heads else self.n_heads,
             self.layer_kv_heads[layer] if self.layer_kv_heads else self.n_kv_heads,
         )
+
+    def widths(self, layer: int) -> tuple[int, int, int, int]:
+        """Return how wide all queries of a layer are, all its keys, all its values, and what it finds."""
+        n_heads, n_kv_heads = self.heads(layer)
+        value_dim = self.value_dim or self.head_dim
+        return n_heads * self.head_dim, n_kv_heads * self.head_dim, n_kv_heads * value_dim, n_heads * value_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +112,11 @@ class LatentAttentionSpec:
     rope: RopeSpec
     temperature_period: int = 1
     temperature_slope: float = 0.0
+
+    @property
+    def cached_dims(self) -> tuple[int, ...]:
+        """Return the width of what the cache keeps of a token: values are parts of keys."""
+        return (self.head_dim,)
 
     @property
     def n_kv_heads(self) -> int:

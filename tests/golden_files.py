@@ -58,6 +58,7 @@ PEERS = (
     "llama",
     "llama4",
     "mellum",
+    "mimo2",
     "minimax-m2",
     "mistral4",
     "qwen3",

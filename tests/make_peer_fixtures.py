@@ -46,11 +46,14 @@ class Peer:
         router_bias: up to how much is added to scores when experts are chosen; 0 for nothing.
         bias_name: tensor of that.
         head_dim: of queries, keys and values.
+        value_dim: of values where they are not as wide as keys.
         n_kv_heads: of keys and values.
+        layer_kv_heads: the same of each block where they differ.
         head_norm: of queries and keys: "head" for one weight that serves every head, "row" for one over all heads.
         fused_qkv: whether queries, keys and values are one matrix.
         rope_divisors: whether there is a tensor that frequencies are divided by.
         tied: whether the embeddings serve as output matrix.
+        sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
         is_latent: whether attention is multi-head latent attention.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
@@ -70,11 +73,14 @@ class Peer:
     router_bias: float = 0.0
     bias_name: str = "exp_probs_b.bias"
     head_dim: int = HEAD_DIM
+    value_dim: int = 0
     n_kv_heads: int = N_KV_HEADS
+    layer_kv_heads: tuple[int, ...] = ()
     head_norm: str = ""
     fused_qkv: bool = False
     rope_divisors: bool = False
     tied: bool = False
+    sinks: tuple[int, ...] = ()
     recurrent: bool = False
     is_latent: bool = False
     attention_gate: str = ""
@@ -298,6 +304,25 @@ PEERS = {
         moe_layers=(0, 1),
         head_norm="head",
     ),
+    "mimo2": Peer(
+        "mimo2",
+        3,
+        MOE
+        | {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [False, True, True],
+            "attention.value_scale": 0.7,
+            "rope.dimension_count": 8,
+            "rope.freq_base_swa": 500.0,
+        },
+        moe_layers=(1, 2),
+        router_bias=0.2,
+        fused_qkv=True,
+        head_dim=24,
+        value_dim=16,
+        layer_kv_heads=(1, 2, 2),
+        sinks=(1, 2),
+    ),
     "minimax-m2": Peer(
         "minimax-m2",
         3,
@@ -427,18 +452,22 @@ def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.n
 
 def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     n_heads = peer.layer_heads[layer] if peer.layer_heads else N_HEADS
-    q_size, kv_size = n_heads * peer.head_dim, peer.n_kv_heads * peer.head_dim
-    sizes = {"q": 2 * q_size if peer.recurrent else q_size, "k": kv_size, "v": kv_size}
+    n_kv_heads = peer.layer_kv_heads[layer] if peer.layer_kv_heads else peer.n_kv_heads
+    value_dim = peer.value_dim or peer.head_dim
+    q_size, k_size, v_size = n_heads * peer.head_dim, n_kv_heads * peer.head_dim, n_kv_heads * value_dim
+    sizes = {"q": 2 * q_size if peer.recurrent else q_size, "k": k_size, "v": v_size}
     if peer.fused_qkv:
         yield "attn_qkv.weight", draw.matrix(sum(sizes.values()), HIDDEN)
     else:
         for part, size in sizes.items():
             yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
-    yield "attn_output.weight", draw.matrix(HIDDEN, q_size)
+    yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim)
+    if layer in peer.sinks:
+        yield "attn_sinks.weight", draw.between(-1, 1, n_heads)
     if peer.attention_gate:
         yield "attn_gate.weight", draw.matrix(n_heads if peer.attention_gate == "head" else q_size, HIDDEN)
     if peer.head_norm:
-        for part, size in (("q", q_size), ("k", kv_size)):
+        for part, size in (("q", q_size), ("k", k_size)):
             yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else peer.head_dim)
 
 
@@ -476,9 +505,9 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
         "block_count": peer.n_layers,
         "feed_forward_length": FFN if len(peer.moe_layers) == peer.n_layers else 2 * FFN,
         "attention.head_count": list(peer.layer_heads) or N_HEADS,
-        "attention.head_count_kv": peer.n_kv_heads,
+        "attention.head_count_kv": list(peer.layer_kv_heads) or peer.n_kv_heads,
         "attention.key_length": peer.head_dim,
-        "attention.value_length": peer.head_dim,
+        "attention.value_length": peer.value_dim or peer.head_dim,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": peer.head_dim,
         "rope.freq_base": 10000.0,

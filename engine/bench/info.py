@@ -87,7 +87,9 @@ def _shown(key: str, value: str | float) -> str:
 def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
     if isinstance(spec, LatentAttentionSpec):
         return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values"
-    return f"{spec.n_heads} heads, {spec.n_kv_heads} key-value heads, size {spec.head_dim}"
+    up_to, up_to_kv = ("up to " if heads else "" for heads in (spec.layer_heads, spec.layer_kv_heads))
+    values = f" (values {spec.value_dim})" if spec.value_dim else ""
+    return f"{up_to}{spec.n_heads} heads, {up_to_kv}{spec.n_kv_heads} key-value heads, size {spec.head_dim}{values}"
 
 
 def model_facts(model_file: ModelFile, model: Model) -> Facts:

@@ -175,8 +175,7 @@ class Keys:
             if own % own_kv:
                 raise self.wrong("attention.head_count_kv", own_kv, f"a divisor of attention.head_count ({own})")
         head_dim = self.size("attention.key_length", max(1, self.size("embedding_length") // n_heads))
-        if self.size("attention.value_length", head_dim) != head_dim:
-            raise self.wrong("attention.value_length", self.size("attention.value_length"), f"{head_dim}, as for keys")
+        value_dim = self.size("attention.value_length", head_dim)
         scale = self.number("attention.scale", 0.0) or head_dim**-0.5
         return AttentionSpec(
             n_heads,
@@ -186,6 +185,7 @@ class Keys:
             self.rope(head_dim, style),
             layer_heads=layer_heads if len(layer_heads) > 1 else (),
             layer_kv_heads=layer_kv_heads if len(layer_kv_heads) > 1 else (),
+            value_dim=value_dim if value_dim != head_dim else 0,
         )
 
     def _heads(self, key: str, default: int | None = None) -> tuple[int, ...]:
@@ -212,7 +212,7 @@ class Keys:
         return tuple(values[:n_layers]) if any(values[:n_layers]) else ()
 
     def windows(self, n_layers: int, period: int, *, without: int = -1) -> tuple[int, ...]:
-        """Return the sliding window of each layer, 0 for one of every `period`, by default the last (or as a key says)."""
+        """Return the window of each layer, 0 for one of every `period`, by default the last, or as a key says."""
         window = self.size("attention.sliding_window", minimum=0)
         pattern = "attention.sliding_window_pattern"
         if self.is_array(pattern):

@@ -7,7 +7,7 @@ the tensors that it has; what an architecture fixes is a value in the `ModelSpec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -87,18 +87,18 @@ def scaled(graph: Graph, x: Tensor, factor: float) -> Tensor:
 
 
 def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    """Attend: project, normalise heads if the file has their norms, rotate, look back, gate if it has a gate, project."""
+    """Attend: project, normalise heads, rotate, look back, gate, project; norms and gate if the file has them."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
-    (n_heads, n_kv_heads), head_dim = attention.heads(layer), attention.head_dim
+    n_heads, _ = attention.heads(layer)
+    *sizes, found_size = attention.widths(layer)
     gates = []
     if block.has("attn_gate.weight"):  # a gate for each head, or for each of its values
-        n_gates = n_heads if block.shape("attn_gate.weight")[0] == n_heads else n_heads * head_dim
+        n_gates = n_heads if block.shape("attn_gate.weight")[0] == n_heads else found_size
         gates.append(block.matrix("attn_gate.weight", n_gates, spec.hidden_size))
-    sizes = n_heads * head_dim, n_kv_heads * head_dim
-    q, k, v, *gate = project_qkv(graph, x, block, spec.hidden_size, *sizes, *gates)
-    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
-    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
+    q, k, v, *gate = project_qkv(graph, x, block, spec.hidden_size, sizes, gates)
+    q = normalize_heads(graph, q, block, "attn_q_norm.weight", attention.head_dim, spec.norm_eps)
+    k = normalize_heads(graph, k, block, "attn_k_norm.weight", attention.head_dim, spec.norm_eps)
     q, k = rotate_heads(graph, q, k, block, attention, layer)
     return attend(graph, q, k, v, block, spec, layer, *gate)
 
@@ -130,18 +130,18 @@ def attend(
     )
     if gate is not None:
         out = graph.gate(out, gate, _GATINGS[attention.gating])
-    weight = block.matrix("attn_output.weight", spec.hidden_size, n_heads * attention.head_dim)
-    return graph.linear(out, weight, block.optional_vector("attn_output.bias", spec.hidden_size))
+    weight = block.matrix("attn_output.weight", spec.hidden_size, attention.widths(layer)[-1])
+    out = graph.linear(out, weight, block.optional_vector("attn_output.bias", spec.hidden_size))
+    return scaled(graph, out, attention.output_scale)
 
 
 def project_qkv(
-    graph: Graph, x: Tensor, block: Tensors, hidden_size: int, q_size: int, kv_size: int, *more: Weight
+    graph: Graph, x: Tensor, block: Tensors, hidden_size: int, sizes: Sequence[int], more: Sequence[Weight] = ()
 ) -> tuple[Tensor, ...]:
     """Project to queries, keys and values, stored as three matrices or as one (`attn_qkv`: q, then k, then v).
 
     What `more` matrices give comes after these.
     """
-    sizes = (q_size, kv_size, kv_size)
     weights: list[Weight]
     biases: list[Vector | None]
     if block.has("attn_qkv.weight"):

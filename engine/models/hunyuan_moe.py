@@ -21,9 +21,8 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
-    (n_heads, n_kv_heads), head_dim = attention.heads(layer), attention.head_dim
-    q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
+    q, k, v = project_qkv(graph, x, block, spec.hidden_size, attention.widths(layer)[:3])
     q, k = rotate_heads(graph, q, k, block, attention, layer)
-    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
-    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
+    q = normalize_heads(graph, q, block, "attn_q_norm.weight", attention.head_dim, spec.norm_eps)
+    k = normalize_heads(graph, k, block, "attn_k_norm.weight", attention.head_dim, spec.norm_eps)
     return attend(graph, q, k, v, block, spec, layer)

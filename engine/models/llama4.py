@@ -41,13 +41,12 @@ def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: 
     """Attend; rotated layers normalise queries and keys after the rotation, the others scale queries by position."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
-    (n_heads, n_kv_heads), head_dim = attention.heads(layer), attention.head_dim
-    q, k, v = project_qkv(graph, x, block, spec.hidden_size, n_heads * head_dim, n_kv_heads * head_dim)
+    q, k, v = project_qkv(graph, x, block, spec.hidden_size, attention.widths(layer)[:3])
     if of_layer(attention.unrotated_layers, layer):
         q = graph.scale_by_position(q, 1, _TEMPERATURE_PERIOD, _TEMPERATURE_SLOPE)
     else:
         q, k = rotate_heads(graph, q, k, block, attention, layer)
         if spec.moe.n_experts != _N_EXPERTS_UNNORMALIZED:
-            q = graph.rms_norm(q, None, spec.norm_eps, head_dim)
-            k = graph.rms_norm(k, None, spec.norm_eps, head_dim)
+            q = graph.rms_norm(q, None, spec.norm_eps, attention.head_dim)
+            k = graph.rms_norm(k, None, spec.norm_eps, attention.head_dim)
     return attend(graph, q, k, v, block, spec, layer)

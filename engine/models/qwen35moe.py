@@ -81,8 +81,9 @@ def gated_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, la
     """Attend, then gate every value: the query projection gives each head its query and, after it, its gate."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
-    (n_heads, n_kv_heads), head_dim = attention.heads(layer), attention.head_dim
-    qg, k, v = project_qkv(graph, x, block, spec.hidden_size, 2 * n_heads * head_dim, n_kv_heads * head_dim)
+    (n_heads, _), head_dim = attention.heads(layer), attention.head_dim
+    q_size, k_size, v_size, _ = attention.widths(layer)
+    qg, k, v = project_qkv(graph, x, block, spec.hidden_size, (2 * q_size, k_size, v_size))
     q, gate = graph.split_heads(qg, n_heads)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)

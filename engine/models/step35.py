@@ -1,4 +1,4 @@
-"""Step 3.5 Flash (196B-A11B): heads gated as a whole, windows with rotation and heads of their own, limits in places."""
+"""Step 3.5 Flash (196B-A11B): gated heads, windows with rotation and heads of their own, limits in some networks."""
 
 from __future__ import annotations
 

@@ -38,10 +38,11 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             context_length,
             spec.context_length,
         )
-    if settings.kv_type == "q8_0" and spec.attention.head_dim % 32:
+    odd = [dim for dim in spec.attention.cached_dims if dim % 32]
+    if settings.kv_type == "q8_0" and odd:
         raise ConfigError(
-            f"engine.kv_type is 'q8_0', which needs heads of a multiple of 32 values; this model's have "
-            f'{spec.attention.head_dim}; set kv_type = "f16"'
+            f"engine.kv_type is 'q8_0', which needs heads of a multiple of 32 values; this model's have {odd[0]}; "
+            'set kv_type = "f16"'
         )
     return replace(
         config,
