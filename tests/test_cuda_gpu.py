@@ -16,6 +16,7 @@ from test_cuda_device import (  # noqa: F401 - collected here
     small,
     test_golden_models,
     test_more_copies_than_buffers,
+    test_peers,
     test_slots_and_cuts_never_change_a_bit,
     test_steps_that_do_not_fit_are_refused,
     test_tokens_are_drawn_as_the_cpu_draws_them,
