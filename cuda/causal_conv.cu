@@ -1,6 +1,6 @@
 // Depthwise causal convolution over time, then SiLU, token after token.
 //
-// weight [n_channels, KERNEL_SIZE]; state [n_slots, KERNEL_SIZE - 1, n_channels], oldest first. Tokens of one sequence
+// weight [n_channels, KERNEL_SIZE], bias [n_channels] or null; state [n_slots, KERNEL_SIZE - 1, n_channels], oldest first. Tokens of one sequence
 // stand together and in order; one at position 0 starts its sequence with a zero state. The state of a sequence is read
 // once and written once for all its tokens in the step.
 //
@@ -12,10 +12,10 @@ constexpr int AT_ONCE = 16; // tokens of a thread of `convolve`
 
 // Grid: (ceil(n_channels / 256)).
 KERNEL(256)
-causal_conv(const float *x, int64_t x_stride, const float *weight, float *state, float *out, int64_t out_stride,
+causal_conv(const float *x, int64_t x_stride, const float *weight, const float *bias, float *state, float *out, int64_t out_stride,
             int n_channels, const int *positions, const int *slots, const int *n_tokens) {
     const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
-    float w[KERNEL_SIZE], past[BEFORE];
+    float w[KERNEL_SIZE], past[BEFORE], b = 0.0f;
     auto state_of = [&](int t) { return state + (int64_t)slots[t] * BEFORE * n_channels + channel; };
     auto load_past = [&](int t) {
 #pragma unroll
@@ -24,6 +24,7 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, float *state,
     };
     if (channel < n_channels) { // older than this step
         load_weights(w, weight, channel);
+        b = bias ? bias[channel] : 0.0f;
         load_past(0);
     }
     begin_kernel();
@@ -33,7 +34,7 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, float *state,
         if (t && (slots[t] != slots[t - 1] || positions[t] == 0))
             load_past(t);
         const float now = x[t * x_stride + channel];
-        out[t * out_stride + channel] = convolved(past, now, w);
+        out[t * out_stride + channel] = convolved(past, now, w, b);
         move_on(past, now);
         if (t + 1 == n || slots[t + 1] != slots[t])
 #pragma unroll
@@ -44,13 +45,14 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, float *state,
 
 // Grid: (ceil(n_channels / 256), ceil(tokens / AT_ONCE)). Not in place.
 KERNEL(256)
-convolve(const float *x, int64_t x_stride, const float *weight, const float *state, float *out, int64_t out_stride,
+convolve(const float *x, int64_t x_stride, const float *weight, const float *bias, const float *state, float *out, int64_t out_stride,
          int n_channels, const int *positions, const int *slots, const int *n_tokens) {
     begin_kernel();
     const int channel = blockIdx.x * 256 + threadIdx.x, first = blockIdx.y * AT_ONCE, end = min(first + AT_ONCE, *n_tokens);
     if (channel >= n_channels || first >= end)
         return;
     float w[KERNEL_SIZE], past[BEFORE];
+    const float b = bias ? bias[channel] : 0.0f;
     load_weights(w, weight, channel);
     const int slot = slots[first];
     const float *kept = state + (int64_t)slot * BEFORE * n_channels + channel;
@@ -72,7 +74,7 @@ convolve(const float *x, int64_t x_stride, const float *weight, const float *sta
                 past[j] = positions[t] == 0 ? 0.0f : own[j * n_channels];
         }
         const float now = x[t * x_stride + channel];
-        out[t * out_stride + channel] = convolved(past, now, w);
+        out[t * out_stride + channel] = convolved(past, now, w, b);
         move_on(past, now);
     }
 }

@@ -6,12 +6,12 @@
 constexpr int BEFORE = KERNEL_SIZE - 1;
 
 // The new output; `past` are the inputs before `now`, oldest first.
-DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[KERNEL_SIZE]) {
+DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[KERNEL_SIZE], float bias = 0.0f) {
     float acc = 0.0f;
 #pragma unroll
     for (int j = 0; j < BEFORE; j++)
         acc = __fmaf_rn(past[j], w[j], acc);
-    return silu(__fmaf_rn(now, w[BEFORE], acc));
+    return silu(__fmaf_rn(now, w[BEFORE], acc) + bias);
 }
 
 DEVICE void load_weights(float (&w)[KERNEL_SIZE], const float *weight, int channel) {

@@ -2,6 +2,9 @@
 // position 0 starts its sequence with a zero state. The state of a sequence is read once and written once for all its tokens
 // in the step.
 //
+// Without IS_DELTA it is a state-space model: S = exp(a dt) S + dt v k^T, out = S q + skip v, with q and k as they are and
+// dt = softplus(alpha + dt_bias).
+//
 // Grid: (n_v_heads, ceil(V_DIM / 8)); a block is 8 warps, a warp has one row of S in its registers. Only what needs S is done
 // token after token: the block fetches some tokens ahead (cp.async), and its warps share what can be known of them
 // beforehand.
@@ -11,7 +14,7 @@ constexpr int ROWS = 8;                                       // of S, one for e
 constexpr int AT_ONCE = 1024 / K_DIM < 8 ? 1024 / K_DIM : 8; // tokens that are prepared together
 
 struct Token {
-    float query_factor, decay, step; // step: sigmoid(beta)
+    float query_factor, decay, step; // step: sigmoid(beta), or dt
     int begins, ends, slot;          // whether S is to be read (2), zero (1) or kept on (0), and written
 };
 
@@ -21,8 +24,8 @@ struct Tokens {
 
 KERNEL(ROWS *WARP)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
-          const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, float *state, float *out,
-          int64_t out_stride, int n_k_heads, int is_grouped, float eps, const int *positions, const int *slots,
+          const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, const float *skip, float *state,
+          float *out, int64_t out_stride, int n_k_heads, int is_grouped, float eps, const int *positions, const int *slots,
           const int *n_tokens) {
     __shared__ Tokens fetched[2];
     __shared__ Token tokens[AT_ONCE];
@@ -50,19 +53,21 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
     // What does not depend on S. Keys are normalised where they lie.
     auto prepare = [&](Tokens &own, int i, int t) {
         float query_squares = 0.0f, key_squares = 0.0f;
-        for (int j = lane; j < K_DIM; j += WARP) {
+        for (int j = lane; IS_DELTA && j < K_DIM; j += WARP) {
             query_squares = __fmaf_rn(own.queries[i][j], own.queries[i][j], query_squares);
             key_squares = __fmaf_rn(own.keys[i][j], own.keys[i][j], key_squares);
         }
-        const float query_factor = factor_of_query(warp_sum(query_squares), eps);
-        const float key_factor = factor_of_key(warp_sum(key_squares), eps);
-        for (int j = lane; j < K_DIM; j += WARP)
+        const float query_factor = IS_DELTA ? factor_of_query(warp_sum(query_squares), eps) : 1.0f;
+        const float key_factor = IS_DELTA ? factor_of_key(warp_sum(key_squares), eps) : 1.0f;
+        for (int j = lane; IS_DELTA && j < K_DIM; j += WARP)
             own.keys[i][j] *= key_factor;
         if (lane)
             return;
         const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
         tokens[i] = {query_factor, decay_of(a[head], alpha[t * alpha_stride + head], dt_bias[head]),
-                     sigmoid(beta[t * beta_stride + head]), begins, t + 1 == n || slots[t + 1] != slot, slot};
+                     IS_DELTA ? sigmoid(beta[t * beta_stride + head])
+                              : exact_softplus(alpha[t * alpha_stride + head] + dt_bias[head]),
+                     begins, t + 1 == n || slots[t + 1] != slot, slot};
     };
 
     // The first token's state is older than this step: it comes while the kernel before still computes.
@@ -110,10 +115,12 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
                 result += __shfl_xor_sync(ALL_LANES, result, step);
             }
             if (i && lane == 0)
-                out[(first + i - 1) * out_stride + head * V_DIM + row] = result * tokens[i - 1].query_factor;
+                out[(first + i - 1) * out_stride + head * V_DIM + row] =
+                    IS_DELTA ? result * tokens[i - 1].query_factor
+                             : __fmaf_rn(skip[head], own.values[i - 1][warp], result);
             if (!exists)
                 break;
-            const float step = token.step * (own.values[i][warp] - recalled);
+            const float step = token.step * (IS_DELTA ? own.values[i][warp] - recalled : own.values[i][warp]);
             result = 0.0f;
 #pragma unroll
             for (int j = 0; j < PER_LANE; j++) {

@@ -15,11 +15,10 @@ DEVICE int key_head_of(int head, int n_k_heads, int n_v_heads, int is_grouped) {
     return is_grouped ? head / (n_v_heads / n_k_heads) : head % n_k_heads;
 }
 
-// The softplus here is exact: it decides how long the state remembers.
-DEVICE float decay_of(float a, float alpha, float dt_bias) {
-    const float x = alpha + dt_bias, softplus = fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
-    return expf(a * softplus);
-}
+// log(1 + exp(x)) without overflow, more exact than `softplus`: it decides how long the state remembers.
+DEVICE float exact_softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
+DEVICE float decay_of(float a, float alpha, float dt_bias) { return expf(a * exact_softplus(alpha + dt_bias)); }
 
 // What queries and keys are multiplied by, from the sum of their squares.
 DEVICE float factor_of_query(float squares, float eps) { return __fdiv_rn(1.0f, __fsqrt_rn((squares + eps) * (float)K_DIM)); }

@@ -78,12 +78,12 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
     rotate(x + row * x_stride + head * head_dim, i, n_rot, is_adjacent, turn);
 }
 
-// out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; in
-// place allowed.
+// out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; the
+// weights of the next group lie `weight_step` further. In place allowed.
 // Grid: (groups, rows); a block of whole warps takes one group.
 KERNEL(THREADS)
 rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride, int group_size,
-         float eps, const int *n_rows) {
+         int weight_step, float eps, const int *n_rows) {
     begin_kernel();
     __shared__ float partial[THREADS / WARP];
     const int row = blockIdx.y;
@@ -97,5 +97,5 @@ rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int6
     const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
     float *result = out + row * out_stride + blockIdx.x * group_size;
     for (int i = threadIdx.x; i < group_size; i += blockDim.x)
-        result[i] = weight ? values[i] * factor * weight[i] : values[i] * factor;
+        result[i] = weight ? values[i] * factor * weight[blockIdx.x * weight_step + i] : values[i] * factor;
 }

@@ -20,6 +20,7 @@ ROWS_OUTPUTS: int  # an operation over the rows picked by `select_outputs` and a
 GATE_SIGMOID: int  # x * sigmoid(gate)
 GATE_SILU: int  # x * silu(gate)
 GATE_SOFTPLUS: int  # x * ln(1 + exp(gate))
+GATE_RELU: int  # x * max(gate, 0)
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -30,6 +31,7 @@ SCORE_SOFTMAX_TOPK: int  # softmax over the chosen experts only
 
 ACTIVATE_SILU: int  # silu(gate) * up
 ACTIVATE_CLAMPED_SWISH: int  # gpt-oss: swish of a clamped gate times (up + 1)
+ACTIVATE_RELU: int  # max(gate, 0) * up
 
 KV_F32: int
 KV_F16: int
@@ -170,10 +172,14 @@ class Program:
         out_stride: int,
         n_groups: int,
         group_size: int,
+        weight_step: int,
         eps: float,
         rows: int,
     ) -> None:
-        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps). weight float32 [group_size]; in place allowed."""
+        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps); in place allowed.
+
+        weight is float32 [group_size] with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`.
+        """
 
     def quantize(self, x: int, x_stride: int, n_cols: int, activation: int, out: int, rows: int) -> None:
         """Write activation rows (`activation_bytes(activation, n_cols)` apart) of float32 rows."""
@@ -309,13 +315,14 @@ class Program:
         x: int,
         x_stride: int,
         weight: int,
+        bias: int,
         state: int,
         out: int,
         out_stride: int,
         n_channels: int,
         kernel_size: int,
     ) -> None:
-        """Depthwise causal convolution and SiLU. weight float32 [n_channels, kernel_size]; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
+        """Depthwise causal convolution and SiLU. weight float32 [n_channels, kernel_size], bias [n_channels] or 0; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
 
     def delta_net(
         self,
@@ -329,6 +336,7 @@ class Program:
         alpha_stride: int,
         a: int,
         dt_bias: int,
+        skip: int,
         state: int,
         out: int,
         out_stride: int,
@@ -344,6 +352,9 @@ class Program:
         beta = sigmoid(beta), decay = exp(a * softplus(alpha + dt_bias)), both [n_v_heads].
         v head h uses k head h // (n_v_heads / n_k_heads) if `grouped`, else h % n_k_heads.
         state float32 [n_slots, n_v_heads, k_dim, v_dim].
+
+        With `skip`, float32 [n_v_heads], in place of beta it is a state-space model: q and k as they are, and with
+        dt = softplus(alpha + dt_bias) S = exp(a dt) S + dt k v', out = S'q + skip v.
         """
 
     def router(
@@ -387,7 +398,8 @@ class Program:
     ) -> None:
         """Gated FFN of the chosen experts: out[t, rank] = down_e(act(gate_e x[t], up_e x[t])), not yet weighted.
 
-        `activation` is ACTIVATE_SILU, silu(g) * u, or ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u
+        `activation` is ACTIVATE_SILU, silu(g) * u, ACTIVATE_RELU, max(g, 0) * u (where both have one table, that is read
+        once), or ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u
         within 7 of 0. With a limit above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
         address of each expert's first row and is read in every run; scale is float32 [n_experts], bias [n_experts, rows]. gate and up have `ffn_size` rows of
         `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.

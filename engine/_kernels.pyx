@@ -52,6 +52,7 @@ cdef extern from "kernels/ops.h":
         _GATE_SIGMOID "GATE_SIGMOID"
         _GATE_SILU "GATE_SILU"
         _GATE_SOFTPLUS "GATE_SOFTPLUS"
+        _GATE_RELU "GATE_RELU"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
@@ -59,6 +60,7 @@ cdef extern from "kernels/ops.h":
         _SCORE_SOFTMAX_TOPK "SCORE_SOFTMAX_TOPK"
         _ACTIVATE_SILU "ACTIVATE_SILU"
         _ACTIVATE_CLAMPED_SWISH "ACTIVATE_CLAMPED_SWISH"
+        _ACTIVATE_RELU "ACTIVATE_RELU"
         _KV_F32 "KV_F32"
         _KV_F16 "KV_F16"
         _KV_Q8_0 "KV_Q8_0"
@@ -79,7 +81,7 @@ cdef extern from "kernels/ops.h":
     ctypedef struct rms_norm_args:
         matrix x, out
         const float *weight
-        int group_size
+        int group_size, weight_step
         float eps
     ctypedef struct quantize_args:
         matrix x
@@ -115,6 +117,7 @@ cdef extern from "kernels/ops.h":
     ctypedef struct causal_conv_args:
         matrix x, out
         const float *weight
+        const float *bias
         float *state
         int n_channels, kernel_size
     ctypedef struct delta_net_args:
@@ -125,6 +128,7 @@ cdef extern from "kernels/ops.h":
         matrix beta, alpha, out
         const float *a
         const float *dt_bias
+        const float *skip
         float *state
         int n_k_heads, n_v_heads, k_dim, v_dim
         c_bool grouped
@@ -270,6 +274,7 @@ ROWS_OUTPUTS = _ROWS_OUTPUTS
 GATE_SIGMOID = _GATE_SIGMOID
 GATE_SILU = _GATE_SILU
 GATE_SOFTPLUS = _GATE_SOFTPLUS
+GATE_RELU = _GATE_RELU
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
@@ -277,6 +282,7 @@ SCORE_SIGMOID = _SCORE_SIGMOID
 SCORE_SOFTMAX_TOPK = _SCORE_SOFTMAX_TOPK
 ACTIVATE_SILU = _ACTIVATE_SILU
 ACTIVATE_CLAMPED_SWISH = _ACTIVATE_CLAMPED_SWISH
+ACTIVATE_RELU = _ACTIVATE_RELU
 KV_F32 = _KV_F32
 KV_F16 = _KV_F16
 KV_Q8_0 = _KV_Q8_0
@@ -662,17 +668,20 @@ cdef class Program:
         int64_t out_stride,
         int n_groups,
         int group_size,
+        int weight_step,
         float eps,
         int rows,
     ):
         need_at_least("n_groups", n_groups, 1)
         need_at_least("group_size", group_size, 1)
+        need(weight_step in (0, group_size), f"weight_step is {weight_step}; expected 0 or {group_size}")
         need_one_of("rows", rows, 2)
         cdef rms_norm_args args
         args.x = need_matrix("x", x, x_stride, n_groups * <int64_t> group_size)
         args.weight = <const float *> need_address("weight", weight)
         args.out = need_matrix("out", out, out_stride, n_groups * <int64_t> group_size)
         args.group_size = group_size
+        args.weight_step = weight_step
         args.eps = eps
         recorded(program_rms_norm(self._program, args, n_groups, rows))
 
@@ -749,7 +758,7 @@ cdef class Program:
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 3)
+        need_one_of("kind", kind, 4)
         need_at_least("n_gates", n_gates, 1)
         need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
@@ -904,6 +913,7 @@ cdef class Program:
         uintptr_t x,
         int64_t x_stride,
         uintptr_t weight,
+        uintptr_t bias,
         uintptr_t state,
         uintptr_t out,
         int64_t out_stride,
@@ -917,6 +927,7 @@ cdef class Program:
         args.x = need_matrix("x", x, x_stride, n_channels)
         args.out = need_matrix("out", out, out_stride, n_channels)
         args.weight = <const float *> need_address("weight", weight)
+        args.bias = <const float *> bias
         args.state = <float *> need_address("state", state)
         args.n_channels = n_channels
         args.kernel_size = kernel_size
@@ -934,6 +945,7 @@ cdef class Program:
         int64_t alpha_stride,
         uintptr_t a,
         uintptr_t dt_bias,
+        uintptr_t skip,
         uintptr_t state,
         uintptr_t out,
         int64_t out_stride,
@@ -955,7 +967,9 @@ cdef class Program:
         args.k = need_matrix("k", k, qkv_stride, key_size).at
         args.v = need_matrix("v", v, qkv_stride, value_size).at
         args.qkv_stride = qkv_stride
-        args.beta = need_matrix("beta", beta, beta_stride, n_v_heads)
+        need(bool(beta) != bool(skip), "expected beta, or skip in its place")
+        args.beta = need_matrix("beta", beta, beta_stride, n_v_heads) if beta else matrix(NULL, 0)
+        args.skip = <const float *> skip
         args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads)
         args.out = need_matrix("out", out, out_stride, value_size)
         args.a = <const float *> need_address("a", a)
@@ -1044,7 +1058,7 @@ cdef class Program:
         int64_t out_stride,
     ):
         need_experts(n_experts, n_experts_used)
-        need_one_of("activation", activation, 2)
+        need_one_of("activation", activation, 3)
         cdef experts_args args
         args.x_gate = <const uint8_t *> need_address("x_gate", x_gate)
         args.x_gate_row_bytes = x_gate_row_bytes

@@ -159,6 +159,33 @@ class DeltaNetSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpaceSpec:
+    """Mamba-2, the recurrent layers of Nemotron. `n_heads / n_groups` heads share what they read and write with.
+
+    Attributes:
+        head_dim: values of a head.
+        state_size: how many such vectors a head keeps.
+        kernel_size: tokens of the convolution before it.
+    """
+
+    n_heads: int
+    n_groups: int
+    head_dim: int
+    state_size: int
+    kernel_size: int
+
+    @property
+    def inner_size(self) -> int:
+        """Return the width of all heads."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Return the width of what all groups write with, and of what they read with."""
+        return self.n_groups * self.state_size
+
+
+@dataclass(frozen=True, slots=True)
 class MoESpec:
     """Routed experts of the layers that have a router; all zero for a dense model.
 
@@ -171,6 +198,7 @@ class MoESpec:
         scale: factor of the weights after that.
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
+        latent_size: width of what experts take and give, where it is not that of the residual stream; 0: it is.
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
             networks, 0 for nothing; no entry: nothing.
     """
@@ -185,6 +213,7 @@ class MoESpec:
     n_groups: int = 1
     n_groups_used: int = 1
     weights_input: bool = False
+    latent_size: int = 0
     limits: tuple[float, ...] = ()
     shared_limits: tuple[float, ...] = ()
 
@@ -210,7 +239,8 @@ class ModelSpec:
         norm_eps: epsilon of every normalisation.
         attention: softmax attention of any kind.
         moe: the routed experts.
-        recurrent_layers: for each layer, whether it is a delta net instead of attention; empty: none is.
+        recurrent_layers: for each layer, whether it carries a state instead of attention; empty: none does.
+        delta_net, state_space: how, if some do.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
     """
@@ -226,6 +256,7 @@ class ModelSpec:
     moe: MoESpec
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
+    state_space: StateSpaceSpec | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0

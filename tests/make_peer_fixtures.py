@@ -55,6 +55,9 @@ class Peer:
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
+        kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network.
+        state_space_layers: those of other models.
+        expert_width: what experts take and give where that is not HIDDEN.
         is_latent: whether attention is multi-head latent attention.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
@@ -82,6 +85,9 @@ class Peer:
     tied: bool = False
     sinks: tuple[int, ...] = ()
     recurrent: bool = False
+    kinds: str = ""
+    state_space_layers: tuple[int, ...] = ()
+    expert_width: int = 0
     is_latent: bool = False
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
@@ -101,6 +107,15 @@ DELTA_NET = {
     "ssm.group_count": DELTA_K_HEADS,
     "full_attention_interval": 2,
     "rope.dimension_sections": [2, 1, 1, 0],
+}
+STATE_HEADS, STATE_GROUPS, STATE_HEAD_DIM, STATE_SIZE, STATE_KERNEL = 4, 2, 16, 24, 4
+STATE_SPACE = {
+    "ssm.conv_kernel": STATE_KERNEL,
+    "ssm.inner_size": STATE_HEADS * STATE_HEAD_DIM,
+    "ssm.state_size": STATE_SIZE,
+    "ssm.time_step_rank": STATE_HEADS,
+    "ssm.group_count": STATE_GROUPS,
+    "attention.layer_norm_epsilon": 1e-5,
 }
 QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
 LATENT = {
@@ -222,6 +237,24 @@ PEERS = {
         shared_size=2 * FFN,
         router_bias=0.05,
         tied=True,
+    ),
+    "granitehybrid": Peer(
+        "granitehybrid",
+        3,
+        MOE
+        | STATE_SPACE
+        | {
+            "attention.head_count_kv": [0, N_KV_HEADS, 0],
+            "feed_forward_length": FFN,
+            "rope.scaling.finetuned": False,
+            "logit_scale": 1.5,
+            "residual_scale": 0.7,
+            "expert_shared_feed_forward_length": FFN,
+        },
+        moe_layers=(0, 1, 2),
+        shared_size=FFN,
+        tied=True,
+        state_space_layers=(0, 2),
     ),
     "granitemoe": Peer(
         "granitemoe",
@@ -350,6 +383,36 @@ PEERS = {
         shared_size=FFN,
         is_latent=True,
     ),
+    "nemotron_h_moe": Peer(
+        "nemotron_h_moe",
+        4,
+        MOE
+        | STATE_SPACE
+        | {
+            "attention.head_count_kv": [0, 0, N_KV_HEADS, 0],
+            "feed_forward_length": [0, FFN, 0, FFN],
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": 2 * FFN,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "moe_latent_size": 32,
+        },
+        moe_layers=(1, 3),
+        shared_size=2 * FFN,
+        router_bias=0.2,
+        kinds="sfaf",
+        expert_width=32,
+    ),
+    "nemotron_h": Peer(
+        "nemotron_h",
+        3,
+        STATE_SPACE
+        | {
+            "attention.head_count_kv": [0, N_KV_HEADS, 0],
+            "feed_forward_length": [0, 0, 2 * FFN],
+        },
+        kinds="saf",
+    ),
     "qwen3vlmoe": Peer(
         "qwen3vlmoe",
         2,
@@ -422,6 +485,9 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "attn_norm.weight", draw.norm(HIDDEN)
+    if peer.kinds:
+        yield from one_kind(peer, layer, draw)
+        return
     yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
     if peer.post_norms:
         yield "post_attention_norm.weight", draw.norm(HIDDEN)
@@ -429,6 +495,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     is_recurrent = peer.recurrent and (layer + 1) % 2 != 0
     if is_recurrent:
         yield from delta_net(draw)
+    elif layer in peer.state_space_layers:
+        yield from state_space(draw)
     else:
         yield from latent_attention(draw) if peer.is_latent else attention(peer, layer, draw)
     if layer not in peer.moe_layers:
@@ -442,6 +510,39 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
     if peer.shared_size:
         yield from feed_forward("_shexp", peer.shared_size, draw)
+
+
+def one_kind(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    if peer.kinds[layer] == "s":
+        yield from state_space(draw)
+    elif peer.kinds[layer] == "a":
+        yield from attention(peer, layer, draw)
+    elif layer not in peer.moe_layers:
+        yield "ffn_up.weight", draw.matrix(2 * FFN, HIDDEN)
+        yield "ffn_down.weight", draw.matrix(HIDDEN, 2 * FFN)
+    else:
+        width = peer.expert_width or HIDDEN
+        yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=6.0)
+        yield "exp_probs_b.bias", draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
+        yield "ffn_up_exps.weight", draw.matrix(N_EXPERTS, FFN, width)
+        yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, width, FFN, gain=0.3)
+        yield "ffn_up_shexp.weight", draw.matrix(peer.shared_size, HIDDEN)
+        yield "ffn_down_shexp.weight", draw.matrix(HIDDEN, peer.shared_size, gain=0.3)
+        if peer.expert_width:
+            yield "ffn_latent_down.weight", draw.matrix(width, HIDDEN)
+            yield "ffn_latent_up.weight", draw.matrix(HIDDEN, width)
+
+
+def state_space(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    inner, keys = STATE_HEADS * STATE_HEAD_DIM, STATE_GROUPS * STATE_SIZE
+    yield "ssm_in.weight", draw.matrix(2 * inner + 2 * keys + STATE_HEADS, HIDDEN)
+    yield "ssm_conv1d.weight", draw.matrix(inner + 2 * keys, STATE_KERNEL)
+    yield "ssm_conv1d.bias", draw.between(-0.5, 0.5, inner + 2 * keys)
+    yield "ssm_dt.bias", draw.between(-1, 1, STATE_HEADS)
+    yield "ssm_a", draw.between(-2, -0.1, STATE_HEADS, 1)
+    yield "ssm_d", draw.between(0.5, 1.5, STATE_HEADS, 1)
+    yield "ssm_norm.weight", draw.norm(inner).reshape(STATE_GROUPS, -1)
+    yield "ssm_out.weight", draw.matrix(HIDDEN, inner)
 
 
 def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

@@ -71,7 +71,7 @@ class ReferenceProgram:
         x = self[op.x].reshape(len(self.token_ids), -1, op.group_size)
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps)
         if op.weight is not None:
-            x = x * self.vector(op.weight)
+            x = x * self.vector(op.weight).reshape(-1, op.group_size)
         self[op.out] = x.reshape(len(x), -1)
 
     def linear(self, op: ops.Linear) -> None:
@@ -151,24 +151,28 @@ class ReferenceProgram:
         x = np.concatenate([before, self[op.x]])
         self.states[op.state] = x[len(x) - op.kernel_size + 1 :]
         n = len(self.token_ids)
-        self[op.out] = _silu(sum(x[j : j + n] * kernel[:, j] for j in range(op.kernel_size)))
+        sums = sum(x[j : j + n] * kernel[:, j] for j in range(op.kernel_size))
+        self[op.out] = _silu(sums + (0 if op.bias is None else self.vector(op.bias)))
 
     def delta_net(self, op: ops.DeltaNet) -> None:
         n, n_k, n_v = len(self.token_ids), op.n_k_heads, op.n_v_heads
         q, k = (self[t].reshape(n, n_k, -1) for t in (op.q, op.k))
-        q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))
-        q = q / math.sqrt(q.shape[-1])
         v = self[op.v].reshape(n, n_v, -1)
-        beta = _sigmoid(self[op.beta])
-        decay = np.exp(self.vector(op.a) * np.logaddexp(0, self[op.alpha] + self.vector(op.dt_bias)))
+        dt = np.logaddexp(0, self[op.alpha] + self.vector(op.dt_bias))
+        decay, recalls = np.exp(self.vector(op.a) * dt), op.beta is not None
+        if op.beta is not None:
+            q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))
+            q, rate, skip = q / math.sqrt(q.shape[-1]), _sigmoid(self[op.beta]), np.zeros_like(v)
+        else:
+            rate, skip = dt, self.vector(op.skip)[:, None] * v
         key_head = np.arange(n_v) // (n_v // n_k) if op.grouped else np.arange(n_v) % n_k
         state = self.states.get(op.state, np.zeros((n_v, v.shape[-1], k.shape[-1])))
         outs = []
         for t in range(n):
             state = state * decay[t, :, None, None]
-            error = v[t] - np.einsum("hvk,hk->hv", state, k[t, key_head])
-            state = state + np.einsum("hv,hk->hvk", beta[t, :, None] * error, k[t, key_head])
-            outs.append(np.einsum("hvk,hk->hv", state, q[t, key_head]).reshape(-1))
+            recalled = np.einsum("hvk,hk->hv", state, k[t, key_head]) if recalls else 0
+            state = state + np.einsum("hv,hk->hvk", rate[t, :, None] * (v[t] - recalled), k[t, key_head])
+            outs.append((np.einsum("hvk,hk->hv", state, q[t, key_head]) + skip[t]).reshape(-1))
         self.states[op.state] = state
         self[op.out] = np.stack(outs)
 
@@ -227,11 +231,18 @@ def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return np.minimum(_silu(gate), op.limit) * np.clip(up, -op.limit, op.limit)
     if op.activation == Activation.SILU:
         return _silu(gate) * up
+    if op.activation == Activation.RELU:
+        return np.maximum(gate, 0) * up
     gate = np.minimum(gate, 7)
     return gate * _sigmoid(1.702 * gate) * (np.clip(up, -7, 7) + 1)
 
 
-_GATINGS = {Gating.SIGMOID: _sigmoid, Gating.SILU: _silu, Gating.SOFTPLUS: lambda x: np.logaddexp(0, x)}
+_GATINGS = {
+    Gating.SIGMOID: _sigmoid,
+    Gating.SILU: _silu,
+    Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
+    Gating.RELU: lambda x: np.maximum(x, 0),
+}
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ EXPERTS = {  # formats, hidden_size, ffn_size, activation, limit
     "blocks of 32": (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH, 0.0),
     "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, 0.0),
     "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.SILU, 0.3),
-    "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.SILU, 0.0),
+    "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.RELU, 0.0),
 }
 
 
@@ -414,6 +414,10 @@ def test_elementwise_operations(mode: str) -> None:
         groups = x.reshape(n_rows, 3, 100).astype(np.float64)
         expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * weight
         assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
+        columns = rng.standard_normal((3, 100)).astype(F32)
+        rows = (emulator.rows(x), emulator.at(columns), emulator.rows(out))
+        emulator.run(elementwise.rms_norm(*rows, 3, 100, 1e-6, count, weight_step=100), order, seed)
+        assert out == pytest.approx((expected / weight * columns).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
         launch = elementwise.rms_norm(emulator.rows(x), 0, emulator.rows(out), 3, 100, 1e-6, count)
         emulator.run(launch, order, seed)
         assert out == pytest.approx((expected / weight).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
@@ -459,6 +463,7 @@ FUNCTIONS = {
     Gating.SIGMOID: sigmoid,
     Gating.SILU: lambda x: x * sigmoid(x),
     Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
+    Gating.RELU: lambda x: np.maximum(x, 0),
 }
 
 
@@ -879,19 +884,29 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "lengths", "mode"),
+    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "is_delta", "lengths", "mode"),
     [
-        (128, 128, 2, 4, False, (2, 3), "fast"),
-        (16, 24, 1, 2, True, (2, 3), "race"),
-        (16, 12, 1, 2, True, (2, 17), "asan"),
-        (32, 8, 2, 2, False, (21, 40), "race"),
-        (128, 16, 2, 4, False, (33, 1), "fast"),
+        (128, 128, 2, 4, False, True, (2, 3), "fast"),
+        (16, 24, 1, 2, True, True, (2, 3), "race"),
+        (16, 12, 1, 2, True, True, (2, 17), "asan"),
+        (32, 8, 2, 2, False, True, (21, 40), "race"),
+        (128, 16, 2, 4, False, True, (33, 1), "fast"),
+        (128, 64, 2, 4, True, False, (2, 30), "fast"),
+        (16, 12, 1, 2, True, False, (17, 3), "asan"),
+        (32, 8, 2, 4, True, False, (21, 20), "race"),
     ],
 )
 def test_recurrent_layers(
-    k_dim: int, v_dim: int, n_k_heads: int, n_v_heads: int, grouped: bool, lengths: tuple[int, int], mode: str
+    k_dim: int,
+    v_dim: int,
+    n_k_heads: int,
+    n_v_heads: int,
+    grouped: bool,
+    is_delta: bool,
+    lengths: tuple[int, int],
+    mode: str,
 ) -> None:
-    """Two sequences in one step: one goes on from its state, the other begins."""
+    """Two sequences in one step: one goes on from its state, the other begins. Delta nets and state-space models."""
     rng, emulator = np.random.default_rng(8), Emulator(mode)
     slots = np.repeat(np.array([1, 0], np.int32), lengths)
     positions = np.concatenate([np.arange(4, 4 + lengths[0]), np.arange(lengths[1])]).astype(np.int32)
@@ -900,6 +915,8 @@ def test_recurrent_layers(
     n_channels, kernel_size, eps = 2 * n_k + n_v, 4, 1e-6
     x = rng.standard_normal((n_tokens, n_channels)).astype(F32)
     weight = rng.standard_normal((n_channels, kernel_size)).astype(F32)
+    bias = (0 if is_delta else 1) * rng.standard_normal(n_channels).astype(F32)
+    skip = rng.standard_normal(n_v_heads).astype(F32)
     old_conv = rng.standard_normal((2, kernel_size - 1, n_channels)).astype(F32)
     old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
     beta, alpha = (rng.standard_normal((n_tokens, n_v_heads)).astype(F32) for _ in range(2))
@@ -909,29 +926,35 @@ def test_recurrent_layers(
     for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
         before = old_conv[slot] if positions[first] else np.zeros_like(old_conv[slot])
         seen = np.concatenate([before, x[first:end]])
-        y = sum(seen[j : j + end - first] * weight[:, j] for j in range(kernel_size))
+        y = sum(seen[j : j + end - first] * weight[:, j] for j in range(kernel_size)) + bias
         expected_conv[first:end] = y * sigmoid(y)
         new_conv[slot] = seen[len(seen) - kernel_size + 1 :]
 
     q, k = (x[:, i * n_k : (i + 1) * n_k].reshape(n_tokens, n_k_heads, k_dim).astype(np.float64) for i in (0, 1))
-    q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + eps) for t in (q, k))
+    if is_delta:
+        q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + eps) for t in (q, k))
+        q = q / np.sqrt(k_dim)
     v = x[:, 2 * n_k :].reshape(n_tokens, n_v_heads, v_dim)
     key_head = np.arange(n_v_heads) // (n_v_heads // n_k_heads) if grouped else np.arange(n_v_heads) % n_k_heads
-    decay = np.exp(a * np.logaddexp(0, alpha + dt_bias))
+    dt = np.logaddexp(0, alpha + dt_bias)
+    decay = np.exp(a * dt)
     new_state = old_state.astype(np.float64)
     new_state[0] = 0
     expected = []
     for t in range(n_tokens):
         state = new_state[slots[t]] * decay[t, :, None, None]
-        error = v[t] - np.einsum("hvk,hk->hv", state, k[t, key_head])
-        state = state + np.einsum("hv,hk->hvk", sigmoid(beta[t])[:, None] * error, k[t, key_head])
+        recalled = np.einsum("hvk,hk->hv", state, k[t, key_head])
+        added = sigmoid(beta[t])[:, None] * (v[t] - recalled) if is_delta else dt[t, :, None] * v[t]
+        state = state + np.einsum("hv,hk->hvk", added, k[t, key_head])
         new_state[slots[t]] = state
-        expected.append(np.einsum("hvk,hk->hv", state, q[t, key_head]).ravel() / np.sqrt(k_dim))
+        found = np.einsum("hvk,hk->hv", state, q[t, key_head]) + (0 if is_delta else skip[:, None] * v[t])
+        expected.append(found.ravel())
 
     places = (emulator.at(positions), emulator.at(slots), emulator.count(n_tokens))
     for order, seed in SCHEDULES:
         conv, out = old_conv.copy(), np.zeros_like(x)
-        rows = (emulator.rows(x), emulator.at(weight), emulator.at(conv), emulator.rows(out))
+        at_bias = 0 if is_delta else emulator.at(bias)
+        rows = (emulator.rows(x), emulator.at(weight), at_bias, emulator.at(conv), emulator.rows(out))
         emulator.run(recurrent.causal_conv(*rows, n_channels, kernel_size, *places), order, seed)
         assert out == pytest.approx(expected_conv, rel=1e-5, abs=1e-5)
         assert same_bits(conv, new_conv)
@@ -943,10 +966,11 @@ def test_recurrent_layers(
             qkv.address + 4 * n_k,
             qkv.address + 8 * n_k,
             qkv.stride,
-            emulator.rows(beta),
+            emulator.rows(beta) if is_delta else None,
             emulator.rows(alpha),
             emulator.at(a),
             emulator.at(dt_bias),
+            0 if is_delta else emulator.at(skip),
             emulator.at(state),
             emulator.rows(out),
             n_k_heads,
@@ -1026,8 +1050,16 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
                 convolved, count = np.zeros_like(x), emulator.count(1, 1)
                 q, stride = emulator.rows(convolved)
                 parts = (q, q + 4 * n_k, q + 8 * n_k, stride, emulator.rows(beta), emulator.rows(alpha))
-                conv = (emulator.rows(x), parameters[0], states[0], emulator.rows(convolved), n_channels, kernel_size)
-                net_sizes, own = (*sizes, grouped, eps, *places, count), (*parameters[1:], states[1])
+                conv = (
+                    emulator.rows(x),
+                    parameters[0],
+                    0,
+                    states[0],
+                    emulator.rows(convolved),
+                    n_channels,
+                    kernel_size,
+                )
+                net_sizes, own = (*sizes, grouped, eps, *places, count), (*parameters[1:], 0, states[1])
                 gate = GateOf(gating, emulator.rows(by), n_cols, n_cols)
                 launches = [
                     *recurrent.causal_conv(*conv, *places, count),

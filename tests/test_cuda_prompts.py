@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def test_long_steps_have_the_bits_of_single_tokens(
         assert opened.program.limits.max_tokens == 40
         for cuts in ((), (17,), (9, 10, 14, 17, 26)):  # streamed; and parts for which the CPU is asked
             assert_same(prompt(opened, cuts, slot=1), single_tokens)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "laguna", "mimo2", "nemotron_h_moe", "step35"])
+def test_long_steps_of_other_architectures(name: str, data: Path) -> None:
+    """What only some have: experts of two matrices, gates of heads, limits, other heads in every layer."""
+    model = Model(data / "peers" / f"{name}-Q8_0.gguf")
+    model.tokens = np.random.default_rng(3).integers(0, model.n_vocab, N_TOKENS).tolist()
+    with model.open(limits=replace(LIMITS, max_tokens=1)) as opened:
+        expected = prompt(opened)
+    for hot_k in (3, 0):
+        with model.open(hot_k=hot_k, **SETTINGS) as opened:
+            for cuts in ((), (9, 17)):
+                assert_same(prompt(opened, cuts, slot=1), expected)
+    model.close()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,12 @@ def silu(x: np.ndarray) -> np.ndarray:
     return f64(x) * sigmoid(x)
 
 
-GATINGS = {k.GATE_SIGMOID: sigmoid, k.GATE_SILU: silu, k.GATE_SOFTPLUS: lambda x: np.logaddexp(0, x)}
+GATINGS = {
+    k.GATE_SIGMOID: sigmoid,
+    k.GATE_SILU: silu,
+    k.GATE_SOFTPLUS: lambda x: np.logaddexp(0, x),
+    k.GATE_RELU: lambda x: np.maximum(x, 0),
+}
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -88,13 +93,13 @@ def test_embed(seed: int, n: int, table: tuple[str, int], scale: float) -> None:
 
 
 @few
-@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans())
-def test_rms_norm(seed: int, n: int, n_groups: int, size: int, in_place: bool) -> None:
-    x, weight = normal(seed, n, n_groups * size) * 3, normal(seed + 1, size)
+@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.booleans())
+def test_rms_norm(seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool) -> None:
+    x, weight = normal(seed, n, n_groups * size) * 3, normal(seed + 1, n_groups if of_columns else 1, size)
 
     def record(program: k.Program, at) -> None:
         out = at.x if in_place else at.out
-        program.rms_norm(*at.x, at.weight, *out, n_groups, size, 1e-5, k.ROWS_TOKENS)
+        program.rms_norm(*at.x, at.weight, *out, n_groups, size, size * of_columns, 1e-5, k.ROWS_TOKENS)
 
     grouped = f64(x).reshape(n, n_groups, size)
     exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight
@@ -342,6 +347,8 @@ def expert_case(
                 g, u = g + biases[0][e], u + biases[1][e]
             if activation == k.ACTIVATE_SILU:
                 h = np.minimum(silu(g), limit) * np.clip(u, -limit, limit) if limit else silu(g) * u
+            elif activation == k.ACTIVATE_RELU:
+                h = np.maximum(g, 0) * u
             else:
                 g = np.minimum(g, 7)
                 h = g * sigmoid(1.702 * g) * (np.clip(u, -7, 7) + 1)
@@ -358,6 +365,7 @@ def expert_case(
     return case, exact.reshape(n, -1)
 
 
+ACTIVATIONS = [(k.ACTIVATE_SILU, 0.0), (k.ACTIVATE_SILU, 0.5), (k.ACTIVATE_CLAMPED_SWISH, 0.0), (k.ACTIVATE_RELU, 0.0)]
 F32_EXPERTS, Q8_EXPERTS, K_EXPERTS = ("F32", "F32", "F32"), ("Q8_0", "F32", "Q8_0"), ("Q4_K", "Q8_0", "Q4_K")
 
 
@@ -367,7 +375,7 @@ F32_EXPERTS, Q8_EXPERTS, K_EXPERTS = ("F32", "F32", "F32"), ("Q8_0", "F32", "Q8_
     st.integers(1, 40),
     st.sampled_from([(F32_EXPERTS, (24, 37)), (Q8_EXPERTS, (64, 96)), (K_EXPERTS, (256, 256))]),
     st.integers(1, 4),
-    st.sampled_from([(k.ACTIVATE_SILU, 0.0), (k.ACTIVATE_SILU, 0.5), (k.ACTIVATE_CLAMPED_SWISH, 0.0)]),
+    st.sampled_from(ACTIVATIONS),
     st.booleans(),
     st.booleans(),
 )
@@ -662,15 +670,22 @@ def test_a_sequence_that_starts_afresh_sees_nothing_of_the_one_before() -> None:
 
 
 @more
-@given(seeds, st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 70), st.integers(2, 5))
-def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size: int) -> None:
+@given(
+    seeds, st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 70), st.integers(2, 5), st.booleans()
+)
+def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size: int, has_bias: bool) -> None:
     slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
     x, weight = normal(seed, len(slots), n_channels), normal(seed + 1, n_channels, kernel_size)
+    bias = normal(seed + 2, n_channels)
+
+    def record(program: k.Program, at) -> None:
+        program.causal_conv(*at.x, at.weight, at.bias if has_bias else 0, at.state, *at.out, n_channels, kernel_size)
+
     case = Case(
-        lambda program, at: program.causal_conv(*at.x, at.weight, at.state, *at.out, n_channels, kernel_size),
+        record,
         {"x": x},
         {"out": (n_channels, np.float32)},
-        {"weight": weight},
+        {"weight": weight, "bias": bias},
         {"state": 4 * len(lengths) * (kernel_size - 1) * n_channels},
         slots=slots,
         n_slots=len(lengths),
@@ -678,7 +693,8 @@ def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size
     parts = []
     for slot, length in enumerate(lengths):
         padded = np.concatenate([np.zeros((kernel_size - 1, n_channels)), f64(x[np.equal(slots, slot)])])
-        parts.append(silu(sum(padded[j : j + length] * weight[:, j] for j in range(kernel_size))))
+        sums = sum(padded[j : j + length] * weight[:, j] for j in range(kernel_size))
+        parts.append(silu(sums + has_bias * bias))
     case.check({"out": np.concatenate(parts)}, rtol=1e-5, atol=1e-6)
 
 
@@ -689,14 +705,16 @@ def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size
     st.sampled_from([(1, 1), (2, 4), (1, 3)]),
     st.sampled_from([(16, 16), (12, 20), (32, 8)]),
     st.booleans(),
+    st.booleans(),
 )
-def test_delta_net(seed: int, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], grouped: bool) -> None:
+def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, is_delta: bool) -> None:
+    """The gated delta rule, or a state-space model."""
     (n_k, n_v), (k_dim, v_dim) = heads, dims
     slots = np.repeat(np.arange(len(lengths)), lengths)
     n, key, value = len(slots), n_k * k_dim, n_v * v_dim
     qkv = normal(seed, n, 2 * key + value)
     beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v)
-    a, dt_bias = -np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v)
+    a, dt_bias, skip = -np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v), normal(seed + 5, n_v)
 
     def record(program: k.Program, at) -> None:
         address, stride = at.qkv
@@ -705,10 +723,11 @@ def test_delta_net(seed: int, lengths: list[int], heads: tuple[int, int], dims: 
             address + 4 * key,
             address + 8 * key,
             stride,
-            *at.beta,
+            *(at.beta if is_delta else (0, 0)),
             *at.alpha,
             at.a,
             at.dt_bias,
+            0 if is_delta else at.skip,
             at.state,
             *at.out,
             n_k,
@@ -720,24 +739,29 @@ def test_delta_net(seed: int, lengths: list[int], heads: tuple[int, int], dims: 
         )
 
     q, keys = (f64(qkv[:, i * key : (i + 1) * key]).reshape(n, n_k, k_dim) for i in (0, 1))
-    q, keys = (t / np.sqrt((t**2).sum(-1, keepdims=True) + 1e-6) for t in (q, keys))
+    if is_delta:
+        q, keys = (t / np.sqrt((t**2).sum(-1, keepdims=True) + 1e-6) for t in (q, keys))
+        q = q / math.sqrt(k_dim)
     key_head = np.arange(n_v) // (n_v // n_k) if grouped else np.arange(n_v) % n_k
-    q, keys = q[:, key_head] / math.sqrt(k_dim), keys[:, key_head]
+    q, keys = q[:, key_head], keys[:, key_head]
     v = f64(qkv[:, 2 * key :]).reshape(n, n_v, v_dim)
-    decay = np.exp(f64(a) * np.logaddexp(0, f64(alpha) + dt_bias))
+    dt = np.logaddexp(0, f64(alpha) + dt_bias)
+    decay = np.exp(f64(a) * dt)
     exact, state = [], np.zeros((n_v, k_dim, v_dim))
     for t in range(n):
         if t == 0 or slots[t] != slots[t - 1]:
             state = np.zeros_like(state)
         state = state * decay[t, :, None, None]
-        error = sigmoid(beta[t])[:, None] * (v[t] - np.einsum("hkv,hk->hv", state, keys[t]))
-        state = state + keys[t][:, :, None] * error[:, None, :]
-        exact.append(np.einsum("hkv,hk->hv", state, q[t]).reshape(-1))
+        recalled = np.einsum("hkv,hk->hv", state, keys[t])
+        added = sigmoid(beta[t])[:, None] * (v[t] - recalled) if is_delta else dt[t, :, None] * v[t]
+        state = state + keys[t][:, :, None] * added[:, None, :]
+        out = np.einsum("hkv,hk->hv", state, q[t]) + (0 if is_delta else skip[:, None] * v[t])
+        exact.append(out.reshape(-1))
     case = Case(
         record,
         {"qkv": qkv, "beta": beta, "alpha": alpha},
         {"out": (value, np.float32)},
-        {"a": a, "dt_bias": dt_bias},
+        {"a": a, "dt_bias": dt_bias, "skip": skip},
         {"state": 4 * len(lengths) * n_v * k_dim * v_dim},
         slots=slots,
         n_slots=len(lengths),

@@ -109,7 +109,7 @@ def test_the_lowest_limit_of_all_operations_counts(embedding):
 A, B, C = 1 << 20, 2 << 20, 3 << 20  # addresses that are never followed
 FINE = {
     "embed": (A, 0, 10, 8, B, 8, 1.0),
-    "rms_norm": (A, 8, C, B, 8, 2, 4, 1e-6, 0),
+    "rms_norm": (A, 8, C, B, 8, 2, 4, 0, 1e-6, 0),
     "quantize": (A, 256, 256, 1, B, 0),
     "linear": (A, 32, 8, [(B, 0, 4, C, 4, 0, 0)], 0),
     "add": (A, 8, B, 8, C, 8, 8, 0),
@@ -119,9 +119,9 @@ FINE = {
     "scale": (A, 8, 0, 0, B, 8, 8, 2.0, 0),
     "scale_by_position": (A, 8, 8, 1, 4, 0.1),
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0),
-    "causal_conv": (0, 8, 0, C, B, 8, 8, 4),  # 0: real memory, see below
+    "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
-    "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, C, C, 64, 2, 4, 16, 16, True, 1e-6),
+    "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, True, 1e-6),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
     "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
@@ -139,7 +139,8 @@ BAD = [
     ("rms_norm", 1, 7, "the stride of x is 7"),
     ("rms_norm", 2, 0, "the address of weight is 0"),
     ("rms_norm", 5, 0, "n_groups is 0"),
-    ("rms_norm", 8, 2, "rows is 2; expected 0 to 1"),
+    ("rms_norm", 7, 3, "weight_step is 3; expected 0 or 4"),
+    ("rms_norm", 9, 2, "rows is 2; expected 0 to 1"),
     ("quantize", 2, 255, "255 values are not whole groups of 256"),
     ("quantize", 3, 3, "activation is 3"),
     ("quantize", 4, 0, "the address of out is 0"),
@@ -154,7 +155,7 @@ BAD = [
     ("add", 4, 0, "the address of out"),
     ("add", 6, 0, "the width of a is 0"),
     ("gate", 7, 3, "3 gates cannot share 8 columns"),
-    ("gate", 8, 3, "kind is 3"),
+    ("gate", 8, 4, "kind is 4"),
     ("split_heads", 6, 0, "n_heads is 0"),
     ("split_heads", 7, 0, "first_dim is 0"),
     ("split_heads", 1, 11, "the stride of the joined rows is 11"),
@@ -175,13 +176,14 @@ BAD = [
     ("attention", 17, -1, "window is -1"),
     ("attention", 18, -1, "chunk is -1"),
     ("attention", 8, 0, "the address of cache is 0"),
-    ("causal_conv", 7, 1, "kernel_size is 1; expected 2 to 16"),
-    ("causal_conv", 7, 17, "kernel_size is 17"),
+    ("causal_conv", 8, 1, "kernel_size is 1; expected 2 to 16"),
+    ("causal_conv", 8, 17, "kernel_size is 17"),
     ("causal_conv", 1, 7, "the stride of x is 7"),
-    ("delta_net", 13, 3, "4 value heads cannot share 3 key heads evenly"),
-    ("delta_net", 15, 0, "k_dim is 0"),
+    ("delta_net", 14, 3, "4 value heads cannot share 3 key heads evenly"),
+    ("delta_net", 16, 0, "k_dim is 0"),
     ("delta_net", 3, 63, "the stride of v is 63"),
-    ("delta_net", 10, 0, "the address of state is 0"),
+    ("delta_net", 10, A, "expected beta, or skip in its place"),
+    ("delta_net", 11, 0, "the address of state is 0"),
     ("router", 5, 1025, "1025 experts; expected 1 to 1024"),
     ("router", 6, 17, "17 experts of 16 are used"),
     ("router", 7, 3, "scoring is 3"),
@@ -193,7 +195,7 @@ BAD = [
     ("experts", 6, 5, "5 experts of 4 are used"),
     ("experts", 7, (0, 0, 0, 0), "the address of the gate table is 0"),
     ("experts", 9, (C, 12, 0, 0), "not whole blocks of 256"),
-    ("experts", 10, 2, "activation is 2"),
+    ("experts", 10, 3, "activation is 3"),
     ("experts", 15, 15, "the stride of out is 15"),
     ("combine", 3, 0, "n_experts_used is 0"),
     ("combine", 6, A, "a shared gate needs a shared expert"),
@@ -299,9 +301,9 @@ class Memory:
         elif name == "scale" and b != c:
             program.scale(*at[a], *at[b], *at[c], WIDTH, 0.5, rows)
         elif name == "norm of rows":
-            program.rms_norm(*at[a], vector, *at[c], 1, WIDTH, 1e-6, rows)
+            program.rms_norm(*at[a], vector, *at[c], 1, WIDTH, 0, 1e-6, rows)
         elif name == "norm of heads":
-            program.rms_norm(*at[a], vector, *at[c], 4, 16, 1e-6, rows)
+            program.rms_norm(*at[a], vector, *at[c], 4, 16, 0, 1e-6, rows)
         elif name == "linear":
             program.quantize(*at[a], WIDTH, 2, self.quantized.ctypes.data, rows)
             ggml_type, weights = BY_NAME["Q8_0"].ggml_type, self.weights.ctypes.data
@@ -315,7 +317,7 @@ class Memory:
         elif name == "split" and a != c:
             program.split_heads(*at[a], at[c][0], WIDTH, at[c][0] + 128, WIDTH, 2, 16, 16)
         elif name == "conv" and a != c:
-            program.causal_conv(*at[a], vector, self.state.ctypes.data, *at[c], WIDTH, 4)
+            program.causal_conv(*at[a], vector, 0, self.state.ctypes.data, *at[c], WIDTH, 4)
         elif name == "attention" and c not in (a, b):
             cache = self.cache.ctypes.data
             places = (*at[a], *at[b], at[b][0] + 128, WIDTH, *at[c])

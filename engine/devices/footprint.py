@@ -97,7 +97,7 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
     )
     experts = {op.routing.ids.buffer: op for op in graph.operations if isinstance(op, ops.Experts)}
     layers = [experts[routing.ids.buffer] for routing in graph.routings]
-    stacks = [(op.gate, op.up, op.down) for op in layers]
+    stacks = [op.stacks for op in layers]
     dense = _dense_weights(graph)
     whole, window = _cache_bytes(graph, limits)
     recurrent = sum(4 * state.width for state in graph.states)

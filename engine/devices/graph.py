@@ -35,6 +35,7 @@ class Gating(enum.IntEnum):
     SIGMOID = 0
     SILU = 1
     SOFTPLUS = 2
+    RELU = 3
 
 
 class RopeStyle(enum.IntEnum):
@@ -57,6 +58,7 @@ class Activation(enum.IntEnum):
 
     SILU = 0  # silu(gate) * up
     CLAMPED_SWISH = 1  # gpt-oss: g * sigmoid(1.702 g) * (u + 1), with g = min(gate, 7) and u = up clamped to [-7, 7]
+    RELU = 2  # max(gate, 0) * up; where one projection is both, its square above 0, and it is read once
 
 
 class KVType(enum.IntEnum):
@@ -204,7 +206,10 @@ class Embed(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RMSNorm(Operation):
-    """weight * x / sqrt(mean(x^2) + eps), over groups of `group_size` columns; without weight, factor 1."""
+    """weight * x / sqrt(mean(x^2) + eps), over groups of `group_size` columns; without weight, factor 1.
+
+    The weight is as long as a group, or has a value for each column of x.
+    """
 
     x: Tensor
     weight: Vector | None
@@ -331,10 +336,11 @@ class Attention(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class CausalConv(Operation):
-    """Depthwise causal convolution over time, then SiLU. weight [n_channels, kernel_size]."""
+    """Depthwise causal convolution over time, then SiLU. weight [n_channels, kernel_size], bias [n_channels]."""
 
     x: Tensor
     weight: Vector
+    bias: Vector | None
     state: State
     out: Tensor
     kernel_size: int
@@ -342,15 +348,19 @@ class CausalConv(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DeltaNet(Operation):
-    """Gated delta rule over time; formulas in `models/qwen35moe.py`."""
+    """Gated delta rule over time; formulas in `models/qwen35moe.py`.
+
+    Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/nemotron_h.py`.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    beta: Tensor
+    beta: Tensor | None
     alpha: Tensor
     a: Vector
     dt_bias: Vector
+    skip: Vector | None
     state: State
     out: Tensor
     n_k_heads: int
@@ -392,6 +402,17 @@ class Experts(Operation):
     activation: Activation
     limit: float
     out: Tensor
+
+    @property
+    def stacks(self) -> tuple[Weight, ...]:
+        """Return the matrices that an expert has: gate, up and down, or two if one is both gate and up."""
+        return (self.gate, self.down) if self.gate == self.up else (self.gate, self.up, self.down)
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Return which of the matrices is gate, which up, and which down."""
+        last = len(self.stacks) - 1
+        return 0, last - 1, last
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -442,9 +463,10 @@ class Graph:
         return out
 
     def rms_norm(self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0) -> Tensor:
-        """Normalise each group of columns, as long as the weight (a row, or one head) or `group_size` if it is None."""
-        group_size = weight.size if weight else group_size
+        """Normalise each group of columns, of `group_size` or, if that is 0, as long as the weight (a row, a head)."""
+        group_size = group_size or (weight.size if weight else 0)
         assert x.width % group_size == 0
+        assert weight is None or weight.size in {group_size, x.width}
         out = self._new(x.width, x.rows)
         self.operations.append(RMSNorm(x, weight, out, group_size, eps))
         return out
@@ -547,13 +569,13 @@ class Graph:
         self.operations.append(Attention(q, k, v, cache, out, sinks, n_heads, scale, window, chunk))
         return out
 
-    def causal_conv(self, x: Tensor, weight: Vector, kernel_size: int) -> Tensor:
-        """Convolve over the last `kernel_size` tokens, channel by channel, then SiLU."""
+    def causal_conv(self, x: Tensor, weight: Vector, kernel_size: int, bias: Vector | None = None) -> Tensor:
+        """Convolve over the last `kernel_size` tokens, channel by channel, add the bias, then SiLU."""
         assert weight.size == x.width * kernel_size
         state = State((kernel_size - 1) * x.width)
         self.states.append(state)
         out = self._new(x.width)
-        self.operations.append(CausalConv(x, weight, state, out, kernel_size))
+        self.operations.append(CausalConv(x, weight, bias, state, out, kernel_size))
         return out
 
     def delta_net(
@@ -561,7 +583,7 @@ class Graph:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        beta: Tensor,
+        beta: Tensor | None,
         alpha: Tensor,
         a: Vector,
         dt_bias: Vector,
@@ -569,13 +591,15 @@ class Graph:
         n_v_heads: int,
         grouped: bool,
         eps: float,
+        skip: Vector | None = None,
     ) -> Tensor:
-        """Run the gated delta rule over this layer's state, which the graph makes here."""
+        """Run the gated delta rule, or without beta a state-space model, over a state which the graph makes here."""
+        assert (beta is None) == (skip is not None)
         state = State(v.width * (k.width // n_k_heads))
         self.states.append(state)
         out = self._new(v.width)
         self.operations.append(
-            DeltaNet(q, k, v, beta, alpha, a, dt_bias, state, out, n_k_heads, n_v_heads, grouped, eps)
+            DeltaNet(q, k, v, beta, alpha, a, dt_bias, skip, state, out, n_k_heads, n_v_heads, grouped, eps)
         )
         return out
 

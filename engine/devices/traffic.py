@@ -50,7 +50,7 @@ def count_weights(graph: Graph) -> WeightTraffic:
             dense += sum(weight.n_bytes for weight in operation.weights)
             _add(by_format, seen, operation.weights)
         elif isinstance(operation, ops.Experts):
-            stacks = (operation.gate, operation.up, operation.down)
+            stacks = operation.stacks
             n_bytes = sum(weight.n_bytes for weight in stacks)
             layers += 1
             experts += n_bytes

@@ -13,10 +13,10 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS };
+enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
-enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH };
+enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU };
 enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
 
 enum {
@@ -66,7 +66,7 @@ typedef struct {
 typedef struct {
     matrix x, out;
     const float *weight;
-    int group_size;
+    int group_size, weight_step; // weight_step: from the weights of one group to those of the next
     float eps;
 } rms_norm_args;
 
@@ -134,6 +134,7 @@ typedef struct {
 typedef struct {
     matrix x, out;
     const float *weight; // [kernel_size, n_channels]: transposed when it was recorded
+    const float *bias;   // [n_channels], or NULL
     float *state;        // [n_slots, kernel_size - 1, n_channels]
     int n_channels, kernel_size;
 } causal_conv_args;
@@ -141,8 +142,8 @@ typedef struct {
 typedef struct {
     const float *q, *k, *v;
     int64_t qkv_stride;
-    matrix beta, alpha, out;
-    const float *a, *dt_bias;
+    matrix beta, alpha, out; // beta.at: NULL for a state-space model
+    const float *a, *dt_bias, *skip;
     float *state; // [n_slots, n_v_heads, k_dim, v_dim]
     int n_k_heads, n_v_heads, k_dim, v_dim;
     bool grouped;

@@ -522,7 +522,8 @@ int program_delta_net(program *p, delta_net_args args) {
     touch_whole(p, &op, READS, (matrix){(float *)args.q, args.qkv_stride}, key_size);
     touch_whole(p, &op, READS, (matrix){(float *)args.k, args.qkv_stride}, key_size);
     touch(p, &op, READS, (matrix){(float *)args.v, args.qkv_stride});
-    touch_whole(p, &op, READS, args.beta, args.n_v_heads);
+    if (args.beta.at)
+        touch_whole(p, &op, READS, args.beta, args.n_v_heads);
     touch_whole(p, &op, READS, args.alpha, args.n_v_heads);
     touch(p, &op, WRITES, args.out);
     const int64_t state_size = args.n_v_heads * (int64_t)args.k_dim * args.v_dim;

@@ -41,6 +41,8 @@ static inline v16 v16_softplus(v16 x) {
     return v16_fma(v16_add(s, s), p, v16_max(x, v16_set(0.0f)));
 }
 
+static inline v16 v16_relu(v16 x) { return v16_max(x, v16_set(0.0f)); }
+
 // x, but no farther from 0 than `limit`.
 static inline v16 v16_within(v16 x, float limit) { return v16_max(v16_min(x, v16_set(limit)), v16_set(-limit)); }
 

@@ -103,10 +103,15 @@ class Keys:
             hidden_size=self.size("embedding_length"),
             n_vocab=tensors.shape("token_embd.weight")[0],
             context_length=self.size("context_length"),
-            norm_eps=self.number("attention.layer_norm_rms_epsilon"),
+            norm_eps=self._norm_eps(),
             attention=attention,
             moe=moe,
         )
+
+    def _norm_eps(self) -> float:
+        """Return the epsilon of norms; some converters write it under the name of another kind of norm."""
+        names = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+        return self.number(names[self.has(names[1]) and not self.has(names[0])])
 
     def mixture(
         self,

@@ -235,13 +235,22 @@ def feed_forward(
     """
     if block.has("ffn_gate_inp.weight"):
         return mixture_of_experts(graph, x, residual, block, spec, layer, activation)
-    ffn_size = block.shape("ffn_gate.weight")[0]
-    weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in ("gate", "up")]
-    gate, up = graph.linears(x, weights)
-    gated = graph.gate(up, gate, Gating.SILU, spec.moe.layer_limits(layer)[1])
+    ffn_size = block.shape("ffn_up.weight")[0]
+    parts = [part for part in ("gate", "up") if part == "up" or activation != Activation.RELU]
+    weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in parts]
+    biases = [block.optional_vector(f"ffn_{part}.bias", ffn_size) for part in parts]
+    projections = graph.linears(x, weights, biases)
+    gated = gate_projections(graph, projections, activation, spec.moe.layer_limits(layer)[1])
     down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
-    out = scaled(graph, graph.linear(gated, down), spec.residual_scale)
+    out = graph.linear(gated, down, block.optional_vector("ffn_down.bias", spec.hidden_size))
+    out = scaled(graph, out, spec.residual_scale)
     return out if residual is None else graph.add(residual, out)
+
+
+def gate_projections(graph: Graph, projections: Sequence[Tensor], activation: Activation, limit: float) -> Tensor:
+    """Join the projections of a network outside the routed experts: gate and up, or one that is both."""
+    gating = Gating.RELU if activation == Activation.RELU else Gating.SILU
+    return graph.gate(projections[-1], projections[0], gating, limit)
 
 
 def mixture_of_experts(
@@ -263,15 +272,16 @@ def mixture_of_experts(
     moe, hidden_size = spec.moe, spec.hidden_size
     if not moe.n_experts:
         raise GGUFError(f"{block.file_name}: has a router ({block.prefix}ffn_gate_inp.weight) but no expert_count")
+    shared_parts = ("up",) if activation == Activation.RELU else ("gate", "up")
     inputs: dict[str, Weight] = {"router": block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)}
     if moe.shared_ffn_size:
         if block.has("ffn_gate_inp_shexp.weight"):
             inputs["shared_gate"] = block.matrix("ffn_gate_inp_shexp.weight", 1, hidden_size)
-        for part in ("gate", "up"):
+        for part in shared_parts:
             inputs[part] = block.matrix(f"ffn_{part}_shexp.weight", moe.shared_ffn_size, hidden_size)
     router_bias = block.optional_vector("ffn_gate_inp.bias", moe.n_experts)
-    projections = graph.linears(x, tuple(inputs.values()), [router_bias, *[None] * (len(inputs) - 1)])
-    projected = dict(zip(inputs, projections, strict=True))
+    outs = graph.linears(x, tuple(inputs.values()), [router_bias, *[None] * (len(inputs) - 1)])
+    projected = dict(zip(inputs, outs, strict=True))
 
     routing = graph.router(
         projected["router"],
@@ -283,17 +293,17 @@ def mixture_of_experts(
         moe.n_groups_used,
         moe.scale,
     )
-    expert_in = graph.scale(x, 1.0, routing.weights) if moe.weights_input else x
+    expert_in, width = graph.scale(x, 1.0, routing.weights) if moe.weights_input else x, hidden_size
+    if moe.latent_size:
+        width = moe.latent_size
+        expert_in = graph.linear(expert_in, block.matrix("ffn_latent_down.weight", width, hidden_size))
+    projections, biases = expert_projections(block, spec, width, is_one=activation == Activation.RELU)
     expert_out = graph.experts(
         expert_in,
         routing,
-        *expert_gate_up(block, spec),
-        block.experts("ffn_down_exps.weight", moe.n_experts, hidden_size, moe.ffn_size),
-        (
-            block.optional_vector("ffn_gate_exps.bias", moe.n_experts, moe.ffn_size),
-            block.optional_vector("ffn_up_exps.bias", moe.n_experts, moe.ffn_size),
-            block.optional_vector("ffn_down_exps.bias", moe.n_experts, hidden_size),
-        ),
+        *projections,
+        block.experts("ffn_down_exps.weight", moe.n_experts, width, moe.ffn_size),
+        (*biases, block.optional_vector("ffn_down_exps.bias", moe.n_experts, width)),
         activation,
         moe.layer_limits(layer)[0],
     )
@@ -301,7 +311,14 @@ def mixture_of_experts(
     if moe.shared_ffn_size:
         down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
         limit = moe.layer_limits(layer)[1]
-        shared = graph.linear(graph.gate(projected["up"], projected["gate"], Gating.SILU, limit), down)
+        gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, limit)
+        shared = graph.linear(gated, down)
+    if moe.latent_size:
+        assert "shared_gate" not in inputs
+        out = graph.combine(expert_out, routing, None)
+        out = graph.linear(out, block.matrix("ffn_latent_up.weight", hidden_size, width))
+        out = out if shared is None else graph.add(out, shared)
+        return out if residual is None else graph.add(residual, out)
     return graph.combine(
         expert_out,
         routing,
@@ -313,13 +330,18 @@ def mixture_of_experts(
     )
 
 
-def expert_gate_up(block: Tensors, spec: ModelSpec) -> tuple[Weight, Weight]:
-    """Return the experts' gate and up projections, stored apart or as one (`ffn_gate_up_exps`: gate rows first)."""
-    n_experts, size, hidden_size = spec.moe.n_experts, spec.moe.ffn_size, spec.hidden_size
+def expert_projections(
+    block: Tensors, spec: ModelSpec, width: int, *, is_one: bool
+) -> tuple[tuple[Weight, Weight], tuple[Vector | None, Vector | None]]:
+    """Return the experts' gate and up projections of so many inputs, and their biases.
+
+    They are stored apart, as one matrix (`ffn_gate_up_exps`: gate rows first), or there is one that is both.
+    """
+    n_experts, size = spec.moe.n_experts, spec.moe.ffn_size
+    names = ("up", "up") if is_one else ("gate", "up")
+    gate_bias, up_bias = (block.optional_vector(f"ffn_{name}_exps.bias", n_experts, size) for name in names)
     if block.has("ffn_gate_up_exps.weight"):
-        gate, up = split_rows(block.experts("ffn_gate_up_exps.weight", n_experts, 2 * size, hidden_size), size, size)
-        return gate, up
-    return (
-        block.experts("ffn_gate_exps.weight", n_experts, size, hidden_size),
-        block.experts("ffn_up_exps.weight", n_experts, size, hidden_size),
-    )
+        gate, up = split_rows(block.experts("ffn_gate_up_exps.weight", n_experts, 2 * size, width), size, size)
+    else:
+        gate, up = (block.experts(f"ffn_{name}_exps.weight", n_experts, size, width) for name in names)
+    return (gate, up), (gate_bias, up_bias)

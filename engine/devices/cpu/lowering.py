@@ -51,14 +51,14 @@ class ExpertTables:
     """Where the experts of one MoE layer lie.
 
     Attributes:
-        addresses: int64 [3, n_experts], the first row of each expert's gate, up and down projection. Every step reads
-            them anew: between two steps an entry may be pointed at a copy of the same bytes elsewhere.
+        addresses: int64 [matrices, n_experts], the first row of each expert's matrices (`ops.Experts.stacks`). Every
+            step reads them anew: between two steps an entry may be pointed at a copy of the same bytes elsewhere.
         sizes: bytes of one expert's part of each.
         operations: of the program, which read the addresses: the first, and the one after the last.
     """
 
     addresses: npt.NDArray[np.int64]
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, ...]
     operations: tuple[int, int] = (0, 0)
 
 
@@ -169,13 +169,12 @@ class Lowering:
         base = int(self._weights.array(weight.name).ctypes.data)
         return base + weight.first_row * row_bytes, (weight.stored_rows or weight.n_rows) * row_bytes
 
-    def _expert_tables(self, weights: tuple[Weight, Weight, Weight]) -> ExpertTables:
+    def _expert_tables(self, weights: tuple[Weight, ...]) -> ExpertTables:
         """Return tables that point at the weights."""
         placed = [self._matrix(weight) for weight in weights]
         numbers = np.arange(weights[0].n_experts, dtype=np.int64)
         addresses = np.stack([first + expert_bytes * numbers for first, expert_bytes in placed])
-        gate, up, down = (weight.n_rows * weight.format.row_bytes(weight.n_cols) for weight in weights)
-        return ExpertTables(addresses, (gate, up, down))
+        return ExpertTables(addresses, tuple(w.n_rows * w.format.row_bytes(w.n_cols) for w in weights))
 
     # -- operations --------------------------------------------------------------------------------------------------
 
@@ -189,9 +188,9 @@ class Lowering:
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
         x, out, size = self._use(op.x), self._use(op.out), op.group_size
-        weight = self._vector(op.weight) or self._ones(size)
+        weight, step = self._vector(op.weight) or self._ones(size), size if op.weight and op.weight.size > size else 0
         self._calls.append(
-            lambda: self.program.rms_norm(*x.at, weight, *out.at, op.x.width // size, size, op.eps, op.x.rows)
+            lambda: self.program.rms_norm(*x.at, weight, *out.at, op.x.width // size, size, step, op.eps, op.x.rows)
         )
 
     def _linear(self, op: ops.Linear) -> None:
@@ -352,11 +351,12 @@ class Lowering:
         )
 
     def _causal_conv(self, op: ops.CausalConv) -> None:
-        x, out, weight = self._use(op.x), self._use(op.out), self._vector(op.weight)
+        x, out, weight, bias = self._use(op.x), self._use(op.out), self._vector(op.weight), self._vector(op.bias)
         self._calls.append(
             lambda: self.program.causal_conv(
                 *x.at,
                 weight,
+                bias,
                 self._state_address[op.state],
                 *out.at,
                 op.x.width,
@@ -366,8 +366,8 @@ class Lowering:
 
     def _delta_net(self, op: ops.DeltaNet) -> None:
         q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
-        beta, alpha = self._use(op.beta), self._use(op.alpha)
-        a, dt_bias = self._vector(op.a), self._vector(op.dt_bias)
+        beta, alpha = self._use(op.beta) if op.beta else None, self._use(op.alpha)
+        a, dt_bias, skip = (self._vector(vector) for vector in (op.a, op.dt_bias, op.skip))
         assert q.stride == k.stride == v.stride
         self._calls.append(
             lambda: self.program.delta_net(
@@ -375,10 +375,11 @@ class Lowering:
                 k.address,
                 v.address,
                 q.stride,
-                *beta.at,
+                *(beta.at if beta else (0, 0)),
                 *alpha.at,
                 a,
                 dt_bias,
+                skip,
                 self._state_address[op.state],
                 *out.at,
                 op.n_k_heads,
@@ -414,10 +415,10 @@ class Lowering:
         x_up = self._activations(op.x, op.up.format.activation)
         ids, out = self._use(op.routing.ids), self._use(op.out)
         weights, biases = (op.gate, op.up, op.down), (op.gate_bias, op.up_bias, op.down_bias)
-        tables = self._tables[op.routing.ids.buffer] = self._expert_tables(weights)
+        tables = self._tables[op.routing.ids.buffer] = self._expert_tables(op.stacks)
         gate, up, down = (
-            (int(table.ctypes.data), weight.format.ggml_type, self._vector(weight.scale), self._vector(bias))
-            for table, weight, bias in zip(tables.addresses, weights, biases, strict=True)
+            (int(tables.addresses[i].ctypes.data), w.format.ggml_type, self._vector(w.scale), self._vector(bias))
+            for i, w, bias in zip(op.places, weights, biases, strict=True)
         )
 
         def record() -> None:

@@ -99,8 +99,10 @@ def embed(
     )
 
 
-def rms_norm(x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count) -> Launch:
-    """Normalise each group of columns; `weight` may be 0."""
+def rms_norm(
+    x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count, weight_step: int = 0
+) -> Launch:
+    """Normalise each group of columns; `weight` may be 0, and go on with so many values for the next group."""
     threads = min(_PER_ROW, ceil_div(group_size, WARP) * WARP)
     return Launch(
         "elementwise.cu",
@@ -108,7 +110,15 @@ def rms_norm(x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, ep
         (),
         (n_groups, count.most, 1),
         threads,
-        (*at(x), pointer(weight), *at(out), int32(group_size), float32(eps), pointer(count.address)),
+        (
+            *at(x),
+            pointer(weight),
+            *at(out),
+            int32(group_size),
+            int32(weight_step),
+            float32(eps),
+            pointer(count.address),
+        ),
     )
 
 

@@ -23,15 +23,15 @@ PLACE_BYTES = ALIGNMENT  # so an int32 reaches half a terabyte far
 class ExpertLayer:
     """The experts of one layer: their weights in the model file, and their slots on the device.
 
-    The three matrices of a slot lie one behind the other, the slots anywhere in the device's memory: kernels know a
-    slot by its place, the offset in units of `PLACE_BYTES`.
+    The matrices of a slot (`ops.Experts.stacks`) lie one behind the other, the slots anywhere in the device's memory:
+    kernels know a slot by its place, the offset in units of `PLACE_BYTES`.
 
     Attributes:
         op: the operation.
         n_kept: slots that always exist, the first ones.
         n_in_contexts: those that lie in the memory of contexts, the next ones.
         n_lent: those that lie in the memory of long steps, the last ones.
-        slot_bytes: what each of the three matrices takes.
+        slot_bytes: what each of the matrices takes.
         offsets: of the slots, to be set by whoever lays them out.
     """
 
@@ -47,14 +47,21 @@ class ExpertLayer:
         self.slot_bytes = [aligned(w.n_rows * w.format.row_bytes(w.n_cols)) for w in self.weights]
 
     @property
-    def weights(self) -> tuple[Weight, Weight, Weight]:
-        """Return gate, up and down."""
-        return self.op.gate, self.op.up, self.op.down
+    def weights(self) -> tuple[Weight, ...]:
+        """Return the matrices of all experts."""
+        return self.op.stacks
 
     @property
-    def biases(self) -> tuple[Vector | None, Vector | None, Vector | None]:
-        """Return those of gate, up and down."""
-        return self.op.gate_bias, self.op.up_bias, self.op.down_bias
+    def projections(self) -> tuple[tuple[int, Weight, Vector | None], ...]:
+        """Return gate, up and down: which matrix it is, and its bias."""
+        biases = self.op.gate_bias, self.op.up_bias, self.op.down_bias
+        return tuple((i, self.weights[i], bias) for i, bias in zip(self.op.places, biases, strict=True))
+
+    @property
+    def halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the matrices that the first half of the network reads, and those of the second."""
+        last = len(self.weights) - 1
+        return tuple(range(last)), (last,)
 
     @property
     def n_experts(self) -> int:
@@ -81,11 +88,11 @@ class ExpertLayer:
         return self.offsets[slot] // PLACE_BYTES
 
     def matrix_offset(self, matrix: int) -> int:
-        """Return where in a slot a matrix (0 gate, 1 up, 2 down) lies."""
+        """Return where in a slot a matrix lies."""
         return sum(self.slot_bytes[:matrix])
 
     def expert(self, array: npt.NDArray[np.uint8], matrix: int, expert: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of one expert's matrix (0 gate, 1 up, 2 down) in its tensor."""
+        """Return the bytes of one expert's matrix in its tensor."""
         weight = self.weights[matrix]
         row_bytes = weight.format.row_bytes(weight.n_cols)
         first = (expert * (weight.stored_rows or weight.n_rows) + weight.first_row) * row_bytes
@@ -93,8 +100,7 @@ class ExpertLayer:
 
     def batch_bytes(self, at_once: int) -> int:
         """Return the bytes of a staging buffer for so many experts: for their gate and up, or for their down."""
-        gate, up, down = self.slot_bytes
-        return at_once * max(gate + up, down)
+        return at_once * max(sum(self.slot_bytes[i] for i in half) for half in self.halves)
 
     def staged(self, matrices: Sequence[int], at_once: int) -> list[int]:
         """Return where, in a staging buffer of so many experts, the first expert's matrices lie."""
@@ -195,7 +201,7 @@ class Streamed:
 
     Attributes:
         layer: of the expert layers.
-        matrices: which it reads (0 gate, 1 up, 2 down).
+        matrices: which it reads.
         group: its argument that says which batch, to be set before it is launched.
         launches: one for each staging buffer.
     """

@@ -78,10 +78,8 @@ class _Experts:
         self.number = tables.number(op.routing)
         self.layer = layer = tables.layers[self.number]
         self.recorder = recorder
-        self.formats = [weight.format for weight in layer.weights]
-        self.factors = [
-            (recorder.vector(w.scale), recorder.vector(b)) for w, b in zip(layer.weights, layer.biases, strict=True)
-        ]
+        self.formats = [weight.format for _, weight, _ in layer.projections]
+        self.factors = [(recorder.vector(w.scale), recorder.vector(bias)) for _, w, bias in layer.projections]
         self.grids = [recorder.grid(weight_format) for weight_format in self.formats]
 
         self.forms = _forms_of_x(recorder, op)
@@ -171,12 +169,12 @@ class _Experts:
         if has_slots:
             yield self._first_half(p, first, gate, up, most)
         if streams:
-            yield self._streamed(p, (0, 1), self._first_half)
+            yield self._streamed(p, self.layer.halves[0], self._first_half)
         yield kernels.quantize(p.rows(self.h), self.ffn_size, self.h_form, p.rows(self.h_in_form), self.n_used, count)
         if has_slots:
             yield self._second_half(p, first, down, most)
         if streams:
-            yield self._streamed(p, (2,), self._second_half)
+            yield self._streamed(p, self.layer.halves[1], self._second_half)
 
     def _first_half(self, p: Pass, group: ctypes.c_int32, gate: ExpertMatrix, up: ExpertMatrix, most: int) -> Launch:
         return tiles.expert_gate_up(
@@ -204,25 +202,26 @@ class _Experts:
         most = min(tiles.n_tiles(self.sizes, p.most), self.sizes.at_once * -(-p.most // 64))
         launches = []
         for buffer in p.staging:
-            addresses = [0, 0, 0]
+            addresses = [0] * len(self.layer.weights)
             for i, start in zip(wanted, starts, strict=True):
                 addresses[i] = buffer + start
             own = self._matrices(p, addresses, self.layer.slot_bytes)
-            launches.append(half(p, group, *(own[i] for i in wanted), most))
+            needed = [matrix for matrix, (i, _, _) in zip(own, self.layer.projections, strict=True) if i in wanted]
+            launches.append(half(p, group, *needed, most))
         return Streamed(self.number, wanted, group, tuple(launches))
 
     def _groups(self, p: Pass) -> Groups:
         return Groups(*(p.rows(part).address for part in self.parts))
 
     def _in_slots(self, p: Pass) -> list[ExpertMatrix]:
-        return self._matrices(p, [p.base + self.layer.matrix_offset(i) for i in range(3)], [PLACE_BYTES] * 3)
+        n = len(self.layer.weights)
+        return self._matrices(p, [p.base + self.layer.matrix_offset(i) for i in range(n)], [PLACE_BYTES] * n)
 
     def _matrices(self, p: Pass, addresses: Sequence[int], steps: Sequence[int]) -> list[ExpertMatrix]:
-        """Return those of experts that lie so many bytes from one another, from these addresses on."""
-        parts = zip(addresses, steps, self.formats, self.factors, strict=True)
+        """Return gate, up and down of experts whose matrices lie so many bytes apart, from these addresses on."""
         return [
-            ExpertMatrix(address, step, weight_format, p.at(scale), p.at(bias))
-            for address, step, weight_format, (scale, bias) in parts
+            ExpertMatrix(addresses[i], steps[i], weight.format, p.at(scale), p.at(bias))
+            for (i, weight, _), (scale, bias) in zip(self.layer.projections, self.factors, strict=True)
         ]
 
 

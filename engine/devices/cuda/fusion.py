@@ -161,6 +161,7 @@ def _pair(
         and following.x == op.out
         and n_users[op.out.buffer] == 2  # nobody else reads the norm
         and kernels.can_gate_heads(op.group_size)
+        and (op.weight is None or op.weight.size == op.group_size)
     ):
         return NormAndGate(op, following)
     if isinstance(op, ops.Linear) and isinstance(following, ops.Router) and following.logits in op.outs:
@@ -174,7 +175,7 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
     if len(four) < 4:
         return None
     conv, net, norm, gate = four
-    if not (isinstance(conv, ops.CausalConv) and isinstance(net, ops.DeltaNet)):
+    if not (isinstance(conv, ops.CausalConv) and isinstance(net, ops.DeltaNet) and net.beta and not conv.bias):
         return None
     if not (isinstance(norm, ops.RMSNorm) and isinstance(gate, ops.Gate) and norm.x == net.out and gate.x == norm.out):
         return None
@@ -262,6 +263,8 @@ def _with(found: Attention, op: ops.Operation) -> Attention | None:
         if op.x == found.k and not found.k_rope and not found.k_norm:
             return replace(found, k_rope=op)
     if isinstance(op, ops.RMSNorm) and op.group_size == found.attention.cache.head_dim:
+        if op.weight and op.weight.size != op.group_size:
+            return None
         if found.norm and found.norm.eps != op.eps:
             return None
         if op.out == found.q and not found.q_norm and not found.split:

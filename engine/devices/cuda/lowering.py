@@ -81,8 +81,11 @@ class Lowering:
         items = list(fusion.fused(graph.operations))
         if guesses:
             choices = [item for _, item in items if isinstance(item, fusion.LinearAndRouter)]
+            width = self.experts.hidden_size  # where experts take something else, its router has no use for that
             self.experts.next_routers = {
-                self.experts.number(choice.router.out) - 1: (choice.linear, choice.router) for choice in choices
+                self.experts.number(choice.router.out) - 1: (choice.linear, choice.router)
+                for choice in choices
+                if choice.linear.x.width == width
             }
         for self.recorder.index, item in items:
             _LOWER[type(item)](self.recorder, item)

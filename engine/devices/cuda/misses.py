@@ -18,7 +18,7 @@ from engine.devices.cuda.expert_layers import ExpertLayer
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedMemory
-from engine.devices.graph import WeightAccess
+from engine.devices.graph import Vector, Weight, WeightAccess
 from engine.errors import DeviceError
 from engine.quants.formats import Activation
 
@@ -200,7 +200,8 @@ class MissServer:
         program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
         hidden_size, n_used = op.gate.n_cols, op.routing.ids.width
         forms = [(x[w.format.activation], self._row_bytes[w.format.activation]) for w in (op.gate, op.up)]
-        gate, up, down = (self._matrix(layer, i) for i in range(3))
+        tables = [self._table(layer, i) for i in range(len(layer.weights))]
+        gate, up, down = (self._matrix(tables[i], weight, bias) for i, weight, bias in layer.projections)
         program.experts(
             *forms[0],
             *forms[1],
@@ -219,17 +220,19 @@ class MissServer:
         )
         return program
 
-    def _matrix(self, layer: ExpertLayer, matrix: int) -> tuple[int, int, int, int]:
-        """Return one matrix of a layer's experts, as `_kernels.Program.experts` takes it."""
-        weight, bias = layer.weights[matrix], layer.biases[matrix]
-        array = self._weights.array(weight.name)
+    def _table(self, layer: ExpertLayer, matrix: int) -> int:
+        """Return a table of where one matrix of each expert lies."""
+        array = self._weights.array(layer.weights[matrix].name)
         experts = (layer.expert(array, matrix, e) for e in range(layer.n_experts))
-        table = np.array([expert.ctypes.data for expert in experts], np.int64)
-        factors = [
+        return self._kept(np.array([expert.ctypes.data for expert in experts], np.int64))
+
+    def _matrix(self, table: int, weight: Weight, bias: Vector | None) -> tuple[int, int, int, int]:
+        """Return one matrix of a layer's experts, as `_kernels.Program.experts` takes it."""
+        scale_at, bias_at = (
             0 if vector is None else self._kept(self._lowering.recorder.values(vector))
             for vector in (weight.scale, bias)
-        ]
-        return self._kept(table), weight.format.ggml_type, factors[0], factors[1]
+        )
+        return table, weight.format.ggml_type, scale_at, bias_at
 
     def _kept(self, values: npt.NDArray[np.generic]) -> int:
         """Return the address of an array that lives as long as the server."""

@@ -77,6 +77,7 @@ def rms_norm(recorder: Recorder, op: ops.RMSNorm) -> None:
                 size,
                 op.eps,
                 p.count(op.x.rows),
+                size if op.weight and op.weight.size > size else 0,
             )
         ]
     )

@@ -9,7 +9,7 @@ import ctypes
 from typing import NamedTuple
 
 from engine.devices.cuda.kernels import NO_FORMS, Forms, can_gate_heads
-from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, float32, int32, int64, pointer
+from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, float32, int32, int64, pointer
 from engine.devices.graph import Gating
 
 _CHANNELS = 256  # of a block
@@ -42,6 +42,7 @@ class _Layer(ctypes.Structure):
 def causal_conv(
     x: Rows,
     weight: int,
+    bias: int,
     state: int,
     out: Rows,
     n_channels: int,
@@ -54,7 +55,7 @@ def causal_conv(
     assert kernel_size >= 2
     n_blocks, definitions = ceil_div(n_channels, _CHANNELS), (f"KERNEL_SIZE={kernel_size}",)
     places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
-    what = (*at(x), pointer(weight), pointer(state), *at(out), *places)
+    what = (*at(x), pointer(weight), pointer(bias), pointer(state), *at(out), *places)
     if count.most <= _CONVOLVED_AT_ONCE:
         return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _CHANNELS, what)]
     grid = (n_blocks, ceil_div(count.most, _CONVOLVED_AT_ONCE), 1)
@@ -70,10 +71,11 @@ def delta_net(
     k: int,
     v: int,
     qkv_stride: int,
-    beta: Rows,
+    beta: Rows | None,
     alpha: Rows,
     a: int,
     dt_bias: int,
+    skip: int,
     state: int,
     out: Rows,
     n_k_heads: int,
@@ -86,13 +88,13 @@ def delta_net(
     slots: int,
     count: Count,
 ) -> Launch:
-    """Run the gated delta rule."""
+    """Run the gated delta rule, or without beta a state-space model."""
     assert n_v_heads % n_k_heads == 0
     assert k_dim <= _MAX_KEY_DIM
     return Launch(
         "delta_net.cu",
         "delta_net",
-        (f"K_DIM={k_dim}", f"V_DIM={v_dim}"),
+        (f"K_DIM={k_dim}", f"V_DIM={v_dim}", f"IS_DELTA={int(beta is not None)}"),
         (n_v_heads, ceil_div(v_dim, _WARPS), 1),
         _WARPS * WARP,
         (
@@ -100,10 +102,11 @@ def delta_net(
             pointer(k),
             pointer(v),
             int64(qkv_stride),
-            *at(beta),
+            *at(beta or NOTHING),
             *at(alpha),
             pointer(a),
             pointer(dt_bias),
+            pointer(skip),
             pointer(state),
             *at(out),
             int32(n_k_heads),

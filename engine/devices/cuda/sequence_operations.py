@@ -123,11 +123,17 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
 
 def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
     """Record a convolution with the tokens before."""
-    x, out, weight = recorder.use(op.x), recorder.use(op.out), recorder.vector(op.weight)
+    x, out, weight, bias = (
+        recorder.use(op.x),
+        recorder.use(op.out),
+        recorder.vector(op.weight),
+        recorder.vector(op.bias),
+    )
     recorder.record(
         lambda p: recurrent.causal_conv(
             p.rows(x),
             p.at(weight),
+            p.at(bias),
             p.base + recorder.state(op.state),
             p.rows(out),
             op.x.width,
@@ -142,8 +148,8 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
 def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
     """Record the recurrence of a delta net."""
     q, k, v, out = recorder.use(op.q), recorder.use(op.k), recorder.use(op.v), recorder.use(op.out)
-    beta, alpha = recorder.use(op.beta), recorder.use(op.alpha)
-    a, dt_bias = recorder.vector(op.a), recorder.vector(op.dt_bias)
+    beta, alpha = recorder.use(op.beta) if op.beta else None, recorder.use(op.alpha)
+    a, dt_bias, skip = (recorder.vector(vector) for vector in (op.a, op.dt_bias, op.skip))
     assert q.stride == k.stride == v.stride
     recorder.record(
         lambda p: [
@@ -152,10 +158,11 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
                 p.rows(k).address,
                 p.rows(v).address,
                 q.stride,
-                p.rows(beta),
+                p.rows(beta) if beta else None,
                 p.rows(alpha),
                 p.at(a),
                 p.at(dt_bias),
+                p.at(skip),
                 p.base + recorder.state(op.state),
                 p.rows(out),
                 op.n_k_heads,
@@ -181,6 +188,7 @@ def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
         lambda: operations.gate(recorder, gate, norm),
     )
     finish = recorder.finish(gate.out)
+    assert net.beta is not None
     x, beta, alpha, by = (recorder.use(t) for t in (conv.x, net.beta, net.alpha, gate.gate))
     found, out = recorder.use(net.out), recorder.use(gate.out)
     conv_weight, a, dt_bias, norm_weight = (

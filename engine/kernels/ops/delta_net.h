@@ -16,6 +16,7 @@ static inline bool starts_afresh(const step_view *step, const token_run *run) {
 static inline __attribute__((always_inline)) void convolve(const causal_conv_args *a, const step_view *step,
                                                            const token_run *run, int c, int n) {
     v16 window[MAX_CONV_KERNEL], weights[MAX_CONV_KERNEL];
+    const v16 bias = a->bias ? v16_load_first(a->bias + c, n) : v16_set(0.0f);
     const int n_before = a->kernel_size - 1;
     float *state = a->state + (int64_t)run->slot * n_before * a->n_channels + c;
     for (int j = 0; j < n_before; j++)
@@ -27,7 +28,7 @@ static inline __attribute__((always_inline)) void convolve(const causal_conv_arg
         v16 sum = v16_set(0.0f);
         for (int j = 0; j < n_before; j++)
             sum = v16_fma(window[j], weights[j], sum);
-        sum = v16_fma(x, weights[n_before], sum);
+        sum = v16_add(v16_fma(x, weights[n_before], sum), bias);
         v16_store_first(a->out.at + row * a->out.stride + c, v16_silu(sum), n);
         for (int j = 0; j + 1 < n_before; j++)
             window[j] = window[j + 1];
@@ -53,6 +54,8 @@ static void op_causal_conv(const op_args *args, const step_view *step, tile t) {
 // S <- decay S + k d',  out = decay p + (k.q) d,  which is what q reads from the new S. Sums over k_dim run from 0 up
 // in each column, so columns may be cut in any way. A block of columns stays in the first-level cache while some tokens
 // pass, and one pass over it updates it for a token and takes the sums of the next.
+//
+// A state-space model is the same without what is recalled: d = dt v, with q and k as they are, and out + skip v.
 
 enum { DELTA_TOKENS = 8, DELTA_BLOCK = 32 };
 
@@ -60,6 +63,8 @@ enum { DELTA_TOKENS = 8, DELTA_BLOCK = 32 };
 typedef struct {
     float q[DELTA_TOKENS][MAX_HEAD_DIM], k[DELTA_TOKENS][MAX_HEAD_DIM];
     float kq[DELTA_TOKENS], beta[DELTA_TOKENS], decay[DELTA_TOKENS];
+    float skip;
+    bool recalls; // whether it is a delta rule
     const float *v[DELTA_TOKENS];
     float *out[DELTA_TOKENS];
     int n_tokens;
@@ -78,15 +83,24 @@ static inline void unit_vector(float *out, const float *x, int n, float eps, flo
 static void gather_delta_inputs(const delta_net_args *a, int first, int n, int head, delta_inputs *in) {
     const int k_head = a->grouped ? head / (a->n_v_heads / a->n_k_heads) : head % a->n_k_heads;
     in->n_tokens = n;
+    in->recalls = a->beta.at != NULL;
+    in->skip = a->skip ? a->skip[head] : 0.0f;
     for (int t = 0; t < n; t++) {
         const int row = first + t;
         const int64_t at = row * a->qkv_stride;
-        unit_vector(in->q[t], a->q + at + k_head * a->k_dim, a->k_dim, a->eps, 1.0f / sqrtf((float)a->k_dim));
-        unit_vector(in->k[t], a->k + at + k_head * a->k_dim, a->k_dim, a->eps, 1.0f);
+        const float *q = a->q + at + k_head * a->k_dim, *k = a->k + at + k_head * a->k_dim;
+        const double dt = softplus((double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]));
+        in->decay[t] = (float)exp((double)a->a[head] * dt);
+        if (in->recalls) {
+            unit_vector(in->q[t], q, a->k_dim, a->eps, 1.0f / sqrtf((float)a->k_dim));
+            unit_vector(in->k[t], k, a->k_dim, a->eps, 1.0f);
+            in->beta[t] = sigmoid_one(a->beta.at[row * a->beta.stride + head]);
+        } else {
+            memcpy(in->q[t], q, (size_t)a->k_dim * sizeof *q);
+            memcpy(in->k[t], k, (size_t)a->k_dim * sizeof *k);
+            in->beta[t] = (float)dt;
+        }
         in->kq[t] = dot_f32(in->k[t], in->q[t], a->k_dim);
-        in->beta[t] = sigmoid_one(a->beta.at[row * a->beta.stride + head]);
-        const double alpha = (double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]);
-        in->decay[t] = (float)exp((double)a->a[head] * softplus(alpha));
         in->v[t] = a->v + at + head * a->v_dim;
         in->out[t] = a->out.at + row * a->out.stride + head * a->v_dim;
     }
@@ -110,9 +124,10 @@ static inline __attribute__((always_inline)) void delta_block(const delta_inputs
         const float *k = in->k[t];
         for (int w = 0; w < n_vectors; w++) {
             const v16 v = v16_load_first(in->v[t] + c + 16 * w, COLUMNS(w));
-            d[w] = v16_mul(v16_sub(v, v16_mul(keep, r[w])), v16_set(in->beta[t]));
+            d[w] = v16_mul(in->recalls ? v16_sub(v, v16_mul(keep, r[w])) : v, v16_set(in->beta[t]));
             const v16 out = v16_fma(v16_set(in->kq[t]), d[w], v16_mul(keep, p[w]));
-            v16_store_first(in->out[t] + c + 16 * w, out, COLUMNS(w));
+            v16_store_first(in->out[t] + c + 16 * w, in->recalls ? out : v16_fma(v16_set(in->skip), v, out),
+                            COLUMNS(w));
             r[w] = p[w] = v16_set(0.0f);
         }
         const bool is_last = t + 1 == in->n_tokens;

@@ -49,7 +49,16 @@ static void op_add(const op_args *args, const step_view *step, tile t) {
 }
 
 static inline v16 gate_of(v16 gate, int kind) {
-    return kind == GATE_SILU ? v16_silu(gate) : kind == GATE_SOFTPLUS ? v16_softplus(gate) : v16_sigmoid(gate);
+    switch (kind) {
+    case GATE_SILU:
+        return v16_silu(gate);
+    case GATE_SOFTPLUS:
+        return v16_softplus(gate);
+    case GATE_RELU:
+        return v16_relu(gate);
+    default:
+        return v16_sigmoid(gate);
+    }
 }
 
 static inline v16 gated(const gate_args *a, v16 x, v16 gate) {
@@ -141,15 +150,15 @@ static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
     (void)step;
     for (int row = t.row; row < t.row_end; row++)
         for (int group = t.col; group < t.col_end; group += n) {
-            const float *x = row_of(a->x, row) + group;
+            const float *x = row_of(a->x, row) + group, *weight = a->weight + group / n * a->weight_step;
             float *out = row_of(a->out, row) + group;
             const float mean = dot_f32(x, x, n) / (float)n;
             const v16 factor = v16_set(1.0f / sqrtf(mean + a->eps));
-            FOR_COLUMNS(c, 0, n, v16_store(out + c, v16_mul(v16_mul(v16_load(x + c), factor), v16_load(a->weight + c))),
-                        v16_store_first(out + c,
-                                        v16_mul(v16_mul(v16_load_first(x + c, n_left), factor),
-                                                v16_load_first(a->weight + c, n_left)),
-                                        n_left));
+            FOR_COLUMNS(c, 0, n, v16_store(out + c, v16_mul(v16_mul(v16_load(x + c), factor), v16_load(weight + c))),
+                        v16_store_first(
+                            out + c,
+                            v16_mul(v16_mul(v16_load_first(x + c, n_left), factor), v16_load_first(weight + c, n_left)),
+                            n_left));
         }
 }
 

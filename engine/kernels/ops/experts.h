@@ -145,6 +145,8 @@ static inline v16 activated(const experts_args *a, v16 gate, v16 up) {
         return v16_mul(v16_min(v16_silu(gate), v16_set(a->limit)), v16_within(up, a->limit));
     if (a->activation == ACTIVATE_SILU)
         return v16_mul(v16_silu(gate), up);
+    if (a->activation == ACTIVATE_RELU)
+        return v16_mul(v16_relu(gate), up);
     const v16 g = v16_min(gate, v16_set(7.0f)), u = v16_within(up, 7.0f);
     return v16_mul(v16_mul(g, v16_sigmoid(v16_mul(v16_set(1.702f), g))), v16_add(u, v16_set(1.0f)));
 }
@@ -186,6 +188,7 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
     if (t.n_rows == 0)
         return;
     const experts_task following = t.goes_on ? experts_task_of(a, w, a->ffn_size, task + 1) : t;
+    const bool is_one = a->up.table == a->gate.table; // projection for both
     const weight_rows own_up = rows_of(&a->up, &t), next_gate = rows_of(&a->gate, &following);
     float gate[TOKENS_PER_CALL][ROWS_PER_TASK], up[TOKENS_PER_CALL][ROWS_PER_TASK];
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
@@ -200,17 +203,18 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             ups[i] = up[i];
         }
         a->gate.matmul(expert_rows(&a->gate, t.expert, t.row), a->gate.row_bytes, t.n_rows, a->hidden_size, x_gate, n,
-                       gates, w->takes_parts ? &own_up : NULL);
-        a->up.matmul(own_up.first, own_up.row_bytes, t.n_rows, a->hidden_size, x_up, n, ups,
-                     w->takes_parts ? &next_gate : NULL);
+                       gates, w->takes_parts ? is_one ? &next_gate : &own_up : NULL);
+        if (!is_one)
+            a->up.matmul(own_up.first, own_up.row_bytes, t.n_rows, a->hidden_size, x_up, n, ups,
+                         w->takes_parts ? &next_gate : NULL);
         for (int i = 0; i < n; i++) {
             float *hidden = a->hidden + (int64_t)t.pairs[first + i] * a->ffn_size + t.row;
             for (int r = 0; r < t.n_rows; r += 16) {
                 const int n_left = t.n_rows - r < 16 ? t.n_rows - r : 16;
                 const v16 g = scaled_and_biased(v16_load_first(gate[i] + r, n_left), &a->gate, t.expert, a->ffn_size,
                                                 t.row + r, n_left);
-                const v16 u = scaled_and_biased(v16_load_first(up[i] + r, n_left), &a->up, t.expert, a->ffn_size,
-                                                t.row + r, n_left);
+                const v16 u = scaled_and_biased(v16_load_first((is_one ? gate : up)[i] + r, n_left), &a->up, t.expert,
+                                                a->ffn_size, t.row + r, n_left);
                 v16_store_first(hidden + r, activated(a, g, u), n_left);
             }
         }
@@ -224,7 +228,8 @@ static void experts_gate_up_fetch(const op_args *args, const worker *w, int expe
     if (expert < 0 || expert >= a->n_experts)
         return;
     fetch_share(&a->gate, w, expert, a->ffn_size, until);
-    fetch_share(&a->up, w, expert, a->ffn_size, until);
+    if (a->up.table != a->gate.table)
+        fetch_share(&a->up, w, expert, a->ffn_size, until);
 }
 
 static int experts_down_begin(const op_args *args, const worker *w) {

@@ -1,0 +1,49 @@
+"""Nemotron 3 (Nano 30B-A3B, Super 120B-A12B), Nemotron-H: layers are state spaces, attention or feed-forward networks.
+
+Networks have one projection in place of gate and up, of which they take the squares where it is above 0. The experts of
+the larger ones work in a space of fewer values, into which and out of which there is one more matrix for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.devices.graph import Activation, Graph
+from engine.model_spec import ModelSpec
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import feed_forward, normalize, output_head, self_attention
+from engine.models.state_space import read_state_space, recurrent_layers, state_space
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters."""
+    n_layers = keys.n_layers()
+    moe = keys.mixture(
+        tensors,
+        scoring="sigmoid",
+        normalize=keys.flag("expert_weights_norm", False),
+        scale=keys.weights_scale(),
+    )
+    attention = replace(keys.attention(), unrotated_layers=(True,) * n_layers, layer_heads=(), layer_kv_heads=())
+    return replace(
+        keys.model(tensors, attention, replace(moe, latent_size=keys.size("moe_latent_size", 0, minimum=0))),
+        recurrent_layers=recurrent_layers(tensors, n_layers),
+        state_space=read_state_space(keys),
+    )
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    graph = Graph()
+    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
+    for layer in range(spec.n_layers):
+        block = tensors.block(layer)
+        h = normalize(graph, x, block, "attn_norm.weight", spec)
+        if spec.recurrent_layers[layer]:
+            x = graph.add(x, state_space(graph, h, block, spec))
+        elif block.has("ffn_up.weight") or block.has("ffn_gate_inp.weight"):
+            x = feed_forward(graph, h, x, block, spec, layer, Activation.RELU)
+        else:
+            x = graph.add(x, self_attention(graph, h, block, spec, layer))
+    output_head(graph, x, tensors, spec)
+    return graph
