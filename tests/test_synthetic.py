@@ -34,6 +34,18 @@ def test_has_the_published_size(name: str) -> None:
     assert (round(n_weights / 1e9, 1), len(model.tensors), n_float) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize(("name", "billions", "active"), [("glm-4.5-air", 106, 12), ("minimax-m2", 229, 10)])
+def test_has_about_the_published_size(name: str, billions: int, active: int) -> None:
+    model = open_model_file(f"synthetic:{name}@q8_0")
+    sizes = {tensor.name: math.prod(tensor.shape) / 1e9 for tensor in model.tensors.values()}
+    experts = sum(size for tensor, size in sizes.items() if tensor.endswith("_exps.weight"))
+    geometry = GEOMETRIES[name]
+    chosen = experts * geometry.n_experts_used / geometry.n_experts
+    tables = sizes["token_embd.weight"] + sizes["output.weight"]
+    assert sum(sizes.values()) == pytest.approx(billions, abs=1.5)
+    assert sum(sizes.values()) - tables - experts + chosen == pytest.approx(active, abs=0.5)
+
+
 def test_the_first_target_weighs_what_its_file_does() -> None:
     model = SyntheticModel.open("synthetic:qwen3.5-122b-a10b@q4_k_l")
     assert 74.5e9 < model.n_bytes < 75.5e9

@@ -34,7 +34,10 @@ DEFAULT_RECIPE = "q4_k_m"
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of a model. Delta-net fields are 0 where every layer has softmax attention."""
+    """Sizes of a model. Delta-net fields are 0 where every layer has softmax attention.
+
+    `dense_ffn_size` is that of the first `n_dense_layers`, which have no experts.
+    """
 
     architecture: str
     n_layers: int
@@ -55,11 +58,55 @@ class Geometry:
     n_v_heads: int = 0
     delta_head_dim: int = 0
     conv_kernel: int = 0
+    n_dense_layers: int = 0
+    dense_ffn_size: int = 0
 
     def is_recurrent(self, layer: int) -> bool:
         """Return whether a layer is a delta net."""
         return (layer + 1) % self.attention_interval != 0
 
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What an architecture fixes, as far as it shows in tensors and keys.
+
+    Attributes:
+        ffn_norm: tensor of the norm before the feed-forward network.
+        query_parts: rows of `attn_q` for each value of a query; 2 where a gate lies beside it.
+        head_norm: what a norm of queries and keys goes over: "head", "row" for all heads, or nothing.
+        has_biases: whether queries, keys and values have biases.
+        has_router_bias: whether there is a bias for the choice of experts.
+        has_shared_gate: whether the shared expert is gated.
+        keys: hyper-parameters that all its models have.
+    """
+
+    ffn_norm: str = "ffn_norm.weight"
+    query_parts: int = 1
+    head_norm: str = "head"
+    has_biases: bool = False
+    has_router_bias: bool = False
+    has_shared_gate: bool = False
+    keys: tuple[tuple[str, Value], ...] = ()
+
+
+_SIGMOID = 2  # of `expert_gating_func`
+STYLES: dict[str, Style] = {
+    "glm4moe": Style(
+        "post_attention_norm.weight",
+        head_norm="",
+        has_biases=True,
+        has_router_bias=True,
+        keys=(
+            ("expert_gating_func", _SIGMOID),
+            ("expert_shared_count", 1),
+            ("expert_weights_norm", True),
+            ("expert_weights_scale", 1.0),
+        ),
+    ),
+    "minimax-m2": Style(head_norm="row", has_router_bias=True, keys=(("expert_gating_func", _SIGMOID),)),
+    "qwen35moe": Style("post_attention_norm.weight", query_parts=2, has_shared_gate=True),
+    "qwen3moe": Style(),
+}
 
 GEOMETRIES: dict[str, Geometry] = {
     "qwen3.5-122b-a10b": Geometry(
@@ -70,6 +117,25 @@ GEOMETRIES: dict[str, Geometry] = {
     ),
     "qwen3-235b-a22b": Geometry("qwen3moe", 94, 4096, 64, 4, 128, 128, 1e6, 128, 8, 1536, 0, 151936, 40960),
     "qwen3-30b-a3b": Geometry("qwen3moe", 48, 2048, 32, 4, 128, 128, 1e6, 128, 8, 768, 0, 151936, 40960),
+    "glm-4.5-air": Geometry(
+        "glm4moe",
+        46,
+        4096,
+        96,
+        8,
+        128,
+        64,
+        1e6,
+        128,
+        8,
+        1408,
+        1408,
+        151552,
+        131072,
+        n_dense_layers=1,
+        dense_ffn_size=10944,
+    ),
+    "minimax-m2": Geometry("minimax-m2", 62, 3072, 48, 8, 128, 64, 5e6, 256, 8, 1536, 0, 200064, 196608),
     "tiny": Geometry("qwen35moe", 4, 256, 4, 2, 64, 16, 1e4, 16, 4, 256, 256, 4096, 4096, 4, 4, 8, 32, 4),
 }
 
@@ -194,6 +260,9 @@ _FLOAT_PARTS = (
     "ssm_a",
     "ssm_dt.bias",
     "exp_probs_b.bias",
+    "attn_q.bias",
+    "attn_k.bias",
+    "attn_v.bias",
 )
 
 
@@ -201,10 +270,12 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
     """Yield name, layer and shape of all tensors, in the order of the file."""
     yield "token_embd.weight", 0, (g.n_vocab, g.hidden_size)
     for layer in range(g.n_layers):
+        style, is_dense = STYLES[g.architecture], layer < g.n_dense_layers
         parts: Parts = [("attn_norm.weight", (g.hidden_size,))]
         parts += _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g)
-        parts += _feed_forward_shapes(g)
-        if has_router_biases:
+        parts.append((style.ffn_norm, (g.hidden_size,)))
+        parts += _network_shapes(g, "", g.dense_ffn_size) if is_dense else _expert_shapes(g)
+        if not is_dense and (has_router_biases or style.has_router_bias):
             parts.append(("exp_probs_b.bias", (g.n_experts,)))
         for part, shape in parts:
             yield f"blk.{layer}.{part}", layer, shape
@@ -213,16 +284,17 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
 
 
 def _attention_shapes(g: Geometry) -> Parts:
-    query_parts = 2 if g.architecture == "qwen35moe" else 1  # a gate beside every query
+    style = STYLES[g.architecture]
     n_q, n_kv = g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim
-    return [
-        ("attn_q.weight", (query_parts * n_q, g.hidden_size)),
-        ("attn_k.weight", (n_kv, g.hidden_size)),
-        ("attn_v.weight", (n_kv, g.hidden_size)),
-        ("attn_q_norm.weight", (g.head_dim,)),
-        ("attn_k_norm.weight", (g.head_dim,)),
-        ("attn_output.weight", (g.hidden_size, n_q)),
-    ]
+    sizes = {"q": style.query_parts * n_q, "k": n_kv, "v": n_kv}
+    parts: Parts = [(f"attn_{part}.weight", (size, g.hidden_size)) for part, size in sizes.items()]
+    if style.has_biases:
+        parts += [(f"attn_{part}.bias", (size,)) for part, size in sizes.items()]
+    if style.head_norm:
+        of_row = style.head_norm == "row"
+        parts.append(("attn_q_norm.weight", (n_q if of_row else g.head_dim,)))
+        parts.append(("attn_k_norm.weight", (n_kv if of_row else g.head_dim,)))
+    return [*parts, ("attn_output.weight", (g.hidden_size, n_q))]
 
 
 def _delta_net_shapes(g: Geometry) -> Parts:
@@ -241,23 +313,21 @@ def _delta_net_shapes(g: Geometry) -> Parts:
     ]
 
 
-def _feed_forward_shapes(g: Geometry) -> Parts:
-    norm = "post_attention_norm.weight" if g.architecture == "qwen35moe" else "ffn_norm.weight"
-    up, down = (g.expert_ffn_size, g.hidden_size), (g.hidden_size, g.expert_ffn_size)
-    parts: Parts = [
-        (norm, (g.hidden_size,)),
-        ("ffn_gate_inp.weight", (g.n_experts, g.hidden_size)),
-        ("ffn_gate_exps.weight", (g.n_experts, *up)),
-        ("ffn_up_exps.weight", (g.n_experts, *up)),
-        ("ffn_down_exps.weight", (g.n_experts, *down)),
+def _network_shapes(g: Geometry, suffix: str, size: int, *stack: int) -> Parts:
+    return [
+        (f"ffn_gate{suffix}.weight", (*stack, size, g.hidden_size)),
+        (f"ffn_up{suffix}.weight", (*stack, size, g.hidden_size)),
+        (f"ffn_down{suffix}.weight", (*stack, g.hidden_size, size)),
     ]
+
+
+def _expert_shapes(g: Geometry) -> Parts:
+    parts: Parts = [("ffn_gate_inp.weight", (g.n_experts, g.hidden_size))]
+    parts += _network_shapes(g, "_exps", g.expert_ffn_size, g.n_experts)
     if g.shared_ffn_size:
-        parts += [
-            ("ffn_gate_inp_shexp.weight", (g.hidden_size,)),
-            ("ffn_gate_shexp.weight", (g.shared_ffn_size, g.hidden_size)),
-            ("ffn_up_shexp.weight", (g.shared_ffn_size, g.hidden_size)),
-            ("ffn_down_shexp.weight", (g.hidden_size, g.shared_ffn_size)),
-        ]
+        if STYLES[g.architecture].has_shared_gate:
+            parts.append(("ffn_gate_inp_shexp.weight", (g.hidden_size,)))
+        parts += _network_shapes(g, "_shexp", g.shared_ffn_size)
     return parts
 
 
@@ -313,14 +383,15 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
         "attention.value_length": g.head_dim,
         "attention.layer_norm_rms_epsilon": float32(1e-6),
         "rope.freq_base": float32(g.rope_theta),
+        "rope.dimension_count": g.n_rot,
         "expert_count": g.n_experts,
         "expert_used_count": g.n_experts_used,
         "expert_feed_forward_length": g.expert_ffn_size,
+        **dict(STYLES[g.architecture].keys),
     }
     if g.architecture == "qwen35moe":
         n_pairs = g.n_rot // 2  # dealt to time, height and width in turn; text has the same position in all
         keys |= {
-            "rope.dimension_count": g.n_rot,
             "rope.dimension_sections": np.array([(n_pairs + 2) // 3, (n_pairs + 1) // 3, n_pairs // 3, 0], np.int32),
             "expert_shared_feed_forward_length": g.shared_ffn_size,
             "ssm.conv_kernel": g.conv_kernel,
@@ -331,7 +402,8 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
             "full_attention_interval": g.attention_interval,
         }
     else:
-        keys["feed_forward_length"] = 3 * g.hidden_size  # of a dense layer, which there is none of
+        keys["feed_forward_length"] = g.dense_ffn_size or 3 * g.hidden_size  # of a dense layer, if there is one
+        keys["leading_dense_block_count"] = g.n_dense_layers
     return {
         "general.architecture": g.architecture,
         "general.type": "model",
@@ -408,7 +480,7 @@ def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> boo
     elif info.name.endswith("ssm_dt.bias"):  # softplus of it is a time step from 0.001 to 0.1
         step = np.exp(random.uniform(np.log(1e-3), np.log(1e-1), info.shape))
         drawn = step + np.log(-np.expm1(-step))
-    elif info.name.endswith("exp_probs_b.bias"):
+    elif info.name.endswith("bias"):
         drawn = np.zeros(info.shape)
     else:
         return False
