@@ -160,7 +160,7 @@ class DeltaNetSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateSpaceSpec:
-    """Mamba-2, the recurrent layers of Nemotron. `n_heads / n_groups` heads share what they read and write with.
+    """Mamba-2, of Nemotron and Granite 4. `n_heads / n_groups` heads share what they read and write with.
 
     Attributes:
         head_dim: values of a head.

@@ -350,7 +350,7 @@ class CausalConv(Operation):
 class DeltaNet(Operation):
     """Gated delta rule over time; formulas in `models/qwen35moe.py`.
 
-    Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/nemotron_h.py`.
+    Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/state_space.py`.
     """
 
     q: Tensor

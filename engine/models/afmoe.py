@@ -22,12 +22,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         freq_base = keys.number("rope.freq_base_swa", attention.rope.freq_base)
         local = replace(attention.rope, freq_base=freq_base)
         attention = replace(attention, windows=keys.windows(n_layers, _PERIOD), window_rope=local)
-    moe = keys.mixture(
-        tensors,
-        scoring=keys.scoring("sigmoid"),
-        normalize=keys.flag("expert_weights_norm", False),
-        scale=keys.weights_scale(),
-    )
+    moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     spec = keys.model(tensors, attention, moe)
     return replace(spec, embedding_scale=math.sqrt(spec.hidden_size))
 

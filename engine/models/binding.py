@@ -118,14 +118,15 @@ class Keys:
         tensors: Tensors,
         *,
         scoring: Scoring = "softmax",
-        normalize: bool = True,
-        scale: float = 1.0,
+        normalize: bool | None = True,
+        scales: bool = False,
         weights_input: bool = False,
     ) -> MoESpec:
         """Read the numbers of routed experts; what an architecture fixes or defaults to is passed in.
 
-        Widths are those of the tensors: what the keys for them mean differs between architectures. Groups are read for
-        every architecture. A dense sibling has no experts.
+        With None for `normalize` the file says whether weights are normalised, with `scales` what they are multiplied
+        by. Widths are those of the tensors: what the keys for them mean differs between architectures. Groups are read
+        for every architecture. A dense sibling has no experts.
         """
         n_experts = self.size("expert_count", 0, minimum=0)
         if not n_experts:
@@ -146,8 +147,8 @@ class Keys:
             tensors.first_width("ffn_down_exps.weight", n_layers),
             tensors.first_width("ffn_down_shexp.weight", n_layers),
             scoring,
-            normalize,
-            scale,
+            self.flag("expert_weights_norm", False) if normalize is None else normalize,
+            (self.number("expert_weights_scale", 1.0) or 1.0) if scales else 1.0,  # 0 in the file stands for none
             n_groups,
             n_groups_used,
             weights_input,
@@ -164,10 +165,6 @@ class Keys:
                 "1 (softmax), 2 (sigmoid) and 3 (softmax of the chosen)"
             )
         return _GATING_FUNCTIONS[number]
-
-    def weights_scale(self) -> float:
-        """Return the factor of the chosen experts' weights; 0 in the file stands for none."""
-        return self.number("expert_weights_scale", 1.0) or 1.0
 
     def attention(self, style: RopeStyle = "neox") -> AttentionSpec:
         """Read the keys of softmax attention that every architecture has."""

@@ -51,10 +51,7 @@ def _read_mixture(keys: Keys, tensors: Tensors) -> MoESpec:
     n_vocab = tensors.shape("token_embd.weight")[0]
     is_glm_flash = keys.n_layers() in _GLM_FLASH_LAYERS and n_vocab == _GLM_FLASH_VOCAB
     return keys.mixture(
-        tensors,
-        scoring=keys.scoring("sigmoid" if is_glm_flash else "softmax"),
-        normalize=keys.flag("expert_weights_norm", False),
-        scale=keys.weights_scale(),
+        tensors, scoring=keys.scoring("sigmoid" if is_glm_flash else "softmax"), normalize=None, scales=True
     )
 
 

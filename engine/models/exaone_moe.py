@@ -16,12 +16,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     windows = keys.windows(keys.n_layers(), _PERIOD)
     unrotated = tuple(window == 0 for window in windows)
-    moe = keys.mixture(
-        tensors,
-        scoring=keys.scoring("sigmoid"),
-        normalize=keys.flag("expert_weights_norm", False),
-        scale=keys.weights_scale(),
-    )
+    moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     return keys.model(tensors, replace(keys.attention(), windows=windows, unrotated_layers=unrotated), moe)
 
 

@@ -19,12 +19,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         windows = keys.windows(keys.n_layers(), _PERIOD, without=0)
         local = keys.local_rope(attention.head_dim, attention.rope.freq_base)
         attention = replace(attention, windows=windows, window_rope=local)
-    moe = keys.mixture(
-        tensors,
-        scoring=keys.scoring("sigmoid"),
-        normalize=keys.flag("expert_weights_norm", False),
-        scale=keys.weights_scale(),
-    )
+    moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     return keys.model(tensors, attention, moe)
 
 

@@ -18,12 +18,7 @@ from engine.models.state_space import read_state_space, recurrent_layers, state_
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     n_layers = keys.n_layers()
-    moe = keys.mixture(
-        tensors,
-        scoring="sigmoid",
-        normalize=keys.flag("expert_weights_norm", False),
-        scale=keys.weights_scale(),
-    )
+    moe = keys.mixture(tensors, scoring="sigmoid", normalize=None, scales=True)
     attention = replace(keys.attention(), unrotated_layers=(True,) * n_layers, layer_heads=(), layer_kv_heads=())
     return replace(
         keys.model(tensors, attention, replace(moe, latent_size=keys.size("moe_latent_size", 0, minimum=0))),

@@ -30,13 +30,7 @@ class PlainDecoder:
 
     def read_spec(self, keys: Keys, tensors: Tensors) -> ModelSpec:
         """Read the hyper-parameters."""
-        normalize = keys.flag("expert_weights_norm", False) if self.normalizes is None else self.normalizes
-        moe = keys.mixture(
-            tensors,
-            scoring=keys.scoring(self.scoring),
-            normalize=normalize,
-            scale=keys.weights_scale() if self.scales else 1.0,
-        )
+        moe = keys.mixture(tensors, scoring=keys.scoring(self.scoring), normalize=self.normalizes, scales=self.scales)
         return keys.model(tensors, keys.attention(self.style), moe)
 
     def forward(self, spec: ModelSpec, tensors: Tensors) -> Graph:

@@ -23,12 +23,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         windows=keys.windows(keys.n_layers(), _PERIOD, without=0),
         window_rope=local,
     )
-    moe = keys.mixture(
-        tensors,
-        scoring=keys.scoring("sigmoid"),
-        normalize=keys.flag("expert_weights_norm", False),
-        scale=keys.weights_scale(),
-    )
+    moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     limits, shared_limits = (keys.floats_of_layers(f"swiglu_clamp_{part}") for part in ("exp", "shexp"))
     return keys.model(tensors, attention, replace(moe, limits=limits, shared_limits=shared_limits))
 
