@@ -530,7 +530,9 @@ def prompt_attention(bench: Bench) -> None:
             1e-6,
             *places,
         )
-        conv = recurrent.causal_conv(Rows(qkv, 12288), vectors, 0, state, Rows(convolved, 12288), 12288, 4, *places)
+        conv = recurrent.causal_conv(
+            Rows(qkv, 12288), vectors, 0, state, Rows(convolved, 12288), 12288, 4, True, *places
+        )
         bench.note("prompt", f"delta net of {n} tokens, 64 heads of 128 x 128", bench.replay_s([net]) * 1e3, "ms")
         bench.note("prompt", f"convolution of {n} tokens, 12288 channels", bench.replay_s(conv) * 1e3, "ms")
 

@@ -1,10 +1,10 @@
-// Depthwise causal convolution over time, then SiLU, token after token.
+// Depthwise causal convolution over time, token after token.
 //
 // weight [n_channels, KERNEL_SIZE], bias [n_channels] or null; state [n_slots, KERNEL_SIZE - 1, n_channels], oldest first. Tokens of one sequence
 // stand together and in order; one at position 0 starts its sequence with a zero state. The state of a sequence is read
 // once and written once for all its tokens in the step.
 //
-// Compiled for KERNEL_SIZE. For few tokens one kernel goes through them; for many, `convolve` takes all at the same time
+// Compiled as `causal_conv.cuh` says. For few tokens one kernel goes through them; for many, `convolve` takes all at the same time
 // and `keep_inputs` then brings the states up to date. A thread takes a channel.
 #include "causal_conv.cuh"
 

@@ -1,4 +1,4 @@
-// One channel of a causal convolution over time. Compiled for KERNEL_SIZE.
+// One channel of a causal convolution over time. Compiled for KERNEL_SIZE, and for ACTIVATES: whether SiLU follows.
 #pragma once
 
 #include "common.cuh"
@@ -11,7 +11,8 @@ DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[
 #pragma unroll
     for (int j = 0; j < BEFORE; j++)
         acc = __fmaf_rn(past[j], w[j], acc);
-    return silu(__fmaf_rn(now, w[BEFORE], acc) + bias);
+    acc = __fmaf_rn(now, w[BEFORE], acc) + bias;
+    return ACTIVATES ? silu(acc) : acc;
 }
 
 DEVICE void load_weights(float (&w)[KERNEL_SIZE], const float *weight, int channel) {

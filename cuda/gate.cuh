@@ -15,9 +15,9 @@ template <int IS_PER_HEAD> DEVICE void load_gate(const float *row, int at, int w
         g[i] = *of_head;
 }
 
-// What x is multiplied by; KIND: 0 sigmoid, 1 SiLU, 2 softplus, 3 what is above 0.
+// What x is multiplied by; KIND: 0 sigmoid, 1 SiLU, 2 softplus, 3 what is above 0, 4 itself.
 template <int KIND> DEVICE float gate_of(float g) {
-    return KIND == 3 ? fmaxf(g, 0.0f) : KIND == 2 ? softplus(g) : KIND == 1 ? silu(g) : sigmoid(g);
+    return KIND == 4 ? g : KIND == 3 ? fmaxf(g, 0.0f) : KIND == 2 ? softplus(g) : KIND == 1 ? silu(g) : sigmoid(g);
 }
 
 // x = x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; before that, with a SIZE (a power of two from 8 to 256; 0: not), x = weight * x /

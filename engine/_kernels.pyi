@@ -21,6 +21,7 @@ GATE_SIGMOID: int  # x * sigmoid(gate)
 GATE_SILU: int  # x * silu(gate)
 GATE_SOFTPLUS: int  # x * ln(1 + exp(gate))
 GATE_RELU: int  # x * max(gate, 0)
+GATE_PRODUCT: int  # x * gate
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -321,8 +322,9 @@ class Program:
         out_stride: int,
         n_channels: int,
         kernel_size: int,
+        activates: bool,
     ) -> None:
-        """Depthwise causal convolution and SiLU. weight float32 [n_channels, kernel_size], bias [n_channels] or 0; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
+        """Depthwise causal convolution, and SiLU if it `activates`. weight float32 [n_channels, kernel_size], bias [n_channels] or 0; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
 
     def delta_net(
         self,

@@ -53,6 +53,7 @@ cdef extern from "kernels/ops.h":
         _GATE_SILU "GATE_SILU"
         _GATE_SOFTPLUS "GATE_SOFTPLUS"
         _GATE_RELU "GATE_RELU"
+        _GATE_PRODUCT "GATE_PRODUCT"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
@@ -120,6 +121,7 @@ cdef extern from "kernels/ops.h":
         const float *bias
         float *state
         int n_channels, kernel_size
+        c_bool activates
     ctypedef struct delta_net_args:
         const float *q
         const float *k
@@ -275,6 +277,7 @@ GATE_SIGMOID = _GATE_SIGMOID
 GATE_SILU = _GATE_SILU
 GATE_SOFTPLUS = _GATE_SOFTPLUS
 GATE_RELU = _GATE_RELU
+GATE_PRODUCT = _GATE_PRODUCT
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
@@ -758,7 +761,7 @@ cdef class Program:
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 4)
+        need_one_of("kind", kind, 5)
         need_at_least("n_gates", n_gates, 1)
         need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
@@ -919,6 +922,7 @@ cdef class Program:
         int64_t out_stride,
         int n_channels,
         int kernel_size,
+        bint activates,
     ):
         need(
             2 <= kernel_size <= MAX_CONV_KERNEL, f"kernel_size is {kernel_size}; expected 2 to {MAX_CONV_KERNEL}"
@@ -931,6 +935,7 @@ cdef class Program:
         args.state = <float *> need_address("state", state)
         args.n_channels = n_channels
         args.kernel_size = kernel_size
+        args.activates = activates
         recorded(program_causal_conv(self._program, args))
 
     def delta_net(

@@ -56,6 +56,8 @@ PEERS = (
     "hunyuan-moe",
     "hy_v3",
     "laguna",
+    "lfm2",
+    "lfm2moe",
     "llama",
     "llama4",
     "mellum",
@@ -67,6 +69,7 @@ PEERS = (
     "qwen3",
     "qwen35",
     "qwen3vlmoe",
+    "smallthinker",
     "step35",
 )
 PEER_FILES = tuple(f"{name}-{kind}" for name in PEERS for kind in ("F32", "Q8_0"))

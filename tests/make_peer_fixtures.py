@@ -25,7 +25,8 @@ import llama_cpp
 import numpy as np
 
 OUT = Path(__file__).resolve().parent / "data" / "peers"
-N_VOCAB, HIDDEN, N_TOKENS, N_TOKENS_LONG = 128, 32, 32, 8260
+N_VOCAB, HIDDEN, N_TOKENS = 128, 32, 32
+N_TOKENS_LONG, N_TOKENS_WINDOW = 8260, 4130  # more than a chunk of Llama 4, than the window of SmallThinker
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 8
 N_EXPERTS, FFN = 8, 32
 CLOSE = 6e-3  # divergence at one position that is no sign of another expert
@@ -57,6 +58,8 @@ class Peer:
         recurrent: whether every other block is a delta net, and the others gate their attention.
         kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network.
         state_space_layers: those of other models.
+        short_conv_layers: the blocks that convolve instead of attending.
+        output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
         is_latent: whether attention is multi-head latent attention.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
@@ -87,6 +90,8 @@ class Peer:
     recurrent: bool = False
     kinds: str = ""
     state_space_layers: tuple[int, ...] = ()
+    short_conv_layers: tuple[int, ...] = ()
+    output_norm: str = "output_norm"
     expert_width: int = 0
     is_latent: bool = False
     attention_gate: str = ""
@@ -117,6 +122,7 @@ STATE_SPACE = {
     "ssm.group_count": STATE_GROUPS,
     "attention.layer_norm_epsilon": 1e-5,
 }
+SHORT_KERNEL = 3
 QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
 LATENT = {
     "attention.head_count_kv": 1,
@@ -383,6 +389,23 @@ PEERS = {
         shared_size=FFN,
         is_latent=True,
     ),
+    "lfm2moe": Peer(
+        "lfm2moe",
+        3,
+        MOE
+        | {
+            "attention.head_count_kv": [0, N_KV_HEADS, 0],
+            "shortconv.l_cache": SHORT_KERNEL,
+            "leading_dense_block_count": 2,
+            "expert_gating_func": 2,
+        },
+        moe_layers=(2,),
+        router_bias=0.2,
+        head_norm="head",
+        short_conv_layers=(0, 2),
+        output_norm="token_embd_norm",
+        tied=True,
+    ),
     "nemotron_h_moe": Peer(
         "nemotron_h_moe",
         4,
@@ -421,6 +444,18 @@ PEERS = {
         head_norm="head",
         head_dim=16,
     ),
+    "smallthinker": Peer(
+        "smallthinker",
+        2,
+        MOE
+        | {
+            "attention.sliding_window": 4096,
+            "rope.freq_base_swa": 500.0,
+            "expert_gating_func": 2,
+        },
+        moe_layers=(0, 1),
+        n_long=N_TOKENS_WINDOW,
+    ),
     "step35": Peer(
         "step35",
         4,
@@ -444,6 +479,15 @@ PEERS = {
         attention_gate="head",
     ),
     # The dense siblings of architectures with experts.
+    "lfm2": Peer(
+        "lfm2",
+        2,
+        {"attention.head_count_kv": [0, N_KV_HEADS], "shortconv.l_cache": SHORT_KERNEL},
+        head_norm="head",
+        short_conv_layers=(0,),
+        output_norm="token_embd_norm",
+        tied=True,
+    ),
     "llama": Peer("llama", 2, rope_divisors=True),
     "qwen3": Peer("qwen3", 2, head_norm="head", tied=True),
     "qwen35": Peer(
@@ -473,7 +517,7 @@ class Draw:
 
 def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=np.sqrt(HIDDEN))
-    yield "output_norm.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
+    yield f"{peer.output_norm}.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
     if not peer.tied:
         yield "output.weight", draw.matrix(N_VOCAB, HIDDEN, gain=2.5)
     if peer.rope_divisors:
@@ -497,6 +541,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from delta_net(draw)
     elif layer in peer.state_space_layers:
         yield from state_space(draw)
+    elif layer in peer.short_conv_layers:
+        yield from short_conv(draw)
     else:
         yield from latent_attention(draw) if peer.is_latent else attention(peer, layer, draw)
     if layer not in peer.moe_layers:
@@ -543,6 +589,12 @@ def state_space(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "ssm_d", draw.between(0.5, 1.5, STATE_HEADS, 1)
     yield "ssm_norm.weight", draw.norm(inner).reshape(STATE_GROUPS, -1)
     yield "ssm_out.weight", draw.matrix(HIDDEN, inner)
+
+
+def short_conv(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "shortconv.in_proj.weight", draw.matrix(3 * HIDDEN, HIDDEN)
+    yield "shortconv.conv.weight", draw.matrix(HIDDEN, SHORT_KERNEL)
+    yield "shortconv.out_proj.weight", draw.matrix(HIDDEN, HIDDEN)
 
 
 def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

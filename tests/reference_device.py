@@ -152,7 +152,8 @@ class ReferenceProgram:
         self.states[op.state] = x[len(x) - op.kernel_size + 1 :]
         n = len(self.token_ids)
         sums = sum(x[j : j + n] * kernel[:, j] for j in range(op.kernel_size))
-        self[op.out] = _silu(sums + (0 if op.bias is None else self.vector(op.bias)))
+        sums = sums + (0 if op.bias is None else self.vector(op.bias))
+        self[op.out] = _silu(sums) if op.activates else sums
 
     def delta_net(self, op: ops.DeltaNet) -> None:
         n, n_k, n_v = len(self.token_ids), op.n_k_heads, op.n_v_heads
@@ -242,6 +243,7 @@ _GATINGS = {
     Gating.SILU: _silu,
     Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
     Gating.RELU: lambda x: np.maximum(x, 0),
+    Gating.PRODUCT: lambda x: x,
 }
 
 

@@ -55,10 +55,11 @@ KERNELS = [
         "attention.cu",
         ("KV_TYPE=0", "KEY_DIM=64", "VALUE_DIM=64", "SHARED=0", "GROUP=1", "GATE=3", "PER_HEAD=1", "FORMS=2"),
     ),
-    ("causal_conv.cu", ("KERNEL_SIZE=4",)),
+    ("causal_conv.cu", ("KERNEL_SIZE=4", "ACTIVATES=1")),
+    ("causal_conv.cu", ("KERNEL_SIZE=3", "ACTIVATES=0")),
     ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1")),
     ("delta_net.cu", ("K_DIM=128", "V_DIM=64", "IS_DELTA=0")),
-    ("delta_net_step.cu", ("K_DIM=128", "V_DIM=128", "KERNEL_SIZE=4", "GATING=1", "FORMS=1")),
+    ("delta_net_step.cu", ("K_DIM=128", "V_DIM=128", "KERNEL_SIZE=4", "ACTIVATES=1", "GATING=1", "FORMS=1")),
     ("handshake.cu", ()),
 ]
 

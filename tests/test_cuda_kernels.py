@@ -464,6 +464,7 @@ FUNCTIONS = {
     Gating.SILU: lambda x: x * sigmoid(x),
     Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
     Gating.RELU: lambda x: np.maximum(x, 0),
+    Gating.PRODUCT: lambda x: x,
 }
 
 
@@ -927,7 +928,7 @@ def test_recurrent_layers(
         before = old_conv[slot] if positions[first] else np.zeros_like(old_conv[slot])
         seen = np.concatenate([before, x[first:end]])
         y = sum(seen[j : j + end - first] * weight[:, j] for j in range(kernel_size)) + bias
-        expected_conv[first:end] = y * sigmoid(y)
+        expected_conv[first:end] = y
         new_conv[slot] = seen[len(seen) - kernel_size + 1 :]
 
     q, k = (x[:, i * n_k : (i + 1) * n_k].reshape(n_tokens, n_k_heads, k_dim).astype(np.float64) for i in (0, 1))
@@ -952,12 +953,13 @@ def test_recurrent_layers(
 
     places = (emulator.at(positions), emulator.at(slots), emulator.count(n_tokens))
     for order, seed in SCHEDULES:
-        conv, out = old_conv.copy(), np.zeros_like(x)
         at_bias = 0 if is_delta else emulator.at(bias)
-        rows = (emulator.rows(x), emulator.at(weight), at_bias, emulator.at(conv), emulator.rows(out))
-        emulator.run(recurrent.causal_conv(*rows, n_channels, kernel_size, *places), order, seed)
-        assert out == pytest.approx(expected_conv, rel=1e-5, abs=1e-5)
-        assert same_bits(conv, new_conv)
+        for activates, expected_out in ((True, expected_conv * sigmoid(expected_conv)), (False, expected_conv)):
+            conv, out = old_conv.copy(), np.zeros_like(x)
+            rows = (emulator.rows(x), emulator.at(weight), at_bias, emulator.at(conv), emulator.rows(out))
+            emulator.run(recurrent.causal_conv(*rows, n_channels, kernel_size, activates, *places), order, seed)
+            assert out == pytest.approx(expected_out, rel=1e-5, abs=1e-5)
+            assert same_bits(conv, new_conv)
 
         state, out = old_state.copy(), np.zeros((n_tokens, n_v), F32)
         qkv = emulator.rows(x)
@@ -1058,6 +1060,7 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
                     emulator.rows(convolved),
                     n_channels,
                     kernel_size,
+                    True,
                 )
                 net_sizes, own = (*sizes, grouped, eps, *places, count), (*parameters[1:], 0, states[1])
                 gate = GateOf(gating, emulator.rows(by), n_cols, n_cols)

@@ -37,6 +37,7 @@ GATINGS = {
     k.GATE_SILU: silu,
     k.GATE_SOFTPLUS: lambda x: np.logaddexp(0, x),
     k.GATE_RELU: lambda x: np.maximum(x, 0),
+    k.GATE_PRODUCT: lambda x: x,
 }
 
 
@@ -671,15 +672,23 @@ def test_a_sequence_that_starts_afresh_sees_nothing_of_the_one_before() -> None:
 
 @more
 @given(
-    seeds, st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 70), st.integers(2, 5), st.booleans()
+    seeds,
+    st.lists(st.integers(1, 15), min_size=1, max_size=3),
+    st.integers(1, 70),
+    st.integers(2, 5),
+    st.booleans(),
+    st.booleans(),
 )
-def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size: int, has_bias: bool) -> None:
+def test_causal_conv(
+    seed: int, lengths: list[int], n_channels: int, kernel_size: int, has_bias: bool, activates: bool
+) -> None:
     slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
     x, weight = normal(seed, len(slots), n_channels), normal(seed + 1, n_channels, kernel_size)
     bias = normal(seed + 2, n_channels)
 
     def record(program: k.Program, at) -> None:
-        program.causal_conv(*at.x, at.weight, at.bias if has_bias else 0, at.state, *at.out, n_channels, kernel_size)
+        vectors = at.weight, at.bias if has_bias else 0
+        program.causal_conv(*at.x, *vectors, at.state, *at.out, n_channels, kernel_size, activates)
 
     case = Case(
         record,
@@ -694,7 +703,8 @@ def test_causal_conv(seed: int, lengths: list[int], n_channels: int, kernel_size
     for slot, length in enumerate(lengths):
         padded = np.concatenate([np.zeros((kernel_size - 1, n_channels)), f64(x[np.equal(slots, slot)])])
         sums = sum(padded[j : j + length] * weight[:, j] for j in range(kernel_size))
-        parts.append(silu(sums + has_bias * bias))
+        sums = sums + has_bias * bias
+        parts.append(silu(sums) if activates else sums)
     case.check({"out": np.concatenate(parts)}, rtol=1e-5, atol=1e-6)
 
 

@@ -119,7 +119,7 @@ FINE = {
     "scale": (A, 8, 0, 0, B, 8, 8, 2.0, 0),
     "scale_by_position": (A, 8, 8, 1, 4, 0.1),
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0),
-    "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4),  # 0: real memory, see below
+    "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
     "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, True, 1e-6),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
@@ -155,7 +155,7 @@ BAD = [
     ("add", 4, 0, "the address of out"),
     ("add", 6, 0, "the width of a is 0"),
     ("gate", 7, 3, "3 gates cannot share 8 columns"),
-    ("gate", 8, 4, "kind is 4"),
+    ("gate", 8, 5, "kind is 5"),
     ("split_heads", 6, 0, "n_heads is 0"),
     ("split_heads", 7, 0, "first_dim is 0"),
     ("split_heads", 1, 11, "the stride of the joined rows is 11"),
@@ -317,7 +317,7 @@ class Memory:
         elif name == "split" and a != c:
             program.split_heads(*at[a], at[c][0], WIDTH, at[c][0] + 128, WIDTH, 2, 16, 16)
         elif name == "conv" and a != c:
-            program.causal_conv(*at[a], vector, 0, self.state.ctypes.data, *at[c], WIDTH, 4)
+            program.causal_conv(*at[a], vector, 0, self.state.ctypes.data, *at[c], WIDTH, 4, True)
         elif name == "attention" and c not in (a, b):
             cache = self.cache.ctypes.data
             places = (*at[a], *at[b], at[b][0] + 128, WIDTH, *at[c])

@@ -36,6 +36,7 @@ class Gating(enum.IntEnum):
     SILU = 1
     SOFTPLUS = 2
     RELU = 3
+    PRODUCT = 4  # by the gate itself
 
 
 class RopeStyle(enum.IntEnum):
@@ -336,7 +337,10 @@ class Attention(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class CausalConv(Operation):
-    """Depthwise causal convolution over time, then SiLU. weight [n_channels, kernel_size], bias [n_channels]."""
+    """Depthwise causal convolution over time. weight [n_channels, kernel_size], bias [n_channels].
+
+    If it `activates`, SiLU of that.
+    """
 
     x: Tensor
     weight: Vector
@@ -344,6 +348,7 @@ class CausalConv(Operation):
     state: State
     out: Tensor
     kernel_size: int
+    activates: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -569,13 +574,15 @@ class Graph:
         self.operations.append(Attention(q, k, v, cache, out, sinks, n_heads, scale, window, chunk))
         return out
 
-    def causal_conv(self, x: Tensor, weight: Vector, kernel_size: int, bias: Vector | None = None) -> Tensor:
-        """Convolve over the last `kernel_size` tokens, channel by channel, add the bias, then SiLU."""
+    def causal_conv(
+        self, x: Tensor, weight: Vector, kernel_size: int, bias: Vector | None = None, *, activates: bool = True
+    ) -> Tensor:
+        """Convolve over the last `kernel_size` tokens, channel by channel, add the bias, then SiLU or nothing."""
         assert weight.size == x.width * kernel_size
         state = State((kernel_size - 1) * x.width)
         self.states.append(state)
         out = self._new(x.width)
-        self.operations.append(CausalConv(x, weight, bias, state, out, kernel_size))
+        self.operations.append(CausalConv(x, weight, bias, state, out, kernel_size, activates))
         return out
 
     def delta_net(

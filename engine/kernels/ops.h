@@ -13,7 +13,7 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU };
+enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
 enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU };
@@ -137,6 +137,7 @@ typedef struct {
     const float *bias;   // [n_channels], or NULL
     float *state;        // [n_slots, kernel_size - 1, n_channels]
     int n_channels, kernel_size;
+    bool activates;
 } causal_conv_args;
 
 typedef struct {

@@ -18,6 +18,7 @@ from engine.models import (
     granitemoe,
     hunyuan_moe,
     laguna,
+    lfm2,
     llama,
     llama4,
     mellum,
@@ -25,6 +26,7 @@ from engine.models import (
     nemotron_h,
     qwen3next,
     qwen35moe,
+    smallthinker,
     step35,
 )
 from engine.models.binding import Keys, Tensors
@@ -53,6 +55,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoe": granitemoe,
     "hunyuan-moe": hunyuan_moe,
     "laguna": laguna,
+    "lfm2": lfm2,
+    "lfm2moe": lfm2,
     "llama": llama,
     "llama4": llama4,
     "mellum": mellum,
@@ -63,6 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": qwen35moe,
     "qwen35moe": qwen35moe,
     "qwen3next": qwen3next,
+    "smallthinker": smallthinker,
     "step35": step35,
 }
 

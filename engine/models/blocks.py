@@ -40,6 +40,7 @@ def decoder(
     *,
     ffn_norm: str = "ffn_norm.weight",
     post_norms: tuple[str, str] | None = None,
+    output_norm: str = "output_norm.weight",
     activation: Activation = Activation.SILU,
 ) -> Graph:
     """Record a pre-norm decoder: in each block a mixer of tokens, then a feed-forward network, added to the stream.
@@ -60,7 +61,7 @@ def decoder(
             x = graph.add(x, normalize(graph, h, block, post_norms[1], spec))
         else:
             x = feed_forward(graph, h, x, block, spec, layer, activation)
-    output_head(graph, x, tensors, spec)
+    output_head(graph, x, tensors, spec, output_norm)
     return graph
 
 
@@ -69,10 +70,10 @@ def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelS
     return graph.rms_norm(x, tensors.vector(name, spec.hidden_size), spec.norm_eps)
 
 
-def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec) -> None:
+def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str = "output_norm.weight") -> None:
     """Turn the residual stream into logits, for the wanted rows; without `output.weight` the embeddings serve."""
     x = graph.select_outputs(x)
-    x = normalize(graph, x, tensors, "output_norm.weight", spec)
+    x = normalize(graph, x, tensors, norm, spec)
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
     logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size))
     graph.logits = scaled(graph, logits, spec.logit_scale)
@@ -236,7 +237,7 @@ def feed_forward(
     if block.has("ffn_gate_inp.weight"):
         return mixture_of_experts(graph, x, residual, block, spec, layer, activation)
     ffn_size = block.shape("ffn_up.weight")[0]
-    parts = [part for part in ("gate", "up") if part == "up" or activation != Activation.RELU]
+    parts = projection_names(block, "", activation)
     weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in parts]
     biases = [block.optional_vector(f"ffn_{part}.bias", ffn_size) for part in parts]
     projections = graph.linears(x, weights, biases)
@@ -245,6 +246,12 @@ def feed_forward(
     out = graph.linear(gated, down, block.optional_vector("ffn_down.bias", spec.hidden_size))
     out = scaled(graph, out, spec.residual_scale)
     return out if residual is None else graph.add(residual, out)
+
+
+def projection_names(block: Tensors, suffix: str, activation: Activation) -> tuple[str, ...]:
+    """Return what a network takes its input to: gate and up, or with ReLU perhaps one projection that is both."""
+    is_one = activation == Activation.RELU and not block.has(f"ffn_gate{suffix}.weight")
+    return ("up",) if is_one else ("gate", "up")
 
 
 def gate_projections(graph: Graph, projections: Sequence[Tensor], activation: Activation, limit: float) -> Tensor:
@@ -261,8 +268,11 @@ def mixture_of_experts(
     spec: ModelSpec,
     layer: int,
     activation: Activation,
+    logits: Tensor | None = None,
 ) -> Tensor:
     """Add routed experts and the shared expert to the residual stream, if there is one.
+
+    `logits` are those of the router, if they are known already.
 
     out = residual + sum over chosen e of weight_e * down_e(act(gate_e x, up_e x))
                    + sigmoid(shared_gate . x) * down_s(silu(gate_s x) * up_s x)
@@ -272,19 +282,22 @@ def mixture_of_experts(
     moe, hidden_size = spec.moe, spec.hidden_size
     if not moe.n_experts:
         raise GGUFError(f"{block.file_name}: has a router ({block.prefix}ffn_gate_inp.weight) but no expert_count")
-    shared_parts = ("up",) if activation == Activation.RELU else ("gate", "up")
-    inputs: dict[str, Weight] = {"router": block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)}
+    shared_parts = projection_names(block, "_shexp", activation)
+    inputs: dict[str, Weight] = {}
+    if logits is None:
+        inputs["router"] = block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)
     if moe.shared_ffn_size:
         if block.has("ffn_gate_inp_shexp.weight"):
             inputs["shared_gate"] = block.matrix("ffn_gate_inp_shexp.weight", 1, hidden_size)
         for part in shared_parts:
             inputs[part] = block.matrix(f"ffn_{part}_shexp.weight", moe.shared_ffn_size, hidden_size)
     router_bias = block.optional_vector("ffn_gate_inp.bias", moe.n_experts)
-    outs = graph.linears(x, tuple(inputs.values()), [router_bias, *[None] * (len(inputs) - 1)])
+    biases_of_inputs = [router_bias if name == "router" else None for name in inputs]
+    outs = graph.linears(x, tuple(inputs.values()), biases_of_inputs) if inputs else ()
     projected = dict(zip(inputs, outs, strict=True))
 
     routing = graph.router(
-        projected["router"],
+        projected["router"] if logits is None else logits,
         moe.n_experts_used,
         _SCORINGS[moe.scoring],
         moe.normalize,
@@ -297,7 +310,7 @@ def mixture_of_experts(
     if moe.latent_size:
         width = moe.latent_size
         expert_in = graph.linear(expert_in, block.matrix("ffn_latent_down.weight", width, hidden_size))
-    projections, biases = expert_projections(block, spec, width, is_one=activation == Activation.RELU)
+    projections, biases = expert_projections(block, spec, width, activation)
     expert_out = graph.experts(
         expert_in,
         routing,
@@ -331,14 +344,15 @@ def mixture_of_experts(
 
 
 def expert_projections(
-    block: Tensors, spec: ModelSpec, width: int, *, is_one: bool
+    block: Tensors, spec: ModelSpec, width: int, activation: Activation
 ) -> tuple[tuple[Weight, Weight], tuple[Vector | None, Vector | None]]:
     """Return the experts' gate and up projections of so many inputs, and their biases.
 
     They are stored apart, as one matrix (`ffn_gate_up_exps`: gate rows first), or there is one that is both.
     """
     n_experts, size = spec.moe.n_experts, spec.moe.ffn_size
-    names = ("up", "up") if is_one else ("gate", "up")
+    names = projection_names(block, "_exps", activation)
+    names = names if len(names) == 2 else names * 2
     gate_bias, up_bias = (block.optional_vector(f"ffn_{name}_exps.bias", n_experts, size) for name in names)
     if block.has("ffn_gate_up_exps.weight"):
         gate, up = split_rows(block.experts("ffn_gate_up_exps.weight", n_experts, 2 * size, width), size, size)

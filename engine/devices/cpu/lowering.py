@@ -361,6 +361,7 @@ class Lowering:
                 *out.at,
                 op.x.width,
                 op.kernel_size,
+                op.activates,
             )
         )
 

@@ -175,7 +175,7 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
     if len(four) < 4:
         return None
     conv, net, norm, gate = four
-    if not (isinstance(conv, ops.CausalConv) and isinstance(net, ops.DeltaNet) and net.beta and not conv.bias):
+    if not (isinstance(conv, ops.CausalConv) and isinstance(net, ops.DeltaNet) and net.beta and _is_plain(conv)):
         return None
     if not (isinstance(norm, ops.RMSNorm) and isinstance(gate, ops.Gate) and norm.x == net.out and gate.x == norm.out):
         return None
@@ -190,6 +190,10 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
     return None
+
+
+def _is_plain(conv: ops.CausalConv) -> bool:
+    return conv.activates and not conv.bias
 
 
 def _shared_expert(

@@ -47,13 +47,15 @@ def causal_conv(
     out: Rows,
     n_channels: int,
     kernel_size: int,
+    activates: bool,
     positions: int,
     slots: int,
     count: Count,
 ) -> list[Launch]:
     """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
     assert kernel_size >= 2
-    n_blocks, definitions = ceil_div(n_channels, _CHANNELS), (f"KERNEL_SIZE={kernel_size}",)
+    n_blocks = ceil_div(n_channels, _CHANNELS)
+    definitions = (f"KERNEL_SIZE={kernel_size}", f"ACTIVATES={int(activates)}")
     places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
     what = (*at(x), pointer(weight), pointer(bias), pointer(state), *at(out), *places)
     if count.most <= _CONVOLVED_AT_ONCE:
@@ -190,6 +192,7 @@ def delta_net_step(
             f"K_DIM={net.k_dim}",
             f"V_DIM={net.v_dim}",
             f"KERNEL_SIZE={net.kernel_size}",
+            "ACTIVATES=1",
             f"GATING={int(net.gating)}",
             forms.definition,
         ),

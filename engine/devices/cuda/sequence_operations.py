@@ -138,6 +138,7 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
             p.rows(out),
             op.x.width,
             op.kernel_size,
+            op.activates,
             p.base + p.step.positions,
             p.base + p.step.slots,
             p.count(op.x.rows),

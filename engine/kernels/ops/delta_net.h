@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) void convolve(const causal_conv_arg
         for (int j = 0; j < n_before; j++)
             sum = v16_fma(window[j], weights[j], sum);
         sum = v16_add(v16_fma(x, weights[n_before], sum), bias);
-        v16_store_first(a->out.at + row * a->out.stride + c, v16_silu(sum), n);
+        v16_store_first(a->out.at + row * a->out.stride + c, a->activates ? v16_silu(sum) : sum, n);
         for (int j = 0; j + 1 < n_before; j++)
             window[j] = window[j + 1];
         window[n_before - 1] = x;

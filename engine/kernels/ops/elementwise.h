@@ -56,6 +56,8 @@ static inline v16 gate_of(v16 gate, int kind) {
         return v16_softplus(gate);
     case GATE_RELU:
         return v16_relu(gate);
+    case GATE_PRODUCT:
+        return gate;
     default:
         return v16_sigmoid(gate);
     }

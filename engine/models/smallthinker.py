@@ -1,0 +1,40 @@
+"""SmallThinker (4B-A0.6B, 21B-A3B): experts are chosen before attention, from what comes into the block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.devices.graph import Activation, Graph
+from engine.model_spec import ModelSpec
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import mixture_of_experts, normalize, output_head, self_attention
+
+_PERIOD = 4  # of the layers without a window, beginning with the first, which are not rotated
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters."""
+    n_layers, attention = keys.n_layers(), keys.attention()
+    if keys.size("attention.sliding_window", 0, minimum=0):
+        attention = replace(
+            attention,
+            windows=keys.windows(n_layers, _PERIOD, without=0),
+            unrotated_layers=tuple(layer % _PERIOD == 0 for layer in range(n_layers)),
+            window_rope=replace(attention.rope, freq_base=keys.number("rope.freq_base_swa", attention.rope.freq_base)),
+        )
+    return keys.model(tensors, attention, keys.mixture(tensors, scoring=keys.scoring("softmax")))
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    graph = Graph()
+    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
+    for layer in range(spec.n_layers):
+        block = tensors.block(layer)
+        h = normalize(graph, x, block, "attn_norm.weight", spec)
+        logits = graph.linear(x, block.matrix("ffn_gate_inp.weight", spec.moe.n_experts, spec.hidden_size))
+        x = graph.add(x, self_attention(graph, h, block, spec, layer))
+        h = normalize(graph, x, block, "ffn_norm.weight", spec)
+        x = mixture_of_experts(graph, h, x, block, spec, layer, Activation.RELU, logits)
+    output_head(graph, x, tensors, spec)
+    return graph
