@@ -240,7 +240,7 @@ class ModelSpec:
         attention: softmax attention of any kind.
         moe: the routed experts.
         recurrent_layers: for each layer, whether it carries a state instead of attention; empty: none does.
-        delta_net, state_space: how, if some do.
+        delta_net, state_space, short_conv_kernel: how, if some do; the last is how many tokens a convolution sees.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
     """
@@ -257,6 +257,7 @@ class ModelSpec:
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
     state_space: StateSpaceSpec | None = None
+    short_conv_kernel: int = 0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0

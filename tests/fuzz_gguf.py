@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gguf_mutations import Parts, damage_bytes, damage_parts, exercise, small_models
+from gguf_mutations import Parts, damage_bytes, damage_parts, exercise, peer_models, small_models
 
 SECONDS_A_FILE = 10
 MEMORY_BYTES = 4 << 30
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def fuzz(seed: int, seconds: float, keep: Path, more: list[bytes]) -> tuple[int, int]:
-    rng, models = random.Random(seed), small_models()
+    rng, models = random.Random(seed), [*small_models(), *peer_models()]
     outcomes: Counter[str] = Counter()
     known: set[str] = set()
     start = last_report = time.monotonic()

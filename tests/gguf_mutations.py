@@ -73,6 +73,18 @@ def small_models() -> list[Parts]:
     return models
 
 
+def parts_of(path: Path) -> Parts:
+    """A model file taken apart."""
+    with GGUFFile.open(path) as file:
+        return Parts({key: file.metadata.value(key) for key in file.metadata}, list(file.tensors.values()))
+
+
+def peer_models() -> list[Parts]:
+    """Those of `tests/data/peers`: the other architectures."""
+    peers = Path(__file__).resolve().parent / "data" / "peers"
+    return [parts_of(path) for path in sorted(peers.glob("*-F32.gguf"))]
+
+
 # -- damages ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_mutations import Parts, damage_parts, exercise
+from gguf_mutations import Parts, damage_parts, exercise, parts_of
 from golden_files import PEERS
 from model_runner import ModelRunner
 
@@ -23,12 +23,6 @@ from engine.gguf.writer import write_gguf
 from engine.models import ARCHITECTURES, Model, load_model
 from engine.quants.formats import BY_NAME
 from engine.quants.reference import dequantize
-
-
-def parts_of(path: Path) -> Parts:
-    """A model file taken apart."""
-    with GGUFFile.open(path) as file:
-        return Parts({key: file.metadata.value(key) for key in file.metadata}, list(file.tensors.values()))
 
 
 def load(parts: Parts, folder: Path) -> Model:
@@ -72,6 +66,14 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("qwen35", "ssm.inner_size", 63, "ssm.inner_size is 63; expected 64"),
         ("qwen35", "nextn_predict_layers", 4, r"nextn_predict_layers is 4; expected less than block_count \(4\)"),
         ("granitemoe", "embedding_scale", float("inf"), "embedding_scale is inf; expected a finite number"),
+        ("minimax-m2", "expert_count", 1025, "expert_count is 1025; this version computes at most 1024"),
+        ("llama", "attention.key_length", 640, "attention.key_length is 640; this version computes at most 576"),
+        ("llama", "attention.value_length", 640, "attention.value_length is 640; this version computes at most 576"),
+        ("mistral4", "attention.kv_lora_rank", 569, "kv_lora_rank is 569; this version computes at most 568"),
+        ("nemotron_h", "ssm.state_size", 257, "ssm.state_size is 257; this version computes at most 256"),
+        ("lfm2moe", "shortconv.l_cache", 17, "shortconv.l_cache is 17; this version computes at most 16"),
+        ("lfm2moe", "shortconv.l_cache", 1, "shortconv.l_cache is 1; expected an integer from 2"),
+        ("smallthinker", "rope.freq_base_swa", 0.5, "rope.freq_base_swa is 0.5; expected a number above 1"),
         ("llama4", "expert_used_count", 2, "expert_used_count is 2; this version needs 1"),
         ("llama4", "embedding_length", 64, r"token_embd.weight has the shape \[128, 32\]; .* must be \[128, 64\]"),
     ],

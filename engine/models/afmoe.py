@@ -19,7 +19,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     unrotated = tuple((layer + 1) % _PERIOD == 0 for layer in range(n_layers))
     attention = replace(attention, unrotated_layers=unrotated)
     if keys.size("attention.sliding_window", 0, minimum=0):
-        freq_base = keys.number("rope.freq_base_swa", attention.rope.freq_base)
+        freq_base = keys.freq_base("rope.freq_base_swa", attention.rope.freq_base)
         local = replace(attention.rope, freq_base=freq_base)
         attention = replace(attention, windows=keys.windows(n_layers, _PERIOD), window_rope=local)
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)

@@ -16,6 +16,8 @@ Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 _GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
+# What the kernels of every device can do.
+LARGEST_HEAD, _LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
 
 
 class Keys:
@@ -63,6 +65,22 @@ class Keys:
             if not minimum <= value < _LARGEST:
                 raise self.wrong(key, value, f"an integer from {minimum} to {_LARGEST - 1}")
         return values
+
+    def at_most(self, key: str, value: int, most: int) -> int:
+        """Return a key's value if the kernels can work with it."""
+        if value > most:
+            raise UnsupportedModelError(
+                f"{self.file_name}: {self.architecture}.{key} is {value}; this version computes at most {most}"
+            )
+        return value
+
+    def kernel_size(self, key: str) -> int:
+        """Return how many tokens a convolution sees."""
+        return self.at_most(key, self.size(key, minimum=2), _LARGEST_KERNEL)
+
+    def state_size(self) -> int:
+        """Return how long the vectors are that a recurrent layer writes and reads with."""
+        return self.at_most("ssm.state_size", self.size("ssm.state_size"), _LARGEST_STATE)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean."""
@@ -131,6 +149,7 @@ class Keys:
         n_experts = self.size("expert_count", 0, minimum=0)
         if not n_experts:
             return MoESpec()
+        self.at_most("expert_count", n_experts, _MOST_EXPERTS)
         n_experts_used = self.size("expert_used_count")
         if n_experts_used > n_experts:
             raise self.wrong("expert_used_count", n_experts_used, f"at most expert_count ({n_experts})")
@@ -178,6 +197,8 @@ class Keys:
                 raise self.wrong("attention.head_count_kv", own_kv, f"a divisor of attention.head_count ({own})")
         head_dim = self.size("attention.key_length", max(1, self.size("embedding_length") // n_heads))
         value_dim = self.size("attention.value_length", head_dim)
+        self.at_most("attention.key_length", head_dim, LARGEST_HEAD)
+        self.at_most("attention.value_length", value_dim, LARGEST_HEAD)
         scale = self.number("attention.scale", 0.0) or head_dim**-0.5
         return AttentionSpec(
             n_heads,
@@ -230,16 +251,21 @@ class Keys:
         n_rot = self.size("rope.dimension_count_swa", self.size("rope.dimension_count", head_dim))
         if n_rot % 2 or n_rot > head_dim:
             raise self.wrong("rope.dimension_count_swa", n_rot, f"an even number up to the head size {head_dim}")
-        return RopeSpec(n_rot, self.number("rope.freq_base_swa", freq_base))
+        return RopeSpec(n_rot, self.freq_base("rope.freq_base_swa", freq_base))
+
+    def freq_base(self, key: str, default: float) -> float:
+        """Return what the frequencies of a rotation are powers of."""
+        freq_base = self.number(key, default)
+        if freq_base <= 1:
+            raise self.wrong(key, freq_base, "a number above 1")
+        return freq_base
 
     def rope(self, head_dim: int, style: RopeStyle = "neox", *, yarn_slope: float = 0.1) -> RopeSpec:
         """Read the keys of rotary position embedding."""
         n_rot = self.size("rope.dimension_count", head_dim)
         if n_rot % 2 or n_rot > head_dim:
             raise self.wrong("rope.dimension_count", n_rot, f"an even number up to the head size {head_dim}")
-        freq_base = self.number("rope.freq_base", 10000.0)
-        if freq_base <= 1:
-            raise self.wrong("rope.freq_base", freq_base, "a number above 1")
+        freq_base = self.freq_base("rope.freq_base", 10000.0)
         sections = self.sizes("rope.dimension_sections") if self.has("rope.dimension_sections") else []
         factor = self.number("rope.scaling.factor", 1.0)
         scaling = self.text("rope.scaling.type", "linear" if factor not in {0.0, 1.0} else "none")

@@ -10,7 +10,7 @@ import math
 
 from engine.devices.graph import Graph, Tensor
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
-from engine.models.binding import Keys, Tensors
+from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import decoder, rotate
 
 _GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack the key for the sigmoid router
@@ -32,11 +32,13 @@ def _read_attention(keys: Keys) -> LatentAttentionSpec:
         slope = keys.number("rope.scaling.yarn_log_multiplier")
         yarn = keys.rope(rope_dim, "norm", yarn_slope=0.0)
     stretch = 1.0 + slope * math.log(yarn.factor) if yarn.scaling == "yarn" else 1.0
+    latent_dim = keys.size("attention.kv_lora_rank")
+    keys.at_most("attention.kv_lora_rank", latent_dim, LARGEST_HEAD - rope_dim)
     temperature_slope = keys.number("attention.temperature_scale", 0.0)
     return LatentAttentionSpec(
         n_heads=keys.size("attention.head_count"),
         query_rank=keys.size("attention.q_lora_rank", 0, minimum=0),
-        latent_dim=keys.size("attention.kv_lora_rank"),
+        latent_dim=latent_dim,
         rope_dim=rope_dim,
         key_dim=head_dim - rope_dim,
         value_dim=keys.size("attention.value_length_mla"),

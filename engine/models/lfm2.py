@@ -17,8 +17,11 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     attention = replace(attention, windows=(window,) * n_layers if window else ())
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), scales=True)
     recurrent = tuple(tensors.block(layer).has("shortconv.in_proj.weight") for layer in range(n_layers))
-    keys.size("shortconv.l_cache", minimum=2)
-    return replace(keys.model(tensors, attention, moe), recurrent_layers=recurrent)
+    return replace(
+        keys.model(tensors, attention, moe),
+        recurrent_layers=recurrent,
+        short_conv_kernel=keys.kernel_size("shortconv.l_cache"),
+    )
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
@@ -37,8 +40,7 @@ def _short_conv(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Ten
     size = spec.hidden_size
     weight = block.matrix("shortconv.in_proj.weight", 3 * size, size)
     b, c, v = graph.linears(x, split_rows(weight, size, size, size))
-    kernel_size = block.shape("shortconv.conv.weight")[-1]
-    kernel = block.vector("shortconv.conv.weight", size, kernel_size)
-    out = graph.causal_conv(graph.gate(v, b, Gating.PRODUCT), kernel, kernel_size, activates=False)
+    kernel = block.vector("shortconv.conv.weight", size, spec.short_conv_kernel)
+    out = graph.causal_conv(graph.gate(v, b, Gating.PRODUCT), kernel, spec.short_conv_kernel, activates=False)
     out = graph.gate(out, c, Gating.PRODUCT)
     return graph.linear(out, block.matrix("shortconv.out_proj.weight", size, size))

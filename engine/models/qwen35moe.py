@@ -54,8 +54,8 @@ def read_delta_net(keys: Keys, *, grouped: bool) -> DeltaNetSpec:
     spec = DeltaNetSpec(
         n_k_heads=keys.size("ssm.group_count"),
         n_v_heads=keys.size("ssm.time_step_rank"),
-        head_dim=keys.size("ssm.state_size"),
-        kernel_size=keys.size("ssm.conv_kernel", minimum=2),
+        head_dim=keys.state_size(),
+        kernel_size=keys.kernel_size("ssm.conv_kernel"),
         grouped=grouped,
     )
     if spec.n_v_heads % spec.n_k_heads:

@@ -20,7 +20,9 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             attention,
             windows=keys.windows(n_layers, _PERIOD, without=0),
             unrotated_layers=tuple(layer % _PERIOD == 0 for layer in range(n_layers)),
-            window_rope=replace(attention.rope, freq_base=keys.number("rope.freq_base_swa", attention.rope.freq_base)),
+            window_rope=replace(
+                attention.rope, freq_base=keys.freq_base("rope.freq_base_swa", attention.rope.freq_base)
+            ),
         )
     return keys.model(tensors, attention, keys.mixture(tensors, scoring=keys.scoring("softmax")))
 

@@ -19,8 +19,8 @@ def read_state_space(keys: Keys) -> StateSpaceSpec:
         raise keys.wrong("ssm.inner_size", inner_size, f"a multiple of ssm.time_step_rank ({n_heads})")
     if n_heads % n_groups:
         raise keys.wrong("ssm.time_step_rank", n_heads, f"a multiple of ssm.group_count ({n_groups})")
-    kernel_size = keys.size("ssm.conv_kernel", minimum=2)
-    return StateSpaceSpec(n_heads, n_groups, inner_size // n_heads, keys.size("ssm.state_size"), kernel_size)
+    kernel_size = keys.kernel_size("ssm.conv_kernel")
+    return StateSpaceSpec(n_heads, n_groups, inner_size // n_heads, keys.state_size(), kernel_size)
 
 
 def state_space(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
