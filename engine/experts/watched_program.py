@@ -68,6 +68,8 @@ class WatchedProgram:
         self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
+        # Asked once: it takes microseconds, and a step is to take few of them.
+        self._drawing = program if isinstance(program, DrawingProgram) else None
         self._staged = program if isinstance(program, StagedProgram) else None
         self.runs_ahead = self._staged is not None and self._staged.runs_ahead
         self._begun: deque[_Begun] = deque()  # what is under way
@@ -105,8 +107,8 @@ class WatchedProgram:
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
         """Say which tokens may be drawn, of a program that draws; see `graph.DrawingProgram`."""
-        assert isinstance(self._program, DrawingProgram)
-        self._program.allow(allowed)
+        assert self._drawing is not None
+        self._drawing.allow(allowed)
 
     def run_and_draw(
         self,
@@ -132,8 +134,8 @@ class WatchedProgram:
     def _run_at_once(self, step: Step) -> Drawn:
         if step.draws is None:
             return _NO_TOKENS, self._program.run(*step.inputs)
-        assert isinstance(self._program, DrawingProgram)
-        return self._program.run_and_draw(*step.inputs, step.draws)
+        assert self._drawing is not None
+        return self._drawing.run_and_draw(*step.inputs, step.draws)
 
     def begin(self, step: Step) -> None:
         """Begin a step; see `graph.AheadProgram`."""
