@@ -19,9 +19,8 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     unrotated = tuple((layer + 1) % _PERIOD == 0 for layer in range(n_layers))
     attention = replace(attention, unrotated_layers=unrotated)
     if keys.size("attention.sliding_window", 0, minimum=0):
-        freq_base = keys.freq_base("rope.freq_base_swa", attention.rope.freq_base)
-        local = replace(attention.rope, freq_base=freq_base)
-        attention = replace(attention, windows=keys.windows(n_layers, _PERIOD), window_rope=local)
+        windows, rope = keys.windows(n_layers, _PERIOD), keys.window_rope(attention.rope)
+        attention = replace(attention, windows=windows, window_rope=rope)
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     spec = keys.model(tensors, attention, moe)
     return replace(spec, embedding_scale=math.sqrt(spec.hidden_size))

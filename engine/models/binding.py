@@ -246,6 +246,10 @@ class Keys:
         period = self.size(pattern, period)
         return tuple(window if layer % period != without % period else 0 for layer in range(n_layers))
 
+    def window_rope(self, rope: RopeSpec) -> RopeSpec:
+        """Return the rotation of layers with a window: that of the others, perhaps with a base of its own."""
+        return replace(rope, freq_base=self.freq_base("rope.freq_base_swa", rope.freq_base))
+
     def local_rope(self, head_dim: int, freq_base: float) -> RopeSpec:
         """Read the keys of the plain rotation that layers with a window have where it is not that of the others."""
         n_rot = self.size("rope.dimension_count_swa", self.size("rope.dimension_count", head_dim))

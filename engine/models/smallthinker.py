@@ -20,9 +20,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             attention,
             windows=keys.windows(n_layers, _PERIOD, without=0),
             unrotated_layers=tuple(layer % _PERIOD == 0 for layer in range(n_layers)),
-            window_rope=replace(
-                attention.rope, freq_base=keys.freq_base("rope.freq_base_swa", attention.rope.freq_base)
-            ),
+            window_rope=keys.window_rope(attention.rope),
         )
     return keys.model(tensors, attention, keys.mixture(tensors, scoring=keys.scoring("softmax")))
 
