@@ -33,6 +33,7 @@ SCORE_SOFTMAX_TOPK: int  # softmax over the chosen experts only
 ACTIVATE_SILU: int  # silu(gate) * up
 ACTIVATE_CLAMPED_SWISH: int  # gpt-oss: swish of a clamped gate times (up + 1)
 ACTIVATE_RELU: int  # max(gate, 0) * up
+ACTIVATE_CLAMPED_SILU: int  # silu(min(gate, limit)) * up, with up within the limit of 0
 
 KV_F32: int
 KV_F16: int
@@ -401,8 +402,9 @@ class Program:
         """Gated FFN of the chosen experts: out[t, rank] = down_e(act(gate_e x[t], up_e x[t])), not yet weighted.
 
         `activation` is ACTIVATE_SILU, silu(g) * u, ACTIVATE_RELU, max(g, 0) * u (where both have one table, that is read
-        once), or ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u
-        within 7 of 0. With a limit above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
+        once), ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u within 7 of 0, or
+        ACTIVATE_CLAMPED_SILU, silu(g) * u with g up to the limit and u within it of 0. With ACTIVATE_SILU and a limit
+        above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
         address of each expert's first row and is read in every run; scale is float32 [n_experts], bias [n_experts, rows]. gate and up have `ffn_size` rows of
         `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.
         ids is int32 [max_tokens, n_experts_used]; out is float32 [max_tokens, n_experts_used, hidden_size], rows

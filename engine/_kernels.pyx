@@ -62,6 +62,7 @@ cdef extern from "kernels/ops.h":
         _ACTIVATE_SILU "ACTIVATE_SILU"
         _ACTIVATE_CLAMPED_SWISH "ACTIVATE_CLAMPED_SWISH"
         _ACTIVATE_RELU "ACTIVATE_RELU"
+        _ACTIVATE_CLAMPED_SILU "ACTIVATE_CLAMPED_SILU"
         _KV_F32 "KV_F32"
         _KV_F16 "KV_F16"
         _KV_Q8_0 "KV_Q8_0"
@@ -286,6 +287,7 @@ SCORE_SOFTMAX_TOPK = _SCORE_SOFTMAX_TOPK
 ACTIVATE_SILU = _ACTIVATE_SILU
 ACTIVATE_CLAMPED_SWISH = _ACTIVATE_CLAMPED_SWISH
 ACTIVATE_RELU = _ACTIVATE_RELU
+ACTIVATE_CLAMPED_SILU = _ACTIVATE_CLAMPED_SILU
 KV_F32 = _KV_F32
 KV_F16 = _KV_F16
 KV_Q8_0 = _KV_Q8_0
@@ -1063,7 +1065,7 @@ cdef class Program:
         int64_t out_stride,
     ):
         need_experts(n_experts, n_experts_used)
-        need_one_of("activation", activation, 3)
+        need_one_of("activation", activation, 4)
         cdef experts_args args
         args.x_gate = <const uint8_t *> need_address("x_gate", x_gate)
         args.x_gate_row_bytes = x_gate_row_bytes

@@ -60,6 +60,7 @@ PEERS = (
     "lfm2moe",
     "llama",
     "llama4",
+    "maple",
     "mellum",
     "mimo2",
     "minimax-m2",

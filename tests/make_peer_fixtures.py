@@ -336,6 +336,19 @@ PEERS = {
         rope_divisors=True,
         n_long=N_TOKENS_LONG,
     ),
+    "maple": Peer(
+        "maple",
+        3,
+        MOE
+        | {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, True, False],
+            "rope.freq_base_swa": 500.0,
+            "swiglu_clamp_exp": [0.0, 0.5, 0.0],
+        },
+        moe_layers=(0, 1, 2),
+        head_norm="head",
+    ),
     "mellum": Peer(
         "mellum",
         2,

@@ -232,6 +232,8 @@ def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return np.minimum(_silu(gate), op.limit) * np.clip(up, -op.limit, op.limit)
     if op.activation == Activation.SILU:
         return _silu(gate) * up
+    if op.activation == Activation.CLAMPED_SILU:
+        return _silu(np.minimum(gate, op.limit)) * np.clip(up, -op.limit, op.limit)
     if op.activation == Activation.RELU:
         return np.maximum(gate, 0) * up
     gate = np.minimum(gate, 7)

@@ -31,6 +31,7 @@ KERNELS = [
     ("quantize.cu", ("GROUP=32",)),
     ("expert_gate_up.cu", ("GATE_FORMAT=Q4_K", "UP_FORMAT=Q4_K", "ACTIVATION=1", "LIMIT=0.0f")),
     ("expert_down.cu", ("DOWN_FORMAT=Q6_K",)),
+    ("expert_gate_up.cu", ("GATE_FORMAT=MXFP4", "UP_FORMAT=MXFP4", "ACTIVATION=3", "LIMIT=7.0f")),
     ("expert_gate_up_tiles.cu", ("GATE_FORMAT=Q4_K", "UP_FORMAT=Q4_K", "ACTIVATION=0", "LIMIT=7.0f")),
     ("expert_down_tiles.cu", ("DOWN_FORMAT=Q6_K",)),
     ("group_choices.cu", ()),

@@ -165,7 +165,7 @@ EXPERTS = {  # formats, hidden_size, ffn_size, activation, limit
     "mixed": (("Q4_K", "Q4_K", "Q6_K"), 512, 256, graph.Activation.SILU, 0.7),
     "blocks of 32": (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH, 0.0),
     "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, 0.0),
-    "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.SILU, 0.3),
+    "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.CLAMPED_SILU, 0.3),
     "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.RELU, 0.0),
 }
 

@@ -348,6 +348,8 @@ def expert_case(
                 g, u = g + biases[0][e], u + biases[1][e]
             if activation == k.ACTIVATE_SILU:
                 h = np.minimum(silu(g), limit) * np.clip(u, -limit, limit) if limit else silu(g) * u
+            elif activation == k.ACTIVATE_CLAMPED_SILU:
+                h = silu(np.minimum(g, limit)) * np.clip(u, -limit, limit)
             elif activation == k.ACTIVATE_RELU:
                 h = np.maximum(g, 0) * u
             else:
@@ -366,7 +368,13 @@ def expert_case(
     return case, exact.reshape(n, -1)
 
 
-ACTIVATIONS = [(k.ACTIVATE_SILU, 0.0), (k.ACTIVATE_SILU, 0.5), (k.ACTIVATE_CLAMPED_SWISH, 0.0), (k.ACTIVATE_RELU, 0.0)]
+ACTIVATIONS = [
+    (k.ACTIVATE_SILU, 0.0),
+    (k.ACTIVATE_SILU, 0.5),
+    (k.ACTIVATE_CLAMPED_SWISH, 0.0),
+    (k.ACTIVATE_RELU, 0.0),
+    (k.ACTIVATE_CLAMPED_SILU, 0.5),
+]
 F32_EXPERTS, Q8_EXPERTS, K_EXPERTS = ("F32", "F32", "F32"), ("Q8_0", "F32", "Q8_0"), ("Q4_K", "Q8_0", "Q4_K")
 
 

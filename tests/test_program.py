@@ -195,7 +195,7 @@ BAD = [
     ("experts", 6, 5, "5 experts of 4 are used"),
     ("experts", 7, (0, 0, 0, 0), "the address of the gate table is 0"),
     ("experts", 9, (C, 12, 0, 0), "not whole blocks of 256"),
-    ("experts", 10, 3, "activation is 3"),
+    ("experts", 10, 4, "activation is 4"),
     ("experts", 15, 15, "the stride of out is 15"),
     ("combine", 3, 0, "n_experts_used is 0"),
     ("combine", 6, A, "a shared gate needs a shared expert"),

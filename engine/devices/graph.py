@@ -60,6 +60,7 @@ class Activation(enum.IntEnum):
     SILU = 0  # silu(gate) * up
     CLAMPED_SWISH = 1  # gpt-oss: g * sigmoid(1.702 g) * (u + 1), with g = min(gate, 7) and u = up clamped to [-7, 7]
     RELU = 2  # max(gate, 0) * up; where one projection is both, its square above 0, and it is read once
+    CLAMPED_SILU = 3  # silu(min(gate, limit)) * up, with up clamped to [-limit, limit]
 
 
 class KVType(enum.IntEnum):
@@ -393,7 +394,7 @@ class Experts(Operation):
     """out[t, rank] = down(act(gate x, up x)) of the expert with that rank, not yet weighted.
 
     Biases have one row for each expert and are added to the projection they belong to. With a `limit` above 0,
-    silu(gate x) is at most that, and up x is clamped to within it on both sides.
+    silu(gate x) (or gate x, as the activation says) is at most that, and up x is clamped to within it on both sides.
     """
 
     x: Tensor
@@ -640,7 +641,8 @@ class Graph:
         limit: float = 0.0,
     ) -> Tensor:
         """Compute the chosen experts; the result has one stretch of columns for each rank. Biases: gate, up, down."""
-        assert limit == 0.0 or activation == Activation.SILU
+        assert limit > 0.0 or activation != Activation.CLAMPED_SILU
+        assert limit == 0.0 or activation in {Activation.SILU, Activation.CLAMPED_SILU}
         out = self._new(routing.ids.width * down.n_rows)
         self.operations.append(Experts(x, routing, gate, up, down, *biases, activation, limit, out))
         return out

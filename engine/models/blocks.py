@@ -310,6 +310,9 @@ def mixture_of_experts(
     if moe.latent_size:
         width = moe.latent_size
         expert_in = graph.linear(expert_in, block.matrix("ffn_latent_down.weight", width, hidden_size))
+    limit, shared_limit = moe.layer_limits(layer)
+    if activation == Activation.CLAMPED_SILU and not limit:
+        activation = Activation.SILU
     projections, biases = expert_projections(block, spec, width, activation)
     expert_out = graph.experts(
         expert_in,
@@ -318,13 +321,12 @@ def mixture_of_experts(
         block.experts("ffn_down_exps.weight", moe.n_experts, width, moe.ffn_size),
         (*biases, block.optional_vector("ffn_down_exps.bias", moe.n_experts, width)),
         activation,
-        moe.layer_limits(layer)[0],
+        limit,
     )
     shared = None
     if moe.shared_ffn_size:
         down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
-        limit = moe.layer_limits(layer)[1]
-        gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, limit)
+        gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, shared_limit)
         shared = graph.linear(gated, down)
     if moe.latent_size:
         assert "shared_gate" not in inputs
