@@ -19,7 +19,7 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.program import CUDAProgram
-from engine.devices.graph import DRAW, NO_DRAW, Graph, KVType, Limits, Step, Weight
+from engine.devices.graph import DRAW, NO_DRAW, Gating, Graph, KVType, Limits, Step, Weight
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths
 from engine.errors import DeviceError, RequestError
@@ -566,6 +566,18 @@ def test_heads_that_no_kernel_takes_are_a_clear_error(dim: int) -> None:
     device = CUDADevice(compiler=StandInCompiler(), bandwidths=SPEEDS)
     with pytest.raises(DeviceError, match=rf"keys of {dim} values; .* multiple of 8, at most 576"):
         device.compile(graph, WeightMemory({"w": np.zeros(32 * dim, np.uint8)}, "memory"), LIMITS)
+    device.close()
+
+
+@pytest.mark.parametrize("gating", [None, Gating.SILU])
+@pytest.mark.parametrize("width", [36, 41])
+def test_widths_that_no_kernel_takes_are_a_clear_error(width: int, gating: Gating | None) -> None:
+    graph = Graph()
+    x, y = (graph.embed(Weight("w", BY_NAME["F32"], 4, width)) for _ in range(2))
+    graph.logits = graph.add(x, y) if gating is None else graph.gate(x, y, gating)
+    device = CUDADevice(compiler=StandInCompiler(), bandwidths=SPEEDS)
+    with pytest.raises(DeviceError, match=rf"rows of {width} values; .* multiple of 8; set .* \"cpu\""):
+        device.compile(graph, WeightMemory({"w": np.zeros(16 * width, np.uint8)}, "memory"), LIMITS)
     device.close()
 
 

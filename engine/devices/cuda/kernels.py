@@ -32,6 +32,7 @@ from engine.devices.cuda.launch import (
     pointer,
 )
 from engine.devices.graph import Gating, Scoring
+from engine.errors import DeviceError
 from engine.quants.formats import Activation, QuantFormat
 
 N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
@@ -425,6 +426,14 @@ class Combined(NamedTuple):
     chosen_early: bool = False
 
 
+def _check_width(n_cols: int) -> None:
+    if n_cols % _LANE:
+        raise DeviceError(
+            f"this model has rows of {n_cols} values; on a GPU they must be a multiple of {_LANE}; "
+            'set [engine] device = "cpu"'
+        )
+
+
 def residual(
     a: Rows,
     added: Rows | Combined | None,
@@ -444,7 +453,7 @@ def residual(
     shared, shared_gate = combined.shared or NOTHING, combined.shared_gate or NOTHING
     plain = added if isinstance(added, Rows) else NOTHING
     rows = (a, plain, total, out or NOTHING, combined.out, shared)
-    assert n_cols % _LANE == 0
+    _check_width(n_cols)
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in rows)
     assert weight % 16 == 0
     has_experts = isinstance(added, Combined)
@@ -520,7 +529,8 @@ def gate(
     eps: float = 0.0,
 ) -> Launch:
     """Multiply by a function of a gate; with a `head_size`, x is normalised head by head before that."""
-    assert n_cols % _LANE == by.width % _LANE == 0
+    for width in (n_cols, by.width):
+        _check_width(width)
     assert by.per_head or by.step % 4 == 0
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in ((x, out) if by.per_head else (x, by.x, out)))
     assert weight % 16 == 0
