@@ -70,9 +70,12 @@ struct Exchange {
 
     // Waits for the answer, if anything was asked, by the whole block.
     __device__ __forceinline__ void await() const {
-        if (threadIdx.x == 0 && *n_misses)
-            while (ld_acquire_sys(answered) != number() && !ld_acquire_sys(abandoned))
-                __nanosleep(100);
+        constexpr unsigned LOOKS = 64; // at the answer, for one at whether there will be any: all go to the host
+        if (threadIdx.x == 0 && *n_misses) {
+            const unsigned awaited = number();
+            for (unsigned i = 1; ld_acquire_sys(answered) != awaited && (i % LOOKS || !ld_acquire_sys(abandoned)); i++)
+                __nanosleep(20);
+        }
         __syncthreads();
     }
 };

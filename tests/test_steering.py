@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from engine.data import tiny_model_path
 from engine.devices.cuda import program as cuda_program
 from engine.errors import ConfigError
 from engine.experts.routing_process import RoutingProcess
-from engine.experts.steering import PLAYED_OF_PROMPT, Steering
+from engine.experts.steering import GUESSED, PLAYED_OF_PROMPT, Steering
 from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
 from engine.experts.tracker import count_choices
 from engine.runtime import Engine
@@ -74,11 +74,12 @@ def test_the_cache_is_told_what_is_played_for_the_end_of_a_prompt() -> None:
 class Told:
     """A program that keeps what its routers are told."""
 
-    def __init__(self) -> None:
-        self.values, self.n_times = np.full((3, 16), np.nan, np.float32), 0
+    def __init__(self, guess_biases: Mapping[str, str] | None = None) -> None:
+        self.guess_biases = guess_biases or {}
+        self.names, self.values, self.n_times = [], np.zeros((0, 16), np.float32), 0
 
-    def write_vectors(self, _: Sequence[str], values: np.ndarray) -> None:
-        self.values[:] = values
+    def write_vectors(self, names: Sequence[str], values: np.ndarray) -> None:
+        self.names, self.values = list(names), values.copy()
         self.n_times += 1
 
 
@@ -98,6 +99,26 @@ def test_what_is_played_is_the_same_if_it_is_found_early() -> None:
         assert program.n_times == 8  # the second of two prompts needs nothing
     for late, early in zip(told[False], told[True], strict=True):
         np.testing.assert_array_equal(late, early)
+
+
+def test_guesses_are_right_as_often_as_a_trained_model_s() -> None:
+    """Those of the layers that are guessed about; the best rank is still the first."""
+    program, source = Told({"b": "b'", "c": "c'"}), RoutingProcess(3, 16, 4)
+    steering = Steering(program, ["a", "b", "c"], 16, source.next_token)
+    expected, n_right, n_tokens = RoutingProcess(3, 16, 4), 0, 500
+    for _ in range(n_tokens):
+        steering.begin_step(1)
+        ids = expected.next_token()
+        assert program.names == ["a", "b", "c", "b'", "c'"]
+        np.testing.assert_array_equal(np.argsort(-program.values[:3], kind="stable")[:, :4], ids)
+        told, guessed = program.values[1:3], program.values[3:]
+        is_right = guessed > 0
+        np.testing.assert_array_equal(guessed[is_right], told[is_right])
+        assert not guessed[~is_right].any()
+        n_right += is_right.sum()
+    assert n_right / (n_tokens * 8) == pytest.approx(GUESSED, abs=0.02)
+    steering.begin_step(2)
+    assert not program.values.any()
 
 
 @needs_emulator

@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.devices.footprint import Footprint
 from engine.devices.placement import least_cpu_layers
 from engine.errors import DeviceError
-from engine.experts.steering import MADE_UP, OWN
+from engine.experts.steering import GUESSED, MADE_UP, OWN
 from engine.gguf.synthetic import PREFIX
 from engine.runtime import Engine, EngineStatistics
 
@@ -65,6 +65,11 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
             f"The weights are random, and so would be the routing; instead it is {_played(config)}. A prompt runs with "
             "its own; the cache is told the played one for the end of it."
         )
+        if config.moe.fetch_ahead and not statistics.has_virtual_clock:
+            notes.append(
+                f"What a layer will ask the CPU for is guessed for {GUESSED:.0%} of the experts, which is played, too: "
+                "it is the share of the bundled model, which was trained."
+            )
     return notes
 
 

@@ -12,7 +12,7 @@ single token and a whole chunk of a prompt.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -894,7 +894,14 @@ class AheadProgram(Protocol):
 
 @runtime_checkable
 class TunableProgram(Protocol):
-    """A program whose vectors can be changed."""
+    """A program whose vectors can be changed.
+
+    Attributes:
+        guess_biases: by the name of a router's bias, that of the bias with which it is guessed whom this router will
+            choose; empty where nobody guesses.
+    """
+
+    guess_biases: Mapping[str, str]
 
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors for all steps from now on; values: [len(names), size], all of one size."""

@@ -2,7 +2,8 @@
 
 A router that has a bias for the choice of experts, and only for that, can be told whom to choose: biases far above all
 scores, the best rank's the highest. Weights of the chosen ones still come from the scores, and everything else runs as
-it always does, so that what is measured is the real thing, on any device.
+it always does, so that what is measured is the real thing, on any device. Where the device guesses whom the next
+router will choose, the guess is told, too: of each chosen expert as likely as that is guessed with a trained model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ OWN, MADE_UP = "own", "made-up"
 BIAS_NAME = "exp_probs_b.bias"
 PLAYED_OF_PROMPT = 32  # tokens: made-up routing takes half a millisecond for each
 _ABOVE_SCORES = 16.0  # which are probabilities
+GUESSED = 0.63  # share of the experts without a slot that is guessed with the bundled model, which was trained
 
 _Routing: TypeAlias = npt.NDArray[np.integer]
 RoutingSource: TypeAlias = Callable[[], npt.NDArray[np.integer]]
@@ -38,12 +40,16 @@ class Steering:
     def __init__(
         self, program: TunableProgram, bias_names: Sequence[str], n_experts: int, next_token: RoutingSource
     ) -> None:
-        self._program, self._names, self._next_token = program, bias_names, next_token
-        self._values = np.zeros((len(bias_names), n_experts), np.float32)
-        self._first = n_experts * np.arange(len(bias_names))[:, None]  # of each layer's values
-        self._set = np.zeros((0, 0), np.intp)  # which values are not 0
+        self._program, self._next_token = program, next_token
+        guesses = program.guess_biases
+        self._guessed = [layer for layer, name in enumerate(bias_names) if name in guesses]  # layers
+        self._names = [*bias_names, *(guesses[bias_names[layer]] for layer in self._guessed)]
+        self._values = np.zeros((len(self._names), n_experts), np.float32)
+        self._first = n_experts * np.arange(len(self._names))[:, None]  # of each layer's values
+        self._set = np.zeros(0, np.intp)  # which values are not 0
         self._next: _Routing | None = None  # of the next token, once it is known
         self._written: _Routing | Literal["nothing"] | None = "nothing"  # what the routers are told; None: to choose
+        self._random = np.random.default_rng(0)
 
     def end_of_prompt(self) -> npt.NDArray[np.int32]:
         """Return what is played for the last tokens of a prompt, [n_moe_layers, PLAYED_OF_PROMPT, n_experts_used].
@@ -73,9 +79,14 @@ class Steering:
             return
         values = self._values.reshape(-1)
         values[self._set] = 0.0
-        self._set = np.zeros((0, 0), np.intp) if ids is None else self._first + ids
-        n_used = self._set.shape[1]
-        values[self._set] = _ABOVE_SCORES - np.arange(n_used, dtype=np.float32) / n_used
+        self._set = np.zeros(0, np.intp)
+        if ids is not None:
+            places = self._first + np.concatenate([ids, ids[self._guessed]])
+            ranks = np.broadcast_to(np.arange(ids.shape[1], dtype=np.float32) / ids.shape[1], places.shape)
+            is_told = np.ones(places.shape, np.bool_)  # in place of the others a guess has whom its router likes
+            is_told[len(ids) :] = self._random.random((len(self._guessed), ids.shape[1])) < GUESSED
+            self._set = places[is_told]
+            values[self._set] = _ABOVE_SCORES - ranks[is_told]
         self._program.write_vectors(self._names, self._values)
         self._written = ids
 

@@ -17,7 +17,6 @@ from engine.devices.graph import Device, KVType, Limits
 from engine.devices.placement import Wish
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
-from engine.experts.steering import OWN
 from engine.gguf import available_memory
 from engine.model_spec import ModelSpec
 
@@ -118,7 +117,7 @@ def _cuda_device(config: EngineConfig, progress: OpenProgress | None) -> CUDADev
         isa=settings.isa or None,
         prompt_tokens=settings.max_prompt_tokens,
         stream_n_tokens=stream_n_tokens(config),
-        guesses=config.moe.fetch_ahead and config.moe.routing == OWN,
+        guesses=config.moe.fetch_ahead,
         progress=(lambda _, done, total: progress("compiling kernels", done, total)) if progress else None,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -130,6 +130,11 @@ class CPUProgram:
         if not self._lowered.routing_ids:
             return np.empty((0, self._n_tokens, 0), np.int32)
         return np.stack([ids[: self._n_tokens] for ids in self._lowered.routing_ids])
+
+    @property
+    def guess_biases(self) -> Mapping[str, str]:
+        """Return nothing: nobody guesses whom a router will choose."""
+        return {}
 
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors, [len(names), size], for all steps from now on."""

@@ -124,6 +124,7 @@ class ExpertTables:
         asks_early: by the ids of a layer: whether the launch that chooses its experts asks the CPU, too.
         next_routers: by the number of a layer: the router whose choice is guessed there, that of the next layer, with
             what gives its logits.
+        guess_biases: by the name of a router's bias: what its copy is called that guesses use.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer], layout: Layout, max_tokens: int, at_once: int) -> None:
@@ -139,6 +140,7 @@ class ExpertTables:
         self.n_guessed = layout.reserve(4)
         self.asks_early: dict[object, Callable[[Pass], bool]] = {}
         self.next_routers: dict[int, tuple[ops.Linear, ops.Router]] = {}
+        self.guess_biases: dict[str, str] = {}
         self._numbers = {layer.op.routing.ids.buffer: i for i, layer in enumerate(layers)}
 
     @property

@@ -278,14 +278,14 @@ def _routing(recorder: Recorder, op: ops.Router) -> Callable[[Pass], kernels.Rou
     """Return what says how experts are chosen."""
     logits, weights = recorder.use(op.logits), recorder.use(op.out.weights)
     assert op.out.ids.width == recorder.experts.n_used, "layers that use different numbers of experts"
-    return _choice(recorder, op, logits, lambda p: recorder.experts.ids(op.out, p), weights)
+    bias = recorder.vector(op.bias)
+    return _choice(op, logits, bias, lambda p: recorder.experts.ids(op.out, p), weights)
 
 
 def _choice(
-    recorder: Recorder, op: ops.Router, logits: Place, ids: Callable[[Pass], int], weights: Place
+    op: ops.Router, logits: Place, bias: int | None, ids: Callable[[Pass], int], weights: Place
 ) -> Callable[[Pass], kernels.Routing]:
-    """Return how a router chooses, with logits from somewhere, and results that go somewhere."""
-    bias = recorder.vector(op.bias)
+    """Return how a router chooses, with logits and a bias from somewhere, and results that go somewhere."""
     return lambda p: kernels.Routing(
         p.rows(logits),
         p.at(bias),
@@ -312,7 +312,11 @@ def _guess(recorder: Recorder, x: ops.Tensor, linear: ops.Linear, router: ops.Ro
     activations, grid = recorder.activations(x, weight.format.activation), recorder.grid(weight.format)
     matrix, bias, scale = recorder.matrix(weight), recorder.vector(linear.biases[i]), recorder.vector(weight.scale)
     logits, ids, weights = recorder.temporaries(lambda _: (4 * n_experts, 4 * n_used, 4 * n_used))
-    choice = _choice(recorder, router, logits, lambda p: p.rows(ids).address, weights)
+    own_bias = None
+    if router.bias is not None:  # whoever tells routers whom to choose may tell a guess something else
+        name = recorder.experts.guess_biases[router.bias.name] = f"{router.bias.name} of a guess"
+        own_bias = recorder.copy_of_vector(router.bias, name)
+    choice = _choice(router, logits, own_bias, lambda p: p.rows(ids).address, weights)
     n_done = recorder.constant("n_done", lambda: np.zeros(1, np.int32))
 
     def launches(p: Pass) -> Iterable[Launch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -337,6 +337,11 @@ class CUDAProgram:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
         routing: npt.NDArray[np.int32] = self._routing.copy()
         return routing
+
+    @property
+    def guess_biases(self) -> Mapping[str, str]:
+        """Return, by the name of a router's bias, that of the bias with which its choice is guessed."""
+        return self._lowering.experts.guess_biases
 
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors, [len(names), size], for all steps from now on."""

@@ -186,6 +186,13 @@ class Recorder:
         values = vector
         return self.constant((vector.name, vector.first, vector.size), lambda: self.values(values))
 
+    def copy_of_vector(self, vector: Vector | None, name: str) -> int | None:
+        """Return the offset of a copy that can be changed by itself, under a name of its own; None for None."""
+        if vector is None:
+            return None
+        values = vector
+        return self.constant((name, vector.first, vector.size), lambda: self.values(values))
+
     def vector_offset(self, name: str, size: int) -> int:
         """Return where the `size` values of a whole vector are."""
         return self._offsets[name, 0, size]

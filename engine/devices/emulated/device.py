@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -243,6 +243,11 @@ class EmulatedProgram:
     def routing(self) -> Routing:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
         return self._program.routing()
+
+    @property
+    def guess_biases(self) -> Mapping[str, str]:
+        """Return nothing: nobody guesses whom a router will choose."""
+        return {}
 
     def write_vectors(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> None:
         """Replace the values of some vectors, [len(names), size], for all steps from now on."""
