@@ -73,11 +73,13 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
     float *scores = scratch, *choices = scores + n_experts, *groups = choices + n_experts;
     int *groups_taken = (int *)(groups + n_groups), *ids = routing.ids + token * n_used;
     float *weights = routing.weights + token * n_used;
-    float x[PER_LANE];
+    float x[PER_LANE], bias[PER_LANE];
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) // other blocks may have written them a moment ago
-        x[j] = j * WARP + lane < n_experts ? __ldcv(routing.logits + token * routing.logits_stride + j * WARP + lane)
-                                           : NEVER;
+    for (int j = 0; j < PER_LANE; j++) { // other blocks may have written logits a moment ago
+        const int i = j * WARP + lane;
+        x[j] = i < n_experts ? __ldcv(routing.logits + token * routing.logits_stride + i) : NEVER;
+        bias[j] = i < n_experts && routing.bias ? routing.bias[i] : 0.0f;
+    }
 
     float largest = NEVER, sum = 0.0f;
 #pragma unroll
@@ -103,7 +105,7 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
         if (i >= n_experts)
             continue;
         scores[i] = scoring == 0 ? __fdiv_rn(x[j], sum) : x[j];
-        choices[i] = routing.bias ? scores[i] + routing.bias[i] : scores[i];
+        choices[i] = routing.bias ? scores[i] + bias[j] : scores[i];
     }
     __syncwarp();
 

@@ -9,7 +9,7 @@ router will choose, the guess is told, too: of each chosen expert as likely as t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +47,9 @@ class Steering:
         self._values = np.zeros((len(self._names), n_experts), np.float32)
         self._first = n_experts * np.arange(len(self._names))[:, None]  # of each layer's values
         self._set = np.zeros(0, np.intp)  # which values are not 0
-        self._next: _Routing | None = None  # of the next token, once it is known
-        self._written: _Routing | Literal["nothing"] | None = "nothing"  # what the routers are told; None: to choose
+        self._nothing = np.zeros_like(self._values)
+        self._next: _Routing | None = None  # of the next token, once it is known; the values are its then
+        self._is_silent = False  # whether the routers were told to choose for themselves
         self._random = np.random.default_rng(0)
 
     def end_of_prompt(self) -> npt.NDArray[np.int32]:
@@ -61,12 +62,18 @@ class Steering:
 
     def begin_step(self, n_tokens: int) -> None:
         """Set the biases for a step of so many tokens."""
-        self._write(self._take() if n_tokens == 1 else None)
+        if n_tokens == 1:
+            self._take()
+            self._program.write_vectors(self._names, self._values)
+        elif not self._is_silent:
+            self._program.write_vectors(self._names, self._nothing)
+        self._is_silent = n_tokens > 1
 
     def find_next(self) -> None:
         """Find the next token's routing already, when there is time for it."""
         if self._next is None:
             self._next = self._next_token()
+            self._note(self._next)
 
     def _take(self) -> _Routing:
         self.find_next()
@@ -74,21 +81,16 @@ class Steering:
         assert ids is not None
         return ids
 
-    def _write(self, ids: _Routing | None) -> None:
-        if ids is self._written:
-            return
-        values = self._values.reshape(-1)
+    def _note(self, ids: _Routing) -> None:
+        """Put what the routers are to be told for a token among the values."""
+        values, n_used = self._values.reshape(-1), ids.shape[1]
         values[self._set] = 0.0
-        self._set = np.zeros(0, np.intp)
-        if ids is not None:
-            places = self._first + np.concatenate([ids, ids[self._guessed]])
-            ranks = np.broadcast_to(np.arange(ids.shape[1], dtype=np.float32) / ids.shape[1], places.shape)
-            is_told = np.ones(places.shape, np.bool_)  # in place of the others a guess has whom its router likes
-            is_told[len(ids) :] = self._random.random((len(self._guessed), ids.shape[1])) < GUESSED
-            self._set = places[is_told]
-            values[self._set] = _ABOVE_SCORES - ranks[is_told]
-        self._program.write_vectors(self._names, self._values)
-        self._written = ids
+        places = self._first + np.concatenate([ids, ids[self._guessed]])
+        is_told = np.ones(places.shape, np.bool_)  # in place of the others a guess has whom its router likes
+        is_told[len(ids) :] = self._random.random((len(self._guessed), n_used)) < GUESSED
+        ranks = np.broadcast_to(np.arange(n_used, dtype=np.float32) / n_used, places.shape)
+        self._set = places[is_told]
+        values[self._set] = _ABOVE_SCORES - ranks[is_told]
 
 
 def make_steering(setting: str, program: Program, tensor_names: Sequence[str], spec: ModelSpec) -> Steering | None:
