@@ -14,12 +14,13 @@ constexpr int ROWS = 8;                                       // of S, one for e
 constexpr int AT_ONCE = 1024 / K_DIM < 8 ? 1024 / K_DIM : 8; // tokens that are prepared together
 
 struct Token {
-    float query_factor, decay, step; // step: sigmoid(beta), or dt
+    float query_factor, decay, step; // decay: if the head has one; step: sigmoid(beta), or dt
     int begins, ends, slot;          // whether S is to be read (2), zero (1) or kept on (0), and written
 };
 
 struct Tokens {
     float queries[AT_ONCE][K_DIM], keys[AT_ONCE][K_DIM], values[AT_ONCE][ROWS];
+    float decays[BY_CHANNEL ? AT_ONCE : 1][BY_CHANNEL ? K_DIM : 1]; // fetched as alpha
 };
 
 KERNEL(ROWS *WARP)
@@ -42,6 +43,9 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             const int64_t from = (first + i / K_DIM) * qkv_stride + key_head * K_DIM + i % K_DIM;
             cp_async4(&to.queries[i / K_DIM][i % K_DIM], q + from);
             cp_async4(&to.keys[i / K_DIM][i % K_DIM], k + from);
+            if (BY_CHANNEL)
+                cp_async4(&to.decays[i / K_DIM][i % K_DIM],
+                          alpha + (first + i / K_DIM) * alpha_stride + head * K_DIM + i % K_DIM);
         }
         if (thread < AT_ONCE * ROWS) {
             const int t = first + thread / ROWS, own_row = thread % ROWS;
@@ -50,7 +54,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         }
         cp_async_commit();
     };
-    // What does not depend on S. Keys are normalised where they lie.
+    // What does not depend on S. Keys are normalised where they lie; so are decays found.
     auto prepare = [&](Tokens &own, int i, int t) {
         float query_squares = 0.0f, key_squares = 0.0f;
         for (int j = lane; IS_DELTA && j < K_DIM; j += WARP) {
@@ -64,7 +68,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         if (lane)
             return;
         const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
-        tokens[i] = {query_factor, decay_of(a[head], alpha[t * alpha_stride + head], dt_bias[head]),
+        tokens[i] = {query_factor, BY_CHANNEL ? 0.0f : decay_of(a[head], alpha[t * alpha_stride + head], dt_bias[head]),
                      IS_DELTA ? sigmoid(beta[t * beta_stride + head])
                               : exact_softplus(alpha[t * alpha_stride + head] + dt_bias[head]),
                      begins, t + 1 == n || slots[t + 1] != slot, slot};
@@ -90,6 +94,10 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         __syncthreads();
         for (int i = warp; i < n_now; i += ROWS)
             prepare(own, i, first + i);
+        for (int i = thread; BY_CHANNEL && i < n_now * K_DIM; i += ROWS * WARP) {
+            float &decay = own.decays[i / K_DIM][i % K_DIM];
+            decay = decay_of(a[head], decay, dt_bias[head * K_DIM + i % K_DIM]);
+        }
         __syncthreads();
         if (row >= V_DIM)
             continue;
@@ -106,7 +114,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
 #pragma unroll
                 for (int j = 0; j < PER_LANE; j++) {
                     key[j] = j * WARP + lane < K_DIM ? own.keys[i][j * WARP + lane] : 0.0f;
-                    s[j] *= token.decay;
+                    s[j] *= !BY_CHANNEL ? token.decay : j * WARP + lane < K_DIM ? own.decays[i][j * WARP + lane] : 0.0f;
                     recalled = __fmaf_rn(s[j], key[j], recalled);
                 }
 #pragma unroll

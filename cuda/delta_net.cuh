@@ -3,8 +3,9 @@
 //     S = exp(a softplus(alpha + dt_bias)) S;  S += (sigmoid(beta) (v - S k)) k^T;  out = S q
 //
 // Value head h has key head h / (n_v_heads / n_k_heads) if `is_grouped`, else h % n_k_heads. state
-// [n_slots, n_v_heads, V_DIM, K_DIM]. Compiled for K_DIM (up to 256) and V_DIM. Rows of S do not know each other; a warp
-// holds whole rows, lane l the values l, l + 32, ...
+// [n_slots, n_v_heads, V_DIM, K_DIM]. Compiled for K_DIM (up to 256) and V_DIM, and for BY_CHANNEL: whether alpha, dt_bias and
+// with them the factor of S have a value for each of K_DIM channels. Rows of S do not know each other; a warp holds whole
+// rows, lane l the values l, l + 32, ...
 #pragma once
 
 #include "common.cuh"

@@ -18,6 +18,7 @@ constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
 constexpr int ROWS_PER_WARP = 4, ROWS = N_WARPS * ROWS_PER_WARP;
 constexpr int GATED = 256;                          // columns that are gated together
 constexpr int CHANNELS = 2 * K_DIM + ROWS;          // of the convolution that a block needs: query, key, values
+constexpr int N_DECAYS = BY_CHANNEL ? PER_LANE : 1; // of a lane
 constexpr int PER_THREAD = (CHANNELS + THREADS - 1) / THREADS;
 
 // Each summed over the warp, all at the same time.
@@ -78,10 +79,19 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         for (int j = 0; j < BEFORE; j++)
             past[i][j] = goes_on ? kept[j * n_channels + channel[i]] : 0.0f;
     }
-    const float a = layer.a[head], dt_bias = layer.dt_bias[head];
+    const float a = layer.a[head];
+    float dt_bias[N_DECAYS], alpha[N_DECAYS], decay[N_DECAYS];
+    auto decays = [&](int j) { return !BY_CHANNEL || j * WARP + lane < K_DIM; };
+    const int first_decay = BY_CHANNEL ? head * K_DIM + lane : head;
+#pragma unroll
+    for (int j = 0; j < N_DECAYS; j++)
+        dt_bias[j] = decays(j) ? layer.dt_bias[first_decay + j * WARP] : 0.0f;
     begin_kernel();
 
-    const float alpha = layer.alpha[head], beta = layer.beta[head];
+    const float beta = layer.beta[head];
+#pragma unroll
+    for (int j = 0; j < N_DECAYS; j++)
+        alpha[j] = decays(j) ? layer.alpha[first_decay + j * WARP] : 0.0f;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++)
         now[i] = channel[i] < 0 ? 0.0f : layer.x[channel[i]];
@@ -107,7 +117,10 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         query_squares = __fmaf_rn(query[j], query[j], query_squares);
         key_squares = __fmaf_rn(key[j], key[j], key_squares);
     }
-    const float decay = decay_of(a, alpha, dt_bias), rate = sigmoid(beta);
+#pragma unroll
+    for (int j = 0; j < N_DECAYS; j++)
+        decay[j] = decays(j) ? decay_of(a, alpha[j], dt_bias[j]) : 0.0f;
+    const float rate = sigmoid(beta);
     const float query_factor = factor_of_query(warp_sum(query_squares), layer.eps);
     const float key_factor = factor_of_key(warp_sum(key_squares), layer.eps);
     float recalled[ROWS_PER_WARP] = {}, result[ROWS_PER_WARP] = {};
@@ -118,7 +131,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     for (int r = 0; r < ROWS_PER_WARP; r++)
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++) {
-            s[r][j] *= decay;
+            s[r][j] *= decay[BY_CHANNEL ? j : 0];
             recalled[r] = __fmaf_rn(s[r][j], key[j], recalled[r]);
         }
     warp_sums(recalled);

@@ -347,12 +347,14 @@ class Program:
         n_v_heads: int,
         k_dim: int,
         v_dim: int,
+        decay_dim: int,
         grouped: bool,
         eps: float,
     ) -> None:
         """Gated delta rule (recurrent form). q and k are L2-normalised per head here, q also divided by sqrt(k_dim).
 
-        beta = sigmoid(beta), decay = exp(a * softplus(alpha + dt_bias)), both [n_v_heads].
+        beta = sigmoid(beta) [n_v_heads], decay = exp(a * softplus(alpha + dt_bias)) [n_v_heads, decay_dim]: one for
+        each head, or with a `decay_dim` of k_dim for each channel of its key. a [n_v_heads].
         v head h uses k head h // (n_v_heads / n_k_heads) if `grouped`, else h % n_k_heads.
         state float32 [n_slots, n_v_heads, k_dim, v_dim].
 

@@ -133,7 +133,7 @@ cdef extern from "kernels/ops.h":
         const float *dt_bias
         const float *skip
         float *state
-        int n_k_heads, n_v_heads, k_dim, v_dim
+        int n_k_heads, n_v_heads, k_dim, v_dim, decay_dim
         c_bool grouped
         float eps
     ctypedef struct router_args:
@@ -960,6 +960,7 @@ cdef class Program:
         int n_v_heads,
         int k_dim,
         int v_dim,
+        int decay_dim,
         c_bool grouped,
         float eps,
     ):
@@ -977,7 +978,11 @@ cdef class Program:
         need(bool(beta) != bool(skip), "expected beta, or skip in its place")
         args.beta = need_matrix("beta", beta, beta_stride, n_v_heads) if beta else matrix(NULL, 0)
         args.skip = <const float *> skip
-        args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads)
+        need(
+            decay_dim == 1 or (decay_dim == k_dim and beta),
+            f"decay_dim is {decay_dim}; expected 1, or with beta k_dim ({k_dim})",
+        )
+        args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads * <int64_t> decay_dim)
         args.out = need_matrix("out", out, out_stride, value_size)
         args.a = <const float *> need_address("a", a)
         args.dt_bias = <const float *> need_address("dt_bias", dt_bias)
@@ -986,6 +991,7 @@ cdef class Program:
         args.n_v_heads = n_v_heads
         args.k_dim = k_dim
         args.v_dim = v_dim
+        args.decay_dim = decay_dim
         args.grouped = grouped
         args.eps = eps
         recorded(program_delta_net(self._program, args))

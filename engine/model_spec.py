@@ -93,11 +93,11 @@ class LatentAttentionSpec:
         n_heads: query heads.
         query_rank: width of the compressed query; 0 if queries are projected directly.
         latent_dim: width of the compressed key and value, which is what the cache keeps.
-        rope_dim: width of the part of the key that is rotated, shared by all heads and kept beside it.
-        key_dim: unrotated part of a head's query and key.
+        rope_dim: width of the part of the key that is rotated, if any is, shared by all heads and kept beside it.
+        key_dim: of the other part of a head's query and key.
         value_dim: of a head's value.
         scale: of the scores.
-        rope: of the rotated part.
+        rope: of the rotated part; None: nothing is rotated.
         temperature_period, temperature_slope: queries at position p are multiplied by 1 + slope * ln(1 + floor(p /
             period)); a slope of 0: they are not.
     """
@@ -109,7 +109,7 @@ class LatentAttentionSpec:
     key_dim: int
     value_dim: int
     scale: float
-    rope: RopeSpec
+    rope: RopeSpec | None = None
     temperature_period: int = 1
     temperature_slope: float = 0.0
 
@@ -131,7 +131,7 @@ class LatentAttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetSpec:
-    """Gated delta net, the linear attention of Qwen3-Next and Qwen3.5.
+    """Gated delta net, the linear attention of Qwen3-Next, Qwen3.5 and Kimi Linear.
 
     Value head h uses key head h // (n_v_heads / n_k_heads) if `grouped`, else h mod n_k_heads.
     """

@@ -55,6 +55,7 @@ PEERS = (
     "granitemoe",
     "hunyuan-moe",
     "hy_v3",
+    "kimi-linear",
     "laguna",
     "lfm2",
     "lfm2moe",

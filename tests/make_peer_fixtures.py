@@ -59,6 +59,7 @@ class Peer:
         kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network.
         state_space_layers: those of other models.
         short_conv_layers: the blocks that convolve instead of attending.
+        delta_layers: the blocks with a delta net whose channels decay apart.
         output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
         is_latent: whether attention is multi-head latent attention.
@@ -91,6 +92,7 @@ class Peer:
     kinds: str = ""
     state_space_layers: tuple[int, ...] = ()
     short_conv_layers: tuple[int, ...] = ()
+    delta_layers: tuple[int, ...] = ()
     output_norm: str = "output_norm"
     expert_width: int = 0
     is_latent: bool = False
@@ -123,6 +125,7 @@ STATE_SPACE = {
     "attention.layer_norm_epsilon": 1e-5,
 }
 SHORT_KERNEL = 3
+KDA_DIM, KDA_KERNEL = 16, 4
 QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
 LATENT = {
     "attention.head_count_kv": 1,
@@ -325,6 +328,26 @@ PEERS = {
         head_dim=16,
         layer_heads=(2, 4, 2),
         attention_gate="head",
+    ),
+    "kimi-linear": Peer(
+        "kimi-linear",
+        3,
+        MOE
+        | {key: size for key, size in LATENT.items() if key != "attention.q_lora_rank"}
+        | {
+            "attention.head_count_kv": [0, 1, 0],
+            "kda.head_dim": KDA_DIM,
+            "ssm.conv_kernel": KDA_KERNEL,
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 2.446,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        is_latent=True,
+        delta_layers=(0, 2),
     ),
     "llama4": Peer(
         "llama4",
@@ -556,8 +579,10 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from state_space(draw)
     elif layer in peer.short_conv_layers:
         yield from short_conv(draw)
+    elif layer in peer.delta_layers:
+        yield from kimi_delta_attention(draw)
     else:
-        yield from latent_attention(draw) if peer.is_latent else attention(peer, layer, draw)
+        yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer not in peer.moe_layers:
         yield from feed_forward("", 2 * FFN, draw)
         return
@@ -637,10 +662,14 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
             yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else peer.head_dim)
 
 
-def latent_attention(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    yield "attn_q_a.weight", draw.matrix(QUERY_RANK, HIDDEN)
-    yield "attn_q_a_norm.weight", draw.norm(QUERY_RANK)
-    yield "attn_q_b.weight", draw.matrix(N_HEADS * (KEY_DIM + ROPE_DIM), QUERY_RANK)
+def latent_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    query_size = N_HEADS * (KEY_DIM + ROPE_DIM)
+    if "attention.q_lora_rank" in peer.keys:
+        yield "attn_q_a.weight", draw.matrix(QUERY_RANK, HIDDEN)
+        yield "attn_q_a_norm.weight", draw.norm(QUERY_RANK)
+        yield "attn_q_b.weight", draw.matrix(query_size, QUERY_RANK)
+    else:
+        yield "attn_q.weight", draw.matrix(query_size, HIDDEN)
     yield "attn_kv_a_mqa.weight", draw.matrix(LATENT_DIM + ROPE_DIM, HIDDEN)
     yield "attn_kv_a_norm.weight", draw.norm(LATENT_DIM)
     yield "attn_k_b.weight", draw.matrix(N_HEADS, LATENT_DIM, KEY_DIM)
@@ -660,6 +689,21 @@ def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "ssm_alpha.weight", draw.matrix(n_v, HIDDEN)
     yield "ssm_norm.weight", draw.norm(dim)
     yield "ssm_out.weight", draw.matrix(HIDDEN, n_v * dim)
+
+
+def kimi_delta_attention(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    size = N_HEADS * KDA_DIM
+    for part in "qkv":
+        yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
+        yield f"ssm_conv1d_{part}.weight", draw.matrix(size, 1, KDA_KERNEL)
+    yield "ssm_beta.weight", draw.matrix(N_HEADS, HIDDEN)
+    for part in "fg":
+        yield f"ssm_{part}_a.weight", draw.matrix(KDA_DIM, HIDDEN)
+        yield f"ssm_{part}_b.weight", draw.matrix(size, KDA_DIM)
+    yield "ssm_dt.bias", draw.between(-4, 1, size)
+    yield "ssm_a", draw.between(-2, -0.1, N_HEADS, 1)
+    yield "ssm_norm.weight", draw.norm(KDA_DIM)
+    yield "attn_output.weight", draw.matrix(HIDDEN, size, gain=0.5)
 
 
 def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None:

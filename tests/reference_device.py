@@ -146,7 +146,7 @@ class ReferenceProgram:
         self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores)[..., :-1], v).reshape(n, -1)
 
     def causal_conv(self, op: ops.CausalConv) -> None:
-        kernel = self.vector(op.weight).reshape(op.x.width, op.kernel_size)
+        kernel = np.concatenate([self.vector(weight) for weight in op.weights]).reshape(op.x.width, op.kernel_size)
         before = self.states.get(op.state, np.zeros((op.kernel_size - 1, op.x.width)))
         x = np.concatenate([before, self[op.x]])
         self.states[op.state] = x[len(x) - op.kernel_size + 1 :]
@@ -160,7 +160,8 @@ class ReferenceProgram:
         q, k = (self[t].reshape(n, n_k, -1) for t in (op.q, op.k))
         v = self[op.v].reshape(n, n_v, -1)
         dt = np.logaddexp(0, self[op.alpha] + self.vector(op.dt_bias))
-        decay, recalls = np.exp(self.vector(op.a) * dt), op.beta is not None
+        decay = np.exp(self.vector(op.a)[:, None] * dt.reshape(n, n_v, -1))[:, :, None]  # one, or one for each channel
+        recalls = op.beta is not None
         if op.beta is not None:
             q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))
             q, rate, skip = q / math.sqrt(q.shape[-1]), _sigmoid(self[op.beta]), np.zeros_like(v)
@@ -170,7 +171,7 @@ class ReferenceProgram:
         state = self.states.get(op.state, np.zeros((n_v, v.shape[-1], k.shape[-1])))
         outs = []
         for t in range(n):
-            state = state * decay[t, :, None, None]
+            state = state * decay[t]
             recalled = np.einsum("hvk,hk->hv", state, k[t, key_head]) if recalls else 0
             state = state + np.einsum("hv,hk->hvk", rate[t, :, None] * (v[t] - recalled), k[t, key_head])
             outs.append((np.einsum("hvk,hk->hv", state, q[t, key_head]) + skip[t]).reshape(-1))

@@ -58,9 +58,16 @@ KERNELS = [
     ),
     ("causal_conv.cu", ("KERNEL_SIZE=4", "ACTIVATES=1")),
     ("causal_conv.cu", ("KERNEL_SIZE=3", "ACTIVATES=0")),
-    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1")),
-    ("delta_net.cu", ("K_DIM=128", "V_DIM=64", "IS_DELTA=0")),
-    ("delta_net_step.cu", ("K_DIM=128", "V_DIM=128", "KERNEL_SIZE=4", "ACTIVATES=1", "GATING=1", "FORMS=1")),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=0")),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=1")),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=64", "IS_DELTA=0", "BY_CHANNEL=0")),
+    *(
+        (
+            "delta_net_step.cu",
+            ("K_DIM=128", "V_DIM=128", f"BY_CHANNEL={n}", "KERNEL_SIZE=4", "ACTIVATES=1", "GATING=1", "FORMS=1"),
+        )
+        for n in range(2)
+    ),
     ("handshake.cu", ()),
 ]
 

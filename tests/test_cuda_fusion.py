@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from engine.devices import graph as ops
@@ -35,8 +37,16 @@ def test_attention_takes_all_that_is_around_it(name: str, around: set[str], gold
     assert "Rope" not in {type(item).__name__ for item in items}
 
 
-@pytest.mark.parametrize("name", ["qwen35moe/qwen35moe-micro-F32", "qwen3next/qwen3next-micro-F32"])
-def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
-    kinds = [type(item) for item in groups(golden_path(f"{name}.gguf"))]
+def assert_delta_net_layers_are_one(path: Path) -> None:
+    kinds = [type(item) for item in groups(path)]
     assert fusion.DeltaNetLayer in kinds
     assert not {ops.CausalConv, ops.DeltaNet, fusion.NormAndGate} & set(kinds)
+
+
+@pytest.mark.parametrize("name", ["qwen35moe/qwen35moe-micro-F32", "qwen3next/qwen3next-micro-F32"])
+def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
+    assert_delta_net_layers_are_one(golden_path(f"{name}.gguf"))
+
+
+def test_so_is_one_whose_channels_decay_apart(data: Path) -> None:
+    assert_delta_net_layers_are_one(data / "peers" / "kimi-linear-F32.gguf")

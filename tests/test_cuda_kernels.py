@@ -885,16 +885,19 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "is_delta", "lengths", "mode"),
+    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "kind", "lengths", "mode"),
     [
-        (128, 128, 2, 4, False, True, (2, 3), "fast"),
-        (16, 24, 1, 2, True, True, (2, 3), "race"),
-        (16, 12, 1, 2, True, True, (2, 17), "asan"),
-        (32, 8, 2, 2, False, True, (21, 40), "race"),
-        (128, 16, 2, 4, False, True, (33, 1), "fast"),
-        (128, 64, 2, 4, True, False, (2, 30), "fast"),
-        (16, 12, 1, 2, True, False, (17, 3), "asan"),
-        (32, 8, 2, 4, True, False, (21, 20), "race"),
+        (128, 128, 2, 4, False, "delta", (2, 3), "fast"),
+        (16, 24, 1, 2, True, "delta", (2, 3), "race"),
+        (16, 12, 1, 2, True, "delta", (2, 17), "asan"),
+        (32, 8, 2, 2, False, "delta", (21, 40), "race"),
+        (128, 16, 2, 4, False, "delta", (33, 1), "fast"),
+        (128, 16, 2, 2, False, "channels", (2, 30), "fast"),
+        (44, 12, 1, 2, True, "channels", (17, 3), "asan"),
+        (32, 8, 2, 4, False, "channels", (21, 40), "race"),
+        (128, 64, 2, 4, True, "state space", (2, 30), "fast"),
+        (16, 12, 1, 2, True, "state space", (17, 3), "asan"),
+        (32, 8, 2, 4, True, "state space", (21, 20), "race"),
     ],
 )
 def test_recurrent_layers(
@@ -903,11 +906,12 @@ def test_recurrent_layers(
     n_k_heads: int,
     n_v_heads: int,
     grouped: bool,
-    is_delta: bool,
+    kind: str,
     lengths: tuple[int, int],
     mode: str,
 ) -> None:
     """Two sequences in one step: one goes on from its state, the other begins. Delta nets and state-space models."""
+    is_delta, decay_dim = kind != "state space", k_dim if kind == "channels" else 1
     rng, emulator = np.random.default_rng(8), Emulator(mode)
     slots = np.repeat(np.array([1, 0], np.int32), lengths)
     positions = np.concatenate([np.arange(4, 4 + lengths[0]), np.arange(lengths[1])]).astype(np.int32)
@@ -920,8 +924,9 @@ def test_recurrent_layers(
     skip = rng.standard_normal(n_v_heads).astype(F32)
     old_conv = rng.standard_normal((2, kernel_size - 1, n_channels)).astype(F32)
     old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
-    beta, alpha = (rng.standard_normal((n_tokens, n_v_heads)).astype(F32) for _ in range(2))
-    a, dt_bias = -np.exp(rng.standard_normal(n_v_heads)).astype(F32), rng.standard_normal(n_v_heads).astype(F32)
+    beta, alpha = (rng.standard_normal((n_tokens, n_v_heads * n)).astype(F32) for n in (1, decay_dim))
+    a, dt_bias = (rng.standard_normal(n_v_heads * n).astype(F32) for n in (1, decay_dim))
+    a = -np.exp(a)
 
     expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
     for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
@@ -937,15 +942,15 @@ def test_recurrent_layers(
         q = q / np.sqrt(k_dim)
     v = x[:, 2 * n_k :].reshape(n_tokens, n_v_heads, v_dim)
     key_head = np.arange(n_v_heads) // (n_v_heads // n_k_heads) if grouped else np.arange(n_v_heads) % n_k_heads
-    dt = np.logaddexp(0, alpha + dt_bias)
-    decay = np.exp(a * dt)
+    dt = np.logaddexp(0, alpha + dt_bias).reshape(n_tokens, n_v_heads, decay_dim)
+    decay = np.exp(a[:, None] * dt)
     new_state = old_state.astype(np.float64)
     new_state[0] = 0
     expected = []
     for t in range(n_tokens):
-        state = new_state[slots[t]] * decay[t, :, None, None]
+        state = new_state[slots[t]] * decay[t, :, None]
         recalled = np.einsum("hvk,hk->hv", state, k[t, key_head])
-        added = sigmoid(beta[t])[:, None] * (v[t] - recalled) if is_delta else dt[t, :, None] * v[t]
+        added = sigmoid(beta[t])[:, None] * (v[t] - recalled) if is_delta else dt[t] * v[t]
         state = state + np.einsum("hv,hk->hvk", added, k[t, key_head])
         new_state[slots[t]] = state
         found = np.einsum("hvk,hk->hv", state, q[t, key_head]) + (0 if is_delta else skip[:, None] * v[t])
@@ -979,6 +984,7 @@ def test_recurrent_layers(
             n_v_heads,
             k_dim,
             v_dim,
+            decay_dim,
             grouped,
             eps,
             *places,
@@ -989,13 +995,27 @@ def test_recurrent_layers(
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "kernel_size", "gating", "has_weight", "mode"),
+    (
+        "k_dim",
+        "v_dim",
+        "n_k_heads",
+        "n_v_heads",
+        "by_channel",
+        "grouped",
+        "kernel_size",
+        "gating",
+        "has_weight",
+        "mode",
+    ),
     [
-        (128, 128, 2, 4, False, 4, Gating.SILU, True, "fast"),
-        (128, 128, 1, 3, True, 4, Gating.SILU, True, "race"),
-        (16, 64, 2, 6, True, 3, Gating.SIGMOID, False, "asan"),
-        (200, 8, 2, 4, False, 2, Gating.SILU, True, "asan"),
-        (256, 32, 1, 1, True, 5, Gating.SIGMOID, True, "race"),
+        (128, 128, 2, 4, False, False, 4, Gating.SILU, True, "fast"),
+        (128, 128, 1, 3, False, True, 4, Gating.SILU, True, "race"),
+        (16, 64, 2, 6, False, True, 3, Gating.SIGMOID, False, "asan"),
+        (200, 8, 2, 4, False, False, 2, Gating.SILU, True, "asan"),
+        (256, 32, 1, 1, False, True, 5, Gating.SIGMOID, True, "race"),
+        (128, 128, 2, 2, True, False, 4, Gating.SIGMOID, True, "fast"),
+        (44, 64, 1, 3, True, True, 3, Gating.SIGMOID, True, "asan"),
+        (96, 32, 2, 2, True, False, 4, Gating.SILU, False, "race"),
     ],
 )
 @pytest.mark.parametrize("position", [0, 6])
@@ -1004,6 +1024,7 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
     v_dim: int,
     n_k_heads: int,
     n_v_heads: int,
+    by_channel: bool,
     grouped: bool,
     kernel_size: int,
     gating: Gating,
@@ -1019,11 +1040,12 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
     def normal(*shape: int) -> np.ndarray:
         return aligned(rng.standard_normal(shape).astype(F32))
 
-    x, beta, alpha, by = normal(1, n_channels), normal(1, n_v_heads), normal(1, n_v_heads), normal(1, n_cols)
+    decay_dim = k_dim if by_channel else 1
+    x, beta, alpha, by = (normal(1, n) for n in (n_channels, n_v_heads, n_v_heads * decay_dim, n_cols))
     conv_weight, a, dt_bias, norm = (
         normal(n_channels, kernel_size),
         -np.exp(normal(n_v_heads)),
-        normal(n_v_heads),
+        normal(n_v_heads * decay_dim),
         normal(v_dim),
     )
     old_conv, old_state = normal(2, kernel_size - 1, n_channels), normal(2, n_v_heads, v_dim, k_dim)
@@ -1040,7 +1062,10 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
             quantized = aligned(np.zeros((1, kernels.activation_bytes(form, n_cols)), np.uint8))
             rows = emulator.byte_rows(quantized)
             forms = Forms(rows, None) if form == Activation.Q8_256 else Forms(None, rows)
-            sizes, states = (n_k_heads, n_v_heads, k_dim, v_dim), (emulator.at(conv_state), emulator.at(state))
+            sizes, states = (
+                (n_k_heads, n_v_heads, k_dim, v_dim, decay_dim),
+                (emulator.at(conv_state), emulator.at(state)),
+            )
             if together:
                 net = recurrent.DeltaNet(
                     *sizes, kernel_size, grouped, eps, norm_eps, gating, *parameters, at_norm, *states

@@ -79,7 +79,9 @@ def test_long_steps_have_the_bits_of_single_tokens(
             assert_same(prompt(opened, cuts, slot=1), single_tokens)
 
 
-@pytest.mark.parametrize("name", ["afmoe", "laguna", "lfm2moe", "mimo2", "nemotron_h_moe", "smallthinker", "step35"])
+@pytest.mark.parametrize(
+    "name", ["afmoe", "kimi-linear", "laguna", "lfm2moe", "mimo2", "nemotron_h_moe", "smallthinker", "step35"]
+)
 def test_long_steps_of_other_architectures(name: str, data: Path) -> None:
     """What only some have: experts of two matrices, gates of heads, limits, other heads in every layer."""
     model = Model(data / "peers" / f"{name}-Q8_0.gguf")

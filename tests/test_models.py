@@ -71,6 +71,15 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("llama", "attention.value_length", 640, "attention.value_length is 640; this version computes at most 576"),
         ("mistral4", "attention.kv_lora_rank", 569, "kv_lora_rank is 569; this version computes at most 568"),
         ("nemotron_h", "ssm.state_size", 257, "ssm.state_size is 257; this version computes at most 256"),
+        ("kimi-linear", "kda.head_dim", 257, "kda.head_dim is 257; this version computes at most 256"),
+        ("kimi-linear", "kda.head_dim", 8, r"attn_q.weight has the shape \[64, 32\]; .* must be \[32, 32\]"),
+        (
+            "kimi-linear",
+            "attention.head_count_kv",
+            np.array([0, 1], np.int32),
+            r"\[0, 1\]; expected one number for each",
+        ),
+        ("kimi-linear", "attention.key_length_mla", 8, "key_length_mla is 8; expected more than rope.dimension_count"),
         ("lfm2moe", "shortconv.l_cache", 17, "shortconv.l_cache is 17; this version computes at most 16"),
         ("lfm2moe", "shortconv.l_cache", 1, "shortconv.l_cache is 1; expected an integer from 2"),
         ("smallthinker", "rope.freq_base_swa", 0.5, "rope.freq_base_swa is 0.5; expected a number above 1"),
@@ -159,9 +168,19 @@ def interleave_delta_net(arrays: dict[str, np.ndarray], layer: int) -> None:
 
 def join_keys_and_values(arrays: dict[str, np.ndarray], layer: int) -> None:
     """One matrix for keys and values, head by head, as files from before `attn_k_b` have it."""
+    if f"blk.{layer}.attn_k_b.weight" not in arrays:
+        return
     keys, values = (arrays.pop(f"blk.{layer}.attn_{part}_b.weight") for part in "kv")
     joined = np.concatenate([keys.transpose(0, 2, 1), values], axis=1)
     arrays[f"blk.{layer}.attn_kv_b.weight"] = joined.reshape(-1, joined.shape[-1])
+
+
+def fuse_kimi(arrays: dict[str, np.ndarray], layer: int) -> None:
+    """One matrix for queries, keys and values of a delta net, and one for keys and values of latent attention."""
+    join_keys_and_values(arrays, layer)
+    if f"blk.{layer}.attn_v.weight" in arrays:
+        parts = [arrays.pop(f"blk.{layer}.attn_{part}.weight") for part in "qkv"]
+        arrays[f"blk.{layer}.attn_qkv.weight"] = np.concatenate(parts)
 
 
 def older_sizes(metadata: Metadata) -> Metadata:
@@ -180,10 +199,12 @@ def older_sizes(metadata: Metadata) -> Metadata:
         ("qwen2moe/qwen2moe-micro-F32", fuse_qkv),
         ("qwen3next/qwen3next-micro-F32", interleave_delta_net),
         ("deepseek2/deepseek2-v3-micro-F32", join_keys_and_values),
+        ("peers/kimi-linear-F32", fuse_kimi),
     ],
 )
-def test_fused_tensors_change_no_bit(golden_path, tmp_path: Path, name: str, restore) -> None:
-    path, fused = golden_path(f"{name}.gguf"), tmp_path / "fused.gguf"
+def test_fused_tensors_change_no_bit(golden_path, data: Path, tmp_path: Path, name: str, restore) -> None:
+    is_peer, fused = name.startswith("peers/"), tmp_path / "fused.gguf"
+    path = data / f"{name}.gguf" if is_peer else golden_path(f"{name}.gguf")
     with GGUFFile.open(path) as file:
         arrays = {name: file.mapped(name).view(np.float32).reshape(info.shape) for name, info in file.tensors.items()}
         n_tensors = len(arrays)

@@ -723,16 +723,17 @@ def test_causal_conv(
     st.sampled_from([(1, 1), (2, 4), (1, 3)]),
     st.sampled_from([(16, 16), (12, 20), (32, 8)]),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["delta", "channels", "state space"]),
 )
-def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, is_delta: bool) -> None:
-    """The gated delta rule, or a state-space model."""
-    (n_k, n_v), (k_dim, v_dim) = heads, dims
+def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, kind: str) -> None:
+    """The gated delta rule, with a decay for each head or each channel of its key, or a state-space model."""
+    (n_k, n_v), (k_dim, v_dim), is_delta = heads, dims, kind != "state space"
+    decay_dim = k_dim if kind == "channels" else 1
     slots = np.repeat(np.arange(len(lengths)), lengths)
     n, key, value = len(slots), n_k * k_dim, n_v * v_dim
     qkv = normal(seed, n, 2 * key + value)
-    beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v)
-    a, dt_bias, skip = -np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v), normal(seed + 5, n_v)
+    beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v * decay_dim)
+    a, dt_bias, skip = -np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v * decay_dim), normal(seed + 5, n_v)
 
     def record(program: k.Program, at) -> None:
         address, stride = at.qkv
@@ -752,6 +753,7 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, i
             n_v,
             k_dim,
             v_dim,
+            decay_dim,
             grouped,
             1e-6,
         )
@@ -763,15 +765,15 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, i
     key_head = np.arange(n_v) // (n_v // n_k) if grouped else np.arange(n_v) % n_k
     q, keys = q[:, key_head], keys[:, key_head]
     v = f64(qkv[:, 2 * key :]).reshape(n, n_v, v_dim)
-    dt = np.logaddexp(0, f64(alpha) + dt_bias)
-    decay = np.exp(f64(a) * dt)
+    dt = np.logaddexp(0, f64(alpha) + dt_bias).reshape(n, n_v, decay_dim)
+    decay = np.exp(f64(a)[:, None] * dt)
     exact, state = [], np.zeros((n_v, k_dim, v_dim))
     for t in range(n):
         if t == 0 or slots[t] != slots[t - 1]:
             state = np.zeros_like(state)
-        state = state * decay[t, :, None, None]
+        state = state * decay[t, :, :, None]
         recalled = np.einsum("hkv,hk->hv", state, keys[t])
-        added = sigmoid(beta[t])[:, None] * (v[t] - recalled) if is_delta else dt[t, :, None] * v[t]
+        added = sigmoid(beta[t])[:, None] * (v[t] - recalled) if is_delta else dt[t] * v[t]
         state = state + keys[t][:, :, None] * added[:, None, :]
         out = np.einsum("hkv,hk->hv", state, q[t]) + (0 if is_delta else skip[:, None] * v[t])
         exact.append(out.reshape(-1))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -338,13 +339,13 @@ class Attention(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class CausalConv(Operation):
-    """Depthwise causal convolution over time. weight [n_channels, kernel_size], bias [n_channels].
+    """Depthwise causal convolution over time. bias [n_channels]. If it `activates`, SiLU of that.
 
-    If it `activates`, SiLU of that.
+    Weights are [n_channels, kernel_size], each of as many channels as it has, which follow one another.
     """
 
     x: Tensor
-    weight: Vector
+    weights: tuple[Vector, ...]
     bias: Vector | None
     state: State
     out: Tensor
@@ -355,6 +356,9 @@ class CausalConv(Operation):
 @dataclass(frozen=True, eq=False, slots=True)
 class DeltaNet(Operation):
     """Gated delta rule over time; formulas in `models/qwen35moe.py`.
+
+    alpha and `dt_bias` have one value for each value head, or one for each channel of the key that it is paired with
+    (formulas in `models/kimi_linear.py`); `a` has one for each head.
 
     Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/state_space.py`.
     """
@@ -373,6 +377,11 @@ class DeltaNet(Operation):
     n_v_heads: int
     grouped: bool
     eps: float
+
+    @property
+    def decay_dim(self) -> int:
+        """Return how many decays a head has."""
+        return self.alpha.width // self.n_v_heads
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -482,13 +491,16 @@ class Graph:
         return self.linears(x, (weight,), (bias,))[0]
 
     def linears(
-        self, x: Tensor, weights: Sequence[Weight], biases: Sequence[Vector | None] | None = None
+        self, x: Tensor, weights: Sequence[Weight], biases: Sequence[Vector | None] | None = None, *, n_joined: int = 1
     ) -> tuple[Tensor, ...]:
-        """Multiply by several matrices at once."""
+        """Multiply by several matrices at once; the results of the first `n_joined` are one, side by side."""
         assert all(w.n_cols == x.width for w in weights)
-        outs = tuple(self._new(w.n_rows, x.rows) for w in weights)
-        self.operations.append(Linear(x, tuple(weights), tuple(biases or [None] * len(weights)), outs))
-        return outs
+        ends = list(accumulate(w.n_rows for w in weights[:n_joined]))
+        joined = self._new(ends[-1], x.rows)
+        parts = [joined.columns(end - w.n_rows, end) for w, end in zip(weights, ends, strict=False)]
+        others = [self._new(w.n_rows, x.rows) for w in weights[n_joined:]]
+        self.operations.append(Linear(x, tuple(weights), tuple(biases or [None] * len(weights)), (*parts, *others)))
+        return joined, *others
 
     def head_linear(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply each head by its own matrix of the stack."""
@@ -576,14 +588,20 @@ class Graph:
         return out
 
     def causal_conv(
-        self, x: Tensor, weight: Vector, kernel_size: int, bias: Vector | None = None, *, activates: bool = True
+        self,
+        x: Tensor,
+        weights: Sequence[Vector],
+        kernel_size: int,
+        bias: Vector | None = None,
+        *,
+        activates: bool = True,
     ) -> Tensor:
         """Convolve over the last `kernel_size` tokens, channel by channel, add the bias, then SiLU or nothing."""
-        assert weight.size == x.width * kernel_size
+        assert sum(weight.size for weight in weights) == x.width * kernel_size
         state = State((kernel_size - 1) * x.width)
         self.states.append(state)
         out = self._new(x.width)
-        self.operations.append(CausalConv(x, weight, bias, state, out, kernel_size, activates))
+        self.operations.append(CausalConv(x, tuple(weights), bias, state, out, kernel_size, activates))
         return out
 
     def delta_net(
@@ -603,6 +621,8 @@ class Graph:
     ) -> Tensor:
         """Run the gated delta rule, or without beta a state-space model, over a state which the graph makes here."""
         assert (beta is None) == (skip is not None)
+        assert alpha.width == n_v_heads or (beta and alpha.width == n_v_heads * (k.width // n_k_heads))
+        assert dt_bias.size == alpha.width
         state = State(v.width * (k.width // n_k_heads))
         self.states.append(state)
         out = self._new(v.width)

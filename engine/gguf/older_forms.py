@@ -16,7 +16,7 @@ from engine.gguf.model_file import ModelFile, TensorInfo
 from engine.quants.formats import BY_NAME
 
 _JOINED = re.compile(r"blk\.[0-9]{1,9}\.attn_kv_b\.weight")
-_PREFIX = "deepseek2."
+_ARCHITECTURES = ("deepseek2", "kimi-linear")
 
 
 def in_current_form(model_file: ModelFile) -> ModelFile:
@@ -24,9 +24,10 @@ def in_current_form(model_file: ModelFile) -> ModelFile:
 
     Raises `GGUFError` if it contradicts itself.
     """
-    is_deepseek2 = _PREFIX + "attention.kv_lora_rank" in model_file.metadata
-    if is_deepseek2 and any(_JOINED.fullmatch(name) for name in model_file.tensors):
-        return KeysAndValuesApart(model_file)
+    for architecture in _ARCHITECTURES:
+        is_latent = f"{architecture}.attention.kv_lora_rank" in model_file.metadata
+        if is_latent and any(_JOINED.fullmatch(name) for name in model_file.tensors):
+            return KeysAndValuesApart(model_file, architecture)
     return model_file
 
 
@@ -41,20 +42,21 @@ class _Part:
 
 
 class KeysAndValuesApart:
-    """A DeepSeek file from before `attn_k_b` and `attn_v_b`: both are in one tensor, `attn_kv_b`.
+    """A file of latent attention from before `attn_k_b` and `attn_v_b`: both are in one tensor, `attn_kv_b`.
 
     That tensor is [n_heads * (key_dim + value_dim), latent_dim]. Of each head the values' rows are taken as they are.
     The keys' rows must be transposed, which quantised blocks cannot be: those become float32, exactly.
     """
 
-    def __init__(self, model_file: ModelFile) -> None:
+    def __init__(self, model_file: ModelFile, architecture: str) -> None:
         """Show the tensors of `model_file` in today's form. Raises `GGUFError` if its sizes contradict each other."""
         self._file = model_file
+        self._architecture = architecture
         self.name = model_file.name
         keys = model_file.metadata
         values = {key: keys.value(key) for key in keys}
         for size in ("key_length", "value_length"):
-            values.setdefault(f"{_PREFIX}attention.{size}_mla", keys.value(f"{_PREFIX}attention.{size}"))
+            values.setdefault(f"{architecture}.attention.{size}_mla", keys.value(f"{architecture}.attention.{size}"))
         self.metadata = Metadata(self.name, values)
         self._head_dim = self._size("attention.key_length_mla")
         self._key_dim = self._head_dim - self._size("rope.dimension_count")
@@ -69,7 +71,7 @@ class KeysAndValuesApart:
                 self.tensors[name] = info
 
     def _size(self, key: str) -> int:
-        return self.metadata.integer(_PREFIX + key)
+        return self.metadata.integer(f"{self._architecture}.{key}")
 
     def _take_apart(self, info: TensorInfo) -> None:
         rows, n_heads = self._key_dim + self._value_dim, self._n_heads

@@ -78,9 +78,9 @@ class Keys:
         """Return how many tokens a convolution sees."""
         return self.at_most(key, self.size(key, minimum=2), _LARGEST_KERNEL)
 
-    def state_size(self) -> int:
+    def state_size(self, key: str = "ssm.state_size") -> int:
         """Return how long the vectors are that a recurrent layer writes and reads with."""
-        return self.at_most("ssm.state_size", self.size("ssm.state_size"), _LARGEST_STATE)
+        return self.at_most(key, self.size(key), _LARGEST_STATE)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean."""

@@ -7,6 +7,7 @@ query is taken into the latent space instead of every key out of it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from engine.devices.graph import Graph, Tensor
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
@@ -21,20 +22,13 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     return keys.model(tensors, _read_attention(keys), _read_mixture(keys, tensors))
 
 
-def _read_attention(keys: Keys) -> LatentAttentionSpec:
+def read_latent_attention(keys: Keys) -> LatentAttentionSpec:
+    """Read the sizes of latent attention without rotation."""
     rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
     if head_dim <= rope_dim:
         raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")
-    # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier; then cosine and sine are not scaled.
-    yarn = keys.rope(rope_dim, "norm")
-    slope = 0.1
-    if keys.has("rope.scaling.yarn_log_multiplier"):
-        slope = keys.number("rope.scaling.yarn_log_multiplier")
-        yarn = keys.rope(rope_dim, "norm", yarn_slope=0.0)
-    stretch = 1.0 + slope * math.log(yarn.factor) if yarn.scaling == "yarn" else 1.0
     latent_dim = keys.size("attention.kv_lora_rank")
     keys.at_most("attention.kv_lora_rank", latent_dim, LARGEST_HEAD - rope_dim)
-    temperature_slope = keys.number("attention.temperature_scale", 0.0)
     return LatentAttentionSpec(
         n_heads=keys.size("attention.head_count"),
         query_rank=keys.size("attention.q_lora_rank", 0, minimum=0),
@@ -42,7 +36,24 @@ def _read_attention(keys: Keys) -> LatentAttentionSpec:
         rope_dim=rope_dim,
         key_dim=head_dim - rope_dim,
         value_dim=keys.size("attention.value_length_mla"),
-        scale=stretch**2 / math.sqrt(head_dim),
+        scale=1.0 / math.sqrt(head_dim),
+    )
+
+
+def _read_attention(keys: Keys) -> LatentAttentionSpec:
+    attention = read_latent_attention(keys)
+    rope_dim = attention.rope_dim
+    # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier; then cosine and sine are not scaled.
+    yarn = keys.rope(rope_dim, "norm")
+    slope = 0.1
+    if keys.has("rope.scaling.yarn_log_multiplier"):
+        slope = keys.number("rope.scaling.yarn_log_multiplier")
+        yarn = keys.rope(rope_dim, "norm", yarn_slope=0.0)
+    stretch = 1.0 + slope * math.log(yarn.factor) if yarn.scaling == "yarn" else 1.0
+    temperature_slope = keys.number("attention.temperature_scale", 0.0)
+    return replace(
+        attention,
+        scale=stretch**2 / math.sqrt(attention.key_dim + rope_dim),
         rope=yarn,
         temperature_period=keys.size("attention.temperature_length") if temperature_slope else 1,
         temperature_slope=temperature_slope,
@@ -77,10 +88,10 @@ def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _
     else:
         q, latent = graph.linears(x, (block.matrix("attn_q.weight", query_size, hidden_size), latent_weight))
     q, q_rope = graph.split_heads(q, n_heads, mla.key_dim)
-    q_rope = rotate(graph, q_rope, n_heads, mla.rope, block)
     c, k_rope = graph.split_heads(latent, 1, latent_dim)
     c = graph.rms_norm(c, block.vector("attn_kv_a_norm.weight", latent_dim), spec.norm_eps)
-    k_rope = rotate(graph, k_rope, 1, mla.rope, block)
+    if mla.rope is not None:
+        q_rope, k_rope = rotate(graph, q_rope, n_heads, mla.rope, block), rotate(graph, k_rope, 1, mla.rope, block)
 
     q = graph.head_linear(q, block.experts("attn_k_b.weight", n_heads, latent_dim, mla.key_dim))
     q = graph.join_heads(q, q_rope, n_heads)

@@ -41,6 +41,6 @@ def _short_conv(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Ten
     weight = block.matrix("shortconv.in_proj.weight", 3 * size, size)
     b, c, v = graph.linears(x, split_rows(weight, size, size, size))
     kernel = block.vector("shortconv.conv.weight", size, spec.short_conv_kernel)
-    out = graph.causal_conv(graph.gate(v, b, Gating.PRODUCT), kernel, spec.short_conv_kernel, activates=False)
+    out = graph.causal_conv(graph.gate(v, b, Gating.PRODUCT), [kernel], spec.short_conv_kernel, activates=False)
     out = graph.gate(out, c, Gating.PRODUCT)
     return graph.linear(out, block.matrix("shortconv.out_proj.weight", size, size))

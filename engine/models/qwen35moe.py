@@ -118,7 +118,7 @@ def gated_delta_net(
     net = spec.delta_net
     assert net is not None
     kernel = block.vector("ssm_conv1d.weight", net.n_channels, net.kernel_size)
-    qkv = graph.causal_conv(qkv, kernel, net.kernel_size)
+    qkv = graph.causal_conv(qkv, [kernel], net.kernel_size)
     dt_bias = _DT_BIAS if block.has(_DT_BIAS) or not block.has(_DT_BIAS_UNUSUAL) else _DT_BIAS_UNUSUAL
     out = graph.delta_net(
         qkv.columns(0, net.key_size),

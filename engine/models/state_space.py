@@ -40,7 +40,7 @@ def state_space(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Ten
     z, channels, dt = graph.linears(x, split_rows(weight, *sizes))
     kernel = block.vector("ssm_conv1d.weight", n_channels, net.kernel_size)
     bias = block.optional_vector("ssm_conv1d.bias", n_channels)
-    channels = graph.causal_conv(channels, kernel, net.kernel_size, bias)
+    channels = graph.causal_conv(channels, [kernel], net.kernel_size, bias)
     out = graph.delta_net(
         channels.columns(keys_end, n_channels),
         channels.columns(net.inner_size, keys_end),

@@ -157,6 +157,14 @@ class Lowering:
         """Return the address of float32 values; 0 for None."""
         return 0 if vector is None else int(self._values(vector).ctypes.data)
 
+    def _joined(self, vectors: tuple[Vector, ...]) -> int:
+        """Return the address of the values of some vectors, one after the other."""
+        if len(vectors) == 1:
+            return self._vector(vectors[0])
+        values = np.concatenate([self._values(vector) for vector in vectors])
+        self._keep.append(values)
+        return int(values.ctypes.data)
+
     def _ones(self, size: int) -> int:
         """Return the address of as many ones."""
         values = np.ones(size, np.float32)
@@ -351,7 +359,7 @@ class Lowering:
         )
 
     def _causal_conv(self, op: ops.CausalConv) -> None:
-        x, out, weight, bias = self._use(op.x), self._use(op.out), self._vector(op.weight), self._vector(op.bias)
+        x, out, weight, bias = self._use(op.x), self._use(op.out), self._joined(op.weights), self._vector(op.bias)
         self._calls.append(
             lambda: self.program.causal_conv(
                 *x.at,
@@ -387,6 +395,7 @@ class Lowering:
                 op.n_v_heads,
                 op.k.width // op.n_k_heads,
                 op.v.width // op.n_v_heads,
+                op.decay_dim,
                 op.grouped,
                 op.eps,
             )

@@ -193,6 +193,11 @@ class Recorder:
         values = vector
         return self.constant((name, vector.first, vector.size), lambda: self.values(values))
 
+    def joined(self, vectors: tuple[Vector, ...]) -> int:
+        """Return the offset of the values of some vectors, one after the other."""
+        key = tuple((vector.name, vector.first, vector.size) for vector in vectors)
+        return self.constant(key, lambda: np.concatenate([self.values(vector) for vector in vectors]))
+
     def vector_offset(self, name: str, size: int) -> int:
         """Return where the `size` values of a whole vector are."""
         return self._offsets[name, 0, size]

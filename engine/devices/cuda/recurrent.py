@@ -84,6 +84,7 @@ def delta_net(
     n_v_heads: int,
     k_dim: int,
     v_dim: int,
+    decay_dim: int,
     grouped: bool,
     eps: float,
     positions: int,
@@ -92,11 +93,17 @@ def delta_net(
 ) -> Launch:
     """Run the gated delta rule, or without beta a state-space model."""
     assert n_v_heads % n_k_heads == 0
+    assert decay_dim in {1, k_dim}
     assert k_dim <= _MAX_KEY_DIM
     return Launch(
         "delta_net.cu",
         "delta_net",
-        (f"K_DIM={k_dim}", f"V_DIM={v_dim}", f"IS_DELTA={int(beta is not None)}"),
+        (
+            f"K_DIM={k_dim}",
+            f"V_DIM={v_dim}",
+            f"IS_DELTA={int(beta is not None)}",
+            f"BY_CHANNEL={int(decay_dim > 1)}",
+        ),
         (n_v_heads, ceil_div(v_dim, _WARPS), 1),
         _WARPS * WARP,
         (
@@ -125,11 +132,12 @@ class DeltaNet(NamedTuple):
     """Sizes of a delta-net layer, and the device addresses of its parameters and states, all float32.
 
     Attributes:
-        n_k_heads, n_v_heads, k_dim, v_dim, kernel_size, grouped: see `graph.DeltaNet` and `graph.CausalConv`.
+        n_k_heads, n_v_heads, k_dim, v_dim, decay_dim, kernel_size, grouped: see `graph.DeltaNet` and
+            `graph.CausalConv`.
         eps, norm_eps: of the keys and queries, and of the heads' norm.
         gating: how the heads are gated.
         conv_weight: [channels, kernel_size], the channels those of queries, keys, then values.
-        a, dt_bias: [n_v_heads].
+        a, dt_bias: [n_v_heads], [n_v_heads, decay_dim].
         norm_weight: [v_dim], or 0.
         conv_state, state: of all sequences.
     """
@@ -138,6 +146,7 @@ class DeltaNet(NamedTuple):
     n_v_heads: int
     k_dim: int
     v_dim: int
+    decay_dim: int
     kernel_size: int
     grouped: bool
     eps: float
@@ -181,6 +190,7 @@ def delta_net_step(
     """
     assert net.n_v_heads % net.n_k_heads == 0
     assert can_step(net.k_dim, net.v_dim)
+    assert net.decay_dim in {1, net.k_dim}
     assert found % 16 == out % 16 == gate % 16 == 0
     parameters = (net.conv_weight, net.a, net.dt_bias, net.norm_weight)
     sizes = (net.n_k_heads, net.grouped, net.eps, net.norm_eps)
@@ -191,6 +201,7 @@ def delta_net_step(
         (
             f"K_DIM={net.k_dim}",
             f"V_DIM={net.v_dim}",
+            f"BY_CHANNEL={int(net.decay_dim > 1)}",
             f"KERNEL_SIZE={net.kernel_size}",
             "ACTIVATES=1",
             f"GATING={int(net.gating)}",

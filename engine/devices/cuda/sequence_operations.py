@@ -126,7 +126,7 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
     x, out, weight, bias = (
         recorder.use(op.x),
         recorder.use(op.out),
-        recorder.vector(op.weight),
+        recorder.joined(op.weights),
         recorder.vector(op.bias),
     )
     recorder.record(
@@ -170,6 +170,7 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
                 op.n_v_heads,
                 op.k.width // op.n_k_heads,
                 op.v.width // op.n_v_heads,
+                op.decay_dim,
                 op.grouped,
                 op.eps,
                 p.base + p.step.positions,
@@ -192,9 +193,8 @@ def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
     assert net.beta is not None
     x, beta, alpha, by = (recorder.use(t) for t in (conv.x, net.beta, net.alpha, gate.gate))
     found, out = recorder.use(net.out), recorder.use(gate.out)
-    conv_weight, a, dt_bias, norm_weight = (
-        recorder.vector(vector) for vector in (conv.weight, net.a, net.dt_bias, norm.weight)
-    )
+    conv_weight = recorder.joined(conv.weights)
+    a, dt_bias, norm_weight = (recorder.vector(vector) for vector in (net.a, net.dt_bias, norm.weight))
     v_dim = net.v.width // net.n_v_heads
     n_counters = recurrent.n_counters(net.n_k_heads, net.n_v_heads, v_dim)
     n_done = recorder.constant(("n_done", n_counters), lambda: np.zeros(n_counters, np.int32))
@@ -208,6 +208,7 @@ def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
             net.n_v_heads,
             net.k.width // net.n_k_heads,
             v_dim,
+            net.decay_dim,
             conv.kernel_size,
             net.grouped,
             net.eps,

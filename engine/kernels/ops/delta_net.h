@@ -56,6 +56,9 @@ static void op_causal_conv(const op_args *args, const step_view *step, tile t) {
 // pass, and one pass over it updates it for a token and takes the sums of the next.
 //
 // A state-space model is the same without what is recalled: d = dt v, with q and k as they are, and out + skip v.
+//
+// Where each channel of the key has a decay of its own, rows of S have: r and p are then taken with k and q times the
+// decays, which is the same, and no factor is left for them.
 
 enum { DELTA_TOKENS = 8, DELTA_BLOCK = 32 };
 
@@ -63,6 +66,8 @@ enum { DELTA_TOKENS = 8, DELTA_BLOCK = 32 };
 typedef struct {
     float q[DELTA_TOKENS][MAX_HEAD_DIM], k[DELTA_TOKENS][MAX_HEAD_DIM];
     float kq[DELTA_TOKENS], beta[DELTA_TOKENS], decay[DELTA_TOKENS];
+    // Where channels decay apart; q is then decayed, too, and decay is 1.
+    float channel_decays[DELTA_TOKENS][MAX_HEAD_DIM], decayed_k[DELTA_TOKENS][MAX_HEAD_DIM];
     float skip;
     bool recalls; // whether it is a delta rule
     const float *v[DELTA_TOKENS];
@@ -80,6 +85,21 @@ static inline void unit_vector(float *out, const float *x, int n, float eps, flo
         out[i] = x[i] * scale;
 }
 
+// The decays of a head's channels for one token; q and k are multiplied by them.
+static void decay_by_channel(const delta_net_args *a, int row, int head, delta_inputs *in, int t) {
+    const int at = head * a->k_dim;
+    const float *alpha = a->alpha.at + row * a->alpha.stride + at, *dt_bias = a->dt_bias + at;
+    for (int i = 0; i < a->k_dim; i += 16) {
+        const int n = a->k_dim - i < 16 ? a->k_dim - i : 16;
+        const v16 dt = v16_softplus(v16_add(v16_load_first(alpha + i, n), v16_load_first(dt_bias + i, n)));
+        const v16 decay = v16_exp(v16_mul(v16_set(a->a[head]), dt));
+        v16_store_first(in->channel_decays[t] + i, decay, n);
+        v16_store_first(in->decayed_k[t] + i, v16_mul(decay, v16_load_first(in->k[t] + i, n)), n);
+        v16_store_first(in->q[t] + i, v16_mul(decay, v16_load_first(in->q[t] + i, n)), n);
+    }
+    in->decay[t] = 1.0f;
+}
+
 static void gather_delta_inputs(const delta_net_args *a, int first, int n, int head, delta_inputs *in) {
     const int k_head = a->grouped ? head / (a->n_v_heads / a->n_k_heads) : head % a->n_k_heads;
     in->n_tokens = n;
@@ -89,8 +109,11 @@ static void gather_delta_inputs(const delta_net_args *a, int first, int n, int h
         const int row = first + t;
         const int64_t at = row * a->qkv_stride;
         const float *q = a->q + at + k_head * a->k_dim, *k = a->k + at + k_head * a->k_dim;
-        const double dt = softplus((double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]));
-        in->decay[t] = (float)exp((double)a->a[head] * dt);
+        double dt = 0.0;
+        if (a->decay_dim == 1) {
+            dt = softplus((double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]));
+            in->decay[t] = (float)exp((double)a->a[head] * dt);
+        }
         if (in->recalls) {
             unit_vector(in->q[t], q, a->k_dim, a->eps, 1.0f / sqrtf((float)a->k_dim));
             unit_vector(in->k[t], k, a->k_dim, a->eps, 1.0f);
@@ -101,6 +124,8 @@ static void gather_delta_inputs(const delta_net_args *a, int first, int n, int h
             in->beta[t] = (float)dt;
         }
         in->kq[t] = dot_f32(in->k[t], in->q[t], a->k_dim);
+        if (a->decay_dim > 1)
+            decay_by_channel(a, row, head, in, t);
         in->v[t] = a->v + at + head * a->v_dim;
         in->out[t] = a->out.at + row * a->out.stride + head * a->v_dim;
     }
@@ -108,7 +133,8 @@ static void gather_delta_inputs(const delta_net_args *a, int first, int n, int h
 
 // All tokens at hand through n_vectors times 16 columns of a state from `c`, of which the last n (1..16) are there.
 static inline __attribute__((always_inline)) void delta_block(const delta_inputs *in, float *state, int64_t stride,
-                                                              int k_dim, int c, int n_vectors, int n) {
+                                                              int k_dim, int c, int n_vectors, int n, bool by_channel) {
+    const float (*recall)[MAX_HEAD_DIM] = by_channel ? in->decayed_k : in->k;
     v16 r[2], p[2], d[2];
 #define COLUMNS(w) ((w) + 1 < n_vectors ? 16 : n)
     for (int w = 0; w < n_vectors; w++)
@@ -116,12 +142,12 @@ static inline __attribute__((always_inline)) void delta_block(const delta_inputs
     for (int i = 0; i < k_dim; i++)
         for (int w = 0; w < n_vectors; w++) {
             const v16 s = v16_load_first(state + i * stride + c + 16 * w, COLUMNS(w));
-            r[w] = v16_fma(s, v16_set(in->k[0][i]), r[w]);
+            r[w] = v16_fma(s, v16_set(recall[0][i]), r[w]);
             p[w] = v16_fma(s, v16_set(in->q[0][i]), p[w]);
         }
     for (int t = 0; t < in->n_tokens; t++) {
         const v16 keep = v16_set(in->decay[t]);
-        const float *k = in->k[t];
+        const float *k = in->k[t], *decays = in->channel_decays[t];
         for (int w = 0; w < n_vectors; w++) {
             const v16 v = v16_load_first(in->v[t] + c + 16 * w, COLUMNS(w));
             d[w] = v16_mul(in->recalls ? v16_sub(v, v16_mul(keep, r[w])) : v, v16_set(in->beta[t]));
@@ -131,17 +157,30 @@ static inline __attribute__((always_inline)) void delta_block(const delta_inputs
             r[w] = p[w] = v16_set(0.0f);
         }
         const bool is_last = t + 1 == in->n_tokens;
-        const float *next_k = in->k[is_last ? t : t + 1], *next_q = in->q[is_last ? t : t + 1];
+        const float *next_k = recall[is_last ? t : t + 1], *next_q = in->q[is_last ? t : t + 1];
         for (int i = 0; i < k_dim; i++)
             for (int w = 0; w < n_vectors; w++) {
                 float *at = state + i * stride + c + 16 * w;
-                const v16 s = v16_fma(v16_set(k[i]), d[w], v16_mul(keep, v16_load_first(at, COLUMNS(w))));
+                const v16 kept = v16_mul(by_channel ? v16_set(decays[i]) : keep, v16_load_first(at, COLUMNS(w)));
+                const v16 s = v16_fma(v16_set(k[i]), d[w], kept);
                 v16_store_first(at, s, COLUMNS(w));
                 r[w] = v16_fma(s, v16_set(next_k[i]), r[w]);
                 p[w] = v16_fma(s, v16_set(next_q[i]), p[w]);
             }
     }
 #undef COLUMNS
+}
+
+// All tokens at hand through the state of a head.
+static inline __attribute__((always_inline)) void delta_head(const delta_inputs *in, float *state, int k_dim, int v_dim,
+                                                             bool by_channel) {
+    int c = 0;
+    for (; c + DELTA_BLOCK <= v_dim; c += DELTA_BLOCK)
+        delta_block(in, state, v_dim, k_dim, c, 2, 16, by_channel);
+    for (; c + 16 <= v_dim; c += 16)
+        delta_block(in, state, v_dim, k_dim, c, 1, 16, by_channel);
+    if (c < v_dim)
+        delta_block(in, state, v_dim, k_dim, c, 1, v_dim - c, by_channel);
 }
 
 static void op_delta_net(const op_args *args, const step_view *step, tile t) {
@@ -156,13 +195,10 @@ static void op_delta_net(const op_args *args, const step_view *step, tile t) {
             for (int row = run->first; row < run->end; row += DELTA_TOKENS) {
                 const int n = run->end - row < DELTA_TOKENS ? run->end - row : DELTA_TOKENS;
                 gather_delta_inputs(a, row, n, head, &in);
-                int c = 0;
-                for (; c + DELTA_BLOCK <= a->v_dim; c += DELTA_BLOCK)
-                    delta_block(&in, state, a->v_dim, a->k_dim, c, 2, 16);
-                for (; c + 16 <= a->v_dim; c += 16)
-                    delta_block(&in, state, a->v_dim, a->k_dim, c, 1, 16);
-                if (c < a->v_dim)
-                    delta_block(&in, state, a->v_dim, a->k_dim, c, 1, a->v_dim - c);
+                if (a->decay_dim > 1)
+                    delta_head(&in, state, a->k_dim, a->v_dim, true);
+                else
+                    delta_head(&in, state, a->k_dim, a->v_dim, false);
             }
         }
     }

@@ -1,0 +1,85 @@
+"""Kimi Linear (Kimi-Linear-48B-A3B): three layers of Kimi delta attention to one of latent attention.
+
+Nothing is rotated: what comes first the recurrent layers alone can tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.devices.graph import Gating, Graph, Tensor
+from engine.model_spec import DeltaNetSpec, ModelSpec
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import decoder
+from engine.models.deepseek2 import latent_attention, read_latent_attention
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters. Layers without heads for keys and values are recurrent."""
+    n_layers, attention = keys.n_layers(), read_latent_attention(keys)
+    layer_kv_heads = keys.sizes("attention.head_count_kv")
+    if len(layer_kv_heads) == 1:
+        layer_kv_heads *= n_layers
+    if len(layer_kv_heads) < n_layers:
+        raise keys.wrong("attention.head_count_kv", layer_kv_heads, f"one number for each of {n_layers} layers")
+    n_heads, kernel_size = attention.n_heads, keys.kernel_size("ssm.conv_kernel")
+    return replace(
+        keys.model(tensors, attention, keys.mixture(tensors, scoring=keys.scoring("sigmoid"), scales=True)),
+        recurrent_layers=tuple(n_kv_heads == 0 for n_kv_heads in layer_kv_heads[:n_layers]),
+        delta_net=DeltaNetSpec(n_heads, n_heads, keys.state_size("kda.head_dim"), kernel_size),
+    )
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    return decoder(spec, tensors, _mix)
+
+
+def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    if spec.recurrent_layers[layer]:
+        return _delta_attention(graph, x, block, spec)
+    return latent_attention(graph, x, block, spec, layer)
+
+
+def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
+    """Linear attention with a state S, for each head, whose channels decay apart: https://arxiv.org/abs/2510.26692.
+
+    S = diag(exp(a softplus(alpha + dt_bias))) S;  S += k (sigmoid(beta) (v - S^T k))^T;  out = S^T q
+
+    q, k and v come from convolutions over time; alpha, as wide as k, and the gate of what is found come from matrices
+    of low rank. The file holds a = -exp(A_log), one for each head.
+    """
+    net, hidden_size = spec.delta_net, spec.hidden_size
+    assert net is not None
+    n_heads, rank, size = net.n_v_heads, net.head_dim, net.value_size
+    if block.has("attn_qkv.weight"):
+        qkv_weights = [block.matrix("attn_qkv.weight", net.n_channels, hidden_size)]
+    else:
+        qkv_weights = [block.matrix(f"attn_{part}.weight", size, hidden_size) for part in "qkv"]
+    weights = (
+        *qkv_weights,
+        block.matrix("ssm_beta.weight", n_heads, hidden_size),
+        block.matrix("ssm_f_a.weight", rank, hidden_size),
+        block.matrix("ssm_g_a.weight", rank, hidden_size),
+    )
+    qkv, beta, alpha, gate = graph.linears(x, weights, n_joined=len(qkv_weights))
+    alpha = graph.linear(alpha, block.matrix("ssm_f_b.weight", size, rank))
+    gate = graph.linear(gate, block.matrix("ssm_g_b.weight", size, rank))
+    kernels = [block.vector(f"ssm_conv1d_{part}.weight", size, net.kernel_size) for part in "qkv"]
+    qkv = graph.causal_conv(qkv, kernels, net.kernel_size)
+    out = graph.delta_net(
+        qkv.columns(0, size),
+        qkv.columns(size, 2 * size),
+        qkv.columns(2 * size, 3 * size),
+        beta,
+        alpha,
+        block.vector("ssm_a", n_heads),
+        block.vector("ssm_dt.bias", size),
+        n_heads,
+        n_heads,
+        net.grouped,
+        eps=spec.norm_eps,
+    )
+    out = graph.rms_norm(out, block.vector("ssm_norm.weight", net.head_dim), spec.norm_eps)
+    out = graph.gate(out, gate, Gating.SIGMOID)
+    return graph.linear(out, block.matrix("attn_output.weight", hidden_size, size))
