@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -495,10 +495,11 @@ class Graph:
     ) -> tuple[Tensor, ...]:
         """Multiply by several matrices at once; the results of the first `n_joined` are one, side by side."""
         assert all(w.n_cols == x.width for w in weights)
-        ends = list(accumulate(w.n_rows for w in weights[:n_joined]))
+        sizes = [weight.n_rows for weight in weights]
+        ends = list(accumulate(sizes[:n_joined]))
         joined = self._new(ends[-1], x.rows)
-        parts = [joined.columns(end - w.n_rows, end) for w, end in zip(weights, ends, strict=False)]
-        others = [self._new(w.n_rows, x.rows) for w in weights[n_joined:]]
+        parts = [joined.columns(start, end) for start, end in pairwise([0, *ends])]
+        others = [self._new(size, x.rows) for size in sizes[n_joined:]]
         self.operations.append(Linear(x, tuple(weights), tuple(biases or [None] * len(weights)), (*parts, *others)))
         return joined, *others
 

@@ -85,7 +85,7 @@ static inline void unit_vector(float *out, const float *x, int n, float eps, flo
         out[i] = x[i] * scale;
 }
 
-// The decays of a head's channels for one token; q and k are multiplied by them.
+// The decays of a head's channels for one token, in float32, for there are many; q and k are multiplied by them.
 static void decay_by_channel(const delta_net_args *a, int row, int head, delta_inputs *in, int t) {
     const int at = head * a->k_dim;
     const float *alpha = a->alpha.at + row * a->alpha.stride + at, *dt_bias = a->dt_bias + at;
