@@ -1,6 +1,6 @@
 """Kimi Linear (Kimi-Linear-48B-A3B): three layers of Kimi delta attention to one of latent attention.
 
-Nothing is rotated: what comes first the recurrent layers alone can tell.
+Nothing is rotated: the recurrent layers alone know what comes first.
 """
 
 from __future__ import annotations
