@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizer_data import TINY, load_tiny, small
+from tokenizer_data import TINY, MetadataDict, load_gemma, load_tiny, small
 
 from engine.errors import TokenizerError
 from engine.gguf import open_model_file
@@ -62,6 +62,39 @@ def test_golden_pairs_of_full_vocabularies(shared, name):
 def test_tiny_metadata_is_that_of_the_golden_model(shared, name):
     golden = json.loads((shared / "golden" / "tokenizers" / f"{name}.json").read_text(encoding="utf-8"))
     assert full(shared / "golden" / golden["gguf"]).vocabulary == tiny(name).vocabulary
+
+
+@functools.cache
+def gemma() -> Tokenizer:
+    return Tokenizer.from_metadata(load_gemma()["metadata"])
+
+
+def test_golden_pairs_of_gemma() -> None:
+    golden = load_gemma()
+    check_cases(gemma(), golden)
+    assert gemma().eog_ids == set(golden["eog"])
+
+
+def test_gemma_merges_whole_lines_and_falls_back_to_bytes() -> None:
+    """By hand: tokens go across words, a run of line ends is its own piece, a tag is text and no end."""
+    texts = [gemma().token_text(i) for i in gemma().encode("of the\n\n</s>\U0001f680  a")]
+    assert texts[:2] == ["of\u2581", "the"]
+    assert texts[2:3] == ["\n\n"]
+    assert texts[-6:] == ["<0xF0>", "<0x9F>", "<0x9A>", "<0x80>", "\u2581\u2581", "a"]
+    assert gemma().decode(gemma().encode("a </s>\u2581b")) == "a </s> b"
+    closing = gemma().vocabulary.ids["</s>"]
+    assert closing not in gemma().eog_ids
+    assert not gemma().is_control(closing)
+
+
+def test_gemma_has_a_bos_whatever_the_file_says() -> None:
+    metadata = load_gemma()["metadata"] | {"tokenizer.ggml.add_bos_token": False}
+    assert Tokenizer.from_metadata(MetadataDict(metadata)).encode("", add_special=True) == [2]
+
+
+@given(text=TEXTS)
+def test_gemma_round_trip(text):
+    assert gemma().decode(gemma().encode(text), skip_special=False) == text.replace("\u2581", " ")
 
 
 # -- properties ------------------------------------------------------------------------------------------------------

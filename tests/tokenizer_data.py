@@ -54,7 +54,16 @@ TINY = {path.stem: path for path in sorted(TINY_FOLDER.glob("tiny-*.json"))}
 
 def load_tiny(name: str) -> dict[str, Any]:
     """Return the golden file `name`: metadata, cases and chats, recorded from llama.cpp."""
-    golden = json.loads(TINY[name].read_text(encoding="utf-8"))
+    return _load(TINY[name])
+
+
+def load_gemma() -> dict[str, Any]:
+    """Return what `make_tokenizer_fixture.py` makes: metadata and cases, recorded from llama.cpp."""
+    return _load(TINY_FOLDER / "gemma4.json")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    golden = json.loads(path.read_text(encoding="utf-8"))
     golden["metadata"] = MetadataDict(golden["metadata"])
     return golden
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import tokenizers
 from tokenizers import Regex
@@ -34,7 +35,7 @@ def build(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     for known, built in tuple(_built):
         if known == vocabulary:
             return built
-    made = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentence_piece(vocabulary)
+    made = _BUILDERS[vocabulary.model](vocabulary)
     _built.append((vocabulary, made))
     return made
 
@@ -51,19 +52,32 @@ def byte_of_character() -> dict[str, int]:
 
 def _byte_level(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     assert vocabulary.pre is not None
-    merges = _split_merges(vocabulary.merges)
-    try:
-        try:
-            model = BPE(vocab=vocabulary.visible_ids(), merges=merges, ignore_merges=vocabulary.pre.ignore_merges)
-        except Exception:  # perhaps a merge makes a hidden token, which is then needed
-            model = BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=vocabulary.pre.ignore_merges)
-    except Exception as error:
-        wrong = _what_is_wrong(merges, vocabulary.ids)
-        raise TokenizerError(wrong or f"the vocabulary cannot be used: {error}") from error
-    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer = tokenizers.Tokenizer(_by_merges(vocabulary, ignore_merges=vocabulary.pre.ignore_merges))
     cuts = [Split(Regex(pattern), behavior="isolated") for pattern in vocabulary.pre.patterns]
     tokenizer.pre_tokenizer = InOrder([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
     return tokenizer
+
+
+def _gemma(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """Merge by a list, but characters: spaces and unknown ones as SentencePiece has them, lines one by one."""
+    tokenizer = tokenizers.Tokenizer(_by_merges(vocabulary, byte_fallback=True))
+    tokenizer.normalizer = Replace(" ", SPACE_MARK)
+    tokenizer.pre_tokenizer = Split(Regex(r"\n+"), behavior="isolated")
+    return tokenizer
+
+
+def _by_merges(vocabulary: Vocabulary, *, ignore_merges: bool = False, byte_fallback: bool = False) -> BPE:
+    """Return a model that merges by the file's list."""
+    merges = _split_merges(vocabulary.merges)
+    make = partial(BPE, merges=merges, ignore_merges=ignore_merges, byte_fallback=byte_fallback)
+    try:
+        try:
+            return make(vocab=vocabulary.visible_ids())
+        except Exception:  # perhaps a merge makes a hidden token, which is then needed
+            return make(vocab=vocabulary.ids)
+    except Exception as error:
+        wrong = _what_is_wrong(merges, vocabulary.ids)
+        raise TokenizerError(wrong or f"the vocabulary cannot be used: {error}") from error
 
 
 def _split_merges(merges: Sequence[str]) -> list[tuple[str, str]]:
@@ -121,3 +135,6 @@ def _merges_by_score(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[
                 ranked.append((-vocabulary.scores[i], -cut, cut - len(text), ids[left], ids[right], left, right))
     ranked.sort()
     return [entry[-2:] for entry in ranked]
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentence_piece, "gemma4": _gemma}

@@ -143,7 +143,7 @@ class Tokenizer:
             return b""
         if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
             return text.encode()
-        if self.vocabulary.model == "llama":
+        if self.vocabulary.model != "gpt2":
             return self._byte_tokens.get(token_id) or text.replace(SPACE_MARK, " ").encode()
         try:
             return bytes(map(self._byte_of_character.__getitem__, text))

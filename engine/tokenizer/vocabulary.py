@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, TypeAlias, cast, get_args
 
 from engine.errors import TokenizerError
 from engine.tokenizer.pre_tokenizers import PreTokenizer, pre_tokenizer
@@ -19,19 +19,21 @@ _NO_ID = 0xFFFFFFFF  # -1 as an unsigned number: some converters write it for "n
 _EOG_TEXTS = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
     "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>",
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 ))
 # The end of a turn, if the file has no id for it: the first of these that is a token.
 _EOT_TEXTS = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "[EOT]",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>",
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|end_of_text|>", "<EOT>",
+    "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>",
 )
 # fmt: on
 _EOG_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 # The channel markup of gpt-oss: part of the text its readers want to see, and <|end|> ends a message, not the turn.
 _HARMONY_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>")
+
+Model: TypeAlias = Literal["gpt2", "llama", "gemma4"]
 
 
 class TokenizerMetadata(Protocol):
@@ -78,11 +80,12 @@ class Vocabulary:
     """All that a tokenizer needs from a file.
 
     Attributes:
-        model: "gpt2" for byte-level BPE, "llama" for SentencePiece BPE.
+        model: "gpt2" for byte-level BPE, "llama" for SentencePiece BPE, "gemma4" for BPE of characters with merges like
+            the former's, spaces and bytes like the latter's.
         tokens: text of each id.
         types: kind of each id.
         ids: id of each text; UNUSED tokens that repeat another one's text are left out.
-        merges: byte-level BPE only: "left right", best first.
+        merges: all but SentencePiece: "left right", best first.
         scores: SentencePiece only: merge priority of each id, higher first.
         pre: byte-level BPE only: how a text is cut before merging.
         add_space_prefix: SentencePiece only: whether a stretch of text starts with a space of its own.
@@ -92,7 +95,7 @@ class Vocabulary:
         unused_ids: tokens that must never be sampled.
     """
 
-    model: Literal["gpt2", "llama"]
+    model: Model
     tokens: Sequence[str]
     types: Sequence[int]
     ids: dict[str, int]
@@ -134,11 +137,12 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     What `metadata` itself raises (a missing key, a wrong type) is passed on.
     """
     model = metadata.text(_PREFIX + "model")
-    if model not in ("gpt2", "llama"):
+    if model not in get_args(Model):
         raise TokenizerError(
-            f"{_PREFIX}model is {model!r}; expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece BPE)"
+            f"{_PREFIX}model is {model!r}; expected 'gpt2' (byte-level BPE), 'llama' (SentencePiece BPE) or 'gemma4' "
+            "(BPE of characters)"
         )
-    is_bpe = model == "gpt2"
+    is_sentence_piece, is_gemma = model == "llama", model == "gemma4"
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata.texts(_PREFIX + "tokens"))]
     if not tokens:
         raise TokenizerError(f"{_PREFIX}tokens is empty; expected the text of every token")
@@ -147,7 +151,7 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     ids = _index(tokens, types)
 
     special = {name: _read_id(metadata, name, len(tokens)) for name in (*_EOG_KEYS, "bos", "unknown")}
-    if not is_bpe:  # the ids of the first SentencePiece models, which old files leave out
+    if is_sentence_piece:  # the ids of the first SentencePiece models, which old files leave out
         for name, text in (("unknown", "<unk>"), ("bos", "<s>"), ("eos", "</s>")):
             if special[name] is None:
                 special[name] = ids.get(text)
@@ -157,27 +161,30 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         special["eot"] = next((ids[text] for text in _EOT_TEXTS if text in ids and ids[text] not in visible), None)
 
     eog_by_text = {ids[text] for text in _EOG_TEXTS & ids.keys()}
+    if is_gemma:
+        eog_by_text.discard(ids.get("</s>", -1))  # text like other tags here
     eog = {i for i in (eog_by_text | {special[key] for key in _EOG_KEYS}) - visible if i is not None}
     for i in eog_by_text - visible:
         types[i] = TokenType.CONTROL
     for i in visible:
         types[i] = TokenType.USER_DEFINED
 
-    pre = pre_tokenizer(_read_pre(metadata)) if is_bpe else None
+    pre = pre_tokenizer(_read_pre(metadata)) if model == "gpt2" else None
+    add_bos = is_gemma or metadata.flag(_PREFIX + "add_bos_token", pre.add_bos if pre else True)  # some files say no
     return Vocabulary(
-        model=cast(Literal["gpt2", "llama"], model),
+        model=cast(Model, model),
         tokens=tokens,
         types=types,
         ids=ids,
-        merges=metadata.texts(_PREFIX + "merges") if is_bpe else (),
-        scores=() if is_bpe else _read_scores(metadata, len(tokens)),
+        merges=() if is_sentence_piece else metadata.texts(_PREFIX + "merges"),
+        scores=_read_scores(metadata, len(tokens)) if is_sentence_piece else (),
         pre=pre,
-        add_space_prefix=not is_bpe and metadata.flag(_PREFIX + "add_space_prefix", True),
+        add_space_prefix=is_sentence_piece and metadata.flag(_PREFIX + "add_space_prefix", True),
         bos_id=special["bos"],
         eos_id=special["eos"],
         eot_id=special["eot"],
         unknown_id=special["unknown"],
-        add_bos=metadata.flag(_PREFIX + "add_bos_token", pre.add_bos if pre else True) and special["bos"] is not None,
+        add_bos=add_bos and special["bos"] is not None,
         add_eos=metadata.flag(_PREFIX + "add_eos_token", False) and special["eos"] is not None,
         eog_ids=frozenset(eog),
         unused_ids=_unused(metadata, types, eog),
