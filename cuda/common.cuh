@@ -95,6 +95,14 @@ DEVICE float sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + exp_canonical(-x))
 
 DEVICE float silu(float x) { return __fdiv_rn(x, 1.0f + exp_canonical(-x)); }
 
+// GELU by tanh and cap * tanh(x / cap), the bits of `vmath.h`.
+DEVICE float gelu(float x) {
+    const float u = x * __fmaf_rn(0.0713548163f, x * x, 1.59576912f);
+    return __fdiv_rn(x, 1.0f + exp_canonical(-u));
+}
+
+DEVICE float soft_cap(float x, float cap) { return __fmaf_rn(2.0f * cap, sigmoid(__fdiv_rn(2.0f, cap) * x), -cap); }
+
 // ln(1 + e^x), the bits of `vmath.h`: 2 artanh(z / (z + 2)) with z = e^-|x|, and x if that is above 0.
 DEVICE float softplus(float x) {
     const float z = exp_canonical(-fmaxf(x, -x)), s = __fdiv_rn(z, z + 2.0f), squared = s * s;

@@ -17,7 +17,8 @@ add(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *o
         out[row * out_stride + col] = a[row * a_stride + col] + b[row * b_stride + col];
 }
 
-// out = x * (factor * by), with one value of `by` for each row, or x * factor if it is null; in place allowed.
+// out = x * (factor * by), with one value of `by` for each row (a stride of 0: for all), or x * factor if it is null; in
+// place allowed.
 KERNEL(THREADS)
 scale(const float *x, int64_t x_stride, const float *by, int64_t by_stride, float *out, int64_t out_stride, int n_cols,
       float factor, const int *n_rows) {
@@ -25,6 +26,15 @@ scale(const float *x, int64_t x_stride, const float *by, int64_t by_stride, floa
     const int row = blockIdx.y, col = column();
     if (row < *n_rows && col < n_cols)
         out[row * out_stride + col] = x[row * x_stride + col] * (by ? factor * by[row * by_stride] : factor);
+}
+
+// out = cap * tanh(x / cap); in place allowed.
+KERNEL(THREADS)
+soft_caps(const float *x, int64_t x_stride, float *out, int64_t out_stride, int n_cols, float cap, const int *n_rows) {
+    begin_kernel();
+    const int row = blockIdx.y, col = column();
+    if (row < *n_rows && col < n_cols)
+        out[row * out_stride + col] = soft_cap(x[row * x_stride + col], cap);
 }
 
 // x *= 1 + slope * ln(1 + floor((position + offset) / period)), in place.

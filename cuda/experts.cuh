@@ -46,8 +46,7 @@ struct Choice {
 };
 
 // How the two projections are joined: 0 silu(g) * u, with a `limit` above 0 clamped, see `graph.Experts`; 1 the clamped
-// swish of gpt-oss; 2 max(g, 0) * u; 3 silu(g) * u with
-// g up to the limit and u within it of 0.
+// swish of gpt-oss; 2 max(g, 0) * u; 3 silu(g) * u with g up to the limit and u within it of 0; 4 gelu(g) * u.
 DEVICE float activated(int kind, float limit, float gate, float up) {
     if (kind == 0 && limit > 0.0f) {
         const float factor = silu(gate);
@@ -59,6 +58,8 @@ DEVICE float activated(int kind, float limit, float gate, float up) {
         return silu(gate < limit ? gate : limit) * within(up, limit);
     if (kind == 2)
         return (gate > 0.0f ? gate : 0.0f) * up;
+    if (kind == 4)
+        return gelu(gate) * up;
     const float g = gate < 7.0f ? gate : 7.0f; // as the CPU does with a NaN
     return g * sigmoid(1.702f * g) * (within(up, 7.0f) + 1.0f);
 }

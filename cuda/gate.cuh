@@ -15,8 +15,10 @@ template <int IS_PER_HEAD> DEVICE void load_gate(const float *row, int at, int w
         g[i] = *of_head;
 }
 
-// What x is multiplied by; KIND: 0 sigmoid, 1 SiLU, 2 softplus, 3 what is above 0, 4 itself.
+// What x is multiplied by; KIND: 0 sigmoid, 1 SiLU, 2 softplus, 3 what is above 0, 4 itself, 5 GELU.
 template <int KIND> DEVICE float gate_of(float g) {
+    if constexpr (KIND == 5)
+        return gelu(g);
     return KIND == 4 ? g : KIND == 3 ? fmaxf(g, 0.0f) : KIND == 2 ? softplus(g) : KIND == 1 ? silu(g) : sigmoid(g);
 }
 

@@ -22,6 +22,7 @@ GATE_SILU: int  # x * silu(gate)
 GATE_SOFTPLUS: int  # x * ln(1 + exp(gate))
 GATE_RELU: int  # x * max(gate, 0)
 GATE_PRODUCT: int  # x * gate
+GATE_GELU: int  # x * gelu(gate), by tanh
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -34,6 +35,7 @@ ACTIVATE_SILU: int  # silu(gate) * up
 ACTIVATE_CLAMPED_SWISH: int  # gpt-oss: swish of a clamped gate times (up + 1)
 ACTIVATE_RELU: int  # max(gate, 0) * up
 ACTIVATE_CLAMPED_SILU: int  # silu(min(gate, limit)) * up, with up within the limit of 0
+ACTIVATE_GELU: int  # gelu(gate) * up
 
 KV_F32: int
 KV_F16: int
@@ -264,7 +266,13 @@ class Program:
         factor: float,
         rows: int,
     ) -> None:
-        """out = x * (factor * by), with one value of `by` for each row, or x * factor if `by` is 0; in place allowed."""
+        """out = x * (factor * by), with one value of `by` for each row, or x * factor if `by` is 0; in place allowed.
+
+        With a stride of 0 there is one value of `by` for all rows, which no operation may write.
+        """
+
+    def soft_cap(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int, cap: float, rows: int) -> None:
+        """out = cap * tanh(x / cap); in place allowed."""
 
     def scale_by_position(self, x: int, x_stride: int, n_cols: int, offset: int, period: int, slope: float) -> None:
         """x *= 1 + slope * ln(1 + floor((position + offset) / period)), with an offset of 0 or 1."""
@@ -405,8 +413,8 @@ class Program:
 
         `activation` is ACTIVATE_SILU, silu(g) * u, ACTIVATE_RELU, max(g, 0) * u (where both have one table, that is read
         once), ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u within 7 of 0, or
-        ACTIVATE_CLAMPED_SILU, silu(g) * u with g up to the limit and u within it of 0. With ACTIVATE_SILU and a limit
-        above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
+        ACTIVATE_CLAMPED_SILU, silu(g) * u with g up to the limit and u within it of 0, or ACTIVATE_GELU, gelu(g) * u. With
+        ACTIVATE_SILU and a limit above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
         address of each expert's first row and is read in every run; scale is float32 [n_experts], bias [n_experts, rows]. gate and up have `ffn_size` rows of
         `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.
         ids is int32 [max_tokens, n_experts_used]; out is float32 [max_tokens, n_experts_used, hidden_size], rows

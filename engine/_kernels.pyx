@@ -54,6 +54,7 @@ cdef extern from "kernels/ops.h":
         _GATE_SOFTPLUS "GATE_SOFTPLUS"
         _GATE_RELU "GATE_RELU"
         _GATE_PRODUCT "GATE_PRODUCT"
+        _GATE_GELU "GATE_GELU"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
@@ -63,6 +64,7 @@ cdef extern from "kernels/ops.h":
         _ACTIVATE_CLAMPED_SWISH "ACTIVATE_CLAMPED_SWISH"
         _ACTIVATE_RELU "ACTIVATE_RELU"
         _ACTIVATE_CLAMPED_SILU "ACTIVATE_CLAMPED_SILU"
+        _ACTIVATE_GELU "ACTIVATE_GELU"
         _KV_F32 "KV_F32"
         _KV_F16 "KV_F16"
         _KV_Q8_0 "KV_Q8_0"
@@ -98,6 +100,9 @@ cdef extern from "kernels/ops.h":
     ctypedef struct scale_args:
         matrix x, out, by
         float factor
+    ctypedef struct soft_cap_args:
+        matrix x, out
+        float cap
     ctypedef struct scale_by_position_args:
         matrix x
         int offset, period
@@ -215,6 +220,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_add(program *p, add_args args, int n_cols, int rows)
     int program_gate(program *p, gate_args args, int n_cols, int rows)
     int program_scale(program *p, scale_args args, int n_cols, int rows)
+    int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows)
     int program_scale_by_position(program *p, scale_by_position_args args, int n_cols)
     int program_split_heads(program *p, heads_args args, int n_heads)
     int program_join_heads(program *p, heads_args args, int n_heads)
@@ -279,6 +285,7 @@ GATE_SILU = _GATE_SILU
 GATE_SOFTPLUS = _GATE_SOFTPLUS
 GATE_RELU = _GATE_RELU
 GATE_PRODUCT = _GATE_PRODUCT
+GATE_GELU = _GATE_GELU
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
@@ -288,6 +295,7 @@ ACTIVATE_SILU = _ACTIVATE_SILU
 ACTIVATE_CLAMPED_SWISH = _ACTIVATE_CLAMPED_SWISH
 ACTIVATE_RELU = _ACTIVATE_RELU
 ACTIVATE_CLAMPED_SILU = _ACTIVATE_CLAMPED_SILU
+ACTIVATE_GELU = _ACTIVATE_GELU
 KV_F32 = _KV_F32
 KV_F16 = _KV_F16
 KV_Q8_0 = _KV_Q8_0
@@ -763,7 +771,7 @@ cdef class Program:
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 5)
+        need_one_of("kind", kind, 6)
         need_at_least("n_gates", n_gates, 1)
         need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
@@ -825,10 +833,23 @@ cdef class Program:
         need_one_of("rows", rows, 2)
         cdef scale_args args
         args.x = need_matrix("x", x, x_stride, n_cols)
-        args.by = need_matrix("by", by, by_stride, 1) if by else matrix(NULL, 0)
+        args.by = need_matrix("by", by, by_stride if by_stride else 1, 1) if by else matrix(NULL, 0)
+        args.by.stride = by_stride
         args.out = need_matrix("out", out, out_stride, n_cols)
         args.factor = factor
         recorded(program_scale(self._program, args, n_cols, rows))
+
+    def soft_cap(
+        self, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int n_cols, float cap, int rows
+    ):
+        need_at_least("n_cols", n_cols, 1)
+        need_one_of("rows", rows, 2)
+        need(cap > 0, f"cap is {cap}; expected a number above 0")
+        cdef soft_cap_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.cap = cap
+        recorded(program_soft_cap(self._program, args, n_cols, rows))
 
     def scale_by_position(self, uintptr_t x, int64_t x_stride, int n_cols, int offset, int period, float slope):
         need_at_least("n_cols", n_cols, 1)
@@ -1071,7 +1092,7 @@ cdef class Program:
         int64_t out_stride,
     ):
         need_experts(n_experts, n_experts_used)
-        need_one_of("activation", activation, 4)
+        need_one_of("activation", activation, 5)
         cdef experts_args args
         args.x_gate = <const uint8_t *> need_address("x_gate", x_gate)
         args.x_gate_row_bytes = x_gate_row_bytes

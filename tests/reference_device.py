@@ -87,7 +87,11 @@ class ReferenceProgram:
         self[op.out] = self[op.a] + self[op.b]
 
     def scale(self, op: ops.Scale) -> None:
-        self[op.out] = self[op.x] * op.factor * (1 if op.by is None else self[op.by])
+        by = self.vector(op.by) if isinstance(op.by, Vector) else 1 if op.by is None else self[op.by]
+        self[op.out] = self[op.x] * op.factor * by
+
+    def soft_cap(self, op: ops.SoftCap) -> None:
+        self[op.out] = op.cap * np.tanh(self[op.x] / op.cap)
 
     def scale_by_position(self, op: ops.ScaleByPosition) -> None:
         factor = 1 + op.slope * np.log1p((self.positions + op.offset) // op.period)
@@ -228,6 +232,10 @@ def _silu(x: np.ndarray) -> np.ndarray:
     return x * _sigmoid(x)
 
 
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
 def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     if op.activation == Activation.SILU and op.limit:
         return np.minimum(_silu(gate), op.limit) * np.clip(up, -op.limit, op.limit)
@@ -237,6 +245,8 @@ def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return _silu(np.minimum(gate, op.limit)) * np.clip(up, -op.limit, op.limit)
     if op.activation == Activation.RELU:
         return np.maximum(gate, 0) * up
+    if op.activation == Activation.GELU:
+        return _gelu(gate) * up
     gate = np.minimum(gate, 7)
     return gate * _sigmoid(1.702 * gate) * (np.clip(up, -7, 7) + 1)
 
@@ -247,6 +257,7 @@ _GATINGS = {
     Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
     Gating.RELU: lambda x: np.maximum(x, 0),
     Gating.PRODUCT: lambda x: x,
+    Gating.GELU: _gelu,
 }
 
 
@@ -262,6 +273,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.HeadLinear: ReferenceProgram.head_linear,
     ops.Add: ReferenceProgram.add,
     ops.Scale: ReferenceProgram.scale,
+    ops.SoftCap: ReferenceProgram.soft_cap,
     ops.ScaleByPosition: ReferenceProgram.scale_by_position,
     ops.Gate: ReferenceProgram.gate,
     ops.SplitHeads: ReferenceProgram.split_heads,

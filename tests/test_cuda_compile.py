@@ -32,7 +32,9 @@ KERNELS = [
     ("expert_gate_up.cu", ("GATE_FORMAT=Q4_K", "UP_FORMAT=Q4_K", "ACTIVATION=1", "LIMIT=0.0f")),
     ("expert_down.cu", ("DOWN_FORMAT=Q6_K",)),
     ("expert_gate_up.cu", ("GATE_FORMAT=MXFP4", "UP_FORMAT=MXFP4", "ACTIVATION=3", "LIMIT=7.0f")),
+    ("expert_gate_up.cu", ("GATE_FORMAT=Q6_K", "UP_FORMAT=Q6_K", "ACTIVATION=4", "LIMIT=0.0f")),
     ("expert_gate_up_tiles.cu", ("GATE_FORMAT=Q4_K", "UP_FORMAT=Q4_K", "ACTIVATION=0", "LIMIT=7.0f")),
+    ("expert_gate_up_tiles.cu", ("GATE_FORMAT=Q6_K", "UP_FORMAT=Q6_K", "ACTIVATION=4", "LIMIT=0.0f")),
     ("expert_down_tiles.cu", ("DOWN_FORMAT=Q6_K",)),
     ("group_choices.cu", ()),
     ("embed.cu", ("FORMAT=Q8_0",)),
@@ -41,6 +43,7 @@ KERNELS = [
     ("elementwise.cu", ()),
     ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "FORMS=3", "THREADS=768", "ROUNDS=1")),
     ("gate.cu", ("GATING=1", "LIMIT=0.0f", "PER_HEAD=0", "HEAD_SIZE=128", "FORMS=1")),
+    ("gate.cu", ("GATING=5", "LIMIT=0.0f", "PER_HEAD=0", "HEAD_SIZE=0", "FORMS=3")),
     ("gate.cu", ("GATING=2", "LIMIT=7.0f", "PER_HEAD=1", "HEAD_SIZE=0", "FORMS=2")),
     ("router.cu", ("N_EXPERTS=256", "SCORING=1", "N_GROUPS=8")),
     ("attention_inputs.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0")),
@@ -51,6 +54,10 @@ KERNELS = [
     (
         "attention.cu",
         ("KV_TYPE=1", "KEY_DIM=576", "VALUE_DIM=512", "SHARED=1", "GROUP=128", "GATE=0", "PER_HEAD=0", "FORMS=0"),
+    ),
+    (
+        "attention.cu",
+        ("KV_TYPE=1", "KEY_DIM=512", "VALUE_DIM=512", "SHARED=0", "GROUP=8", "GATE=0", "PER_HEAD=0", "FORMS=1"),
     ),
     (
         "attention.cu",

@@ -167,11 +167,13 @@ EXPERTS = {  # formats, hidden_size, ffn_size, activation, limit
     "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, 0.0),
     "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.CLAMPED_SILU, 0.3),
     "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.RELU, 0.0),
+    "gelu": (("Q6_K", "Q6_K", "Q5_1"), 256, 96, graph.Activation.GELU, 0.0),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("mixed", "fast"), ("blocks of 32", "fast"), ("float", "fast"), ("both", "race")]
+    ("name", "mode"),
+    [("mixed", "fast"), ("blocks of 32", "fast"), ("float", "fast"), ("gelu", "fast"), ("both", "race")],
 )
 def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     """Through slots in another order, with one expert that has none and one id that is not asked for."""
@@ -317,6 +319,17 @@ def cpu_experts(
     return out
 
 
+def cpu_soft_cap(x: np.ndarray, cap: float) -> np.ndarray:
+    """What the CPU's operation makes of x."""
+    (n_tokens, n_cols), out = x.shape, np.zeros_like(x)
+    program = _kernels.Program(n_tokens, 1, 1)
+    program.soft_cap(x.ctypes.data, n_cols, out.ctypes.data, n_cols, n_cols, cap, _kernels.ROWS_TOKENS)
+    step = _kernels.Step(n_tokens)
+    step.positions[:], step.n_tokens = np.arange(n_tokens), n_tokens
+    program.run(step)
+    return out
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F32", "IQ3_S", "TQ1_0", "Q4_1", "NVFP4"])
 def test_embedding_is_the_dequantised_row(name: str) -> None:
     emulator, weight_format = Emulator(), BY_NAME[name]
@@ -394,6 +407,12 @@ def test_elementwise_operations(mode: str) -> None:
         assert same_bits(out, x * (F32(0.3) * by))
         emulator.run(elementwise.scale(emulator.rows(x), 0.3, None, emulator.rows(out), n_cols, count), order, seed)
         assert same_bits(out, x * F32(0.3))
+        rows = (emulator.rows(x), 0.3, Rows(emulator.at(by), 0), emulator.rows(out))
+        emulator.run(elementwise.scale(*rows, n_cols, count), order, seed)
+        assert same_bits(out, x * (F32(0.3) * by[0]))
+        emulator.run(elementwise.soft_cap(emulator.rows(x), 0.7, emulator.rows(out), n_cols, count), order, seed)
+        assert same_bits(out, cpu_soft_cap(x, 0.7))
+        assert out == pytest.approx(0.7 * np.tanh(x.astype(np.float64) / 0.7), abs=3e-7)
         positions = np.array([0, 15, 8000], np.int32)
         for offset in (0, 1):
             before, rows = out.copy(), emulator.rows(out)
@@ -465,6 +484,7 @@ FUNCTIONS = {
     Gating.SOFTPLUS: lambda x: np.logaddexp(0, x),
     Gating.RELU: lambda x: np.maximum(x, 0),
     Gating.PRODUCT: lambda x: x,
+    Gating.GELU: lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
 }
 
 
@@ -701,6 +721,8 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
         (KVType.F32, (16, 16), 2, 1, 0, 0, "asan", 1e-5),
         (KVType.F32, (16, 16), 1, 130, 0, 0, "fast", 1e-5),  # parts of several tiles
         (KVType.F16, (576, 512), 11, 1, 0, 0, "fast", 2e-3),  # latent attention: values are parts of their keys
+        (KVType.F16, (512, 512), 8, 2, 0, 0, "fast", 2e-3),
+        (KVType.F32, (512, 512), 3, 1, 60, 0, "fast", 1e-5),
     ],
 )
 def test_attention(

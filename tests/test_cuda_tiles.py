@@ -70,7 +70,8 @@ def test_choices_are_sorted_and_cut_into_tiles(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("mixed", "fast"), ("blocks of 32", "fast"), ("both", "race"), ("looked up", "asan")]
+    ("name", "mode"),
+    [("mixed", "fast"), ("blocks of 32", "fast"), ("gelu", "fast"), ("both", "race"), ("looked up", "asan")],
 )
 def test_experts_by_tiles_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     """Experts in slots, and others in a staging buffer, two at a time; one is elsewhere and left alone."""

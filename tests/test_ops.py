@@ -32,12 +32,17 @@ def silu(x: np.ndarray) -> np.ndarray:
     return f64(x) * sigmoid(x)
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    return f64(x) * (1 + np.tanh(math.sqrt(2 / math.pi) * (f64(x) + 0.044715 * f64(x) ** 3))) / 2
+
+
 GATINGS = {
     k.GATE_SIGMOID: sigmoid,
     k.GATE_SILU: silu,
     k.GATE_SOFTPLUS: lambda x: np.logaddexp(0, x),
     k.GATE_RELU: lambda x: np.maximum(x, 0),
     k.GATE_PRODUCT: lambda x: x,
+    k.GATE_GELU: gelu,
 }
 
 
@@ -151,6 +156,33 @@ def test_scale(seed: int, n: int, width: int, by_row: bool, in_place: bool) -> N
         results=(name,),
     )
     case.check({name: f64(x) * np.float32(0.3) * (by if by_row else 1)}, rtol=3e-7)
+
+
+@few
+@given(seeds, token_counts, widths)
+def test_scale_by_one_value_for_all_rows(seed: int, n: int, width: int) -> None:
+    x, by = normal(seed, n, width), normal(seed + 1, 1)
+    case = Case(
+        lambda program, at: program.scale(*at.x, at.by, 0, *at.out, width, 0.3, k.ROWS_TOKENS),
+        {"x": x},
+        {"out": (width, np.float32)},
+        {"by": by},
+    )
+    case.check({"out": f64(x) * np.float32(0.3) * by}, rtol=3e-7)
+
+
+@few
+@given(seeds, token_counts, widths, st.sampled_from([0.5, 30.0]), st.booleans())
+def test_soft_cap(seed: int, n: int, width: int, cap: float, in_place: bool) -> None:
+    x = normal(seed, n, width) * 40
+    name = "x" if in_place else "out"
+    case = Case(
+        lambda program, at: program.soft_cap(*at.x, *getattr(at, name), width, cap, k.ROWS_TOKENS),
+        {"x": x},
+        {"out": (width, np.float32)},
+        results=(name,),
+    )
+    case.check({name: cap * np.tanh(f64(x) / cap)}, atol=4e-7 * cap)
 
 
 @few
@@ -352,6 +384,8 @@ def expert_case(
                 h = silu(np.minimum(g, limit)) * np.clip(u, -limit, limit)
             elif activation == k.ACTIVATE_RELU:
                 h = np.maximum(g, 0) * u
+            elif activation == k.ACTIVATE_GELU:
+                h = gelu(g) * u
             else:
                 g = np.minimum(g, 7)
                 h = g * sigmoid(1.702 * g) * (np.clip(u, -7, 7) + 1)
@@ -374,6 +408,7 @@ ACTIVATIONS = [
     (k.ACTIVATE_CLAMPED_SWISH, 0.0),
     (k.ACTIVATE_RELU, 0.0),
     (k.ACTIVATE_CLAMPED_SILU, 0.5),
+    (k.ACTIVATE_GELU, 0.0),
 ]
 F32_EXPERTS, Q8_EXPERTS, K_EXPERTS = ("F32", "F32", "F32"), ("Q8_0", "F32", "Q8_0"), ("Q4_K", "Q8_0", "Q4_K")
 

@@ -38,6 +38,7 @@ class Gating(enum.IntEnum):
     SOFTPLUS = 2
     RELU = 3
     PRODUCT = 4  # by the gate itself
+    GELU = 5  # its tanh form
 
 
 class RopeStyle(enum.IntEnum):
@@ -62,6 +63,7 @@ class Activation(enum.IntEnum):
     CLAMPED_SWISH = 1  # gpt-oss: g * sigmoid(1.702 g) * (u + 1), with g = min(gate, 7) and u = up clamped to [-7, 7]
     RELU = 2  # max(gate, 0) * up; where one projection is both, its square above 0, and it is read once
     CLAMPED_SILU = 3  # silu(min(gate, limit)) * up, with up clamped to [-limit, limit]
+    GELU = 4  # gelu(gate) * up, with the tanh form of GELU
 
 
 class KVType(enum.IntEnum):
@@ -251,12 +253,21 @@ class Add(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scale(Operation):
-    """out = x * factor, or x * factor * by with one value of `by` for each row."""
+    """out = x * factor, or x * factor * by with one value of `by` for each row; a vector has one for all of them."""
 
     x: Tensor
-    by: Tensor | None
+    by: Tensor | Vector | None
     out: Tensor
     factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SoftCap(Operation):
+    """out = cap * tanh(x / cap)."""
+
+    x: Tensor
+    out: Tensor
+    cap: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -510,11 +521,17 @@ class Graph:
         self.operations.append(HeadLinear(x, weight, out))
         return out
 
-    def scale(self, x: Tensor, factor: float, by: Tensor | None = None) -> Tensor:
-        """Multiply by a constant, and by one value for each row if `by` gives them."""
-        assert by is None or by.width == 1
+    def scale(self, x: Tensor, factor: float, by: Tensor | Vector | None = None) -> Tensor:
+        """Multiply by a constant, and by one value for each row, or one of the model for all, if `by` gives them."""
+        assert by is None or (by.width if isinstance(by, Tensor) else by.size) == 1
         out = self._new(x.width, x.rows)
         self.operations.append(Scale(x, by, out, factor))
+        return out
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        """Bring values smoothly to within `cap` of 0."""
+        out = self._new(x.width, x.rows)
+        self.operations.append(SoftCap(x, out, cap))
         return out
 
     def scale_by_position(self, x: Tensor, offset: int, period: int, slope: float) -> Tensor:

@@ -13,10 +13,10 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT };
+enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT, GATE_GELU };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
-enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU, ACTIVATE_CLAMPED_SILU };
+enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU, ACTIVATE_CLAMPED_SILU, ACTIVATE_GELU };
 enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
 
 enum {
@@ -89,9 +89,14 @@ typedef struct {
 } gate_args;
 
 typedef struct {
-    matrix x, out, by; // by.at may be NULL: one factor for each row
+    matrix x, out, by; // by.at may be NULL: one factor for each row, or with a stride of 0 one for all
     float factor;
 } scale_args;
+
+typedef struct {
+    matrix x, out;
+    float cap;
+} soft_cap_args;
 
 typedef struct {
     matrix x;
@@ -235,6 +240,7 @@ typedef union {
     add_args add;
     gate_args gate;
     scale_args scale;
+    soft_cap_args soft_cap;
     scale_by_position_args scale_by_position;
     heads_args heads;
     rope_table_args rope_table;
@@ -275,8 +281,8 @@ typedef struct {
 } task_fns;
 
 typedef struct ops_table {
-    tile_fn embed, rms_norm, quantize, add, scale, scale_by_position, gate, split_heads, join_heads, rope_table, rope,
-        select_outputs, combine, causal_conv, delta_net, router, kv_store;
+    tile_fn embed, rms_norm, quantize, add, scale, soft_cap, scale_by_position, gate, split_heads, join_heads,
+        rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

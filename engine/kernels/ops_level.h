@@ -55,6 +55,7 @@ static const ops_table level_ops = {
     .quantize = op_quantize,
     .add = op_add,
     .scale = op_scale,
+    .soft_cap = op_soft_cap,
     .scale_by_position = op_scale_by_position,
     .gate = op_gate,
     .split_heads = op_split_heads,

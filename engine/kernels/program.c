@@ -363,8 +363,20 @@ int program_scale(program *p, scale_args args, int n_cols, int rows) {
                     .unit = FLOATS_OF_LINE,
                     .is_cheap = true};
     touch(p, &op, READS, args.x);
-    if (args.by.at)
+    if (args.by.at && args.by.stride) // one value for all rows is a weight, which nobody writes
         touch_whole(p, &op, READS, args.by, 1);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows) {
+    operation op = {.name = "soft_cap",
+                    .args.soft_cap = args,
+                    .run_tile = p->kernels->ops->soft_cap,
+                    .rows = rows,
+                    .width = n_cols,
+                    .unit = FLOATS_OF_LINE};
+    touch(p, &op, READS, args.x);
     touch(p, &op, WRITES, args.out);
     return record(p, op);
 }

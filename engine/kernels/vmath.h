@@ -1,4 +1,4 @@
-// exp, sigmoid, SiLU and softplus on sixteen floats: polynomials, the same bits everywhere.
+// exp, sigmoid, SiLU, GELU, softplus and a soft cap on sixteen floats: polynomials, the same bits everywhere.
 #ifndef ENGINE_VMATH_H
 #define ENGINE_VMATH_H
 
@@ -29,6 +29,18 @@ static inline v16 v16_sigmoid(v16 x) {
 }
 
 static inline v16 v16_silu(v16 x) { return v16_div(x, v16_add(v16_set(1.0f), v16_exp(v16_neg(x)))); }
+
+// GELU in its tanh form, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, which is x * sigmoid(u) with twice what
+// tanh takes as u.
+static inline v16 v16_gelu(v16 x) {
+    const v16 u = v16_mul(x, v16_fma(v16_set(0.0713548163f), v16_mul(x, x), v16_set(1.59576912f)));
+    return v16_div(x, v16_add(v16_set(1.0f), v16_exp(v16_neg(u))));
+}
+
+// cap * tanh(x / cap), as 2 * cap * sigmoid(2 * x / cap) - cap.
+static inline v16 v16_soft_cap(v16 x, float cap) {
+    return v16_fma(v16_set(2.0f * cap), v16_sigmoid(v16_mul(v16_set(2.0f / cap), x)), v16_set(-cap));
+}
 
 // ln(1 + e^x) = max(x, 0) + ln(1 + z) with z = e^-|x|, and ln(1 + z) = 2 artanh(s) with s = z / (z + 2), at most a
 // third.

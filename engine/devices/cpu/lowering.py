@@ -257,10 +257,15 @@ class Lowering:
 
     def _scale(self, op: ops.Scale) -> None:
         x, out = self._use(op.x), self._use(op.out)
-        by = self._use(op.by) if op.by else None
+        by = self._use(op.by) if isinstance(op.by, Tensor) else None
+        value = (self._vector(op.by), 0) if isinstance(op.by, Vector) else (0, 0)  # for all rows, or none
         self._calls.append(
-            lambda: self.program.scale(*x.at, *(by.at if by else (0, 0)), *out.at, op.x.width, op.factor, op.x.rows)
+            lambda: self.program.scale(*x.at, *(by.at if by else value), *out.at, op.x.width, op.factor, op.x.rows)
         )
+
+    def _soft_cap(self, op: ops.SoftCap) -> None:
+        x, out = self._use(op.x), self._use(op.out)
+        self._calls.append(lambda: self.program.soft_cap(*x.at, *out.at, op.x.width, op.cap, op.x.rows))
 
     def _scale_by_position(self, op: ops.ScaleByPosition) -> None:
         x = self._use(op.x)
@@ -483,6 +488,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.HeadLinear: Lowering._head_linear,
     ops.Add: Lowering._add,
     ops.Scale: Lowering._scale,
+    ops.SoftCap: Lowering._soft_cap,
     ops.ScaleByPosition: Lowering._scale_by_position,
     ops.Gate: Lowering._gate,
     ops.SplitHeads: Lowering._split_heads,

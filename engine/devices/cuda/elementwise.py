@@ -128,9 +128,15 @@ def add(a: Rows, b: Rows, out: Rows, n_cols: int, count: Count) -> Launch:
 
 
 def scale(x: Rows, factor: float, by: Rows | None, out: Rows, n_cols: int, count: Count) -> Launch:
-    """Multiply by a constant, and by one value for each row if `by` gives them."""
+    """Multiply by a constant, and by one value for each row, or with a stride of 0 for all, if `by` gives them."""
     rows = (*at(x), *at(by or NOTHING), *at(out))
     return _elementwise("scale", n_cols, count, *rows, int32(n_cols), float32(factor))
+
+
+def soft_cap(x: Rows, cap: float, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Bring values to within `cap` of 0."""
+    assert cap > 0
+    return _elementwise("soft_caps", n_cols, count, *at(x), *at(out), int32(n_cols), float32(cap))
 
 
 def scale_by_position(

@@ -14,7 +14,7 @@ from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import ALIGNMENT, Layout, Pass, aligned
 from engine.devices.footprint import lends_from
-from engine.devices.graph import Routing, Vector, Weight
+from engine.devices.graph import Routing, Tensor, Vector, Weight
 
 PLACE_BYTES = ALIGNMENT  # so an int32 reaches half a terabyte far
 
@@ -122,8 +122,8 @@ class ExpertTables:
         n_misses: offset of the word (int32) in which a layer notes whether it asked the CPU for anything.
         n_guessed: the same for a guess.
         asks_early: by the ids of a layer: whether the launch that chooses its experts asks the CPU, too.
-        next_routers: by the number of a layer: the router whose choice is guessed there, that of the next layer, with
-            what gives its logits.
+        next_routers: by the number of a layer: what its router takes, and the router whose choice is guessed with that,
+            the next layer's, with what gives its logits.
         guess_biases: by the name of a router's bias: what its copy is called that guesses use.
     """
 
@@ -139,7 +139,7 @@ class ExpertTables:
         self.n_misses = layout.reserve(4)
         self.n_guessed = layout.reserve(4)
         self.asks_early: dict[object, Callable[[Pass], bool]] = {}
-        self.next_routers: dict[int, tuple[ops.Linear, ops.Router]] = {}
+        self.next_routers: dict[int, tuple[Tensor, ops.Linear, ops.Router]] = {}
         self.guess_biases: dict[str, str] = {}
         self._numbers = {layer.op.routing.ids.buffer: i for i, layer in enumerate(layers)}
 

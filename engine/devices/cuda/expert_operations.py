@@ -100,7 +100,7 @@ class _Experts:
         self.sizes = sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, tables.at_once)
         self.parts = recorder.temporaries(lambda n_tokens: tiles.groups_bytes(sizes, n_tokens))
         next_router = tables.next_routers.get(self.number)
-        self.guess = _guess(recorder, op.x, *next_router) if next_router else None
+        self.guess = _guess(recorder, *next_router) if next_router else None
 
     def launches(self, p: Pass) -> Iterable[Launch | Streamed]:
         """Yield the launches: the request, the shared expert where it goes by itself, the others."""

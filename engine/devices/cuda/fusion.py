@@ -286,7 +286,10 @@ def _same_rotation(a: ops.Rope, b: ops.Rope) -> bool:
 
 
 def _alone(found: Attention, n_users: Counter[ops.Buffer]) -> bool:
-    """Return whether nobody else uses what is made on the way, but for one operation that makes what comes in."""
+    """Return whether nobody else uses what is made on the way, but for one operation that makes what comes in.
+
+    Keys that are normalised come in and stay as they are: values may be made of them, too.
+    """
     own = Counter(buffer for op in found.operations for buffer in {tensor.buffer for tensor in op.tensors()})
-    out = (found.gate or found.attention).out.buffer
-    return all(n_users[buffer] - n <= 1 for buffer, n in own.items() if buffer is not out)
+    shared = {(found.gate or found.attention).out.buffer, *([found.k_norm.x.buffer] if found.k_norm else ())}
+    return all(n_users[buffer] - n <= 1 for buffer, n in own.items() if buffer not in shared)

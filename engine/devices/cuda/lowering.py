@@ -9,6 +9,7 @@ program has such a list for each of some sizes of steps, over the same memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,9 @@ class Lowering:
             choices = [item for _, item in items if isinstance(item, fusion.LinearAndRouter)]
             width = self.experts.hidden_size  # where experts take something else, its router has no use for that
             self.experts.next_routers = {
-                self.experts.number(choice.router.out) - 1: (choice.linear, choice.router)
-                for choice in choices
-                if choice.linear.x.width == width
+                self.experts.number(choice.router.out): (choice.linear.x, following.linear, following.router)
+                for choice, following in pairwise(choices)
+                if choice.linear.x.width == following.linear.x.width == width
             }
         for self.recorder.index, item in items:
             _LOWER[type(item)](self.recorder, item)
@@ -189,6 +190,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Linear: operations.linear,
     ops.HeadLinear: operations.head_linear,
     ops.Scale: operations.scale,
+    ops.SoftCap: operations.soft_cap,
     ops.Gate: operations.gate,
     ops.SplitHeads: operations.split_heads,
     ops.JoinHeads: operations.join_heads,

@@ -14,7 +14,7 @@ from engine.devices.cuda.kernels import Combined, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.places import Finish, Pass, Place
 from engine.devices.cuda.recorder import Recorder
-from engine.devices.graph import Tensor
+from engine.devices.graph import Tensor, Vector
 from engine.quants.formats import Activation, QuantFormat
 
 RoutedOf: TypeAlias = tuple[int, Callable[[Pass], Routed | None]]
@@ -189,15 +189,22 @@ def head_linear(recorder: Recorder, op: ops.HeadLinear) -> None:
 
 
 def scale(recorder: Recorder, op: ops.Scale) -> None:
-    """Record a product with a number, and with a column if there is one."""
-    x, out, by = recorder.use(op.x), recorder.use(op.out), recorder.use(op.by) if op.by else None
-    recorder.record(
-        lambda p: [
-            elementwise.scale(
-                p.rows(x), op.factor, p.rows(by) if by else None, p.rows(out), op.x.width, p.count(op.x.rows)
-            )
-        ]
-    )
+    """Record a product with a number, and with a column or a value of the model if there is one."""
+    x, out = recorder.use(op.x), recorder.use(op.out)
+    value = recorder.vector(op.by) if isinstance(op.by, Vector) else None
+    column = recorder.use(op.by) if isinstance(op.by, Tensor) else None
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        by = p.rows(column) if column else Rows(p.at(value), 0) if value is not None else None
+        yield elementwise.scale(p.rows(x), op.factor, by, p.rows(out), op.x.width, p.count(op.x.rows))
+
+    recorder.record(launches)
+
+
+def soft_cap(recorder: Recorder, op: ops.SoftCap) -> None:
+    """Record values that are brought to within a number of 0."""
+    x, out = recorder.use(op.x), recorder.use(op.out)
+    recorder.record(lambda p: [elementwise.soft_cap(p.rows(x), op.cap, p.rows(out), op.x.width, p.count(op.x.rows))])
 
 
 def gate_of(op: ops.Gate, rows: Rows, head_dim: int) -> GateOf:

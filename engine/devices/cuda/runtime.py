@@ -124,9 +124,10 @@ class Context:
                 call("cuFuncSetAttribute", found, carveout, 100)
         if launch.shared_bytes > self.gpu.shared_bytes:
             raise DeviceError(
-                f"rows of this model's matrices are too long for {self.gpu.name}: {launch.kernel} "
+                f"rows or heads of this model are too long for {self.gpu.name}: {launch.kernel} "
                 f"({', '.join(launch.definitions)}) needs {launch.shared_bytes >> 10} KB of shared memory, and there "
-                f'are {self.gpu.shared_bytes >> 10}; use a k-quant of the model, or [engine] device = "cpu"'
+                f"are {self.gpu.shared_bytes >> 10}; use a k-quant of the model, or set "
+                '[engine] kv_type = "f16" if it is "f32", or device = "cpu"'
             )
         if launch.shared_bytes > self._shared_bytes.get(key, _DEFAULT_SHARED_BYTES):
             attribute = bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

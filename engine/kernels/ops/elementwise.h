@@ -58,6 +58,8 @@ static inline v16 gate_of(v16 gate, int kind) {
         return v16_relu(gate);
     case GATE_PRODUCT:
         return gate;
+    case GATE_GELU:
+        return v16_gelu(gate);
     default:
         return v16_sigmoid(gate);
     }
@@ -99,6 +101,17 @@ static void op_scale(const op_args *args, const step_view *step, tile t) {
         float *out = row_of(a->out, row);
         FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, v16_mul(v16_load(x + c), factor)),
                     v16_store_first(out + c, v16_mul(v16_load_first(x + c, n_left), factor), n_left));
+    }
+}
+
+static void op_soft_cap(const op_args *args, const step_view *step, tile t) {
+    const soft_cap_args *a = &args->soft_cap;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const float *x = row_of(a->x, row);
+        float *out = row_of(a->out, row);
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, v16_soft_cap(v16_load(x + c), a->cap)),
+                    v16_store_first(out + c, v16_soft_cap(v16_load_first(x + c, n_left), a->cap), n_left));
     }
 }
 
