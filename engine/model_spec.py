@@ -49,6 +49,7 @@ class AttentionSpec:
         chunks: for each layer, the length of the stretches that attention does not look beyond; 0 or no entry: none.
         unrotated_layers: for each layer, whether it has no rotary embedding; no entry: it has.
         window_rope: rotary embedding of layers with a window; None: as in the others.
+        window_head_dim: `head_dim` of layers with a window; 0: as in the others.
     """
 
     n_heads: int
@@ -65,11 +66,17 @@ class AttentionSpec:
     value_dim: int = 0
     gating: Literal["sigmoid", "softplus"] = "sigmoid"
     output_scale: float = 1.0
+    window_head_dim: int = 0
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
-        """Return the widths of what the cache keeps of a head: key and value."""
-        return self.head_dim, self.value_dim or self.head_dim
+        """Return the widths of what the cache keeps of heads: keys and values."""
+        return self.head_dim, self.value_dim or self.head_dim, self.window_head_dim or self.head_dim
+
+    def layer_head_dim(self, layer: int) -> int:
+        """Return the width of a layer's queries and keys."""
+        has_window = bool(self.windows) and self.windows[layer] > 0
+        return self.window_head_dim if has_window and self.window_head_dim else self.head_dim
 
     def heads(self, layer: int) -> tuple[int, int]:
         """Return the query heads of a layer, and its key and value heads."""
@@ -81,8 +88,9 @@ class AttentionSpec:
     def widths(self, layer: int) -> tuple[int, int, int, int]:
         """Return how wide all queries of a layer are, all its keys, all its values, and what it finds."""
         n_heads, n_kv_heads = self.heads(layer)
-        value_dim = self.value_dim or self.head_dim
-        return n_heads * self.head_dim, n_kv_heads * self.head_dim, n_kv_heads * value_dim, n_heads * value_dim
+        head_dim = self.layer_head_dim(layer)
+        value_dim = self.value_dim or head_dim
+        return n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * value_dim, n_heads * value_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +251,7 @@ class ModelSpec:
         delta_net, state_space, short_conv_kernel: how, if some do; the last is how many tokens a convolution sees.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
+        logit_cap: what logits are smoothly brought to within, by tanh; 0: they are not.
     """
 
     architecture: str
@@ -261,3 +270,4 @@ class ModelSpec:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_cap: float = 0.0

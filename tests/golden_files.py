@@ -51,6 +51,7 @@ PEERS = (
     "dots1",
     "ernie4_5-moe",
     "exaone-moe",
+    "gemma4",
     "granitehybrid",
     "granitemoe",
     "hunyuan-moe",

@@ -7,6 +7,10 @@ Run by hand, with llama.cpp as the other opinion: `pip install llama-cpp-python 
     NAME-F32.npz, NAME-Q8_0.npz     `tokens`, and `logits_exact`: of float32 arithmetic on the file's own weights;
                                     for Q8_0 also `logits`: llama.cpp on the file itself, with activations of 8 bits
 
+GELU is the one function that llama.cpp looks up, in a table of float16 numbers. That moves logits of `gemma4` by up to
+2.5e-3, where 1e-4 is allowed (with the formula itself: 4e-6). So its logits are those of a build without the table:
+ggml-cpu with the line `#define GGML_GELU_FP16` taken out of `vec.h`, in a folder that `LLAMA_CPP_LIB_PATH` names.
+
 Where experts are chosen by a hair, two right programs choose differently. Models are therefore drawn until the logits
 stay close to the float32 ones in 8 bits, and also when the embeddings are disturbed a little, in several ways.
 """
@@ -53,6 +57,7 @@ class Peer:
         head_norm: of queries and keys: "head" for one weight that serves every head, "row" for one over all heads.
         fused_qkv: whether queries, keys and values are one matrix.
         rope_divisors: whether there is a tensor that frequencies are divided by.
+        n_still: pairs, the last ones, that this tensor keeps from turning.
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
@@ -67,6 +72,9 @@ class Peer:
         layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network.
         post_norms: whether there are norms behind attention and feed-forward network, too.
+        window_layers: those whose heads are `window_head_dim` wide, if that is not 0.
+        keys_as_values: the blocks that have no projection to values.
+        parallel_networks: whether every block has a dense network, beside its experts if it has any.
         n_long: tokens of a long prompt whose last logits are kept as well.
         seed: the first that is tried.
     """
@@ -86,6 +94,7 @@ class Peer:
     head_norm: str = ""
     fused_qkv: bool = False
     rope_divisors: bool = False
+    n_still: int = 0
     tied: bool = False
     sinks: tuple[int, ...] = ()
     recurrent: bool = False
@@ -100,6 +109,10 @@ class Peer:
     layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
     post_norms: bool = False
+    window_layers: tuple[int, ...] = ()
+    window_head_dim: int = 0
+    keys_as_values: tuple[int, ...] = ()
+    parallel_networks: bool = False
     n_long: int = 0
     seed: int = 0
 
@@ -245,6 +258,35 @@ PEERS = {
         moe_layers=(1, 2),
         shared_size=2 * FFN,
         router_bias=0.05,
+        tied=True,
+    ),
+    "gemma4": Peer(
+        "gemma4",
+        4,
+        MOE
+        | {
+            "feed_forward_length": 2 * FFN,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, False, True, False],
+            "attention.key_length_swa": HEAD_DIM,
+            "attention.value_length_swa": HEAD_DIM,
+            "attention.shared_kv_layers": 0,
+            "embedding_length_per_layer_input": 0,
+            "rope.dimension_count_swa": HEAD_DIM,
+            "rope.freq_base_swa": 500.0,
+            "final_logit_softcapping": 6.0,
+        },
+        moe_layers=(0, 1, 2),
+        head_norm="head",
+        head_dim=2 * HEAD_DIM,
+        window_layers=(0, 2),
+        window_head_dim=HEAD_DIM,
+        layer_kv_heads=(2, 1, 2, 1),
+        keys_as_values=(1,),
+        rope_divisors=True,
+        n_still=3,
+        post_norms=True,
+        parallel_networks=True,
         tied=True,
     ),
     "granitehybrid": Peer(
@@ -557,7 +599,9 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     if not peer.tied:
         yield "output.weight", draw.matrix(N_VOCAB, HIDDEN, gain=2.5)
     if peer.rope_divisors:
-        yield "rope_freqs.weight", draw.between(1, 8, peer.head_dim // 2)
+        divisors = draw.between(1, 8, peer.head_dim // 2)
+        divisors[len(divisors) - peer.n_still :] = 1e30
+        yield "rope_freqs.weight", divisors
     for layer in range(peer.n_layers):
         for name, values in block(peer, layer, draw):
             yield f"blk.{layer}.{name}", values
@@ -583,6 +627,9 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from kimi_delta_attention(draw)
     else:
         yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
+    if peer.parallel_networks:
+        yield from parallel_networks(peer, layer, draw)
+        return
     if layer not in peer.moe_layers:
         yield from feed_forward("", 2 * FFN, draw)
         return
@@ -594,6 +641,25 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
     if peer.shared_size:
         yield from feed_forward("_shexp", peer.shared_size, draw)
+
+
+def parallel_networks(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "layer_output_scale.weight", draw.between(0.5, 1.5, 1)
+    yield from feed_forward("", 2 * FFN, draw)
+    if layer not in peer.moe_layers:
+        return
+    yield "post_ffw_norm_1.weight", draw.norm(HIDDEN)
+    yield "pre_ffw_norm_2.weight", draw.norm(HIDDEN)
+    yield "post_ffw_norm_2.weight", draw.norm(HIDDEN)
+    yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=6.0)
+    yield "ffn_gate_inp.scale", draw.norm(HIDDEN) * np.float32(np.sqrt(HIDDEN))
+    if layer == peer.moe_layers[0]:
+        yield "ffn_gate_up_exps.weight", draw.matrix(N_EXPERTS, 2 * FFN, HIDDEN)
+    else:
+        for part in ("gate", "up"):
+            yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
+    yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
+    yield "ffn_down_exps.scale", draw.between(0.5, 1.5, N_EXPERTS)
 
 
 def one_kind(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -644,9 +710,12 @@ def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.n
 def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     n_heads = peer.layer_heads[layer] if peer.layer_heads else N_HEADS
     n_kv_heads = peer.layer_kv_heads[layer] if peer.layer_kv_heads else peer.n_kv_heads
-    value_dim = peer.value_dim or peer.head_dim
-    q_size, k_size, v_size = n_heads * peer.head_dim, n_kv_heads * peer.head_dim, n_kv_heads * value_dim
+    head_dim = peer.window_head_dim if layer in peer.window_layers else peer.head_dim
+    value_dim = peer.value_dim or head_dim
+    q_size, k_size, v_size = n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * value_dim
     sizes = {"q": 2 * q_size if peer.recurrent else q_size, "k": k_size, "v": v_size}
+    if layer in peer.keys_as_values:
+        del sizes["v"]
     if peer.fused_qkv:
         yield "attn_qkv.weight", draw.matrix(sum(sizes.values()), HIDDEN)
     else:
@@ -659,7 +728,7 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
         yield "attn_gate.weight", draw.matrix(n_heads if peer.attention_gate == "head" else q_size, HIDDEN)
     if peer.head_norm:
         for part, size in (("q", q_size), ("k", k_size)):
-            yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else peer.head_dim)
+            yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else head_dim)
 
 
 def latent_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

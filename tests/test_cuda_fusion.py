@@ -37,6 +37,15 @@ def test_attention_takes_all_that_is_around_it(name: str, around: set[str], gold
     assert "Rope" not in {type(item).__name__ for item in items}
 
 
+def test_values_that_are_made_of_keys_leave_attention_whole(data) -> None:
+    attentions = [item for item in groups(data / "peers" / "gemma4-F32.gguf") if isinstance(item, fusion.Attention)]
+    assert len(attentions) == 4
+    for attention in attentions:
+        assert attention.q_norm
+        assert attention.k_norm
+        assert attention.rope
+
+
 def assert_delta_net_layers_are_one(path: Path) -> None:
     kinds = [type(item) for item in groups(path)]
     assert fusion.DeltaNetLayer in kinds

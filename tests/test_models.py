@@ -13,6 +13,7 @@ from golden_files import PEERS
 from model_runner import ModelRunner
 
 from engine import _kernels
+from engine.devices import graph as ops
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf import WeightMemory
 from engine.gguf.metadata import Metadata
@@ -47,8 +48,8 @@ def without_tensors(parts: Parts, ending: str) -> Parts:
 
 def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tmp_path: Path) -> None:
     parts = peer("llama")
-    parts.values["general.architecture"] = "gemma4"
-    with pytest.raises(UnsupportedModelError, match="'gemma4'") as caught:
+    parts.values["general.architecture"] = "gemma2"
+    with pytest.raises(UnsupportedModelError, match="'gemma2'") as caught:
         load(parts, tmp_path)
     assert all(name in str(caught.value) for name in ARCHITECTURES)
 
@@ -83,6 +84,13 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("lfm2moe", "shortconv.l_cache", 17, "shortconv.l_cache is 17; this version computes at most 16"),
         ("lfm2moe", "shortconv.l_cache", 1, "shortconv.l_cache is 1; expected an integer from 2"),
         ("smallthinker", "rope.freq_base_swa", 0.5, "rope.freq_base_swa is 0.5; expected a number above 1"),
+        ("gemma4", "attention.shared_kv_layers", 2, "attention.shared_kv_layers is 2; this version runs the models"),
+        ("gemma4", "embedding_length_per_layer_input", 8, "embedding_length_per_layer_input is 8; this version runs"),
+        ("gemma4", "attention.key_length_swa", 640, "key_length_swa is 640; this version computes at most 576"),
+        ("gemma4", "attention.value_length_swa", 4, r"value_length_swa is 4; expected that of keys \(8\)"),
+        ("gemma4", "attention.value_length", 8, r"value_length is 8; expected that of keys \(16\)"),
+        ("gemma4", "rope.dimension_count_swa", 16, "dimension_count_swa is 16; expected an even number up to the head"),
+        ("gemma4", "final_logit_softcapping", 1e-9, "softcapping is 1e-09; expected a number from 1 to 1000000, or 0"),
         ("llama4", "expert_used_count", 2, "expert_used_count is 2; this version needs 1"),
         ("llama4", "embedding_length", 64, r"token_embd.weight has the shape \[128, 32\]; .* must be \[128, 64\]"),
     ],
@@ -100,6 +108,22 @@ def test_keys_that_cannot_be_followed_are_named(
 def test_a_missing_tensor_is_named(peer, tmp_path: Path, name: str) -> None:
     with pytest.raises(GGUFError, match=r"tensor blk\.\d\.attn_output\.weight is missing"):
         load(without_tensors(peer(name), "attn_output.weight"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "attn_k_norm.weight", "ffn_gate_inp.scale"])
+def test_what_gemma4_cannot_be_computed_without(peer, tmp_path: Path, name: str) -> None:
+    with pytest.raises(GGUFError, match=f"tensor .*{name} is missing"):
+        load(without_tensors(peer("gemma4"), name), tmp_path)
+
+
+def test_gemma4_without_experts_is_dense(peer, tmp_path: Path) -> None:
+    parts = peer("gemma4")
+    del parts.values["gemma4.expert_count"]
+    for name in ("_exps.weight", "_exps.scale", "inp.weight", "inp.scale", "ffw_norm_1.weight", "norm_2.weight"):
+        parts = without_tensors(parts, name)
+    graph = load(parts, tmp_path).graph
+    assert not graph.routings
+    assert sum(isinstance(op, ops.Gate) for op in graph.operations) == 4
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_norm.bias", "blk.1.attn_sub_norm.weight", "position_embd.weight"])

@@ -89,6 +89,7 @@ def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
         return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values"
     up_to, up_to_kv = ("up to " if heads else "" for heads in (spec.layer_heads, spec.layer_kv_heads))
     values = f" (values {spec.value_dim})" if spec.value_dim else ""
+    values += f" ({spec.window_head_dim} in windows)" if spec.window_head_dim else ""
     return f"{up_to}{spec.n_heads} heads, {up_to_kv}{spec.n_kv_heads} key-value heads, size {spec.head_dim}{values}"
 
 

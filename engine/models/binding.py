@@ -337,10 +337,13 @@ class Tensors:
             return shared.vector(name, size)
         return split_values(shared.vector(name, stored_size), size, stored_size - size)[0]
 
-    def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
-        """Return a matrix that maps `n_cols` inputs to `n_rows` outputs."""
+    def matrix(self, name: str, n_rows: int, n_cols: int, *, scaled: bool = True) -> Weight:
+        """Return a matrix that maps `n_cols` inputs to `n_rows` outputs, with its scale if the file has one.
+
+        Without `scaled` the tensor that is named like one is something else.
+        """
         info = self._checked(name, (n_rows, n_cols))
-        return Weight(info.name, info.format, n_rows, n_cols, scale=self._scale(name, 1))
+        return Weight(info.name, info.format, n_rows, n_cols, scale=self._scale(name, 1) if scaled else None)
 
     def experts(self, name: str, n_experts: int, n_rows: int, n_cols: int) -> Weight:
         """Return one such matrix for each expert."""
@@ -348,7 +351,7 @@ class Tensors:
         return Weight(info.name, info.format, n_rows, n_cols, n_experts, scale=self._scale(name, n_experts))
 
     def _scale(self, name: str, size: int) -> Vector | None:
-        """Return the factor that some formats (NVFP4) keep in a tensor of their own."""
+        """Return the factor that some formats (NVFP4), or models for each expert, keep in a tensor of their own."""
         scale = name.removesuffix(".weight") + ".scale"
         return self.vector(scale, size) if self.has(scale) else None
 

@@ -13,9 +13,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight
+from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Routing, Scoring, Tensor, Vector, Weight
 from engine.errors import GGUFError
-from engine.model_spec import AttentionSpec, ModelSpec, RopeSpec
+from engine.model_spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from engine.models.binding import Tensors, split_rows, split_values
 
 Mixer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
@@ -23,6 +23,7 @@ Mixer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
 _YARN_FAST, _YARN_SLOW = 32.0, 1.0  # turns over the trained context above / below which a pair is kept / stretched
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
 _GATINGS = {"sigmoid": Gating.SIGMOID, "softplus": Gating.SOFTPLUS}
+_NETWORK_GATINGS = {Activation.RELU: Gating.RELU, Activation.GELU: Gating.GELU}  # of dense networks; others: SiLU
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
@@ -76,7 +77,8 @@ def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm
     x = normalize(graph, x, tensors, norm, spec)
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
     logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size))
-    graph.logits = scaled(graph, logits, spec.logit_scale)
+    logits = scaled(graph, logits, spec.logit_scale)
+    graph.logits = graph.soft_cap(logits, spec.logit_cap) if spec.logit_cap else logits
 
 
 def scaled(graph: Graph, x: Tensor, factor: float) -> Tensor:
@@ -98,8 +100,9 @@ def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, lay
         n_gates = n_heads if block.shape("attn_gate.weight")[0] == n_heads else found_size
         gates.append(block.matrix("attn_gate.weight", n_gates, spec.hidden_size))
     q, k, v, *gate = project_qkv(graph, x, block, spec.hidden_size, sizes, gates)
-    q = normalize_heads(graph, q, block, "attn_q_norm.weight", attention.head_dim, spec.norm_eps)
-    k = normalize_heads(graph, k, block, "attn_k_norm.weight", attention.head_dim, spec.norm_eps)
+    head_dim = attention.layer_head_dim(layer)
+    q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
+    k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
     q, k = rotate_heads(graph, q, k, block, attention, layer)
     return attend(graph, q, k, v, block, spec, layer, *gate)
 
@@ -141,16 +144,16 @@ def project_qkv(
 ) -> tuple[Tensor, ...]:
     """Project to queries, keys and values, stored as three matrices or as one (`attn_qkv`: q, then k, then v).
 
-    What `more` matrices give comes after these.
+    With two `sizes` there are no values. What `more` matrices give comes after these.
     """
     weights: list[Weight]
     biases: list[Vector | None]
     if block.has("attn_qkv.weight"):
         weights = split_rows(block.matrix("attn_qkv.weight", sum(sizes), hidden_size), *sizes)
         bias = block.optional_vector("attn_qkv.bias", sum(sizes))
-        biases = [None] * 3 if bias is None else list(split_values(bias, *sizes))
+        biases = [None] * len(sizes) if bias is None else list(split_values(bias, *sizes))
     else:
-        parts = list(zip(("attn_q", "attn_k", "attn_v"), sizes, strict=True))
+        parts = list(zip(("attn_q", "attn_k", "attn_v"), sizes, strict=False))
         weights = [block.matrix(f"{part}.weight", size, hidden_size) for part, size in parts]
         biases = [block.optional_vector(f"{part}.bias", size) for part, size in parts]
     return graph.linears(x, (*weights, *more), (*biases, *[None] * len(more)))
@@ -236,6 +239,14 @@ def feed_forward(
     """
     if block.has("ffn_gate_inp.weight"):
         return mixture_of_experts(graph, x, residual, block, spec, layer, activation)
+    out = scaled(graph, dense_network(graph, x, block, spec, layer, activation), spec.residual_scale)
+    return out if residual is None else graph.add(residual, out)
+
+
+def dense_network(
+    graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int, activation: Activation
+) -> Tensor:
+    """Return what a feed-forward network gives that every token takes: down(act(gate x, up x))."""
     ffn_size = block.shape("ffn_up.weight")[0]
     parts = projection_names(block, "", activation)
     weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in parts]
@@ -243,9 +254,7 @@ def feed_forward(
     projections = graph.linears(x, weights, biases)
     gated = gate_projections(graph, projections, activation, spec.moe.layer_limits(layer)[1])
     down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
-    out = graph.linear(gated, down, block.optional_vector("ffn_down.bias", spec.hidden_size))
-    out = scaled(graph, out, spec.residual_scale)
-    return out if residual is None else graph.add(residual, out)
+    return graph.linear(gated, down, block.optional_vector("ffn_down.bias", spec.hidden_size))
 
 
 def projection_names(block: Tensors, suffix: str, activation: Activation) -> tuple[str, ...]:
@@ -256,8 +265,7 @@ def projection_names(block: Tensors, suffix: str, activation: Activation) -> tup
 
 def gate_projections(graph: Graph, projections: Sequence[Tensor], activation: Activation, limit: float) -> Tensor:
     """Join the projections of a network outside the routed experts: gate and up, or one that is both."""
-    gating = Gating.RELU if activation == Activation.RELU else Gating.SILU
-    return graph.gate(projections[-1], projections[0], gating, limit)
+    return graph.gate(projections[-1], projections[0], _NETWORK_GATINGS.get(activation, Gating.SILU), limit)
 
 
 def mixture_of_experts(
@@ -279,9 +287,7 @@ def mixture_of_experts(
 
     Everything that reads x itself is one operation, so that the router, whose result is waited for, is not alone in it.
     """
-    moe, hidden_size = spec.moe, spec.hidden_size
-    if not moe.n_experts:
-        raise GGUFError(f"{block.file_name}: has a router ({block.prefix}ffn_gate_inp.weight) but no expert_count")
+    moe, hidden_size = check_experts(spec, block), spec.hidden_size
     shared_parts = projection_names(block, "_shexp", activation)
     inputs: dict[str, Weight] = {}
     if logits is None:
@@ -296,42 +302,18 @@ def mixture_of_experts(
     outs = graph.linears(x, tuple(inputs.values()), biases_of_inputs) if inputs else ()
     projected = dict(zip(inputs, outs, strict=True))
 
-    routing = graph.router(
-        projected["router"] if logits is None else logits,
-        moe.n_experts_used,
-        _SCORINGS[moe.scoring],
-        moe.normalize,
-        block.optional_vector("exp_probs_b.bias" if block.has("exp_probs_b.bias") else "exp_probs_b", moe.n_experts),
-        moe.n_groups,
-        moe.n_groups_used,
-        moe.scale,
-    )
-    expert_in, width = graph.scale(x, 1.0, routing.weights) if moe.weights_input else x, hidden_size
-    if moe.latent_size:
-        width = moe.latent_size
-        expert_in = graph.linear(expert_in, block.matrix("ffn_latent_down.weight", width, hidden_size))
-    limit, shared_limit = moe.layer_limits(layer)
-    if activation == Activation.CLAMPED_SILU and not limit:
-        activation = Activation.SILU
-    projections, biases = expert_projections(block, spec, width, activation)
-    expert_out = graph.experts(
-        expert_in,
-        routing,
-        *projections,
-        block.experts("ffn_down_exps.weight", moe.n_experts, width, moe.ffn_size),
-        (*biases, block.optional_vector("ffn_down_exps.bias", moe.n_experts, width)),
-        activation,
-        limit,
-    )
+    routing = route(graph, projected["router"] if logits is None else logits, block, moe)
+    expert_out = routed_experts(graph, x, routing, block, spec, layer, activation)
     shared = None
     if moe.shared_ffn_size:
         down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
-        gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, shared_limit)
+        _, limit = moe.layer_limits(layer)
+        gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, limit)
         shared = graph.linear(gated, down)
     if moe.latent_size:
         assert "shared_gate" not in inputs
         out = graph.combine(expert_out, routing, None)
-        out = graph.linear(out, block.matrix("ffn_latent_up.weight", hidden_size, width))
+        out = graph.linear(out, block.matrix("ffn_latent_up.weight", hidden_size, moe.latent_size))
         out = out if shared is None else graph.add(out, shared)
         return out if residual is None else graph.add(residual, out)
     return graph.combine(
@@ -342,6 +324,52 @@ def mixture_of_experts(
         projected.get("shared_gate"),
         weighted=not moe.weights_input,
         scale=spec.residual_scale,
+    )
+
+
+def check_experts(spec: ModelSpec, block: Tensors) -> MoESpec:
+    """Return the numbers of routed experts; raise `GGUFError` if the file has none for a block with a router."""
+    if not spec.moe.n_experts:
+        raise GGUFError(f"{block.file_name}: has a router ({block.prefix}ffn_gate_inp.weight) but no expert_count")
+    return spec.moe
+
+
+def route(graph: Graph, logits: Tensor, block: Tensors, moe: MoESpec) -> Routing:
+    """Choose the experts of each token by the logits of a block's router."""
+    return graph.router(
+        logits,
+        moe.n_experts_used,
+        _SCORINGS[moe.scoring],
+        moe.normalize,
+        block.optional_vector("exp_probs_b.bias" if block.has("exp_probs_b.bias") else "exp_probs_b", moe.n_experts),
+        moe.n_groups,
+        moe.n_groups_used,
+        moe.scale,
+    )
+
+
+def routed_experts(
+    graph: Graph, x: Tensor, routing: Routing, block: Tensors, spec: ModelSpec, layer: int, activation: Activation
+) -> Tensor:
+    """Return what the chosen experts give, one stretch of columns for each rank, to be combined."""
+    moe, width = spec.moe, spec.hidden_size
+    if moe.weights_input:
+        x = graph.scale(x, 1.0, routing.weights)
+    if moe.latent_size:
+        width = moe.latent_size
+        x = graph.linear(x, block.matrix("ffn_latent_down.weight", width, spec.hidden_size))
+    limit, _ = moe.layer_limits(layer)
+    if activation == Activation.CLAMPED_SILU and not limit:
+        activation = Activation.SILU
+    projections, biases = expert_projections(block, spec, width, activation)
+    return graph.experts(
+        x,
+        routing,
+        *projections,
+        block.experts("ffn_down_exps.weight", moe.n_experts, width, moe.ffn_size),
+        (*biases, block.optional_vector("ffn_down_exps.bias", moe.n_experts, width)),
+        activation,
+        limit,
     )
 
 
