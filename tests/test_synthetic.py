@@ -46,6 +46,18 @@ def test_has_about_the_published_size(name: str, billions: int, active: int) -> 
     assert sum(sizes.values()) - tables - experts + chosen == pytest.approx(active, abs=0.5)
 
 
+def test_gemma4_has_the_published_size() -> None:
+    """25.2 billion, of which a token takes 3.8: embeddings count once, and are the output matrix, too."""
+    model, geometry = open_model_file("synthetic:gemma4-26b-a4b"), GEOMETRIES["gemma4-26b-a4b"]
+    sizes = {tensor.name: math.prod(tensor.shape) / 1e9 for tensor in model.tensors.values()}
+    experts = sum(size for tensor, size in sizes.items() if tensor.endswith("_exps.weight"))
+    chosen = experts * geometry.n_experts_used / geometry.n_experts
+    assert round(sum(sizes.values()), 1) == 25.2
+    assert round(sum(sizes.values()) - experts + chosen, 1) == 3.8
+    few = open_model_file("synthetic:gemma4-26b-a4b:layers=2")
+    assert set(load_model(few).tensor_names) == set(few.tensors)
+
+
 def test_the_first_target_weighs_what_its_file_does() -> None:
     model = SyntheticModel.open("synthetic:qwen3.5-122b-a10b@q4_k_l")
     assert 74.5e9 < model.n_bytes < 75.5e9

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,9 @@ DEFAULT_RECIPE = "q4_k_m"
 class Geometry:
     """Sizes of a model. Delta-net fields are 0 where every layer has softmax attention.
 
-    `dense_ffn_size` is that of the first `n_dense_layers`, which have no experts.
+    `dense_ffn_size` is that of the first `n_dense_layers`, which have no experts, or of the networks beside experts.
+    With a `window` every layer has softmax attention; all but one of every `attention_interval` layers have the window,
+    and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a rotation of their own.
     """
 
     architecture: str
@@ -60,10 +62,18 @@ class Geometry:
     conv_kernel: int = 0
     n_dense_layers: int = 0
     dense_ffn_size: int = 0
+    window: int = 0
+    window_kv_heads: int = 0
+    window_head_dim: int = 0
+    window_rope_theta: float = 0.0
 
     def is_recurrent(self, layer: int) -> bool:
         """Return whether a layer is a delta net."""
-        return (layer + 1) % self.attention_interval != 0
+        return not self.window and (layer + 1) % self.attention_interval != 0
+
+    def has_window(self, layer: int) -> bool:
+        """Return whether a layer looks back no further than the window."""
+        return self.window > 0 and (layer + 1) % self.attention_interval != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,9 @@ class Style:
         has_biases: whether queries, keys and values have biases.
         has_router_bias: whether there is a bias for the choice of experts.
         has_shared_gate: whether the shared expert is gated.
+        has_dense_beside: whether a dense network lies beside the experts.
+        has_output: whether there is an output matrix; without one the embeddings serve.
+        vectors: further ones of each block, as long as the stream is wide, as there are experts, or one value.
         keys: hyper-parameters that all its models have.
     """
 
@@ -86,11 +99,33 @@ class Style:
     has_biases: bool = False
     has_router_bias: bool = False
     has_shared_gate: bool = False
+    has_dense_beside: bool = False
+    has_output: bool = True
+    vectors: tuple[tuple[str, Literal["stream", "experts", "one"]], ...] = ()
     keys: tuple[tuple[str, Value], ...] = ()
 
 
 _SIGMOID = 2  # of `expert_gating_func`
 STYLES: dict[str, Style] = {
+    "gemma4": Style(
+        has_dense_beside=True,
+        has_output=False,
+        vectors=(
+            ("post_attention_norm.weight", "stream"),
+            ("post_ffw_norm.weight", "stream"),
+            ("post_ffw_norm_1.weight", "stream"),
+            ("pre_ffw_norm_2.weight", "stream"),
+            ("post_ffw_norm_2.weight", "stream"),
+            ("ffn_gate_inp.scale", "stream"),
+            ("ffn_down_exps.scale", "experts"),
+            ("layer_output_scale.weight", "one"),
+        ),
+        keys=(
+            ("attention.shared_kv_layers", 0),
+            ("embedding_length_per_layer_input", 0),
+            ("final_logit_softcapping", 30.0),
+        ),
+    ),
     "glm4moe": Style(
         "post_attention_norm.weight",
         head_norm="",
@@ -134,6 +169,28 @@ GEOMETRIES: dict[str, Geometry] = {
         131072,
         n_dense_layers=1,
         dense_ffn_size=10944,
+    ),
+    "gemma4-26b-a4b": Geometry(
+        "gemma4",
+        30,
+        2816,
+        16,
+        2,
+        512,
+        512,
+        1e6,
+        128,
+        8,
+        704,
+        0,
+        262144,
+        262144,
+        attention_interval=6,
+        dense_ffn_size=2112,
+        window=1024,
+        window_kv_heads=8,
+        window_head_dim=256,
+        window_rope_theta=1e4,
     ),
     "minimax-m2": Geometry("minimax-m2", 62, 3072, 48, 8, 128, 64, 5e6, 256, 8, 1536, 0, 200064, 196608),
     "tiny": Geometry("qwen35moe", 4, 256, 4, 2, 64, 16, 1e4, 16, 4, 256, 256, 4096, 4096, 4, 4, 8, 32, 4),
@@ -252,8 +309,10 @@ def choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: 
 Parts = list[tuple[str, tuple[int, ...]]]  # names inside a block, and shapes, slowest dimension first
 
 # F32 in every recipe. Those not named in `_fill_vector` are random matrices like any other.
+_NORMS = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "layer_output_scale.weight")  # around 1
 _FLOAT_PARTS = (
-    "norm.weight",
+    *_NORMS,
+    "rope_freqs.weight",
     "ffn_gate_inp.weight",
     "ffn_gate_inp_shexp.weight",
     "ssm_conv1d.weight",
@@ -272,28 +331,39 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
     for layer in range(g.n_layers):
         style, is_dense = STYLES[g.architecture], layer < g.n_dense_layers
         parts: Parts = [("attn_norm.weight", (g.hidden_size,))]
-        parts += _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g)
+        parts += _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g, in_window=g.has_window(layer))
         parts.append((style.ffn_norm, (g.hidden_size,)))
-        parts += _network_shapes(g, "", g.dense_ffn_size) if is_dense else _expert_shapes(g)
+        if is_dense or style.has_dense_beside:
+            parts += _network_shapes(g, "", g.dense_ffn_size)
+        if not is_dense:
+            parts += _expert_shapes(g)
+        sizes = {"stream": g.hidden_size, "experts": g.n_experts, "one": 1}
+        parts += [(name, (sizes[size],)) for name, size in style.vectors]
         if not is_dense and (has_router_biases or style.has_router_bias):
             parts.append(("exp_probs_b.bias", (g.n_experts,)))
         for part, shape in parts:
             yield f"blk.{layer}.{part}", layer, shape
+    if g.window and g.n_layers >= g.attention_interval:  # for layers without a window
+        yield "rope_freqs.weight", 0, (g.n_rot // 2,)
     yield "output_norm.weight", 0, (g.hidden_size,)
-    yield "output.weight", 0, (g.n_vocab, g.hidden_size)
+    if STYLES[g.architecture].has_output:
+        yield "output.weight", 0, (g.n_vocab, g.hidden_size)
 
 
-def _attention_shapes(g: Geometry) -> Parts:
+def _attention_shapes(g: Geometry, *, in_window: bool) -> Parts:
     style = STYLES[g.architecture]
-    n_q, n_kv = g.n_heads * g.head_dim, g.n_kv_heads * g.head_dim
+    n_kv_heads, head_dim = (g.window_kv_heads, g.window_head_dim) if in_window else (g.n_kv_heads, g.head_dim)
+    n_q, n_kv = g.n_heads * head_dim, n_kv_heads * head_dim
     sizes = {"q": style.query_parts * n_q, "k": n_kv, "v": n_kv}
+    if g.window and not in_window:
+        del sizes["v"]  # values are the keys
     parts: Parts = [(f"attn_{part}.weight", (size, g.hidden_size)) for part, size in sizes.items()]
     if style.has_biases:
         parts += [(f"attn_{part}.bias", (size,)) for part, size in sizes.items()]
     if style.head_norm:
         of_row = style.head_norm == "row"
-        parts.append(("attn_q_norm.weight", (n_q if of_row else g.head_dim,)))
-        parts.append(("attn_k_norm.weight", (n_kv if of_row else g.head_dim,)))
+        parts.append(("attn_q_norm.weight", (n_q if of_row else head_dim,)))
+        parts.append(("attn_k_norm.weight", (n_kv if of_row else head_dim,)))
     return [*parts, ("attn_output.weight", (g.hidden_size, n_q))]
 
 
@@ -337,7 +407,9 @@ def _tensor_infos(g: Geometry, recipe: Recipe, *, has_router_biases: bool) -> di
         if name.endswith(_FLOAT_PARTS):
             chosen = BY_NAME["F32"]
         else:
-            chosen = choose_format(recipe, name, layer, g.n_layers, shape[-1])
+            is_output = name == "token_embd.weight" and not STYLES[g.architecture].has_output
+            role = "output.weight" if is_output else name
+            chosen = choose_format(recipe, role, layer, g.n_layers, shape[-1])
         n_bytes = prod(shape[:-1]) * chosen.row_bytes(shape[-1])
         infos[name] = TensorInfo(name, chosen, shape, n_bytes)
     return infos
@@ -404,6 +476,17 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
     else:
         keys["feed_forward_length"] = g.dense_ffn_size or 3 * g.hidden_size  # of a dense layer, if there is one
         keys["leading_dense_block_count"] = g.n_dense_layers
+    if g.window:
+        has_window = [g.has_window(layer) for layer in range(g.n_layers)]
+        keys |= {
+            "attention.head_count_kv": np.where(has_window, g.window_kv_heads, g.n_kv_heads).astype(np.int32),
+            "attention.sliding_window": g.window,
+            "attention.sliding_window_pattern": np.array(has_window),
+            "attention.key_length_swa": g.window_head_dim,
+            "attention.value_length_swa": g.window_head_dim,
+            "rope.dimension_count_swa": g.window_head_dim,
+            "rope.freq_base_swa": float32(g.window_rope_theta),
+        }
     return {
         "general.architecture": g.architecture,
         "general.type": "model",
@@ -473,8 +556,10 @@ def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> boo
     """Fill a tensor whose values must have a certain size for the model to stay sane; return whether it is one."""
     random = np.random.default_rng(seed)
     values = out.view(np.float32) if info.format.name == "F32" else None
-    if info.name.endswith("norm.weight"):
+    if info.name.endswith(_NORMS):
         drawn = 1 + 0.1 * random.standard_normal(info.shape)
+    elif info.name == "rope_freqs.weight":  # a quarter of the pairs turn
+        drawn = np.where(np.arange(info.shape[0]) < info.shape[0] // 4, 1.0, 1e30)
     elif info.name.endswith("ssm_a"):  # decay rates, as these layers are initialised for training
         drawn = -random.uniform(1, 16, info.shape)
     elif info.name.endswith("ssm_dt.bias"):  # softplus of it is a time step from 0.001 to 0.1
