@@ -13,6 +13,7 @@ from engine.config import EngineConfig, EngineSettings, MoESettings
 from engine.data import tiny_model_path
 from engine.devices.cuda import program as cuda_program
 from engine.errors import ConfigError
+from engine.experts import steering
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.steering import GUESSED, PLAYED_OF_PROMPT, Steering
 from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
@@ -129,6 +130,24 @@ def test_the_gpu_chooses_them_too(
     monkeypatch.setattr(cuda_program, "n_logical_cpus", lambda: 64 if in_background else 1)
     driver.set(order="random", copy_us=200)
     np.testing.assert_array_equal(routing_of_run("cuda", tmp_path, "made-up"), process)
+
+
+@needs_emulator
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_gpu_guesses_what_it_is_told(share: float, driver, monkeypatch) -> None:
+    """And by itself in place of the rest: an untrained router hardly ever guesses right."""
+    monkeypatch.setattr(steering, "GUESSED", share)
+    settings = EngineSettings(device="cuda", n_threads=2, context_length=64, max_batch_tokens=8)
+    name, moe = "synthetic:tiny:layers=3,experts=64,used=2", MoESettings(hot_k=5, routing="made-up")
+    with Engine.open(name, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:
+        session.run(list(range(PROMPT_TOKENS)))
+        for token in range(12):
+            session.run([token])
+        times = engine.statistics.layer_times
+    assert times is not None
+    n_asked, n_guessed = times.guesses.tolist()
+    assert n_asked > 0
+    assert n_guessed == n_asked if share == 1.0 else n_guessed < n_asked / 4
 
 
 def test_the_answer_of_a_trace_is_played_again_and_again(tmp_path: Path) -> None:
