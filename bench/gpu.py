@@ -35,9 +35,10 @@ from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf
 from engine.devices.cuda.launch import Count, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.program import CUDAProgram
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
-from engine.devices.graph import DRAW, Gating, KVType, Limits, Scoring
 from engine.devices.graph import Activation as ExpertActivation
+from engine.devices.graph import Gating, KVType, Scoring
 from engine.devices.placement import Wish
+from engine.devices.program import DRAW, Limits
 from engine.devices.timing import Bandwidths
 from engine.errors import EngineError
 from engine.generate.forward import ForwardPass

@@ -20,7 +20,8 @@ import pytest
 from engine import Engine, SamplingParams, _kernels
 from engine.devices.cpu import CPUDevice, lowering
 from engine.devices.cpu.device import CPUProgram
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.gguf.synthetic import SyntheticModel
 from engine.models import load_model
 from engine.quants.formats import BY_NAME, BY_TYPE

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.devices.graph import StagedProgram, Step
+from engine.devices.program import StagedProgram, Step
 from engine.devices.timing import Bandwidths
 from engine.experts.cost import SwapBudget
 from engine.experts.hot_cache import HotCache

@@ -18,6 +18,7 @@ MODULES = (
     "engine.runtime.answering",  # what Engine and Session inherit
     "engine.model_spec",
     "engine.devices.graph",
+    "engine.devices.program",
     "engine.devices.timing",  # of statistics: where time and bytes went
     "engine.experts.hot_cache",  # of statistics: what the cache did
     "engine.experts.policy",

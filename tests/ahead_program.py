@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine import _kernels
-from engine.devices.graph import NO_DRAW, AheadProgram, Program, Step
+from engine.devices.program import NO_DRAW, AheadProgram, Program, Step
 from engine.errors import DeviceError
 from engine.runtime import Engine
 

@@ -14,8 +14,9 @@ from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated import Behaviour, EmulatedDevice
 from engine.devices.emulated.device import EmulatedProgram
 from engine.devices.footprint import measure
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
 from engine.devices.placement import plan_memory
+from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine
 from engine.experts.cost import SwapBudget
 from engine.experts.hot_cache import HotCache

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.devices.cpu import CPUDevice
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.errors import EngineError, GGUFError
 from engine.gguf.metadata import Metadata, Value
 from engine.gguf.model_file import TensorInfo

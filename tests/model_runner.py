@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.devices.cpu import CPUDevice
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.generate.forward import ForwardPass
 from engine.gguf import WeightMemory, open_model_file
 from engine.models import load_model

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from engine.devices import graph as ops
-from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight, WeightAccess
+from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Scoring, Tensor, Vector, Weight
+from engine.devices.program import WeightAccess
 from engine.quants import reference
 
 SMALLEST_SUM = 2.0**-14  # of router weights, before they are divided by it

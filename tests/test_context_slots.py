@@ -14,8 +14,9 @@ from engine.data import tiny_model_path
 from engine.devices.context_slots import ALIGNMENT, ContextSlot, SequenceLengths, UsableSlots, place_in_context
 from engine.devices.emulated import HazardError
 from engine.devices.footprint import measure
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
 from engine.devices.placement import Wish, plan_memory
+from engine.devices.program import Limits
 
 TOKENS = np.random.default_rng(2).integers(5, 300, 48).tolist()
 

@@ -13,7 +13,8 @@ from test_cuda_lending import cached, same_bits
 
 from engine.devices.cuda.sequence_state import used_parts
 from engine.devices.footprint import measure
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.errors import DeviceError
 from engine.experts.watched_program import WatchedProgram
 from engine.gguf.weights import WeightMemory

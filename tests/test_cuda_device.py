@@ -19,8 +19,9 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.program import CUDAProgram
-from engine.devices.graph import DRAW, NO_DRAW, Gating, Graph, KVType, Limits, Step, Weight
+from engine.devices.graph import Gating, Graph, KVType, Weight
 from engine.devices.placement import Wish
+from engine.devices.program import DRAW, NO_DRAW, Limits, Step
 from engine.devices.timing import Bandwidths
 from engine.errors import DeviceError, RequestError
 from engine.generate.forward import ForwardPass

@@ -8,7 +8,7 @@ from cuda_launcher import SCHEDULES, Emulator
 
 from engine import _kernels
 from engine.devices.cuda import drawing
-from engine.devices.graph import DRAW, NO_DRAW
+from engine.devices.program import DRAW, NO_DRAW
 from tests.cusim import needs_emulator
 
 pytestmark = needs_emulator

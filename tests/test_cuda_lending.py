@@ -13,7 +13,8 @@ from interrupter import Interrupter
 from test_cuda_device import Model, Opened
 
 from engine.devices.cuda.expert_layers import PLACE_BYTES
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.errors import DeviceError
 from engine.experts import hot_cache as hot_cache_module
 from engine.experts import slots as slots_module

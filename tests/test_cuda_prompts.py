@@ -14,7 +14,8 @@ from test_cuda_device import Model, Opened
 from engine.devices.cuda.expert_layers import Staging
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.runtime import Stream
-from engine.devices.graph import KVType, Limits, Rows
+from engine.devices.graph import KVType, Rows
+from engine.devices.program import Limits
 from engine.errors import DeviceError
 from engine.gguf.weights import WeightMemory
 from tests.cusim import needs_emulator

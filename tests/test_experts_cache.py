@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupter import Interrupter
 
-from engine.devices.graph import StagedProgram, Step
+from engine.devices.program import StagedProgram, Step
 from engine.devices.timing import Bandwidths
 from engine.experts import hot_cache as hot_cache_module
 from engine.experts import slots as slots_module

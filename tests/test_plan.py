@@ -13,7 +13,8 @@ from engine.bench.plan import measure_on_gpu, predict
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.footprint import measure
-from engine.devices.graph import KVType, Limits
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine, StepWork, streaming_pays_from, time_step
 from engine.experts.policy import make_policy
 from engine.experts.replay import Clairvoyant, replay

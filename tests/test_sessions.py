@@ -11,7 +11,7 @@ import pytest
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import EngineSettings, ModelSettings
 from engine.data import tiny_model_path
-from engine.devices.graph import SavingProgram
+from engine.devices.program import SavingProgram
 from engine.errors import DeviceError, RequestError
 from engine.generate.session_file import VERSION
 

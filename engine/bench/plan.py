@@ -22,8 +22,9 @@ from engine.bench.units import format_bytes, parse_rate
 from engine.cli.options import add_output
 from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import Graph, KVType, Limits
+from engine.devices.graph import Graph, KVType
 from engine.devices.placement import MemoryPlan, Wish, least_cpu_layers, plan_memory
+from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
 from engine.errors import ConfigError
 from engine.experts.policy import make_policy

@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices import graph as ops
-from engine.devices.graph import Graph, KVType, Limits, Weight
+from engine.devices.graph import Graph, KVType, Weight
 from engine.devices.intervals import Interval, plan_offsets
+from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, streaming_pays_from
 
 SHORT_STEP = 64  # tokens of a step that takes no memory from expert slots

@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import StagedProgram
+from engine.devices.program import StagedProgram
 from engine.devices.timing import Bandwidths, LayerTimes, StepTime, Traffic
 
 Ticket: TypeAlias = object

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MoESettings
-from engine.devices.graph import Program
+from engine.devices.program import Program
 from engine.devices.slots import SlotProgram, WaitingProgram
 from engine.errors import ConfigError
 from engine.experts.cost import SwapBudget

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Program, TunableProgram
+from engine.devices.program import Program, TunableProgram
 from engine.errors import ConfigError
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.trace import NOT_RECORDED, Trace, load_trace

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import DrawingProgram, Drawn, Limits, Program, SavingProgram, StagedProgram, Step
+from engine.devices.program import DrawingProgram, Drawn, Limits, Program, SavingProgram, StagedProgram, Step
 from engine.devices.slots import ClockedProgram
 from engine.errors import DeviceError
 from engine.experts.hot_cache import HotCache
@@ -49,7 +49,7 @@ class _Over:
 
 
 class WatchedProgram:
-    """Implements `graph.Program`, and `AheadProgram` on top of a staged one; the program stays its owner's.
+    """Implements `program.Program`, and `AheadProgram` on top of a staged one; the program stays its owner's.
 
     Attributes:
         runs_ahead: see `AheadProgram`; False for others.
@@ -100,13 +100,13 @@ class WatchedProgram:
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        """Run one step and let the watchers see it; see `graph.Program.run`."""
+        """Run one step and let the watchers see it; see `program.Program.run`."""
         _, logits = self._run(Step(token_ids, positions, slots, output_rows, None))
         assert logits is not None
         return logits
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
-        """Say which tokens may be drawn, of a program that draws; see `graph.DrawingProgram`."""
+        """Say which tokens may be drawn, of a program that draws; see `program.DrawingProgram`."""
         assert self._drawing is not None
         self._drawing.allow(allowed)
 
@@ -118,7 +118,7 @@ class WatchedProgram:
         output_rows: npt.NDArray[np.int32],
         draws: npt.NDArray[np.void],
     ) -> Drawn:
-        """Run one step of a program that draws tokens, likewise; see `graph.DrawingProgram`."""
+        """Run one step of a program that draws tokens, likewise; see `program.DrawingProgram`."""
         return self._run(Step(token_ids, positions, slots, output_rows, draws))
 
     def _run(self, step: Step) -> Drawn:
@@ -138,7 +138,7 @@ class WatchedProgram:
         return self._drawing.run_and_draw(*step.inputs, step.draws)
 
     def begin(self, step: Step) -> None:
-        """Begin a step; see `graph.AheadProgram`."""
+        """Begin a step; see `program.AheadProgram`."""
         assert self._staged is not None
         try:
             self._steer(step)
@@ -216,7 +216,7 @@ class WatchedProgram:
             self.settle()
 
     def load_sequence(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
-        """Put a saved sequence back, see `graph.SavingProgram`: it needs memory as a step that ends there does."""
+        """Put a saved sequence back, see `program.SavingProgram`: it needs memory as a step that ends there does."""
         assert isinstance(self._program, SavingProgram)
         if self._cache is not None and n_tokens:
             self._make_room(self._cache, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))

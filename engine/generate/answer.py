@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
-from engine.devices.graph import Draw
+from engine.devices.program import Draw
 from engine.generate.forward import Progress
 from engine.generate.leases import Lease
 from engine.generate.sampling import Sampler

@@ -10,7 +10,8 @@ from typing import Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import DRAW, NO_DRAW, AheadProgram, Draw, DrawingProgram, Limits, Program, Rows, Step
+from engine.devices.graph import Rows
+from engine.devices.program import DRAW, NO_DRAW, AheadProgram, Draw, DrawingProgram, Limits, Program, Step
 from engine.devices.slots import ClockedProgram
 from engine.errors import RequestError
 

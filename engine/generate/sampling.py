@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.config import SamplingParams
-from engine.devices.graph import MOST_TOP_K, Draw
+from engine.devices.program import MOST_TOP_K, Draw
 from engine.generate.sequence import Sequence
 from engine.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import RecurrentProgram
+from engine.devices.program import RecurrentProgram
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ _HUGE_PAGE = 2 << 20
 
 
 class WeightMemory:
-    """Holds the bytes of some tensors. Implements `devices.graph.WeightAccess`."""
+    """Holds the bytes of some tensors. Implements `devices.program.WeightAccess`."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[np.uint8]], mode: Mode) -> None:
         """Take over arrays that `load` has filled."""

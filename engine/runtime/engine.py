@@ -20,7 +20,7 @@ from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import DrawingProgram, ProfiledProgram, Program, RecurrentProgram, SavingProgram
+from engine.devices.program import DrawingProgram, ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
 from engine.errors import DeviceError, EngineError, RequestError

@@ -13,8 +13,9 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice, survey
 from engine.devices.emulated import Behaviour, EmulatedDevice
 from engine.devices.footprint import Footprint
-from engine.devices.graph import Device, KVType, Limits
+from engine.devices.graph import KVType
 from engine.devices.placement import Wish
+from engine.devices.program import Device, Limits
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
 from engine.gguf import available_memory

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.cpu.sequence_state import recurrent_parts, used_parts
-from engine.devices.graph import Graph, Limits, WeightAccess
+from engine.devices.graph import Graph
+from engine.devices.program import Limits, WeightAccess
 from engine.errors import DeviceError, RequestError
 from engine.quants import install_grids
 
@@ -80,7 +81,7 @@ class CPUProgram:
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        """Run one step; see `graph.Program.run`. Raises `RequestError` for a step that does not fit the program."""
+        """Run one step; see `program.Program.run`. Raises `RequestError` for a step that does not fit the program."""
         self.begin(token_ids, positions, slots, output_rows)
         self.run_operations()
         return self.logits(len(output_rows))

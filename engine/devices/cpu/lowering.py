@@ -17,7 +17,8 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices import graph as ops
 from engine.devices.cpu.memory import ALIGNMENT, Arena, Interval, plan_offsets
-from engine.devices.graph import Graph, Limits, Tensor, Vector, Weight, WeightAccess
+from engine.devices.graph import Graph, Tensor, Vector, Weight
+from engine.devices.program import Limits, WeightAccess
 from engine.quants.formats import Activation
 
 Value = TypeVar("Value", np.float32, np.int32)

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
-from engine.devices.graph import KVCache, Limits, State
+from engine.devices.graph import KVCache, State
+from engine.devices.program import Limits
 
 _LANES = 16  # positions whose keys lie side by side; see kernels/ops/kv_layout.h
 

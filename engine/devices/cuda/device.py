@@ -21,8 +21,8 @@ from engine.devices.cuda.speeds import measure_speeds
 from engine.devices.cuda.swaps import Copy
 from engine.devices.footprint import lends_from, measure
 from engine.devices.graph import Graph as ForwardGraph
-from engine.devices.graph import Limits, WeightAccess
 from engine.devices.placement import STAGED_EXPERTS, MemoryPlan, Wish, plan_memory
+from engine.devices.program import Limits, WeightAccess
 from engine.devices.timing import CPU_MACS, Bandwidths
 from engine.quants import install_grids
 

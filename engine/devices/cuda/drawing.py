@@ -61,7 +61,7 @@ class Drawing:
         Args:
             base: address of the allocation.
             logits: the rows.
-            draws: address of how, `graph.DRAW` for each row.
+            draws: address of how, `program.DRAW` for each row.
             chosen: address of where the tokens go, int32 for each row; -1 is a draw that takes all logits.
             count: rows.
         """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.devices.cuda.driver import DriverCallError
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedPages, close_all
-from engine.devices.graph import WeightAccess
+from engine.devices.program import WeightAccess
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ from engine.devices.cuda.places import Layout, Pass, StepLayout, aligned, reserv
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.cuda.scratch import Scratch
 from engine.devices.cuda.sequence_state import context_stretches
-from engine.devices.graph import Graph, Limits, WeightAccess
+from engine.devices.graph import Graph
 from engine.devices.placement import MemoryPlan
+from engine.devices.program import Limits, WeightAccess
 
 
 class Lowering:

@@ -18,7 +18,8 @@ from engine.devices.cuda.expert_layers import ExpertLayer
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedMemory
-from engine.devices.graph import Vector, Weight, WeightAccess
+from engine.devices.graph import Vector, Weight
+from engine.devices.program import WeightAccess
 from engine.errors import DeviceError
 from engine.quants.formats import Activation
 

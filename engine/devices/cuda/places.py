@@ -10,11 +10,11 @@ from engine.devices.cuda import tiles
 from engine.devices.cuda.kernels import Exchange, Forms
 from engine.devices.cuda.launch import PADDING, Count, Launch, Rows
 from engine.devices.cuda.scratch import Need, Scratch
-from engine.devices.graph import Limits
+from engine.devices.program import DRAW, Limits
 from engine.quants.formats import Activation, QuantFormat
 
 ALIGNMENT = 256
-DRAW_WORDS = graph.DRAW.itemsize // 4
+DRAW_WORDS = DRAW.itemsize // 4
 
 
 class Layout:
@@ -45,7 +45,7 @@ class StepLayout:
 
     Attributes:
         n_words: four-byte words in all.
-        first_draw: the word where `graph.DRAW` of the first row begins; all words before are int32.
+        first_draw: the word where `program.DRAW` of the first row begins; all words before are int32.
     """
 
     def __init__(self, layout: Layout, max_tokens: int, n_draws: int) -> None:

@@ -24,7 +24,8 @@ from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.steps import Steps
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
-from engine.devices.graph import Drawn, Limits, Rows, Step, WeightAccess
+from engine.devices.graph import Rows
+from engine.devices.program import Drawn, Limits, Step, WeightAccess
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
 from engine.errors import DeviceError, RequestError
@@ -185,7 +186,7 @@ class CUDAProgram:
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        """Run one step; see `graph.Program.run`.
+        """Run one step; see `program.Program.run`.
 
         Raises `RequestError` for a step that does not fit the program, `DeviceError` if the device or the CPU's share
         failed; after a failure of the CPU's share the program can be used on.
@@ -208,7 +209,7 @@ class CUDAProgram:
         output_rows: npt.NDArray[np.int32],
         draws: npt.NDArray[np.void],
     ) -> Drawn:
-        """Run one step and draw tokens; see `graph.DrawingProgram.run_and_draw`, and `run` for what it raises."""
+        """Run one step and draw tokens; see `program.DrawingProgram.run_and_draw`, and `run` for what it raises."""
         assert len(draws) == len(output_rows)
         return self._run(Step(token_ids, positions, slots, output_rows, draws))
 
@@ -219,7 +220,7 @@ class CUDAProgram:
         return self.collect()
 
     def prepare(self, step: Step) -> None:
-        """Take the inputs of the next step, which may be behind the one under way; see `graph.StagedProgram`."""
+        """Take the inputs of the next step, which may be behind the one under way; see `program.StagedProgram`."""
         assert self._prepared is None
         assert len(self._under_way) < 2
         before = self._under_way[-1] if self._under_way else None

@@ -16,7 +16,8 @@ from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import Finish, Layout, Pass, Place
 from engine.devices.cuda.scratch import Need, Scratch
 from engine.devices.cuda.sequence_state import Owners
-from engine.devices.graph import Graph, KVCache, Limits, State, Tensor, Vector, Weight, WeightAccess
+from engine.devices.graph import Graph, KVCache, State, Tensor, Vector, Weight
+from engine.devices.program import Limits, WeightAccess
 from engine.quants.formats import Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
 

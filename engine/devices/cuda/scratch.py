@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from engine.devices.graph import Limits
 from engine.devices.intervals import Interval, plan_offsets
+from engine.devices.program import Limits
 
 
 @dataclass(slots=True, eq=False)

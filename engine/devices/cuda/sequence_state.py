@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from engine.devices.footprint import position_rows
-from engine.devices.graph import KVCache, KVType, Limits, State
+from engine.devices.graph import KVCache, KVType, State
+from engine.devices.program import Limits
 
 Owners: TypeAlias = list[tuple[KVCache | State, int]]
 """Caches and states, each with the offset of the memory of all its sequences."""

@@ -13,7 +13,7 @@ from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import DRAW_WORDS
 from engine.devices.cuda.runtime import PinnedMemory, Stream, close_all
-from engine.devices.graph import DRAW, MOST_TOP_K, NO_DRAW, Step
+from engine.devices.program import DRAW, MOST_TOP_K, NO_DRAW, Step
 
 T = TypeVar("T", bound=np.generic)
 M = TypeVar("M", PinnedMemory, "StepBuffer")

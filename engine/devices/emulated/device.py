@@ -16,8 +16,9 @@ from engine.devices.emulated.clock import Event, Timetable, VirtualClock
 from engine.devices.emulated.slot_memory import Copy, SlotMemory, check_ticket
 from engine.devices.emulated.staging import StagingAreas
 from engine.devices.footprint import Footprint, lends_from, measure
-from engine.devices.graph import Graph, Limits, WeightAccess
+from engine.devices.graph import Graph
 from engine.devices.placement import MemoryPlan, Wish, plan_memory
+from engine.devices.program import Limits, WeightAccess
 from engine.devices.slots import Ticket
 from engine.devices.timing import (
     STAGED_LAYERS,
@@ -171,7 +172,7 @@ class EmulatedProgram:
         slots: npt.NDArray[np.int32],
         output_rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        """Run one step, and move the clock by the time it would take; see `graph.Program.run`."""
+        """Run one step, and move the clock by the time it would take; see `program.Program.run`."""
         self._memory.settle()
         usable = self._lend(len(positions), positions, slots)
         cold = self._without_slot()
