@@ -528,6 +528,7 @@ def prompt_attention(bench: Bench) -> None:
             128,
             128,
             1,
+            0.0,
             False,
             1e-6,
             *places,
@@ -591,7 +592,7 @@ def small(bench: Bench) -> None:
     with bench.memory(1 << 20, 64 << 20, 1 << 20, 256, 1 << 20, 1024) as (x, state, out, words, vectors, counters):
         bench.put(words, np.array([1, 5, 0], np.int32))
         net = recurrent.DeltaNet(
-            16, 64, 128, 128, 1, 4, False, 1e-6, 1e-6, Gating.SILU,
+            16, 64, 128, 128, 1, 0.0, 4, False, 1e-6, 1e-6, Gating.SILU,
             vectors, vectors, vectors, vectors, state + (32 << 20), state,
         )  # fmt: skip
         forms, places = Forms(Rows(out + 65536, 16384)), (words + 4, words + 8)

@@ -26,8 +26,8 @@ struct Tokens {
 KERNEL(ROWS *WARP)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, const float *skip, float *state,
-          float *out, int64_t out_stride, int n_k_heads, int is_grouped, float eps, const int *positions, const int *slots,
-          const int *n_tokens) {
+          float *out, int64_t out_stride, int n_k_heads, int is_grouped, float decay_bound, float eps,
+          const int *positions, const int *slots, const int *n_tokens) {
     __shared__ Tokens fetched[2];
     __shared__ Token tokens[AT_ONCE];
     const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens;
@@ -68,9 +68,9 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         if (lane)
             return;
         const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
-        tokens[i] = {query_factor, BY_CHANNEL ? 0.0f : decay_of(a[head], alpha[t * alpha_stride + head], dt_bias[head]),
-                     IS_DELTA ? sigmoid(beta[t * beta_stride + head])
-                              : exact_softplus(alpha[t * alpha_stride + head] + dt_bias[head]),
+        const float own_alpha = alpha[t * alpha_stride + head];
+        tokens[i] = {query_factor, BY_CHANNEL ? 0.0f : decay_of(a[head], own_alpha, dt_bias[head], decay_bound),
+                     IS_DELTA ? sigmoid(beta[t * beta_stride + head]) : exact_softplus(own_alpha + dt_bias[head]),
                      begins, t + 1 == n || slots[t + 1] != slot, slot};
     };
 
@@ -96,7 +96,7 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             prepare(own, i, first + i);
         for (int i = thread; BY_CHANNEL && i < n_now * K_DIM; i += ROWS * WARP) {
             float &decay = own.decays[i / K_DIM][i % K_DIM];
-            decay = decay_of(a[head], decay, dt_bias[head * K_DIM + i % K_DIM]);
+            decay = decay_of(a[head], decay, dt_bias[head * K_DIM + i % K_DIM], decay_bound);
         }
         __syncthreads();
         if (row >= V_DIM)

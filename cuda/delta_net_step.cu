@@ -36,7 +36,7 @@ struct Layer {
     const float *conv_weight, *a, *dt_bias, *norm_weight;
     float *conv_state, *state;
     int n_k_heads, is_grouped;
-    float eps, norm_eps;
+    float decay_bound, eps, norm_eps;
 };
 
 // found: [n_v_heads * V_DIM], as `delta_net` gives it; out: the same gated. n_done: n_k_heads + ceil(n_v_heads * V_DIM / 256)
@@ -119,7 +119,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     }
 #pragma unroll
     for (int j = 0; j < N_DECAYS; j++)
-        decay[j] = decays(j) ? decay_of(a, alpha[j], dt_bias[j]) : 0.0f;
+        decay[j] = decays(j) ? decay_of(a, alpha[j], dt_bias[j], layer.decay_bound) : 0.0f;
     const float rate = sigmoid(beta);
     const float query_factor = factor_of_query(warp_sum(query_squares), layer.eps);
     const float key_factor = factor_of_key(warp_sum(key_squares), layer.eps);

@@ -356,6 +356,7 @@ class Program:
         k_dim: int,
         v_dim: int,
         decay_dim: int,
+        decay_bound: float,
         grouped: bool,
         eps: float,
     ) -> None:
@@ -363,6 +364,7 @@ class Program:
 
         beta = sigmoid(beta) [n_v_heads], decay = exp(a * softplus(alpha + dt_bias)) [n_v_heads, decay_dim]: one for
         each head, or with a `decay_dim` of k_dim for each channel of its key. a [n_v_heads].
+        With a `decay_bound` below 0 (0: none) decay = exp(decay_bound * sigmoid(a * (alpha + dt_bias))).
         v head h uses k head h // (n_v_heads / n_k_heads) if `grouped`, else h % n_k_heads.
         state float32 [n_slots, n_v_heads, k_dim, v_dim].
 

@@ -139,6 +139,7 @@ cdef extern from "kernels/ops.h":
         const float *skip
         float *state
         int n_k_heads, n_v_heads, k_dim, v_dim, decay_dim
+        float decay_bound
         c_bool grouped
         float eps
     ctypedef struct router_args:
@@ -982,6 +983,7 @@ cdef class Program:
         int k_dim,
         int v_dim,
         int decay_dim,
+        float decay_bound,
         c_bool grouped,
         float eps,
     ):
@@ -1003,6 +1005,10 @@ cdef class Program:
             decay_dim == 1 or (decay_dim == k_dim and beta),
             f"decay_dim is {decay_dim}; expected 1, or with beta k_dim ({k_dim})",
         )
+        need(
+            decay_bound == 0 or (decay_bound < 0 and beta),
+            f"decay_bound is {decay_bound}; expected 0, or with beta less",
+        )
         args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads * <int64_t> decay_dim)
         args.out = need_matrix("out", out, out_stride, value_size)
         args.a = <const float *> need_address("a", a)
@@ -1013,6 +1019,7 @@ cdef class Program:
         args.k_dim = k_dim
         args.v_dim = v_dim
         args.decay_dim = decay_dim
+        args.decay_bound = decay_bound
         args.grouped = grouped
         args.eps = eps
         recorded(program_delta_net(self._program, args))

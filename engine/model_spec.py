@@ -108,6 +108,7 @@ class LatentAttentionSpec:
         rope: of the rotated part; None: nothing is rotated.
         temperature_period, temperature_slope: queries at position p are multiplied by 1 + slope * ln(1 + floor(p /
             period)); a slope of 0: they are not.
+        gated: whether what a head finds is multiplied by the sigmoid of a gate of its own.
     """
 
     n_heads: int
@@ -120,6 +121,7 @@ class LatentAttentionSpec:
     rope: RopeSpec | None = None
     temperature_period: int = 1
     temperature_slope: float = 0.0
+    gated: bool = False
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
@@ -139,9 +141,10 @@ class LatentAttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetSpec:
-    """Gated delta net, the linear attention of Qwen3-Next, Qwen3.5 and Kimi Linear.
+    """Gated delta net, the linear attention of Qwen3-Next, Qwen3.5, Kimi Linear and Ling 3.
 
-    Value head h uses key head h // (n_v_heads / n_k_heads) if `grouped`, else h mod n_k_heads.
+    Value head h uses key head h // (n_v_heads / n_k_heads) if `grouped`, else h mod n_k_heads. `decay_bound` is that of
+    `graph.DeltaNet`.
     """
 
     n_k_heads: int
@@ -149,6 +152,7 @@ class DeltaNetSpec:
     head_dim: int
     kernel_size: int
     grouped: bool = False
+    decay_bound: float = 0.0
 
     @property
     def key_size(self) -> int:

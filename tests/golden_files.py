@@ -47,6 +47,8 @@ PEERS = (
     "afmoe",
     "bailingmoe",
     "bailingmoe2",
+    "bailingmoe3",
+    "bailingmoe3-vl",
     "deepseek",
     "dots1",
     "ernie4_5-moe",

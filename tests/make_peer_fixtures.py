@@ -65,6 +65,7 @@ class Peer:
         state_space_layers: those of other models.
         short_conv_layers: the blocks that convolve instead of attending.
         delta_layers: the blocks with a delta net whose channels decay apart.
+        bounded_decays: whether these decays are bounded, and one matrix stands where others have two of low rank.
         output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
         is_latent: whether attention is multi-head latent attention.
@@ -102,6 +103,7 @@ class Peer:
     state_space_layers: tuple[int, ...] = ()
     short_conv_layers: tuple[int, ...] = ()
     delta_layers: tuple[int, ...] = ()
+    bounded_decays: bool = False
     output_norm: str = "output_norm"
     expert_width: int = 0
     is_latent: bool = False
@@ -140,6 +142,7 @@ STATE_SPACE = {
 SHORT_KERNEL = 3
 KDA_DIM, KDA_KERNEL = 16, 4
 QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
+GATED_VALUE_DIM = 24  # heads with gates are a multiple of 8 wide on a GPU
 LATENT = {
     "attention.head_count_kv": 1,
     "attention.q_lora_rank": QUERY_RANK,
@@ -151,6 +154,17 @@ LATENT = {
     "rope.dimension_count": ROPE_DIM,
 }
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 4096}
+LING_3 = MOE | {
+    "attention.value_length_mla": GATED_VALUE_DIM,
+    "kda.head_dim": KDA_DIM,
+    "kda.gate_lower_bound": -5.0,
+    "ssm.conv_kernel": KDA_KERNEL,
+    "expert_shared_count": 1,
+    "expert_shared_feed_forward_length": FFN,
+    "expert_gating_func": 2,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 2.5,
+}
 PEERS = {
     "afmoe": Peer(
         "afmoe",
@@ -198,6 +212,50 @@ PEERS = {
         router_bias=0.2,
         head_norm="head",
         fused_qkv=True,
+    ),
+    "bailingmoe3": Peer(
+        "bailingmoe3",
+        3,
+        LATENT
+        | LING_3
+        | {
+            "attention.head_count_kv": [0, 1, 0],
+            "kda.safe_gate": True,
+            "leading_dense_block_count": 1,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "swiglu_clamp_exp": [0.0, 0.5, 0.0],
+            "swiglu_clamp_shexp": [0.5, 0.0, 0.3],
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        is_latent=True,
+        value_dim=GATED_VALUE_DIM,
+        attention_gate="head",
+        delta_layers=(0, 2),
+        bounded_decays=True,
+    ),
+    "bailingmoe3-vl": Peer(
+        "bailingmoe3",
+        2,
+        {key: size for key, size in LATENT.items() if key != "attention.q_lora_rank"}
+        | LING_3
+        | {
+            "attention.head_count_kv": [0, 1],
+            "kda.gate_lower_bound": -2.0,
+            "leading_dense_block_count": 1,
+            "rope.dimension_sections": [2, 1, 1, 0],
+        },
+        moe_layers=(1,),
+        shared_size=FFN,
+        router_bias=0.2,
+        tied=True,
+        is_latent=True,
+        value_dim=GATED_VALUE_DIM,
+        attention_gate="head",
+        delta_layers=(0,),
+        bounded_decays=True,
     ),
     "deepseek": Peer(
         "deepseek",
@@ -624,7 +682,7 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     elif layer in peer.short_conv_layers:
         yield from short_conv(draw)
     elif layer in peer.delta_layers:
-        yield from kimi_delta_attention(draw)
+        yield from kimi_delta_attention(peer, draw)
     else:
         yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
     if peer.parallel_networks:
@@ -742,8 +800,11 @@ def latent_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]
     yield "attn_kv_a_mqa.weight", draw.matrix(LATENT_DIM + ROPE_DIM, HIDDEN)
     yield "attn_kv_a_norm.weight", draw.norm(LATENT_DIM)
     yield "attn_k_b.weight", draw.matrix(N_HEADS, LATENT_DIM, KEY_DIM)
-    yield "attn_v_b.weight", draw.matrix(N_HEADS, VALUE_DIM, LATENT_DIM)
-    yield "attn_output.weight", draw.matrix(HIDDEN, N_HEADS * VALUE_DIM)
+    value_dim = peer.value_dim or VALUE_DIM
+    yield "attn_v_b.weight", draw.matrix(N_HEADS, value_dim, LATENT_DIM)
+    yield "attn_output.weight", draw.matrix(HIDDEN, N_HEADS * value_dim)
+    if peer.attention_gate:
+        yield "attn_gate.weight", draw.matrix(N_HEADS, HIDDEN)
 
 
 def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -760,17 +821,20 @@ def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "ssm_out.weight", draw.matrix(HIDDEN, n_v * dim)
 
 
-def kimi_delta_attention(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+def kimi_delta_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     size = N_HEADS * KDA_DIM
     for part in "qkv":
         yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
         yield f"ssm_conv1d_{part}.weight", draw.matrix(size, 1, KDA_KERNEL)
     yield "ssm_beta.weight", draw.matrix(N_HEADS, HIDDEN)
     for part in "fg":
-        yield f"ssm_{part}_a.weight", draw.matrix(KDA_DIM, HIDDEN)
-        yield f"ssm_{part}_b.weight", draw.matrix(size, KDA_DIM)
+        if peer.bounded_decays:
+            yield f"ssm_{part}_a.weight", draw.matrix(size, HIDDEN)
+        else:
+            yield f"ssm_{part}_a.weight", draw.matrix(KDA_DIM, HIDDEN)
+            yield f"ssm_{part}_b.weight", draw.matrix(size, KDA_DIM)
     yield "ssm_dt.bias", draw.between(-4, 1, size)
-    yield "ssm_a", draw.between(-2, -0.1, N_HEADS, 1)
+    yield "ssm_a", draw.between(0.5, 3, N_HEADS, 1) if peer.bounded_decays else draw.between(-2, -0.1, N_HEADS, 1)
     yield "ssm_norm.weight", draw.norm(KDA_DIM)
     yield "attn_output.weight", draw.matrix(HIDDEN, size, gain=0.5)
 

@@ -164,8 +164,10 @@ class ReferenceProgram:
         n, n_k, n_v = len(self.token_ids), op.n_k_heads, op.n_v_heads
         q, k = (self[t].reshape(n, n_k, -1) for t in (op.q, op.k))
         v = self[op.v].reshape(n, n_v, -1)
-        dt = np.logaddexp(0, self[op.alpha] + self.vector(op.dt_bias))
-        decay = np.exp(self.vector(op.a)[:, None] * dt.reshape(n, n_v, -1))[:, :, None]  # one, or one for each channel
+        x, a = self[op.alpha] + self.vector(op.dt_bias), self.vector(op.a)[:, None]
+        dt, by_head = np.logaddexp(0, x), (n, n_v, -1)  # one decay for each, or one for each of its channels
+        exponent = op.decay_bound * _sigmoid(a * x.reshape(by_head)) if op.decay_bound else a * dt.reshape(by_head)
+        decay = np.exp(exponent)[:, :, None]
         recalls = op.beta is not None
         if op.beta is not None:
             q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))

@@ -57,5 +57,6 @@ def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
     assert_delta_net_layers_are_one(golden_path(f"{name}.gguf"))
 
 
-def test_so_is_one_whose_channels_decay_apart(data: Path) -> None:
-    assert_delta_net_layers_are_one(data / "peers" / "kimi-linear-F32.gguf")
+@pytest.mark.parametrize("name", ["bailingmoe3", "kimi-linear"])
+def test_so_is_one_whose_channels_decay_apart(name: str, data: Path) -> None:
+    assert_delta_net_layers_are_one(data / "peers" / f"{name}-F32.gguf")

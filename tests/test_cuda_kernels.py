@@ -907,19 +907,23 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "kind", "lengths", "mode"),
+    ("k_dim", "v_dim", "n_k_heads", "n_v_heads", "grouped", "kind", "bound", "lengths", "mode"),
     [
-        (128, 128, 2, 4, False, "delta", (2, 3), "fast"),
-        (16, 24, 1, 2, True, "delta", (2, 3), "race"),
-        (16, 12, 1, 2, True, "delta", (2, 17), "asan"),
-        (32, 8, 2, 2, False, "delta", (21, 40), "race"),
-        (128, 16, 2, 4, False, "delta", (33, 1), "fast"),
-        (128, 16, 2, 2, False, "channels", (2, 30), "fast"),
-        (44, 12, 1, 2, True, "channels", (17, 3), "asan"),
-        (32, 8, 2, 4, False, "channels", (21, 40), "race"),
-        (128, 64, 2, 4, True, "state space", (2, 30), "fast"),
-        (16, 12, 1, 2, True, "state space", (17, 3), "asan"),
-        (32, 8, 2, 4, True, "state space", (21, 20), "race"),
+        (128, 128, 2, 4, False, "delta", 0.0, (2, 3), "fast"),
+        (16, 24, 1, 2, True, "delta", 0.0, (2, 3), "race"),
+        (16, 12, 1, 2, True, "delta", 0.0, (2, 17), "asan"),
+        (32, 8, 2, 2, False, "delta", 0.0, (21, 40), "race"),
+        (128, 16, 2, 4, False, "delta", 0.0, (33, 1), "fast"),
+        (20, 12, 1, 2, True, "delta", -5.0, (3, 18), "asan"),
+        (128, 16, 2, 2, False, "channels", 0.0, (2, 30), "fast"),
+        (44, 12, 1, 2, True, "channels", 0.0, (17, 3), "asan"),
+        (32, 8, 2, 4, False, "channels", 0.0, (21, 40), "race"),
+        (128, 128, 2, 2, False, "channels", -5.0, (2, 30), "fast"),
+        (44, 12, 1, 3, True, "channels", -0.25, (17, 3), "asan"),
+        (32, 20, 2, 4, False, "channels", -5.0, (21, 40), "race"),
+        (128, 64, 2, 4, True, "state space", 0.0, (2, 30), "fast"),
+        (16, 12, 1, 2, True, "state space", 0.0, (17, 3), "asan"),
+        (32, 8, 2, 4, True, "state space", 0.0, (21, 20), "race"),
     ],
 )
 def test_recurrent_layers(
@@ -929,6 +933,7 @@ def test_recurrent_layers(
     n_v_heads: int,
     grouped: bool,
     kind: str,
+    bound: float,
     lengths: tuple[int, int],
     mode: str,
 ) -> None:
@@ -948,7 +953,7 @@ def test_recurrent_layers(
     old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
     beta, alpha = (rng.standard_normal((n_tokens, n_v_heads * n)).astype(F32) for n in (1, decay_dim))
     a, dt_bias = (rng.standard_normal(n_v_heads * n).astype(F32) for n in (1, decay_dim))
-    a = -np.exp(a)
+    a = np.exp(a) if bound else -np.exp(a)
 
     expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
     for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
@@ -964,8 +969,9 @@ def test_recurrent_layers(
         q = q / np.sqrt(k_dim)
     v = x[:, 2 * n_k :].reshape(n_tokens, n_v_heads, v_dim)
     key_head = np.arange(n_v_heads) // (n_v_heads // n_k_heads) if grouped else np.arange(n_v_heads) % n_k_heads
-    dt = np.logaddexp(0, alpha + dt_bias).reshape(n_tokens, n_v_heads, decay_dim)
-    decay = np.exp(a[:, None] * dt)
+    shifted = (alpha + dt_bias).reshape(n_tokens, n_v_heads, decay_dim)
+    dt = np.logaddexp(0, shifted)
+    decay = np.exp(bound * sigmoid(a[:, None] * shifted) if bound else a[:, None] * dt)
     new_state = old_state.astype(np.float64)
     new_state[0] = 0
     expected = []
@@ -1007,6 +1013,7 @@ def test_recurrent_layers(
             k_dim,
             v_dim,
             decay_dim,
+            bound,
             grouped,
             eps,
             *places,
@@ -1023,6 +1030,7 @@ def test_recurrent_layers(
         "n_k_heads",
         "n_v_heads",
         "by_channel",
+        "bound",
         "grouped",
         "kernel_size",
         "gating",
@@ -1030,14 +1038,18 @@ def test_recurrent_layers(
         "mode",
     ),
     [
-        (128, 128, 2, 4, False, False, 4, Gating.SILU, True, "fast"),
-        (128, 128, 1, 3, False, True, 4, Gating.SILU, True, "race"),
-        (16, 64, 2, 6, False, True, 3, Gating.SIGMOID, False, "asan"),
-        (200, 8, 2, 4, False, False, 2, Gating.SILU, True, "asan"),
-        (256, 32, 1, 1, False, True, 5, Gating.SIGMOID, True, "race"),
-        (128, 128, 2, 2, True, False, 4, Gating.SIGMOID, True, "fast"),
-        (44, 64, 1, 3, True, True, 3, Gating.SIGMOID, True, "asan"),
-        (96, 32, 2, 2, True, False, 4, Gating.SILU, False, "race"),
+        (128, 128, 2, 4, False, 0.0, False, 4, Gating.SILU, True, "fast"),
+        (128, 128, 1, 3, False, 0.0, True, 4, Gating.SILU, True, "race"),
+        (16, 64, 2, 6, False, 0.0, True, 3, Gating.SIGMOID, False, "asan"),
+        (200, 8, 2, 4, False, 0.0, False, 2, Gating.SILU, True, "asan"),
+        (256, 32, 1, 1, False, 0.0, True, 5, Gating.SIGMOID, True, "race"),
+        (40, 32, 1, 3, False, -5.0, True, 4, Gating.SIGMOID, True, "asan"),
+        (128, 128, 2, 2, True, 0.0, False, 4, Gating.SIGMOID, True, "fast"),
+        (44, 64, 1, 3, True, 0.0, True, 3, Gating.SIGMOID, True, "asan"),
+        (96, 32, 2, 2, True, 0.0, False, 4, Gating.SILU, False, "race"),
+        (128, 128, 2, 2, True, -5.0, False, 4, Gating.SIGMOID, True, "fast"),
+        (44, 64, 1, 3, True, -5.0, True, 3, Gating.SIGMOID, True, "asan"),
+        (200, 32, 2, 2, True, -0.25, False, 4, Gating.SILU, False, "race"),
     ],
 )
 @pytest.mark.parametrize("position", [0, 6])
@@ -1047,6 +1059,7 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
     n_k_heads: int,
     n_v_heads: int,
     by_channel: bool,
+    bound: float,
     grouped: bool,
     kernel_size: int,
     gating: Gating,
@@ -1066,7 +1079,7 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
     x, beta, alpha, by = (normal(1, n) for n in (n_channels, n_v_heads, n_v_heads * decay_dim, n_cols))
     conv_weight, a, dt_bias, norm = (
         normal(n_channels, kernel_size),
-        -np.exp(normal(n_v_heads)),
+        (1 if bound else -1) * np.exp(normal(n_v_heads)),
         normal(n_v_heads * decay_dim),
         normal(v_dim),
     )
@@ -1085,7 +1098,7 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
             rows = emulator.byte_rows(quantized)
             forms = Forms(rows, None) if form == Activation.Q8_256 else Forms(None, rows)
             sizes, states = (
-                (n_k_heads, n_v_heads, k_dim, v_dim, decay_dim),
+                (n_k_heads, n_v_heads, k_dim, v_dim, decay_dim, bound),
                 (emulator.at(conv_state), emulator.at(state)),
             )
             if together:

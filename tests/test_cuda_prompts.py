@@ -81,7 +81,19 @@ def test_long_steps_have_the_bits_of_single_tokens(
 
 
 @pytest.mark.parametrize(
-    "name", ["afmoe", "gemma4", "kimi-linear", "laguna", "lfm2moe", "mimo2", "nemotron_h_moe", "smallthinker", "step35"]
+    "name",
+    [
+        "afmoe",
+        "bailingmoe3",
+        "gemma4",
+        "kimi-linear",
+        "laguna",
+        "lfm2moe",
+        "mimo2",
+        "nemotron_h_moe",
+        "smallthinker",
+        "step35",
+    ],
 )
 def test_long_steps_of_other_architectures(name: str, data: Path) -> None:
     """What only some have: experts of two matrices, gates of heads, limits, other heads in every layer."""

@@ -64,6 +64,16 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("llama", "attention.head_count_kv", 3, "head_count_kv is 3; expected a divisor of attention.head_count"),
         ("bailingmoe2", "expert_group_count", 3, "expert_group_count is 3; expected a divisor of expert_count"),
         ("bailingmoe2", "expert_group_count", 8, "expert_group_count is 8; expected groups that hold 2 experts"),
+        ("bailingmoe3", "kda.safe_gate", False, "kda.safe_gate is false; this version knows bounded decays only"),
+        ("bailingmoe3", "kda.gate_lower_bound", 0.0, "kda.gate_lower_bound is 0.0; expected a number below 0"),
+        ("bailingmoe3", "kda.gate_lower_bound", float("-inf"), "gate_lower_bound is -inf; expected a finite number"),
+        (
+            "bailingmoe3",
+            "rope.dimension_sections",
+            np.array([1, 1, 1, 1], np.int32),
+            r"rope.dimension_sections is \[1, 1, 1, 1\]; this version knows three axes",
+        ),
+        ("bailingmoe3", "swiglu_clamp_exp", np.array([0.5, 1.0], np.float32), "one number of at least 0 for each of 3"),
         ("qwen35", "ssm.inner_size", 63, "ssm.inner_size is 63; expected 64"),
         ("qwen35", "nextn_predict_layers", 4, r"nextn_predict_layers is 4; expected less than block_count \(4\)"),
         ("granitemoe", "embedding_scale", float("inf"), "embedding_scale is inf; expected a finite number"),
@@ -137,10 +147,26 @@ def test_experts_in_tensors_of_their_own_are_refused(peer, tmp_path: Path) -> No
         load(with_tensor(peer("llama"), "blk.0.ffn_gate.0.weight", 64, 32), tmp_path)
 
 
-def test_blocks_for_multi_token_prediction_are_left_out(peer, tmp_path: Path) -> None:
-    parts = peer("bailingmoe2")
+@pytest.mark.parametrize(
+    ("name", "of_blocks"),
+    [
+        ("bailingmoe2", {}),
+        (
+            "bailingmoe3",
+            {
+                "attention.head_count_kv": np.array([0, 1, 0, 1], np.int32),
+                "swiglu_clamp_exp": np.array([0.0, 0.5, 0.0, 0.25], np.float32),
+            },
+        ),
+    ],
+)
+def test_blocks_for_multi_token_prediction_are_left_out(
+    peer, tmp_path: Path, name: str, of_blocks: dict[str, np.ndarray]
+) -> None:
+    parts = peer(name)
     alone = load(parts, tmp_path)
-    parts.values.update({"bailingmoe2.block_count": 4, "bailingmoe2.nextn_predict_layers": 1})
+    more = {"block_count": 4, "nextn_predict_layers": 1} | of_blocks
+    parts.values.update({f"{name}.{key}": value for key, value in more.items()})
     model = load(with_tensor(parts, "blk.3.nextn.eh_proj.weight", 32, 64), tmp_path)
     assert model.spec == alone.spec
     assert model.tensor_names == alone.tensor_names

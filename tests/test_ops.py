@@ -759,16 +759,19 @@ def test_causal_conv(
     st.sampled_from([(16, 16), (12, 20), (32, 8)]),
     st.booleans(),
     st.sampled_from(["delta", "channels", "state space"]),
+    st.sampled_from([0.0, -5.0, -0.25]),
 )
-def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, kind: str) -> None:
+def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, kind: str, bound: float) -> None:
     """The gated delta rule, with a decay for each head or each channel of its key, or a state-space model."""
     (n_k, n_v), (k_dim, v_dim), is_delta = heads, dims, kind != "state space"
+    bound = bound if is_delta else 0.0
     decay_dim = k_dim if kind == "channels" else 1
     slots = np.repeat(np.arange(len(lengths)), lengths)
     n, key, value = len(slots), n_k * k_dim, n_v * v_dim
     qkv = normal(seed, n, 2 * key + value)
     beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v * decay_dim)
-    a, dt_bias, skip = -np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v * decay_dim), normal(seed + 5, n_v)
+    a, dt_bias, skip = np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v * decay_dim), normal(seed + 5, n_v)
+    a = a if bound else -a
 
     def record(program: k.Program, at) -> None:
         address, stride = at.qkv
@@ -789,6 +792,7 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
             k_dim,
             v_dim,
             decay_dim,
+            bound,
             grouped,
             1e-6,
         )
@@ -800,8 +804,9 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
     key_head = np.arange(n_v) // (n_v // n_k) if grouped else np.arange(n_v) % n_k
     q, keys = q[:, key_head], keys[:, key_head]
     v = f64(qkv[:, 2 * key :]).reshape(n, n_v, v_dim)
-    dt = np.logaddexp(0, f64(alpha) + dt_bias).reshape(n, n_v, decay_dim)
-    decay = np.exp(f64(a)[:, None] * dt)
+    rates, shifted = f64(a)[:, None], (f64(alpha) + dt_bias).reshape(n, n_v, decay_dim)
+    dt = np.logaddexp(0, shifted)
+    decay = np.exp(bound * sigmoid(rates * shifted) if bound else rates * dt)
     exact, state = [], np.zeros((n_v, k_dim, v_dim))
     for t in range(n):
         if t == 0 or slots[t] != slots[t - 1]:

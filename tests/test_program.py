@@ -122,7 +122,7 @@ FINE = {
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0),
     "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
-    "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, 1, True, 1e-6),
+    "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, 1, 0.0, True, 1e-6),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
     "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
@@ -187,6 +187,7 @@ BAD = [
     ("delta_net", 3, 63, "the stride of v is 63"),
     ("delta_net", 10, A, "expected beta, or skip in its place"),
     ("delta_net", 18, 2, r"decay_dim is 2; expected 1, or with beta k_dim \(16\)"),
+    ("delta_net", 19, 0.5, "decay_bound is 0.5; expected 0, or with beta less"),
     ("delta_net", 11, 0, "the address of state is 0"),
     ("router", 5, 1025, "1025 experts; expected 1 to 1024"),
     ("router", 6, 17, "17 experts of 16 are used"),

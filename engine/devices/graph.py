@@ -365,7 +365,8 @@ class DeltaNet(Operation):
     """Gated delta rule over time; formulas in `models/qwen35moe.py`.
 
     alpha and `dt_bias` have one value for each value head, or one for each channel of the key that it is paired with
-    (formulas in `models/kimi_linear.py`); `a` has one for each head.
+    (formulas in `models/kimi_linear.py`); `a` has one for each head. With a `decay_bound` below 0, no decay is stronger
+    than its exponential (`models/bailingmoe3.py`); 0: there is none.
 
     Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/state_space.py`.
     """
@@ -384,6 +385,7 @@ class DeltaNet(Operation):
     n_v_heads: int
     grouped: bool
     eps: float
+    decay_bound: float
 
     @property
     def decay_dim(self) -> int:
@@ -632,16 +634,20 @@ class Graph:
         grouped: bool,
         eps: float,
         skip: Vector | None = None,
+        decay_bound: float = 0.0,
     ) -> Tensor:
         """Run the gated delta rule, or without beta a state-space model, over a state which the graph makes here."""
         assert (beta is None) == (skip is not None)
         assert alpha.width == n_v_heads or (beta and alpha.width == n_v_heads * (k.width // n_k_heads))
         assert dt_bias.size == alpha.width
+        assert decay_bound == 0 or (beta and decay_bound < 0)
         state = State(v.width * (k.width // n_k_heads))
         self.states.append(state)
         out = self._new(v.width)
         self.operations.append(
-            DeltaNet(q, k, v, beta, alpha, a, dt_bias, skip, state, out, n_k_heads, n_v_heads, grouped, eps)
+            DeltaNet(
+                q, k, v, beta, alpha, a, dt_bias, skip, state, out, n_k_heads, n_v_heads, grouped, eps, decay_bound
+            )
         )
         return out
 

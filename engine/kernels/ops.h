@@ -152,7 +152,8 @@ typedef struct {
     const float *a, *dt_bias, *skip;
     float *state; // [n_slots, n_v_heads, k_dim, v_dim]
     int n_k_heads, n_v_heads, k_dim, v_dim;
-    int decay_dim; // decays of a head: 1, or k_dim
+    int decay_dim;     // decays of a head: 1, or k_dim
+    float decay_bound; // of their logarithms, below 0; 0: none
     bool grouped;
     float eps;
 } delta_net_args;

@@ -12,6 +12,7 @@ from engine.gguf.model_file import ModelFile
 from engine.model_spec import ModelSpec
 from engine.models import (
     afmoe,
+    bailingmoe3,
     deepseek2,
     exaone_moe,
     gemma4,
@@ -51,6 +52,7 @@ class Architecture(Protocol):
 ARCHITECTURES: dict[str, Architecture] = {
     **PLAIN,
     "afmoe": afmoe,
+    "bailingmoe3": bailingmoe3,
     "deepseek2": deepseek2,
     "exaone-moe": exaone_moe,
     "gemma4": gemma4,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from engine.devices.graph import Graph, Tensor
+from engine.devices.graph import Gating, Graph, Tensor
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
 from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import decoder, rotate
@@ -74,19 +74,25 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 
 def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _layer: int) -> Tensor:
-    """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c."""
+    """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c.
+
+    Where there are gates, each head's result is multiplied by the sigmoid of its own.
+    """
     mla, hidden_size = spec.attention, spec.hidden_size
     assert isinstance(mla, LatentAttentionSpec)
     n_heads, latent_dim, rope_dim = mla.n_heads, mla.latent_dim, mla.rope_dim
     query_size = n_heads * (mla.key_dim + rope_dim)
-    latent_weight = block.matrix("attn_kv_a_mqa.weight", latent_dim + rope_dim, hidden_size)
+    weights = [block.matrix("attn_kv_a_mqa.weight", latent_dim + rope_dim, hidden_size)]
+    if mla.gated:
+        weights.append(block.matrix("attn_gate.weight", n_heads, hidden_size))
     if mla.query_rank:
         query_weight = block.matrix("attn_q_a.weight", mla.query_rank, hidden_size)
-        q, latent = graph.linears(x, (query_weight, latent_weight))
+        q, latent, *gates = graph.linears(x, (query_weight, *weights))
         q = graph.rms_norm(q, block.vector("attn_q_a_norm.weight", mla.query_rank), spec.norm_eps)
         q = graph.linear(q, block.matrix("attn_q_b.weight", query_size, mla.query_rank))
     else:
-        q, latent = graph.linears(x, (block.matrix("attn_q.weight", query_size, hidden_size), latent_weight))
+        query_weight = block.matrix("attn_q.weight", query_size, hidden_size)
+        q, latent, *gates = graph.linears(x, (query_weight, *weights))
     q, q_rope = graph.split_heads(q, n_heads, mla.key_dim)
     c, k_rope = graph.split_heads(latent, 1, latent_dim)
     c = graph.rms_norm(c, block.vector("attn_kv_a_norm.weight", latent_dim), spec.norm_eps)
@@ -100,4 +106,6 @@ def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _
     k = graph.join_heads(c, k_rope, 1)
     out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim)
     out = graph.head_linear(out, block.experts("attn_v_b.weight", n_heads, mla.value_dim, latent_dim))
+    if gates:
+        out = graph.gate(out, gates[0], Gating.SIGMOID)
     return graph.linear(out, block.matrix("attn_output.weight", hidden_size, n_heads * mla.value_dim))

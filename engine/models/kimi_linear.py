@@ -15,19 +15,30 @@ from engine.models.deepseek2 import latent_attention, read_latent_attention
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
-    """Read the hyper-parameters. Layers without heads for keys and values are recurrent."""
-    n_layers, attention = keys.n_layers(), read_latent_attention(keys)
+    """Read the hyper-parameters."""
+    attention = read_latent_attention(keys)
+    return replace(
+        keys.model(tensors, attention, keys.mixture(tensors, scoring=keys.scoring("sigmoid"), scales=True)),
+        recurrent_layers=read_recurrent_layers(keys),
+        delta_net=read_delta_net(keys, attention.n_heads),
+    )
+
+
+def read_recurrent_layers(keys: Keys) -> tuple[bool, ...]:
+    """Return which layers are recurrent: those without heads for keys and values."""
+    n_layers = keys.n_layers()
     layer_kv_heads = keys.sizes("attention.head_count_kv")
     if len(layer_kv_heads) == 1:
         layer_kv_heads *= n_layers
     if len(layer_kv_heads) < n_layers:
         raise keys.wrong("attention.head_count_kv", layer_kv_heads, f"one number for each of {n_layers} layers")
-    n_heads, kernel_size = attention.n_heads, keys.kernel_size("ssm.conv_kernel")
-    return replace(
-        keys.model(tensors, attention, keys.mixture(tensors, scoring=keys.scoring("sigmoid"), scales=True)),
-        recurrent_layers=tuple(n_kv_heads == 0 for n_kv_heads in layer_kv_heads[:n_layers]),
-        delta_net=DeltaNetSpec(n_heads, n_heads, keys.state_size("kda.head_dim"), kernel_size),
-    )
+    return tuple(n_kv_heads == 0 for n_kv_heads in layer_kv_heads[:n_layers])
+
+
+def read_delta_net(keys: Keys, n_heads: int, decay_bound: float = 0.0) -> DeltaNetSpec:
+    """Read the sizes of Kimi delta attention, which has as many heads for keys as for values."""
+    head_dim, kernel_size = keys.state_size("kda.head_dim"), keys.kernel_size("ssm.conv_kernel")
+    return DeltaNetSpec(n_heads, n_heads, head_dim, kernel_size, decay_bound=decay_bound)
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
@@ -46,16 +57,18 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
 
     S = diag(exp(a softplus(alpha + dt_bias))) S;  S += k (sigmoid(beta) (v - S^T k))^T;  out = S^T q
 
-    q, k and v come from convolutions over time; alpha, as wide as k, and the gate of what is found come from matrices
-    of low rank. The file holds a = -exp(A_log), one for each head.
+    q, k and v come from convolutions over time; alpha, as wide as k, and the gate of what is found come from matrices,
+    which may be of low rank: two then stand for one. The file holds a = -exp(A_log), one for each head.
     """
     net, hidden_size = spec.delta_net, spec.hidden_size
     assert net is not None
-    n_heads, rank, size = net.n_v_heads, net.head_dim, net.value_size
+    n_heads, size = net.n_v_heads, net.value_size
     if block.has("attn_qkv.weight"):
         qkv_weights = [block.matrix("attn_qkv.weight", net.n_channels, hidden_size)]
     else:
         qkv_weights = [block.matrix(f"attn_{part}.weight", size, hidden_size) for part in "qkv"]
+    has_low_rank = block.has("ssm_f_b.weight")
+    rank = net.head_dim if has_low_rank else size
     weights = (
         *qkv_weights,
         block.matrix("ssm_beta.weight", n_heads, hidden_size),
@@ -63,8 +76,9 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
         block.matrix("ssm_g_a.weight", rank, hidden_size),
     )
     qkv, beta, alpha, gate = graph.linears(x, weights, n_joined=len(qkv_weights))
-    alpha = graph.linear(alpha, block.matrix("ssm_f_b.weight", size, rank))
-    gate = graph.linear(gate, block.matrix("ssm_g_b.weight", size, rank))
+    if has_low_rank:
+        alpha = graph.linear(alpha, block.matrix("ssm_f_b.weight", size, rank))
+        gate = graph.linear(gate, block.matrix("ssm_g_b.weight", size, rank))
     kernels = [block.vector(f"ssm_conv1d_{part}.weight", size, net.kernel_size) for part in "qkv"]
     qkv = graph.causal_conv(qkv, kernels, net.kernel_size)
     out = graph.delta_net(
@@ -79,6 +93,7 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
         n_heads,
         net.grouped,
         eps=spec.norm_eps,
+        decay_bound=net.decay_bound,
     )
     out = graph.rms_norm(out, block.vector("ssm_norm.weight", net.head_dim), spec.norm_eps)
     out = graph.gate(out, gate, Gating.SIGMOID)

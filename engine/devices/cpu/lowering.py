@@ -402,6 +402,7 @@ class Lowering:
                 op.k.width // op.n_k_heads,
                 op.v.width // op.n_v_heads,
                 op.decay_dim,
+                op.decay_bound,
                 op.grouped,
                 op.eps,
             )

@@ -34,6 +34,7 @@ class _Layer(ctypes.Structure):
         ("state", ctypes.c_void_p),
         ("n_k_heads", ctypes.c_int32),
         ("is_grouped", ctypes.c_int32),
+        ("decay_bound", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("norm_eps", ctypes.c_float),
     ]
@@ -85,6 +86,7 @@ def delta_net(
     k_dim: int,
     v_dim: int,
     decay_dim: int,
+    decay_bound: float,
     grouped: bool,
     eps: float,
     positions: int,
@@ -95,6 +97,7 @@ def delta_net(
     assert n_v_heads % n_k_heads == 0
     assert decay_dim in {1, k_dim}
     assert k_dim <= _MAX_KEY_DIM
+    assert decay_bound == 0 or (beta is not None and decay_bound < 0)
     return Launch(
         "delta_net.cu",
         "delta_net",
@@ -120,6 +123,7 @@ def delta_net(
             *at(out),
             int32(n_k_heads),
             int32(grouped),
+            float32(decay_bound),
             float32(eps),
             pointer(positions),
             pointer(slots),
@@ -132,7 +136,7 @@ class DeltaNet(NamedTuple):
     """Sizes of a delta-net layer, and the device addresses of its parameters and states, all float32.
 
     Attributes:
-        n_k_heads, n_v_heads, k_dim, v_dim, decay_dim, kernel_size, grouped: see `graph.DeltaNet` and
+        n_k_heads, n_v_heads, k_dim, v_dim, decay_dim, decay_bound, kernel_size, grouped: see `graph.DeltaNet` and
             `graph.CausalConv`.
         eps, norm_eps: of the keys and queries, and of the heads' norm.
         gating: how the heads are gated.
@@ -147,6 +151,7 @@ class DeltaNet(NamedTuple):
     k_dim: int
     v_dim: int
     decay_dim: int
+    decay_bound: float
     kernel_size: int
     grouped: bool
     eps: float
@@ -193,7 +198,7 @@ def delta_net_step(
     assert net.decay_dim in {1, net.k_dim}
     assert found % 16 == out % 16 == gate % 16 == 0
     parameters = (net.conv_weight, net.a, net.dt_bias, net.norm_weight)
-    sizes = (net.n_k_heads, net.grouped, net.eps, net.norm_eps)
+    sizes = (net.n_k_heads, net.grouped, net.decay_bound, net.eps, net.norm_eps)
     layer = _Layer(x, beta, alpha, gate, *parameters, net.conv_state, net.state, *sizes)
     return Launch(
         "delta_net_step.cu",

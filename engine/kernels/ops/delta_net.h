@@ -89,10 +89,14 @@ static inline void unit_vector(float *out, const float *x, int n, float eps, flo
 static void decay_by_channel(const delta_net_args *a, int row, int head, delta_inputs *in, int t) {
     const int at = head * a->k_dim;
     const float *alpha = a->alpha.at + row * a->alpha.stride + at, *dt_bias = a->dt_bias + at;
+    const float bound = a->decay_bound;
+    const v16 rate = v16_set(a->a[head]);
     for (int i = 0; i < a->k_dim; i += 16) {
         const int n = a->k_dim - i < 16 ? a->k_dim - i : 16;
-        const v16 dt = v16_softplus(v16_add(v16_load_first(alpha + i, n), v16_load_first(dt_bias + i, n)));
-        const v16 decay = v16_exp(v16_mul(v16_set(a->a[head]), dt));
+        const v16 x = v16_add(v16_load_first(alpha + i, n), v16_load_first(dt_bias + i, n));
+        const v16 exponent =
+            bound < 0.0f ? v16_mul(v16_set(bound), v16_sigmoid(v16_mul(rate, x))) : v16_mul(rate, v16_softplus(x));
+        const v16 decay = v16_exp(exponent);
         v16_store_first(in->channel_decays[t] + i, decay, n);
         v16_store_first(in->decayed_k[t] + i, v16_mul(decay, v16_load_first(in->k[t] + i, n)), n);
         v16_store_first(in->q[t] + i, v16_mul(decay, v16_load_first(in->q[t] + i, n)), n);
@@ -111,8 +115,10 @@ static void gather_delta_inputs(const delta_net_args *a, int first, int n, int h
         const float *q = a->q + at + k_head * a->k_dim, *k = a->k + at + k_head * a->k_dim;
         double dt = 0.0;
         if (a->decay_dim == 1) {
-            dt = softplus((double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]));
-            in->decay[t] = (float)exp((double)a->a[head] * dt);
+            const double x = (double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]);
+            const double bound = (double)a->decay_bound, rate = (double)a->a[head];
+            dt = softplus(x);
+            in->decay[t] = (float)exp(bound < 0.0 ? bound / (1.0 + exp(-rate * x)) : rate * dt);
         }
         if (in->recalls) {
             unit_vector(in->q[t], q, a->k_dim, a->eps, 1.0f / sqrtf((float)a->k_dim));
