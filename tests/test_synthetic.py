@@ -34,7 +34,9 @@ def test_has_the_published_size(name: str) -> None:
     assert (round(n_weights / 1e9, 1), len(model.tensors), n_float) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize(("name", "billions", "active"), [("glm-4.5-air", 106, 12), ("minimax-m2", 229, 10)])
+@pytest.mark.parametrize(
+    ("name", "billions", "active"), [("glm-4.5-air", 106, 12), ("ling-3.0-flash", 124, 5.1), ("minimax-m2", 229, 10)]
+)
 def test_has_about_the_published_size(name: str, billions: int, active: int) -> None:
     model = open_model_file(f"synthetic:{name}@q8_0")
     sizes = {tensor.name: math.prod(tensor.shape) / 1e9 for tensor in model.tensors.values()}
@@ -159,7 +161,14 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny@q4_k_m", "tiny@f16", "tiny@mxfp4", "qwen3-30b-a3b@q8_0:layers=2,experts=16,vocab=4096"]
+    "name",
+    [
+        "tiny@q4_k_m",
+        "tiny@f16",
+        "tiny@mxfp4",
+        "qwen3-30b-a3b@q8_0:layers=2,experts=16,vocab=4096",
+        "ling-3.0-flash@q8_0:layers=6,experts=4,used=2,vocab=4096",
+    ],
 )
 def test_logits_are_sane(name: str) -> None:
     model = open_model_file(f"synthetic:{name}")

@@ -37,8 +37,10 @@ class Geometry:
     """Sizes of a model. Delta-net fields are 0 where every layer has softmax attention.
 
     `dense_ffn_size` is that of the first `n_dense_layers`, which have no experts, or of the networks beside experts.
-    With a `window` every layer has softmax attention; all but one of every `attention_interval` layers have the window,
-    and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a rotation of their own.
+    `latent_dim` and `value_dim` are 0 where attention is not latent; where it is, `n_rot` values of a head's `head_dim`
+    are its rotated part. With a `window` every layer has softmax attention; all but one of every `attention_interval`
+    layers have the window, and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a
+    rotation of their own.
     """
 
     architecture: str
@@ -66,6 +68,8 @@ class Geometry:
     window_kv_heads: int = 0
     window_head_dim: int = 0
     window_rope_theta: float = 0.0
+    latent_dim: int = 0
+    value_dim: int = 0
 
     def is_recurrent(self, layer: int) -> bool:
         """Return whether a layer is a delta net."""
@@ -90,6 +94,7 @@ class Style:
         has_dense_beside: whether a dense network lies beside the experts.
         has_output: whether there is an output matrix; without one the embeddings serve.
         vectors: further ones of each block, as long as the stream is wide, as there are experts, or one value.
+        has_bounded_decays: whether the decays of delta nets are bounded; `ssm_a` is positive then.
         keys: hyper-parameters that all its models have.
     """
 
@@ -102,11 +107,25 @@ class Style:
     has_dense_beside: bool = False
     has_output: bool = True
     vectors: tuple[tuple[str, Literal["stream", "experts", "one"]], ...] = ()
+    has_bounded_decays: bool = False
     keys: tuple[tuple[str, Value], ...] = ()
 
 
 _SIGMOID = 2  # of `expert_gating_func`
 STYLES: dict[str, Style] = {
+    # Without groups of experts, which would forbid some of the routing that is played.
+    "bailingmoe3": Style(
+        has_router_bias=True,
+        has_bounded_decays=True,
+        keys=(
+            ("expert_gating_func", _SIGMOID),
+            ("expert_shared_count", 1),
+            ("expert_weights_norm", True),
+            ("expert_weights_scale", 2.5),
+            ("kda.safe_gate", True),
+            ("kda.gate_lower_bound", -5.0),
+        ),
+    ),
     "gemma4": Style(
         has_dense_beside=True,
         has_output=False,
@@ -191,6 +210,31 @@ GEOMETRIES: dict[str, Geometry] = {
         window_kv_heads=8,
         window_head_dim=256,
         window_rope_theta=1e4,
+    ),
+    "ling-3.0-flash": Geometry(
+        "bailingmoe3",
+        42,
+        2560,
+        32,
+        1,
+        192,
+        64,
+        6e6,
+        512,
+        8,
+        768,
+        768,
+        157184,
+        262144,
+        attention_interval=6,
+        n_k_heads=32,
+        n_v_heads=32,
+        delta_head_dim=128,
+        conv_kernel=4,
+        n_dense_layers=2,
+        dense_ffn_size=6144,
+        latent_dim=512,
+        value_dim=128,
     ),
     "minimax-m2": Geometry("minimax-m2", 62, 3072, 48, 8, 128, 64, 5e6, 256, 8, 1536, 0, 200064, 196608),
     "tiny": Geometry("qwen35moe", 4, 256, 4, 2, 64, 16, 1e4, 16, 4, 256, 256, 4096, 4096, 4, 4, 8, 32, 4),
@@ -316,6 +360,9 @@ _FLOAT_PARTS = (
     "ffn_gate_inp.weight",
     "ffn_gate_inp_shexp.weight",
     "ssm_conv1d.weight",
+    "ssm_conv1d_q.weight",
+    "ssm_conv1d_k.weight",
+    "ssm_conv1d_v.weight",
     "ssm_a",
     "ssm_dt.bias",
     "exp_probs_b.bias",
@@ -331,7 +378,7 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
     for layer in range(g.n_layers):
         style, is_dense = STYLES[g.architecture], layer < g.n_dense_layers
         parts: Parts = [("attn_norm.weight", (g.hidden_size,))]
-        parts += _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g, in_window=g.has_window(layer))
+        parts += _mixer_shapes(g, layer)
         parts.append((style.ffn_norm, (g.hidden_size,)))
         if is_dense or style.has_dense_beside:
             parts += _network_shapes(g, "", g.dense_ffn_size)
@@ -348,6 +395,12 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
     yield "output_norm.weight", 0, (g.hidden_size,)
     if STYLES[g.architecture].has_output:
         yield "output.weight", 0, (g.n_vocab, g.hidden_size)
+
+
+def _mixer_shapes(g: Geometry, layer: int) -> Parts:
+    if g.latent_dim:
+        return _kimi_delta_shapes(g) if g.is_recurrent(layer) else _latent_attention_shapes(g)
+    return _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g, in_window=g.has_window(layer))
 
 
 def _attention_shapes(g: Geometry, *, in_window: bool) -> Parts:
@@ -380,6 +433,34 @@ def _delta_net_shapes(g: Geometry) -> Parts:
         ("ssm_a", (g.n_v_heads,)),
         ("ssm_norm.weight", (g.delta_head_dim,)),
         ("ssm_out.weight", (g.hidden_size, value_size)),
+    ]
+
+
+def _latent_attention_shapes(g: Geometry) -> Parts:
+    return [
+        ("attn_q.weight", (g.n_heads * g.head_dim, g.hidden_size)),
+        ("attn_kv_a_mqa.weight", (g.latent_dim + g.n_rot, g.hidden_size)),
+        ("attn_kv_a_norm.weight", (g.latent_dim,)),
+        ("attn_k_b.weight", (g.n_heads, g.latent_dim, g.head_dim - g.n_rot)),
+        ("attn_v_b.weight", (g.n_heads, g.value_dim, g.latent_dim)),
+        ("attn_gate.weight", (g.n_heads, g.hidden_size)),
+        ("attn_output.weight", (g.hidden_size, g.n_heads * g.value_dim)),
+    ]
+
+
+def _kimi_delta_shapes(g: Geometry) -> Parts:
+    size = g.n_v_heads * g.delta_head_dim
+    parts: Parts = [(f"attn_{part}.weight", (size, g.hidden_size)) for part in "qkv"]
+    parts += [(f"ssm_conv1d_{part}.weight", (size, 1, g.conv_kernel)) for part in "qkv"]
+    return [
+        *parts,
+        ("ssm_beta.weight", (g.n_v_heads, g.hidden_size)),
+        ("ssm_f_a.weight", (size, g.hidden_size)),
+        ("ssm_g_a.weight", (size, g.hidden_size)),
+        ("ssm_dt.bias", (size,)),
+        ("ssm_a", (g.n_v_heads, 1)),
+        ("ssm_norm.weight", (g.delta_head_dim,)),
+        ("attn_output.weight", (g.hidden_size, size)),
     ]
 
 
@@ -487,6 +568,18 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
             "rope.dimension_count_swa": g.window_head_dim,
             "rope.freq_base_swa": float32(g.window_rope_theta),
         }
+    if g.latent_dim:
+        keys |= {
+            "attention.head_count_kv": np.array([0 if g.is_recurrent(i) else 1 for i in range(g.n_layers)], np.int32),
+            "attention.key_length": g.latent_dim + g.n_rot,
+            "attention.value_length": g.latent_dim,
+            "attention.key_length_mla": g.head_dim,
+            "attention.value_length_mla": g.value_dim,
+            "attention.kv_lora_rank": g.latent_dim,
+            "expert_shared_feed_forward_length": g.shared_ffn_size,
+            "kda.head_dim": g.delta_head_dim,
+            "ssm.conv_kernel": g.conv_kernel,
+        }
     return {
         "general.architecture": g.architecture,
         "general.type": "model",
@@ -541,7 +634,8 @@ class SyntheticModel:
         """Make the weights of a tensor."""
         info = self.tensors[name]
         seed = int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest(), "little")
-        if not _fill_vector(info, out, seed):
+        decay_sign = 1 if STYLES[self.geometry.architecture].has_bounded_decays else -1
+        if not _fill_vector(info, out, seed, decay_sign):
             from engine import _kernels  # noqa: PLC0415
 
             rows = out.reshape(-1, info.format.row_bytes(info.shape[-1]))
@@ -552,7 +646,7 @@ class SyntheticModel:
         """Do nothing: no file is open."""
 
 
-def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> bool:
+def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int, decay_sign: int) -> bool:
     """Fill a tensor whose values must have a certain size for the model to stay sane; return whether it is one."""
     random = np.random.default_rng(seed)
     values = out.view(np.float32) if info.format.name == "F32" else None
@@ -561,7 +655,7 @@ def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> boo
     elif info.name == "rope_freqs.weight":  # a quarter of the pairs turn
         drawn = np.where(np.arange(info.shape[0]) < info.shape[0] // 4, 1.0, 1e30)
     elif info.name.endswith("ssm_a"):  # decay rates, as these layers are initialised for training
-        drawn = -random.uniform(1, 16, info.shape)
+        drawn = decay_sign * random.uniform(1, 16, info.shape)
     elif info.name.endswith("ssm_dt.bias"):  # softplus of it is a time step from 0.001 to 0.1
         step = np.exp(random.uniform(np.log(1e-3), np.log(1e-1), info.shape))
         drawn = step + np.log(-np.expm1(-step))
@@ -570,7 +664,7 @@ def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int) -> boo
     else:
         return False
     assert values is not None
-    values[:] = drawn
+    values.reshape(info.shape)[:] = drawn
     return True
 
 
