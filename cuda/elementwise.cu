@@ -89,23 +89,33 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
 }
 
 // out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; the
-// weights of the next group lie `weight_step` further. In place allowed.
+// weights of the next group lie `weight_step` further. With `centers` x is what is left of a group when its mean is taken
+// from it. In place allowed.
 // Grid: (groups, rows); a block of whole warps takes one group.
 KERNEL(THREADS)
 rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride, int group_size,
-         int weight_step, float eps, const int *n_rows) {
+         int weight_step, int centers, float eps, const int *n_rows) {
     begin_kernel();
     __shared__ float partial[THREADS / WARP];
     const int row = blockIdx.y;
     if (row >= *n_rows)
         return;
     const float *values = x + row * x_stride + blockIdx.x * group_size;
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < group_size; i += blockDim.x)
-        sum = __fmaf_rn(values[i], values[i], sum);
-    const float mean = __fdiv_rn(block_sum(sum, partial), (float)group_size);
+    float center = 0.0f, squares = 0.0f;
+    if (centers) {
+        float sum = 0.0f;
+        for (int i = threadIdx.x; i < group_size; i += blockDim.x)
+            sum += values[i];
+        center = __fdiv_rn(block_sum(sum, partial), (float)group_size);
+        __syncthreads(); // `partial` is used again
+    }
+    for (int i = threadIdx.x; i < group_size; i += blockDim.x) {
+        const float value = values[i] - center;
+        squares = __fmaf_rn(value, value, squares);
+    }
+    const float mean = __fdiv_rn(block_sum(squares, partial), (float)group_size);
     const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
     float *result = out + row * out_stride + blockIdx.x * group_size;
     for (int i = threadIdx.x; i < group_size; i += blockDim.x)
-        result[i] = weight ? values[i] * factor * weight[blockIdx.x * weight_step + i] : values[i] * factor;
+        result[i] = (values[i] - center) * factor * (weight ? weight[blockIdx.x * weight_step + i] : 1.0f);
 }

@@ -5,8 +5,9 @@
 //     0  a
 //     1  a + b
 //     2  a (null for 0) + scale * (experts in rank order, one fma a rank, + sigmoid(shared_gate) * shared), N_USED experts
-// NORMALIZE (0: the sum is all that is wanted), FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), THREADS of a block
-// and ROUNDS of eight columns that each of them takes.
+// NORMALIZE (0: the sum is all that is wanted), CENTER (1: the mean of the row is taken from x before it is normalised),
+// FORMS, a sum of 1 (groups of 256) and 2 (groups of 32), THREADS of a block and ROUNDS of eight columns that each of them
+// takes.
 // Grid: (1, rows); a block has a thread for each eight columns, with experts for each four, at most 1024 of them. n_cols is a
 // multiple of 8. With experts and a norm there are n_cols floats of dynamic shared memory.
 #include "handshake.cuh"
@@ -123,7 +124,7 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
         }
         __syncthreads();
     }
-    float x[ROUNDS][8], squares = 0.0f;
+    float x[ROUNDS][8], total = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
         const int at = (round * blockDim.x + threadIdx.x) * 8;
@@ -138,10 +139,25 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
         }
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            squares = __fmaf_rn(x[round][i], x[round][i], squares);
+            total += x[round][i];
     }
     if (!NORMALIZE)
         return;
+    float center = 0.0f;
+    if (CENTER) {
+        center = __fdiv_rn(block_sum(total, partial), (float)n_cols);
+        __syncthreads(); // `partial` is used again
+    }
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+        if ((round * blockDim.x + threadIdx.x) * 8 >= n_cols)
+            continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            x[round][i] -= center;
+            squares = __fmaf_rn(x[round][i], x[round][i], squares);
+        }
+    }
     const float mean = __fdiv_rn(block_sum(squares, partial), (float)n_cols);
     const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
 #pragma unroll

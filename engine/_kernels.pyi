@@ -177,12 +177,14 @@ class Program:
         n_groups: int,
         group_size: int,
         weight_step: int,
+        centers: bool,
         eps: float,
         rows: int,
     ) -> None:
         """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps); in place allowed.
 
-        weight is float32 [group_size] with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`.
+        With `centers` x is what is left of the group when its mean is taken from it. weight is float32 [group_size]
+        with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`.
         """
 
     def quantize(self, x: int, x_stride: int, n_cols: int, activation: int, out: int, rows: int) -> None:

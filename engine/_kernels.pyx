@@ -86,6 +86,7 @@ cdef extern from "kernels/ops.h":
         matrix x, out
         const float *weight
         int group_size, weight_step
+        bint centers
         float eps
     ctypedef struct quantize_args:
         matrix x
@@ -683,6 +684,7 @@ cdef class Program:
         int n_groups,
         int group_size,
         int weight_step,
+        bint centers,
         float eps,
         int rows,
     ):
@@ -696,6 +698,7 @@ cdef class Program:
         args.out = need_matrix("out", out, out_stride, n_groups * <int64_t> group_size)
         args.group_size = group_size
         args.weight_step = weight_step
+        args.centers = centers
         args.eps = eps
         recorded(program_rms_norm(self._program, args, n_groups, rows))
 

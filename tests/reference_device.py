@@ -70,6 +70,7 @@ class ReferenceProgram:
 
     def rms_norm(self, op: ops.RMSNorm) -> None:
         x = self[op.x].reshape(len(self.token_ids), -1, op.group_size)
+        x = x - op.centers * x.mean(-1, keepdims=True)
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps)
         if op.weight is not None:
             x = x * self.vector(op.weight).reshape(-1, op.group_size)

@@ -440,6 +440,10 @@ def test_elementwise_operations(mode: str) -> None:
         launch = elementwise.rms_norm(emulator.rows(x), 0, emulator.rows(out), 3, 100, 1e-6, count)
         emulator.run(launch, order, seed)
         assert out == pytest.approx((expected / weight).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
+        emulator.run(elementwise.rms_norm(*rows, 3, 100, 1e-6, count, weight_step=100, centers=True), order, seed)
+        groups -= groups.mean(-1, keepdims=True)
+        expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * columns
+        assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("style", RopeStyle)
@@ -519,10 +523,11 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize("centers", [False, True])
 @pytest.mark.parametrize(("n_cols", "has_weight"), [(2304, True), (96, False), (9216, True)])
-def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight: bool) -> None:
+def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight: bool, centers: bool) -> None:
     rng, emulator, n_rows = np.random.default_rng(3), Emulator(mode), 3
-    x, y = (rng.standard_normal((n_rows, n_cols)).astype(F32) for _ in range(2))
+    x, y = ((rng.standard_normal((n_rows, n_cols)) + 0.5).astype(F32) for _ in range(2))
     weight = rng.standard_normal(n_cols).astype(F32)
     wanted = [Activation.Q8_32] + [Activation.Q8_256] * (n_cols % 256 == 0)
     for order, seed in SCHEDULES:
@@ -539,10 +544,12 @@ def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight
                 1e-6,
                 emulator.rows(out),
                 forms,
+                centers=centers,
             )
             emulator.run(launch, order, seed)
             assert same_bits(total, np.zeros_like(x) if added is None else x + added)
             summed = (x if added is None else total).astype(np.float64)
+            summed -= centers * summed.mean(-1, keepdims=True)
             expected = summed / np.sqrt((summed**2).mean(-1, keepdims=True) + 1e-6) * (weight if has_weight else 1)
             assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
             check_forms(out, made)
@@ -591,10 +598,13 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, 
             rows = (emulator.rows(residual) if has_stream else NOTHING, added, emulator.rows(out))
             emulator.run(kernels.residual(*rows, n_cols, count), order, seed)
             assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
-            emulator.run(kernels.residual(*rows, n_cols, count, 0, 1e-6, emulator.rows(normalised), forms), order, seed)
-            norm = expected / np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-6)
-            assert normalised == pytest.approx(norm, rel=1e-5, abs=1e-5)
-            check_forms(normalised, made)
+            for centers in (False, True):
+                norm_of = (0, 1e-6, emulator.rows(normalised), forms)
+                emulator.run(kernels.residual(*rows, n_cols, count, *norm_of, centers=centers), order, seed)
+                centered = expected - centers * expected.mean(-1, keepdims=True)
+                norm = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)
+                assert normalised == pytest.approx(norm, rel=1e-5, abs=1e-5)
+                check_forms(normalised, made)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

@@ -99,15 +99,16 @@ def test_embed(seed: int, n: int, table: tuple[str, int], scale: float) -> None:
 
 
 @few
-@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.booleans())
-def test_rms_norm(seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool) -> None:
-    x, weight = normal(seed, n, n_groups * size) * 3, normal(seed + 1, n_groups if of_columns else 1, size)
+@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.booleans(), st.booleans())
+def test_rms_norm(seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool, centers: bool) -> None:
+    x, weight = normal(seed, n, n_groups * size) * 3 + 1, normal(seed + 1, n_groups if of_columns else 1, size)
 
     def record(program: k.Program, at) -> None:
         out = at.x if in_place else at.out
-        program.rms_norm(*at.x, at.weight, *out, n_groups, size, size * of_columns, 1e-5, k.ROWS_TOKENS)
+        program.rms_norm(*at.x, at.weight, *out, n_groups, size, size * of_columns, centers, 1e-5, k.ROWS_TOKENS)
 
     grouped = f64(x).reshape(n, n_groups, size)
+    grouped -= centers * grouped.mean(-1, keepdims=True)
     exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight
     name = "x" if in_place else "out"
     case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, {"weight": weight}, results=(name,))

@@ -209,7 +209,8 @@ class Embed(Operation):
 class RMSNorm(Operation):
     """weight * x / sqrt(mean(x^2) + eps), over groups of `group_size` columns; without weight, factor 1.
 
-    The weight is as long as a group, or has a value for each column of x.
+    The weight is as long as a group, or has a value for each column of x. If it `centers`, the mean of a group is taken
+    from it first: that is LayerNorm.
     """
 
     x: Tensor
@@ -217,6 +218,7 @@ class RMSNorm(Operation):
     out: Tensor
     group_size: int
     eps: float
+    centers: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -486,13 +488,15 @@ class Graph:
         self.operations.append(Embed(table, out, scale))
         return out
 
-    def rms_norm(self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0) -> Tensor:
+    def rms_norm(
+        self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0, *, centers: bool = False
+    ) -> Tensor:
         """Normalise each group of columns, of `group_size` or, if that is 0, as long as the weight (a row, a head)."""
         group_size = group_size or (weight.size if weight else 0)
         assert x.width % group_size == 0
         assert weight is None or weight.size in {group_size, x.width}
         out = self._new(x.width, x.rows)
-        self.operations.append(RMSNorm(x, weight, out, group_size, eps))
+        self.operations.append(RMSNorm(x, weight, out, group_size, eps, centers))
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Vector | None = None) -> Tensor:

@@ -67,6 +67,7 @@ typedef struct {
     matrix x, out;
     const float *weight;
     int group_size, weight_step; // weight_step: from the weights of one group to those of the next
+    int centers;                 // takes a group's mean from it first
     float eps;
 } rms_norm_args;
 

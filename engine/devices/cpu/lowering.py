@@ -198,8 +198,9 @@ class Lowering:
     def _rms_norm(self, op: ops.RMSNorm) -> None:
         x, out, size = self._use(op.x), self._use(op.out), op.group_size
         weight, step = self._vector(op.weight) or self._ones(size), size if op.weight and op.weight.size > size else 0
+        n_groups = op.x.width // size
         self._calls.append(
-            lambda: self.program.rms_norm(*x.at, weight, *out.at, op.x.width // size, size, step, op.eps, op.x.rows)
+            lambda: self.program.rms_norm(*x.at, weight, *out.at, n_groups, size, step, op.centers, op.eps, op.x.rows)
         )
 
     def _linear(self, op: ops.Linear) -> None:

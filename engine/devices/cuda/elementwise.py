@@ -100,7 +100,16 @@ def embed(
 
 
 def rms_norm(
-    x: Rows, weight: int, out: Rows, n_groups: int, group_size: int, eps: float, count: Count, weight_step: int = 0
+    x: Rows,
+    weight: int,
+    out: Rows,
+    n_groups: int,
+    group_size: int,
+    eps: float,
+    count: Count,
+    weight_step: int = 0,
+    *,
+    centers: bool = False,
 ) -> Launch:
     """Normalise each group of columns; `weight` may be 0, and go on with so many values for the next group."""
     threads = min(_PER_ROW, ceil_div(group_size, WARP) * WARP)
@@ -116,6 +125,7 @@ def rms_norm(
             *at(out),
             int32(group_size),
             int32(weight_step),
+            int32(centers),
             float32(eps),
             pointer(count.address),
         ),

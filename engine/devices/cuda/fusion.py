@@ -162,6 +162,7 @@ def _pair(
         and n_users[op.out.buffer] == 2  # nobody else reads the norm
         and kernels.can_gate_heads(op.group_size)
         and (op.weight is None or op.weight.size == op.group_size)
+        and not op.centers
     ):
         return NormAndGate(op, following)
     if isinstance(op, ops.Linear) and isinstance(following, ops.Router) and following.logits in op.outs:
@@ -186,7 +187,7 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
         conv.out.columns(end, conv.out.width),
     )
     alone = all(n_users[tensor.buffer] == 2 for tensor in (conv.out, net.out, norm.out))
-    alone = alone and gate.gate.width == gate.x.width and not gate.limit
+    alone = alone and gate.gate.width == gate.x.width and not gate.limit and not norm.centers
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
     return None
@@ -266,7 +267,7 @@ def _with(found: Attention, op: ops.Operation) -> Attention | None:
             return replace(found, q_rope=op)
         if op.x == found.k and not found.k_rope and not found.k_norm:
             return replace(found, k_rope=op)
-    if isinstance(op, ops.RMSNorm) and op.group_size == found.attention.cache.head_dim:
+    if isinstance(op, ops.RMSNorm) and op.group_size == found.attention.cache.head_dim and not op.centers:
         if op.weight and op.weight.size != op.group_size:
             return None
         if found.norm and found.norm.eps != op.eps:

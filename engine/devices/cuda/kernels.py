@@ -444,10 +444,12 @@ def residual(
     eps: float = 0.0,
     out: Rows | None = None,
     forms: Forms = NO_FORMS,
+    *,
+    centers: bool = False,
 ) -> Launch:
     """Add to the residual stream, a + added = total (without `added`: a, and `total` is not written); normalise that.
 
-    `weight` may be 0; without `out` nothing is normalised.
+    `weight` may be 0; without `out` nothing is normalised. centers: see `graph.RMSNorm`.
     """
     combined = added if isinstance(added, Combined) else Combined(NOTHING, None, 0, 0, 0, 0)
     shared, shared_gate = combined.shared or NOTHING, combined.shared_gate or NOTHING
@@ -465,6 +467,7 @@ def residual(
             f"SOURCE={0 if added is None else 2 if has_experts else 1}",
             f"N_USED={combined.n_used}",
             f"NORMALIZE={int(out is not None)}",
+            f"CENTER={int(centers)}",
             forms.definition,
             f"THREADS={n_warps * WARP}",
             f"ROUNDS={ceil_div(n_cols, n_warps * WARP * _LANE)}",

@@ -78,6 +78,7 @@ def rms_norm(recorder: Recorder, op: ops.RMSNorm) -> None:
                 op.eps,
                 p.count(op.x.rows),
                 size if op.weight and op.weight.size > size else 0,
+                centers=op.centers,
             )
         ]
     )
@@ -103,6 +104,7 @@ def residual(recorder: Recorder, tensor: Tensor, summands: Summands, norm: ops.R
                 norm.eps if norm else 0.0,
                 p.rows(out) if out else None,
                 finish.at(p),
+                centers=norm is not None and norm.centers,
             )
         ]
     )

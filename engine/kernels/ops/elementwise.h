@@ -158,6 +158,15 @@ static void op_select_outputs(const op_args *args, const step_view *step, tile t
         memcpy(row_of(a->out, row), row_of(a->x, step->output_rows[row]), (size_t)a->n_cols * sizeof(float));
 }
 
+// out = x less its mean, for n values; in place allowed.
+static inline void center(const float *x, float *out, int n) {
+    v16 sum = v16_set(0.0f);
+    FOR_COLUMNS(c, 0, n, sum = v16_add(sum, v16_load(x + c)), sum = v16_add(sum, v16_load_first(x + c, n_left)));
+    const v16 minus_mean = v16_set(-(v16_sum(sum) / (float)n));
+    FOR_COLUMNS(c, 0, n, v16_store(out + c, v16_add(v16_load(x + c), minus_mean)),
+                v16_store_first(out + c, v16_add(v16_load_first(x + c, n_left), minus_mean), n_left));
+}
+
 // Groups of columns (a head, or the whole row) are normalised one by one.
 static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
     const rms_norm_args *a = &args->rms_norm;
@@ -167,6 +176,10 @@ static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
         for (int group = t.col; group < t.col_end; group += n) {
             const float *x = row_of(a->x, row) + group, *weight = a->weight + group / n * a->weight_step;
             float *out = row_of(a->out, row) + group;
+            if (a->centers) {
+                center(x, out, n);
+                x = out;
+            }
             const float mean = dot_f32(x, x, n) / (float)n;
             const v16 factor = v16_set(1.0f / sqrtf(mean + a->eps));
             FOR_COLUMNS(c, 0, n, v16_store(out + c, v16_mul(v16_mul(v16_load(x + c), factor), v16_load(weight + c))),
