@@ -183,6 +183,7 @@ def test_sentence_piece_merging_is_that_of_the_plain_algorithm(text):
         ("qwen35", "e\u0301a", "e\u0301a"),
         ("llama-bpe", "12345", "123|45"),
         ("gpt-4o", "HelloWorld's 12345/\n", "Hello|World's| |123|45|/\n"),
+        ("cohere2moe", "HelloWorld's 12345 12345a/\n", "Hello|World's| |12|345| |123|45|a|/\n"),
         ("tekken", "HelloWorld's 12", "Hello|World|'s| |1|2"),
         ("kimi-k2", "Hello\u4e2d\u6587World1234", "Hello|\u4e2d\u6587|World|123|4"),
         ("deepseek-v3", "a1234 \u4e2d\u3042!b", "a|123|4| |\u4e2d\u3042|!b"),

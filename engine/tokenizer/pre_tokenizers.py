@@ -94,6 +94,7 @@ _TABLE: tuple[tuple[str, PreTokenizer], ...] = (
     ("glm4 glm5", PreTokenizer((_LLAMA_3,), ignore_merges=True)),
     ("chatglm-bpe dbrx smaug-bpe", PreTokenizer((_LLAMA_3,))),
     ("gpt-4o llama4 kanana2 minimax-m2", PreTokenizer((_GPT_4O,))),
+    ("tiny_aya cohere2moe", PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT_4O))),
     ("tekken", PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("kimi-k2", PreTokenizer((_KIMI_K2,))),
     (
