@@ -211,6 +211,7 @@ class MoESpec:
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
         latent_size: width of what experts take and give, where it is not that of the residual stream; 0: it is.
+        averages_shared: whether the routed experts together and the shared one count half each.
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
             networks, 0 for nothing; no entry: nothing.
     """
@@ -226,6 +227,7 @@ class MoESpec:
     n_groups_used: int = 1
     weights_input: bool = False
     latent_size: int = 0
+    averages_shared: bool = False
     limits: tuple[float, ...] = ()
     shared_limits: tuple[float, ...] = ()
 
@@ -249,6 +251,7 @@ class ModelSpec:
         n_vocab: rows of the embedding table, and logits of a token.
         context_length: tokens the model was trained for.
         norm_eps: epsilon of every normalisation.
+        centers_norms: whether the mean of a row is taken from it when it is normalised (LayerNorm).
         attention: softmax attention of any kind.
         moe: the routed experts.
         recurrent_layers: for each layer, whether it carries a state instead of attention; empty: none does.
@@ -275,3 +278,4 @@ class ModelSpec:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float = 0.0
+    centers_norms: bool = False

@@ -49,6 +49,7 @@ PEERS = (
     "bailingmoe2",
     "bailingmoe3",
     "bailingmoe3-vl",
+    "cohere2moe",
     "deepseek",
     "dots1",
     "ernie4_5-moe",

@@ -44,7 +44,9 @@ class Peer:
     Attributes:
         architecture: GGUF name.
         n_layers: blocks.
-        keys: hyper-parameters beyond those that every model has, without the architecture's prefix.
+        n_mtp: blocks for multi-token prediction after these, which nobody runs.
+        keys: hyper-parameters beyond those that every model has, without the architecture's prefix; None for a key of
+            those that this one does not have.
         moe_layers: the blocks with experts; the others are dense.
         n_experts_used: by a token.
         shared_size: width of the shared expert; 0 for none.
@@ -71,7 +73,7 @@ class Peer:
         is_latent: whether attention is multi-head latent attention.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
-        ffn_norm: tensor of the norm before the feed-forward network.
+        ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
         post_norms: whether there are norms behind attention and feed-forward network, too.
         window_layers: those whose heads are `window_head_dim` wide, if that is not 0.
         keys_as_values: the blocks that have no projection to values.
@@ -116,6 +118,7 @@ class Peer:
     keys_as_values: tuple[int, ...] = ()
     parallel_networks: bool = False
     n_long: int = 0
+    n_mtp: int = 0
     seed: int = 0
 
 
@@ -256,6 +259,30 @@ PEERS = {
         attention_gate="head",
         delta_layers=(0,),
         bounded_decays=True,
+    ),
+    "cohere2moe": Peer(
+        "cohere2moe",
+        4,
+        MOE
+        | {
+            "feed_forward_length": 2 * FFN,
+            "attention.layer_norm_rms_epsilon": None,
+            "attention.layer_norm_epsilon": 1e-5,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 1,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": FFN,
+            "expert_weights_norm": True,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [False, True, False, True],
+            "rope.scaling.type": "none",
+            "logit_scale": 0.6,
+        },
+        moe_layers=(1, 2, 3, 4),
+        shared_size=FFN,
+        ffn_norm="",
+        tied=True,
+        n_mtp=1,
     ),
     "deepseek": Peer(
         "deepseek",
@@ -660,9 +687,13 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         divisors = draw.between(1, 8, peer.head_dim // 2)
         divisors[len(divisors) - peer.n_still :] = 1e30
         yield "rope_freqs.weight", divisors
-    for layer in range(peer.n_layers):
+    for layer in range(peer.n_layers + peer.n_mtp):
         for name, values in block(peer, layer, draw):
             yield f"blk.{layer}.{name}", values
+    for layer in range(peer.n_layers, peer.n_layers + peer.n_mtp):
+        yield f"blk.{layer}.nextn.eh_proj.weight", draw.matrix(HIDDEN, 2 * HIDDEN)
+        yield f"blk.{layer}.nextn.enorm.weight", draw.norm(HIDDEN)
+        yield f"blk.{layer}.nextn.hnorm.weight", draw.norm(HIDDEN)
 
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -670,7 +701,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     if peer.kinds:
         yield from one_kind(peer, layer, draw)
         return
-    yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
+    if peer.ffn_norm:
+        yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
     if peer.post_norms:
         yield "post_attention_norm.weight", draw.norm(HIDDEN)
         yield "post_ffw_norm.weight", draw.norm(HIDDEN)
@@ -845,7 +877,7 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
         "vocab_size": N_VOCAB,
         "context_length": 16384,
         "embedding_length": HIDDEN,
-        "block_count": peer.n_layers,
+        "block_count": peer.n_layers + peer.n_mtp,
         "feed_forward_length": FFN if len(peer.moe_layers) == peer.n_layers else 2 * FFN,
         "attention.head_count": list(peer.layer_heads) or N_HEADS,
         "attention.head_count_kv": list(peer.layer_kv_heads) or peer.n_kv_heads,
@@ -858,6 +890,8 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
     if peer.moe_layers:
         keys["expert_used_count"] = peer.n_experts_used
     for key, value in (keys | peer.keys).items():
+        if value is None:
+            continue
         add = {
             bool: writer.add_bool,
             int: writer.add_uint32,

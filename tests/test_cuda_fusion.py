@@ -46,6 +46,16 @@ def test_values_that_are_made_of_keys_leave_attention_whole(data) -> None:
         assert attention.rope
 
 
+def test_a_layer_norm_is_one_launch_with_the_sum_before_it(data) -> None:
+    """Three layers of four end in the sum that the next one normalises; the first and the last norm are alone."""
+    items = groups(data / "peers" / "cohere2moe-F32.gguf")
+    sums = [item for item in items if isinstance(item, fusion.SumAndNorm)]
+    assert [type(item.sum) for item in sums] == [ops.Add, ops.Combine, ops.Combine]
+    alone = [item for item in items if isinstance(item, ops.RMSNorm)]
+    assert [norm.centers for norm in (*alone, *(item.norm for item in sums))] == [True] * 5
+    assert sum(isinstance(item, fusion.SharedExpert) for item in items) == 3
+
+
 def assert_delta_net_layers_are_one(path: Path) -> None:
     kinds = [type(item) for item in groups(path)]
     assert fusion.DeltaNetLayer in kinds

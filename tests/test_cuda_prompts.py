@@ -85,6 +85,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
     [
         "afmoe",
         "bailingmoe3",
+        "cohere2moe",
         "gemma4",
         "kimi-linear",
         "laguna",

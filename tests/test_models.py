@@ -94,6 +94,8 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("lfm2moe", "shortconv.l_cache", 17, "shortconv.l_cache is 17; this version computes at most 16"),
         ("lfm2moe", "shortconv.l_cache", 1, "shortconv.l_cache is 1; expected an integer from 2"),
         ("smallthinker", "rope.freq_base_swa", 0.5, "rope.freq_base_swa is 0.5; expected a number above 1"),
+        ("cohere2moe", "rope.freq_base_swa", 500.0, "freq_base_swa is 500; this version needs that of rope.freq_base"),
+        ("cohere2moe", "leading_dense_block_count", -1, "leading_dense_block_count is -1; expected an integer from 0"),
         ("gemma4", "attention.shared_kv_layers", 2, "attention.shared_kv_layers is 2; this version runs the models"),
         ("gemma4", "embedding_length_per_layer_input", 8, "embedding_length_per_layer_input is 8; this version runs"),
         ("gemma4", "attention.key_length_swa", 640, "key_length_swa is 640; this version computes at most 576"),
@@ -134,6 +136,25 @@ def test_gemma4_without_experts_is_dense(peer, tmp_path: Path) -> None:
     graph = load(parts, tmp_path).graph
     assert not graph.routings
     assert sum(isinstance(op, ops.Gate) for op in graph.operations) == 4
+
+
+@pytest.mark.parametrize(("epsilons", "eps", "centers"), [((0.1, 0.2), 0.1, False), ((0.0, 0.2), 0.2, True)])
+def test_the_epsilons_of_cohere2moe_say_which_norm_it_has(
+    peer, tmp_path: Path, epsilons: tuple[float, float], eps: float, centers: bool
+) -> None:
+    parts = peer("cohere2moe")
+    names = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    parts.values.update({f"cohere2moe.{name}": value for name, value in zip(names, epsilons, strict=True)})
+    norms = [op for op in load(parts, tmp_path).graph.operations if isinstance(op, ops.RMSNorm)]
+    assert len(norms) == 5
+    assert {(norm.eps, norm.centers) for norm in norms} == {(eps, centers)}
+
+
+def test_without_a_shared_expert_nothing_is_halved(peer, tmp_path: Path) -> None:
+    parts = peer("cohere2moe")
+    halved, whole = load(parts, tmp_path), load(without_tensors(parts, "_shexp.weight"), tmp_path)
+    for model, scale in ((halved, 0.5), (whole, 1.0)):
+        assert {op.scale for op in model.graph.operations if isinstance(op, ops.Combine)} == {scale}
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_norm.bias", "blk.1.attn_sub_norm.weight", "position_embd.weight"])

@@ -13,6 +13,7 @@ from engine.model_spec import ModelSpec
 from engine.models import (
     afmoe,
     bailingmoe3,
+    cohere2moe,
     deepseek2,
     exaone_moe,
     gemma4,
@@ -53,6 +54,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **PLAIN,
     "afmoe": afmoe,
     "bailingmoe3": bailingmoe3,
+    "cohere2moe": cohere2moe,
     "deepseek2": deepseek2,
     "exaone-moe": exaone_moe,
     "gemma4": gemma4,

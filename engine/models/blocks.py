@@ -68,7 +68,7 @@ def decoder(
 
 def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec) -> Tensor:
     """Normalise rows of the residual stream's width."""
-    return graph.rms_norm(x, tensors.vector(name, spec.hidden_size), spec.norm_eps)
+    return graph.rms_norm(x, tensors.vector(name, spec.hidden_size), spec.norm_eps, centers=spec.centers_norms)
 
 
 def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str = "output_norm.weight") -> None:
@@ -285,6 +285,7 @@ def mixture_of_experts(
     out = residual + sum over chosen e of weight_e * down_e(act(gate_e x, up_e x))
                    + sigmoid(shared_gate . x) * down_s(silu(gate_s x) * up_s x)
 
+    In some models what is added is halved (`averages_shared`), in some multiplied by a factor.
     Everything that reads x itself is one operation, so that the router, whose result is waited for, is not alone in it.
     """
     moe, hidden_size = check_experts(spec, block), spec.hidden_size
@@ -310,8 +311,10 @@ def mixture_of_experts(
         _, limit = moe.layer_limits(layer)
         gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, limit)
         shared = graph.linear(gated, down)
+    averages = moe.averages_shared and shared is not None
     if moe.latent_size:
         assert "shared_gate" not in inputs
+        assert not averages
         out = graph.combine(expert_out, routing, None)
         out = graph.linear(out, block.matrix("ffn_latent_up.weight", hidden_size, moe.latent_size))
         out = out if shared is None else graph.add(out, shared)
@@ -323,7 +326,7 @@ def mixture_of_experts(
         shared,
         projected.get("shared_gate"),
         weighted=not moe.weights_input,
-        scale=spec.residual_scale,
+        scale=spec.residual_scale * (0.5 if averages else 1.0),
     )
 
 

@@ -1,0 +1,57 @@
+"""North Mini Code (Cohere, 30B-A3B): attention and network side by side, both of the same norm of what comes in.
+
+Layers without a window are not rotated, but for the dense ones at the beginning. The shared expert counts as much as
+all routed ones: half each. The norm is LayerNorm, or RMSNorm in files that have an epsilon for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.devices.graph import Graph
+from engine.errors import UnsupportedModelError
+from engine.model_spec import AttentionSpec, ModelSpec
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import feed_forward, normalize, output_head, self_attention
+
+_PERIOD = 4  # of the layers without a window, beginning with the first, where the file does not list them
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters."""
+    moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
+    spec = keys.model(tensors, _read_attention(keys), replace(moe, averages_shared=True))
+    is_rms = keys.number("attention.layer_norm_rms_epsilon", 0.0) > 0
+    return replace(
+        spec,
+        norm_eps=spec.norm_eps if is_rms else keys.number("attention.layer_norm_epsilon"),
+        centers_norms=not is_rms,
+        logit_scale=keys.number("logit_scale") or 1.0,  # 0 stands for "not used"
+    )
+
+
+def _read_attention(keys: Keys) -> AttentionSpec:
+    attention, windows = keys.attention("norm"), keys.windows(keys.n_layers(), _PERIOD, without=0)
+    freq_base = attention.rope.freq_base
+    window_base = keys.freq_base("rope.freq_base_swa", freq_base)
+    if window_base != freq_base:
+        raise UnsupportedModelError(
+            f"{keys.file_name}: {keys.architecture}.rope.freq_base_swa is {window_base:g}; this version needs "
+            f"that of rope.freq_base ({freq_base:g})"
+        )
+    n_dense = keys.size("leading_dense_block_count", minimum=0)
+    unrotated = tuple(not window and layer >= n_dense for layer, window in enumerate(windows))
+    return replace(attention, windows=windows, unrotated_layers=unrotated)
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    graph = Graph()
+    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
+    for layer in range(spec.n_layers):
+        block = tensors.block(layer)
+        h = normalize(graph, x, block, "attn_norm.weight", spec)
+        x = graph.add(x, self_attention(graph, h, block, spec, layer))
+        x = feed_forward(graph, h, x, block, spec, layer)
+    output_head(graph, x, tensors, spec)
+    return graph
