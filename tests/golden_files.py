@@ -55,6 +55,7 @@ PEERS = (
     "ernie4_5-moe",
     "exaone-moe",
     "gemma4",
+    "granite_swa",
     "granitehybrid",
     "granitemoe",
     "hunyuan-moe",

@@ -50,6 +50,7 @@ class Peer:
         moe_layers: the blocks with experts; the others are dense.
         n_experts_used: by a token.
         shared_size: width of the shared expert; 0 for none.
+        fused_experts: whether gate and up are one matrix, in the shared expert, too.
         router_bias: up to how much is added to scores when experts are chosen; 0 for nothing.
         bias_name: tensor of that.
         head_dim: of queries, keys and values.
@@ -88,6 +89,7 @@ class Peer:
     moe_layers: tuple[int, ...] = ()
     n_experts_used: int = 2
     shared_size: int = 0
+    fused_experts: bool = False
     router_bias: float = 0.0
     bias_name: str = "exp_probs_b.bias"
     head_dim: int = HEAD_DIM
@@ -372,6 +374,26 @@ PEERS = {
         n_still=3,
         post_norms=True,
         parallel_networks=True,
+        tied=True,
+    ),
+    "granite_swa": Peer(
+        "granite_swa",
+        3,
+        MOE
+        | {
+            "logit_scale": 1.5,
+            "residual_scale": 0.7,
+            "embedding_scale": 0.6,
+            "attention.scale": 0.25,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [False, True, True],
+            "attention.rope_pattern": [False, True, False],
+            "expert_shared_feed_forward_length": FFN,
+        },
+        moe_layers=(0, 1, 2),
+        shared_size=FFN,
+        fused_experts=True,
+        sinks=(0, 1, 2),
         tied=True,
     ),
     "granitehybrid": Peer(
@@ -726,11 +748,14 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=3.0)
     if peer.router_bias:
         yield peer.bias_name, draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
-    for part in ("gate", "up"):
-        yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
+    if peer.fused_experts:
+        yield "ffn_gate_up_exps.weight", draw.matrix(N_EXPERTS, 2 * FFN, HIDDEN)
+    else:
+        for part in ("gate", "up"):
+            yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
     if peer.shared_size:
-        yield from feed_forward("_shexp", peer.shared_size, draw)
+        yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts)
 
 
 def parallel_networks(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -791,9 +816,12 @@ def short_conv(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "shortconv.out_proj.weight", draw.matrix(HIDDEN, HIDDEN)
 
 
-def feed_forward(suffix: str, size: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    for part in ("gate", "up"):
-        yield f"ffn_{part}{suffix}.weight", draw.matrix(size, HIDDEN)
+def feed_forward(suffix: str, size: int, draw: Draw, *, fused: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    if fused:
+        yield f"ffn_up{suffix}.weight", draw.matrix(2 * size, HIDDEN)
+    else:
+        for part in ("gate", "up"):
+            yield f"ffn_{part}{suffix}.weight", draw.matrix(size, HIDDEN)
     yield f"ffn_down{suffix}.weight", draw.matrix(HIDDEN, size)
 
 

@@ -53,6 +53,12 @@ def test_a_layer_norm_is_one_launch_with_the_sum_before_it(data) -> None:
     assert [type(item.sum) for item in sums] == [ops.Add, ops.Combine, ops.Combine]
     alone = [item for item in items if isinstance(item, ops.RMSNorm)]
     assert [norm.centers for norm in (*alone, *(item.norm for item in sums))] == [True] * 5
+
+
+@pytest.mark.parametrize("name", ["cohere2moe", "granite_swa"])
+def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str) -> None:
+    """Its gate and up are matrices of their own, or rows of one."""
+    items = groups(data / "peers" / f"{name}-F32.gguf")
     assert sum(isinstance(item, fusion.SharedExpert) for item in items) == 3
 
 

@@ -87,6 +87,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "bailingmoe3",
         "cohere2moe",
         "gemma4",
+        "granite_swa",
         "kimi-linear",
         "laguna",
         "lfm2moe",

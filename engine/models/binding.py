@@ -234,21 +234,34 @@ class Keys:
             raise self.wrong(key, values, f"one number of at least 0 for each of {n_layers} layers")
         return tuple(values[:n_layers]) if any(values[:n_layers]) else ()
 
+    def flags_of_layers(self, key: str) -> list[bool]:
+        """Return one boolean for each layer."""
+        flags, n_layers = self.flags(key), self.n_layers()
+        if len(flags) < n_layers:
+            raise self.wrong(key, f"{len(flags)} values", f"one for each of {n_layers} layers")
+        return flags[:n_layers]
+
     def windows(self, n_layers: int, period: int, *, without: int = -1) -> tuple[int, ...]:
         """Return the window of each layer, 0 for one of every `period`, by default the last, or as a key says."""
         window = self.size("attention.sliding_window", minimum=0)
         pattern = "attention.sliding_window_pattern"
         if self.is_array(pattern):
-            flags = self.flags(pattern)
-            if len(flags) < n_layers:
-                raise self.wrong(pattern, f"{len(flags)} values", f"one for each of {n_layers} layers")
-            return tuple(window if flag else 0 for flag in flags[:n_layers])
+            return tuple(window if flag else 0 for flag in self.flags_of_layers(pattern))
         period = self.size(pattern, period)
         return tuple(window if layer % period != without % period else 0 for layer in range(n_layers))
 
     def window_rope(self, rope: RopeSpec) -> RopeSpec:
         """Return the rotation of layers with a window: that of the others, perhaps with a base of its own."""
         return replace(rope, freq_base=self.freq_base("rope.freq_base_swa", rope.freq_base))
+
+    def need_one_rotation(self, rope: RopeSpec) -> None:
+        """Refuse a file in which layers with a window have a rotation of their own."""
+        window_base = self.window_rope(rope).freq_base
+        if window_base != rope.freq_base:
+            raise UnsupportedModelError(
+                f"{self.file_name}: {self.architecture}.rope.freq_base_swa is {window_base:g}; this version needs "
+                f"that of rope.freq_base ({rope.freq_base:g})"
+            )
 
     def local_rope(self, head_dim: int, freq_base: float) -> RopeSpec:
         """Read the keys of the plain rotation that layers with a window have where it is not that of the others."""

@@ -289,15 +289,15 @@ def mixture_of_experts(
     Everything that reads x itself is one operation, so that the router, whose result is waited for, is not alone in it.
     """
     moe, hidden_size = check_experts(spec, block), spec.hidden_size
-    shared_parts = projection_names(block, "_shexp", activation)
+    shared_inputs: dict[str, Weight] = {}
     inputs: dict[str, Weight] = {}
     if logits is None:
         inputs["router"] = block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)
     if moe.shared_ffn_size:
         if block.has("ffn_gate_inp_shexp.weight"):
             inputs["shared_gate"] = block.matrix("ffn_gate_inp_shexp.weight", 1, hidden_size)
-        for part in shared_parts:
-            inputs[part] = block.matrix(f"ffn_{part}_shexp.weight", moe.shared_ffn_size, hidden_size)
+        shared_inputs = shared_projections(block, spec, activation)
+        inputs |= shared_inputs
     router_bias = block.optional_vector("ffn_gate_inp.bias", moe.n_experts)
     biases_of_inputs = [router_bias if name == "router" else None for name in inputs]
     outs = graph.linears(x, tuple(inputs.values()), biases_of_inputs) if inputs else ()
@@ -309,7 +309,7 @@ def mixture_of_experts(
     if moe.shared_ffn_size:
         down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
         _, limit = moe.layer_limits(layer)
-        gated = gate_projections(graph, [projected[part] for part in shared_parts], activation, limit)
+        gated = gate_projections(graph, [projected[part] for part in shared_inputs], activation, limit)
         shared = graph.linear(gated, down)
     averages = moe.averages_shared and shared is not None
     if moe.latent_size:
@@ -328,6 +328,19 @@ def mixture_of_experts(
         weighted=not moe.weights_input,
         scale=spec.residual_scale * (0.5 if averages else 1.0),
     )
+
+
+def shared_projections(block: Tensors, spec: ModelSpec, activation: Activation) -> dict[str, Weight]:
+    """Return what the shared expert takes its input to, by `projection_names`.
+
+    Gate and up are stored apart, or as one matrix (`ffn_up_shexp`: gate rows first).
+    """
+    names, size, width = projection_names(block, "_shexp", activation), spec.moe.shared_ffn_size, spec.hidden_size
+    is_one = len(names) == 2 and not block.has("ffn_gate_shexp.weight")
+    if is_one and block.shape("ffn_up_shexp.weight")[0] == 2 * size:
+        both = split_rows(block.matrix("ffn_up_shexp.weight", 2 * size, width), size, size)
+        return dict(zip(names, both, strict=True))
+    return {name: block.matrix(f"ffn_{name}_shexp.weight", size, width) for name in names}
 
 
 def check_experts(spec: ModelSpec, block: Tensors) -> MoESpec:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.devices.graph import Graph
-from engine.errors import UnsupportedModelError
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
 from engine.models.blocks import feed_forward, normalize, output_head, self_attention
@@ -32,13 +31,8 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def _read_attention(keys: Keys) -> AttentionSpec:
     attention, windows = keys.attention("norm"), keys.windows(keys.n_layers(), _PERIOD, without=0)
-    freq_base = attention.rope.freq_base
-    window_base = keys.freq_base("rope.freq_base_swa", freq_base)
-    if window_base != freq_base:
-        raise UnsupportedModelError(
-            f"{keys.file_name}: {keys.architecture}.rope.freq_base_swa is {window_base:g}; this version needs "
-            f"that of rope.freq_base ({freq_base:g})"
-        )
+    keys.size("attention.sliding_window", minimum=1)  # it also says which layers are rotated
+    keys.need_one_rotation(attention.rope)
     n_dense = keys.size("leading_dense_block_count", minimum=0)
     unrotated = tuple(not window and layer >= n_dense for layer, window in enumerate(windows))
     return replace(attention, windows=windows, unrotated_layers=unrotated)
