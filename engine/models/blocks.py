@@ -19,6 +19,9 @@ from engine.model_spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from engine.models.binding import Tensors, split_rows, split_values
 
 Mixer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
+Residual: TypeAlias = Tensor | Callable[[], Tensor] | None
+"""What a network is added to, or what records that: between the choice of experts and their sum, where those without a
+slot are waited for. None: the network is returned alone."""
 
 _YARN_FAST, _YARN_SLOW = 32.0, 1.0  # turns over the trained context above / below which a pair is kept / stretched
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
@@ -227,20 +230,23 @@ def of_layer(values: tuple[int, ...], layer: int) -> int:
 def feed_forward(
     graph: Graph,
     x: Tensor,
-    residual: Tensor | None,
+    residual: Residual,
     block: Tensors,
     spec: ModelSpec,
     layer: int,
     activation: Activation = Activation.SILU,
 ) -> Tensor:
-    """Add the feed-forward network of one block to the residual stream: mixture of experts, or dense if it has none.
-
-    Without `residual` it is returned alone.
-    """
+    """Add the feed-forward network of one block to the residual stream: mixture of experts, or dense if it has none."""
     if block.has("ffn_gate_inp.weight"):
         return mixture_of_experts(graph, x, residual, block, spec, layer, activation)
     out = scaled(graph, dense_network(graph, x, block, spec, layer, activation), spec.residual_scale)
+    residual = recorded(residual)
     return out if residual is None else graph.add(residual, out)
+
+
+def recorded(residual: Residual) -> Tensor | None:
+    """Return what a network is added to, recorded now if it has not been before."""
+    return residual() if callable(residual) else residual
 
 
 def dense_network(
@@ -271,7 +277,7 @@ def gate_projections(graph: Graph, projections: Sequence[Tensor], activation: Ac
 def mixture_of_experts(
     graph: Graph,
     x: Tensor,
-    residual: Tensor | None,
+    residual: Residual,
     block: Tensors,
     spec: ModelSpec,
     layer: int,
@@ -311,6 +317,7 @@ def mixture_of_experts(
         _, limit = moe.layer_limits(layer)
         gated = gate_projections(graph, [projected[part] for part in shared_inputs], activation, limit)
         shared = graph.linear(gated, down)
+    residual = recorded(residual)
     averages = moe.averages_shared and shared is not None
     if moe.latent_size:
         assert "shared_gate" not in inputs

@@ -7,8 +7,9 @@ all routed ones: half each. The norm is LayerNorm, or RMSNorm in files that have
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from engine.devices.graph import Graph
+from engine.devices.graph import Graph, Tensor
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
 from engine.models.blocks import feed_forward, normalize, output_head, self_attention
@@ -45,7 +46,11 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     for layer in range(spec.n_layers):
         block = tensors.block(layer)
         h = normalize(graph, x, block, "attn_norm.weight", spec)
-        x = graph.add(x, self_attention(graph, h, block, spec, layer))
-        x = feed_forward(graph, h, x, block, spec, layer)
+        x = feed_forward(graph, h, partial(_attend, graph, x, h, block, spec, layer), block, spec, layer)
     output_head(graph, x, tensors, spec)
     return graph
+
+
+def _attend(graph: Graph, x: Tensor, h: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    """Add attention to the residual stream: it needs nothing of the experts, and runs while these are waited for."""
+    return graph.add(x, self_attention(graph, h, block, spec, layer))
