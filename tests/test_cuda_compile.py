@@ -39,7 +39,7 @@ KERNELS = [
     ("group_choices.cu", ()),
     ("embed.cu", ("FORMAT=Q8_0",)),
     ("draw.cu", ()),
-    ("fetch.cu", ()),
+    ("transfer.cu", ()),
     ("elementwise.cu", ()),
     ("residual.cu", ("SOURCE=2", "N_USED=8", "NORMALIZE=1", "CENTER=0", "FORMS=3", "THREADS=768", "ROUNDS=1")),
     ("residual.cu", ("SOURCE=1", "N_USED=0", "NORMALIZE=1", "CENTER=1", "FORMS=3", "THREADS=256", "ROUNDS=1")),

@@ -360,7 +360,7 @@ def test_words_of_the_host_are_fetched(mode: str) -> None:
     sources = [rng.integers(-(2**31), 2**31, max(1, n), np.int32) for n in lengths]
     targets = [np.full(n + 1, 7, np.int32) for n in lengths]
     pieces = [(emulator.at(a), emulator.at(b), n) for a, b, n in zip(sources, targets, lengths, strict=True)]
-    launches = elementwise.fetch(pieces)
+    launches = elementwise.transfer(pieces)
     assert len(launches) == 2
     for launch in launches:
         emulator.run(launch)

@@ -26,7 +26,7 @@ from engine.devices.cuda.launch import (
 from engine.devices.graph import RopeStyle
 from engine.quants.formats import QuantFormat
 
-_MAX_PIECES = 128  # of a launch; `fetch.cu`
+_MAX_PIECES = 128  # of a launch; `transfer.cu`
 _PER_ROW, _COLUMNS = 256, 256  # threads of a block for each group of a row; columns of a block
 
 
@@ -43,11 +43,11 @@ class _Pieces(ctypes.Structure):
     _fields_ = [("list", _Piece * _MAX_PIECES), ("drawn", ctypes.c_void_p)]
 
 
-def fetch(pieces: Sequence[tuple[int, int, int]], tokens: int = -1, drawn: int = 0) -> list[Launch]:
-    """Read pinned host memory into device memory.
+def transfer(pieces: Sequence[tuple[int, int, int]], tokens: int = -1, drawn: int = 0) -> list[Launch]:
+    """Copy pinned host memory into device memory, or the other way.
 
     Args:
-        pieces: (device address of the one, address of the other, 32-bit words).
+        pieces: (from, to, 32-bit words); device addresses.
         tokens: which of them has token ids, of which -1 - i stands for number i of those `drawn`.
         drawn: device address of these, in pinned memory, too.
     """
@@ -57,7 +57,7 @@ def fetch(pieces: Sequence[tuple[int, int, int]], tokens: int = -1, drawn: int =
         for i, piece in enumerate(some):
             packed.list[i] = _Piece(*piece, first + i == tokens)
         grid = (max(1, ceil_div(max(n for _, _, n in some), _COLUMNS)), len(some), 1)
-        launches.append(Launch("fetch.cu", "fetch", (), grid, _COLUMNS, (packed,)))
+        launches.append(Launch("transfer.cu", "transfer", (), grid, _COLUMNS, (packed,)))
     return launches
 
 

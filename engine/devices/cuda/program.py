@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from engine.devices.context_slots import SequenceLengths, UsableSlots
 from engine.devices.cuda import drawing
-from engine.devices.cuda.elementwise import fetch
+from engine.devices.cuda.elementwise import transfer
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
 from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.lowering import Lowering
@@ -362,7 +362,7 @@ class CUDAProgram:
         offsets = [self._lowering.recorder.vector_offset(name, values.shape[1]) for name in names]
         n_words, to = values.shape[1], self._memory.address
         pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
-        launches = fetch(pieces)
+        launches = transfer(pieces)
 
         def fetch_all() -> None:
             for launch in launches:

@@ -8,11 +8,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.cuda.elementwise import fetch
+from engine.devices.cuda.elementwise import transfer
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import DRAW_WORDS
-from engine.devices.cuda.runtime import PinnedMemory, Stream, close_all
+from engine.devices.cuda.runtime import PinnedMemory, close_all
 from engine.devices.program import DRAW, MOST_TOP_K, NO_DRAW, Step
 
 T = TypeVar("T", bound=np.generic)
@@ -83,18 +83,14 @@ class StepBuffer:
         pieces = [(host + 16 + i * stride, base + array, size) for i, array in enumerate(arrays)]
         places = table.device_address, base + lowering.experts.slot_table, lowering.experts.n_places
         draws = host + 4 * step.first_draw, base + step.draws, min(size, len(self._draws)) * DRAW_WORDS
-        return fetch([*pieces, (host, base + counts, 4), draws, places], 0, before._drawn.device_address)
+        return transfer([*pieces, (host, base + counts, 4), draws, places], 0, before._drawn.device_address)
 
-    def draw(self, base: int, size: int) -> list[Launch]:
-        """Return the launches that end them: they draw tokens."""
-        return self._lowering.draw(base, size, self._drawn.device_address)
-
-    def download_routing(self, base: int, size: int, stream: Stream) -> None:
-        """Queue what brings the experts that were chosen to the host."""
+    def end(self, base: int, size: int) -> list[Launch]:
+        """Return the launches that end them: they draw tokens, and bring these and who was chosen to the host."""
         experts = self._lowering.experts
         n_ids = len(experts.layers) * size * experts.n_used
-        if n_ids:
-            stream.download(self._ids.address, base + experts.chosen, 4 * n_ids)
+        routing = transfer([(base + experts.chosen, self._ids.device_address, n_ids)]) if n_ids else []
+        return [*self._lowering.draw(base, size, self._drawn.device_address), *routing]
 
     def close(self) -> None:
         """Free the memory; views of it must not be used after that."""

@@ -78,7 +78,7 @@ class Steps:
         try:
             for (size, buffer), whole in recorded.items():
                 if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):
-                    self._graphs[size, buffer] = stream.capture(partial(self._queue, whole, size, buffer))
+                    self._graphs[size, buffer] = stream.capture(partial(self._queue, whole, size))
                 else:
                     self._launches[size, buffer] = whole
         except BaseException:
@@ -90,20 +90,20 @@ class Steps:
     ) -> list[Launch | Streamed]:
         """Return the launches of a step whose inputs and results are in a buffer; table: of the experts' places."""
         own, before = self._memory.buffers[buffer], self._memory.buffers[1 - buffer]
-        return [*own.fetch(self._base, size, table, before), *launches, *own.draw(self._base, size)]
+        return [*own.fetch(self._base, size, table, before), *launches, *own.end(self._base, size)]
 
     def size_for(self, n_tokens: int) -> int:
         """Return the size whose launches a step of so many tokens takes."""
         return next(size for size in self._sizes if size >= n_tokens)
 
     def launch(self, size: int, buffer: int, *, behind: bool = False) -> None:
-        """Queue a step, with the routing it gives; `behind` another, for whose end `wait_for_passed` waits then."""
+        """Queue a step; `behind` another, for whose end `wait_for_passed` waits then."""
         if behind:
             self._passed.record(self._stream)
         if (size, buffer) in self._graphs:
             self._graphs[size, buffer].launch(self._stream)
         else:
-            self._queue(self._launches[size, buffer], size, buffer)
+            self._queue(self._launches[size, buffer], size)
 
     def download_logits(self, logits: npt.NDArray[np.float32], size: int) -> None:
         """Queue what brings the first logits of a step to the host."""
@@ -125,7 +125,7 @@ class Steps:
         graphs, self._graphs = list(self._graphs.values()), {}
         close_all([*graphs, self._passed])
 
-    def _queue(self, launches: Sequence[Launch | Streamed], size: int, buffer: int) -> None:
+    def _queue(self, launches: Sequence[Launch | Streamed], size: int) -> None:
         if self._expert_stream is not None and size > self._largest:
             self._expert_stream.begin(self._memory.places)
             self._expert_stream.launch(launches, self._stream)
@@ -133,7 +133,6 @@ class Steps:
             for launch in launches:
                 assert isinstance(launch, Launch)
                 self._stream.launch(launch)
-        self._memory.buffers[buffer].download_routing(self._base, size, self._stream)
 
 
 def _kernels_of(step: Launch | Streamed) -> tuple[Launch, ...]:

@@ -1,8 +1,8 @@
-// Reads words of host memory into device memory, some pieces at a time. The copy engine could do it, but would do so in
-// its turn: after all experts that are on their way into slots.
+// Copies words of host memory into device memory or the other way, some pieces at a time. A copy engine could do it, but
+// would do so in its turn: after experts that are on their way into slots.
 //
-// Grid: (ceil(words of the longest piece / 256), pieces), 256 threads, a word each. The host memory is pinned, and not
-// written while the kernel runs. A step that was begun before the host knew its tokens has numbers below 0 for them: -1
+// Grid: (ceil(words of the longest piece / 256), pieces), 256 threads, a word each. The host memory is pinned, and the
+// host leaves it alone while the kernel runs. A step that was begun before the host knew its tokens has numbers below 0 for them: -1
 // - i is what row i of the step before drew, in the same memory.
 #include "common.cuh"
 
@@ -19,7 +19,7 @@ struct Pieces {
     const volatile int *drawn; // by the step before
 };
 
-KERNEL(256) fetch(const Pieces pieces) {
+KERNEL(256) transfer(const Pieces pieces) {
     begin_kernel();
     const Piece piece = pieces.list[blockIdx.y];
     const int i = blockIdx.x * 256 + threadIdx.x;
