@@ -293,6 +293,25 @@ def test_what_has_arrived_is_published_and_nothing_else_is_begun() -> None:
     assert cache.table.held.sum() >= first
 
 
+def test_no_copy_is_begun_while_somebody_waits() -> None:
+    cache, device = make_cache([3] * N_LAYERS, 0, "lru")
+    rng = np.random.default_rng(0)
+    cache.observe(tokens(rng, 1))
+    with cache.held():
+        cache.step(1.0)
+        assert cache.go_on()
+        assert device.n_copies == 0
+        assert cache.table.held.any()
+    assert cache.go_on()
+    first = device.n_copies
+    assert first > 0
+    device.finish(1.0)
+    with cache.held():
+        assert not cache.go_on()
+    check(cache, device)
+    assert cache.table.ready.sum() == first == device.n_copies
+
+
 class Stepping(StagedProgram):
     """A program whose steps choose at random and note in `calls` that they ran."""
 
@@ -326,7 +345,7 @@ class Stepping(StagedProgram):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_arrivals_are_published_at_both_ends_of_a_step_if_nobody_else_does(monkeypatch, in_background: bool) -> None:
+def test_arrivals_are_published_before_a_step_if_nobody_else_does(monkeypatch, in_background: bool) -> None:
     cache, device = make_cache([3] * N_LAYERS, 0)
     calls: list[str] = []
     publish = cache.publish_arrivals
@@ -338,7 +357,7 @@ def test_arrivals_are_published_at_both_ends_of_a_step_if_nobody_else_does(monke
         watched.run(nothing, nothing, nothing, nothing)
         watched.settle()
         device.finish(1.0)
-    assert calls == (["publish", "run", "publish"] if in_background else ["run"]) * 6
+    assert calls == (["publish", "run"] if in_background else ["run"]) * 6
     assert cache.statistics.hits.sum() == program.n_hits > 0
     check(cache, device)
     watched.close()
@@ -456,9 +475,9 @@ class Passing(Stepping):
     def finish_layers(self) -> None:
         device, n_before = self.device, self.n_copies
         if len(self.calls) > 1:
-            self._wait(lambda: self.cache._swapper.n_fenced or device.n_copies > n_before)
+            self._wait(lambda: self.cache._swapper._fenced or device.n_copies > n_before)
             device.steps[-1].n_passed = N_LAYERS
-            self._wait(lambda: device.n_copies > n_before and not self.cache._swapper.n_fenced)
+            self._wait(lambda: device.n_copies > n_before and not self.cache._swapper._fenced)
         self.n_copies = device.n_copies
 
     @staticmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -243,11 +245,20 @@ class HotCache:
             raise
 
     def go_on(self) -> bool:
-        """Move swaps on while a step runs; return whether some wait for it to have passed their layer."""
-        if self._interrupted or not self._swapper.n_fenced:
+        """Move swaps on while a step runs; return whether any are under way."""
+        if self._interrupted or not self._swapper.n_under_way:
             return False
         self._advance(NO_SWAPS)
-        return self._swapper.n_fenced > 0
+        return self._swapper.n_under_way > 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let nobody begin a copy in here; another thread that is about to begin many stops after the one at hand."""
+        self._swapper.is_held = True
+        try:
+            yield
+        finally:
+            self._swapper.is_held = False
 
     def _advance(self, swaps: Swaps) -> int:
         """Begin with swaps and move all on. An interrupt in here leaves a note for the next call."""

@@ -45,6 +45,7 @@ class Swapper:
         n_bytes: their bytes.
         n_failures: copies that failed.
         stopped: why no more swaps are made, or None.
+        is_held: no copy is begun for now, for somebody waits for the thread that would.
     """
 
     def __init__(self, device: SlotDevice, table: SlotTable, max_in_flight: int = 64) -> None:
@@ -55,16 +56,17 @@ class Swapper:
         self.loads = np.zeros(len(table.n_slots), np.int64)
         self.n_bytes = self.n_failures = 0
         self.stopped: str | None = None
+        self.is_held = False
 
     @property
     def room(self) -> int:
         """Return how many more swaps may be submitted now."""
-        return 0 if self.stopped else self._max_in_flight - len(self._fenced) - len(self._copying)
+        return 0 if self.stopped else self._max_in_flight - self.n_under_way
 
     @property
-    def n_fenced(self) -> int:
-        """Return how many swaps cannot be copied yet, for a step may still read their slots."""
-        return len(self._fenced)
+    def n_under_way(self) -> int:
+        """Return how many swaps were submitted and have not come to an end."""
+        return len(self._fenced) + len(self._copying)
 
     def submit(self, swaps: Swaps) -> int:
         """Begin with swaps, in their order, as far as there is room; return how many.
@@ -91,7 +93,7 @@ class Swapper:
 
     def poll(self, *, may_start: bool = True) -> None:
         """Take swaps as far as they go without waiting; if not `may_start`, only publish those that are there."""
-        while may_start and self._fenced and self._begin_copy(self._fenced[0]):
+        while may_start and self._fenced and not self.is_held and self._begin_copy(self._fenced[0]):
             self._fenced.popleft()
         while self._copying and self._publish(self._copying[0]):
             self._copying.popleft()

@@ -157,9 +157,11 @@ class WatchedProgram:
                 self._steer(then)
                 self._staged.prepare(then)
             self._staged.finish_layers()
-            self._get_ready()
-            if then is not None:
-                self._launch(then, self._staged)
+            with self._cache.held() if self._cache is not None else contextlib.nullcontext():
+                if self._thread is not None:
+                    self.settle()
+                if then is not None:
+                    self._launch(then, self._staged)
             result = self._staged.collect()
         except BaseException:
             self._drop_quietly()
@@ -236,34 +238,23 @@ class WatchedProgram:
     def _look(self, step: _Over) -> None:
         """Let the cache look at a step, then copy experts as soon as the one that runs is done with their slots.
 
-        So they are there for the next step. When the running one is over there is soon nothing left to wait for: nobody
-        has to tell.
+        So they are there for the next step. What has arrived is published while there is time: whoever begins that step
+        is to have little left to do. When the running one is over, it is the next to be looked at.
         """
         with self._settling:
             if self._unseen is step:  # else this comes late
                 self._show_unseen()
             if self._steering is not None:
                 self._steering.find_next()
-        while self._cache is not None and self._go_on(self._cache):
+        while self._unseen is None and self._cache is not None and self._go_on(self._cache):
             time.sleep(_PACE_S)
-
-    def _get_ready(self) -> None:
-        """Do what is left to do for the next step, in the time that the output head of one takes that is nearly over.
-
-        Nobody does so if there is no thread: then the cache has looked at the step before, and this one is to come.
-        """
-        if self._thread is not None:
-            with self._settling:
-                self._show_unseen()
-                if self._cache is not None:
-                    self._cache.publish_arrivals()
 
     def _go_on(self, cache: HotCache) -> bool:
         with self._settling:
             return cache.go_on()
 
     def settle(self) -> None:
-        """Let the cache look at the last step, if it has not yet. Not to be called while a step runs."""
+        """Let the cache look at the last step, if it has not yet."""
         with self._settling:
             self._show_unseen()
 

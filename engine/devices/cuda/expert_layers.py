@@ -93,10 +93,18 @@ class ExpertLayer:
 
     def expert(self, array: npt.NDArray[np.uint8], matrix: int, expert: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of one expert's matrix in its tensor."""
+        first, stride, n_bytes = self.stretch(matrix)
+        return array[first + expert * stride :][:n_bytes]
+
+    def stretch(self, matrix: int) -> tuple[int, int, int]:
+        """Return where in its tensor the first expert's matrix begins, how far it is to the next, and its bytes."""
         weight = self.weights[matrix]
         row_bytes = weight.format.row_bytes(weight.n_cols)
-        first = (expert * (weight.stored_rows or weight.n_rows) + weight.first_row) * row_bytes
-        return array[first : first + weight.n_rows * row_bytes]
+        return (
+            weight.first_row * row_bytes,
+            (weight.stored_rows or weight.n_rows) * row_bytes,
+            weight.n_rows * row_bytes,
+        )
 
     def batch_bytes(self, at_once: int) -> int:
         """Return the bytes of a staging buffer for so many experts: for their gate and up, or for their down."""

@@ -8,11 +8,14 @@ whether a copy is done.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine import _kernels
+from engine.devices.cuda.expert_layers import ExpertLayer
 from engine.devices.cuda.host_memory import ExpertPaths
 from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
+from engine.devices.program import WeightAccess
 from engine.errors import DeviceError
 
 N_AT_ONCE = 256  # that need no buffer
@@ -42,7 +45,9 @@ class ExpertCopies:
     def __init__(self, context: Context, paths: ExpertPaths) -> None:
         """Make the ring."""
         self._paths = paths
-        largest = max((layer.expert_bytes for layer in paths.lowering.experts.layers), default=0)
+        layers = paths.lowering.experts.layers
+        self._pieces = [list(_pieces(layer, paths.weights)) for layer in layers]
+        largest = max((layer.expert_bytes for layer in layers), default=0)
         self._owned: list[Stream | PinnedMemory | Event] = []
         self._waiting: deque[Copy] = deque()
         self._under_way: deque[tuple[Copy, PinnedMemory | None, Event]] = deque()
@@ -107,15 +112,22 @@ class ExpertCopies:
         close_all(owned)
 
     def _start(self, copy: Copy, buffer: PinnedMemory | None, event: Event) -> None:
-        paths, at = self._paths, 0
-        experts = paths.lowering.experts.layers[copy.layer]
-        for i, weight in enumerate(experts.weights):
-            source = experts.expert(paths.weights.array(weight.name), i, copy.expert)
-            address = int(source.ctypes.data)
+        paths = self._paths
+        to = paths.base + paths.lowering.experts.layers[copy.layer].offsets[copy.slot]
+        for address, stride, n_bytes, offset in self._pieces[copy.layer]:
+            source = address + copy.expert * stride
             if buffer is not None:
-                _kernels.parallel_copy(address, buffer.address + at, source.nbytes, paths.n_threads)
-                address = buffer.address + at
-            to = paths.base + experts.offsets[copy.slot] + experts.matrix_offset(i)
-            self._stream.upload(to, address, source.nbytes)
-            at += experts.slot_bytes[i]
+                _kernels.parallel_copy(source, buffer.address + offset, n_bytes, paths.n_threads)
+                source = buffer.address + offset
+            self._stream.upload(to + offset, source, n_bytes)
         event.record(self._stream)
+
+
+def _pieces(layer: ExpertLayer, weights: WeightAccess) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each matrix of an expert: address of the first expert's, how far to the next, bytes, offset in a slot.
+
+    Worked out once, for copies are begun between other things that the interpreter is wanted for.
+    """
+    for i, weight in enumerate(layer.weights):
+        first, stride, n_bytes = layer.stretch(i)
+        yield int(weights.array(weight.name).ctypes.data) + first, stride, n_bytes, layer.matrix_offset(i)
