@@ -41,8 +41,9 @@ def test_made_up_routing_is_valid_and_repeatable(trace) -> None:
     assert int(ids.max()) < 256
     assert (np.sort(ids, axis=2)[:, :, 1:] != np.sort(ids, axis=2)[:, :, :-1]).all()  # no expert twice
     again = RoutingProcess(16, 256, 8, seed=1)
-    assert all(np.array_equal(again.next_token(), ids[t]) for t in range(5))
-    assert not np.array_equal(RoutingProcess(16, 256, 8, seed=2).next_token(), ids[0])
+    one_by_one = np.concatenate([again.next_tokens(1) for _ in range(100)])
+    assert (one_by_one == ids[:100]).mean() > 0.999  # sums in another order may tell equal experts apart
+    assert not np.array_equal(RoutingProcess(16, 256, 8, seed=2).next_tokens(1)[0], ids[0])
 
 
 def test_made_up_routing_is_as_repetitive_as_recorded_routing(trace) -> None:
@@ -59,15 +60,15 @@ def test_made_up_routing_is_as_repetitive_as_recorded_routing(trace) -> None:
 def test_twins_are_found_where_they_were_put() -> None:
     process = RoutingProcess(48, 128, 8, twins=True, seed=5)
     twins = Twins(48, 128)
-    for _ in range(120):
-        twins.observe(process.next_token())
+    for chosen in process.next_tokens(120):
+        twins.observe(chosen)
     assert set(range(20, 42)) <= set(twins.layers.tolist())
     assert (twins.of[20:30] == np.arange(8, 18)).all()
     assert 0.5 < twins.agreement[20:42].mean() < 0.75
     none = Twins(16, 128)
     process = RoutingProcess(16, 128, 8, seed=5)
-    for _ in range(120):
-        none.observe(process.next_token())
+    for chosen in process.next_tokens(120):
+        none.observe(chosen)
     assert not len(none.layers)
 
 

@@ -45,8 +45,7 @@ def routing_of_run(device: str, tmp_path: Path, routing: str) -> np.ndarray:
 @pytest.fixture
 def process() -> np.ndarray:
     """The experts that the made-up process chooses first."""
-    source = RoutingProcess(3, 16, 4)
-    return np.stack([source.next_token() for _ in range(N_TOKENS)])
+    return RoutingProcess(3, 16, 4).next_tokens(N_TOKENS)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -56,8 +55,7 @@ def test_made_up_routing_is_what_the_routers_choose(device: str, tmp_path: Path,
 
 def test_the_cache_is_told_what_is_played_for_the_end_of_a_prompt() -> None:
     """The answer goes on from there."""
-    source = RoutingProcess(3, 16, 4)
-    played = np.stack([source.next_token() for _ in range(PLAYED_OF_PROMPT + 1)])
+    played = RoutingProcess(3, 16, 4).next_tokens(PLAYED_OF_PROMPT + 1)
     settings = EngineSettings(device="emulated", n_threads=2, context_length=64)
     moe = MoESettings(hot_k=5, routing="made-up")
     with Engine.open(NAME, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:
@@ -89,7 +87,7 @@ def test_what_is_played_is_the_same_if_it_is_found_early() -> None:
     told: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for is_early, seen in told.items():
         program = Told()
-        steering = Steering(program, ["a", "b", "c"], 16, RoutingProcess(3, 16, 4).next_token)
+        steering = Steering(program, ["a", "b", "c"], 16, iter(RoutingProcess(3, 16, 4).next_tokens(200)))
         for n_tokens in (1, 1, 1, 5, 5, 1, 1, 2, 1):
             steering.begin_step(n_tokens)
             seen.append(program.values.copy())
@@ -104,12 +102,11 @@ def test_what_is_played_is_the_same_if_it_is_found_early() -> None:
 
 def test_guesses_are_right_as_often_as_a_trained_model_s() -> None:
     """Those of the layers that are guessed about; the best rank is still the first."""
-    program, source = Told({"b": "b'", "c": "c'"}), RoutingProcess(3, 16, 4)
-    steering = Steering(program, ["a", "b", "c"], 16, source.next_token)
-    expected, n_right, n_tokens = RoutingProcess(3, 16, 4), 0, 500
-    for _ in range(n_tokens):
+    n_tokens, n_right = 500, 0
+    program, expected = Told({"b": "b'", "c": "c'"}), RoutingProcess(3, 16, 4).next_tokens(n_tokens)
+    steering = Steering(program, ["a", "b", "c"], 16, iter(expected))
+    for ids in expected:
         steering.begin_step(1)
-        ids = expected.next_token()
         assert program.names == ["a", "b", "c", "b'", "c'"]
         np.testing.assert_array_equal(np.argsort(-program.values[:3], kind="stable")[:, :4], ids)
         told, guessed = program.values[1:3], program.values[3:]

@@ -68,6 +68,7 @@ class WatchedProgram:
         self._program, self._cache, self._recorder, self._steering = program, cache, recorder, steering
         self._thread = ThreadPoolExecutor(1, "expert-cache") if in_background else None
         self._settling = threading.Lock()  # an interrupt may leave the thread at work
+        self._playing = threading.Lock()  # of its own: to find what is played takes longer than all else
         # Asked once: it takes microseconds, and a step is to take few of them.
         self._drawing = program if isinstance(program, DrawingProgram) else None
         self._staged = program if isinstance(program, StagedProgram) else None
@@ -187,7 +188,7 @@ class WatchedProgram:
     def _steer(self, step: Step) -> None:
         """Tell routers what they are to choose in a step."""
         if self._steering is not None:
-            with self._settling:
+            with self._playing:
                 self._steering.begin_step(len(step.token_ids))
 
     def _prepare(self, step: Step) -> _Begun:
@@ -210,7 +211,7 @@ class WatchedProgram:
         if self._recorder is not None:
             self._record(self._recorder, routing, slots)
         if self._steering is not None and self._cache is not None and self._cache.bypasses(len(slots)):
-            with self._settling:
+            with self._playing:
                 routing = self._steering.end_of_prompt()
         if begun.resident is not None:
             self._unseen = _Over(routing, begun.resident, seconds)
@@ -244,7 +245,8 @@ class WatchedProgram:
         with self._settling:
             if self._unseen is step:  # else this comes late
                 self._show_unseen()
-            if self._steering is not None:
+        if self._steering is not None:
+            with self._playing:
                 self._steering.find_next()
         while self._unseen is None and self._cache is not None and self._go_on(self._cache):
             time.sleep(_PACE_S)
