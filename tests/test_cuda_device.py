@@ -387,10 +387,8 @@ def begin(program: CUDAProgram, step: Step) -> None:
 def end(program: CUDAProgram, then: Step | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Finish the step under way, with another one behind it."""
     if then is not None:
-        program.prepare(then)
+        begin(program, then)
     program.finish_layers()
-    if then is not None:
-        program.launch()
     return program.collect()
 
 
@@ -464,12 +462,14 @@ def test_steps_under_way_can_be_dropped(small: Model, monkeypatch) -> None:
         program.drop()
         check()
         for n in (1, 2):
-            begin(program, a_step([5], 0, GREEDY))
-            program.finish_layers()
-            if n == 2:
-                begin(program, a_step([-1], 1, GREEDY))
-            program.drop()
-            check()
+            for needs_the_cpu in (False, True):
+                begin(program, a_step([5], 0, GREEDY))
+                if not needs_the_cpu:
+                    program.finish_layers()
+                if n == 2:
+                    begin(program, a_step([-1], 1, GREEDY))
+                program.drop()
+                check()
         for wrong in (a_step([-2], 1, GREEDY), a_step([-1], 64, GREEDY)):
             begin(program, a_step([5], 0, GREEDY))
             with pytest.raises(RequestError):
@@ -494,8 +494,14 @@ def test_steps_under_way_can_be_dropped(small: Model, monkeypatch) -> None:
             with pytest.raises(DeviceError, match="no memory for this"):
                 end(program)
         check()
+        with monkeypatch.context() as patch:
+            patch.setattr(program._misses, "_server", Failing())
+            begin(program, a_step([5], 0, GREEDY))
+            begin(program, a_step([-1], 1, GREEDY))
+            with pytest.raises(DeviceError, match="no memory for this"):
+                end(program)
+        check()
         begin(program, a_step([5], 0, GREEDY))
-        program.finish_layers()
         begin(program, a_step([-1], 1, GREEDY))
 
 

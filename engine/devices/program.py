@@ -182,9 +182,9 @@ class Step:
 class StagedProgram(DrawingProgram, Protocol):
     """One whose steps are run in four calls: `prepare`, `launch`, `finish_layers`, `collect`.
 
-    The next step may be prepared as soon as one was launched, and launched as soon as its layers are finished. For it a
-    token id of -1 - i stands for the token that output row i of the step before draws: the device need not wait until
-    the host has seen that. Whatever raises leaves no step under way, and in their sequences nothing of use.
+    The next step may be prepared and launched as soon as one was launched, and starts by itself when that is over. For
+    it a token id of -1 - i stands for the token that output row i of the step before draws: the device need not wait
+    until the host has seen that. Whatever raises leaves no step under way, and in their sequences nothing of use.
 
     Attributes:
         runs_ahead: whether it pays to launch a step before the one before is collected: there is a CPU for it.

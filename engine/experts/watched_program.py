@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -154,15 +154,16 @@ class WatchedProgram:
         assert self._staged is not None
         try:
             self._begin_to_look()
-            if then is not None:  # whatever can be done before, for now there is time
+            if then is not None:  # long before it can start: whoever begins one late lets the device wait
                 self._steer(then)
                 self._staged.prepare(then)
-            self._staged.finish_layers()
-            with self._cache.held() if self._cache is not None else contextlib.nullcontext():
-                if self._thread is not None:
-                    self.settle()
-                if then is not None:
+                with self._cache.held() if self._cache is not None else contextlib.nullcontext():
+                    if self._thread is not None:  # swaps that are planned now wait for this step, not for the next
+                        self.settle()
                     self._launch(then, self._staged)
+            self._staged.finish_layers()
+            if then is not None:
+                self._note_start()
             result = self._staged.collect()
         except BaseException:
             self._drop_quietly()
@@ -174,6 +175,13 @@ class WatchedProgram:
         begun = self._prepare(step)
         program.launch()
         self._begun.append(begun)
+
+    def _note_start(self) -> None:
+        """Note whom the step that was begun ahead finds in slots, now that it starts."""
+        if self._cache is not None:
+            with self._settling:
+                self._cache.publish_arrivals()
+                self._begun[-1] = replace(self._begun[-1], resident=self._cache.resident())
 
     def drop(self) -> None:
         """Stop all steps under way."""
@@ -239,8 +247,8 @@ class WatchedProgram:
     def _look(self, step: _Over) -> None:
         """Let the cache look at a step, then copy experts as soon as the one that runs is done with their slots.
 
-        So they are there for the next step. What has arrived is published while there is time: whoever begins that step
-        is to have little left to do. When the running one is over, it is the next to be looked at.
+        So they are there for the next step, begun or not: it reads who is where when it starts. When the running one is
+        over, it is the next to be looked at.
         """
         with self._settling:
             if self._unseen is step:  # else this comes late
