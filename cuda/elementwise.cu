@@ -37,6 +37,15 @@ soft_caps(const float *x, int64_t x_stride, float *out, int64_t out_stride, int 
         out[row * out_stride + col] = soft_cap(x[row * x_stride + col], cap);
 }
 
+// out = x, but no farther from 0 than `limit`; in place allowed.
+KERNEL(THREADS)
+clamp(const float *x, int64_t x_stride, float *out, int64_t out_stride, int n_cols, float limit, const int *n_rows) {
+    begin_kernel();
+    const int row = blockIdx.y, col = column();
+    if (row < *n_rows && col < n_cols)
+        out[row * out_stride + col] = within(x[row * x_stride + col], limit);
+}
+
 // x *= 1 + slope * ln(1 + floor((position + offset) / period)), in place.
 KERNEL(THREADS)
 scale_by_position(float *x, int64_t x_stride, const int *positions, int n_cols, int offset, int period, float slope,

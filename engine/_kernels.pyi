@@ -276,6 +276,9 @@ class Program:
     def soft_cap(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int, cap: float, rows: int) -> None:
         """out = cap * tanh(x / cap); in place allowed."""
 
+    def clamp(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int, limit: float, rows: int) -> None:
+        """out = x, but no farther from 0 than `limit`; in place allowed."""
+
     def scale_by_position(self, x: int, x_stride: int, n_cols: int, offset: int, period: int, slope: float) -> None:
         """x *= 1 + slope * ln(1 + floor((position + offset) / period)), with an offset of 0 or 1."""
 

@@ -104,6 +104,9 @@ cdef extern from "kernels/ops.h":
     ctypedef struct soft_cap_args:
         matrix x, out
         float cap
+    ctypedef struct clamp_args:
+        matrix x, out
+        float limit
     ctypedef struct scale_by_position_args:
         matrix x
         int offset, period
@@ -223,6 +226,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_gate(program *p, gate_args args, int n_cols, int rows)
     int program_scale(program *p, scale_args args, int n_cols, int rows)
     int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows)
+    int program_clamp(program *p, clamp_args args, int n_cols, int rows)
     int program_scale_by_position(program *p, scale_by_position_args args, int n_cols)
     int program_split_heads(program *p, heads_args args, int n_heads)
     int program_join_heads(program *p, heads_args args, int n_heads)
@@ -854,6 +858,18 @@ cdef class Program:
         args.out = need_matrix("out", out, out_stride, n_cols)
         args.cap = cap
         recorded(program_soft_cap(self._program, args, n_cols, rows))
+
+    def clamp(
+        self, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int n_cols, float limit, int rows
+    ):
+        need_at_least("n_cols", n_cols, 1)
+        need_one_of("rows", rows, 2)
+        need(limit > 0, f"limit is {limit}; expected a number above 0")
+        cdef clamp_args args
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.limit = limit
+        recorded(program_clamp(self._program, args, n_cols, rows))
 
     def scale_by_position(self, uintptr_t x, int64_t x_stride, int n_cols, int offset, int period, float slope):
         need_at_least("n_cols", n_cols, 1)

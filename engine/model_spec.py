@@ -44,6 +44,7 @@ class AttentionSpec:
         layer_kv_heads: likewise `n_kv_heads`.
         value_dim: width of a head's value; 0: `head_dim`, which is that of queries and keys.
         gating: how values are gated, where the file has a gate for them.
+        qkv_limit: how far from 0 queries, keys and values may be as they are projected; 0: anywhere.
         output_scale: factor of what attention adds to the residual stream.
         windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
         chunks: for each layer, the length of the stretches that attention does not look beyond; 0 or no entry: none.
@@ -67,6 +68,7 @@ class AttentionSpec:
     gating: Literal["sigmoid", "softplus"] = "sigmoid"
     output_scale: float = 1.0
     window_head_dim: int = 0
+    qkv_limit: float = 0.0
 
     @property
     def cached_dims(self) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ PEERS = (
     "bailingmoe3",
     "bailingmoe3-vl",
     "cohere2moe",
+    "dbrx",
     "deepseek",
     "dots1",
     "ernie4_5-moe",

@@ -286,6 +286,20 @@ PEERS = {
         tied=True,
         n_mtp=1,
     ),
+    "dbrx": Peer(
+        "dbrx",
+        2,
+        MOE
+        | {
+            "feed_forward_length": FFN,
+            "attention.layer_norm_rms_epsilon": None,
+            "attention.layer_norm_epsilon": 1e-5,
+            "attention.clamp_kqv": 1.0,
+        },
+        moe_layers=(0, 1),
+        fused_qkv=True,
+        ffn_norm="attn_output_norm",
+    ),
     "deepseek": Peer(
         "deepseek",
         2,

@@ -95,6 +95,9 @@ class ReferenceProgram:
     def soft_cap(self, op: ops.SoftCap) -> None:
         self[op.out] = op.cap * np.tanh(self[op.x] / op.cap)
 
+    def clamp(self, op: ops.Clamp) -> None:
+        self[op.out] = np.clip(self[op.x], -op.limit, op.limit)
+
     def scale_by_position(self, op: ops.ScaleByPosition) -> None:
         factor = 1 + op.slope * np.log1p((self.positions + op.offset) // op.period)
         self[op.x] = self[op.x] * factor[:, None]
@@ -278,6 +281,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.Add: ReferenceProgram.add,
     ops.Scale: ReferenceProgram.scale,
     ops.SoftCap: ReferenceProgram.soft_cap,
+    ops.Clamp: ReferenceProgram.clamp,
     ops.ScaleByPosition: ReferenceProgram.scale_by_position,
     ops.Gate: ReferenceProgram.gate,
     ops.SplitHeads: ReferenceProgram.split_heads,

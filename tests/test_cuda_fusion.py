@@ -37,6 +37,14 @@ def test_attention_takes_all_that_is_around_it(name: str, around: set[str], gold
     assert "Rope" not in {type(item).__name__ for item in items}
 
 
+def test_clamped_heads_are_rotated_where_they_are_attended(data: Path) -> None:
+    """One launch clamps queries, keys and values together."""
+    items = groups(data / "peers" / "dbrx-F32.gguf")
+    attentions = [item for item in items if isinstance(item, fusion.Attention)]
+    assert len(attentions) == sum(isinstance(item, ops.Clamp) for item in items) == 2
+    assert all(item.q_rope and item.k_rope for item in attentions)
+
+
 def test_values_that_are_made_of_keys_leave_attention_whole(data) -> None:
     attentions = [item for item in groups(data / "peers" / "gemma4-F32.gguf") if isinstance(item, fusion.Attention)]
     assert len(attentions) == 4

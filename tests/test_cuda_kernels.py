@@ -413,6 +413,8 @@ def test_elementwise_operations(mode: str) -> None:
         emulator.run(elementwise.soft_cap(emulator.rows(x), 0.7, emulator.rows(out), n_cols, count), order, seed)
         assert same_bits(out, cpu_soft_cap(x, 0.7))
         assert out == pytest.approx(0.7 * np.tanh(x.astype(np.float64) / 0.7), abs=3e-7)
+        emulator.run(elementwise.clamp(emulator.rows(x), 0.7, emulator.rows(out), n_cols, count), order, seed)
+        assert same_bits(out, np.clip(x, -F32(0.7), F32(0.7)))
         positions = np.array([0, 15, 8000], np.int32)
         for offset in (0, 1):
             before, rows = out.copy(), emulator.rows(out)

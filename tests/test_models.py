@@ -97,6 +97,7 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("cohere2moe", "rope.freq_base_swa", 500.0, "freq_base_swa is 500; this version needs that of rope.freq_base"),
         ("cohere2moe", "attention.sliding_window", 0, "attention.sliding_window is 0; expected an integer from 1"),
         ("cohere2moe", "leading_dense_block_count", -1, "leading_dense_block_count is -1; expected an integer from 0"),
+        ("dbrx", "attention.clamp_kqv", -1.0, "attention.clamp_kqv is -1.0; expected a number above 0, or 0 for no"),
         (
             "granite_swa",
             "attention.rope_pattern",
@@ -156,6 +157,13 @@ def test_the_epsilons_of_cohere2moe_say_which_norm_it_has(
     norms = [op for op in load(parts, tmp_path).graph.operations if isinstance(op, ops.RMSNorm)]
     assert len(norms) == 5
     assert {(norm.eps, norm.centers) for norm in norms} == {(eps, centers)}
+
+
+def test_a_limit_of_0_clamps_nothing(peer, tmp_path: Path) -> None:
+    parts = peer("dbrx")
+    assert sum(isinstance(op, ops.Clamp) for op in load(parts, tmp_path).graph.operations) == 2
+    parts.values["dbrx.attention.clamp_kqv"] = 0.0
+    assert not any(isinstance(op, ops.Clamp) for op in load(parts, tmp_path).graph.operations)
 
 
 def test_without_a_shared_expert_nothing_is_halved(peer, tmp_path: Path) -> None:

@@ -187,6 +187,20 @@ def test_soft_cap(seed: int, n: int, width: int, cap: float, in_place: bool) -> 
 
 
 @few
+@given(seeds, token_counts, widths, st.booleans())
+def test_clamp(seed: int, n: int, width: int, in_place: bool) -> None:
+    x = normal(seed, n, width)
+    name = "x" if in_place else "out"
+    case = Case(
+        lambda program, at: program.clamp(*at.x, *getattr(at, name), width, 0.7, k.ROWS_TOKENS),
+        {"x": x},
+        {"out": (width, np.float32)},
+        results=(name,),
+    )
+    case.check({name: np.clip(x, -np.float32(0.7), np.float32(0.7))}, atol=0)
+
+
+@few
 @given(seeds, token_counts, widths, st.integers(0, 1), st.integers(1, 40), st.integers(0, 100_000))
 def test_scale_by_position(seed: int, n: int, width: int, offset: int, period: int, start: int) -> None:
     x = normal(seed, n, width)

@@ -118,6 +118,7 @@ FINE = {
     "join_heads": (A, 8, B, 4, C, 12, 2, 4, 2),
     "scale": (A, 8, 0, 0, B, 8, 8, 2.0, 0),
     "soft_cap": (A, 8, B, 8, 8, 30.0, 0),
+    "clamp": (A, 8, B, 8, 8, 1.5, 0),
     "scale_by_position": (A, 8, 8, 1, 4, 0.1),
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0),
     "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
@@ -166,6 +167,8 @@ BAD = [
     ("scale", 8, -1, "rows is -1"),
     ("soft_cap", 4, 0, "n_cols is 0"),
     ("soft_cap", 5, 0.0, "cap is 0.0; expected a number above 0"),
+    ("clamp", 3, 7, "the stride of out is 7"),
+    ("clamp", 5, 0.0, "limit is 0.0; expected a number above 0"),
     ("scale_by_position", 3, 2, "offset is 2"),
     ("scale_by_position", 4, 0, "period is 0"),
     ("rope", 5, 7, "n_rot is 7; expected an even number up to 8"),

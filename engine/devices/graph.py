@@ -269,6 +269,15 @@ class SoftCap(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Clamp(Operation):
+    """out = x, but no farther from 0 than `limit`."""
+
+    x: Tensor
+    out: Tensor
+    limit: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class ScaleByPosition(Operation):
     """x *= 1 + slope * ln(1 + floor((position + offset) / period)), in place: temperature of attention far back."""
 
@@ -534,6 +543,12 @@ class Graph:
         """Bring values smoothly to within `cap` of 0."""
         out = self._new(x.width, x.rows)
         self.operations.append(SoftCap(x, out, cap))
+        return out
+
+    def clamp(self, x: Tensor, limit: float) -> Tensor:
+        """Bring values that are farther than `limit` from 0 to there."""
+        out = self._new(x.width, x.rows)
+        self.operations.append(Clamp(x, out, limit))
         return out
 
     def scale_by_position(self, x: Tensor, offset: int, period: int, slope: float) -> Tensor:

@@ -100,6 +100,11 @@ typedef struct {
 } soft_cap_args;
 
 typedef struct {
+    matrix x, out;
+    float limit;
+} clamp_args;
+
+typedef struct {
     matrix x;
     int offset, period;
     float slope;
@@ -243,6 +248,7 @@ typedef union {
     gate_args gate;
     scale_args scale;
     soft_cap_args soft_cap;
+    clamp_args clamp;
     scale_by_position_args scale_by_position;
     heads_args heads;
     rope_table_args rope_table;
@@ -283,7 +289,7 @@ typedef struct {
 } task_fns;
 
 typedef struct ops_table {
-    tile_fn embed, rms_norm, quantize, add, scale, soft_cap, scale_by_position, gate, split_heads, join_heads,
+    tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
         rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_down;
     exponentials_fn exponentials;

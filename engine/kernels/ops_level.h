@@ -56,6 +56,7 @@ static const ops_table level_ops = {
     .add = op_add,
     .scale = op_scale,
     .soft_cap = op_soft_cap,
+    .clamp = op_clamp,
     .scale_by_position = op_scale_by_position,
     .gate = op_gate,
     .split_heads = op_split_heads,

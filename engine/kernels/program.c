@@ -381,6 +381,19 @@ int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows) {
     return record(p, op);
 }
 
+int program_clamp(program *p, clamp_args args, int n_cols, int rows) {
+    operation op = {.name = "clamp",
+                    .args.clamp = args,
+                    .run_tile = p->kernels->ops->clamp,
+                    .rows = rows,
+                    .width = n_cols,
+                    .unit = FLOATS_OF_LINE,
+                    .is_cheap = true};
+    touch(p, &op, READS, args.x);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
 int program_scale_by_position(program *p, scale_by_position_args args, int n_cols) {
     operation op = {.name = "scale_by_position",
                     .args.scale_by_position = args,

@@ -28,6 +28,7 @@ int program_add(program *p, add_args args, int n_cols, int rows);
 int program_gate(program *p, gate_args args, int n_cols, int rows);
 int program_scale(program *p, scale_args args, int n_cols, int rows);
 int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows);
+int program_clamp(program *p, clamp_args args, int n_cols, int rows);
 int program_scale_by_position(program *p, scale_by_position_args args, int n_cols);
 int program_split_heads(program *p, heads_args args, int n_heads);
 int program_join_heads(program *p, heads_args args, int n_heads);

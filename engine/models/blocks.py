@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -102,7 +103,7 @@ def self_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, lay
     if block.has("attn_gate.weight"):  # a gate for each head, or for each of its values
         n_gates = n_heads if block.shape("attn_gate.weight")[0] == n_heads else found_size
         gates.append(block.matrix("attn_gate.weight", n_gates, spec.hidden_size))
-    q, k, v, *gate = project_qkv(graph, x, block, spec.hidden_size, sizes, gates)
+    q, k, v, *gate = project_qkv(graph, x, block, spec.hidden_size, sizes, gates, attention.qkv_limit)
     head_dim = attention.layer_head_dim(layer)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
@@ -143,11 +144,18 @@ def attend(
 
 
 def project_qkv(
-    graph: Graph, x: Tensor, block: Tensors, hidden_size: int, sizes: Sequence[int], more: Sequence[Weight] = ()
+    graph: Graph,
+    x: Tensor,
+    block: Tensors,
+    hidden_size: int,
+    sizes: Sequence[int],
+    more: Sequence[Weight] = (),
+    limit: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Project to queries, keys and values, stored as three matrices or as one (`attn_qkv`: q, then k, then v).
 
-    With two `sizes` there are no values. What `more` matrices give comes after these.
+    With two `sizes` there are no values. What `more` matrices give comes after these. A `limit` above 0 is how far from
+    0 queries, keys and values may be.
     """
     weights: list[Weight]
     biases: list[Vector | None]
@@ -159,7 +167,12 @@ def project_qkv(
         parts = list(zip(("attn_q", "attn_k", "attn_v"), sizes, strict=False))
         weights = [block.matrix(f"{part}.weight", size, hidden_size) for part, size in parts]
         biases = [block.optional_vector(f"{part}.bias", size) for part, size in parts]
-    return graph.linears(x, (*weights, *more), (*biases, *[None] * len(more)))
+    weights, biases = [*weights, *more], [*biases, *[None] * len(more)]
+    if not limit:
+        return graph.linears(x, weights, biases)
+    joined, *others = graph.linears(x, weights, biases, n_joined=len(sizes))
+    joined = graph.clamp(joined, limit)
+    return *(joined.columns(start, end) for start, end in pairwise(accumulate(sizes, initial=0))), *others
 
 
 def normalize_heads(graph: Graph, x: Tensor, block: Tensors, name: str, head_dim: int, eps: float) -> Tensor:

@@ -269,6 +269,10 @@ class Lowering:
         x, out = self._use(op.x), self._use(op.out)
         self._calls.append(lambda: self.program.soft_cap(*x.at, *out.at, op.x.width, op.cap, op.x.rows))
 
+    def _clamp(self, op: ops.Clamp) -> None:
+        x, out = self._use(op.x), self._use(op.out)
+        self._calls.append(lambda: self.program.clamp(*x.at, *out.at, op.x.width, op.limit, op.x.rows))
+
     def _scale_by_position(self, op: ops.ScaleByPosition) -> None:
         x = self._use(op.x)
         self._calls.append(lambda: self.program.scale_by_position(*x.at, op.x.width, op.offset, op.period, op.slope))
@@ -492,6 +496,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Add: Lowering._add,
     ops.Scale: Lowering._scale,
     ops.SoftCap: Lowering._soft_cap,
+    ops.Clamp: Lowering._clamp,
     ops.ScaleByPosition: Lowering._scale_by_position,
     ops.Gate: Lowering._gate,
     ops.SplitHeads: Lowering._split_heads,

@@ -149,6 +149,12 @@ def soft_cap(x: Rows, cap: float, out: Rows, n_cols: int, count: Count) -> Launc
     return _elementwise("soft_caps", n_cols, count, *at(x), *at(out), int32(n_cols), float32(cap))
 
 
+def clamp(x: Rows, limit: float, out: Rows, n_cols: int, count: Count) -> Launch:
+    """Bring values that are farther than `limit` from 0 to there."""
+    assert limit > 0
+    return _elementwise("clamp", n_cols, count, *at(x), *at(out), int32(n_cols), float32(limit))
+
+
 def scale_by_position(
     x: Rows, positions: int, n_cols: int, offset: int, period: int, slope: float, count: Count
 ) -> Launch:

@@ -192,6 +192,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.HeadLinear: operations.head_linear,
     ops.Scale: operations.scale,
     ops.SoftCap: operations.soft_cap,
+    ops.Clamp: operations.clamp,
     ops.Gate: operations.gate,
     ops.SplitHeads: operations.split_heads,
     ops.JoinHeads: operations.join_heads,

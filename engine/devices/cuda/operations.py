@@ -209,6 +209,12 @@ def soft_cap(recorder: Recorder, op: ops.SoftCap) -> None:
     recorder.record(lambda p: [elementwise.soft_cap(p.rows(x), op.cap, p.rows(out), op.x.width, p.count(op.x.rows))])
 
 
+def clamp(recorder: Recorder, op: ops.Clamp) -> None:
+    """Record values that are kept within a number of 0."""
+    x, out = recorder.use(op.x), recorder.use(op.out)
+    recorder.record(lambda p: [elementwise.clamp(p.rows(x), op.limit, p.rows(out), op.x.width, p.count(op.x.rows))])
+
+
 def gate_of(op: ops.Gate, rows: Rows, head_dim: int) -> GateOf:
     """Return the gate of an operation on heads of that size, whose values lie there."""
     per_head = op.gate.width < op.x.width

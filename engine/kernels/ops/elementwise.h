@@ -115,6 +115,17 @@ static void op_soft_cap(const op_args *args, const step_view *step, tile t) {
     }
 }
 
+static void op_clamp(const op_args *args, const step_view *step, tile t) {
+    const clamp_args *a = &args->clamp;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const float *x = row_of(a->x, row);
+        float *out = row_of(a->out, row);
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, v16_within(v16_load(x + c), a->limit)),
+                    v16_store_first(out + c, v16_within(v16_load_first(x + c, n_left), a->limit), n_left));
+    }
+}
+
 static void op_scale_by_position(const op_args *args, const step_view *step, tile t) {
     const scale_by_position_args *a = &args->scale_by_position;
     for (int row = t.row; row < t.row_end; row++) {
