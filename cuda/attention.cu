@@ -1,8 +1,8 @@
 // Attention of a step's tokens over the cache of keys and values (`kv_cache.cuh`), for many tokens in one kernel, for few
 // over parts of the positions, which are then merged.
 //
-// Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), GATE (of `merge_parts`: 0 none,
-// 1 sigmoid, 2 SiLU) and FORMS (likewise, see `quantize.cuh`).
+// Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), CAP (that scores are brought to within;
+// 0.0f: they are not), GATE (of `merge_parts`: 0 none, 1 sigmoid, 2 SiLU) and FORMS (likewise, see `quantize.cuh`).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
 // 0 sets no limit. Positions are taken in tiles of 32, tile i by part i % n_parts, and parts are merged in order: what a
@@ -221,7 +221,8 @@ DEVICE void attend_part(Tile &tile, const Queries &queries, Fetched &fetched, in
             for (int i = 0; i < 2; i++) {
                 const float a = tile.scores[0][row][p + i] + tile.scores[1][row][p + i];
                 const float b = tile.scores[2][row][p + i] + tile.scores[3][row][p + i];
-                score[i] = first + p + i >= from && first + p + i <= position ? a + b : NEVER;
+                const float whole = CAP > 0.0f ? soft_cap(a + b, CAP) : a + b;
+                score[i] = first + p + i >= from && first + p + i <= position ? whole : NEVER;
                 largest = fmaxf(largest, score[i]);
             }
             for (int lanes = 8; lanes; lanes /= 2)

@@ -316,6 +316,7 @@ class Program:
         sinks: int,
         window: int,
         chunk: int,
+        cap: float,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
@@ -323,6 +324,7 @@ class Program:
         Online softmax over fixed blocks of positions, so no n x n matrix and the same bits however the prompt is cut.
         A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`,
         on; 0 sets no limit. `sinks` (or 0) is float32 [n_heads]: a score for each head that has no value.
+        With a `cap` above 0 the other scores become cap * tanh(score / cap).
         """
 
     def causal_conv(

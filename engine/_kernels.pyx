@@ -163,7 +163,7 @@ cdef extern from "kernels/ops.h":
         kv_cache cache
         const float *sinks
         int n_heads, window, chunk
-        float scale
+        float scale, cap
     ctypedef struct linear_weight:
         const uint8_t *weight
         int64_t row_bytes
@@ -925,10 +925,12 @@ cdef class Program:
         uintptr_t sinks,
         int window,
         int chunk,
+        float cap,
     ):
         need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
         need_at_least("window", window, 0)
         need_at_least("chunk", chunk, 0)
+        need(cap >= 0, f"cap is {cap}; expected 0, or a number above")
         need(
             n_heads > 0 and n_heads % n_kv_heads == 0,
             f"{n_heads} heads cannot share {n_kv_heads} key/value heads evenly",
@@ -950,6 +952,7 @@ cdef class Program:
         args.sinks = <const float *> sinks
         args.window = window
         args.chunk = chunk
+        args.cap = cap
         cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
         cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
         recorded(program_attention(self._program, args, keys, values))

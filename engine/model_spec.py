@@ -20,6 +20,7 @@ class RopeSpec:
         original_context_length: the trained context (YaRN).
         magnitude: factor of cosine and sine on top of YaRN's own.
         yarn_slope: YaRN's own factor is 1 + yarn_slope * ln(factor).
+        yarn_fast, yarn_slow: turns over the trained context above which YaRN keeps a pair, below which it stretches it.
         divides: whether frequencies are divided by those that the file has (`rope_freqs`), if it has any.
     """
 
@@ -32,6 +33,8 @@ class RopeSpec:
     original_context_length: int = 0
     magnitude: float = 1.0
     yarn_slope: float = 0.1
+    yarn_fast: float = 32.0
+    yarn_slow: float = 1.0
     divides: bool = True
 
 
@@ -44,6 +47,7 @@ class AttentionSpec:
         layer_kv_heads: likewise `n_kv_heads`.
         value_dim: width of a head's value; 0: `head_dim`, which is that of queries and keys.
         gating: how values are gated, where the file has a gate for them.
+        cap: what scores are smoothly brought to within, by tanh; 0: they are not.
         qkv_limit: how far from 0 queries, keys and values may be as they are projected; 0: anywhere.
         output_scale: factor of what attention adds to the residual stream.
         windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
@@ -68,6 +72,7 @@ class AttentionSpec:
     gating: Literal["sigmoid", "softplus"] = "sigmoid"
     output_scale: float = 1.0
     window_head_dim: int = 0
+    cap: float = 0.0
     qkv_limit: float = 0.0
 
     @property
@@ -213,7 +218,8 @@ class MoESpec:
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
         latent_size: width of what experts take and give, where it is not that of the residual stream; 0: it is.
-        averages_shared: whether the routed experts together and the shared one count half each.
+        shared_suffix: how names of the shared expert's tensors end, before their last part.
+        shared_sum_scale: factor of the sum of routed experts and the shared one.
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
             networks, 0 for nothing; no entry: nothing.
     """
@@ -229,7 +235,8 @@ class MoESpec:
     n_groups_used: int = 1
     weights_input: bool = False
     latent_size: int = 0
-    averages_shared: bool = False
+    shared_suffix: str = "_shexp"
+    shared_sum_scale: float = 1.0
     limits: tuple[float, ...] = ()
     shared_limits: tuple[float, ...] = ()
 

@@ -59,6 +59,8 @@ PEERS = (
     "granite_swa",
     "granitehybrid",
     "granitemoe",
+    "grok",
+    "grok-1",
     "hunyuan-moe",
     "hy_v3",
     "kimi-linear",

@@ -8,8 +8,9 @@ Run by hand, with llama.cpp as the other opinion: `pip install llama-cpp-python 
                                     for Q8_0 also `logits`: llama.cpp on the file itself, with activations of 8 bits
 
 GELU is the one function that llama.cpp looks up, in a table of float16 numbers. That moves logits of `gemma4` by up to
-2.5e-3, where 1e-4 is allowed (with the formula itself: 4e-6). So its logits are those of a build without the table:
-ggml-cpu with the line `#define GGML_GELU_FP16` taken out of `vec.h`, in a folder that `LLAMA_CPP_LIB_PATH` names.
+2.5e-3, where 1e-4 is allowed (with the formula itself: 4e-6). So its logits, and those of `grok` and `grok-1`, are of a
+build without the table: ggml-cpu with the line `#define GGML_GELU_FP16` taken out of `vec.h`, in a folder that
+`LLAMA_CPP_LIB_PATH` names.
 
 Where experts are chosen by a hair, two right programs choose differently. Models are therefore drawn until the logits
 stay close to the float32 ones in 8 bits, and also when the embeddings are disturbed a little, in several ways.
@@ -61,6 +62,7 @@ class Peer:
         fused_qkv: whether queries, keys and values are one matrix.
         rope_divisors: whether there is a tensor that frequencies are divided by.
         n_still: pairs, the last ones, that this tensor keeps from turning.
+        embedding_gain: how large the embeddings are.
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
@@ -75,10 +77,11 @@ class Peer:
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
-        post_norms: whether there are norms behind attention and feed-forward network, too.
+        post_norms: tensors of norms behind attention and feed-forward network, if there are any.
         window_layers: those whose heads are `window_head_dim` wide, if that is not 0.
         keys_as_values: the blocks that have no projection to values.
         parallel_networks: whether every block has a dense network, beside its experts if it has any.
+        dense_size: width of a dense network beside the experts of other models; 0 for none.
         n_long: tokens of a long prompt whose last logits are kept as well.
         seed: the first that is tried.
     """
@@ -100,6 +103,7 @@ class Peer:
     fused_qkv: bool = False
     rope_divisors: bool = False
     n_still: int = 0
+    embedding_gain: float = 1.0
     tied: bool = False
     sinks: tuple[int, ...] = ()
     recurrent: bool = False
@@ -114,16 +118,18 @@ class Peer:
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
-    post_norms: bool = False
+    post_norms: tuple[str, ...] = ()
     window_layers: tuple[int, ...] = ()
     window_head_dim: int = 0
     keys_as_values: tuple[int, ...] = ()
     parallel_networks: bool = False
+    dense_size: int = 0
     n_long: int = 0
     n_mtp: int = 0
     seed: int = 0
 
 
+POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 MOE = {"expert_count": N_EXPERTS, "expert_feed_forward_length": FFN}
 DELTA_K_HEADS, DELTA_V_HEADS, DELTA_DIM, DELTA_KERNEL = 2, 4, 16, 4
 DELTA_NET = {
@@ -188,7 +194,7 @@ PEERS = {
         router_bias=0.2,
         head_norm="head",
         attention_gate="value",
-        post_norms=True,
+        post_norms=POST_NORMS,
     ),
     "bailingmoe": Peer(
         "bailingmoe",
@@ -386,7 +392,7 @@ PEERS = {
         keys_as_values=(1,),
         rope_divisors=True,
         n_still=3,
-        post_norms=True,
+        post_norms=POST_NORMS,
         parallel_networks=True,
         tied=True,
     ),
@@ -442,6 +448,40 @@ PEERS = {
         moe_layers=(0, 1, 2),
         shared_size=FFN,
         tied=True,
+    ),
+    "grok": Peer(
+        "grok",
+        2,
+        MOE
+        | YARN
+        | {
+            "feed_forward_length": 2 * FFN,
+            "embedding_scale": 1.5,
+            "logit_scale": 0.8,
+            "attention.output_scale": 0.4,
+            "attention.temperature_length": 1024,
+            "attn_logit_softcapping": 2.0,
+            "router_logit_softcapping": 30.0,
+            "final_logit_softcapping": 6.0,
+            "rope.scaling.yarn_ext_factor": 1.0,
+            "rope.scaling.yarn_attn_factor": 1.0,
+            "rope.scaling.yarn_beta_fast": 100.0,
+            "rope.scaling.yarn_beta_slow": 3.0,
+        },
+        moe_layers=(0, 1),
+        head_dim=16,
+        layer_heads=(2, 2),
+        n_kv_heads=1,
+        post_norms=("attn_output_norm", "post_ffw_norm"),
+        dense_size=2 * FFN,
+    ),
+    "grok-1": Peer(
+        "grok",
+        2,
+        {"expert_count": N_EXPERTS},
+        moe_layers=(0, 1),
+        post_norms=("attn_output_norm", "layer_output_norm"),
+        embedding_gain=0.01,
     ),
     "hunyuan-moe": Peer(
         "hunyuan-moe",
@@ -715,7 +755,7 @@ class Draw:
 
 
 def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=np.sqrt(HIDDEN))
+    yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=peer.embedding_gain * np.sqrt(HIDDEN))
     yield f"{peer.output_norm}.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
     if not peer.tied:
         yield "output.weight", draw.matrix(N_VOCAB, HIDDEN, gain=2.5)
@@ -739,9 +779,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         return
     if peer.ffn_norm:
         yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
-    if peer.post_norms:
-        yield "post_attention_norm.weight", draw.norm(HIDDEN)
-        yield "post_ffw_norm.weight", draw.norm(HIDDEN)
+    for name in peer.post_norms:
+        yield f"{name}.weight", draw.norm(HIDDEN)
     is_recurrent = peer.recurrent and (layer + 1) % 2 != 0
     if is_recurrent:
         yield from delta_net(draw)
@@ -770,6 +809,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
     if peer.shared_size:
         yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts)
+    if peer.dense_size:
+        yield from feed_forward("", peer.dense_size, draw)
 
 
 def parallel_networks(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

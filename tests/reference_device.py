@@ -143,6 +143,7 @@ class ReferenceProgram:
         k, v = (np.repeat(x, group, axis=1) for x in (k, v))
         q = self[op.q].reshape(n, op.n_heads, cache.head_dim)
         scores = np.einsum("qhd,khd->hqk", q, k) * op.scale
+        scores = op.cap * np.tanh(scores / op.cap) if op.cap else scores
         past, now = np.arange(len(k)), self.positions[:, None]
         hidden = past > now
         if op.window:

@@ -611,6 +611,7 @@ def attention_case(
     with_sinks=False,
     window=0,
     chunk=0,
+    cap=0.0,
     values_in_keys=False,
 ):
     """Attention over whole sequences and its exact result."""
@@ -638,6 +639,7 @@ def attention_case(
             at.sinks if with_sinks else 0,
             window,
             chunk,
+            cap,
         )
 
     case = Case(
@@ -663,6 +665,7 @@ def attention_case(
         for head in range(n_heads):
             kv_head = head // (n_heads // n_kv_heads)
             scores = f64(q[rows]).reshape(len(rows), n_heads, head_dim)[:, head] @ all_keys[rows, kv_head].T * scale
+            scores = cap * np.tanh(scores / cap) if cap else scores
             scores[hidden] = -np.inf
             sink = np.full((len(rows), 1), sinks[head] if with_sinks else -np.inf)
             weights = softmax(np.concatenate([scores, sink], -1))[:, :-1]
@@ -679,16 +682,17 @@ def attention_case(
     st.sampled_from([k.KV_F32, k.KV_F16, k.KV_Q8_0]),
     st.booleans(),
     st.sampled_from([(0, 0), (1, 0), (7, 0), (0, 8), (5, 12)]),
+    st.sampled_from([0.0, 1.5]),
 )
-def test_attention(seed, lengths, heads, dims, kind, with_sinks, limits) -> None:
+def test_attention(seed, lengths, heads, dims, kind, with_sinks, limits, cap) -> None:
     slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
-    case, exact = attention_case(seed, slots, heads, dims, kind, with_sinks, *limits)
+    case, exact = attention_case(seed, slots, heads, dims, kind, with_sinks, *limits, cap)
     case.check({"out": exact}, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
-@pytest.mark.parametrize("limits", [(0, 0), (300, 0), (0, 256), (0, 270)])
-def test_attention_over_several_blocks_of_positions(kind: int, limits: tuple[int, int]) -> None:
+@pytest.mark.parametrize("limits", [(0, 0), (300, 0), (0, 256), (0, 270, 2.0)])
+def test_attention_over_several_blocks_of_positions(kind: int, limits: tuple[float, ...]) -> None:
     case, exact = attention_case(3, [0] * 640, (3, 1), (16, 16), kind, True, *limits)
     first = case.run()["out"]
     np.testing.assert_allclose(first, exact, rtol=1e-4, atol=1e-5)
@@ -714,7 +718,7 @@ def test_a_sequence_that_starts_afresh_sees_nothing_of_the_one_before() -> None:
     at = cache.ctypes.data + -cache.ctypes.data % 64
     places = [(x.ctypes.data, x.shape[1]) for x in (*arrays.values(), out)]
     scale = 1.5 / math.sqrt(16)
-    program.attention(*sum(places, ()), at, k.KV_F32, 23, 4, 2, 16, 16, scale, 0, 0, 0)
+    program.attention(*sum(places, ()), at, k.KV_F32, 23, 4, 2, 16, 16, scale, 0, 0, 0, 0.0)
     step.n_tokens, step.positions[:] = 20, range(20)
     program.run(step)
     arrays["k"][:], arrays["v"][:] = np.nan, np.nan  # leave a cache full of these

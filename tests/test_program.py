@@ -29,7 +29,7 @@ def embedding() -> Callable[..., k.Program]:
         program = k.Program(max_tokens, n_slots, 1)
         program.embed(at, 0, 10, 8, at + 4096, 8, 1.0)
         places = [at + 8192 * i for i in (1, 2, 3, 4)]
-        program.attention(*sum(((p, 8) for p in places), ()), at + 65536, k.KV_F32, 6, 1, 1, 8, 8, 1.0, 0, 0, 0)
+        program.attention(*sum(((p, 8) for p in places), ()), at + 65536, k.KV_F32, 6, 1, 1, 8, 8, 1.0, 0, 0, 0, 0.0)
         return program
 
     return make
@@ -120,7 +120,7 @@ FINE = {
     "soft_cap": (A, 8, B, 8, 8, 30.0, 0),
     "clamp": (A, 8, B, 8, 8, 1.5, 0),
     "scale_by_position": (A, 8, 8, 1, 4, 0.1),
-    "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0),
+    "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0, 0.0),
     "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
     "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, 1, 0.0, True, 1e-6),
@@ -181,6 +181,7 @@ BAD = [
     ("attention", 14, 0, "value_dim is 0"),
     ("attention", 17, -1, "window is -1"),
     ("attention", 18, -1, "chunk is -1"),
+    ("attention", 19, -1.0, "cap is -1.0; expected 0, or a number above"),
     ("attention", 8, 0, "the address of cache is 0"),
     ("causal_conv", 8, 1, "kernel_size is 1; expected 2 to 16"),
     ("causal_conv", 8, 17, "kernel_size is 17"),
@@ -329,7 +330,7 @@ class Memory:
         elif name == "attention" and c not in (a, b):
             cache = self.cache.ctypes.data
             places = (*at[a], *at[b], at[b][0] + 128, WIDTH, *at[c])
-            program.attention(*places, cache, k.KV_F16, 64, 4, 2, 16, 16, 0.25, 0, 0, 0)
+            program.attention(*places, cache, k.KV_F16, 64, 4, 2, 16, 16, 0.25, 0, 0, 0, 0.0)
 
 
 NAMES = ["add", "add a part", "gate", "scale", "norm of rows", "norm of heads", "linear", "rope", "split", "conv"]

@@ -178,6 +178,7 @@ def test_sentence_piece_merging_is_that_of_the_plain_algorithm(text):
     [
         ("gpt-2", "It's 12345 ok!!", "It|'s| 12345| ok|!!"),
         ("qwen2", "IT'S 123 a\n\n b", "IT|'S| |1|2|3| a|\n\n| b"),
+        ("grok-2", "IT'S 123 a\n\n b", "IT|'S| |1|2|3| a|\n\n| b"),
         ("laguna", "a \n\n b1", "a| |\n\n| b|1"),
         ("qwen2", "e\u0301a", "e|\u0301a"),
         ("qwen35", "e\u0301a", "e\u0301a"),
@@ -196,6 +197,7 @@ def test_sentence_piece_merging_is_that_of_the_plain_algorithm(text):
         ("bailingmoe", "we'Ll 12", "we|'Ll| |1|2"),
         ("seed-coder", "a!\n12", "a|!|\n|1|2"),
         ("chatglm-bpe", "1234", "123|4"),
+        ("dbrx", "IT'S 1234!!\n a", "IT|'S| |123|4|!!\n| a"),
     ],
 )
 def test_texts_are_cut_the_way_of_each_family(pre, text, pieces):

@@ -341,6 +341,7 @@ class Attention(Operation):
 
     A token at position p sees the positions from max(0, p - window + 1), or from p rounded down to a multiple of
     `chunk`, to p; 0 sets no limit. `sinks` has one logit for each head, which is part of the softmax but has no value.
+    With a `cap` above 0 scores, but not sinks, are brought smoothly to within it, as by `SoftCap`.
     """
 
     q: Tensor
@@ -353,6 +354,7 @@ class Attention(Operation):
     scale: float
     window: int
     chunk: int
+    cap: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -609,6 +611,7 @@ class Graph:
         sinks: Vector | None = None,
         window: int = 0,
         chunk: int = 0,
+        cap: float = 0.0,
     ) -> Tensor:
         """Attend over this layer's cache, which the graph makes here.
 
@@ -619,7 +622,7 @@ class Graph:
         cache = KVCache(n_kv_heads, k.width // n_kv_heads, value_dim, values_in_keys=v is None)
         self.kv_caches.append(cache)
         out = self._new(n_heads * value_dim)
-        self.operations.append(Attention(q, k, v, cache, out, sinks, n_heads, scale, window, chunk))
+        self.operations.append(Attention(q, k, v, cache, out, sinks, n_heads, scale, window, chunk, cap))
         return out
 
     def causal_conv(

@@ -191,9 +191,9 @@ typedef struct {
     kv_cache cache;
     const float *sinks;         // [n_heads], or NULL
     int n_heads, window, chunk; // window, chunk: 0 for no limit
-    float scale;
-    float *partials;        // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
-    padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
+    float scale, cap;           // cap: 0 for none
+    float *partials;            // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
+    padded_counter *n_done;     // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
 } attention_args;
 
 typedef struct {

@@ -15,6 +15,7 @@ RopeStyle: TypeAlias = Literal["neox", "norm"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 _GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}
+_LARGEST_CAP = 1e6  # of logits and scores; 30 or 50 in all files
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
 # What the kernels of every device can do.
 LARGEST_HEAD, _LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
@@ -43,6 +44,13 @@ class Keys:
         if not math.isfinite(value):
             raise self.wrong(key, value, "a finite number")
         return value
+
+    def cap(self, key: str, default: float = 0.0) -> float:
+        """Return what values are smoothly brought to within; 0: they are not."""
+        cap = self.number(key, default)
+        if cap and not 1.0 <= cap <= _LARGEST_CAP:
+            raise self.wrong(key, cap, f"a number from 1 to {_LARGEST_CAP:.0f}, or 0 for none")
+        return cap
 
     def size(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         """Return a size: an integer of at least `minimum`. An array of equal values is taken as that value."""

@@ -24,7 +24,6 @@ Residual: TypeAlias = Tensor | Callable[[], Tensor] | None
 """What a network is added to, or what records that: between the choice of experts and their sum, where those without a
 slot are waited for. None: the network is returned alone."""
 
-_YARN_FAST, _YARN_SLOW = 32.0, 1.0  # turns over the trained context above / below which a pair is kept / stretched
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
 _GATINGS = {"sigmoid": Gating.SIGMOID, "softplus": Gating.SOFTPLUS}
 _NETWORK_GATINGS = {Activation.RELU: Gating.RELU, Activation.GELU: Gating.GELU}  # of dense networks; others: SiLU
@@ -135,6 +134,7 @@ def attend(
         sinks=block.optional_vector("attn_sinks.weight", n_heads),
         window=of_layer(attention.windows, layer),
         chunk=of_layer(attention.chunks, layer),
+        cap=attention.cap,
     )
     if gate is not None:
         out = graph.gate(out, gate, _GATINGS[attention.gating])
@@ -213,7 +213,7 @@ def rope_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
     if rope.scaling == "linear":
         frequencies /= rope.factor
     elif rope.scaling == "yarn":
-        low, high = (_yarn_pair(rope, turns) for turns in (_YARN_FAST, _YARN_SLOW))
+        low, high = (_yarn_pair(rope, turns) for turns in (rope.yarn_fast, rope.yarn_slow))
         low, high = max(0.0, math.floor(low)), min(rope.n_rot - 1.0, math.ceil(high))
         kept = 1.0 - np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0)
         frequencies *= (1.0 - kept) / rope.factor + kept
@@ -304,7 +304,7 @@ def mixture_of_experts(
     out = residual + sum over chosen e of weight_e * down_e(act(gate_e x, up_e x))
                    + sigmoid(shared_gate . x) * down_s(silu(gate_s x) * up_s x)
 
-    In some models what is added is halved (`averages_shared`), in some multiplied by a factor.
+    In some models what is added is multiplied by a factor: always, or where there is a shared expert.
     Everything that reads x itself is one operation, so that the router, whose result is waited for, is not alone in it.
     """
     moe, hidden_size = check_experts(spec, block), spec.hidden_size
@@ -326,15 +326,15 @@ def mixture_of_experts(
     expert_out = routed_experts(graph, x, routing, block, spec, layer, activation)
     shared = None
     if moe.shared_ffn_size:
-        down = block.matrix("ffn_down_shexp.weight", hidden_size, moe.shared_ffn_size)
+        down = block.matrix(f"ffn_down{moe.shared_suffix}.weight", hidden_size, moe.shared_ffn_size)
         _, limit = moe.layer_limits(layer)
         gated = gate_projections(graph, [projected[part] for part in shared_inputs], activation, limit)
         shared = graph.linear(gated, down)
     residual = recorded(residual)
-    averages = moe.averages_shared and shared is not None
+    sum_scale = 1.0 if shared is None else moe.shared_sum_scale
     if moe.latent_size:
         assert "shared_gate" not in inputs
-        assert not averages
+        assert sum_scale == 1.0
         out = graph.combine(expert_out, routing, None)
         out = graph.linear(out, block.matrix("ffn_latent_up.weight", hidden_size, moe.latent_size))
         out = out if shared is None else graph.add(out, shared)
@@ -346,7 +346,7 @@ def mixture_of_experts(
         shared,
         projected.get("shared_gate"),
         weighted=not moe.weights_input,
-        scale=spec.residual_scale * (0.5 if averages else 1.0),
+        scale=spec.residual_scale * sum_scale,
     )
 
 
@@ -355,12 +355,13 @@ def shared_projections(block: Tensors, spec: ModelSpec, activation: Activation) 
 
     Gate and up are stored apart, or as one matrix (`ffn_up_shexp`: gate rows first).
     """
-    names, size, width = projection_names(block, "_shexp", activation), spec.moe.shared_ffn_size, spec.hidden_size
-    is_one = len(names) == 2 and not block.has("ffn_gate_shexp.weight")
-    if is_one and block.shape("ffn_up_shexp.weight")[0] == 2 * size:
-        both = split_rows(block.matrix("ffn_up_shexp.weight", 2 * size, width), size, size)
+    suffix, size, width = spec.moe.shared_suffix, spec.moe.shared_ffn_size, spec.hidden_size
+    names = projection_names(block, suffix, activation)
+    is_one = len(names) == 2 and not block.has(f"ffn_gate{suffix}.weight")
+    if is_one and block.shape(f"ffn_up{suffix}.weight")[0] == 2 * size:
+        both = split_rows(block.matrix(f"ffn_up{suffix}.weight", 2 * size, width), size, size)
         return dict(zip(names, both, strict=True))
-    return {name: block.matrix(f"ffn_{name}_shexp.weight", size, width) for name in names}
+    return {name: block.matrix(f"ffn_{name}{suffix}.weight", size, width) for name in names}
 
 
 def check_experts(spec: ModelSpec, block: Tensors) -> MoESpec:

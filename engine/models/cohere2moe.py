@@ -20,7 +20,7 @@ _PERIOD = 4  # of the layers without a window, beginning with the first, where t
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
-    spec = keys.model(tensors, _read_attention(keys), replace(moe, averages_shared=True))
+    spec = keys.model(tensors, _read_attention(keys), replace(moe, shared_sum_scale=0.5))
     is_rms = keys.number("attention.layer_norm_rms_epsilon", 0.0) > 0
     return replace(
         spec,

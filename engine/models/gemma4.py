@@ -27,7 +27,6 @@ from engine.models.blocks import (
 
 _PERIOD = 6  # of the layers without a window, where the file does not list them
 _LOCAL_FREQ_BASE = 10000.0
-_LARGEST_CAP = 1e6  # of logits; 30 in all files
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -39,9 +38,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
                 "where it is 0 (26B-A4B and 31B)"
             )
     spec = keys.model(tensors, _read_attention(keys, tensors), keys.mixture(tensors))
-    cap = keys.number("final_logit_softcapping", 0.0)
-    if cap and not 1.0 <= cap <= _LARGEST_CAP:
-        raise keys.wrong("final_logit_softcapping", cap, f"a number from 1 to {_LARGEST_CAP:.0f}, or 0 for none")
+    cap = keys.cap("final_logit_softcapping")
     return replace(spec, embedding_scale=math.sqrt(spec.hidden_size), logit_cap=cap)
 
 

@@ -366,6 +366,7 @@ class Lowering:
                 sinks,
                 op.window,
                 op.chunk,
+                op.cap,
             )
         )
 

@@ -106,6 +106,7 @@ class Sight(NamedTuple):
     sinks: int = 0
     window: int = 0
     chunk: int = 0
+    cap: float = 0.0
 
 
 class Heads(NamedTuple):
@@ -243,6 +244,7 @@ def attend(
     definitions = (
         *cache.definitions,
         f"GROUP={group}",
+        f"CAP={sight.cap}f",
         f"GATE={0 if gate is None else 1 + gate.gating}",
         f"PER_HEAD={int(gate is not None and gate.per_head)}",
         forms.definition,

@@ -104,7 +104,7 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
             place,
             count,
         )
-        sight = attention.Sight(p.at(sinks), op.window, op.chunk)
+        sight = attention.Sight(p.at(sinks), op.window, op.chunk, op.cap)
         addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
         what = (own, op.n_heads, op.scale, sight, addresses, place, count)
         if p.most <= attention.FEW_TOKENS:

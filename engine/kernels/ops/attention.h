@@ -52,6 +52,11 @@ static inline __attribute__((always_inline)) void score_group(const float *q, in
         v16_store(scores + (int64_t)i * stride, v16_mul(total[i], v16_set(scale)));
 }
 
+static inline void cap_scores(float *scores, int n_positions, float cap) {
+    for (int j = 0; j < n_positions; j += KV_LANES)
+        v16_store(scores + j, v16_soft_cap(v16_load(scores + j), cap));
+}
+
 // o_i[d] = sum over positions of weights[i][j] * value_j[d], from position 0 upwards, for sixteen columns.
 static inline __attribute__((always_inline)) void weigh_values(const float *weights, int stride, int n_q,
                                                                const uint8_t *values, int n_positions, int type,
@@ -106,6 +111,9 @@ static inline __attribute__((always_inline)) void attend_chunk_of(const attentio
     const int64_t group_bytes = kv_key_group_bytes(type, head_dim);
     for (int j = 0; j < n_positions; j += KV_LANES)
         score_group(q, n_q, keys + j / KV_LANES * group_bytes, type, head_dim, a->scale, scores + j, ATTENTION_CHUNK);
+    if (a->cap > 0.0f)
+        for (int i = 0; i < n_q; i++)
+            cap_scores(scores + i * ATTENTION_CHUNK, n_positions, a->cap);
     for (int i = 0; i < n_q; i++)
         exponentials(scores + i * ATTENTION_CHUNK, n_hidden, n_positions, &out->m[i], &out->l[i]);
     const uint8_t *values = kv_values(&a->cache, slot, kv_head, first);
