@@ -45,6 +45,7 @@ ALL_FILES = QWEN_FILES + OTHER_FILES
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (
     "afmoe",
+    "arctic",
     "bailingmoe",
     "bailingmoe2",
     "bailingmoe3",

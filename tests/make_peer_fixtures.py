@@ -77,6 +77,7 @@ class Peer:
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
+        experts_norm: tensor of a norm that experts have for themselves, if they do.
         post_norms: tensors of norms behind attention and feed-forward network, if there are any.
         window_layers: those whose heads are `window_head_dim` wide, if that is not 0.
         keys_as_values: the blocks that have no projection to values.
@@ -118,6 +119,7 @@ class Peer:
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
+    experts_norm: str = ""
     post_norms: tuple[str, ...] = ()
     window_layers: tuple[int, ...] = ()
     window_head_dim: int = 0
@@ -195,6 +197,14 @@ PEERS = {
         head_norm="head",
         attention_gate="value",
         post_norms=POST_NORMS,
+    ),
+    "arctic": Peer(
+        "arctic",
+        2,
+        MOE,
+        moe_layers=(0, 1),
+        experts_norm="ffn_norm_exps",
+        dense_size=HIDDEN,
     ),
     "bailingmoe": Peer(
         "bailingmoe",
@@ -779,6 +789,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         return
     if peer.ffn_norm:
         yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
+    if peer.experts_norm:
+        yield f"{peer.experts_norm}.weight", draw.norm(HIDDEN)
     for name in peer.post_norms:
         yield f"{name}.weight", draw.norm(HIDDEN)
     is_recurrent = peer.recurrent and (layer + 1) % 2 != 0

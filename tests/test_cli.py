@@ -204,7 +204,7 @@ def test_an_error_is_one_line_and_a_code(
         (b"GGML and so on, of old", "give a model in the GGUF format"),
         (
             tiny_model_path().read_bytes().replace(b"\x09\0\0\0\0\0\0\0qwen35moe", b"\x09\0\0\0\0\0\0\0something", 1),
-            "'something' (general.architecture); this version runs afmoe, bailingmoe",
+            "'something' (general.architecture); this version runs afmoe, arctic",
         ),
     ],
     ids=["empty", "header", "keys", "weights", "safetensors", "page", "pointer", "old", "architecture"],

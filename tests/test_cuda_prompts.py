@@ -84,6 +84,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
     "name",
     [
         "afmoe",
+        "arctic",
         "bailingmoe3",
         "cohere2moe",
         "gemma4",

@@ -169,6 +169,13 @@ def test_the_epsilons_of_cohere2moe_say_which_norm_it_has(
     assert {(norm.eps, norm.centers) for norm in norms} == {(eps, centers)}
 
 
+@pytest.mark.parametrize("name", ["arctic", "cohere2moe"])
+def test_attention_comes_while_experts_are_waited_for(peer, tmp_path: Path, name: str) -> None:
+    kinds = [type(op) for op in load(peer(name), tmp_path).graph.operations]
+    first = kinds.index(ops.Experts)
+    assert ops.Attention in kinds[first : kinds.index(ops.Combine)]
+
+
 def test_a_limit_of_0_clamps_nothing(peer, tmp_path: Path) -> None:
     parts = peer("dbrx")
     assert sum(isinstance(op, ops.Clamp) for op in load(parts, tmp_path).graph.operations) == 2

@@ -12,6 +12,7 @@ from engine.gguf.model_file import ModelFile
 from engine.model_spec import ModelSpec
 from engine.models import (
     afmoe,
+    arctic,
     bailingmoe3,
     cohere2moe,
     dbrx,
@@ -56,6 +57,7 @@ class Architecture(Protocol):
 ARCHITECTURES: dict[str, Architecture] = {
     **PLAIN,
     "afmoe": afmoe,
+    "arctic": arctic,
     "bailingmoe3": bailingmoe3,
     "cohere2moe": cohere2moe,
     "dbrx": dbrx,
