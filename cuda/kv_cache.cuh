@@ -28,6 +28,26 @@ struct Piece {
     uint16_t scale;
 #endif
 
+    // As float32 values; those of int8 are exact.
+    __device__ __forceinline__ void unpack(float (&x)[VECTOR]) const {
+#if KV_TYPE == 0
+        const float values[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            x[i] = values[i];
+#elif KV_TYPE == 1
+        const unsigned words[4] = {halves.x, halves.y, halves.z, halves.w};
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            x[i] = f16_to_f32((uint16_t)(words[i / 2] >> i % 2 * 16));
+#else
+        const unsigned words[2] = {bytes.x, bytes.y};
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            x[i] = f16_to_f32(scale) * (float)(int8_t)(words[i / 4] >> i % 4 * 8);
+#endif
+    }
+
     // As float16 numbers to shared memory, 16-byte aligned; what these miss of float32 `plane_size` numbers behind.
     __device__ __forceinline__ void put(uint16_t *to, int plane_size) const {
 #if KV_TYPE == 0

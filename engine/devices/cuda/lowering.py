@@ -201,6 +201,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Rope: sequence_operations.rope,
     ops.CausalConv: sequence_operations.causal_conv,
     ops.DeltaNet: sequence_operations.delta_net,
+    ops.SelectPositions: sequence_operations.select_positions,
     fusion.Attention: sequence_operations.attention_layer,
     fusion.DeltaNetLayer: sequence_operations.delta_net_layer,
     ops.Router: expert_operations.router,
