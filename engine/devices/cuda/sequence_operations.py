@@ -55,18 +55,24 @@ def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
 
 
-def select_positions(recorder: Recorder, op: ops.SelectPositions) -> None:
-    """Record the choice of what attention looks at."""
+def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope | None = None) -> None:
+    """Record the choice of what attention looks at, with the rotation of queries and keys if there is one."""
     cache = recorder.cache(op.cache)
     selection.check_indexer(op.n_heads, cache.key_dim)
     q, k, weights, out = (recorder.use(tensor) for tensor in (op.q, op.k, op.weights, op.out))
+    frequencies, n_rot = _frequencies(recorder, rope) if rope else (0, 0)
     scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
 
     def launches(p: Pass) -> Iterable[Launch]:
         count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
         place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
-        keys = attention.Heads(p.rows(k), 1, cache.key_dim)
-        yield attention.inputs(None, NOTHING, keys, None, 0.0, attention.Rotation(), own, place, count)
+        rotation = attention.Rotation()
+        if rope:
+            rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude)
+        rotates = rope is not None
+        queries = attention.Heads(p.rows(q), op.n_heads, cache.key_dim, rotate=True) if rotates else None
+        keys = attention.Heads(p.rows(k), 1, cache.key_dim, rotate=rotates)
+        yield attention.inputs(queries, p.rows(q), keys, None, 0.0, rotation, own, place, count)
         yield from selection.select_positions(
             p.rows(q),
             p.rows(weights),
