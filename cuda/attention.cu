@@ -178,17 +178,6 @@ using Sums = float[VALUE_PAIRS][2][4];
 
 DEVICE int first_column(int pair) { return (threadIdx.x / WARP * VALUE_PAIRS + pair) * 16; }
 
-// c += a * b for two float16 numbers of a and, where there are two, of b.
-DEVICE void add_products(float (&c)[4], const unsigned (&a)[2][4], const unsigned (&b)[PLANES][4], int half) {
-#pragma unroll
-    for (int plane = 0; plane < PLANES; plane++) {
-        const unsigned of_b[2] = {b[plane][2 * half], b[plane][2 * half + 1]};
-        mma_m16n8k16_f16(c, a[0], of_b);
-        if (plane == 0)
-            mma_m16n8k16_f16(c, a[1], of_b);
-    }
-}
-
 // Attends over the tiles that begin at position `first` and every `step` positions from there on, as far as the token sees
 // them; the first is fetched already. Whole block; sixteen threads share a row of `total`. Begins and ends with everybody
 // done with `tile`.

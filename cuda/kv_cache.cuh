@@ -17,6 +17,17 @@ DEVICE void split_halves(float x, float y, unsigned &near, unsigned &rest) {
     rest = f32_to_f16x2(x - f16_to_f32((uint16_t)near), y - f16_to_f32((uint16_t)(near >> 16)));
 }
 
+// c += a * b for two float16 numbers of a and, where there are two, of b: those of queries or weights, and of keys or values.
+DEVICE void add_products(float (&c)[4], const unsigned (&a)[2][4], const unsigned (&b)[PLANES][4], int half) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++) {
+        const unsigned of_b[2] = {b[plane][2 * half], b[plane][2 * half + 1]};
+        mma_m16n8k16_f16(c, a[0], of_b);
+        if (plane == 0)
+            mma_m16n8k16_f16(c, a[1], of_b);
+    }
+}
+
 // VECTOR values as they are stored. All zero bits are zeros.
 struct Piece {
 #if KV_TYPE == 0
@@ -27,26 +38,6 @@ struct Piece {
     uint2 bytes;
     uint16_t scale;
 #endif
-
-    // As float32 values; those of int8 are exact.
-    __device__ __forceinline__ void unpack(float (&x)[VECTOR]) const {
-#if KV_TYPE == 0
-        const float values[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++)
-            x[i] = values[i];
-#elif KV_TYPE == 1
-        const unsigned words[4] = {halves.x, halves.y, halves.z, halves.w};
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++)
-            x[i] = f16_to_f32((uint16_t)(words[i / 2] >> i % 2 * 16));
-#else
-        const unsigned words[2] = {bytes.x, bytes.y};
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++)
-            x[i] = f16_to_f32(scale) * (float)(int8_t)(words[i / 4] >> i % 4 * 8);
-#endif
-    }
 
     // As float16 numbers to shared memory, 16-byte aligned; what these miss of float32 `plane_size` numbers behind.
     __device__ __forceinline__ void put(uint16_t *to, int plane_size) const {

@@ -3,27 +3,36 @@
 //
 // Compiled as `kv_cache.cuh` says, for a cache without values, and for N_HEADS (of the queries).
 //
-// A tile is 32 positions, a lane of each warp takes one. The warps share the heads, and add up what they have in order: a
-// score is made of the same sums whatever the step. For few tokens many blocks score and one of each token chooses; for
-// many tokens a block does both for one token after the other, with scores in a row of its own.
+// Sixteen heads and sixteen positions are a matter of tensor cores, with a query as the sum of two float16 numbers and
+// float32 sums, as in `attention.cu`. A warp takes the heads of one of M_TILES tiles and some of the positions of a tile of
+// 128; what the tiles of heads give is added up in order, so a score is made of the same sums whatever the step. For few
+// tokens many blocks score and one of each token chooses; for many tokens a block does both for one token after the other,
+// with scores in a row of its own.
 //
 // A token at position p < top_k chooses all positions, without scores.
 #include "kv_cache.cuh"
 
 constexpr int N_WARPS = 16, THREADS = N_WARPS * WARP;
-constexpr int TILE = WARP;
-constexpr int PER_WARP = (N_HEADS + N_WARPS - 1) / N_WARPS, AT_ONCE = PER_WARP < 4 ? PER_WARP : 4; // heads
-constexpr int KEY_STRIDE = KEY_DIM + 4;                                                          // no bank twice
-constexpr int DIGIT = 11, N_DIGITS = 3; // of a rank, the last one of 10 bits
+constexpr int TILE = 128, AT_ONCE = 16; // positions: of a tile, and those that a warp scores together
+constexpr int HEADS = 16, M_TILES = (N_HEADS + HEADS - 1) / HEADS, WARPS_PER_TILE = N_WARPS / M_TILES;
+constexpr int KEY_STEPS = (KEY_DIM + 15) / 16;
+constexpr int KEY_STRIDE = 16 * KEY_STEPS + 8; // ldmatrix then meets no bank twice; what is beyond a key is zero
+constexpr int DIGIT = 11, N_DIGITS = 3;        // of a rank, the last one of 10 bits
 
 struct Shared {
-    __align__(16) float q[N_HEADS][KEY_DIM];
-    __align__(16) float keys[TILE][KEY_STRIDE];
-    float weights[N_HEADS], sums[N_WARPS][TILE];
+    __align__(16) uint16_t keys[PLANES][TILE][KEY_STRIDE];
+    float sums[M_TILES][TILE];
     int counts[1 << DIGIT];
     int n_above[N_WARPS], n_equal[N_WARPS]; // positions of each warp's stretch
     unsigned lowest;                        // digits of the lowest rank that is chosen
     int n_left;                             // of those that agree with them
+
+    // Zeroes what is beyond the keys, once; a barrier follows.
+    __device__ __forceinline__ void clear_margins() {
+        constexpr int N = KEY_STRIDE - KEY_DIM;
+        for (int i = threadIdx.x; i < PLANES * TILE * N; i += THREADS)
+            keys[i / (TILE * N)][i / N % TILE][KEY_DIM + i % N] = 0;
+    }
 };
 
 // What both kernels are given: where queries, weights and keys are, and how many positions are chosen.
@@ -38,56 +47,73 @@ struct Inputs {
     int top_k;
 };
 
-DEVICE void load_queries(Shared &s, const Inputs &in, int token) {
-    for (int i = threadIdx.x; i < N_HEADS * KEY_DIM; i += THREADS)
-        s.q[i / KEY_DIM][i % KEY_DIM] = in.q[token * in.q_stride + i];
-    for (int i = threadIdx.x; i < N_HEADS; i += THREADS)
-        s.weights[i] = in.weights[token * in.weights_stride + i] * in.scale;
-}
+// A lane's share of its warp's heads, rows g and g + 8 of matrices that tensor cores take, and their weights.
+struct Queries {
+    unsigned halves[KEY_STEPS][2][4]; // [][0]: float16 numbers, [][1]: what they miss
+    float weights[2];
 
-// Scores the tile that begins at position `first`, of n positions; whole block. Begins with everybody done with `keys`, and
-// the queries loaded before the barrier inside.
-DEVICE void score_tile(Shared &s, const Side<KEY_DIM> &side, int first, int n, float *scores) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    __device__ __forceinline__ Queries(const Inputs &in, int token) {
+        const int lane = threadIdx.x % WARP, first_head = threadIdx.x / WARP / WARPS_PER_TILE * HEADS;
+        const float *q = in.q + token * in.q_stride, *w = in.weights + token * in.weights_stride;
+#pragma unroll
+        for (int step = 0; step < KEY_STEPS; step++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const int head = first_head + lane / 4 + r % 2 * 8, i = step * 16 + lane % 4 * 2 + r / 2 * 8;
+                const bool exists = head < N_HEADS && i < KEY_DIM;
+                const float2 x = exists ? *(const float2 *)(q + head * KEY_DIM + i) : make_float2(0.0f, 0.0f);
+                split_halves(x.x, x.y, halves[step][0][r], halves[step][1][r]);
+            }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int head = first_head + lane / 4 + r * 8;
+            weights[r] = head < N_HEADS ? w[head] * in.scale : 0.0f;
+        }
+    }
+};
+
+// Scores the tile that begins at position `first`, of n positions; whole block. Begins and ends with everybody done with
+// `keys` and `sums`.
+DEVICE void score_tile(Shared &s, const Queries &queries, const Side<KEY_DIM> &side, int first, int n, float *scores) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, heads = warp / WARPS_PER_TILE;
+#pragma unroll 4
     for (int i = threadIdx.x; i < TILE * (KEY_DIM / VECTOR); i += THREADS) {
         const int p = i / (KEY_DIM / VECTOR), column = i % (KEY_DIM / VECTOR) * VECTOR;
-        float x[VECTOR] = {};
-        if (first + p < n)
-            side.load(first + p, column).unpack(x);
-        *(float4 *)&s.keys[p][column] = make_float4(x[0], x[1], x[2], x[3]);
-        *(float4 *)&s.keys[p][column + 4] = make_float4(x[4], x[5], x[6], x[7]);
+        const Piece piece = first + p < n ? side.load(first + p, column) : Piece{};
+        piece.put(&s.keys[0][p][column], TILE * KEY_STRIDE);
     }
     __syncthreads();
-    float sum = 0.0f;
-    for (int head = warp * PER_WARP; head < min((warp + 1) * PER_WARP, N_HEADS); head += AT_ONCE) {
-        float4 products[AT_ONCE] = {};
-#pragma unroll 4
-        for (int i = 0; i < KEY_DIM; i += 4) {
-            const float4 k = *(const float4 *)&s.keys[lane][i];
+    if (heads < M_TILES)
+        for (int p = warp % WARPS_PER_TILE * AT_ONCE; p < TILE && first + p < n; p += WARPS_PER_TILE * AT_ONCE) {
+            float products[2][4] = {};
 #pragma unroll
-            for (int h = 0; h < AT_ONCE; h++) {
-                const float4 q = *(const float4 *)&s.q[min(head + h, N_HEADS - 1)][i];
-                products[h].x = __fmaf_rn(q.x, k.x, products[h].x);
-                products[h].y = __fmaf_rn(q.y, k.y, products[h].y);
-                products[h].z = __fmaf_rn(q.z, k.z, products[h].z);
-                products[h].w = __fmaf_rn(q.w, k.w, products[h].w);
+            for (int step = 0; step < KEY_STEPS; step++) {
+                unsigned b[PLANES][4];
+#pragma unroll
+                for (int plane = 0; plane < PLANES; plane++)
+                    ldmatrix_x4(b[plane], &s.keys[plane][p + lane % 8 + lane / 16 * 8][step * 16 + lane / 8 % 2 * 8]);
+                add_products(products[0], queries.halves[step], b, 0);
+                add_products(products[1], queries.halves[step], b, 1);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *two = &products[i / 2][i % 2];
+                float sum = __fmaf_rn(queries.weights[1], fmaxf(two[2], 0.0f), queries.weights[0] * fmaxf(two[0], 0.0f));
+                for (int lanes = 4; lanes < WARP; lanes *= 2)
+                    sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+                if (lane < 4)
+                    s.sums[heads][p + i / 2 * 8 + lane * 2 + i % 2] = sum;
             }
         }
-#pragma unroll
-        for (int h = 0; h < AT_ONCE; h++)
-            if (head + h < min((warp + 1) * PER_WARP, N_HEADS)) {
-                const float4 x = products[h];
-                sum = __fmaf_rn(s.weights[head + h], fmaxf((x.x + x.y) + (x.z + x.w), 0.0f), sum);
-            }
-    }
-    s.sums[warp][lane] = sum;
     __syncthreads();
-    if (warp == 0 && first + lane < n) {
-        float score = s.sums[0][lane];
-        for (int w = 1; w < N_WARPS; w++)
-            score += s.sums[w][lane];
-        scores[first + lane] = score;
+    const int p = threadIdx.x;
+    if (p < TILE && first + p < n) {
+        float score = s.sums[0][p];
+        for (int m = 1; m < M_TILES; m++)
+            score += s.sums[m][p];
+        scores[first + p] = score;
     }
+    __syncthreads();
 }
 
 // A number that is larger for a larger score; NaNs are at the ends.
@@ -185,11 +211,10 @@ score_positions(Inputs in, float *scores, int64_t scores_stride, const int *n_to
     if (n <= in.top_k || (int)blockIdx.x * TILE >= n)
         return;
     const Side<KEY_DIM> side = keys_of(in.cache, in.slots[token], 0);
-    load_queries(s, in, token);
-    for (int first = blockIdx.x * TILE; first < n; first += gridDim.x * TILE) {
-        score_tile(s, side, first, n, scores + token * scores_stride);
-        __syncthreads();
-    }
+    const Queries queries(in, token);
+    s.clear_margins();
+    for (int first = blockIdx.x * TILE; first < n; first += gridDim.x * TILE)
+        score_tile(s, queries, side, first, n, scores + token * scores_stride);
 }
 
 // out: int32 [tokens, out_stride], top_k of them. Grid: tokens.
@@ -214,6 +239,7 @@ select_positions(Inputs in, float *scores, int64_t scores_stride, int *out, int6
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
+    s.clear_margins();
     scores += blockIdx.x * scores_stride;
     for (int token = *n_tokens - 1 - (int)blockIdx.x; token >= 0; token -= gridDim.x) {
         const int n = in.positions[token] + 1;
@@ -222,11 +248,9 @@ select_positions(Inputs in, float *scores, int64_t scores_stride, int *out, int6
             continue;
         }
         const Side<KEY_DIM> side = keys_of(in.cache, in.slots[token], 0);
-        load_queries(s, in, token);
-        for (int first = 0; first < n; first += TILE) {
-            score_tile(s, side, first, n, scores);
-            __syncthreads();
-        }
+        const Queries queries(in, token);
+        for (int first = 0; first < n; first += TILE)
+            score_tile(s, queries, side, first, n, scores);
         choose(s, scores, n, in.top_k, out + token * out_stride);
     }
 }

@@ -143,6 +143,10 @@ def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> Non
                 [opened.forward.run(0, tokens[i : i + 8], i, "all").copy() for i in range(0, 24, 8)]
                 + [opened.forward.run(0, [tokens[i]], i, "all").copy() for i in range(24, len(tokens))]
             )
+            saved = opened.program.save_sequence(0, 25)
+            opened.program.load_sequence(1, 25, saved)
+            for i in range(25, len(tokens)):
+                assert (opened.forward.run(1, [tokens[i]], i, "all") == logits[i]).all()
         kl = divergence(exact, logits)
         noise = divergence(exact, reference["logits"]) if "logits" in reference else np.zeros(1)
         assert kl.mean() <= max(2 * noise.mean(), 1e-9)

@@ -16,6 +16,7 @@ from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.errors import DeviceError
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
@@ -881,6 +882,19 @@ def test_positions_are_selected(
             assert len(launches) == (1 if n > selection.FEW_TOKENS else 2)
             emulator.run([store, *launches], order, seed)
             assert (out == expected[:n]).all()
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "n_heads", "key_dim", "message"),
+    [
+        (KVType.F16, 257, 64, "257 heads of 64"),
+        (KVType.F32, 4, 256, "4 heads of 256"),
+        (KVType.F16, 4, 12, "multiple of 8"),
+    ],
+)
+def test_indexers_that_no_kernel_can_take(kv_type: KVType, n_heads: int, key_dim: int, message: str) -> None:
+    with pytest.raises(DeviceError, match=message):
+        selection.check_indexer(Cache(0, kv_type, 1, 64, 1, key_dim, 0, True), n_heads)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import ctypes
 
 from engine.devices.cuda.attention import Cache, CacheArgument, Place, check_heads
 from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
+from engine.devices.graph import KVType
 from engine.errors import DeviceError
 
 FEW_TOKENS = 8  # up to which many blocks score the positions of one token
 
-_WARPS, _TILE, _DIGITS = 16, 32, 1 << 11  # of a block; `select_positions.cu`
+_WARPS, _TILE, _HEADS, _DIGITS = 16, 128, 16, 1 << 11  # of a block; `select_positions.cu`
 _BLOCKS = 128  # about one for each multiprocessor
 _MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
 
@@ -37,18 +38,20 @@ def scores_bytes(context_length: int, n_tokens: int) -> int:
     return 4 * context_length * min(n_tokens, _BLOCKS)
 
 
-def _shared_bytes(n_heads: int, key_dim: int) -> int:
+def _shared_bytes(cache: Cache, n_heads: int) -> int:
     """Return the size of `select_positions.cu`'s `Shared`."""
-    numbers = n_heads * (key_dim + 1) + _TILE * (key_dim + 4) + _WARPS * (_TILE + 2) + _DIGITS + 2
-    return ceil_div(4 * numbers, 16) * 16
+    planes = 2 if cache.type == KVType.F32 else 1
+    keys = 2 * planes * _TILE * (ceil_div(cache.key_dim, 16) * 16 + 8)
+    numbers = ceil_div(n_heads, _HEADS) * _TILE + _DIGITS + 2 * _WARPS + 2
+    return ceil_div(keys + 4 * numbers, 16) * 16
 
 
-def check_indexer(n_heads: int, key_dim: int) -> None:
-    """Raise `DeviceError` for queries that the kernels cannot take."""
-    check_heads(key_dim, 0)
-    if _shared_bytes(n_heads, key_dim) > _MOST_SHARED:
+def check_indexer(cache: Cache, n_heads: int) -> None:
+    """Raise `DeviceError` for queries and keys that the kernels cannot take."""
+    check_heads(cache.key_dim, 0)
+    if n_heads > _WARPS * _HEADS or _shared_bytes(cache, n_heads) > _MOST_SHARED:
         raise DeviceError(
-            f"this model's indexer has {n_heads} heads of {key_dim} values, more than a GPU's shared memory holds; "
+            f"this model's indexer has {n_heads} heads of {cache.key_dim} values, more than the kernels for GPUs take; "
             'set [engine] device = "cpu"'
         )
 
@@ -69,16 +72,17 @@ def select_positions(
 
     `out` has int32 rows, `scores` is the address of `scores_bytes` bytes.
     """
-    check_indexer(n_heads, cache.key_dim)
+    check_indexer(cache, n_heads)
     assert cache.values_in_keys
     assert (cache.n_kv_heads, cache.value_dim) == (1, 0)
     assert q.stride >= n_heads * cache.key_dim
+    assert q.address % 8 == q.stride % 2 == 0
     assert weights.stride >= n_heads
     assert out.stride >= top_k
     definitions = (*cache.definitions, f"N_HEADS={n_heads}")
     inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k)
     kept = (pointer(scores), int64(cache.context_length))
-    shared, n = _shared_bytes(n_heads, cache.key_dim), pointer(count.address)
+    shared, n = _shared_bytes(cache, n_heads), pointer(count.address)
 
     def launch(kernel: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
         return Launch("select_positions.cu", kernel, definitions, grid, _WARPS * WARP, (*arguments, n), shared)

@@ -58,7 +58,7 @@ def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
 def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope | None = None) -> None:
     """Record the choice of what attention looks at, with the rotation of queries and keys if there is one."""
     cache = recorder.cache(op.cache)
-    selection.check_indexer(op.n_heads, cache.key_dim)
+    selection.check_indexer(cache, op.n_heads)
     q, k, weights, out = (recorder.use(tensor) for tensor in (op.q, op.k, op.weights, op.out))
     frequencies, n_rot = _frequencies(recorder, rope) if rope else (0, 0)
     scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
