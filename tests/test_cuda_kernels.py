@@ -831,9 +831,17 @@ def test_attention(
     ],
 )
 def test_positions_are_selected(
-    kv_type: KVType, n_heads: int, key_dim: int, top_k: int, context_length: int, equal: bool, mode: str
+    kv_type: KVType,
+    n_heads: int,
+    key_dim: int,
+    top_k: int,
+    context_length: int,
+    equal: bool,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In whole numbers, so that scores are exact, in a cache that holds NaN where nothing was stored."""
+    monkeypatch.setattr(selection, "_BLOCKS", selection.FEW_TOKENS + 1)  # fewer than tokens
     rng, emulator = np.random.default_rng(7), Emulator(mode)
     n_kept, most = context_length - 30, 1 if equal else 20
     cache = Cache(0, kv_type, 2, context_length, 1, key_dim, 0, True)

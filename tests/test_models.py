@@ -15,7 +15,7 @@ from model_runner import ModelRunner
 from engine import _kernels
 from engine.devices import graph as ops
 from engine.errors import GGUFError, UnsupportedModelError
-from engine.gguf import WeightMemory
+from engine.gguf import SyntheticModel, WeightMemory
 from engine.gguf.metadata import Metadata
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.older_forms import in_current_form
@@ -155,6 +155,8 @@ def test_layers_that_choose_what_attention_looks_at(peer, tmp_path: Path) -> Non
         load(parts, tmp_path)
     parts.values["glm-dsa.attention.indexer.types"] = np.array([True, False, False])
     assert layers(parts) == (True, False, False)  # with an indexer that is left out
+    early = load_model(SyntheticModel.open("synthetic:glm-5:layers=8,context=1048576"))
+    assert early.spec.attention.indexer.layers == (True, True, True, False, False, False, True, False)
     parts = peer("deepseek32")
     parts.values.update(
         {

@@ -15,7 +15,7 @@ from engine.errors import DeviceError
 FEW_TOKENS = 8  # up to which many blocks score the positions of one token
 
 _WARPS, _TILE, _HEADS, _DIGITS = 16, 128, 16, 1 << 11  # of a block; `select_positions.cu`
-_BLOCKS = 128  # about one for each multiprocessor
+_BLOCKS = 128  # about one for each multiprocessor; more than FEW_TOKENS
 _MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
 
 
