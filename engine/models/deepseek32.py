@@ -18,6 +18,7 @@ from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import decoder, rotate
 from engine.models.deepseek2 import latent_attention, read_scaled_attention
 
+_NORM_EPS = 1e-6  # files do not say it
 _MOST_SELECTED = 1 << 14  # a list for each token is kept
 _SHARING_CONTEXT = 1 << 20  # early files of GLM-5.2 are told from GLM-5 by it: they lack the key for sharing layers
 
@@ -44,7 +45,7 @@ def _read_indexer(keys: Keys, rope: RopeSpec, may_share: bool) -> IndexerSpec:
         n_heads=keys.size("attention.indexer.head_count"),
         key_dim=key_dim,
         top_k=top_k,
-        norm_eps=1e-6,
+        norm_eps=_NORM_EPS,
         rope=rope,
         layers=_layers(keys, may_share),
     )
