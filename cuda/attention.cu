@@ -2,11 +2,15 @@
 // over parts of the positions, which are then merged.
 //
 // Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), CAP (that scores are brought to within;
-// 0.0f: they are not), GATE (of `merge_parts`: 0 none, 1 sigmoid, 2 SiLU) and FORMS (likewise, see `quantize.cuh`).
+// 0.0f: they are not), TOP_K (see below), GATE (of `merge_parts`: 0 none, 1 sigmoid, 2 SiLU) and FORMS (likewise, see
+// `quantize.cuh`).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
-// 0 sets no limit. Positions are taken in tiles of 32, tile i by part i % n_parts, and parts are merged in order: what a
-// token's result is made of depends on its position alone, not on how a prompt was cut or what else is in the step.
+// 0 sets no limit. With a TOP_K above 0 it sees the first min(p + 1, TOP_K) positions of its row of `selected` instead, which
+// are in rising order (`select_positions.cu`); what is called a position below is then a place in that row.
+//
+// Positions are taken in tiles of 32, tile i by part i % n_parts, and parts are merged in order: what a token's result is made
+// of depends on its position alone, not on how a prompt was cut or what else is in the step.
 //
 // A block takes up to 16 heads that share keys: the rows of matrices of float16 numbers that tensor cores multiply, with
 // float32 sums. A query, and a weight of a value, is the sum of two such numbers, so is a float32 key or value; products
@@ -35,6 +39,9 @@ constexpr int VALUE_STRIDE = (VALUE_DIM + 15) / 16 * 16 + 8;
 struct Part {
     float largest, sum;
 };
+
+// The last position that a token at one looks at.
+DEVICE int last_position(int position) { return TOP_K ? min(position, TOP_K - 1) : position; }
 
 // What a block shares while it goes through positions.
 struct Tile {
@@ -76,11 +83,13 @@ template <int DIM> struct Pieces {
     Piece list[N];
 
     // Of the tile that begins at position `first`; rows outside of [begin, end) become zeros.
-    __device__ __forceinline__ void load(const Side<DIM> &side, int first, int begin, int end) {
+    __device__ __forceinline__ void load(const Side<DIM> &side, const int *selected, int first, int begin, int end) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int at = i * THREADS + threadIdx.x, p = at / ROW;
-            list[i] = p >= begin && p < end ? side.load(first + p, at % ROW * VECTOR) : Piece{};
+            const bool exists = p >= begin && p < end;
+            const int position = TOP_K && exists ? selected[first + p] : first + p;
+            list[i] = exists ? side.load(position, at % ROW * VECTOR) : Piece{};
         }
     }
     template <int STRIDE> __device__ __forceinline__ void put(uint16_t (*planes)[TILE][STRIDE]) const {
@@ -96,12 +105,14 @@ template <int DIM> struct Pieces {
 // Which token and heads a block works at.
 struct Work {
     int position, slot, from, kv_head, head, n_heads;
+    const int *selected; // of the token, with TOP_K
 
-    __device__ __forceinline__ Work(int token, const int *positions, const int *slots, int window, int chunk)
-        : position(positions[token]), slot(slots[token]),
+    __device__ __forceinline__ Work(int token, const int *positions, const int *slots, int window, int chunk,
+                                    const int *selected, int64_t selected_stride)
+        : position(last_position(positions[token])), slot(slots[token]),
           from(max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0)),
           kv_head(blockIdx.x / N_TILES), head(kv_head * GROUP + blockIdx.x % N_TILES * HEADS),
-          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)) {}
+          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)), selected(selected + token * selected_stride) {}
 
     // The first position of the first tile of a part that has a position in sight.
     __device__ __forceinline__ int start(int part, int n_parts) const {
@@ -131,9 +142,9 @@ struct Fetched {
     // Begins to load the tile from position `first` on; what the token does not see becomes zeros.
     __device__ __forceinline__ void load(int first) {
         const int begin = max(work.from - first, 0), end = min(TILE, work.position + 1 - first);
-        keys.load(key_side, first, begin, end);
+        keys.load(key_side, work.selected, first, begin, end);
 #if !SHARED
-        values.load(value_side, first, begin, end);
+        values.load(value_side, work.selected, first, begin, end);
 #endif
     }
 
@@ -167,17 +178,6 @@ struct Queries {
 using Sums = float[VALUE_PAIRS][2][4];
 
 DEVICE int first_column(int pair) { return (threadIdx.x / WARP * VALUE_PAIRS + pair) * 16; }
-
-// c += a * b for two float16 numbers of a and, where there are two, of b.
-DEVICE void add_products(float (&c)[4], const unsigned (&a)[2][4], const unsigned (&b)[PLANES][4], int half) {
-#pragma unroll
-    for (int plane = 0; plane < PLANES; plane++) {
-        const unsigned of_b[2] = {b[plane][2 * half], b[plane][2 * half + 1]};
-        mma_m16n8k16_f16(c, a[0], of_b);
-        if (plane == 0)
-            mma_m16n8k16_f16(c, a[1], of_b);
-    }
-}
 
 // Attends over the tiles that begin at position `first` and every `step` positions from there on, as far as the token sees
 // them; the first is fetched already. Whole block; sixteen threads share a row of `total`. Begins and ends with everybody
@@ -277,20 +277,20 @@ DEVICE void attend_part(Tile &tile, const Queries &queries, Fetched &fetched, in
 // [tokens, n_heads, n_parts]. Parts beyond a token's last tile are left alone.
 ATTENTION_KERNEL
 attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
-       int chunk, float *values, Part *parts, const int *n_tokens) {
+       int chunk, const int *selected, int64_t selected_stride, float *values, Part *parts, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Tile &tile = *(Tile *)dynamic;
     const int part = blockIdx.y, n_parts = gridDim.y, token = blockIdx.z, lane = threadIdx.x % WARP;
-    const int seen = token < *n_tokens ? positions[token] : -1; // as the caller gave them: old
+    const int seen = token < *n_tokens ? last_position(positions[token]) : -1; // as the caller gave them: old
     if (part > (seen >= 0 ? seen / TILE : -1)) {
         begin_kernel();
         return;
     }
-    const Work work(token, positions, slots, window, chunk);
+    const Work work(token, positions, slots, window, chunk, selected, selected_stride);
     Fetched fetched(cache, work);
     const int start = work.start(part, n_parts);
     // The kernel before stores keys and values of this step's tokens, at most MOST_TOKENS of them.
-    const bool is_old = start + TILE <= work.position + 1 - MOST_TOKENS;
+    const bool is_old = !TOP_K && start + TILE <= work.position + 1 - MOST_TOKENS;
     if (is_old)
         fetched.load(start);
     begin_kernel();
@@ -351,7 +351,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     const int stride = (n_parts + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
     const int token = blockIdx.y, thread = threadIdx.x, lane = thread % WARP, n_cols = n_heads * VALUE_DIM;
     const bool exists = token < *n_tokens; // as the caller gave them: old, as are the positions
-    const int n = exists ? min(n_parts, positions[token] / TILE + 1) : 0; // parts that `attend` has filled
+    const int n = exists ? min(n_parts, last_position(positions[token]) / TILE + 1) : 0; // parts that `attend` has filled
     begin_kernel();
     if (!exists)
         return;
@@ -424,7 +424,8 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
 // gate and forms to others. Grid: (n_kv_heads * N_TILES, tokens, the last one first: it has most to do).
 ATTENTION_KERNEL
 attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
-           int chunk, int n_parts, const float *sinks, float *out, int64_t out_stride, const int *n_tokens) {
+           int chunk, const int *selected, int64_t selected_stride, int n_parts, const float *sinks, float *out,
+           int64_t out_stride, const int *n_tokens) {
     begin_kernel();
     extern __shared__ __align__(16) uint8_t dynamic[];
     __shared__ Merged merged[HEADS];
@@ -432,7 +433,7 @@ attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, 
     const int token = *n_tokens - 1 - (int)blockIdx.y, lane = threadIdx.x % WARP, row = threadIdx.x / 16;
     if (token < 0)
         return;
-    const Work work(token, positions, slots, window, chunk);
+    const Work work(token, positions, slots, window, chunk, selected, selected_stride);
     const Queries queries(q + token * q_stride + work.head * KEY_DIM, work.n_heads, scale);
     Fetched fetched(cache, work);
     tile.clear_margins();

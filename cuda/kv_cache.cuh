@@ -17,6 +17,17 @@ DEVICE void split_halves(float x, float y, unsigned &near, unsigned &rest) {
     rest = f32_to_f16x2(x - f16_to_f32((uint16_t)near), y - f16_to_f32((uint16_t)(near >> 16)));
 }
 
+// c += a * b for two float16 numbers of a and, where there are two, of b: those of queries or weights, and of keys or values.
+DEVICE void add_products(float (&c)[4], const unsigned (&a)[2][4], const unsigned (&b)[PLANES][4], int half) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++) {
+        const unsigned of_b[2] = {b[plane][2 * half], b[plane][2 * half + 1]};
+        mma_m16n8k16_f16(c, a[0], of_b);
+        if (plane == 0)
+            mma_m16n8k16_f16(c, a[1], of_b);
+    }
+}
+
 // VECTOR values as they are stored. All zero bits are zeros.
 struct Piece {
 #if KV_TYPE == 0

@@ -317,6 +317,9 @@ class Program:
         window: int,
         chunk: int,
         cap: float,
+        selected: int = 0,
+        selected_stride: int = 0,
+        top_k: int = 0,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
@@ -324,7 +327,31 @@ class Program:
         Online softmax over fixed blocks of positions, so no n x n matrix and the same bits however the prompt is cut.
         A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`,
         on; 0 sets no limit. `sinks` (or 0) is float32 [n_heads]: a score for each head that has no value.
-        With a `cap` above 0 the other scores become cap * tanh(score / cap).
+        With a `cap` above 0 the other scores become cap * tanh(score / cap). With `selected`, int32 rows, it sees the first min(p + 1, top_k) positions of its row, which are in rising order.
+        """
+
+    def select_positions(
+        self,
+        q: int,
+        q_stride: int,
+        k: int,
+        k_stride: int,
+        weights: int,
+        weights_stride: int,
+        out: int,
+        out_stride: int,
+        cache: int,
+        cache_type: int,
+        context_length: int,
+        n_heads: int,
+        head_dim: int,
+        top_k: int,
+        scale: float,
+    ) -> None:
+        """Store k at each token's position in its slot's cache, then choose the positions that attention looks at.
+
+        Formula: `graph.SelectPositions`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
+        the min(p + 1, top_k) positions that a token at p chooses, in rising order.
         """
 
     def causal_conv(

@@ -164,6 +164,16 @@ cdef extern from "kernels/ops.h":
         const float *sinks
         int n_heads, window, chunk
         float scale, cap
+        const int32_t *selected
+        int64_t selected_stride
+        int top_k
+    ctypedef struct select_positions_args:
+        matrix q, weights
+        kv_cache cache
+        int32_t *out
+        int64_t out_stride
+        int n_heads, top_k
+        float scale
     ctypedef struct linear_weight:
         const uint8_t *weight
         int64_t row_bytes
@@ -232,6 +242,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_join_heads(program *p, heads_args args, int n_heads)
     int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads)
     int program_attention(program *p, attention_args args, matrix k, matrix v)
+    int program_select_positions(program *p, select_positions_args args, matrix k)
     int program_causal_conv(program *p, causal_conv_args args)
     int program_delta_net(program *p, delta_net_args args)
     int program_router(program *p, router_args args)
@@ -760,7 +771,8 @@ cdef class Program:
         need_one_of("rows", rows, 2)
         cdef add_args args
         args.a = need_matrix("a", a, a_stride, n_cols)
-        args.b = need_matrix("b", b, b_stride, n_cols)
+        args.b = need_matrix("b", b, b_stride if b_stride else n_cols, n_cols)
+        args.b.stride = b_stride
         args.out = need_matrix("out", out, out_stride, n_cols)
         recorded(program_add(self._program, args, n_cols, rows))
 
@@ -926,7 +938,11 @@ cdef class Program:
         int window,
         int chunk,
         float cap,
+        uintptr_t selected=0,
+        int64_t selected_stride=0,
+        int top_k=0,
     ):
+        need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
         need_at_least("window", window, 0)
         need_at_least("chunk", chunk, 0)
@@ -953,9 +969,53 @@ cdef class Program:
         args.window = window
         args.chunk = chunk
         args.cap = cap
+        args.selected = NULL
+        args.selected_stride = selected_stride
+        args.top_k = top_k
+        if selected:
+            need_at_least("top_k", top_k, 1)
+            args.selected = <const int32_t *> need_matrix("selected", selected, selected_stride, top_k).at
         cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
         cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
         recorded(program_attention(self._program, args, keys, values))
+
+    def select_positions(
+        self,
+        uintptr_t q,
+        int64_t q_stride,
+        uintptr_t k,
+        int64_t k_stride,
+        uintptr_t weights,
+        int64_t weights_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        uintptr_t cache,
+        int cache_type,
+        int context_length,
+        int n_heads,
+        int head_dim,
+        int top_k,
+        float scale,
+    ):
+        need_cache(cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        need_at_least("n_heads", n_heads, 1)
+        need_at_least("top_k", top_k, 1)
+        cdef select_positions_args args
+        args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
+        args.weights = need_matrix("weights", weights, weights_stride, n_heads)
+        args.out = <int32_t *> need_matrix("out", out, out_stride, top_k).at
+        args.out_stride = out_stride
+        args.cache.keys = <uint8_t *> need_address("cache", cache)
+        args.cache.values = NULL
+        args.cache.type = cache_type
+        args.cache.context_length = context_length
+        args.cache.n_kv_heads = 1
+        args.cache.head_dim = head_dim
+        args.cache.value_dim = 0
+        args.n_heads = n_heads
+        args.top_k = top_k
+        args.scale = scale
+        recorded(program_select_positions(self._program, args, need_matrix("k", k, k_stride, head_dim)))
 
     def causal_conv(
         self,
@@ -1224,7 +1284,7 @@ cdef int need_cache(
     need_at_least("n_slots", n_slots, 1)
     need_at_least("context_length", context_length, 1)
     need_at_least("n_kv_heads", n_kv_heads, 1)
-    need(0 < value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 1 to {MAX_HEAD_DIM}")
+    need(0 <= value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 0 to {MAX_HEAD_DIM}")
     return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
 
 

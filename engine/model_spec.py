@@ -101,6 +101,27 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexerSpec:
+    """What chooses the positions that attention looks at (`graph.SelectPositions`).
+
+    Attributes:
+        n_heads: of its queries; they share one key.
+        key_dim: of queries and keys.
+        top_k: positions that a token looks at, at most.
+        norm_eps: epsilon of the keys' norm.
+        rope: how queries and keys are rotated.
+        layers: for each layer, whether it chooses; the others look at what the last one before them chose.
+    """
+
+    n_heads: int
+    key_dim: int
+    top_k: int
+    norm_eps: float
+    rope: RopeSpec
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LatentAttentionSpec:
     """Multi-head latent attention (DeepSeek): keys and values of all heads come from one small vector a token.
 
@@ -116,6 +137,7 @@ class LatentAttentionSpec:
         temperature_period, temperature_slope: queries at position p are multiplied by 1 + slope * ln(1 + floor(p /
             period)); a slope of 0: they are not.
         gated: whether what a head finds is multiplied by the sigmoid of a gate of its own.
+        indexer: what chooses the positions that are looked at; None: all are.
     """
 
     n_heads: int
@@ -129,11 +151,12 @@ class LatentAttentionSpec:
     temperature_period: int = 1
     temperature_slope: float = 0.0
     gated: bool = False
+    indexer: IndexerSpec | None = None
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
-        """Return the width of what the cache keeps of a token: values are parts of keys."""
-        return (self.head_dim,)
+        """Return the widths of what the caches keep of a token: values are parts of keys."""
+        return (self.head_dim, *([self.indexer.key_dim] if self.indexer else ()))
 
     @property
     def n_kv_heads(self) -> int:

@@ -74,6 +74,7 @@ class Peer:
         output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
         is_latent: whether attention is multi-head latent attention.
+        indexer_layers: the blocks that choose the positions which this looks at.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
@@ -116,6 +117,7 @@ class Peer:
     output_norm: str = "output_norm"
     expert_width: int = 0
     is_latent: bool = False
+    indexer_layers: tuple[int, ...] = ()
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
@@ -165,6 +167,12 @@ LATENT = {
     "attention.key_length_mla": KEY_DIM + ROPE_DIM,
     "attention.value_length_mla": VALUE_DIM,
     "rope.dimension_count": ROPE_DIM,
+}
+INDEXER_HEADS, INDEXER_DIM, TOP_K = 8, 64, 12
+INDEXER = {
+    "attention.indexer.head_count": INDEXER_HEADS,
+    "attention.indexer.key_length": INDEXER_DIM,
+    "attention.indexer.top_k": TOP_K,
 }
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 4096}
 LING_3 = MOE | {
@@ -324,6 +332,32 @@ PEERS = {
         shared_size=2 * FFN,
         tied=True,
         seed=1,
+    ),
+    "deepseek32": Peer(
+        "deepseek32",
+        2,
+        MOE
+        | LATENT
+        | INDEXER
+        | YARN
+        | {
+            "feed_forward_length": 2 * FFN,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        is_latent=True,
+        indexer_layers=(0, 1, 2),
+        n_mtp=1,
     ),
     "dots1": Peer(
         "dots1",
@@ -620,6 +654,25 @@ PEERS = {
         head_norm="row",
         head_dim=16,
     ),
+    "glm-dsa": Peer(
+        "glm-dsa",
+        3,
+        MOE
+        | LATENT
+        | INDEXER
+        | {
+            "attention.indexer.types": [True, False, True],
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        is_latent=True,
+        indexer_layers=(0, 2),
+    ),
     "mistral4": Peer(
         "mistral4",
         2,
@@ -804,6 +857,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from kimi_delta_attention(peer, draw)
     else:
         yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
+    if layer in peer.indexer_layers:
+        yield from indexer(draw)
     if peer.parallel_networks:
         yield from parallel_networks(peer, layer, draw)
         return
@@ -929,9 +984,17 @@ def latent_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]
     yield "attn_k_b.weight", draw.matrix(N_HEADS, LATENT_DIM, KEY_DIM)
     value_dim = peer.value_dim or VALUE_DIM
     yield "attn_v_b.weight", draw.matrix(N_HEADS, value_dim, LATENT_DIM)
-    yield "attn_output.weight", draw.matrix(HIDDEN, N_HEADS * value_dim)
+    yield "attn_output.weight", draw.matrix(HIDDEN, N_HEADS * value_dim, gain=0.1 if peer.indexer_layers else 1.0)
     if peer.attention_gate:
         yield "attn_gate.weight", draw.matrix(N_HEADS, HIDDEN)
+
+
+def indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "indexer.attn_q_b.weight", draw.matrix(INDEXER_HEADS * INDEXER_DIM, QUERY_RANK)
+    yield "indexer.attn_k.weight", draw.matrix(INDEXER_DIM, HIDDEN)
+    yield "indexer.k_norm.weight", draw.norm(INDEXER_DIM)
+    yield "indexer.k_norm.bias", draw.between(-0.5, 0.5, INDEXER_DIM)
+    yield "indexer.proj.weight", draw.matrix(INDEXER_HEADS, HIDDEN)
 
 
 def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

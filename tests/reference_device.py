@@ -86,7 +86,7 @@ class ReferenceProgram:
         self[op.out] = np.einsum("thc,hrc->thr", x, self.matrices(weight)).reshape(n, -1)
 
     def add(self, op: ops.Add) -> None:
-        self[op.out] = self[op.a] + self[op.b]
+        self[op.out] = self[op.a] + (self.vector(op.b) if isinstance(op.b, Vector) else self[op.b])
 
     def scale(self, op: ops.Scale) -> None:
         by = self.vector(op.by) if isinstance(op.by, Vector) else 1 if op.by is None else self[op.by]
@@ -132,6 +132,18 @@ class ReferenceProgram:
         x[..., first], x[..., second] = a * cos - b * sin, a * sin + b * cos
         self[op.x] = x.reshape(len(x), -1)
 
+    def select_positions(self, op: ops.SelectPositions) -> None:
+        keys = np.concatenate([self.keys.get(op.cache, np.zeros((0, op.k.width))), self[op.k]])
+        self.keys[op.cache] = keys
+        q = self[op.q].reshape(len(self.token_ids), op.n_heads, -1)
+        by_head = np.maximum(np.einsum("qhd,kd->qhk", q, keys), 0)
+        scores = np.einsum("qhk,qh->qk", by_head, self[op.weights] * op.scale)
+        scores[np.arange(len(keys)) > self.positions[:, None]] = -np.inf
+        chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : op.top_k]
+        is_there = np.take_along_axis(scores, chosen, -1) > -np.inf
+        chosen = np.sort(np.where(is_there, chosen, len(keys)), axis=-1)
+        self[op.out] = np.pad(chosen, ((0, 0), (0, op.top_k - chosen.shape[1])), constant_values=len(keys))
+
     def attention(self, op: ops.Attention) -> None:
         n, cache = len(self.token_ids), op.cache
         k = self[op.k].reshape(n, cache.n_kv_heads, cache.head_dim)
@@ -150,6 +162,8 @@ class ReferenceProgram:
             hidden |= now - past >= op.window
         if op.chunk:
             hidden |= past < now // op.chunk * op.chunk
+        if op.selected:
+            hidden |= ~(self[op.selected][:, None] == past[:, None]).any(-1)
         scores[:, hidden] = -np.inf
         sinks = np.full(op.n_heads, -np.inf) if op.sinks is None else self.vector(op.sinks)
         scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (op.n_heads, n, 1))], axis=-1)
@@ -288,6 +302,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.SplitHeads: ReferenceProgram.split_heads,
     ops.JoinHeads: ReferenceProgram.join_heads,
     ops.Rope: ReferenceProgram.rope,
+    ops.SelectPositions: ReferenceProgram.select_positions,
     ops.Attention: ReferenceProgram.attention,
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,

@@ -131,6 +131,29 @@ def test_peers(name: str, data: Path) -> None:
     check_logits(data / "peers" / f"{name}-F32.npz")
 
 
+@pytest.mark.parametrize("name", ["deepseek32", "glm-dsa"])
+def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> None:
+    """Of more tokens than are chosen; the Q8_0 file's keys are stored in float16."""
+    for kind, kv_type in (("F32", KVType.F32), ("Q8_0", KVType.F16)):
+        references = data / "peers" / f"{name}-{kind}.npz"
+        reference, model = np.load(references), Model(references.with_suffix(".gguf"))
+        tokens, exact = reference["tokens"].tolist(), reference["logits_exact"]
+        with model.open(limits=replace(LIMITS, kv_type=kv_type), hot_k=3) as opened:
+            logits = np.concatenate(
+                [opened.forward.run(0, tokens[i : i + 8], i, "all").copy() for i in range(0, 24, 8)]
+                + [opened.forward.run(0, [tokens[i]], i, "all").copy() for i in range(24, len(tokens))]
+            )
+            saved = opened.program.save_sequence(0, 25)
+            opened.program.load_sequence(1, 25, saved)
+            for i in range(25, len(tokens)):
+                assert (opened.forward.run(1, [tokens[i]], i, "all") == logits[i]).all()
+        kl = divergence(exact, logits)
+        noise = divergence(exact, reference["logits"]) if "logits" in reference else np.zeros(1)
+        assert kl.mean() <= max(2 * noise.mean(), 1e-9)
+        assert kl.max() <= max(4 * noise.max(), 1e-8)
+        model.close()
+
+
 def check_logits(references: Path) -> None:
     """As near to the exact logits as the golden files ask, and as the CPU device is."""
     reference, model = np.load(references), Model(model_path(references))

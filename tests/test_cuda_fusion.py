@@ -70,6 +70,13 @@ def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str) -> None
     assert sum(isinstance(item, fusion.SharedExpert) for item in items) == 3
 
 
+@pytest.mark.parametrize(("name", "n"), [("deepseek32", 2), ("glm-dsa", 2)])
+def test_what_chooses_positions_rotates_its_queries_and_keys(data, name: str, n: int) -> None:
+    items = groups(data / "peers" / f"{name}-F32.gguf")
+    assert sum(isinstance(item, fusion.Selection) for item in items) == n
+    assert not any(isinstance(item, ops.SelectPositions) for item in items)
+
+
 def assert_delta_net_layers_are_one(path: Path) -> None:
     kinds = [type(item) for item in groups(path)]
     assert fusion.DeltaNetLayer in kinds

@@ -10,12 +10,13 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import attention, elementwise, kernels, recurrent, tiles
+from engine.devices.cuda import attention, elementwise, kernels, recurrent, selection, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
+from engine.errors import DeviceError
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
@@ -819,6 +820,154 @@ def test_attention(
                 emulator.run(attend(gated, gate_of, forms), order, seed)
                 assert gated == pytest.approx(few * FUNCTIONS[gating](seen), rel=1e-5)
                 check_forms(gated, made)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "mode"),
+    [
+        (KVType.F32, 5, 40, 20, 200, False, "fast"),
+        (KVType.F16, 64, 128, 37, 200, False, "fast"),
+        (KVType.F16, 3, 64, 64, 1500, True, "fast"),  # more positions than threads, many of them alike
+        (KVType.Q8_0, 32, 64, 50, 200, False, "fast"),
+        (KVType.F16, 17, 16, 20, 200, True, "race"),
+        (KVType.Q8_0, 5, 40, 20, 200, False, "race"),
+        (KVType.F32, 2, 8, 20, 200, True, "asan"),
+    ],
+)
+def test_positions_are_selected(
+    kv_type: KVType,
+    n_heads: int,
+    key_dim: int,
+    top_k: int,
+    context_length: int,
+    equal: bool,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In whole numbers, so that scores are exact, in a cache that holds NaN where nothing was stored."""
+    monkeypatch.setattr(selection, "_BLOCKS", selection.FEW_TOKENS + 1)  # fewer than tokens
+    rng, emulator = np.random.default_rng(7), Emulator(mode)
+    n_kept, most = context_length - 30, 1 if equal else 20
+    cache = Cache(0, kv_type, 2, context_length, 1, key_dim, 0, True)
+    memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
+    cache = cache._replace(address=emulator.at(memory))
+    keys = rng.integers(-most, most + 1, (n_kept, key_dim)).astype(F32)
+    keys[:, ::32] = 127  # so that eight bits hold the others
+    all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
+    store = attention.inputs(
+        None,
+        NOTHING,
+        Heads(emulator.rows(keys), 1, key_dim),
+        None,
+        0.0,
+        Rotation(),
+        cache,
+        Place(emulator.at(all_positions), emulator.at(slots)),
+        emulator.count(n_kept, n_kept),
+    )
+    positions = np.array([n_kept - 1, top_k - 1, top_k, 3, *range(90, 96)], np.int32)
+    n_tokens = len(positions)
+    q = rng.integers(-most, most + 1, (n_tokens, n_heads * key_dim)).astype(F32)
+    weights = rng.integers(-most, most + 1, (n_tokens, n_heads)).astype(F32)
+    expected = np.full((n_tokens, top_k), -7, np.int32)
+    for token, position in enumerate(positions):
+        by_head = np.maximum(q[token].reshape(n_heads, key_dim).astype(np.float64) @ keys[: position + 1].T, 0)
+        chosen = np.argsort(-(weights[token] / 4 @ by_head), kind="stable")[:top_k]
+        expected[token, : len(chosen)] = np.sort(chosen)
+    scores = np.full(selection.scores_bytes(context_length, n_tokens) // 4, np.nan, F32)
+    place = Place(emulator.at(positions), emulator.at(slots))
+    for order, seed in SCHEDULES:
+        for n in (n_tokens, 5):  # one block for each; many blocks
+            out = np.full((n, top_k), -7, np.int32)
+            launches = selection.select_positions(
+                emulator.rows(q),
+                emulator.rows(weights),
+                emulator.rows(out),
+                cache,
+                n_heads,
+                top_k,
+                0.25,
+                emulator.at(scores),
+                place,
+                emulator.count(n, n),
+            )
+            assert len(launches) == (1 if n > selection.FEW_TOKENS else 2)
+            emulator.run([store, *launches], order, seed)
+            assert (out == expected[:n]).all()
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "n_heads", "key_dim", "message"),
+    [
+        (KVType.F16, 257, 64, "257 heads of 64"),
+        (KVType.F32, 4, 256, "4 heads of 256"),
+        (KVType.F16, 4, 12, "multiple of 8"),
+    ],
+)
+def test_indexers_that_no_kernel_can_take(kv_type: KVType, n_heads: int, key_dim: int, message: str) -> None:
+    with pytest.raises(DeviceError, match=message):
+        selection.check_indexer(Cache(0, kv_type, 1, 64, 1, key_dim, 0, True), n_heads)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "dims", "group", "mode"),
+    [
+        (KVType.F16, (576, 512), 11, "fast"),
+        (KVType.Q8_0, (40, 32), 18, "race"),
+        (KVType.F32, (24, 16), 2, "asan"),
+    ],
+)
+@pytest.mark.parametrize("top_k", [70, 200])
+def test_attention_looks_at_selected_positions(
+    kv_type: KVType, dims: tuple[int, int], group: int, mode: str, top_k: int
+) -> None:
+    """As if the others were not there; where all are selected with the bits of plain attention."""
+    rng, emulator, (key_dim, value_dim) = np.random.default_rng(8), Emulator(mode), dims
+    context_length, n_kept, scale = 200, 150, key_dim**-0.5
+    caches = []
+    positions = np.array([149, 33, *range(66, 74)], np.int32)
+    slots, n_tokens = np.zeros(n_kept, np.int32), len(positions)
+    q, k = (rng.standard_normal((n, m * key_dim)).astype(F32) for n, m in ((n_tokens, group), (n_kept, 1)))
+    selected = np.full((n_tokens, top_k), 1 << 30, np.int32)
+    gathered = np.zeros((n_tokens, top_k, key_dim), F32)  # the same keys, where plain attention finds nothing else
+    for token, position in enumerate(positions):
+        chosen = np.sort(rng.permutation(position + 1)[:top_k])
+        selected[token, : len(chosen)], gathered[token, : len(chosen)] = chosen, k[chosen]
+
+    def cache_of(keys: np.ndarray) -> Cache:
+        cache = Cache(0, kv_type, 1, context_length, 1, key_dim, value_dim, True)
+        caches.append(aligned(np.full(cache.n_bytes, 0xFF, np.uint8)))
+        cache = cache._replace(address=emulator.at(caches[-1]))
+        place = Place(emulator.at(np.arange(len(keys), dtype=np.int32)), emulator.at(slots))
+        heads, count = Heads(emulator.rows(keys), 1, key_dim), emulator.count(len(keys), len(keys))
+        emulator.run(attention.inputs(None, NOTHING, heads, None, 0.0, Rotation(), cache, place, count))
+        return cache
+
+    def attend(q: np.ndarray, positions: np.ndarray, cache: Cache, sight: Sight, order: str, seed: int) -> np.ndarray:
+        out = np.zeros((len(q), group * value_dim), F32)
+        scratch = attention.scratch_bytes(cache, group, len(q), sight.top_k)
+        kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in scratch]
+        addresses = tuple(emulator.at(x) for x in kept)
+        place, count = Place(emulator.at(positions), emulator.at(slots)), emulator.count(len(q), len(q))
+        launches = attention.attend(
+            emulator.rows(q), emulator.rows(out), cache, group, scale, sight, addresses, place, count
+        )
+        emulator.run(launches, order, seed)
+        return out
+
+    cache, sight = cache_of(k), Sight(selected=emulator.rows(selected), top_k=top_k)
+    for order, seed in SCHEDULES:
+        found = attend(q, positions, cache, sight, order, seed)
+        assert same_bits(attend(q[:4], positions[:4], cache, sight, order, seed), found[:4])
+    for token in range(2):
+        n = min(int(positions[token]) + 1, top_k)
+        plain = cache_of(gathered[token, :n].copy())
+        sight = Sight(selected=emulator.rows(np.arange(top_k, dtype=np.int32)[None]), top_k=top_k)
+        last = np.array([n - 1], np.int32)
+        for other in (sight, Sight()):
+            expected = attend(q[token : token + 1], last, plain, other, "forward", 1)
+            assert found[token] == pytest.approx(expected[0], abs=1e-6)
+        assert same_bits(found[token], attend(q[token : token + 1], last, plain, sight, "forward", 1)[0])
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

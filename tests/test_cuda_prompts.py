@@ -87,7 +87,9 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "arctic",
         "bailingmoe3",
         "cohere2moe",
+        "deepseek32",
         "gemma4",
+        "glm-dsa",
         "granite_swa",
         "grok",
         "kimi-linear",
@@ -100,7 +102,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
     ],
 )
 def test_long_steps_of_other_architectures(name: str, data: Path) -> None:
-    """What only some have: experts of two matrices, gates of heads, limits, capped scores, heads that differ."""
+    """What only some have: experts of two matrices, gates, limits, caps, other heads in every layer, choices."""
     model = Model(data / "peers" / f"{name}-Q8_0.gguf")
     model.tokens = np.random.default_rng(3).integers(0, model.n_vocab, N_TOKENS).tolist()
     with model.open(limits=replace(LIMITS, max_tokens=1)) as opened:

@@ -15,7 +15,7 @@ from model_runner import ModelRunner
 from engine import _kernels
 from engine.devices import graph as ops
 from engine.errors import GGUFError, UnsupportedModelError
-from engine.gguf import WeightMemory
+from engine.gguf import SyntheticModel, WeightMemory
 from engine.gguf.metadata import Metadata
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.older_forms import in_current_form
@@ -104,6 +104,24 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
             np.array([True]),
             "rope_pattern is 1 values; expected one for",
         ),
+        ("deepseek32", "attention.q_lora_rank", 0, "q_lora_rank is 0; expected at least 1"),
+        (
+            "deepseek32",
+            "attention.indexer.top_k",
+            1 << 15,
+            "indexer.top_k is 32768; this version computes at most 16384",
+        ),
+        ("deepseek32", "attention.indexer.top_k", 0, "indexer.top_k is 0; expected an integer from 1"),
+        ("deepseek32", "attention.indexer.key_length", 4, "indexer.key_length is 4; expected at least rope.dimension"),
+        ("deepseek32", "attention.indexer.key_length", 640, "key_length is 640; this version computes at most 576"),
+        ("deepseek32", "attention.indexer.head_count", 4, r"proj.weight has the shape \[8, 32\]; .* \[4, 32\]"),
+        (
+            "glm-dsa",
+            "attention.indexer.types",
+            np.array([True, False]),
+            "types is 2 values; expected one for each of 3",
+        ),
+        ("glm-dsa", "attention.indexer.types", np.array([False, True, True]), "types is false for the first layer"),
         ("granite_swa", "rope.freq_base_swa", 500.0, "freq_base_swa is 500; this version needs that of rope.freq_base"),
         ("gemma4", "attention.shared_kv_layers", 2, "attention.shared_kv_layers is 2; this version runs the models"),
         ("gemma4", "embedding_length_per_layer_input", 8, "embedding_length_per_layer_input is 8; this version runs"),
@@ -133,6 +151,31 @@ def test_keys_that_cannot_be_followed_are_named(
     parts.values[f"{name}.{key}"] = value
     with pytest.raises((GGUFError, UnsupportedModelError), match=message):
         load(parts, tmp_path)
+
+
+def test_layers_that_choose_what_attention_looks_at(peer, tmp_path: Path) -> None:
+    """By a list, else all of them, or in models for very long contexts by a rule."""
+
+    def layers(parts: Parts) -> tuple[bool, ...]:
+        return load(parts, tmp_path).spec.attention.indexer.layers
+
+    parts = peer("glm-dsa")
+    assert layers(parts) == (True, False, True)
+    del parts.values["glm-dsa.attention.indexer.types"]
+    with pytest.raises(GGUFError, match=r"tensor blk\.1\.indexer\.attn_k\.weight is missing"):
+        load(parts, tmp_path)
+    parts.values["glm-dsa.attention.indexer.types"] = np.array([True, False, False])
+    assert layers(parts) == (True, False, False)  # with an indexer that is left out
+    early = load_model(SyntheticModel.open("synthetic:glm-5:layers=8,context=1048576"))
+    assert early.spec.attention.indexer.layers == (True, True, True, False, False, False, True, False)
+    parts = peer("deepseek32")
+    parts.values.update(
+        {
+            "deepseek32.context_length": 1 << 20,
+            "deepseek32.attention.indexer.types": np.array([True, False]),
+        }
+    )
+    assert layers(parts) == (True, True)
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from op_case import Case, blocks, normal
+from op_case import UNTOUCHED, Case, blocks, normal
 
 from engine import _kernels as k
 from engine.quants.formats import BY_NAME
@@ -706,6 +706,135 @@ def test_attention_over_several_blocks_of_positions(kind: int, limits: tuple[flo
 def test_attention_with_values_in_the_keys(seed: int, n: int, n_heads: int) -> None:
     case, exact = attention_case(seed, [0] * n, (n_heads, 1), (40, 32), values_in_keys=True)
     case.check({"out": exact}, rtol=1e-4, atol=1e-5)
+
+
+# -- the choice of positions -------------------------------------------------------------------------------------------
+
+
+def selection_case(seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False) -> tuple[Case, np.ndarray]:
+    """The choice of positions over whole sequences and what is chosen; -77 is never written.
+
+    Scores are whole numbers, so that many are equal if that is wanted, and exact whatever the order of sums.
+    """
+    n, n_slots, slots = len(slots), max(slots) + 1, np.asarray(slots)
+    context = max(np.bincount(slots)) + 3
+    rng, most = np.random.default_rng(seed), 2 if equal else 30
+    q, keys, weights = (
+        rng.integers(-most, most + 1, (n, width)).astype(np.float32) for width in (n_heads * dim, dim, n_heads)
+    )
+
+    def record(program: k.Program, at) -> None:
+        program.select_positions(*at.q, *at.k, *at.weights, *at.out, at.cache, kind, context, n_heads, dim, top_k, 0.5)
+
+    case = Case(
+        record,
+        {"q": q, "k": keys, "weights": weights},
+        {"out": (top_k, np.int32)},
+        state={"cache": k.kv_cache_bytes(kind, n_slots, context, 1, dim, 0)},
+        slots=slots,
+        n_slots=n_slots,
+    )
+    chosen = np.full((n, top_k), UNTOUCHED[np.int32])
+    all_keys = stored(keys[:, None], kind)[:, 0]
+    for slot in range(n_slots):
+        rows = np.flatnonzero(slots == slot)
+        for i, row in enumerate(rows):
+            by_head = np.maximum(f64(q[row]).reshape(n_heads, dim) @ all_keys[rows[: i + 1]].T, 0)
+            order = np.argsort(-(weights[row] / 2 @ by_head), kind="stable")[:top_k]
+            chosen[row, : len(order)] = np.sort(order)
+    return case, chosen
+
+
+@more
+@given(
+    seeds,
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.sampled_from([8, 32, 40, 128]),
+    st.integers(1, 20),
+    st.sampled_from([k.KV_F32, k.KV_F16]),
+    st.booleans(),
+)
+def test_select_positions(seed, lengths, n_heads, dim, top_k, kind, equal) -> None:
+    slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
+    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, equal=equal)
+    case.check({"out": chosen}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_select_positions_over_several_blocks_of_them(equal: bool) -> None:
+    case, chosen = selection_case(5, [0] * 640, 5, 16, 100, equal=equal)
+    for cuts in ((), (639,), (256, 257, 600, 603), (255, 512)):
+        for isa, n_threads in ((k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)):
+            assert np.array_equal(case.run(isa, n_threads, cuts)["out"], chosen), (cuts, isa, n_threads)
+
+
+def test_keys_of_eight_bits_are_chosen_among_as_they_are_stored() -> None:
+    case, _ = selection_case(6, [0] * 50, 3, 64, 7, k.KV_Q8_0)
+    first = case.run()["out"]
+    assert (np.diff(first[7:], axis=-1) > 0).all()
+    keys = stored(case.inputs["k"][:, None], k.KV_Q8_0)[:, 0]
+    scores = np.einsum("thd,sd->ths", f64(case.inputs["q"]).reshape(50, 3, 64), keys)
+    scores = np.einsum("ths,th->ts", np.maximum(scores, 0), f64(case.inputs["weights"]))
+    for row in range(7, 50):
+        lowest = scores[row, first[row]].min()
+        others = np.delete(scores[row, : row + 1], first[row])
+        assert others.max() <= lowest + 1e-4 * np.abs(scores).max()
+    case.check({"out": first}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_select_positions_chooses_as_many_whatever_the_scores(bad: float) -> None:
+    case, _ = selection_case(7, [0] * 30, 2, 16, 5)
+    case.inputs["weights"][20:] = bad
+    found = case.run()["out"]
+    assert (np.diff(found[5:], axis=-1) > 0).all()
+    assert found[5:].min() >= 0
+    assert (found[5:].max(-1) <= np.arange(5, 30)).all()
+
+
+@pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
+@pytest.mark.parametrize(("n", "top_k"), [(40, 9), (640, 300), (40, 64)])
+def test_attention_to_selected_positions(n: int, top_k: int, kind: int) -> None:
+    """What is not chosen might as well not be there; where all are chosen the bits are those of plain attention."""
+    n_heads, head_dim, value_dim, scale = 5, 40, 32, 0.2
+    q, keys, context = normal(1, n, n_heads * head_dim), normal(2, n, head_dim), n + 3
+    rng, selected = np.random.default_rng(3), np.full((n, top_k), 1 << 30, np.int32)
+    for p in range(n):
+        chosen = np.sort(rng.permutation(p + 1)[:top_k])
+        selected[p, : len(chosen)] = chosen
+
+    def record(program: k.Program, at, selects: bool = True) -> None:
+        places = (*at.q, *at.k, *at.k, *at.out, at.cache, kind, context)
+        sizes = (n_heads, 1, head_dim, value_dim, scale, 0, 0, 0, 0.0)
+        program.attention(*places, *sizes, *((*at.selected, top_k) if selects else ()))
+
+    def case_of(record) -> Case:
+        cache_bytes = k.kv_cache_bytes(kind, 1, context, 1, head_dim, value_dim)
+        outputs = {"out": (n_heads * value_dim, np.float32)}
+        return Case(record, {"q": q, "k": keys, "selected": selected}, outputs, state={"cache": cache_bytes})
+
+    case = case_of(record)
+    all_keys, all_values = (stored(x[:, None], kind)[:, 0] for x in (keys, keys[:, :value_dim]))
+    exact = np.empty((n, n_heads, value_dim))
+    for p in range(n):
+        seen = selected[p, : p + 1]
+        weights = softmax(f64(q[p]).reshape(n_heads, head_dim) @ all_keys[seen].T * scale)
+        exact[p] = weights @ all_values[seen]
+    case.check({"out": exact.reshape(n, -1)}, rtol=1e-4, atol=1e-5)
+    plain = case_of(lambda program, at: record(program, at, selects=False)).run()["out"]
+    found = case.run()["out"]
+    assert found[:top_k].tobytes() == plain[:top_k].tobytes()
+    assert n <= top_k or not np.array_equal(found, plain)
+
+
+def test_a_row_is_added_to_all() -> None:
+    x, row = normal(1, 20, 40), normal(2, 40)
+
+    def record(program: k.Program, at) -> None:
+        program.add(*at.x, at.row, 0, *at.out, 40, 0)
+
+    Case(record, {"x": x}, {"out": (40, np.float32)}, {"row": row}).check({"out": f64(x) + row}, rtol=1e-7)
 
 
 def test_a_sequence_that_starts_afresh_sees_nothing_of_the_one_before() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from model_runner import ModelRunner
 from reference_device import ReferenceProgram
 
 from engine import _kernels
+from engine.devices.graph import Attention, KVType
 
 N_REFERENCE_TOKENS = 20
+INDEXED = ("deepseek32", "glm-dsa")  # attention looks at what an indexer chooses
 
 
 @pytest.fixture(scope="module", params=PEER_FILES)
@@ -65,6 +68,33 @@ def test_whatever_the_cache_and_the_cuts_are_changes_no_bit(
 def test_a_busy_cache_changes_no_bit(peer: GoldenModel) -> None:
     if peer.runner.model.spec.moe.n_experts:
         assert peer.check_with_a_cache().n_loads > 0
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_other_logits_would_come_of_looking_at_all_positions(name: str, data: Path) -> None:
+    with open_golden(data / "peers" / f"{name}-F32.npz") as peer:
+        graph = peer.runner.model.graph
+        graph.operations = [replace(op, selected=None) if isinstance(op, Attention) else op for op in graph.operations]
+        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
+        differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
+        top_k = peer.runner.model.spec.attention.indexer.top_k
+    assert (differences[:top_k] < 1e-4).all()
+    assert (differences[top_k:] > 0.1).all()
+
+
+@pytest.mark.parametrize("kv_type", KVType)
+@pytest.mark.parametrize("name", INDEXED)
+def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, data: Path) -> None:
+    """It is saved, comes back to another slot of another program, and goes on from an earlier position."""
+    path = data / "peers" / f"{name}-F32.gguf"
+    tokens = np.load(path.with_suffix(".npz"))["tokens"].tolist()
+    with ModelRunner(path, kv_type=kv_type) as one, ModelRunner(path, kv_type=kv_type, n_slots=2) as other:
+        expected = one.logits(tokens)
+        saved = one.program.save_sequence(0, 25)
+        other.forward.run(1, tokens[::-1], 0)  # what lay there before must not matter
+        other.program.load_sequence(1, 25, saved)
+        for start in (25, 20):
+            assert np.array_equal(other.forward.run(1, tokens[start:], start, "all"), expected[start:])
 
 
 def test_llama4_beyond_one_chunk(data: Path) -> None:

@@ -35,7 +35,14 @@ def test_has_the_published_size(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "billions", "active"), [("glm-4.5-air", 106, 12), ("ling-3.0-flash", 124, 5.1), ("minimax-m2", 229, 10)]
+    ("name", "billions", "active"),
+    [
+        ("deepseek-v3.2", 671, 36.5),  # 37 with the output matrix
+        ("glm-4.5-air", 106, 12),
+        ("glm-5", 744, 40),
+        ("ling-3.0-flash", 124, 5.1),
+        ("minimax-m2", 229, 10),
+    ],
 )
 def test_has_about_the_published_size(name: str, billions: int, active: int) -> None:
     model = open_model_file(f"synthetic:{name}@q8_0")
@@ -168,6 +175,7 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
         "tiny@mxfp4",
         "qwen3-30b-a3b@q8_0:layers=2,experts=16,vocab=4096",
         "ling-3.0-flash@q8_0:layers=6,experts=4,used=2,vocab=4096",
+        "glm-5@q8_0:layers=4,experts=4,used=2,vocab=4096",
     ],
 )
 def test_logits_are_sane(name: str) -> None:

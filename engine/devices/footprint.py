@@ -104,7 +104,7 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
     recurrent = sum(4 * state.width for state in graph.states)
     all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, limits.context_length) for cache in graph.kv_caches)
     return Footprint(
-        n_layers=len(graph.kv_caches) + sum(isinstance(op, ops.DeltaNet) for op in graph.operations),
+        n_layers=sum(isinstance(op, ops.Attention | ops.DeltaNet) for op in graph.operations),
         n_experts=layers[0].routing.n_experts if layers else 0,
         n_experts_used=layers[0].routing.ids.width if layers else 0,
         expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),
@@ -155,9 +155,9 @@ def _cache_bytes(graph: Graph, limits: Limits) -> tuple[float, float]:
     """Return the bytes of one position in layers that see all of them, and of what the other layers see."""
     whole = window = 0.0
     for op in graph.operations:
-        if isinstance(op, ops.Attention):
+        if isinstance(op, ops.Attention | ops.SelectPositions):
             position = _kv_bytes(op.cache, limits, 1, limits.context_length) / limits.context_length
-            seen = op.window or op.chunk
+            seen = op.most_positions if isinstance(op, ops.Attention) else 0
             if seen:
                 window += position * min(seen, limits.context_length)
             else:

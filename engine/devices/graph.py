@@ -152,6 +152,7 @@ class KVCache:
     """Keys and values of one layer, for every sequence and position.
 
     With `values_in_keys` there are no values of their own: a head's value is the first `value_dim` values of its key.
+    With a `value_dim` of 0 as well there are none at all.
     """
 
     n_kv_heads: int
@@ -242,10 +243,10 @@ class HeadLinear(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Add(Operation):
-    """out = a + b."""
+    """out = a + b; a vector is added to every row."""
 
     a: Tensor
-    b: Tensor
+    b: Tensor | Vector
     out: Tensor
 
 
@@ -336,11 +337,35 @@ class Rope(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class SelectPositions(Operation):
+    """Append k to the cache, then choose the positions that attention looks at (the indexer of DeepSeek V3.2).
+
+    A token at position p chooses min(p + 1, top_k) of the positions up to p, those of the highest scores, of equal ones
+    the earlier: score(s) = sum over heads h, in order, of scale * weights[h] * max(q[h] . k[s], 0). They stand in `out`
+    in rising order; what is behind them is undefined.
+    """
+
+    q: Tensor
+    k: Tensor
+    weights: Tensor
+    cache: KVCache
+    out: Tensor
+    n_heads: int
+    scale: float
+
+    @property
+    def top_k(self) -> int:
+        """Return how many positions are chosen at most."""
+        return self.out.width
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Attention(Operation):
     """Append k and v to the cache, then causal grouped-query attention over it.
 
     A token at position p sees the positions from max(0, p - window + 1), or from p rounded down to a multiple of
-    `chunk`, to p; 0 sets no limit. `sinks` has one logit for each head, which is part of the softmax but has no value.
+    `chunk`, to p; 0 sets no limit. With `selected` it sees those that were chosen (`SelectPositions`). `sinks` has one
+    logit for each head, which is part of the softmax but has no value.
     With a `cap` above 0 scores, but not sinks, are brought smoothly to within it, as by `SoftCap`.
     """
 
@@ -355,6 +380,12 @@ class Attention(Operation):
     window: int
     chunk: int
     cap: float
+    selected: Tensor | None
+
+    @property
+    def most_positions(self) -> int:
+        """Return how many positions a token sees at most; 0: all that there are."""
+        return self.selected.width if self.selected else self.window or self.chunk
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -558,9 +589,9 @@ class Graph:
         self.operations.append(ScaleByPosition(x, offset, period, slope))
         return x
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Add two tensors."""
-        assert a.width == b.width
+    def add(self, a: Tensor, b: Tensor | Vector) -> Tensor:
+        """Add two tensors, or a vector to every row."""
+        assert a.width == (b.width if isinstance(b, Tensor) else b.size)
         out = self._new(a.width, a.rows)
         self.operations.append(Add(a, b, out))
         return out
@@ -598,6 +629,19 @@ class Graph:
         self.operations.append(Rope(x, n_heads, x.width // n_heads, frequencies, divisors, style, magnitude))
         return x
 
+    def select_positions(self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float) -> Tensor:
+        """Choose what attention looks at, by scores of keys that have a cache of their own, which the graph makes here.
+
+        Returns int32 [tokens, top_k].
+        """
+        assert q.width == n_heads * k.width
+        assert weights.width == n_heads
+        cache = KVCache(1, k.width, 0, values_in_keys=True)
+        self.kv_caches.append(cache)
+        out = Tensor(Buffer(top_k, Rows.TOKENS, np.int32), 0, top_k)
+        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale))
+        return out
+
     def attention(
         self,
         q: Tensor,
@@ -612,17 +656,20 @@ class Graph:
         window: int = 0,
         chunk: int = 0,
         cap: float = 0.0,
+        selected: Tensor | None = None,
     ) -> Tensor:
         """Attend over this layer's cache, which the graph makes here.
 
         Without v a head's value is the first `value_dim` values of its key.
         """
+        assert selected is None or not (window or chunk)
         if v is not None:
             value_dim = v.width // n_kv_heads
         cache = KVCache(n_kv_heads, k.width // n_kv_heads, value_dim, values_in_keys=v is None)
         self.kv_caches.append(cache)
         out = self._new(n_heads * value_dim)
-        self.operations.append(Attention(q, k, v, cache, out, sinks, n_heads, scale, window, chunk, cap))
+        what = q, k, v, cache, out, sinks, n_heads, scale, window, chunk, cap, selected
+        self.operations.append(Attention(*what))
         return out
 
     def causal_conv(

@@ -38,9 +38,11 @@ class Geometry:
 
     `dense_ffn_size` is that of the first `n_dense_layers`, which have no experts, or of the networks beside experts.
     `latent_dim` and `value_dim` are 0 where attention is not latent; where it is, `n_rot` values of a head's `head_dim`
-    are its rotated part. With a `window` every layer has softmax attention; all but one of every `attention_interval`
-    layers have the window, and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a
-    rotation of their own.
+    are its rotated part. `query_rank` is 0 where queries are made in one step. `top_k` is 0 where attention looks at
+    all positions; where it is not, an indexer chooses so many.
+
+    With a `window` every layer has softmax attention; all but one of every `attention_interval` layers have the window,
+    and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a rotation of their own.
     """
 
     architecture: str
@@ -70,6 +72,10 @@ class Geometry:
     window_rope_theta: float = 0.0
     latent_dim: int = 0
     value_dim: int = 0
+    query_rank: int = 0
+    n_indexer_heads: int = 0
+    indexer_dim: int = 0
+    top_k: int = 0
 
     def is_recurrent(self, layer: int) -> bool:
         """Return whether a layer is a delta net."""
@@ -91,6 +97,7 @@ class Style:
         has_biases: whether queries, keys and values have biases.
         has_router_bias: whether there is a bias for the choice of experts.
         has_shared_gate: whether the shared expert is gated.
+        has_head_gates: whether heads of latent attention are gated.
         has_dense_beside: whether a dense network lies beside the experts.
         has_output: whether there is an output matrix; without one the embeddings serve.
         vectors: further ones of each block, as long as the stream is wide, as there are experts, or one value.
@@ -104,6 +111,7 @@ class Style:
     has_biases: bool = False
     has_router_bias: bool = False
     has_shared_gate: bool = False
+    has_head_gates: bool = False
     has_dense_beside: bool = False
     has_output: bool = True
     vectors: tuple[tuple[str, Literal["stream", "experts", "one"]], ...] = ()
@@ -112,10 +120,20 @@ class Style:
 
 
 _SIGMOID = 2  # of `expert_gating_func`
+_DEEPSEEK = Style(
+    has_router_bias=True,
+    keys=(
+        ("expert_gating_func", _SIGMOID),
+        ("expert_shared_count", 1),
+        ("expert_weights_norm", True),
+        ("expert_weights_scale", 2.5),
+    ),
+)
+# Without groups of experts, which would forbid some of the routing that is played.
 STYLES: dict[str, Style] = {
-    # Without groups of experts, which would forbid some of the routing that is played.
     "bailingmoe3": Style(
         has_router_bias=True,
+        has_head_gates=True,
         has_bounded_decays=True,
         keys=(
             ("expert_gating_func", _SIGMOID),
@@ -126,6 +144,7 @@ STYLES: dict[str, Style] = {
             ("kda.gate_lower_bound", -5.0),
         ),
     ),
+    "deepseek32": _DEEPSEEK,
     "gemma4": Style(
         has_dense_beside=True,
         has_output=False,
@@ -145,6 +164,7 @@ STYLES: dict[str, Style] = {
             ("final_logit_softcapping", 30.0),
         ),
     ),
+    "glm-dsa": _DEEPSEEK,
     "glm4moe": Style(
         "post_attention_norm.weight",
         head_norm="",
@@ -171,6 +191,54 @@ GEOMETRIES: dict[str, Geometry] = {
     ),
     "qwen3-235b-a22b": Geometry("qwen3moe", 94, 4096, 64, 4, 128, 128, 1e6, 128, 8, 1536, 0, 151936, 40960),
     "qwen3-30b-a3b": Geometry("qwen3moe", 48, 2048, 32, 4, 128, 128, 1e6, 128, 8, 768, 0, 151936, 40960),
+    "deepseek-v3.2": Geometry(
+        "deepseek32",
+        61,
+        7168,
+        128,
+        1,
+        192,
+        64,
+        1e4,
+        256,
+        8,
+        2048,
+        2048,
+        129280,
+        163840,
+        n_dense_layers=3,
+        dense_ffn_size=18432,
+        latent_dim=512,
+        value_dim=128,
+        query_rank=1536,
+        n_indexer_heads=64,
+        indexer_dim=128,
+        top_k=2048,
+    ),
+    "glm-5": Geometry(
+        "glm-dsa",
+        78,
+        6144,
+        64,
+        1,
+        256,
+        64,
+        1e6,
+        256,
+        8,
+        2048,
+        2048,
+        154880,
+        202752,
+        n_dense_layers=3,
+        dense_ffn_size=12288,
+        latent_dim=512,
+        value_dim=256,
+        query_rank=2048,
+        n_indexer_heads=32,
+        indexer_dim=128,
+        top_k=2048,
+    ),
     "glm-4.5-air": Geometry(
         "glm4moe",
         46,
@@ -333,6 +401,8 @@ def choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: 
         chosen = recipe.embedding
     elif part == "output":
         chosen = recipe.output
+    elif ".indexer." in name:
+        chosen = "BF16"  # llama-quantize leaves them as they are
     elif recipe.experts and part.endswith("_exps"):
         chosen = recipe.experts
     elif part in {"attn_v", "attn_qkv"}:
@@ -366,6 +436,7 @@ _FLOAT_PARTS = (
     "ssm_a",
     "ssm_dt.bias",
     "exp_probs_b.bias",
+    "indexer.k_norm.bias",
     "attn_q.bias",
     "attn_k.bias",
     "attn_v.bias",
@@ -437,13 +508,30 @@ def _delta_net_shapes(g: Geometry) -> Parts:
 
 
 def _latent_attention_shapes(g: Geometry) -> Parts:
+    n_q = g.n_heads * g.head_dim
+    parts: Parts = [("attn_q.weight", (n_q, g.hidden_size))]
+    if g.query_rank:
+        parts = [
+            ("attn_q_a.weight", (g.query_rank, g.hidden_size)),
+            ("attn_q_a_norm.weight", (g.query_rank,)),
+            ("attn_q_b.weight", (n_q, g.query_rank)),
+        ]
+    if g.top_k:
+        parts += [
+            ("indexer.attn_q_b.weight", (g.n_indexer_heads * g.indexer_dim, g.query_rank)),
+            ("indexer.attn_k.weight", (g.indexer_dim, g.hidden_size)),
+            ("indexer.k_norm.weight", (g.indexer_dim,)),
+            ("indexer.k_norm.bias", (g.indexer_dim,)),
+            ("indexer.proj.weight", (g.n_indexer_heads, g.hidden_size)),
+        ]
+    if STYLES[g.architecture].has_head_gates:
+        parts.append(("attn_gate.weight", (g.n_heads, g.hidden_size)))
     return [
-        ("attn_q.weight", (g.n_heads * g.head_dim, g.hidden_size)),
+        *parts,
         ("attn_kv_a_mqa.weight", (g.latent_dim + g.n_rot, g.hidden_size)),
         ("attn_kv_a_norm.weight", (g.latent_dim,)),
         ("attn_k_b.weight", (g.n_heads, g.latent_dim, g.head_dim - g.n_rot)),
         ("attn_v_b.weight", (g.n_heads, g.value_dim, g.latent_dim)),
-        ("attn_gate.weight", (g.n_heads, g.hidden_size)),
         ("attn_output.weight", (g.hidden_size, g.n_heads * g.value_dim)),
     ]
 
@@ -577,9 +665,17 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
             "attention.value_length_mla": g.value_dim,
             "attention.kv_lora_rank": g.latent_dim,
             "expert_shared_feed_forward_length": g.shared_ffn_size,
-            "kda.head_dim": g.delta_head_dim,
-            "ssm.conv_kernel": g.conv_kernel,
         }
+        if g.delta_head_dim:
+            keys |= {"kda.head_dim": g.delta_head_dim, "ssm.conv_kernel": g.conv_kernel}
+        if g.query_rank:
+            keys["attention.q_lora_rank"] = g.query_rank
+        if g.top_k:
+            keys |= {
+                "attention.indexer.head_count": g.n_indexer_heads,
+                "attention.indexer.key_length": g.indexer_dim,
+                "attention.indexer.top_k": g.top_k,
+            }
     return {
         "general.architecture": g.architecture,
         "general.type": "model",

@@ -80,7 +80,7 @@ typedef struct {
 } quantize_args;
 
 typedef struct {
-    matrix a, b, out;
+    matrix a, b, out; // b with a stride of 0: one row for all
 } add_args;
 
 typedef struct {
@@ -192,9 +192,23 @@ typedef struct {
     const float *sinks;         // [n_heads], or NULL
     int n_heads, window, chunk; // window, chunk: 0 for no limit
     float scale, cap;           // cap: 0 for none
-    float *partials;            // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
-    padded_counter *n_done;     // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
+    const int32_t *selected;    // the positions that a token looks at, `top_k` at most in rising order; NULL: all
+    int64_t selected_stride;
+    int top_k;
+    float *partials;        // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
+    padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
 } attention_args;
+
+typedef struct {
+    matrix q, weights;
+    kv_cache cache; // of keys alone, of one head
+    int32_t *out;   // [max_tokens, top_k], rows `out_stride` apart
+    int64_t out_stride;
+    int n_heads, top_k;
+    float scale;
+    float *scores;          // [the larger of SPLIT_ATTENTION_TOKENS and n_threads, context rounded up to 16]
+    padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS], all zero between steps
+} select_positions_args;
 
 typedef struct {
     const uint8_t *weight;
@@ -260,6 +274,7 @@ typedef union {
     router_args router;
     kv_store_args kv_store;
     attention_args attention;
+    select_positions_args select_positions;
     linear_args linear;
     experts_args experts;
 } op_args;
@@ -291,7 +306,7 @@ typedef struct {
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
         rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, kv_store;
-    task_fns linear, attention, experts_gate_up, experts_down;
+    task_fns linear, attention, select_positions, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads all but the last 16 KB; for measuring

@@ -11,6 +11,7 @@
 #include "ops/linear.h"
 #include "ops/rope.h"
 #include "ops/router.h"
+#include "ops/select_positions.h"
 
 // Reads as products with one token do.
 static float read_all(const uint8_t *bytes, int64_t n_bytes) {
@@ -71,6 +72,7 @@ static const ops_table level_ops = {
     .kv_store = op_kv_store,
     .linear = {linear_begin, linear_run, NULL},
     .attention = {attention_begin, attention_run, NULL},
+    .select_positions = {select_positions_begin, select_positions_run, NULL},
     .experts_gate_up = {experts_gate_up_begin, experts_gate_up_run, experts_gate_up_fetch},
     .experts_down = {experts_down_begin, experts_down_run, experts_down_fetch},
     .exponentials = exponentials_of,

@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include "hand_out.h"
+#include "ops/kv_layout.h"
 
 #include <omp.h>
 #include <stdlib.h>
@@ -57,8 +58,10 @@ struct program {
     const int32_t *expert_ids; // of the first token, [n_guessed]
     int32_t *guess;            // [n_guessed]: what is guessed of them
     int n_guessed;
-    int64_t hidden_bytes, hidden_quantized_bytes, n_rows_done_bytes, partial_bytes, n_done_bytes;
-    uint8_t *hidden, *hidden_quantized, *n_rows_done, *partials, *n_done; // shared by all operations of that kind
+    int64_t hidden_bytes, hidden_quantized_bytes, n_rows_done_bytes, partial_bytes, n_done_bytes, score_bytes,
+        n_scored_bytes;
+    // Shared by all operations of that kind.
+    uint8_t *hidden, *hidden_quantized, *n_rows_done, *partials, *n_done, *scores, *n_scored;
     team_barrier barrier;
 };
 
@@ -333,7 +336,8 @@ int program_add(program *p, add_args args, int n_cols, int rows) {
                     .unit = FLOATS_OF_LINE,
                     .is_cheap = true};
     touch(p, &op, READS, args.a);
-    touch(p, &op, READS, args.b);
+    if (args.b.stride) // one row for all is a weight, which nobody writes
+        touch(p, &op, READS, args.b);
     touch(p, &op, WRITES, args.out);
     return record(p, op);
 }
@@ -511,6 +515,30 @@ int program_attention(program *p, attention_args args, matrix k, matrix v) {
     touch_block(&op, READS, cache.keys, 1);
     touch_block(&op, READS, cache.values, 1);
     touch_block(&op, WRITES, args.partials, 1);
+    if (args.selected)
+        touch_whole(p, &op, READS, (matrix){(float *)args.selected, args.selected_stride}, args.top_k);
+    return record(p, op);
+}
+
+int program_select_positions(program *p, select_positions_args args, matrix k) {
+    const kv_cache cache = args.cache;
+    const int64_t n_rows = larger(SPLIT_ATTENTION_TOKENS, p->n_threads);
+    if (record_kv_store(p, cache, k, false))
+        return -1;
+    args.scores = (float *)shared_memory(p, &p->scores, &p->score_bytes,
+                                         n_rows * kv_padded(cache.context_length) * (int64_t)sizeof(float));
+    args.n_done = (padded_counter *)shared_memory(p, &p->n_scored, &p->n_scored_bytes,
+                                                  SPLIT_ATTENTION_TOKENS * (int64_t)sizeof(padded_counter));
+    if (!args.scores || !args.n_done)
+        return -1;
+    p->context_length = smaller(p->context_length, cache.context_length);
+    operation op = {
+        .name = "select_positions", .args.select_positions = args, .tasks = &p->kernels->ops->select_positions};
+    touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
+    touch_whole(p, &op, READS, args.weights, args.n_heads);
+    touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.top_k);
+    touch_block(&op, READS, cache.keys, 1);
+    touch_block(&op, WRITES, args.scores, 1);
     return record(p, op);
 }
 

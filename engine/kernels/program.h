@@ -34,6 +34,7 @@ int program_split_heads(program *p, heads_args args, int n_heads);
 int program_join_heads(program *p, heads_args args, int n_heads);
 int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads);
 int program_attention(program *p, attention_args args, matrix k, matrix v);
+int program_select_positions(program *p, select_positions_args args, matrix k);
 int program_causal_conv(program *p, causal_conv_args args);
 int program_delta_net(program *p, delta_net_args args);
 int program_router(program *p, router_args args);

@@ -17,6 +17,7 @@ from engine.models import (
     cohere2moe,
     dbrx,
     deepseek2,
+    deepseek32,
     exaone_moe,
     gemma4,
     gpt_oss,
@@ -62,8 +63,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2moe": cohere2moe,
     "dbrx": dbrx,
     "deepseek2": deepseek2,
+    "deepseek32": deepseek32,
     "exaone-moe": exaone_moe,
     "gemma4": gemma4,
+    "glm-dsa": deepseek32,
     "gpt-oss": gpt_oss,
     "granite_swa": granite_swa,
     "granitehybrid": granitemoe,
@@ -90,7 +93,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-# Tensors that a forward pass may leave out: blocks for multi-token prediction, and what NVFP4 files say of activations.
+# Tensors that a forward pass may leave out: blocks for multi-token prediction, indexers of layers that share the choice
+# of another, and what NVFP4 files say of activations.
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 _UNUSED_SUFFIX = ".input_scale"
 
@@ -151,4 +155,8 @@ def _check_all_used(model: Model, model_file: ModelFile) -> None:
 
 def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
     block = _BLOCK.match(name)
-    return name.endswith(_UNUSED_SUFFIX) or (block is not None and int(block[1]) >= spec.n_layers)
+    if name.endswith(_UNUSED_SUFFIX) or block is None:
+        return name.endswith(_UNUSED_SUFFIX)
+    layer, indexer = int(block[1]), getattr(spec.attention, "indexer", None)
+    shares = indexer is not None and layer < spec.n_layers and not indexer.layers[layer]
+    return layer >= spec.n_layers or (shares and name.startswith("indexer.", block.end()))

@@ -7,6 +7,7 @@ query is taken into the latent space instead of every key out of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from engine.devices.graph import Gating, Graph, Tensor
@@ -19,7 +20,7 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack t
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    return keys.model(tensors, _read_attention(keys), _read_mixture(keys, tensors))
+    return keys.model(tensors, read_scaled_attention(keys), _read_mixture(keys, tensors))
 
 
 def read_latent_attention(keys: Keys) -> LatentAttentionSpec:
@@ -40,7 +41,8 @@ def read_latent_attention(keys: Keys) -> LatentAttentionSpec:
     )
 
 
-def _read_attention(keys: Keys) -> LatentAttentionSpec:
+def read_scaled_attention(keys: Keys) -> LatentAttentionSpec:
+    """Read the sizes of latent attention and its rotation, and what YaRN makes of its scale."""
     attention = read_latent_attention(keys)
     rope_dim = attention.rope_dim
     # With YaRN the scores are scaled up. The key holds 0.1 times the multiplier; then cosine and sine are not scaled.
@@ -73,15 +75,24 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     return decoder(spec, tensors, latent_attention)
 
 
-def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _layer: int) -> Tensor:
+def latent_attention(
+    graph: Graph,
+    x: Tensor,
+    block: Tensors,
+    spec: ModelSpec,
+    _layer: int,
+    select: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c.
 
-    Where there are gates, each head's result is multiplied by the sigmoid of its own.
+    Where there are gates, each head's result is multiplied by the sigmoid of its own. `select` gives the positions that
+    are looked at, of the compressed query.
     """
     mla, hidden_size = spec.attention, spec.hidden_size
     assert isinstance(mla, LatentAttentionSpec)
     n_heads, latent_dim, rope_dim = mla.n_heads, mla.latent_dim, mla.rope_dim
     query_size = n_heads * (mla.key_dim + rope_dim)
+    selected = None
     weights = [block.matrix("attn_kv_a_mqa.weight", latent_dim + rope_dim, hidden_size)]
     if mla.gated:
         weights.append(block.matrix("attn_gate.weight", n_heads, hidden_size))
@@ -89,6 +100,7 @@ def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _
         query_weight = block.matrix("attn_q_a.weight", mla.query_rank, hidden_size)
         q, latent, *gates = graph.linears(x, (query_weight, *weights))
         q = graph.rms_norm(q, block.vector("attn_q_a_norm.weight", mla.query_rank), spec.norm_eps)
+        selected = select(q) if select else None
         q = graph.linear(q, block.matrix("attn_q_b.weight", query_size, mla.query_rank))
     else:
         query_weight = block.matrix("attn_q.weight", query_size, hidden_size)
@@ -104,7 +116,7 @@ def latent_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, _
     if mla.temperature_slope:
         q = graph.scale_by_position(q, 0, mla.temperature_period, mla.temperature_slope)
     k = graph.join_heads(c, k_rope, 1)
-    out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim)
+    out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim, selected=selected)
     out = graph.head_linear(out, block.experts("attn_v_b.weight", n_heads, mla.value_dim, latent_dim))
     if gates:
         out = graph.gate(out, gates[0], Gating.SIGMOID)

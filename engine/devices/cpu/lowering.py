@@ -278,8 +278,10 @@ class Lowering:
         self._calls.append(lambda: self.program.scale_by_position(*x.at, op.x.width, op.offset, op.period, op.slope))
 
     def _add(self, op: ops.Add) -> None:
-        a, b, out = self._use(op.a), self._use(op.b), self._use(op.out)
-        self._calls.append(lambda: self.program.add(*a.at, *b.at, *out.at, op.a.width, op.a.rows))
+        a, out = self._use(op.a), self._use(op.out)
+        b = self._use(op.b) if isinstance(op.b, Tensor) else None
+        vector = (self._vector(op.b), 0) if isinstance(op.b, Vector) else (0, 0)
+        self._calls.append(lambda: self.program.add(*a.at, *(b.at if b else vector), *out.at, op.a.width, op.a.rows))
 
     def _gate(self, op: ops.Gate) -> None:
         x, gate, out = self._use(op.x), self._use(op.gate), self._use(op.out)
@@ -342,6 +344,24 @@ class Lowering:
             )
         )
 
+    def _select_positions(self, op: ops.SelectPositions) -> None:
+        q, k, weights, out = self._use(op.q), self._use(op.k), self._use(op.weights), self._use(op.out)
+        self._calls.append(
+            lambda: self.program.select_positions(
+                *q.at,
+                *k.at,
+                *weights.at,
+                *out.at,
+                self._state_address[op.cache],
+                self.limits.kv_type,
+                self.limits.context_length,
+                op.n_heads,
+                op.cache.head_dim,
+                op.top_k,
+                op.scale,
+            )
+        )
+
     def _attention(self, op: ops.Attention) -> None:
         # Values that are the first part of their keys are kept twice: keys lie transposed, so they cannot be shared.
         cache, limits = op.cache, self.limits
@@ -349,6 +369,7 @@ class Lowering:
         v = self._use(op.v or op.k)
         assert op.v is not None or cache.n_kv_heads == 1
         sinks = self._vector(op.sinks)
+        selected, top_k = (self._use(op.selected), op.selected.width) if op.selected else (None, 0)
         self._calls.append(
             lambda: self.program.attention(
                 *q.at,
@@ -367,6 +388,8 @@ class Lowering:
                 op.window,
                 op.chunk,
                 op.cap,
+                *(selected.at if selected else (0, 0)),
+                top_k,
             )
         )
 
@@ -503,6 +526,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.SplitHeads: Lowering._split_heads,
     ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,
+    ops.SelectPositions: Lowering._select_positions,
     ops.Attention: Lowering._attention,
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,

@@ -34,7 +34,9 @@ _INPUT_WARPS = 4  # `attention_inputs.cu`
 _MERGED = 256  # columns of a block that merges parts
 
 
-class _Cache(ctypes.Structure):
+class CacheArgument(ctypes.Structure):
+    """The cache of one layer, as kernels take it."""
+
     _fields_ = [
         ("address", ctypes.c_void_p),
         ("n_slots", ctypes.c_int32),
@@ -88,9 +90,9 @@ class Cache(NamedTuple):
         )
 
     @property
-    def argument(self) -> Any:
+    def argument(self) -> CacheArgument:
         """Return the kernels' argument."""
-        return _Cache(self.address, self.n_slots, self.context_length, self.n_kv_heads)
+        return CacheArgument(self.address, self.n_slots, self.context_length, self.n_kv_heads)
 
 
 class Place(NamedTuple):
@@ -101,12 +103,17 @@ class Place(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0."""
+    """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0.
+
+    With `top_k`, `selected` are int32 rows of so many positions at most.
+    """
 
     sinks: int = 0
     window: int = 0
     chunk: int = 0
     cap: float = 0.0
+    selected: Rows = NOTHING
+    top_k: int = 0
 
 
 class Heads(NamedTuple):
@@ -146,7 +153,7 @@ class Rotation(NamedTuple):
 def check_heads(key_dim: int, value_dim: int) -> None:
     """Raise `DeviceError` for heads that the kernels cannot take."""
     for name, dim in (("keys", key_dim), ("values", value_dim)):
-        if dim % _VECTOR or not 0 < dim <= _MAX_HEAD_DIM:
+        if dim % _VECTOR or dim > _MAX_HEAD_DIM:
             raise DeviceError(
                 f"this model's heads have {name} of {dim} values; on a GPU they must be a multiple of {_VECTOR}, "
                 f'at most {_MAX_HEAD_DIM}; set [engine] device = "cpu"'
@@ -157,14 +164,15 @@ def _n_head_tiles(cache: Cache, n_heads: int) -> int:
     return cache.n_kv_heads * ceil_div(n_heads // cache.n_kv_heads, _HEADS)
 
 
-def n_parts(cache: Cache, n_heads: int) -> int:
+def n_parts(cache: Cache, n_heads: int, top_k: int = 0) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    return min(ceil_div(_BLOCKS, _n_head_tiles(cache, n_heads)), ceil_div(cache.context_length, _TILE))
+    n_positions = min(cache.context_length, top_k or cache.context_length)
+    return min(ceil_div(_BLOCKS, _n_head_tiles(cache, n_heads)), ceil_div(n_positions, _TILE))
 
 
-def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int) -> tuple[int, int]:
+def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int, top_k: int = 0) -> tuple[int, int]:
     """Return the bytes of the parts' values, and of their sums."""
-    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads)
+    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads, top_k)
     return n * cache.value_dim * 4, n * 8
 
 
@@ -240,18 +248,21 @@ def attend(
     assert n_heads % cache.n_kv_heads == 0
     assert cache.address % 16 == 0
     check_heads(cache.key_dim, cache.value_dim)
-    group, blocks, parts = n_heads // cache.n_kv_heads, _n_head_tiles(cache, n_heads), n_parts(cache, n_heads)
+    group, blocks = n_heads // cache.n_kv_heads, _n_head_tiles(cache, n_heads)
+    parts = n_parts(cache, n_heads, sight.top_k)
+    assert not sight.top_k or not (sight.window or sight.chunk)
     definitions = (
         *cache.definitions,
         f"GROUP={group}",
         f"CAP={sight.cap}f",
+        f"TOP_K={sight.top_k}",
         f"GATE={0 if gate is None else 1 + gate.gating}",
         f"PER_HEAD={int(gate is not None and gate.per_head)}",
         forms.definition,
     )
     threads, shared = _WARPS * WARP, _tile_bytes(cache)
     places = (cache.argument, pointer(place.positions), pointer(place.slots))
-    what = (*at(q), *places, float32(scale), int32(sight.window), int32(sight.chunk))
+    what = (*at(q), *places, float32(scale), int32(sight.window), int32(sight.chunk), *at(sight.selected))
 
     def launch(kernel: str, grid: tuple[int, int, int], shared_bytes: int, *arguments: Any) -> Launch:
         arguments = (*arguments, pointer(count.address))

@@ -100,6 +100,15 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """The choice of what attention looks at, and the rotation of its queries and keys, both the same, before it."""
+
+    q_rope: ops.Rope
+    k_rope: ops.Rope
+    select: ops.SelectPositions
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaNetLayer:
     """All of a delta-net layer between its two products."""
 
@@ -109,19 +118,22 @@ class DeltaNetLayer:
     gate: ops.Gate
 
 
-Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | SharedExpert | Attention | DeltaNetLayer
+Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer
+Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
 
 
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     """Yield everything there is to record, in order, each with the index of its last operation."""
     n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
-    groups: dict[int, Attention | SharedExpert | DeltaNetLayer] = {}  # by the index of their first operation
+    groups: dict[int, Group] = {}  # by the index of their first operation
     for i, op in enumerate(operations):
         if isinstance(op, ops.Attention):
             first, attention = _around(operations, i, n_users)
             groups[first] = attention
         elif isinstance(op, ops.CausalConv) and (layer := _delta_net_layer(operations[i : i + 4], n_users)):
             groups[i] = layer
+        elif isinstance(op, ops.Rope) and (selection := _selection(operations[i : i + 3], n_users)):
+            groups[i] = selection
     operations = list(operations)
     for i, op in enumerate(operations):
         if isinstance(op, ops.Experts) and (shared := _shared_expert(operations[i : i + 3], operations[:i], n_users)):
@@ -139,7 +151,7 @@ def _n_operations(item: Fused) -> int:
         return len(item.operations)
     if isinstance(item, ops.Operation):
         return 1
-    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, SharedExpert) else 2
+    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, Selection | SharedExpert) else 2
 
 
 def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
@@ -190,6 +202,19 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
     alone = alone and gate.gate.width == gate.x.width and not gate.limit and not norm.centers
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
+    return None
+
+
+def _selection(three: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> Selection | None:
+    """Return a choice that begins with rotations, if nobody but who made them uses its queries and keys."""
+    if len(three) < 3:
+        return None
+    q_rope, k_rope, select = three
+    if not (isinstance(q_rope, ops.Rope) and isinstance(k_rope, ops.Rope) and isinstance(select, ops.SelectPositions)):
+        return None
+    alone = n_users[select.q.buffer] == n_users[select.k.buffer] == 3
+    if alone and (q_rope.x, k_rope.x) == (select.q, select.k) and _same_rotation(q_rope, k_rope):
+        return Selection(q_rope, k_rope, select)
     return None
 
 

@@ -86,8 +86,10 @@ def rms_norm(recorder: Recorder, op: ops.RMSNorm) -> None:
 
 def add(recorder: Recorder, op: ops.Add, norm: ops.RMSNorm | None = None) -> None:
     """Record a sum, with the norm of the whole row behind it if there is one."""
-    total, a, b = (recorder.use(tensor) for tensor in (op.out, op.a, op.b))
-    residual(recorder, op.out, lambda p: (p.rows(a), p.rows(b), p.rows(total)), norm)
+    total, a = recorder.use(op.out), recorder.use(op.a)
+    b = recorder.use(op.b) if isinstance(op.b, Tensor) else None
+    vector = recorder.vector(op.b) if isinstance(op.b, Vector) else None  # for every row
+    residual(recorder, op.out, lambda p: (p.rows(a), p.rows(b) if b else Rows(p.at(vector), 0), p.rows(total)), norm)
 
 
 def residual(recorder: Recorder, tensor: Tensor, summands: Summands, norm: ops.RMSNorm | None) -> None:

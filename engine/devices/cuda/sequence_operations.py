@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from engine.devices import graph as ops
-from engine.devices.cuda import attention, elementwise, fusion, kernels, operations, recurrent
+from engine.devices.cuda import attention, elementwise, fusion, kernels, operations, recurrent, selection
 from engine.devices.cuda.expert_layers import Streamed
 from engine.devices.cuda.kernels import GateOf
-from engine.devices.cuda.launch import Launch, Rows
+from engine.devices.cuda.launch import NOTHING, Launch, Rows
 from engine.devices.cuda.places import Pass
 from engine.devices.cuda.recorder import Recorder
 
@@ -55,6 +55,40 @@ def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
 
 
+def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope | None = None) -> None:
+    """Record the choice of what attention looks at, with the rotation of queries and keys if there is one."""
+    cache = recorder.cache(op.cache)
+    selection.check_indexer(cache, op.n_heads)
+    q, k, weights, out = (recorder.use(tensor) for tensor in (op.q, op.k, op.weights, op.out))
+    frequencies, n_rot = _frequencies(recorder, rope) if rope else (0, 0)
+    scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
+        place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
+        rotation = attention.Rotation()
+        if rope:
+            rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude)
+        rotates = rope is not None
+        queries = attention.Heads(p.rows(q), op.n_heads, cache.key_dim, rotate=True) if rotates else None
+        keys = attention.Heads(p.rows(k), 1, cache.key_dim, rotate=rotates)
+        yield attention.inputs(queries, p.rows(q), keys, None, 0.0, rotation, own, place, count)
+        yield from selection.select_positions(
+            p.rows(q),
+            p.rows(weights),
+            p.rows(out),
+            own,
+            op.n_heads,
+            op.top_k,
+            op.scale,
+            p.rows(scores).address,
+            place,
+            count,
+        )
+
+    recorder.record(launches)
+
+
 def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
     """Record attention with what makes its inputs ready, and the gate behind it."""
     op, cache = item.attention, recorder.cache(item.attention.cache)
@@ -67,7 +101,8 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
     by = recorder.use(item.gate.gate) if item.gate and not item.split else q
     out = item.gate.out if item.gate else op.out
     to, finish = recorder.use(out), recorder.finish(out)
-    scratch = recorder.temporaries(lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens))
+    selected, top_k = (recorder.use(op.selected), op.selected.width) if op.selected else (None, 0)
+    scratch = recorder.temporaries(lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens, top_k))
 
     def gate(p: Pass) -> GateOf | None:
         if item.gate is None:
@@ -104,7 +139,8 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
             place,
             count,
         )
-        sight = attention.Sight(p.at(sinks), op.window, op.chunk, op.cap)
+        chosen = p.rows(selected) if selected else NOTHING
+        sight = attention.Sight(p.at(sinks), op.window, op.chunk, op.cap, chosen, top_k)
         addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
         what = (own, op.n_heads, op.scale, sight, addresses, place, count)
         if p.most <= attention.FEW_TOKENS:

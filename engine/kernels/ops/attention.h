@@ -57,16 +57,35 @@ static inline void cap_scores(float *scores, int n_positions, float cap) {
         v16_store(scores + j, v16_soft_cap(v16_load(scores + j), cap));
 }
 
-// o_i[d] = sum over positions of weights[i][j] * value_j[d], from position 0 upwards, for sixteen columns.
+// The same for n positions of a list in rising order, with keys from position 0 on: a group that has some of them is
+// scored once.
+static inline __attribute__((always_inline)) void score_selected(const float *q, int n_q, const uint8_t *keys, int type,
+                                                                 int head_dim, float scale, const int32_t *selected,
+                                                                 int n, float *scores, int stride) {
+    const int64_t group_bytes = kv_key_group_bytes(type, head_dim);
+    float of_group[ATTENTION_TILE * KV_LANES];
+    for (int j = 0, scored = -1; j < n; j++) {
+        const int group = selected[j] / KV_LANES;
+        if (group != scored)
+            score_group(q, n_q, keys + group * group_bytes, type, head_dim, scale, of_group, KV_LANES);
+        scored = group;
+        for (int i = 0; i < n_q; i++)
+            scores[(int64_t)i * stride + j] = of_group[i * KV_LANES + selected[j] % KV_LANES];
+    }
+}
+
+// o_i[d] = sum over positions of weights[i][j] * value_j[d], in rising order, for sixteen columns. Position j is the
+// j-th from where `values` begins on, or of a list.
 static inline __attribute__((always_inline)) void weigh_values(const float *weights, int stride, int n_q,
-                                                               const uint8_t *values, int n_positions, int type,
-                                                               int value_dim, int d, attention_partial *out) {
+                                                               const uint8_t *values, const int32_t *selected,
+                                                               int n_positions, int type, int value_dim, int d,
+                                                               attention_partial *out) {
     const int64_t row_bytes = kv_value_row_bytes(type, value_dim);
     v16 sum[ATTENTION_TILE];
     for (int i = 0; i < n_q; i++)
         sum[i] = v16_set(0.0f);
     for (int j = 0; j < n_positions; j++) {
-        const uint8_t *row = values + j * row_bytes;
+        const uint8_t *row = values + (selected ? selected[j] : j) * row_bytes;
         const v16 v = kv_load(row, d, type);
         const float scale =
             type == KV_Q8_0 ? f16_to_f32(((const uint16_t *)(row + kv_padded(value_dim)))[d / KV_BLOCK]) : 1.0f;
@@ -104,33 +123,45 @@ static inline void exponentials(float *scores, int n_hidden, int n_positions, fl
 
 static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q, int n_q,
                                                                   int slot, int kv_head, int first, int n_hidden,
-                                                                  int n_positions, int type, attention_partial *out) {
+                                                                  int n_positions, const int32_t *selected, int type,
+                                                                  attention_partial *out) {
     float scores[ATTENTION_TILE * ATTENTION_CHUNK];
-    const int head_dim = a->cache.head_dim, value_dim = a->cache.value_dim;
-    const uint8_t *keys = kv_keys(&a->cache, slot, kv_head, first);
+    const int head_dim = a->cache.head_dim, value_dim = a->cache.value_dim, base = selected ? 0 : first;
+    const uint8_t *keys = kv_keys(&a->cache, slot, kv_head, base);
     const int64_t group_bytes = kv_key_group_bytes(type, head_dim);
-    for (int j = 0; j < n_positions; j += KV_LANES)
-        score_group(q, n_q, keys + j / KV_LANES * group_bytes, type, head_dim, a->scale, scores + j, ATTENTION_CHUNK);
+    if (selected)
+        score_selected(q, n_q, keys, type, head_dim, a->scale, selected, n_positions, scores, ATTENTION_CHUNK);
+    else
+        for (int j = 0; j < n_positions; j += KV_LANES)
+            score_group(q, n_q, keys + j / KV_LANES * group_bytes, type, head_dim, a->scale, scores + j,
+                        ATTENTION_CHUNK);
     if (a->cap > 0.0f)
         for (int i = 0; i < n_q; i++)
             cap_scores(scores + i * ATTENTION_CHUNK, n_positions, a->cap);
     for (int i = 0; i < n_q; i++)
         exponentials(scores + i * ATTENTION_CHUNK, n_hidden, n_positions, &out->m[i], &out->l[i]);
-    const uint8_t *values = kv_values(&a->cache, slot, kv_head, first);
+    const uint8_t *values = kv_values(&a->cache, slot, kv_head, base);
     for (int d = 0; d < value_dim; d += KV_LANES)
-        weigh_values(scores, ATTENTION_CHUNK, n_q, values, n_positions, type, value_dim, d, out);
+        weigh_values(scores, ATTENTION_CHUNK, n_q, values, selected, n_positions, type, value_dim, d, out);
 }
 
-// What a token sees: positions from `first` on, in chunks from `chunk` to `end_chunk`, none of them empty.
+// What a token sees: positions from `first` on, in chunks from `chunk` to `end_chunk`, none of them empty. Where
+// positions are selected, these are places in the list of them.
 typedef struct {
     int first, n_positions, chunk, end_chunk;
+    const int32_t *selected; // or NULL
 } attention_view;
 
-static inline attention_view view_of(const attention_args *a, int position) {
+static inline attention_view view_of(const attention_args *a, const step_view *step, int token) {
+    const int position = step->positions[token];
+    if (a->selected) {
+        const int n = position < a->top_k ? position + 1 : a->top_k;
+        return (attention_view){0, n, 0, attention_chunks(n), a->selected + token * a->selected_stride};
+    }
     int first = a->window && position >= a->window ? position + 1 - a->window : 0;
     if (a->chunk && position / a->chunk * a->chunk > first)
         first = position / a->chunk * a->chunk;
-    return (attention_view){first, position + 1, first / ATTENTION_CHUNK, attention_chunks(position + 1)};
+    return (attention_view){first, position + 1, first / ATTENTION_CHUNK, attention_chunks(position + 1), NULL};
 }
 
 // One chunk for n_q heads of one token that share keys and values. Written out for every tile size and cache type.
@@ -141,7 +172,10 @@ static void attend_chunk(const attention_args *a, const float *q, int n_q, int s
     switch (n_q * N_KV_TYPES + a->cache.type) {
 #define CASE(n, type)                                                                                                  \
     case n *N_KV_TYPES + type:                                                                                         \
-        attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, type, out);                              \
+        if (view.selected)                                                                                             \
+            attend_chunk_of(a, q, n, slot, kv_head, first, 0, n_positions, view.selected + first, type, out);          \
+        else                                                                                                           \
+            attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, NULL, type, out);                    \
         break
         CASE(1, KV_F32);
         CASE(1, KV_F16);
@@ -189,7 +223,7 @@ static inline void finish_attention(const attention_args *a, int head, float *m,
 static void attend_token(const attention_args *a, const step_view *step, int token, int kv_head, int first) {
     const int n_q = heads_in_tile(a, first), n = a->cache.value_dim;
     const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
-    const attention_view view = view_of(a, step->positions[token]);
+    const attention_view view = view_of(a, step, token);
     const float *q = a->q.at + token * a->q.stride + head * a->cache.head_dim;
     attention_partial sum, next;
     attend_chunk(a, q, n_q, step->slots[token], kv_head, view, view.chunk, &sum);
@@ -209,7 +243,7 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
                          int chunk) {
     const int first = tile_index * ATTENTION_TILE, n_q = heads_in_tile(a, first), n = a->cache.value_dim;
     const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
-    const attention_view view = view_of(a, step->positions[token]);
+    const attention_view view = view_of(a, step, token);
     const int n_chunks = view.end_chunk - view.chunk, most_chunks = attention_chunks(a->cache.context_length);
     const float *q = a->q.at + token * a->q.stride + head * a->cache.head_dim;
     float *out = a->out.at + token * a->out.stride + head * n;
@@ -242,7 +276,7 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
 }
 
 static inline int chunks_of_token(const attention_args *a, const step_view *step, int token) {
-    const attention_view view = view_of(a, step->positions[token]);
+    const attention_view view = view_of(a, step, token);
     return view.end_chunk - view.chunk;
 }
 

@@ -1,0 +1,97 @@
+"""Launches that choose the positions which attention looks at: `cuda/select_positions.cu`.
+
+As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from engine.devices.cuda.attention import Cache, CacheArgument, Place, check_heads
+from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
+from engine.devices.graph import KVType
+from engine.errors import DeviceError
+
+FEW_TOKENS = 8  # up to which many blocks score the positions of one token
+
+_WARPS, _TILE, _HEADS, _DIGITS = 16, 128, 16, 1 << 11  # of a block; `select_positions.cu`
+_BLOCKS = 128  # about one for each multiprocessor; more than FEW_TOKENS
+_MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("weights_stride", ctypes.c_int64),
+        ("cache", CacheArgument),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+    ]
+
+
+def scores_bytes(context_length: int, n_tokens: int) -> int:
+    """Return the bytes of the scores that are kept for steps of so many tokens."""
+    return 4 * context_length * min(n_tokens, _BLOCKS)
+
+
+def _shared_bytes(cache: Cache, n_heads: int) -> int:
+    """Return the size of `select_positions.cu`'s `Shared`."""
+    planes = 2 if cache.type == KVType.F32 else 1
+    keys = 2 * planes * _TILE * (ceil_div(cache.key_dim, 16) * 16 + 8)
+    numbers = ceil_div(n_heads, _HEADS) * _TILE + _DIGITS + 2 * _WARPS + 2
+    return ceil_div(keys + 4 * numbers, 16) * 16
+
+
+def check_indexer(cache: Cache, n_heads: int) -> None:
+    """Raise `DeviceError` for queries and keys that the kernels cannot take."""
+    check_heads(cache.key_dim, 0)
+    if n_heads > _WARPS * _HEADS or _shared_bytes(cache, n_heads) > _MOST_SHARED:
+        raise DeviceError(
+            f"this model's indexer has {n_heads} heads of {cache.key_dim} values, more than the kernels for GPUs take; "
+            'set [engine] device = "cpu"'
+        )
+
+
+def select_positions(
+    q: Rows,
+    weights: Rows,
+    out: Rows,
+    cache: Cache,
+    n_heads: int,
+    top_k: int,
+    scale: float,
+    scores: int,
+    place: Place,
+    count: Count,
+) -> list[Launch]:
+    """Score all positions and choose: by many blocks for few tokens, by one for each of many, with the same result.
+
+    `out` has int32 rows, `scores` is the address of `scores_bytes` bytes.
+    """
+    check_indexer(cache, n_heads)
+    assert cache.values_in_keys
+    assert (cache.n_kv_heads, cache.value_dim) == (1, 0)
+    assert q.stride >= n_heads * cache.key_dim
+    assert q.address % 8 == q.stride % 2 == 0
+    assert weights.stride >= n_heads
+    assert out.stride >= top_k
+    definitions = (*cache.definitions, f"N_HEADS={n_heads}")
+    inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k)
+    kept = (pointer(scores), int64(cache.context_length))
+    shared, n = _shared_bytes(cache, n_heads), pointer(count.address)
+
+    def launch(kernel: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
+        return Launch("select_positions.cu", kernel, definitions, grid, _WARPS * WARP, (*arguments, n), shared)
+
+    if count.most > FEW_TOKENS:
+        return [launch("select_positions", (min(count.most, _BLOCKS), 1, 1), inputs, *kept, *at(out))]
+    blocks = min(ceil_div(cache.context_length, _TILE), _BLOCKS)
+    chosen = (*kept, pointer(place.positions), int32(top_k), *at(out))
+    return [
+        launch("score_positions", (blocks, count.most, 1), inputs, *kept),
+        launch("choose_positions", (count.most, 1, 1), *chosen),
+    ]

@@ -1,0 +1,105 @@
+"""DeepSeek V3.2 and GLM-5: multi-head latent attention over the positions that an indexer chooses.
+
+The indexer has small queries, made of the compressed query of attention, and one small key a token, both rotated in
+their first values, and a weight for each of its heads: see `graph.SelectPositions`. In GLM-5.2 some layers have none
+and look at what the last layer with one chose.
+
+Others turn queries and keys by a Hadamard matrix before their products, for the sake of caches of few bits. That leaves
+the products what they are, so it is not done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.devices.graph import Graph, Tensor
+from engine.model_spec import IndexerSpec, LatentAttentionSpec, ModelSpec, RopeSpec
+from engine.models.binding import LARGEST_HEAD, Keys, Tensors
+from engine.models.blocks import decoder, rotate
+from engine.models.deepseek2 import latent_attention, read_scaled_attention
+
+_NORM_EPS = 1e-6  # files do not say it
+_MOST_SELECTED = 1 << 14  # a list for each token is kept
+_SHARING_CONTEXT = 1 << 20  # early files of GLM-5.2 are told from GLM-5 by it: they lack the key for sharing layers
+
+
+def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
+    """Read the hyper-parameters."""
+    attention = read_scaled_attention(keys)
+    assert attention.rope is not None
+    if not attention.query_rank:
+        raise keys.wrong("attention.q_lora_rank", 0, "at least 1")
+    is_glm = keys.architecture == "glm-dsa"
+    moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid" if is_glm else "softmax"), normalize=None, scales=True)
+    rope = attention.rope if is_glm else replace(attention.rope, style="neox")
+    return keys.model(tensors, replace(attention, indexer=_read_indexer(keys, rope, is_glm)), moe)
+
+
+def _read_indexer(keys: Keys, rope: RopeSpec, may_share: bool) -> IndexerSpec:
+    key_dim, top_k = keys.size("attention.indexer.key_length"), keys.size("attention.indexer.top_k")
+    keys.at_most("attention.indexer.key_length", key_dim, LARGEST_HEAD)
+    keys.at_most("attention.indexer.top_k", top_k, _MOST_SELECTED)
+    if key_dim < rope.n_rot:
+        raise keys.wrong("attention.indexer.key_length", key_dim, f"at least rope.dimension_count ({rope.n_rot})")
+    return IndexerSpec(
+        n_heads=keys.size("attention.indexer.head_count"),
+        key_dim=key_dim,
+        top_k=top_k,
+        norm_eps=_NORM_EPS,
+        rope=rope,
+        layers=_layers(keys, may_share),
+    )
+
+
+def _layers(keys: Keys, may_share: bool) -> tuple[bool, ...]:
+    """Return which layers choose: all, or as a key says."""
+    name, n_layers = "attention.indexer.types", keys.n_layers()
+    if may_share and keys.has(name):
+        layers = tuple(keys.flags_of_layers(name))
+    elif may_share and keys.size("context_length") >= _SHARING_CONTEXT:
+        layers = tuple(layer < 2 or layer % 4 == 2 for layer in range(n_layers))
+    else:
+        layers = (True,) * n_layers
+    if not layers[0]:
+        raise keys.wrong(name, "false for the first layer", "true: there is no layer before it")
+    return layers
+
+
+def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
+    """Record the forward pass."""
+    indexer = _indexer(spec)
+    chosen: list[Tensor] = []  # by the layers so far that choose
+
+    def attend(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+        def select(q: Tensor) -> Tensor:
+            if indexer.layers[layer]:
+                chosen.append(_select(graph, x, q, block, spec))
+            return chosen[-1]
+
+        return latent_attention(graph, x, block, spec, layer, select)
+
+    return decoder(spec, tensors, attend)
+
+
+def _indexer(spec: ModelSpec) -> IndexerSpec:
+    assert isinstance(spec.attention, LatentAttentionSpec)
+    assert spec.attention.indexer is not None
+    return spec.attention.indexer
+
+
+def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
+    """Choose positions: queries of the compressed query of attention, keys and weights of what attention takes."""
+    indexer = _indexer(spec)
+    n_heads, key_dim = indexer.n_heads, indexer.key_dim
+    k, weights = graph.linears(
+        x,
+        (
+            block.matrix("indexer.attn_k.weight", key_dim, spec.hidden_size),
+            block.matrix("indexer.proj.weight", n_heads, spec.hidden_size),
+        ),
+    )
+    q = graph.linear(compressed, block.matrix("indexer.attn_q_b.weight", n_heads * key_dim, compressed.width))
+    k = graph.rms_norm(k, block.vector("indexer.k_norm.weight", key_dim), indexer.norm_eps, centers=True)
+    k = graph.add(k, block.vector("indexer.k_norm.bias", key_dim))
+    q, k = rotate(graph, q, n_heads, indexer.rope, block), rotate(graph, k, 1, indexer.rope, block)
+    return graph.select_positions(q, k, weights, n_heads, indexer.top_k, (n_heads * key_dim) ** -0.5)
