@@ -172,6 +172,7 @@ class Program:
         x: int,
         x_stride: int,
         weight: int,
+        bias: int,
         out: int,
         out_stride: int,
         n_groups: int,
@@ -181,10 +182,10 @@ class Program:
         eps: float,
         rows: int,
     ) -> None:
-        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps); in place allowed.
+        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps) + bias; in place allowed.
 
         With `centers` x is what is left of the group when its mean is taken from it. weight is float32 [group_size]
-        with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`.
+        with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`, and so is bias, or 0 for none.
         """
 
     def quantize(self, x: int, x_stride: int, n_cols: int, activation: int, out: int, rows: int) -> None:

@@ -85,6 +85,7 @@ cdef extern from "kernels/ops.h":
     ctypedef struct rms_norm_args:
         matrix x, out
         const float *weight
+        const float *bias
         int group_size, weight_step
         bint centers
         float eps
@@ -679,6 +680,7 @@ cdef class Program:
         uintptr_t x,
         int64_t x_stride,
         uintptr_t weight,
+        uintptr_t bias,
         uintptr_t out,
         int64_t out_stride,
         int n_groups,
@@ -695,6 +697,7 @@ cdef class Program:
         cdef rms_norm_args args
         args.x = need_matrix("x", x, x_stride, n_groups * <int64_t> group_size)
         args.weight = <const float *> need_address("weight", weight)
+        args.bias = <const float *> bias
         args.out = need_matrix("out", out, out_stride, n_groups * <int64_t> group_size)
         args.group_size = group_size
         args.weight_step = weight_step

@@ -17,17 +17,18 @@ class RopeSpec:
         sections: of multi-axis rotation (time, height, width, extra); empty for the plain kind.
         scaling: how the angles are stretched for contexts longer than the trained one.
         factor: by how much.
-        original_context_length: the trained context (YaRN).
+        original_context_length: the trained context (YaRN, LongRoPE).
         magnitude: factor of cosine and sine on top of YaRN's own.
         yarn_slope: YaRN's own factor is 1 + yarn_slope * ln(factor).
-        divides: whether frequencies are divided by those that the file has (`rope_freqs`), if it has any.
+        divides: whether frequencies are divided by those that the file has (`rope_freqs`, or `rope_factors_short` and
+            `rope_factors_long`), if it has any.
     """
 
     n_rot: int
     freq_base: float
     style: Literal["neox", "norm"] = "neox"
     sections: tuple[int, ...] = ()
-    scaling: Literal["none", "linear", "yarn"] = "none"
+    scaling: Literal["none", "linear", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_context_length: int = 0
     magnitude: float = 1.0
@@ -252,6 +253,7 @@ class ModelSpec:
         context_length: tokens the model was trained for.
         norm_eps: epsilon of every normalisation.
         centers_norms: whether the mean of a row is taken from it when it is normalised (LayerNorm).
+        biased_norms: whether something is added to a row that has been normalised.
         attention: softmax attention of any kind.
         moe: the routed experts.
         recurrent_layers: for each layer, whether it carries a state instead of attention; empty: none does.
@@ -279,3 +281,4 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     centers_norms: bool = False
+    biased_norms: bool = False

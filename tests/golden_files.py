@@ -73,6 +73,8 @@ PEERS = (
     "mistral4",
     "nemotron_h",
     "nemotron_h_moe",
+    "phimoe",
+    "phimoe-long",
     "qwen3",
     "qwen35",
     "qwen3vlmoe",

@@ -61,6 +61,8 @@ class Peer:
         fused_qkv: whether queries, keys and values are one matrix.
         rope_divisors: whether there is a tensor that frequencies are divided by.
         n_still: pairs, the last ones, that this tensor keeps from turning.
+        long_divisors: whether there are two such tensors: for the trained context, and for a longer one.
+        biases: whether norms, attention and output matrix have biases.
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
@@ -100,6 +102,8 @@ class Peer:
     fused_qkv: bool = False
     rope_divisors: bool = False
     n_still: int = 0
+    long_divisors: bool = False
+    biases: bool = False
     tied: bool = False
     sinks: tuple[int, ...] = ()
     recurrent: bool = False
@@ -170,6 +174,8 @@ LING_3 = MOE | {
     "expert_weights_norm": True,
     "expert_weights_scale": 2.5,
 }
+PHI = MOE | {"attention.sliding_window": 8, "rope.scaling.attn_factor": 1.25}
+PHI_PARTS = {"moe_layers": (0, 1), "long_divisors": True, "biases": True}
 PEERS = {
     "afmoe": Peer(
         "afmoe",
@@ -621,6 +627,8 @@ PEERS = {
         },
         kinds="saf",
     ),
+    "phimoe": Peer("phimoe", 2, PHI | {"rope.scaling.original_context_length": 4096}, **PHI_PARTS),
+    "phimoe-long": Peer("phimoe", 2, PHI | {"rope.scaling.original_context_length": 16}, **PHI_PARTS),
     "qwen3vlmoe": Peer(
         "qwen3vlmoe",
         2,
@@ -703,8 +711,15 @@ class Draw:
 def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=np.sqrt(HIDDEN))
     yield f"{peer.output_norm}.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
+    if peer.biases:
+        yield f"{peer.output_norm}.bias", draw.between(-0.3, 0.3, HIDDEN)
     if not peer.tied:
         yield "output.weight", draw.matrix(N_VOCAB, HIDDEN, gain=2.5)
+        if peer.biases:
+            yield "output.bias", draw.between(-1, 1, N_VOCAB)
+    if peer.long_divisors:
+        yield "rope_factors_short.weight", draw.between(1, 2, peer.head_dim // 2)
+        yield "rope_factors_long.weight", draw.between(4, 8, peer.head_dim // 2)
     if peer.rope_divisors:
         divisors = draw.between(1, 8, peer.head_dim // 2)
         divisors[len(divisors) - peer.n_still :] = 1e30
@@ -720,11 +735,15 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "attn_norm.weight", draw.norm(HIDDEN)
+    if peer.biases:
+        yield "attn_norm.bias", draw.between(-0.3, 0.3, HIDDEN)
     if peer.kinds:
         yield from one_kind(peer, layer, draw)
         return
     if peer.ffn_norm:
         yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
+        if peer.biases:
+            yield f"{peer.ffn_norm}.bias", draw.between(-0.3, 0.3, HIDDEN)
     if peer.post_norms:
         yield "post_attention_norm.weight", draw.norm(HIDDEN)
         yield "post_ffw_norm.weight", draw.norm(HIDDEN)
@@ -839,7 +858,11 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
     else:
         for part, size in sizes.items():
             yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
+            if peer.biases:
+                yield f"attn_{part}.bias", draw.between(-0.5, 0.5, size)
     yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim)
+    if peer.biases:
+        yield "attn_output.bias", draw.between(-0.5, 0.5, HIDDEN)
     if layer in peer.sinks:
         yield "attn_sinks.weight", draw.between(-1, 1, n_heads)
     if peer.attention_gate:

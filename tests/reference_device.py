@@ -21,8 +21,9 @@ SMALLEST_SUM = 2.0**-14  # of router weights, before they are divided by it
 class ReferenceProgram:
     """Holds one sequence; `run` appends tokens to it and returns the logits of all of them."""
 
-    def __init__(self, graph: Graph, weights: WeightAccess) -> None:
+    def __init__(self, graph: Graph, weights: WeightAccess, context_length: int = 512) -> None:
         self.graph = graph
+        self.context_length = context_length
         self._weights = weights
         self._dense: dict[str, np.ndarray] = {}
         self.keys: dict[object, np.ndarray] = {}
@@ -74,6 +75,8 @@ class ReferenceProgram:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps)
         if op.weight is not None:
             x = x * self.vector(op.weight).reshape(-1, op.group_size)
+        if op.bias is not None:
+            x = x + self.vector(op.bias).reshape(-1, op.group_size)
         self[op.out] = x.reshape(len(x), -1)
 
     def linear(self, op: ops.Linear) -> None:
@@ -117,8 +120,9 @@ class ReferenceProgram:
         x = self[op.x].reshape(len(self.token_ids), op.n_heads, op.head_dim).copy()
         n_pairs = len(op.frequencies)
         frequencies = op.frequencies.astype(np.float64)
-        if op.divisors is not None:
-            frequencies = frequencies / self.vector(op.divisors)
+        divisors = op.divisors_of(self.context_length)
+        if divisors is not None:
+            frequencies = frequencies / self.vector(divisors)
         angle = self.positions[:, None, None] * frequencies
         cos, sin = np.cos(angle) * op.magnitude, np.sin(angle) * op.magnitude
         if op.style == RopeStyle.NEOX:

@@ -444,6 +444,12 @@ def test_elementwise_operations(mode: str) -> None:
         groups -= groups.mean(-1, keepdims=True)
         expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * columns
         assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
+        biases = rng.standard_normal((3, 100)).astype(F32)
+        launch = elementwise.rms_norm(
+            *rows, 3, 100, 1e-6, count, weight_step=100, centers=True, bias=emulator.at(biases)
+        )
+        emulator.run(launch, order, seed)
+        assert out == pytest.approx((expected + biases).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("style", RopeStyle)
@@ -528,10 +534,10 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
 def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight: bool, centers: bool) -> None:
     rng, emulator, n_rows = np.random.default_rng(3), Emulator(mode), 3
     x, y = ((rng.standard_normal((n_rows, n_cols)) + 0.5).astype(F32) for _ in range(2))
-    weight = rng.standard_normal(n_cols).astype(F32)
+    weight, bias = (rng.standard_normal(n_cols).astype(F32) for _ in range(2))
     wanted = [Activation.Q8_32] + [Activation.Q8_256] * (n_cols % 256 == 0)
     for order, seed in SCHEDULES:
-        for added in (y, None):
+        for added, has_bias in ((y, False), (None, False), (y, True)):
             total, out = np.zeros_like(x), np.zeros_like(x)
             forms, made = make_forms(emulator, n_rows, n_cols, *wanted)
             launch = kernels.residual(
@@ -545,12 +551,14 @@ def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight
                 emulator.rows(out),
                 forms,
                 centers=centers,
+                bias=emulator.at(bias) if has_bias else 0,
             )
             emulator.run(launch, order, seed)
             assert same_bits(total, np.zeros_like(x) if added is None else x + added)
             summed = (x if added is None else total).astype(np.float64)
             summed -= centers * summed.mean(-1, keepdims=True)
             expected = summed / np.sqrt((summed**2).mean(-1, keepdims=True) + 1e-6) * (weight if has_weight else 1)
+            expected += has_bias * bias
             assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
             check_forms(out, made)
 

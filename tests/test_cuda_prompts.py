@@ -93,6 +93,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "lfm2moe",
         "mimo2",
         "nemotron_h_moe",
+        "phimoe-long",
         "smallthinker",
         "step35",
     ],

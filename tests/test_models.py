@@ -60,7 +60,7 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("minimax-m2", "expert_gating_func", 4, r"expert_gating_func is 4; .* 1 \(softmax\), 2 \(sigmoid\) and 3"),
         ("minimax-m2", "expert_count", 0, r"has a router \(blk.0.ffn_gate_inp.weight\) but no expert_count"),
         ("minimax-m2", "expert_used_count", 9, r"expert_used_count is 9; expected at most expert_count \(8\)"),
-        ("llama", "rope.scaling.type", "longrope", "'longrope'; this version knows none, linear and yarn"),
+        ("llama", "rope.scaling.type", "ntk", "'ntk'; this version knows none, linear, yarn and longrope"),
         ("llama", "attention.head_count_kv", 3, "head_count_kv is 3; expected a divisor of attention.head_count"),
         ("bailingmoe2", "expert_group_count", 3, "expert_group_count is 3; expected a divisor of expert_count"),
         ("bailingmoe2", "expert_group_count", 8, "expert_group_count is 8; expected groups that hold 2 experts"),
@@ -156,6 +156,18 @@ def test_the_epsilons_of_cohere2moe_say_which_norm_it_has(
     norms = [op for op in load(parts, tmp_path).graph.operations if isinstance(op, ops.RMSNorm)]
     assert len(norms) == 5
     assert {(norm.eps, norm.centers) for norm in norms} == {(eps, centers)}
+
+
+def test_long_rope_needs_both_sets_of_divisors(peer, tmp_path: Path) -> None:
+    parts = without_tensors(peer("phimoe"), "factors_long.weight")
+    with pytest.raises(GGUFError, match=r"tensor rope_factors_long.weight is missing"):
+        load(parts, tmp_path)
+    parts = without_tensors(parts, "factors_short.weight")
+    ropes = [op for op in load(parts, tmp_path).graph.operations if isinstance(op, ops.Rope)]
+    assert {(op.divisors, op.magnitude) for op in ropes} == {((), 1.25)}
+    parts.values["phimoe.rope.scaling.type"] = "longrope"
+    with pytest.raises(GGUFError, match=r"tensor rope_factors_short.weight is missing"):
+        load(parts, tmp_path)
 
 
 def test_without_a_shared_expert_nothing_is_halved(peer, tmp_path: Path) -> None:

@@ -99,19 +99,23 @@ def test_embed(seed: int, n: int, table: tuple[str, int], scale: float) -> None:
 
 
 @few
-@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.booleans(), st.booleans())
-def test_rms_norm(seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool, centers: bool) -> None:
-    x, weight = normal(seed, n, n_groups * size) * 3 + 1, normal(seed + 1, n_groups if of_columns else 1, size)
+@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), *[st.booleans()] * 4)
+def test_rms_norm(
+    seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool, centers: bool, has_bias: bool
+) -> None:
+    x = normal(seed, n, n_groups * size) * 3 + 1
+    weight, bias = (normal(seed + i, n_groups if of_columns else 1, size) for i in (1, 2))
 
     def record(program: k.Program, at) -> None:
         out = at.x if in_place else at.out
-        program.rms_norm(*at.x, at.weight, *out, n_groups, size, size * of_columns, centers, 1e-5, k.ROWS_TOKENS)
+        vectors, sizes = (at.weight, at.bias * has_bias), (n_groups, size, size * of_columns)
+        program.rms_norm(*at.x, *vectors, *out, *sizes, centers, 1e-5, k.ROWS_TOKENS)
 
     grouped = f64(x).reshape(n, n_groups, size)
     grouped -= centers * grouped.mean(-1, keepdims=True)
-    exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight
-    name = "x" if in_place else "out"
-    case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, {"weight": weight}, results=(name,))
+    exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight + has_bias * bias
+    name, vectors = "x" if in_place else "out", {"weight": weight, "bias": bias}
+    case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, vectors, results=(name,))
     case.check({name: exact.reshape(n, -1)})
 
 

@@ -109,7 +109,7 @@ def test_the_lowest_limit_of_all_operations_counts(embedding):
 A, B, C = 1 << 20, 2 << 20, 3 << 20  # addresses that are never followed
 FINE = {
     "embed": (A, 0, 10, 8, B, 8, 1.0),
-    "rms_norm": (A, 8, C, B, 8, 2, 4, 0, False, 1e-6, 0),
+    "rms_norm": (A, 8, C, 0, B, 8, 2, 4, 0, False, 1e-6, 0),
     "quantize": (A, 256, 256, 1, B, 0),
     "linear": (A, 32, 8, [(B, 0, 4, C, 4, 0, 0)], 0),
     "add": (A, 8, B, 8, C, 8, 8, 0),
@@ -139,9 +139,9 @@ BAD = [
     ("rms_norm", 0, A + 2, "expected one of float32 values"),
     ("rms_norm", 1, 7, "the stride of x is 7"),
     ("rms_norm", 2, 0, "the address of weight is 0"),
-    ("rms_norm", 5, 0, "n_groups is 0"),
-    ("rms_norm", 7, 3, "weight_step is 3; expected 0 or 4"),
-    ("rms_norm", 10, 2, "rows is 2; expected 0 to 1"),
+    ("rms_norm", 6, 0, "n_groups is 0"),
+    ("rms_norm", 8, 3, "weight_step is 3; expected 0 or 4"),
+    ("rms_norm", 11, 2, "rows is 2; expected 0 to 1"),
     ("quantize", 2, 255, "255 values are not whole groups of 256"),
     ("quantize", 3, 3, "activation is 3"),
     ("quantize", 4, 0, "the address of out is 0"),
@@ -306,9 +306,9 @@ class Memory:
         elif name == "scale" and b != c:
             program.scale(*at[a], *at[b], *at[c], WIDTH, 0.5, rows)
         elif name == "norm of rows":
-            program.rms_norm(*at[a], vector, *at[c], 1, WIDTH, 0, False, 1e-6, rows)
+            program.rms_norm(*at[a], vector, vector, *at[c], 1, WIDTH, 0, False, 1e-6, rows)
         elif name == "norm of heads":
-            program.rms_norm(*at[a], vector, *at[c], 4, 16, 0, True, 1e-6, rows)
+            program.rms_norm(*at[a], vector, 0, *at[c], 4, 16, 0, True, 1e-6, rows)
         elif name == "linear":
             program.quantize(*at[a], WIDTH, 2, self.quantized.ctypes.data, rows)
             ggml_type, weights = BY_NAME["Q8_0"].ggml_type, self.weights.ctypes.data

@@ -207,14 +207,15 @@ class Embed(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RMSNorm(Operation):
-    """weight * x / sqrt(mean(x^2) + eps), over groups of `group_size` columns; without weight, factor 1.
+    """weight * x / sqrt(mean(x^2) + eps) + bias, over groups of `group_size` columns; without weight, factor 1.
 
-    The weight is as long as a group, or has a value for each column of x. If it `centers`, the mean of a group is taken
-    from it first: that is LayerNorm.
+    The weight is as long as a group, or has a value for each column of x, and so has the bias, if there is one. If it
+    `centers`, the mean of a group is taken from it first: that is LayerNorm.
     """
 
     x: Tensor
     weight: Vector | None
+    bias: Vector | None
     out: Tensor
     group_size: int
     eps: float
@@ -315,15 +316,28 @@ class JoinHeads(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rope(Operation):
-    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency (/ divisor)."""
+    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency (/ divisor).
+
+    There are no divisors, or one set of them, or two: the second is for programs whose context has more than
+    `short_context` positions, however many a sequence has so far, for all keys of a cache turn alike.
+    """
 
     x: Tensor
     n_heads: int
     head_dim: int
     frequencies: npt.NDArray[np.float32]
-    divisors: Vector | None
+    divisors: tuple[Vector, ...]
+    short_context: int
     style: RopeStyle
     magnitude: float
+
+    def is_long(self, context_length: int) -> bool:
+        """Return whether a program of that context takes the second divisors."""
+        return len(self.divisors) > 1 and context_length > self.short_context
+
+    def divisors_of(self, context_length: int) -> Vector | None:
+        """Return the divisors that a program of that context takes."""
+        return self.divisors[self.is_long(context_length)] if self.divisors else None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -489,14 +503,22 @@ class Graph:
         return out
 
     def rms_norm(
-        self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0, *, centers: bool = False
+        self,
+        x: Tensor,
+        weight: Vector | None,
+        eps: float,
+        group_size: int = 0,
+        *,
+        centers: bool = False,
+        bias: Vector | None = None,
     ) -> Tensor:
         """Normalise each group of columns, of `group_size` or, if that is 0, as long as the weight (a row, a head)."""
         group_size = group_size or (weight.size if weight else 0)
         assert x.width % group_size == 0
         assert weight is None or weight.size in {group_size, x.width}
+        assert bias is None or (weight and bias.size == weight.size)
         out = self._new(x.width, x.rows)
-        self.operations.append(RMSNorm(x, weight, out, group_size, eps, centers))
+        self.operations.append(RMSNorm(x, weight, bias, out, group_size, eps, centers))
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Vector | None = None) -> Tensor:
@@ -575,10 +597,12 @@ class Graph:
         frequencies: npt.NDArray[np.float32],
         style: RopeStyle,
         magnitude: float = 1.0,
-        divisors: Vector | None = None,
+        divisors: Sequence[Vector] = (),
+        short_context: int = 0,
     ) -> Tensor:
         """Rotate x in place by its position; returns x."""
-        self.operations.append(Rope(x, n_heads, x.width // n_heads, frequencies, divisors, style, magnitude))
+        head_dim, divisors = x.width // n_heads, tuple(divisors)
+        self.operations.append(Rope(x, n_heads, head_dim, frequencies, divisors, short_context, style, magnitude))
         return x
 
     def attention(

@@ -65,8 +65,8 @@ typedef struct {
 
 typedef struct {
     matrix x, out;
-    const float *weight;
-    int group_size, weight_step; // weight_step: from the weights of one group to those of the next
+    const float *weight, *bias;  // bias: null for none
+    int group_size, weight_step; // weight_step: from the weights (and biases) of one group to those of the next
     int centers;                 // takes a group's mean from it first
     float eps;
 } rms_norm_args;

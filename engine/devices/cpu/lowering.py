@@ -198,9 +198,11 @@ class Lowering:
     def _rms_norm(self, op: ops.RMSNorm) -> None:
         x, out, size = self._use(op.x), self._use(op.out), op.group_size
         weight, step = self._vector(op.weight) or self._ones(size), size if op.weight and op.weight.size > size else 0
-        n_groups = op.x.width // size
+        bias, n_groups = self._vector(op.bias), op.x.width // size
         self._calls.append(
-            lambda: self.program.rms_norm(*x.at, weight, *out.at, n_groups, size, step, op.centers, op.eps, op.x.rows)
+            lambda: self.program.rms_norm(
+                *x.at, weight, bias, *out.at, n_groups, size, step, op.centers, op.eps, op.x.rows
+            )
         )
 
     def _linear(self, op: ops.Linear) -> None:
@@ -320,10 +322,10 @@ class Lowering:
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        frequencies = op.frequencies
-        if op.divisors is not None:
+        frequencies, divisors = op.frequencies, op.divisors_of(self.limits.context_length)
+        if divisors is not None:
             with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
-                frequencies = op.frequencies / self._values(op.divisors)
+                frequencies = op.frequencies / self._values(divisors)
         frequencies = np.ascontiguousarray(frequencies, np.float32)
         self._keep.append(frequencies)
         self._calls.append(

@@ -49,8 +49,9 @@ def rope(recorder: Recorder, op: ops.Rope) -> None:
 
 def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     """Return the offset of a rotation's frequencies, and how many values of a head turn."""
+    divisors = op.divisors_of(recorder.context_length)
     with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
-        divided = op.frequencies if op.divisors is None else op.frequencies / recorder.values(op.divisors)
+        divided = op.frequencies if divisors is None else op.frequencies / recorder.values(divisors)
     values = np.ascontiguousarray(divided, np.float32)
     return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
 
