@@ -395,6 +395,23 @@ class Program:
         `bias` (or 0) is added to the scores for choosing only; groups as in DeepSeek-V3 (n_groups <= 1 = off).
         """
 
+    def group_router(
+        self,
+        logits: int,
+        logits_stride: int,
+        ids: int,
+        group_ids: int,
+        weights: int,
+        n_experts: int,
+        n_experts_used: int,
+        group_size: int,
+    ) -> None:
+        """Choose the experts that groups share: group_ids = ids // group_size, and their weights.
+
+        All are [max_tokens, n_experts_used], weights float32: the softmax of the logits at `group_ids`, divided by their
+        sum.
+        """
+
     def experts(
         self,
         x_gate: int,

@@ -152,6 +152,12 @@ cdef extern from "kernels/ops.h":
         int n_experts, n_experts_used, scoring, n_groups, n_groups_used
         c_bool normalize
         float scale
+    ctypedef struct group_router_args:
+        matrix logits
+        const int32_t *ids
+        int32_t *group_ids
+        float *weights
+        int n_experts, n_experts_used, group_size
     ctypedef struct kv_cache:
         uint8_t *keys
         uint8_t *values
@@ -232,6 +238,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_causal_conv(program *p, causal_conv_args args)
     int program_delta_net(program *p, delta_net_args args)
     int program_router(program *p, router_args args)
+    int program_group_router(program *p, group_router_args args)
     int program_experts(program *p, experts_args args, int down_activation)
     int program_combine(program *p, combine_args args)
     int program_select_outputs(program *p, select_outputs_args args)
@@ -1066,6 +1073,31 @@ cdef class Program:
         args.normalize = normalize
         args.scale = scale
         recorded(program_router(self._program, args))
+
+    def group_router(
+        self,
+        uintptr_t logits,
+        int64_t logits_stride,
+        uintptr_t ids,
+        uintptr_t group_ids,
+        uintptr_t weights,
+        int n_experts,
+        int n_experts_used,
+        int group_size,
+    ):
+        need_experts(n_experts, n_experts_used)
+        need(
+            group_size > 0 and n_experts % group_size == 0, f"{n_experts} experts cannot be groups of {group_size}"
+        )
+        cdef group_router_args args
+        args.logits = need_matrix("logits", logits, logits_stride, n_experts)
+        args.ids = <const int32_t *> need_address("ids", ids)
+        args.group_ids = <int32_t *> need_address("group_ids", group_ids)
+        args.weights = <float *> need_address("weights", weights)
+        args.n_experts = n_experts
+        args.n_experts_used = n_experts_used
+        args.group_size = group_size
+        recorded(program_group_router(self._program, args))
 
     cdef expert_matrix _expert_matrix(self, str name, entry, int n_cols, uintptr_t x, int64_t x_row_bytes) except *:
         cdef uintptr_t table, scale, bias

@@ -212,6 +212,9 @@ class MoESpec:
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
         latent_size: width of what experts take and give, where it is not that of the residual stream; 0: it is.
+        group_size: how many experts are in a group that shares one more (Grove); 0: there are no such groups.
+        group_ffn_size: width of what groups share.
+        group_scale: factor of what that adds.
         averages_shared: whether the routed experts together and the shared one count half each.
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
             networks, 0 for nothing; no entry: nothing.
@@ -228,6 +231,9 @@ class MoESpec:
     n_groups_used: int = 1
     weights_input: bool = False
     latent_size: int = 0
+    group_size: int = 0
+    group_ffn_size: int = 0
+    group_scale: float = 1.0
     averages_shared: bool = False
     limits: tuple[float, ...] = ()
     shared_limits: tuple[float, ...] = ()

@@ -58,6 +58,7 @@ PEERS = (
     "granite_swa",
     "granitehybrid",
     "granitemoe",
+    "grovemoe",
     "hunyuan-moe",
     "hy_v3",
     "kimi-linear",

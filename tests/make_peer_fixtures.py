@@ -63,6 +63,7 @@ class Peer:
         n_still: pairs, the last ones, that this tensor keeps from turning.
         long_divisors: whether there are two such tensors: for the trained context, and for a longer one.
         biases: whether norms, attention and output matrix have biases.
+        group_width: of the experts that groups of two experts share; 0 for none.
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
@@ -104,6 +105,7 @@ class Peer:
     n_still: int = 0
     long_divisors: bool = False
     biases: bool = False
+    group_width: int = 0
     tied: bool = False
     sinks: tuple[int, ...] = ()
     recurrent: bool = False
@@ -434,6 +436,15 @@ PEERS = {
         moe_layers=(0, 1, 2),
         shared_size=FFN,
         tied=True,
+    ),
+    "grovemoe": Peer(
+        "grovemoe",
+        3,
+        MOE | {"expert_chunk_feed_forward_length": FFN, "experts_per_group": 2, "expert_group_scale": 0.6},
+        moe_layers=(0, 1, 2),
+        head_norm="head",
+        n_experts_used=3,
+        group_width=FFN,
     ),
     "hunyuan-moe": Peer(
         "hunyuan-moe",
@@ -773,6 +784,10 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         for part in ("gate", "up"):
             yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
+    if peer.group_width:
+        for part in ("gate", "up"):
+            yield f"ffn_{part}_chexps.weight", draw.matrix(N_EXPERTS // 2, peer.group_width, HIDDEN)
+        yield "ffn_down_chexps.weight", draw.matrix(N_EXPERTS // 2, HIDDEN, peer.group_width)
     if peer.shared_size:
         yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts)
 

@@ -207,6 +207,12 @@ class ReferenceProgram:
             weights = weights / np.maximum(weights.sum(-1, keepdims=True), SMALLEST_SUM)
         self[op.out.ids], self[op.out.weights] = ids, weights * op.scale
 
+    def group_router(self, op: ops.GroupRouter) -> None:
+        ids = self[op.routing.ids].astype(int) // op.group_size
+        weights = np.take_along_axis(_softmax(self[op.logits]), ids, axis=-1)
+        weights = weights / np.maximum(weights.sum(-1, keepdims=True), SMALLEST_SUM)
+        self[op.out.ids], self[op.out.weights] = ids, weights
+
     def run_experts(self, op: ops.Experts) -> None:
         weights, biases = (op.gate, op.up, op.down), (op.gate_bias, op.up_bias, op.down_bias)
         gate, up, down = (self.matrices(w) for w in weights)
@@ -291,6 +297,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,
     ops.Router: ReferenceProgram.router,
+    ops.GroupRouter: ReferenceProgram.group_router,
     ops.Experts: ReferenceProgram.run_experts,
     ops.Combine: ReferenceProgram.combine,
     ops.SelectOutputs: ReferenceProgram.select_outputs,

@@ -678,6 +678,25 @@ def test_router(
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(("n_groups", "group_size", "n_used"), [(21, 2, 6), (33, 3, 35), (2, 4, 2)])
+def test_group_router(mode: str, n_groups: int, group_size: int, n_used: int) -> None:
+    rng, emulator, n_experts = np.random.default_rng(7), Emulator(mode), n_groups * group_size
+    logits = rng.standard_normal((3, n_experts)).astype(F32)
+    logits[2, :n_groups] -= 20  # nobody who is shared has a score that counts
+    ids = np.stack([rng.permutation(n_experts)[:n_used] for _ in logits]).astype(np.int32)
+    group_ids, weights = np.zeros_like(ids), np.zeros(ids.shape, F32)
+    x = logits.astype(np.float64)
+    expected = np.take_along_axis(np.exp(x) / np.exp(x).sum(-1, keepdims=True), ids // group_size, -1)
+    expected /= np.maximum(expected.sum(-1, keepdims=True), 2.0**-14)
+    for order, seed in SCHEDULES:
+        to = emulator.at(ids), emulator.at(group_ids), emulator.at(weights)
+        launch = kernels.group_router(emulator.rows(logits), *to, n_experts, n_used, group_size, emulator.count(3))
+        emulator.run(launch, order, seed)
+        assert (group_ids == ids // group_size).all()
+        assert weights == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
 @pytest.mark.parametrize(("name", "n_tokens"), [("F32", 2), ("Q8_0", 1)])
 @pytest.mark.parametrize("asks", [False, True])
 def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tokens: int, asks: bool) -> None:

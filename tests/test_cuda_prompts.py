@@ -88,6 +88,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "cohere2moe",
         "gemma4",
         "granite_swa",
+        "grovemoe",
         "kimi-linear",
         "laguna",
         "lfm2moe",

@@ -512,6 +512,27 @@ def test_router(seed, n, groups, group_size, n_used, scoring, with_bias, normali
     case.check({"ids": ids, "weights": weights})
 
 
+@more
+@given(seeds, token_counts, st.integers(1, 40), st.integers(1, 4), st.integers(1, 6))
+def test_group_router(seed: int, n: int, n_groups: int, group_size: int, n_used: int) -> None:
+    random, n_experts = np.random.default_rng(seed), n_groups * group_size
+    n_used = min(n_used, n_experts)
+    logits = (normal(seed, n, n_experts) * 5).astype(np.float32)
+    ids = np.stack([random.permutation(n_experts)[:n_used] for _ in range(n)]).astype(np.int32)
+
+    def record(program: k.Program, at) -> None:
+        results = at.group_ids[0], at.weights[0]
+        program.group_router(*at.logits, at.ids[0], *results, n_experts, n_used, group_size)
+
+    outputs = {"group_ids": (n_used, np.int32), "weights": (n_used, np.float32)}
+    group_ids = ids // group_size
+    weights = np.take_along_axis(softmax(f64(logits)), group_ids, axis=-1)
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 2.0**-14)
+    inputs, packed = {"logits": logits, "ids": ids}, ("ids", *outputs)
+    case = Case(record, inputs, outputs, packed=packed, results=tuple(outputs))
+    case.check({"group_ids": group_ids, "weights": weights})
+
+
 def test_equal_scores_go_to_the_lower_ids() -> None:
     logits = np.array([[1, 3, 3, 0, 3, 1]], np.float32)
     found = run_router(logits, None, 4, k.SCORE_SOFTMAX).run()

@@ -424,6 +424,20 @@ class Router(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class GroupRouter(Operation):
+    """Choose, for each expert of a token, the one that all experts of its group share: ids are those // `group_size`.
+
+    A weight is the softmax over all logits, at the number that the shared expert has; those of a token are made to add
+    up to 1 (`models/grovemoe.py`). Who shares may be chosen twice by a token.
+    """
+
+    logits: Tensor
+    routing: Routing
+    out: Routing
+    group_size: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Experts(Operation):
     """out[t, rank] = down(act(gate x, up x)) of the expert with that rank, not yet weighted.
 
@@ -490,7 +504,7 @@ class Graph:
         self.operations: list[Operation] = []
         self.kv_caches: list[KVCache] = []
         self.states: list[State] = []
-        self.routings: list[Routing] = []
+        self.routings: list[Routing] = []  # of the experts that may be in slots
         self.logits: Tensor | None = None
 
     def _new(self, width: int, rows: Rows = Rows.TOKENS) -> Tensor:
@@ -697,6 +711,17 @@ class Graph:
         self.operations.append(Router(logits, bias, routing, scoring, n_groups, n_groups_used, normalize, scale))
         return routing
 
+    def group_router(self, logits: Tensor, routing: Routing, group_size: int) -> Routing:
+        """Choose the experts that groups share, one for each that was chosen.
+
+        They are not in `routings`: no cache sees them, and they are where the dense weights are.
+        """
+        n_experts, n_used = routing.n_experts // group_size, routing.ids.width
+        ids = Tensor(Buffer(n_used, Rows.TOKENS, np.int32), 0, n_used)
+        out = Routing(ids, self._new(n_used), n_experts)
+        self.operations.append(GroupRouter(logits, routing, out, group_size))
+        return out
+
     def experts(
         self,
         x: Tensor,
@@ -730,6 +755,10 @@ class Graph:
         out = self._new(expert_out.width // routing.ids.width)
         self.operations.append(Combine(expert_out, routing, shared, shared_gate, residual, out, weighted, scale))
         return out
+
+    def has_slots(self, experts: Experts) -> bool:
+        """Return whether experts may be in slots; others are where the dense weights are."""
+        return any(experts.routing == routing for routing in self.routings)
 
     def select_outputs(self, x: Tensor) -> Tensor:
         """Keep the rows whose logits are wanted."""

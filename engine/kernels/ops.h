@@ -169,6 +169,14 @@ typedef struct {
     float scale;
 } router_args;
 
+typedef struct {
+    matrix logits;
+    const int32_t *ids; // this and the next two [max_tokens, n_experts_used]
+    int32_t *group_ids;
+    float *weights;
+    int n_experts, n_experts_used, group_size;
+} group_router_args;
+
 // One layer's keys or values; layout in ops/kv_cache.h.
 typedef struct {
     uint8_t *keys, *values;
@@ -252,6 +260,7 @@ typedef union {
     causal_conv_args causal_conv;
     delta_net_args delta_net;
     router_args router;
+    group_router_args group_router;
     kv_store_args kv_store;
     attention_args attention;
     linear_args linear;
@@ -284,7 +293,7 @@ typedef struct {
 
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, scale_by_position, gate, split_heads, join_heads,
-        rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, kv_store;
+        rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, group_router, kv_store;
     task_fns linear, attention, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

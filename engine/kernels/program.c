@@ -556,6 +556,20 @@ int program_router(program *p, router_args args) {
     return record(p, op);
 }
 
+int program_group_router(program *p, group_router_args args) {
+    operation op = {.name = "group_router",
+                    .args.group_router = args,
+                    .run_tile = p->kernels->ops->group_router,
+                    .width = args.n_experts,
+                    .unit = args.n_experts};
+    const int64_t row_bytes = args.n_experts_used * (int64_t)sizeof(float);
+    touch(p, &op, READS, args.logits);
+    touch_rows(p, &op, READS, args.ids, row_bytes, row_bytes, 0);
+    touch_rows(p, &op, WRITES, args.group_ids, row_bytes, row_bytes, 0);
+    touch_rows(p, &op, WRITES, args.weights, row_bytes, row_bytes, 0);
+    return record(p, op);
+}
+
 int program_experts(program *p, experts_args args, int down_activation) {
     const int64_t n_pairs = p->max_tokens * (int64_t)args.n_experts_used;
     const int64_t float_bytes = args.ffn_size * (int64_t)sizeof(float);

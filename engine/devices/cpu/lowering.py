@@ -430,6 +430,16 @@ class Lowering:
             )
         )
 
+    def _group_router(self, op: ops.GroupRouter) -> None:
+        logits, ids = self._use(op.logits), self._use(op.routing.ids)
+        group_ids, weights = self._use(op.out.ids), self._use(op.out.weights)
+        n_experts, n_used = op.routing.n_experts, op.routing.ids.width
+        self._calls.append(
+            lambda: self.program.group_router(
+                *logits.at, ids.address, group_ids.address, weights.address, n_experts, n_used, op.group_size
+            )
+        )
+
     def _experts(self, op: ops.Experts) -> None:
         x_gate = self._activations(op.x, op.gate.format.activation)
         x_up = self._activations(op.x, op.up.format.activation)
@@ -503,6 +513,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,
+    ops.GroupRouter: Lowering._group_router,
     ops.Experts: Lowering._experts,
     ops.Combine: Lowering._combine,
     ops.SelectOutputs: Lowering._select_outputs,

@@ -648,6 +648,29 @@ def router(routing: Routing, count: Count) -> Launch:
     )
 
 
+def group_router(
+    logits: Rows, ids: int, group_ids: int, weights: int, n_experts: int, n_used: int, group_size: int, count: Count
+) -> Launch:
+    """Choose the experts that groups of `group_size` share."""
+    return Launch(
+        "group_router.cu",
+        "group_router",
+        (),
+        (1, count.most, 1),
+        WARP,
+        (
+            *at(logits),
+            pointer(ids),
+            pointer(group_ids),
+            pointer(weights),
+            int32(n_experts),
+            int32(n_used),
+            int32(group_size),
+            pointer(count.address),
+        ),
+    )
+
+
 # -- misses -----------------------------------------------------------------------------------------------------------
 
 
