@@ -373,6 +373,8 @@ class Program:
 
         With `skip`, float32 [n_v_heads], in place of beta it is a state-space model: q and k as they are, and with
         dt = softplus(alpha + dt_bias) S = exp(a dt) S + dt k v', out = S'q + skip v.
+
+        With 0 for beta, alpha, dt_bias and skip it is lightning attention: S = a S + k v', out = S'q.
         """
 
     def router(

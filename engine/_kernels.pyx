@@ -1011,7 +1011,11 @@ cdef class Program:
         args.k = need_matrix("k", k, qkv_stride, key_size).at
         args.v = need_matrix("v", v, qkv_stride, value_size).at
         args.qkv_stride = qkv_stride
-        need(bool(beta) != bool(skip), "expected beta, or skip in its place")
+        if alpha:
+            need(bool(beta) != bool(skip), "expected beta, or skip in its place")
+            need_address("dt_bias", dt_bias)
+        else:
+            need(not (beta or skip or dt_bias), "expected alpha, or neither it nor beta, skip and dt_bias")
         args.beta = need_matrix("beta", beta, beta_stride, n_v_heads) if beta else matrix(NULL, 0)
         args.skip = <const float *> skip
         need(
@@ -1022,10 +1026,12 @@ cdef class Program:
             decay_bound == 0 or (decay_bound < 0 and beta),
             f"decay_bound is {decay_bound}; expected 0, or with beta less",
         )
-        args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads * <int64_t> decay_dim)
+        args.alpha = matrix(NULL, 0)
+        if alpha:
+            args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads * <int64_t> decay_dim)
         args.out = need_matrix("out", out, out_stride, value_size)
         args.a = <const float *> need_address("a", a)
-        args.dt_bias = <const float *> need_address("dt_bias", dt_bias)
+        args.dt_bias = <const float *> dt_bias
         args.state = <float *> need_address("state", state)
         args.n_k_heads = n_k_heads
         args.n_v_heads = n_v_heads

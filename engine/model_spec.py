@@ -266,6 +266,7 @@ class ModelSpec:
         delta_net, state_space, short_conv_kernel: how, if some do; the last is how many tokens a convolution sees.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
+        stream_scale: factor of the residual stream itself, wherever something is added to it.
         logit_cap: what logits are smoothly brought to within, by tanh; 0: they are not.
     """
 
@@ -285,6 +286,7 @@ class ModelSpec:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    stream_scale: float = 1.0
     logit_cap: float = 0.0
     centers_norms: bool = False
     biased_norms: bool = False

@@ -70,6 +70,7 @@ PEERS = (
     "maple",
     "mellum",
     "mimo2",
+    "minimax-01",
     "minimax-m2",
     "mistral4",
     "nemotron_h",

@@ -71,6 +71,7 @@ class Peer:
         state_space_layers: those of other models.
         short_conv_layers: the blocks that convolve instead of attending.
         delta_layers: the blocks with a delta net whose channels decay apart.
+        lightning_layers: the blocks with lightning attention.
         bounded_decays: whether these decays are bounded, and one matrix stands where others have two of low rank.
         output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
@@ -113,6 +114,7 @@ class Peer:
     state_space_layers: tuple[int, ...] = ()
     short_conv_layers: tuple[int, ...] = ()
     delta_layers: tuple[int, ...] = ()
+    lightning_layers: tuple[int, ...] = ()
     bounded_decays: bool = False
     output_norm: str = "output_norm"
     expert_width: int = 0
@@ -564,6 +566,14 @@ PEERS = {
         layer_kv_heads=(1, 2, 2),
         sinks=(1, 2),
     ),
+    "minimax-01": Peer(
+        "minimax-01",
+        3,
+        MOE | {"full_attention_interval": 2, "residual_scale": 1.7, "rope.dimension_count": 8},
+        moe_layers=(0, 1, 2),
+        head_dim=16,
+        lightning_layers=(0, 2),
+    ),
     "minimax-m2": Peer(
         "minimax-m2",
         3,
@@ -767,6 +777,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from short_conv(draw)
     elif layer in peer.delta_layers:
         yield from kimi_delta_attention(peer, draw)
+    elif layer in peer.lightning_layers:
+        yield from lightning_attention(peer, draw)
     else:
         yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
     if peer.parallel_networks:
@@ -935,6 +947,14 @@ def kimi_delta_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarr
     yield "ssm_a", draw.between(0.5, 3, N_HEADS, 1) if peer.bounded_decays else draw.between(-2, -0.1, N_HEADS, 1)
     yield "ssm_norm.weight", draw.norm(KDA_DIM)
     yield "attn_output.weight", draw.matrix(HIDDEN, size, gain=0.5)
+
+
+def lightning_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    size = N_HEADS * peer.head_dim
+    yield "attn_norm_2.weight", draw.norm(size)
+    yield "attn_qkv.weight", draw.matrix(3 * size, HIDDEN)
+    yield "attn_gate.weight", draw.matrix(size, HIDDEN)
+    yield "attn_output.weight", draw.matrix(HIDDEN, size)
 
 
 def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None:

@@ -169,16 +169,19 @@ class ReferenceProgram:
         n, n_k, n_v = len(self.token_ids), op.n_k_heads, op.n_v_heads
         q, k = (self[t].reshape(n, n_k, -1) for t in (op.q, op.k))
         v = self[op.v].reshape(n, n_v, -1)
-        x, a = self[op.alpha] + self.vector(op.dt_bias), self.vector(op.a)[:, None]
-        dt, by_head = np.logaddexp(0, x), (n, n_v, -1)  # one decay for each, or one for each of its channels
-        exponent = op.decay_bound * _sigmoid(a * x.reshape(by_head)) if op.decay_bound else a * dt.reshape(by_head)
-        decay = np.exp(exponent)[:, :, None]
+        if op.alpha is None:
+            dt, decay = np.ones((n, n_v)), np.tile(op.decays.astype(np.float64)[:, None, None], (n, 1, 1, 1))
+        else:
+            x, a = self[op.alpha] + self.vector(op.dt_bias), self.vector(op.a)[:, None]
+            dt, by_head = np.logaddexp(0, x), (n, n_v, -1)  # one decay for each, or one for each of its channels
+            exponent = op.decay_bound * _sigmoid(a * x.reshape(by_head)) if op.decay_bound else a * dt.reshape(by_head)
+            decay = np.exp(exponent)[:, :, None]
         recalls = op.beta is not None
         if op.beta is not None:
             q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))
             q, rate, skip = q / math.sqrt(q.shape[-1]), _sigmoid(self[op.beta]), np.zeros_like(v)
         else:
-            rate, skip = dt, self.vector(op.skip)[:, None] * v
+            rate, skip = dt, 0 * v if op.skip is None else self.vector(op.skip)[:, None] * v
         key_head = np.arange(n_v) // (n_v // n_k) if op.grouped else np.arange(n_v) % n_k
         state = self.states.get(op.state, np.zeros((n_v, v.shape[-1], k.shape[-1])))
         outs = []

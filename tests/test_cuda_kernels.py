@@ -961,6 +961,9 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
         (128, 64, 2, 4, True, "state space", 0.0, (2, 30), "fast"),
         (16, 12, 1, 2, True, "state space", 0.0, (17, 3), "asan"),
         (32, 8, 2, 4, True, "state space", 0.0, (21, 20), "race"),
+        (128, 128, 3, 3, True, "lightning", 0.0, (2, 30), "fast"),
+        (20, 12, 2, 2, True, "lightning", 0.0, (17, 3), "asan"),
+        (32, 8, 2, 2, True, "lightning", 0.0, (21, 20), "race"),
     ],
 )
 def test_recurrent_layers(
@@ -974,8 +977,9 @@ def test_recurrent_layers(
     lengths: tuple[int, int],
     mode: str,
 ) -> None:
-    """Two sequences in one step: one goes on from its state, the other begins. Delta nets and state-space models."""
-    is_delta, decay_dim = kind != "state space", k_dim if kind == "channels" else 1
+    """Two sequences in one step: one goes on from its state, the other begins."""
+    is_delta, is_lightning = kind in {"delta", "channels"}, kind == "lightning"
+    decay_dim = k_dim if kind == "channels" else 1
     rng, emulator = np.random.default_rng(8), Emulator(mode)
     slots = np.repeat(np.array([1, 0], np.int32), lengths)
     positions = np.concatenate([np.arange(4, 4 + lengths[0]), np.arange(lengths[1])]).astype(np.int32)
@@ -990,7 +994,7 @@ def test_recurrent_layers(
     old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
     beta, alpha = (rng.standard_normal((n_tokens, n_v_heads * n)).astype(F32) for n in (1, decay_dim))
     a, dt_bias = (rng.standard_normal(n_v_heads * n).astype(F32) for n in (1, decay_dim))
-    a = np.exp(a) if bound else -np.exp(a)
+    a = np.exp(a) if bound else np.exp(-np.exp(a)) if is_lightning else -np.exp(a)
 
     expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
     for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
@@ -1009,6 +1013,8 @@ def test_recurrent_layers(
     shifted = (alpha + dt_bias).reshape(n_tokens, n_v_heads, decay_dim)
     dt = np.logaddexp(0, shifted)
     decay = np.exp(bound * sigmoid(a[:, None] * shifted) if bound else a[:, None] * dt)
+    if is_lightning:
+        dt, decay, skip = np.ones_like(dt), np.broadcast_to(a[:, None], dt.shape), 0 * skip
     new_state = old_state.astype(np.float64)
     new_state[0] = 0
     expected = []
@@ -1039,10 +1045,10 @@ def test_recurrent_layers(
             qkv.address + 8 * n_k,
             qkv.stride,
             emulator.rows(beta) if is_delta else None,
-            emulator.rows(alpha),
+            None if is_lightning else emulator.rows(alpha),
             emulator.at(a),
-            emulator.at(dt_bias),
-            0 if is_delta else emulator.at(skip),
+            0 if is_lightning else emulator.at(dt_bias),
+            0 if is_delta or is_lightning else emulator.at(skip),
             emulator.at(state),
             emulator.rows(out),
             n_k_heads,

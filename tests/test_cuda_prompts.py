@@ -93,6 +93,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "laguna",
         "lfm2moe",
         "mimo2",
+        "minimax-01",
         "nemotron_h_moe",
         "phimoe-long",
         "smallthinker",

@@ -61,6 +61,7 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
+        ("minimax-01", "attention.key_length", 264, r"attention.key_length is 264; this version computes at most 256"),
         ("minimax-m2", "expert_gating_func", 4, r"expert_gating_func is 4; .* 1 \(softmax\), 2 \(sigmoid\) and 3"),
         ("grovemoe", "experts_per_group", 3, r"experts_per_group is 3; expected a divisor of expert_count \(8\)"),
         ("grovemoe", "experts_per_group", 4, r"experts_per_group is 4; expected as many groups as experts are used"),

@@ -784,12 +784,13 @@ def test_causal_conv(
     st.sampled_from([(1, 1), (2, 4), (1, 3)]),
     st.sampled_from([(16, 16), (12, 20), (32, 8)]),
     st.booleans(),
-    st.sampled_from(["delta", "channels", "state space"]),
+    st.sampled_from(["delta", "channels", "state space", "lightning"]),
     st.sampled_from([0.0, -5.0, -0.25]),
 )
 def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, kind: str, bound: float) -> None:
-    """The gated delta rule, with a decay for each head or each channel of its key, or a state-space model."""
-    (n_k, n_v), (k_dim, v_dim), is_delta = heads, dims, kind != "state space"
+    """The gated delta rule, with a decay for each head or each channel of its key, a state-space model, or less."""
+    (n_k, n_v), (k_dim, v_dim), is_delta = heads, dims, kind in {"delta", "channels"}
+    is_lightning = kind == "lightning"
     bound = bound if is_delta else 0.0
     decay_dim = k_dim if kind == "channels" else 1
     slots = np.repeat(np.arange(len(lengths)), lengths)
@@ -797,7 +798,7 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
     qkv = normal(seed, n, 2 * key + value)
     beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v * decay_dim)
     a, dt_bias, skip = np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v * decay_dim), normal(seed + 5, n_v)
-    a = a if bound else -a
+    a = a if bound else np.exp(-a) if is_lightning else -a
 
     def record(program: k.Program, at) -> None:
         address, stride = at.qkv
@@ -807,10 +808,10 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
             address + 8 * key,
             stride,
             *(at.beta if is_delta else (0, 0)),
-            *at.alpha,
+            *((0, 0) if is_lightning else at.alpha),
             at.a,
-            at.dt_bias,
-            0 if is_delta else at.skip,
+            0 if is_lightning else at.dt_bias,
+            0 if is_delta or is_lightning else at.skip,
             at.state,
             *at.out,
             n_k,
@@ -833,6 +834,8 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
     rates, shifted = f64(a)[:, None], (f64(alpha) + dt_bias).reshape(n, n_v, decay_dim)
     dt = np.logaddexp(0, shifted)
     decay = np.exp(bound * sigmoid(rates * shifted) if bound else rates * dt)
+    if is_lightning:
+        dt, decay, skip = np.ones_like(dt), np.broadcast_to(rates, dt.shape), 0 * skip
     exact, state = [], np.zeros((n_v, k_dim, v_dim))
     for t in range(n):
         if t == 0 or slots[t] != slots[t - 1]:

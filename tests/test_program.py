@@ -187,6 +187,8 @@ BAD = [
     ("delta_net", 16, 0, "k_dim is 0"),
     ("delta_net", 3, 63, "the stride of v is 63"),
     ("delta_net", 10, A, "expected beta, or skip in its place"),
+    ("delta_net", 6, 0, "expected alpha, or neither it nor beta, skip and dt_bias"),
+    ("delta_net", 9, 0, "the address of dt_bias is 0"),
     ("delta_net", 18, 2, r"decay_dim is 2; expected 1, or with beta k_dim \(16\)"),
     ("delta_net", 19, 0.5, "decay_bound is 0.5; expected 0, or with beta less"),
     ("delta_net", 11, 0, "the address of state is 0"),

@@ -385,16 +385,20 @@ class DeltaNet(Operation):
     than its exponential (`models/bailingmoe3.py`); 0: there is none.
 
     Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/state_space.py`.
+
+    Without alpha, too, it is lightning attention: a head has one of `decays`, [n_v_heads], and nothing else beside q, k
+    and v; formulas in `models/minimax_01.py`.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     beta: Tensor | None
-    alpha: Tensor
-    a: Vector
-    dt_bias: Vector
+    alpha: Tensor | None
+    a: Vector | None
+    dt_bias: Vector | None
     skip: Vector | None
+    decays: npt.NDArray[np.float32] | None
     state: State
     out: Tensor
     n_k_heads: int
@@ -406,7 +410,7 @@ class DeltaNet(Operation):
     @property
     def decay_dim(self) -> int:
         """Return how many decays a head has."""
-        return self.alpha.width // self.n_v_heads
+        return self.alpha.width // self.n_v_heads if self.alpha else 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -686,11 +690,16 @@ class Graph:
         state = State(v.width * (k.width // n_k_heads))
         self.states.append(state)
         out = self._new(v.width)
-        self.operations.append(
-            DeltaNet(
-                q, k, v, beta, alpha, a, dt_bias, skip, state, out, n_k_heads, n_v_heads, grouped, eps, decay_bound
-            )
-        )
+        how = n_k_heads, n_v_heads, grouped, eps, decay_bound
+        self.operations.append(DeltaNet(q, k, v, beta, alpha, a, dt_bias, skip, None, state, out, *how))
+        return out
+
+    def lightning_attention(self, q: Tensor, k: Tensor, v: Tensor, decays: npt.NDArray[np.float32]) -> Tensor:
+        """Attend without a softmax, over a state of each head that keeps one of `decays` of itself for a token."""
+        n_heads, nothing = len(decays), (None,) * 5
+        state, out = State(v.width * (k.width // n_heads)), self._new(v.width)
+        self.states.append(state)
+        self.operations.append(DeltaNet(q, k, v, *nothing, decays, state, out, n_heads, n_heads, True, 0.0, 0.0))
         return out
 
     def router(

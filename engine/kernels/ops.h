@@ -149,7 +149,7 @@ typedef struct {
 typedef struct {
     const float *q, *k, *v;
     int64_t qkv_stride;
-    matrix beta, alpha, out; // beta.at: NULL for a state-space model
+    matrix beta, alpha, out; // beta.at: NULL for a state-space model, alpha.at, too, for lightning attention
     const float *a, *dt_bias, *skip;
     float *state; // [n_slots, n_v_heads, k_dim, v_dim]
     int n_k_heads, n_v_heads, k_dim, v_dim;

@@ -536,7 +536,8 @@ int program_delta_net(program *p, delta_net_args args) {
     touch(p, &op, READS, (matrix){(float *)args.v, args.qkv_stride});
     if (args.beta.at)
         touch_whole(p, &op, READS, args.beta, args.n_v_heads);
-    touch_whole(p, &op, READS, args.alpha, args.n_v_heads * (int64_t)args.decay_dim);
+    if (args.alpha.at)
+        touch_whole(p, &op, READS, args.alpha, args.n_v_heads * (int64_t)args.decay_dim);
     touch(p, &op, WRITES, args.out);
     const int64_t state_size = args.n_v_heads * (int64_t)args.k_dim * args.v_dim;
     touch_block(&op, WRITES, args.state, p->n_slots * state_size * (int64_t)sizeof(float));

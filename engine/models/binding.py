@@ -17,7 +17,7 @@ Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 _GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
 # What the kernels of every device can do.
-LARGEST_HEAD, _LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
+LARGEST_HEAD, LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
 
 
 class Keys:
@@ -80,7 +80,7 @@ class Keys:
 
     def state_size(self, key: str = "ssm.state_size") -> int:
         """Return how long the vectors are that a recurrent layer writes and reads with."""
-        return self.at_most(key, self.size(key), _LARGEST_STATE)
+        return self.at_most(key, self.size(key), LARGEST_STATE)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean."""

@@ -384,8 +384,11 @@ class Lowering:
 
     def _delta_net(self, op: ops.DeltaNet) -> None:
         q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
-        beta, alpha = self._use(op.beta) if op.beta else None, self._use(op.alpha)
+        beta, alpha = (self._use(tensor) if tensor else None for tensor in (op.beta, op.alpha))
         a, dt_bias, skip = (self._vector(vector) for vector in (op.a, op.dt_bias, op.skip))
+        if op.decays is not None:
+            self._keep.append(op.decays)
+            a = int(op.decays.ctypes.data)
         assert q.stride == k.stride == v.stride
         self._calls.append(
             lambda: self.program.delta_net(
@@ -394,7 +397,7 @@ class Lowering:
                 v.address,
                 q.stride,
                 *(beta.at if beta else (0, 0)),
-                *alpha.at,
+                *(alpha.at if alpha else (0, 0)),
                 a,
                 dt_bias,
                 skip,

@@ -150,8 +150,11 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
 def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
     """Record the recurrence of a delta net."""
     q, k, v, out = recorder.use(op.q), recorder.use(op.k), recorder.use(op.v), recorder.use(op.out)
-    beta, alpha = recorder.use(op.beta) if op.beta else None, recorder.use(op.alpha)
+    beta, alpha = (recorder.use(tensor) if tensor else None for tensor in (op.beta, op.alpha))
     a, dt_bias, skip = (recorder.vector(vector) for vector in (op.a, op.dt_bias, op.skip))
+    if op.decays is not None:
+        decays = op.decays
+        a = recorder.constant(("decays", decays.tobytes()), lambda: decays)
     assert q.stride == k.stride == v.stride
     recorder.record(
         lambda p: [
@@ -161,7 +164,7 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
                 p.rows(v).address,
                 q.stride,
                 p.rows(beta) if beta else None,
-                p.rows(alpha),
+                p.rows(alpha) if alpha else None,
                 p.at(a),
                 p.at(dt_bias),
                 p.at(skip),
@@ -193,6 +196,7 @@ def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
     )
     finish = recorder.finish(gate.out)
     assert net.beta is not None
+    assert net.alpha is not None
     x, beta, alpha, by = (recorder.use(t) for t in (conv.x, net.beta, net.alpha, gate.gate))
     found, out = recorder.use(net.out), recorder.use(gate.out)
     conv_weight = recorder.joined(conv.weights)
