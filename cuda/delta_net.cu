@@ -3,7 +3,7 @@
 // in the step.
 //
 // Without IS_DELTA it is a state-space model: S = exp(a dt) S + dt v k^T, out = S q + skip v, with q and k as they are and
-// dt = softplus(alpha + dt_bias).
+// dt = softplus(alpha + dt_bias). Without alpha (null), dt_bias and skip it is lightning attention: S = a S + v k^T, out = S q.
 //
 // Grid: (n_v_heads, ceil(V_DIM / 8)); a block is 8 warps, a warp has one row of S in its registers. Only what needs S is done
 // token after token: the block fetches some tokens ahead (cp.async), and its warps share what can be known of them
@@ -68,10 +68,13 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         if (lane)
             return;
         const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
-        const float own_alpha = alpha[t * alpha_stride + head];
-        tokens[i] = {query_factor, BY_CHANNEL ? 0.0f : decay_of(a[head], own_alpha, dt_bias[head], decay_bound),
-                     IS_DELTA ? sigmoid(beta[t * beta_stride + head]) : exact_softplus(own_alpha + dt_bias[head]),
-                     begins, t + 1 == n || slots[t + 1] != slot, slot};
+        float decay = a[head], step = 1.0f;
+        if (alpha) {
+            const float own_alpha = alpha[t * alpha_stride + head];
+            decay = BY_CHANNEL ? 0.0f : decay_of(decay, own_alpha, dt_bias[head], decay_bound);
+            step = IS_DELTA ? sigmoid(beta[t * beta_stride + head]) : exact_softplus(own_alpha + dt_bias[head]);
+        }
+        tokens[i] = {query_factor, decay, step, begins, t + 1 == n || slots[t + 1] != slot, slot};
     };
 
     // The first token's state is older than this step: it comes while the kernel before still computes.
@@ -125,7 +128,8 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             if (i && lane == 0)
                 out[(first + i - 1) * out_stride + head * V_DIM + row] =
                     IS_DELTA ? result * tokens[i - 1].query_factor
-                             : __fmaf_rn(skip[head], own.values[i - 1][warp], result);
+                    : skip   ? __fmaf_rn(skip[head], own.values[i - 1][warp], result)
+                             : result;
             if (!exists)
                 break;
             const float step = token.step * (IS_DELTA ? own.values[i][warp] - recalled : own.values[i][warp]);

@@ -97,13 +97,13 @@ rope(float *x, int64_t x_stride, const int *positions, const float *frequencies,
     rotate(x + row * x_stride + head * head_dim, i, n_rot, is_adjacent, turn);
 }
 
-// out = weight * x / sqrt(mean(x^2) + eps) for each group of `group_size` columns, without weight (null) times 1; the
-// weights of the next group lie `weight_step` further. With `centers` x is what is left of a group when its mean is taken
-// from it. In place allowed.
+// out = weight * x / sqrt(mean(x^2) + eps) + bias for each group of `group_size` columns, without weight (null) times 1,
+// without bias (null) plus nothing; those of the next group lie `weight_step` further. With `centers` x is what is left of a
+// group when its mean is taken from it. In place allowed.
 // Grid: (groups, rows); a block of whole warps takes one group.
 KERNEL(THREADS)
-rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int64_t out_stride, int group_size,
-         int weight_step, int centers, float eps, const int *n_rows) {
+rms_norm(const float *x, int64_t x_stride, const float *weight, const float *bias, float *out, int64_t out_stride,
+         int group_size, int weight_step, int centers, float eps, const int *n_rows) {
     begin_kernel();
     __shared__ float partial[THREADS / WARP];
     const int row = blockIdx.y;
@@ -125,6 +125,9 @@ rms_norm(const float *x, int64_t x_stride, const float *weight, float *out, int6
     const float mean = __fdiv_rn(block_sum(squares, partial), (float)group_size);
     const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
     float *result = out + row * out_stride + blockIdx.x * group_size;
-    for (int i = threadIdx.x; i < group_size; i += blockDim.x)
-        result[i] = (values[i] - center) * factor * (weight ? weight[blockIdx.x * weight_step + i] : 1.0f);
+    for (int i = threadIdx.x; i < group_size; i += blockDim.x) {
+        const int at = blockIdx.x * weight_step + i;
+        const float value = (values[i] - center) * factor * (weight ? weight[at] : 1.0f);
+        result[i] = bias ? value + bias[at] : value;
+    }
 }

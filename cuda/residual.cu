@@ -1,5 +1,5 @@
-// The residual stream and its norm: out = weight * x / sqrt(mean(x^2) + eps), and out in the forms that integer formats
-// take, for a whole row.
+// The residual stream and its norm: out = weight * x / sqrt(mean(x^2) + eps) + bias (null for none), and out in the forms
+// that integer formats take, for a whole row.
 //
 // Compiled for SOURCE, where x comes from (what is made is also kept in `sum`):
 //     0  a
@@ -87,7 +87,8 @@ template <int N> DEVICE void add(float (&x)[N], const float (&y)[N]) {
 
 KERNEL(THREADS)
 residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Experts experts, float *sum, int64_t sum_stride,
-     const float *weight, float eps, float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
+     const float *weight, const float *bias, float eps, float *out, int64_t out_stride, Forms forms, int n_cols,
+     const int *n_rows) {
     extern __shared__ __align__(16) float combined_row[];
     __shared__ float partial[32];
     __shared__ Ranks ranks;
@@ -168,6 +169,11 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
 #pragma unroll
         for (int i = 0; i < 8; i++)
             y[i] = !exists ? 0.0f : weight ? x[round][i] * factor * w[round][i] : x[round][i] * factor;
+        if (exists && bias) {
+            float added[8];
+            load_floats(bias + at, added);
+            add(y, added);
+        }
         if (exists)
             store_floats(out + row * out_stride + at, y);
         forms.store<FORMS>(y, row, at, n_cols);

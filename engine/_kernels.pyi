@@ -172,6 +172,7 @@ class Program:
         x: int,
         x_stride: int,
         weight: int,
+        bias: int,
         out: int,
         out_stride: int,
         n_groups: int,
@@ -181,10 +182,10 @@ class Program:
         eps: float,
         rows: int,
     ) -> None:
-        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps); in place allowed.
+        """Normalise each group of `group_size` columns: w * x / sqrt(mean(x^2) + eps) + bias; in place allowed.
 
         With `centers` x is what is left of the group when its mean is taken from it. weight is float32 [group_size]
-        with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`.
+        with a `weight_step` of 0, [n_groups, group_size] with one of `group_size`, and so is bias, or 0 for none.
         """
 
     def quantize(self, x: int, x_stride: int, n_cols: int, activation: int, out: int, rows: int) -> None:
@@ -404,6 +405,8 @@ class Program:
 
         With `skip`, float32 [n_v_heads], in place of beta it is a state-space model: q and k as they are, and with
         dt = softplus(alpha + dt_bias) S = exp(a dt) S + dt k v', out = S'q + skip v.
+
+        With 0 for beta, alpha, dt_bias and skip it is lightning attention: S = a S + k v', out = S'q.
         """
 
     def router(
@@ -424,6 +427,23 @@ class Program:
         """Choose experts: ids int32 and weights float32, both [max_tokens, n_experts_used], falling score, ties to the lower id.
 
         `bias` (or 0) is added to the scores for choosing only; groups as in DeepSeek-V3 (n_groups <= 1 = off).
+        """
+
+    def group_router(
+        self,
+        logits: int,
+        logits_stride: int,
+        ids: int,
+        group_ids: int,
+        weights: int,
+        n_experts: int,
+        n_experts_used: int,
+        group_size: int,
+    ) -> None:
+        """Choose the experts that groups share: group_ids = ids // group_size, and their weights.
+
+        All are [max_tokens, n_experts_used], weights float32: the softmax of the logits at `group_ids`, divided by their
+        sum.
         """
 
     def experts(

@@ -85,6 +85,7 @@ cdef extern from "kernels/ops.h":
     ctypedef struct rms_norm_args:
         matrix x, out
         const float *weight
+        const float *bias
         int group_size, weight_step
         bint centers
         float eps
@@ -154,6 +155,12 @@ cdef extern from "kernels/ops.h":
         int n_experts, n_experts_used, scoring, n_groups, n_groups_used
         c_bool normalize
         float scale
+    ctypedef struct group_router_args:
+        matrix logits
+        const int32_t *ids
+        int32_t *group_ids
+        float *weights
+        int n_experts, n_experts_used, group_size
     ctypedef struct kv_cache:
         uint8_t *keys
         uint8_t *values
@@ -246,6 +253,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_causal_conv(program *p, causal_conv_args args)
     int program_delta_net(program *p, delta_net_args args)
     int program_router(program *p, router_args args)
+    int program_group_router(program *p, group_router_args args)
     int program_experts(program *p, experts_args args, int down_activation)
     int program_combine(program *p, combine_args args)
     int program_select_outputs(program *p, select_outputs_args args)
@@ -694,6 +702,7 @@ cdef class Program:
         uintptr_t x,
         int64_t x_stride,
         uintptr_t weight,
+        uintptr_t bias,
         uintptr_t out,
         int64_t out_stride,
         int n_groups,
@@ -710,6 +719,7 @@ cdef class Program:
         cdef rms_norm_args args
         args.x = need_matrix("x", x, x_stride, n_groups * <int64_t> group_size)
         args.weight = <const float *> need_address("weight", weight)
+        args.bias = <const float *> bias
         args.out = need_matrix("out", out, out_stride, n_groups * <int64_t> group_size)
         args.group_size = group_size
         args.weight_step = weight_step
@@ -1080,7 +1090,11 @@ cdef class Program:
         args.k = need_matrix("k", k, qkv_stride, key_size).at
         args.v = need_matrix("v", v, qkv_stride, value_size).at
         args.qkv_stride = qkv_stride
-        need(bool(beta) != bool(skip), "expected beta, or skip in its place")
+        if alpha:
+            need(bool(beta) != bool(skip), "expected beta, or skip in its place")
+            need_address("dt_bias", dt_bias)
+        else:
+            need(not (beta or skip or dt_bias), "expected alpha, or neither it nor beta, skip and dt_bias")
         args.beta = need_matrix("beta", beta, beta_stride, n_v_heads) if beta else matrix(NULL, 0)
         args.skip = <const float *> skip
         need(
@@ -1091,10 +1105,12 @@ cdef class Program:
             decay_bound == 0 or (decay_bound < 0 and beta),
             f"decay_bound is {decay_bound}; expected 0, or with beta less",
         )
-        args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads * <int64_t> decay_dim)
+        args.alpha = matrix(NULL, 0)
+        if alpha:
+            args.alpha = need_matrix("alpha", alpha, alpha_stride, n_v_heads * <int64_t> decay_dim)
         args.out = need_matrix("out", out, out_stride, value_size)
         args.a = <const float *> need_address("a", a)
-        args.dt_bias = <const float *> need_address("dt_bias", dt_bias)
+        args.dt_bias = <const float *> dt_bias
         args.state = <float *> need_address("state", state)
         args.n_k_heads = n_k_heads
         args.n_v_heads = n_v_heads
@@ -1142,6 +1158,31 @@ cdef class Program:
         args.normalize = normalize
         args.scale = scale
         recorded(program_router(self._program, args))
+
+    def group_router(
+        self,
+        uintptr_t logits,
+        int64_t logits_stride,
+        uintptr_t ids,
+        uintptr_t group_ids,
+        uintptr_t weights,
+        int n_experts,
+        int n_experts_used,
+        int group_size,
+    ):
+        need_experts(n_experts, n_experts_used)
+        need(
+            group_size > 0 and n_experts % group_size == 0, f"{n_experts} experts cannot be groups of {group_size}"
+        )
+        cdef group_router_args args
+        args.logits = need_matrix("logits", logits, logits_stride, n_experts)
+        args.ids = <const int32_t *> need_address("ids", ids)
+        args.group_ids = <int32_t *> need_address("group_ids", group_ids)
+        args.weights = <float *> need_address("weights", weights)
+        args.n_experts = n_experts
+        args.n_experts_used = n_experts_used
+        args.group_size = group_size
+        recorded(program_group_router(self._program, args))
 
     cdef expert_matrix _expert_matrix(self, str name, entry, int n_cols, uintptr_t x, int64_t x_row_bytes) except *:
         cdef uintptr_t table, scale, bias

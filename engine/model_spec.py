@@ -17,18 +17,19 @@ class RopeSpec:
         sections: of multi-axis rotation (time, height, width, extra); empty for the plain kind.
         scaling: how the angles are stretched for contexts longer than the trained one.
         factor: by how much.
-        original_context_length: the trained context (YaRN).
+        original_context_length: the trained context (YaRN, LongRoPE).
         magnitude: factor of cosine and sine on top of YaRN's own.
         yarn_slope: YaRN's own factor is 1 + yarn_slope * ln(factor).
         yarn_fast, yarn_slow: turns over the trained context above which YaRN keeps a pair, below which it stretches it.
-        divides: whether frequencies are divided by those that the file has (`rope_freqs`), if it has any.
+        divides: whether frequencies are divided by those that the file has (`rope_freqs`, or `rope_factors_short` and
+            `rope_factors_long`), if it has any.
     """
 
     n_rot: int
     freq_base: float
     style: Literal["neox", "norm"] = "neox"
     sections: tuple[int, ...] = ()
-    scaling: Literal["none", "linear", "yarn"] = "none"
+    scaling: Literal["none", "linear", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_context_length: int = 0
     magnitude: float = 1.0
@@ -241,6 +242,9 @@ class MoESpec:
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
         latent_size: width of what experts take and give, where it is not that of the residual stream; 0: it is.
+        group_size: how many experts are in a group that shares one more (Grove); 0: there are no such groups.
+        group_ffn_size: width of what groups share.
+        group_scale: factor of what that adds.
         shared_suffix: how names of the shared expert's tensors end, before their last part.
         shared_sum_scale: factor of the sum of routed experts and the shared one.
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
@@ -258,6 +262,9 @@ class MoESpec:
     n_groups_used: int = 1
     weights_input: bool = False
     latent_size: int = 0
+    group_size: int = 0
+    group_ffn_size: int = 0
+    group_scale: float = 1.0
     shared_suffix: str = "_shexp"
     shared_sum_scale: float = 1.0
     limits: tuple[float, ...] = ()
@@ -284,12 +291,14 @@ class ModelSpec:
         context_length: tokens the model was trained for.
         norm_eps: epsilon of every normalisation.
         centers_norms: whether the mean of a row is taken from it when it is normalised (LayerNorm).
+        biased_norms: whether something is added to a row that has been normalised.
         attention: softmax attention of any kind.
         moe: the routed experts.
         recurrent_layers: for each layer, whether it carries a state instead of attention; empty: none does.
         delta_net, state_space, short_conv_kernel: how, if some do; the last is how many tokens a convolution sees.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
+        stream_scale: factor of the residual stream itself, wherever something is added to it.
         logit_cap: what logits are smoothly brought to within, by tanh; 0: they are not.
     """
 
@@ -309,5 +318,7 @@ class ModelSpec:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    stream_scale: float = 1.0
     logit_cap: float = 0.0
     centers_norms: bool = False
+    biased_norms: bool = False

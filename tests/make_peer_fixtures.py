@@ -63,6 +63,9 @@ class Peer:
         rope_divisors: whether there is a tensor that frequencies are divided by.
         n_still: pairs, the last ones, that this tensor keeps from turning.
         embedding_gain: how large the embeddings are.
+        long_divisors: whether there are two such tensors: for the trained context, and for a longer one.
+        biases: whether norms, attention and output matrix have biases.
+        group_width: of the experts that groups of two experts share; 0 for none.
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, and the others gate their attention.
@@ -70,6 +73,7 @@ class Peer:
         state_space_layers: those of other models.
         short_conv_layers: the blocks that convolve instead of attending.
         delta_layers: the blocks with a delta net whose channels decay apart.
+        lightning_layers: the blocks with lightning attention.
         bounded_decays: whether these decays are bounded, and one matrix stands where others have two of low rank.
         output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
@@ -106,6 +110,9 @@ class Peer:
     rope_divisors: bool = False
     n_still: int = 0
     embedding_gain: float = 1.0
+    long_divisors: bool = False
+    biases: bool = False
+    group_width: int = 0
     tied: bool = False
     sinks: tuple[int, ...] = ()
     recurrent: bool = False
@@ -113,6 +120,7 @@ class Peer:
     state_space_layers: tuple[int, ...] = ()
     short_conv_layers: tuple[int, ...] = ()
     delta_layers: tuple[int, ...] = ()
+    lightning_layers: tuple[int, ...] = ()
     bounded_decays: bool = False
     output_norm: str = "output_norm"
     expert_width: int = 0
@@ -186,6 +194,8 @@ LING_3 = MOE | {
     "expert_weights_norm": True,
     "expert_weights_scale": 2.5,
 }
+PHI = MOE | {"attention.sliding_window": 8, "rope.scaling.attn_factor": 1.25}
+PHI_PARTS = {"moe_layers": (0, 1), "long_divisors": True, "biases": True}
 PEERS = {
     "afmoe": Peer(
         "afmoe",
@@ -527,6 +537,15 @@ PEERS = {
         post_norms=("attn_output_norm", "layer_output_norm"),
         embedding_gain=0.01,
     ),
+    "grovemoe": Peer(
+        "grovemoe",
+        3,
+        MOE | {"expert_chunk_feed_forward_length": FFN, "experts_per_group": 2, "expert_group_scale": 0.6},
+        moe_layers=(0, 1, 2),
+        head_norm="head",
+        n_experts_used=3,
+        group_width=FFN,
+    ),
     "hunyuan-moe": Peer(
         "hunyuan-moe",
         2,
@@ -645,6 +664,14 @@ PEERS = {
         layer_kv_heads=(1, 2, 2),
         sinks=(1, 2),
     ),
+    "minimax-01": Peer(
+        "minimax-01",
+        3,
+        MOE | {"full_attention_interval": 2, "residual_scale": 1.7, "rope.dimension_count": 8},
+        moe_layers=(0, 1, 2),
+        head_dim=16,
+        lightning_layers=(0, 2),
+    ),
     "minimax-m2": Peer(
         "minimax-m2",
         3,
@@ -738,6 +765,8 @@ PEERS = {
         },
         kinds="saf",
     ),
+    "phimoe": Peer("phimoe", 2, PHI | {"rope.scaling.original_context_length": 4096}, **PHI_PARTS),
+    "phimoe-long": Peer("phimoe", 2, PHI | {"rope.scaling.original_context_length": 16}, **PHI_PARTS),
     "qwen3vlmoe": Peer(
         "qwen3vlmoe",
         2,
@@ -820,8 +849,15 @@ class Draw:
 def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=peer.embedding_gain * np.sqrt(HIDDEN))
     yield f"{peer.output_norm}.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
+    if peer.biases:
+        yield f"{peer.output_norm}.bias", draw.between(-0.3, 0.3, HIDDEN)
     if not peer.tied:
         yield "output.weight", draw.matrix(N_VOCAB, HIDDEN, gain=2.5)
+        if peer.biases:
+            yield "output.bias", draw.between(-1, 1, N_VOCAB)
+    if peer.long_divisors:
+        yield "rope_factors_short.weight", draw.between(1, 2, peer.head_dim // 2)
+        yield "rope_factors_long.weight", draw.between(4, 8, peer.head_dim // 2)
     if peer.rope_divisors:
         divisors = draw.between(1, 8, peer.head_dim // 2)
         divisors[len(divisors) - peer.n_still :] = 1e30
@@ -837,11 +873,15 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "attn_norm.weight", draw.norm(HIDDEN)
+    if peer.biases:
+        yield "attn_norm.bias", draw.between(-0.3, 0.3, HIDDEN)
     if peer.kinds:
         yield from one_kind(peer, layer, draw)
         return
     if peer.ffn_norm:
         yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
+        if peer.biases:
+            yield f"{peer.ffn_norm}.bias", draw.between(-0.3, 0.3, HIDDEN)
     if peer.experts_norm:
         yield f"{peer.experts_norm}.weight", draw.norm(HIDDEN)
     for name in peer.post_norms:
@@ -855,6 +895,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from short_conv(draw)
     elif layer in peer.delta_layers:
         yield from kimi_delta_attention(peer, draw)
+    elif layer in peer.lightning_layers:
+        yield from lightning_attention(peer, draw)
     else:
         yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer in peer.indexer_layers:
@@ -874,6 +916,10 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         for part in ("gate", "up"):
             yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
     yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
+    if peer.group_width:
+        for part in ("gate", "up"):
+            yield f"ffn_{part}_chexps.weight", draw.matrix(N_EXPERTS // 2, peer.group_width, HIDDEN)
+        yield "ffn_down_chexps.weight", draw.matrix(N_EXPERTS // 2, HIDDEN, peer.group_width)
     if peer.shared_size:
         yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts)
     if peer.dense_size:
@@ -961,7 +1007,11 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
     else:
         for part, size in sizes.items():
             yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
+            if peer.biases:
+                yield f"attn_{part}.bias", draw.between(-0.5, 0.5, size)
     yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim)
+    if peer.biases:
+        yield "attn_output.bias", draw.between(-0.5, 0.5, HIDDEN)
     if layer in peer.sinks:
         yield "attn_sinks.weight", draw.between(-1, 1, n_heads)
     if peer.attention_gate:
@@ -1027,6 +1077,14 @@ def kimi_delta_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarr
     yield "ssm_a", draw.between(0.5, 3, N_HEADS, 1) if peer.bounded_decays else draw.between(-2, -0.1, N_HEADS, 1)
     yield "ssm_norm.weight", draw.norm(KDA_DIM)
     yield "attn_output.weight", draw.matrix(HIDDEN, size, gain=0.5)
+
+
+def lightning_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    size = N_HEADS * peer.head_dim
+    yield "attn_norm_2.weight", draw.norm(size)
+    yield "attn_qkv.weight", draw.matrix(3 * size, HIDDEN)
+    yield "attn_gate.weight", draw.matrix(size, HIDDEN)
+    yield "attn_output.weight", draw.matrix(HIDDEN, size)
 
 
 def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None:

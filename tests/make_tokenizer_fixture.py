@@ -1,8 +1,9 @@
-"""Makes `tests/data/tokenizers/gemma4.json`: a small vocabulary of the kind that Gemma 4 has, and llama.cpp's ids.
+"""Makes files of `tests/data/tokenizers`: small vocabularies of kinds that the golden set lacks, and llama.cpp's ids.
 
-The other files of that folder come from the golden set, which has none of this kind. Run by hand:
-`pip install llama-cpp-python gguf tokenizers`, then `python tests/make_tokenizer_fixture.py`. The merges are learned
-from this repository's own documents, over whole lines, so that tokens go across words.
+Run by hand: `pip install llama-cpp-python gguf tokenizers`, then `python tests/make_tokenizer_fixture.py [NAME ...]`.
+gemma4 is of the kind that Gemma 4 has; its merges are learned from this repository's own documents, over whole lines,
+so that tokens go across words. phi-3 is `tiny-spm` under a name of that family, whose special tokens take the white
+space behind them with them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import json
 import random
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
@@ -20,7 +23,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 HERE = Path(__file__).resolve().parent
-OUT = HERE / "data" / "tokenizers" / "gemma4.json"
+OUT = HERE / "data" / "tokenizers"
 N_TOKENS, MOST_LINE_ENDS, MOST_SPACES = 900, 4, 3
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPECIAL = {
@@ -34,14 +37,15 @@ SPECIAL = {
     "<|channel>": USER_DEFINED,
     "</s>": NORMAL,
 }
+PHI_SPECIAL = {"<|endoftext|>": CONTROL, "<|assistant|>": CONTROL, "<|end|>": CONTROL, "<|user|>": USER_DEFINED}
 PARTS = (
     *("the expert", " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "x" * 9, "<0x0A>"),
     *("\u00e9", "e\u0301", "\u65e5\u672c", "\U0001f680", "\u2581"),
 )
 
 
-def metadata() -> dict[str, object]:
-    """The vocabulary, by the keys of a GGUF file."""
+def gemma() -> dict[str, object]:
+    """A vocabulary, by the keys of a GGUF file."""
     lines = [
         line.replace(" ", "\u2581")
         for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
@@ -69,9 +73,21 @@ def metadata() -> dict[str, object]:
     }
 
 
-def texts() -> list[str]:
+def phi() -> dict[str, object]:
+    values = json.loads((OUT / "tiny-spm.json").read_text(encoding="utf-8"))["metadata"]
+    values["tokenizer.ggml.tokens"] += PHI_SPECIAL
+    values["tokenizer.ggml.scores"] += [-1000.0] * len(PHI_SPECIAL)
+    values["tokenizer.ggml.token_type"] += PHI_SPECIAL.values()
+    del values["tokenizer.chat_template"]
+    return values | {"general.name": "Tiny Phi-3.5 MoE"}
+
+
+VOCABULARIES = {"gemma4": (gemma, SPECIAL), "phi-3": (phi, ["<unk>", "<s>", "</s>", *PHI_SPECIAL])}
+
+
+def texts(special: Iterable[str]) -> list[str]:
     rng = random.Random(0)
-    made = ["".join(rng.choices((*PARTS, *SPECIAL), k=rng.randint(2, 9))) for _ in range(60)]
+    made = ["".join(rng.choices((*PARTS, *special), k=rng.randint(2, 9))) for _ in range(60)]
     lines = (HERE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()
     return [*made, *("\n" * n for n in range(1, 10)), *(" " * n for n in range(1, 8)), "\n".join(lines[2:12])]
 
@@ -86,9 +102,9 @@ def write_vocabulary(path: Path, values: dict[str, object]) -> None:
     writer.close()
 
 
-def main() -> None:
-    llama_cpp.llama_backend_init()
-    values = metadata()
+def make(name: str) -> None:
+    source, special = VOCABULARIES[name]
+    values = source()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         write_vocabulary(path, values)
@@ -109,11 +125,13 @@ def main() -> None:
         "n_vocab": n_vocab,
         "eos": llama_cpp.llama_vocab_eos(vocab),
         "eog": [i for i in range(n_vocab) if llama_cpp.llama_vocab_is_eog(vocab, i)],
-        "cases": [{"text": text, "ids": ids(text, False), "ids_special": ids(text, True)} for text in texts()],
+        "cases": [{"text": text, "ids": ids(text, False), "ids_special": ids(text, True)} for text in texts(special)],
         "metadata": values,
     }
-    OUT.write_text(json.dumps(golden, ensure_ascii=False) + "\n", encoding="utf-8")
+    (OUT / f"{name}.json").write_text(json.dumps(golden, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    llama_cpp.llama_backend_init()
+    for chosen in sys.argv[1:] or VOCABULARIES:
+        make(chosen)

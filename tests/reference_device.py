@@ -21,8 +21,9 @@ SMALLEST_SUM = 2.0**-14  # of router weights, before they are divided by it
 class ReferenceProgram:
     """Holds one sequence; `run` appends tokens to it and returns the logits of all of them."""
 
-    def __init__(self, graph: Graph, weights: WeightAccess) -> None:
+    def __init__(self, graph: Graph, weights: WeightAccess, context_length: int = 512) -> None:
         self.graph = graph
+        self.context_length = context_length
         self._weights = weights
         self._dense: dict[str, np.ndarray] = {}
         self.keys: dict[object, np.ndarray] = {}
@@ -74,6 +75,8 @@ class ReferenceProgram:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps)
         if op.weight is not None:
             x = x * self.vector(op.weight).reshape(-1, op.group_size)
+        if op.bias is not None:
+            x = x + self.vector(op.bias).reshape(-1, op.group_size)
         self[op.out] = x.reshape(len(x), -1)
 
     def linear(self, op: ops.Linear) -> None:
@@ -120,8 +123,9 @@ class ReferenceProgram:
         x = self[op.x].reshape(len(self.token_ids), op.n_heads, op.head_dim).copy()
         n_pairs = len(op.frequencies)
         frequencies = op.frequencies.astype(np.float64)
-        if op.divisors is not None:
-            frequencies = frequencies / self.vector(op.divisors)
+        divisors = op.divisors_of(self.context_length)
+        if divisors is not None:
+            frequencies = frequencies / self.vector(divisors)
         angle = self.positions[:, None, None] * frequencies
         cos, sin = np.cos(angle) * op.magnitude, np.sin(angle) * op.magnitude
         if op.style == RopeStyle.NEOX:
@@ -183,16 +187,19 @@ class ReferenceProgram:
         n, n_k, n_v = len(self.token_ids), op.n_k_heads, op.n_v_heads
         q, k = (self[t].reshape(n, n_k, -1) for t in (op.q, op.k))
         v = self[op.v].reshape(n, n_v, -1)
-        x, a = self[op.alpha] + self.vector(op.dt_bias), self.vector(op.a)[:, None]
-        dt, by_head = np.logaddexp(0, x), (n, n_v, -1)  # one decay for each, or one for each of its channels
-        exponent = op.decay_bound * _sigmoid(a * x.reshape(by_head)) if op.decay_bound else a * dt.reshape(by_head)
-        decay = np.exp(exponent)[:, :, None]
+        if op.alpha is None:
+            dt, decay = np.ones((n, n_v)), np.tile(op.decays.astype(np.float64)[:, None, None], (n, 1, 1, 1))
+        else:
+            x, a = self[op.alpha] + self.vector(op.dt_bias), self.vector(op.a)[:, None]
+            dt, by_head = np.logaddexp(0, x), (n, n_v, -1)  # one decay for each, or one for each of its channels
+            exponent = op.decay_bound * _sigmoid(a * x.reshape(by_head)) if op.decay_bound else a * dt.reshape(by_head)
+            decay = np.exp(exponent)[:, :, None]
         recalls = op.beta is not None
         if op.beta is not None:
             q, k = (t / np.sqrt((t**2).sum(-1, keepdims=True) + op.eps) for t in (q, k))
             q, rate, skip = q / math.sqrt(q.shape[-1]), _sigmoid(self[op.beta]), np.zeros_like(v)
         else:
-            rate, skip = dt, self.vector(op.skip)[:, None] * v
+            rate, skip = dt, 0 * v if op.skip is None else self.vector(op.skip)[:, None] * v
         key_head = np.arange(n_v) // (n_v // n_k) if op.grouped else np.arange(n_v) % n_k
         state = self.states.get(op.state, np.zeros((n_v, v.shape[-1], k.shape[-1])))
         outs = []
@@ -220,6 +227,12 @@ class ReferenceProgram:
         if op.normalize:
             weights = weights / np.maximum(weights.sum(-1, keepdims=True), SMALLEST_SUM)
         self[op.out.ids], self[op.out.weights] = ids, weights * op.scale
+
+    def group_router(self, op: ops.GroupRouter) -> None:
+        ids = self[op.routing.ids].astype(int) // op.group_size
+        weights = np.take_along_axis(_softmax(self[op.logits]), ids, axis=-1)
+        weights = weights / np.maximum(weights.sum(-1, keepdims=True), SMALLEST_SUM)
+        self[op.out.ids], self[op.out.weights] = ids, weights
 
     def run_experts(self, op: ops.Experts) -> None:
         weights, biases = (op.gate, op.up, op.down), (op.gate_bias, op.up_bias, op.down_bias)
@@ -307,6 +320,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,
     ops.Router: ReferenceProgram.router,
+    ops.GroupRouter: ReferenceProgram.group_router,
     ops.Experts: ReferenceProgram.run_experts,
     ops.Combine: ReferenceProgram.combine,
     ops.SelectOutputs: ReferenceProgram.select_outputs,

@@ -46,6 +46,7 @@ KERNELS = [
     ("gate.cu", ("GATING=1", "LIMIT=0.0f", "PER_HEAD=0", "HEAD_SIZE=128", "FORMS=1")),
     ("gate.cu", ("GATING=5", "LIMIT=0.0f", "PER_HEAD=0", "HEAD_SIZE=0", "FORMS=3")),
     ("gate.cu", ("GATING=2", "LIMIT=7.0f", "PER_HEAD=1", "HEAD_SIZE=0", "FORMS=2")),
+    ("group_router.cu", ()),
     ("router.cu", ("N_EXPERTS=256", "SCORING=1", "N_GROUPS=8")),
     ("attention_inputs.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0")),
     ("attention_inputs.cu", ("KV_TYPE=1", "KEY_DIM=128", "VALUE_DIM=0", "SHARED=1")),

@@ -63,6 +63,13 @@ def test_a_layer_norm_is_one_launch_with_the_sum_before_it(data) -> None:
     assert [norm.centers for norm in (*alone, *(item.norm for item in sums))] == [True] * 5
 
 
+def test_norms_with_biases_are_one_launch_with_the_sum_before_them(data) -> None:
+    items = groups(data / "peers" / "phimoe-F32.gguf")
+    norms = [item.norm for item in items if isinstance(item, fusion.SumAndNorm)]
+    assert len(norms) == 3
+    assert all(norm.bias for norm in norms)
+
+
 @pytest.mark.parametrize("name", ["cohere2moe", "granite_swa"])
 def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str) -> None:
     """Its gate and up are matrices of their own, or rows of one."""

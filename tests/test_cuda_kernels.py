@@ -447,6 +447,12 @@ def test_elementwise_operations(mode: str) -> None:
         groups -= groups.mean(-1, keepdims=True)
         expected = groups / np.sqrt((groups**2).mean(-1, keepdims=True) + 1e-6) * columns
         assert out == pytest.approx(expected.reshape(n_rows, -1), rel=1e-5, abs=1e-6)
+        biases = rng.standard_normal((3, 100)).astype(F32)
+        launch = elementwise.rms_norm(
+            *rows, 3, 100, 1e-6, count, weight_step=100, centers=True, bias=emulator.at(biases)
+        )
+        emulator.run(launch, order, seed)
+        assert out == pytest.approx((expected + biases).reshape(n_rows, -1), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("style", RopeStyle)
@@ -531,10 +537,10 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
 def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight: bool, centers: bool) -> None:
     rng, emulator, n_rows = np.random.default_rng(3), Emulator(mode), 3
     x, y = ((rng.standard_normal((n_rows, n_cols)) + 0.5).astype(F32) for _ in range(2))
-    weight = rng.standard_normal(n_cols).astype(F32)
+    weight, bias = (rng.standard_normal(n_cols).astype(F32) for _ in range(2))
     wanted = [Activation.Q8_32] + [Activation.Q8_256] * (n_cols % 256 == 0)
     for order, seed in SCHEDULES:
-        for added in (y, None):
+        for added, has_bias in ((y, False), (None, False), (y, True)):
             total, out = np.zeros_like(x), np.zeros_like(x)
             forms, made = make_forms(emulator, n_rows, n_cols, *wanted)
             launch = kernels.residual(
@@ -548,12 +554,14 @@ def test_the_norm_of_a_sum_comes_in_all_forms(mode: str, n_cols: int, has_weight
                 emulator.rows(out),
                 forms,
                 centers=centers,
+                bias=emulator.at(bias) if has_bias else 0,
             )
             emulator.run(launch, order, seed)
             assert same_bits(total, np.zeros_like(x) if added is None else x + added)
             summed = (x if added is None else total).astype(np.float64)
             summed -= centers * summed.mean(-1, keepdims=True)
             expected = summed / np.sqrt((summed**2).mean(-1, keepdims=True) + 1e-6) * (weight if has_weight else 1)
+            expected += has_bias * bias
             assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
             check_forms(out, made)
 
@@ -670,6 +678,25 @@ def test_router(
     logits[:] = np.nan  # whatever the weights are then, the ids must be ids, each once
     run()
     assert all(len(set(row)) == n_used and min(row) >= 0 and max(row) < n_experts for row in ids.tolist())
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(("n_groups", "group_size", "n_used"), [(21, 2, 6), (33, 3, 35), (2, 4, 2)])
+def test_group_router(mode: str, n_groups: int, group_size: int, n_used: int) -> None:
+    rng, emulator, n_experts = np.random.default_rng(7), Emulator(mode), n_groups * group_size
+    logits = rng.standard_normal((3, n_experts)).astype(F32)
+    logits[2, :n_groups] -= 20  # nobody who is shared has a score that counts
+    ids = np.stack([rng.permutation(n_experts)[:n_used] for _ in logits]).astype(np.int32)
+    group_ids, weights = np.zeros_like(ids), np.zeros(ids.shape, F32)
+    x = logits.astype(np.float64)
+    expected = np.take_along_axis(np.exp(x) / np.exp(x).sum(-1, keepdims=True), ids // group_size, -1)
+    expected /= np.maximum(expected.sum(-1, keepdims=True), 2.0**-14)
+    for order, seed in SCHEDULES:
+        to = emulator.at(ids), emulator.at(group_ids), emulator.at(weights)
+        launch = kernels.group_router(emulator.rows(logits), *to, n_experts, n_used, group_size, emulator.count(3))
+        emulator.run(launch, order, seed)
+        assert (group_ids == ids // group_size).all()
+        assert weights == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
@@ -1087,6 +1114,9 @@ def test_heads_have_matrices_of_their_own(name: str) -> None:
         (128, 64, 2, 4, True, "state space", 0.0, (2, 30), "fast"),
         (16, 12, 1, 2, True, "state space", 0.0, (17, 3), "asan"),
         (32, 8, 2, 4, True, "state space", 0.0, (21, 20), "race"),
+        (128, 128, 3, 3, True, "lightning", 0.0, (2, 30), "fast"),
+        (20, 12, 2, 2, True, "lightning", 0.0, (17, 3), "asan"),
+        (32, 8, 2, 2, True, "lightning", 0.0, (21, 20), "race"),
     ],
 )
 def test_recurrent_layers(
@@ -1100,8 +1130,9 @@ def test_recurrent_layers(
     lengths: tuple[int, int],
     mode: str,
 ) -> None:
-    """Two sequences in one step: one goes on from its state, the other begins. Delta nets and state-space models."""
-    is_delta, decay_dim = kind != "state space", k_dim if kind == "channels" else 1
+    """Two sequences in one step: one goes on from its state, the other begins."""
+    is_delta, is_lightning = kind in {"delta", "channels"}, kind == "lightning"
+    decay_dim = k_dim if kind == "channels" else 1
     rng, emulator = np.random.default_rng(8), Emulator(mode)
     slots = np.repeat(np.array([1, 0], np.int32), lengths)
     positions = np.concatenate([np.arange(4, 4 + lengths[0]), np.arange(lengths[1])]).astype(np.int32)
@@ -1116,7 +1147,7 @@ def test_recurrent_layers(
     old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
     beta, alpha = (rng.standard_normal((n_tokens, n_v_heads * n)).astype(F32) for n in (1, decay_dim))
     a, dt_bias = (rng.standard_normal(n_v_heads * n).astype(F32) for n in (1, decay_dim))
-    a = np.exp(a) if bound else -np.exp(a)
+    a = np.exp(a) if bound else np.exp(-np.exp(a)) if is_lightning else -np.exp(a)
 
     expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
     for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
@@ -1135,6 +1166,8 @@ def test_recurrent_layers(
     shifted = (alpha + dt_bias).reshape(n_tokens, n_v_heads, decay_dim)
     dt = np.logaddexp(0, shifted)
     decay = np.exp(bound * sigmoid(a[:, None] * shifted) if bound else a[:, None] * dt)
+    if is_lightning:
+        dt, decay, skip = np.ones_like(dt), np.broadcast_to(a[:, None], dt.shape), 0 * skip
     new_state = old_state.astype(np.float64)
     new_state[0] = 0
     expected = []
@@ -1165,10 +1198,10 @@ def test_recurrent_layers(
             qkv.address + 8 * n_k,
             qkv.stride,
             emulator.rows(beta) if is_delta else None,
-            emulator.rows(alpha),
+            None if is_lightning else emulator.rows(alpha),
             emulator.at(a),
-            emulator.at(dt_bias),
-            0 if is_delta else emulator.at(skip),
+            0 if is_lightning else emulator.at(dt_bias),
+            0 if is_delta or is_lightning else emulator.at(skip),
             emulator.at(state),
             emulator.rows(out),
             n_k_heads,

@@ -14,6 +14,10 @@ from model_runner import ModelRunner
 
 from engine import _kernels
 from engine.devices import graph as ops
+from engine.devices.footprint import measure
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
+from engine.devices.traffic import count_weights
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf import SyntheticModel, WeightMemory
 from engine.gguf.metadata import Metadata
@@ -57,10 +61,14 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
+        ("minimax-01", "attention.key_length", 264, r"attention.key_length is 264; this version computes at most 256"),
         ("minimax-m2", "expert_gating_func", 4, r"expert_gating_func is 4; .* 1 \(softmax\), 2 \(sigmoid\) and 3"),
+        ("grovemoe", "experts_per_group", 3, r"experts_per_group is 3; expected a divisor of expert_count \(8\)"),
+        ("grovemoe", "experts_per_group", 4, r"experts_per_group is 4; expected as many groups as experts are used"),
+        ("grovemoe", "expert_group_count", 2, r"expert_group_count is 2; this version needs 1"),
         ("minimax-m2", "expert_count", 0, r"has a router \(blk.0.ffn_gate_inp.weight\) but no expert_count"),
         ("minimax-m2", "expert_used_count", 9, r"expert_used_count is 9; expected at most expert_count \(8\)"),
-        ("llama", "rope.scaling.type", "longrope", "'longrope'; this version knows none, linear and yarn"),
+        ("llama", "rope.scaling.type", "ntk", "'ntk'; this version knows none, linear, yarn and longrope"),
         ("llama", "attention.head_count_kv", 3, "head_count_kv is 3; expected a divisor of attention.head_count"),
         ("bailingmoe2", "expert_group_count", 3, "expert_group_count is 3; expected a divisor of expert_count"),
         ("bailingmoe2", "expert_group_count", 8, "expert_group_count is 8; expected groups that hold 2 experts"),
@@ -224,6 +232,29 @@ def test_a_limit_of_0_clamps_nothing(peer, tmp_path: Path) -> None:
     assert sum(isinstance(op, ops.Clamp) for op in load(parts, tmp_path).graph.operations) == 2
     parts.values["dbrx.attention.clamp_kqv"] = 0.0
     assert not any(isinstance(op, ops.Clamp) for op in load(parts, tmp_path).graph.operations)
+
+
+def test_long_rope_needs_both_sets_of_divisors(peer, tmp_path: Path) -> None:
+    parts = without_tensors(peer("phimoe"), "factors_long.weight")
+    with pytest.raises(GGUFError, match=r"tensor rope_factors_long.weight is missing"):
+        load(parts, tmp_path)
+    parts = without_tensors(parts, "factors_short.weight")
+    ropes = [op for op in load(parts, tmp_path).graph.operations if isinstance(op, ops.Rope)]
+    assert {(op.divisors, op.magnitude) for op in ropes} == {((), 1.25)}
+    parts.values["phimoe.rope.scaling.type"] = "longrope"
+    with pytest.raises(GGUFError, match=r"tensor rope_factors_short.weight is missing"):
+        load(parts, tmp_path)
+
+
+def test_experts_that_groups_share_are_no_layer_of_the_cache(data: Path) -> None:
+    """They are dense weights, of which a token reads some; a MoE layer is counted once."""
+    with GGUFFile.open(data / "peers" / "grovemoe-F32.gguf") as file:
+        graph = load_model(file).graph
+    footprint, traffic = measure(graph, Limits(64, 1, 256, KVType.F16)), count_weights(graph)
+    assert len(graph.routings) == len(footprint.expert_bytes) == traffic.expert_layers == 3
+    shared = 3 * 4 * 32 * 32 * 4  # matrices and experts of a layer
+    assert footprint.idle_bytes == 3 * shared // 4  # three of four are used
+    assert footprint.read_bytes + footprint.chosen_bytes == traffic.token_bytes - 32 * 4  # that is a row of embeddings
 
 
 def test_without_a_shared_expert_nothing_is_halved(peer, tmp_path: Path) -> None:

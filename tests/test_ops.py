@@ -99,19 +99,23 @@ def test_embed(seed: int, n: int, table: tuple[str, int], scale: float) -> None:
 
 
 @few
-@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), st.booleans(), st.booleans(), st.booleans())
-def test_rms_norm(seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool, centers: bool) -> None:
-    x, weight = normal(seed, n, n_groups * size) * 3 + 1, normal(seed + 1, n_groups if of_columns else 1, size)
+@given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), *[st.booleans()] * 4)
+def test_rms_norm(
+    seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool, centers: bool, has_bias: bool
+) -> None:
+    x = normal(seed, n, n_groups * size) * 3 + 1
+    weight, bias = (normal(seed + i, n_groups if of_columns else 1, size) for i in (1, 2))
 
     def record(program: k.Program, at) -> None:
         out = at.x if in_place else at.out
-        program.rms_norm(*at.x, at.weight, *out, n_groups, size, size * of_columns, centers, 1e-5, k.ROWS_TOKENS)
+        vectors, sizes = (at.weight, at.bias * has_bias), (n_groups, size, size * of_columns)
+        program.rms_norm(*at.x, *vectors, *out, *sizes, centers, 1e-5, k.ROWS_TOKENS)
 
     grouped = f64(x).reshape(n, n_groups, size)
     grouped -= centers * grouped.mean(-1, keepdims=True)
-    exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight
-    name = "x" if in_place else "out"
-    case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, {"weight": weight}, results=(name,))
+    exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight + has_bias * bias
+    name, vectors = "x" if in_place else "out", {"weight": weight, "bias": bias}
+    case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, vectors, results=(name,))
     case.check({name: exact.reshape(n, -1)})
 
 
@@ -522,6 +526,27 @@ def test_router(seed, n, groups, group_size, n_used, scoring, with_bias, normali
     case.check({"ids": ids, "weights": weights})
 
 
+@more
+@given(seeds, token_counts, st.integers(1, 40), st.integers(1, 4), st.integers(1, 6))
+def test_group_router(seed: int, n: int, n_groups: int, group_size: int, n_used: int) -> None:
+    random, n_experts = np.random.default_rng(seed), n_groups * group_size
+    n_used = min(n_used, n_experts)
+    logits = (normal(seed, n, n_experts) * 5).astype(np.float32)
+    ids = np.stack([random.permutation(n_experts)[:n_used] for _ in range(n)]).astype(np.int32)
+
+    def record(program: k.Program, at) -> None:
+        results = at.group_ids[0], at.weights[0]
+        program.group_router(*at.logits, at.ids[0], *results, n_experts, n_used, group_size)
+
+    outputs = {"group_ids": (n_used, np.int32), "weights": (n_used, np.float32)}
+    group_ids = ids // group_size
+    weights = np.take_along_axis(softmax(f64(logits)), group_ids, axis=-1)
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 2.0**-14)
+    inputs, packed = {"logits": logits, "ids": ids}, ("ids", *outputs)
+    case = Case(record, inputs, outputs, packed=packed, results=tuple(outputs))
+    case.check({"group_ids": group_ids, "weights": weights})
+
+
 def test_equal_scores_go_to_the_lower_ids() -> None:
     logits = np.array([[1, 3, 3, 0, 3, 1]], np.float32)
     found = run_router(logits, None, 4, k.SCORE_SOFTMAX).run()
@@ -906,12 +931,13 @@ def test_causal_conv(
     st.sampled_from([(1, 1), (2, 4), (1, 3)]),
     st.sampled_from([(16, 16), (12, 20), (32, 8)]),
     st.booleans(),
-    st.sampled_from(["delta", "channels", "state space"]),
+    st.sampled_from(["delta", "channels", "state space", "lightning"]),
     st.sampled_from([0.0, -5.0, -0.25]),
 )
 def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, kind: str, bound: float) -> None:
-    """The gated delta rule, with a decay for each head or each channel of its key, or a state-space model."""
-    (n_k, n_v), (k_dim, v_dim), is_delta = heads, dims, kind != "state space"
+    """The gated delta rule, with a decay for each head or each channel of its key, a state-space model, or less."""
+    (n_k, n_v), (k_dim, v_dim), is_delta = heads, dims, kind in {"delta", "channels"}
+    is_lightning = kind == "lightning"
     bound = bound if is_delta else 0.0
     decay_dim = k_dim if kind == "channels" else 1
     slots = np.repeat(np.arange(len(lengths)), lengths)
@@ -919,7 +945,7 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
     qkv = normal(seed, n, 2 * key + value)
     beta, alpha = normal(seed + 1, n, n_v), normal(seed + 2, n, n_v * decay_dim)
     a, dt_bias, skip = np.abs(normal(seed + 3, n_v)), normal(seed + 4, n_v * decay_dim), normal(seed + 5, n_v)
-    a = a if bound else -a
+    a = a if bound else np.exp(-a) if is_lightning else -a
 
     def record(program: k.Program, at) -> None:
         address, stride = at.qkv
@@ -929,10 +955,10 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
             address + 8 * key,
             stride,
             *(at.beta if is_delta else (0, 0)),
-            *at.alpha,
+            *((0, 0) if is_lightning else at.alpha),
             at.a,
-            at.dt_bias,
-            0 if is_delta else at.skip,
+            0 if is_lightning else at.dt_bias,
+            0 if is_delta or is_lightning else at.skip,
             at.state,
             *at.out,
             n_k,
@@ -955,6 +981,8 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
     rates, shifted = f64(a)[:, None], (f64(alpha) + dt_bias).reshape(n, n_v, decay_dim)
     dt = np.logaddexp(0, shifted)
     decay = np.exp(bound * sigmoid(rates * shifted) if bound else rates * dt)
+    if is_lightning:
+        dt, decay, skip = np.ones_like(dt), np.broadcast_to(rates, dt.shape), 0 * skip
     exact, state = [], np.zeros((n_v, k_dim, v_dim))
     for t in range(n):
         if t == 0 or slots[t] != slots[t - 1]:

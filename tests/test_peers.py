@@ -97,6 +97,18 @@ def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, 
             assert np.array_equal(other.forward.run(1, tokens[start:], start, "all"), expected[start:])
 
 
+def test_phi_rotates_by_the_length_of_its_context(data: Path) -> None:
+    """Up to the trained context with the short divisors, beyond it with the long ones from the first token on."""
+    logits = {}
+    for context_length in (16, 17):
+        with ModelRunner(data / "peers" / "phimoe-long-F32.gguf", context_length=context_length) as runner:
+            tokens = list(range(16))
+            logits[context_length] = runner.logits(tokens)
+            program = ReferenceProgram(runner.model.graph, runner.weights, context_length)
+            assert np.abs(logits[context_length] - program.run(tokens)).max() < 1e-4
+    assert np.abs(logits[16] - logits[17]).max() > 0.1
+
+
 def test_llama4_beyond_one_chunk(data: Path) -> None:
     """Attention in chunks of 8192 tokens, and queries scaled by position from there on."""
     references = data / "peers" / "llama4-F32.npz"

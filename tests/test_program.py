@@ -109,7 +109,7 @@ def test_the_lowest_limit_of_all_operations_counts(embedding):
 A, B, C = 1 << 20, 2 << 20, 3 << 20  # addresses that are never followed
 FINE = {
     "embed": (A, 0, 10, 8, B, 8, 1.0),
-    "rms_norm": (A, 8, C, B, 8, 2, 4, 0, False, 1e-6, 0),
+    "rms_norm": (A, 8, C, 0, B, 8, 2, 4, 0, False, 1e-6, 0),
     "quantize": (A, 256, 256, 1, B, 0),
     "linear": (A, 32, 8, [(B, 0, 4, C, 4, 0, 0)], 0),
     "add": (A, 8, B, 8, C, 8, 8, 0),
@@ -125,6 +125,7 @@ FINE = {
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
     "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, 1, 0.0, True, 1e-6),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
+    "group_router": (A, 16, B, C, C, 16, 4, 2),
     "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
     "select_outputs": (A, 8, B, 8, 8),
@@ -140,9 +141,9 @@ BAD = [
     ("rms_norm", 0, A + 2, "expected one of float32 values"),
     ("rms_norm", 1, 7, "the stride of x is 7"),
     ("rms_norm", 2, 0, "the address of weight is 0"),
-    ("rms_norm", 5, 0, "n_groups is 0"),
-    ("rms_norm", 7, 3, "weight_step is 3; expected 0 or 4"),
-    ("rms_norm", 10, 2, "rows is 2; expected 0 to 1"),
+    ("rms_norm", 6, 0, "n_groups is 0"),
+    ("rms_norm", 8, 3, "weight_step is 3; expected 0 or 4"),
+    ("rms_norm", 11, 2, "rows is 2; expected 0 to 1"),
     ("quantize", 2, 255, "255 values are not whole groups of 256"),
     ("quantize", 3, 3, "activation is 3"),
     ("quantize", 4, 0, "the address of out is 0"),
@@ -190,6 +191,8 @@ BAD = [
     ("delta_net", 16, 0, "k_dim is 0"),
     ("delta_net", 3, 63, "the stride of v is 63"),
     ("delta_net", 10, A, "expected beta, or skip in its place"),
+    ("delta_net", 6, 0, "expected alpha, or neither it nor beta, skip and dt_bias"),
+    ("delta_net", 9, 0, "the address of dt_bias is 0"),
     ("delta_net", 18, 2, r"decay_dim is 2; expected 1, or with beta k_dim \(16\)"),
     ("delta_net", 19, 0.5, "decay_bound is 0.5; expected 0, or with beta less"),
     ("delta_net", 11, 0, "the address of state is 0"),
@@ -198,6 +201,9 @@ BAD = [
     ("router", 7, 3, "scoring is 3"),
     ("router", 8, 5, "16 experts cannot be 5 groups"),
     ("router", 9, 5, "5 groups of 4 are used"),
+    ("group_router", 2, 0, "the address of ids is 0"),
+    ("group_router", 6, 17, "17 experts of 16 are used"),
+    ("group_router", 7, 3, "16 experts cannot be groups of 3"),
     ("experts", 1, 31, "the row bytes of x for gate is 31"),
     ("experts", 3, 31, "the row bytes of x for up is 31"),
     ("experts", 4, 0, "the address of ids is 0"),
@@ -310,9 +316,9 @@ class Memory:
         elif name == "scale" and b != c:
             program.scale(*at[a], *at[b], *at[c], WIDTH, 0.5, rows)
         elif name == "norm of rows":
-            program.rms_norm(*at[a], vector, *at[c], 1, WIDTH, 0, False, 1e-6, rows)
+            program.rms_norm(*at[a], vector, vector, *at[c], 1, WIDTH, 0, False, 1e-6, rows)
         elif name == "norm of heads":
-            program.rms_norm(*at[a], vector, *at[c], 4, 16, 0, True, 1e-6, rows)
+            program.rms_norm(*at[a], vector, 0, *at[c], 4, 16, 0, True, 1e-6, rows)
         elif name == "linear":
             program.quantize(*at[a], WIDTH, 2, self.quantized.ctypes.data, rows)
             ggml_type, weights = BY_NAME["Q8_0"].ggml_type, self.weights.ctypes.data

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_mutations import parts_of
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import EngineSettings, ModelSettings
@@ -14,6 +15,8 @@ from engine.data import tiny_model_path
 from engine.devices.program import SavingProgram
 from engine.errors import DeviceError, RequestError
 from engine.generate.session_file import VERSION
+from engine.gguf.model_file import TensorInfo
+from engine.quants.formats import BY_NAME
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=9, logprobs=3, ignore_eos=True)
 PROMPT = list(range(40, 77))
@@ -111,6 +114,26 @@ def test_files_that_are_refused(golden_path, tmp_path: Path) -> None:
     with (
         open_engine(tiny_model_path(), context_length=20) as engine,
         pytest.raises(RequestError, match="context_length"),
+    ):
+        engine.load_session(file)
+
+
+def test_keys_that_were_rotated_otherwise_are_refused(golden_path, tmp_path: Path) -> None:
+    """LongRoPE: how a key is rotated depends on how long the context may become."""
+    file, path = tmp_path / "talk.session", tmp_path / "long.gguf"
+    parts = parts_of(golden_path("qwen3moe/qwen3moe-micro-F32.gguf"))
+    n_pairs = parts.values["qwen3moe.attention.key_length"] // 2
+    names = "rope_factors_short.weight", "rope_factors_long.weight"
+    parts.tensors.extend(TensorInfo(name, BY_NAME["F32"], (n_pairs,), 4 * n_pairs) for name in names)
+    parts.values["qwen3moe.rope.scaling.original_context_length"] = 80
+    path.write_bytes(parts.encode() + bytes(4 << 20))
+    with open_engine(path) as engine, engine.new_session() as session:
+        session.run(PROMPT)
+        session.save(file)
+        engine.load_session(file).close()
+    with (
+        open_engine(path, context_length=80) as engine,
+        pytest.raises(RequestError, match="context_length for which this model rotates otherwise"),
     ):
         engine.load_session(file)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizer_data import TINY, MetadataDict, load_gemma, load_tiny, small
+from tokenizer_data import TINY, MetadataDict, load_made, load_tiny, small
 
 from engine.errors import TokenizerError
 from engine.gguf import open_model_file
@@ -66,13 +66,37 @@ def test_tiny_metadata_is_that_of_the_golden_model(shared, name):
 
 @functools.cache
 def gemma() -> Tokenizer:
-    return Tokenizer.from_metadata(load_gemma()["metadata"])
+    return Tokenizer.from_metadata(load_made("gemma4")["metadata"])
 
 
 def test_golden_pairs_of_gemma() -> None:
-    golden = load_gemma()
+    golden = load_made("gemma4")
     check_cases(gemma(), golden)
     assert gemma().eog_ids == set(golden["eog"])
+
+
+def test_golden_pairs_of_phi() -> None:
+    """Behind most special tokens white space is lost."""
+    golden = load_made("phi-3")
+    tokenizer = Tokenizer.from_metadata(golden["metadata"])
+    check_cases(tokenizer, golden)
+    assert tokenizer.eog_ids == set(golden["eog"])
+
+
+@pytest.mark.parametrize(
+    ("about", "strips"),
+    [
+        ({"general.name": "Phi3 mini"}, True),
+        ({"general.architecture": "phimoe"}, True),
+        ({"general.name": "Phi-4", "general.architecture": "phi3"}, False),
+    ],
+)
+def test_who_strips_is_known_by_name(about: dict, strips: bool) -> None:
+    """The user's line end and the blanks after it are part of the markup, or not."""
+    metadata = MetadataDict({key: value for key, value in load_made("phi-3")["metadata"].items() if "name" not in key})
+    tokenizer = Tokenizer.from_metadata(MetadataDict(metadata | about))
+    user, bare = (tokenizer.encode(f"<|user|>{space}of") for space in ("\n ", ""))
+    assert (user == bare) == strips
 
 
 def test_gemma_merges_whole_lines_and_falls_back_to_bytes() -> None:
@@ -88,7 +112,7 @@ def test_gemma_merges_whole_lines_and_falls_back_to_bytes() -> None:
 
 
 def test_gemma_has_a_bos_whatever_the_file_says() -> None:
-    metadata = load_gemma()["metadata"] | {"tokenizer.ggml.add_bos_token": False}
+    metadata = load_made("gemma4")["metadata"] | {"tokenizer.ggml.add_bos_token": False}
     assert Tokenizer.from_metadata(MetadataDict(metadata)).encode("", add_special=True) == [2]
 
 

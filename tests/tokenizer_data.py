@@ -57,9 +57,9 @@ def load_tiny(name: str) -> dict[str, Any]:
     return _load(TINY[name])
 
 
-def load_gemma() -> dict[str, Any]:
+def load_made(name: str) -> dict[str, Any]:
     """Return what `make_tokenizer_fixture.py` makes: metadata and cases, recorded from llama.cpp."""
-    return _load(TINY_FOLDER / "gemma4.json")
+    return _load(TINY_FOLDER / f"{name}.json")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def _cache_work(engine: Engine, before: CacheStatistics | None, positions: range
     nothing = np.zeros(len(hits))
     work = StepWork(
         n_layers=footprint.n_layers,
-        dense_bytes=float(len(positions) * footprint.dense_bytes),
+        dense_bytes=float(len(positions) * footprint.read_bytes),
         attention_bytes=float(sum(footprint.attention_bytes(position) for position in positions)),
         dense_macs=0.0,
         hit_bytes=(hits * footprint.expert_bytes).astype(np.float64),

@@ -198,7 +198,7 @@ def _prediction(
     copied = float((loads * sizes).sum())
     token = StepWork(
         n_layers=footprint.n_layers,
-        dense_bytes=footprint.dense_bytes,
+        dense_bytes=footprint.read_bytes,
         attention_bytes=footprint.attention_bytes(position),
         dense_macs=footprint.dense_macs,
         hit_bytes=rates * used * sizes,
@@ -231,7 +231,7 @@ def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, posi
     macs = footprint.expert_macs.astype(np.float64) * footprint.n_experts_used * n_tokens
     work = StepWork(
         n_layers=footprint.n_layers,
-        dense_bytes=footprint.dense_bytes,
+        dense_bytes=footprint.read_bytes,
         attention_bytes=footprint.attention_bytes(position),
         dense_macs=float(footprint.dense_macs) * n_tokens,
         hit_bytes=chosen,
@@ -383,7 +383,7 @@ def _show(
     out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     speeds = machine.bandwidths
     header = Table(show_header=False, box=None, pad_edge=False)
-    token_bytes = footprint.dense_bytes + footprint.chosen_bytes
+    token_bytes = footprint.read_bytes + footprint.chosen_bytes
     header.add_row(
         "model",
         f"{name}: {format_bytes(n_weight_bytes)}, of which a token reads {format_bytes(token_bytes)} "

@@ -34,6 +34,7 @@ class Footprint:
         expert_macs: int64 [n_moe_layers], multiply-adds of one token with one expert.
         dense_bytes: all other matrices that the device reads for a token. A table of embeddings of which a token reads
             one row is not among them: it stays in RAM.
+        idle_bytes: of these, what one token does not read: shared by groups of experts that it does not go to.
         dense_macs: multiply-adds of one token with them.
         position_bytes: keys and values of one position, in all layers that see the whole context.
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
@@ -54,6 +55,7 @@ class Footprint:
     expert_bytes: npt.NDArray[np.int64]
     expert_macs: npt.NDArray[np.int64]
     dense_bytes: int
+    idle_bytes: int
     dense_macs: int
     position_bytes: float
     window_bytes: float
@@ -64,6 +66,11 @@ class Footprint:
     scratch_bytes: int
     long_scratch_bytes: int
     max_tokens: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Return the bytes of the dense weights that one token reads."""
+        return self.dense_bytes - self.idle_bytes
 
     @property
     def expert_total_bytes(self) -> int:
@@ -100,6 +107,8 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
     layers = [experts[routing.ids.buffer] for routing in graph.routings]
     stacks = [op.stacks for op in layers]
     dense = _dense_weights(graph)
+    without_slots = [op for op in graph.operations if isinstance(op, ops.Experts) and not graph.has_slots(op)]
+    used = [(op.routing.ids.width, weight) for op in without_slots for weight in op.stacks]
     whole, window = _cache_bytes(graph, limits)
     recurrent = sum(4 * state.width for state in graph.states)
     all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, limits.context_length) for cache in graph.kv_caches)
@@ -109,8 +118,9 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
         n_experts_used=layers[0].routing.ids.width if layers else 0,
         expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),
         expert_macs=np.array([sum(w.n_rows * w.n_cols for w in stack) for stack in stacks], np.int64),
-        dense_bytes=sum(weight.n_bytes for weight in dense),
-        dense_macs=sum(weight.n_experts * weight.n_rows * weight.n_cols for weight in dense),
+        dense_bytes=sum(weight.n_bytes for weight in (*dense, *[weight for _, weight in used])),
+        idle_bytes=sum(weight.n_bytes // weight.n_experts * (weight.n_experts - n) for n, weight in used),
+        dense_macs=sum(n * weight.n_rows * weight.n_cols for n, weight in (*[(w.n_experts, w) for w in dense], *used)),
         position_bytes=whole,
         window_bytes=window,
         recurrent_bytes=recurrent,

@@ -208,14 +208,15 @@ class Embed(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RMSNorm(Operation):
-    """weight * x / sqrt(mean(x^2) + eps), over groups of `group_size` columns; without weight, factor 1.
+    """weight * x / sqrt(mean(x^2) + eps) + bias, over groups of `group_size` columns; without weight, factor 1.
 
-    The weight is as long as a group, or has a value for each column of x. If it `centers`, the mean of a group is taken
-    from it first: that is LayerNorm.
+    The weight is as long as a group, or has a value for each column of x, and so has the bias, if there is one. If it
+    `centers`, the mean of a group is taken from it first: that is LayerNorm.
     """
 
     x: Tensor
     weight: Vector | None
+    bias: Vector | None
     out: Tensor
     group_size: int
     eps: float
@@ -325,15 +326,28 @@ class JoinHeads(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rope(Operation):
-    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency (/ divisor)."""
+    """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency (/ divisor).
+
+    There are no divisors, or one set of them, or two: the second is for programs whose context has more than
+    `short_context` positions, however many a sequence has so far, for all keys of a cache turn alike.
+    """
 
     x: Tensor
     n_heads: int
     head_dim: int
     frequencies: npt.NDArray[np.float32]
-    divisors: Vector | None
+    divisors: tuple[Vector, ...]
+    short_context: int
     style: RopeStyle
     magnitude: float
+
+    def is_long(self, context_length: int) -> bool:
+        """Return whether a program of that context takes the second divisors."""
+        return len(self.divisors) > 1 and context_length > self.short_context
+
+    def divisors_of(self, context_length: int) -> Vector | None:
+        """Return the divisors that a program of that context takes."""
+        return self.divisors[self.is_long(context_length)] if self.divisors else None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -413,16 +427,20 @@ class DeltaNet(Operation):
     than its exponential (`models/bailingmoe3.py`); 0: there is none.
 
     Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/state_space.py`.
+
+    Without alpha, too, it is lightning attention: a head has one of `decays`, [n_v_heads], and nothing else beside q, k
+    and v; formulas in `models/minimax_01.py`.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     beta: Tensor | None
-    alpha: Tensor
-    a: Vector
-    dt_bias: Vector
+    alpha: Tensor | None
+    a: Vector | None
+    dt_bias: Vector | None
     skip: Vector | None
+    decays: npt.NDArray[np.float32] | None
     state: State
     out: Tensor
     n_k_heads: int
@@ -434,7 +452,7 @@ class DeltaNet(Operation):
     @property
     def decay_dim(self) -> int:
         """Return how many decays a head has."""
-        return self.alpha.width // self.n_v_heads
+        return self.alpha.width // self.n_v_heads if self.alpha else 1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -449,6 +467,20 @@ class Router(Operation):
     n_groups_used: int
     normalize: bool
     scale: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GroupRouter(Operation):
+    """Choose, for each expert of a token, the one that all experts of its group share: ids are those // `group_size`.
+
+    A weight is the softmax over all logits, at the number that the shared expert has; those of a token are made to add
+    up to 1 (`models/grovemoe.py`). Who shares may be chosen twice by a token.
+    """
+
+    logits: Tensor
+    routing: Routing
+    out: Routing
+    group_size: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -518,7 +550,7 @@ class Graph:
         self.operations: list[Operation] = []
         self.kv_caches: list[KVCache] = []
         self.states: list[State] = []
-        self.routings: list[Routing] = []
+        self.routings: list[Routing] = []  # of the experts that may be in slots
         self.logits: Tensor | None = None
 
     def _new(self, width: int, rows: Rows = Rows.TOKENS) -> Tensor:
@@ -531,14 +563,22 @@ class Graph:
         return out
 
     def rms_norm(
-        self, x: Tensor, weight: Vector | None, eps: float, group_size: int = 0, *, centers: bool = False
+        self,
+        x: Tensor,
+        weight: Vector | None,
+        eps: float,
+        group_size: int = 0,
+        *,
+        centers: bool = False,
+        bias: Vector | None = None,
     ) -> Tensor:
         """Normalise each group of columns, of `group_size` or, if that is 0, as long as the weight (a row, a head)."""
         group_size = group_size or (weight.size if weight else 0)
         assert x.width % group_size == 0
         assert weight is None or weight.size in {group_size, x.width}
+        assert bias is None or (weight and bias.size == weight.size)
         out = self._new(x.width, x.rows)
-        self.operations.append(RMSNorm(x, weight, out, group_size, eps, centers))
+        self.operations.append(RMSNorm(x, weight, bias, out, group_size, eps, centers))
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Vector | None = None) -> Tensor:
@@ -623,10 +663,12 @@ class Graph:
         frequencies: npt.NDArray[np.float32],
         style: RopeStyle,
         magnitude: float = 1.0,
-        divisors: Vector | None = None,
+        divisors: Sequence[Vector] = (),
+        short_context: int = 0,
     ) -> Tensor:
         """Rotate x in place by its position; returns x."""
-        self.operations.append(Rope(x, n_heads, x.width // n_heads, frequencies, divisors, style, magnitude))
+        head_dim, divisors = x.width // n_heads, tuple(divisors)
+        self.operations.append(Rope(x, n_heads, head_dim, frequencies, divisors, short_context, style, magnitude))
         return x
 
     def select_positions(self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float) -> Tensor:
@@ -713,11 +755,16 @@ class Graph:
         state = State(v.width * (k.width // n_k_heads))
         self.states.append(state)
         out = self._new(v.width)
-        self.operations.append(
-            DeltaNet(
-                q, k, v, beta, alpha, a, dt_bias, skip, state, out, n_k_heads, n_v_heads, grouped, eps, decay_bound
-            )
-        )
+        how = n_k_heads, n_v_heads, grouped, eps, decay_bound
+        self.operations.append(DeltaNet(q, k, v, beta, alpha, a, dt_bias, skip, None, state, out, *how))
+        return out
+
+    def lightning_attention(self, q: Tensor, k: Tensor, v: Tensor, decays: npt.NDArray[np.float32]) -> Tensor:
+        """Attend without a softmax, over a state of each head that keeps one of `decays` of itself for a token."""
+        n_heads, nothing = len(decays), (None,) * 5
+        state, out = State(v.width * (k.width // n_heads)), self._new(v.width)
+        self.states.append(state)
+        self.operations.append(DeltaNet(q, k, v, *nothing, decays, state, out, n_heads, n_heads, True, 0.0, 0.0))
         return out
 
     def router(
@@ -737,6 +784,17 @@ class Graph:
         self.routings.append(routing)
         self.operations.append(Router(logits, bias, routing, scoring, n_groups, n_groups_used, normalize, scale))
         return routing
+
+    def group_router(self, logits: Tensor, routing: Routing, group_size: int) -> Routing:
+        """Choose the experts that groups share, one for each that was chosen.
+
+        They are not in `routings`: no cache sees them, and they are where the dense weights are.
+        """
+        n_experts, n_used = routing.n_experts // group_size, routing.ids.width
+        ids = Tensor(Buffer(n_used, Rows.TOKENS, np.int32), 0, n_used)
+        out = Routing(ids, self._new(n_used), n_experts)
+        self.operations.append(GroupRouter(logits, routing, out, group_size))
+        return out
 
     def experts(
         self,
@@ -771,6 +829,10 @@ class Graph:
         out = self._new(expert_out.width // routing.ids.width)
         self.operations.append(Combine(expert_out, routing, shared, shared_gate, residual, out, weighted, scale))
         return out
+
+    def has_slots(self, experts: Experts) -> bool:
+        """Return whether experts may be in slots; others are where the dense weights are."""
+        return any(experts.routing == routing for routing in self.routings)
 
     def select_outputs(self, x: Tensor) -> Tensor:
         """Keep the rows whose logits are wanted."""

@@ -52,7 +52,7 @@ def count_weights(graph: Graph) -> WeightTraffic:
         elif isinstance(operation, ops.Experts):
             stacks = operation.stacks
             n_bytes = sum(weight.n_bytes for weight in stacks)
-            layers += 1
+            layers += graph.has_slots(operation)
             experts += n_bytes
             chosen += n_bytes * operation.routing.ids.width / operation.routing.n_experts
             _add(by_format, seen, stacks)

@@ -28,7 +28,8 @@ class SavedSession:
     Attributes:
         model: fingerprint of the model.
         kv_type: how keys and values are stored.
-        layout: how all of it lies in `state`, which depends on the device.
+        layout: how all of it lies in `state`, which depends on the device, and how keys are rotated, if that depends on
+            the context.
         token_ids: that the session holds.
         state: what they left behind, flat.
     """
@@ -107,7 +108,10 @@ def load_session(
             f"{path}: holds {about.get('kv_type')} keys and values, and engine.kv_type is {kv_type!r}; set the same"
         )
     if about.get("layout") != layout:
-        raise RequestError(f"{path}: was saved on another kind of device; open it there, or run its prompt again")
+        raise RequestError(
+            f"{path}: was saved on another kind of device, or with an [engine] context_length for which this model "
+            "rotates otherwise; open it there, or run its prompt again"
+        )
     if n_ids > context_length:
         raise RequestError(
             f"{path}: holds {n_ids} tokens and the context {context_length}; raise [engine] context_length"

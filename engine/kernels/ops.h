@@ -65,8 +65,8 @@ typedef struct {
 
 typedef struct {
     matrix x, out;
-    const float *weight;
-    int group_size, weight_step; // weight_step: from the weights of one group to those of the next
+    const float *weight, *bias;  // bias: null for none
+    int group_size, weight_step; // weight_step: from the weights (and biases) of one group to those of the next
     int centers;                 // takes a group's mean from it first
     float eps;
 } rms_norm_args;
@@ -154,7 +154,7 @@ typedef struct {
 typedef struct {
     const float *q, *k, *v;
     int64_t qkv_stride;
-    matrix beta, alpha, out; // beta.at: NULL for a state-space model
+    matrix beta, alpha, out; // beta.at: NULL for a state-space model, alpha.at, too, for lightning attention
     const float *a, *dt_bias, *skip;
     float *state; // [n_slots, n_v_heads, k_dim, v_dim]
     int n_k_heads, n_v_heads, k_dim, v_dim;
@@ -173,6 +173,14 @@ typedef struct {
     bool normalize;
     float scale;
 } router_args;
+
+typedef struct {
+    matrix logits;
+    const int32_t *ids; // this and the next two [max_tokens, n_experts_used]
+    int32_t *group_ids;
+    float *weights;
+    int n_experts, n_experts_used, group_size;
+} group_router_args;
 
 // One layer's keys or values; layout in ops/kv_cache.h.
 typedef struct {
@@ -272,6 +280,7 @@ typedef union {
     causal_conv_args causal_conv;
     delta_net_args delta_net;
     router_args router;
+    group_router_args group_router;
     kv_store_args kv_store;
     attention_args attention;
     select_positions_args select_positions;
@@ -305,7 +314,7 @@ typedef struct {
 
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
-        rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, kv_store;
+        rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, group_router, kv_store;
     task_fns linear, attention, select_positions, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

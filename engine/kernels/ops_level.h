@@ -69,6 +69,7 @@ static const ops_table level_ops = {
     .causal_conv = op_causal_conv,
     .delta_net = op_delta_net,
     .router = op_router,
+    .group_router = op_group_router,
     .kv_store = op_kv_store,
     .linear = {linear_begin, linear_run, NULL},
     .attention = {attention_begin, attention_run, NULL},

@@ -577,7 +577,8 @@ int program_delta_net(program *p, delta_net_args args) {
     touch(p, &op, READS, (matrix){(float *)args.v, args.qkv_stride});
     if (args.beta.at)
         touch_whole(p, &op, READS, args.beta, args.n_v_heads);
-    touch_whole(p, &op, READS, args.alpha, args.n_v_heads * (int64_t)args.decay_dim);
+    if (args.alpha.at)
+        touch_whole(p, &op, READS, args.alpha, args.n_v_heads * (int64_t)args.decay_dim);
     touch(p, &op, WRITES, args.out);
     const int64_t state_size = args.n_v_heads * (int64_t)args.k_dim * args.v_dim;
     touch_block(&op, WRITES, args.state, p->n_slots * state_size * (int64_t)sizeof(float));
@@ -593,6 +594,20 @@ int program_router(program *p, router_args args) {
     const int64_t row_bytes = args.n_experts_used * (int64_t)sizeof(float);
     touch(p, &op, READS, args.logits);
     touch_rows(p, &op, WRITES, args.ids, row_bytes, row_bytes, 0);
+    touch_rows(p, &op, WRITES, args.weights, row_bytes, row_bytes, 0);
+    return record(p, op);
+}
+
+int program_group_router(program *p, group_router_args args) {
+    operation op = {.name = "group_router",
+                    .args.group_router = args,
+                    .run_tile = p->kernels->ops->group_router,
+                    .width = args.n_experts,
+                    .unit = args.n_experts};
+    const int64_t row_bytes = args.n_experts_used * (int64_t)sizeof(float);
+    touch(p, &op, READS, args.logits);
+    touch_rows(p, &op, READS, args.ids, row_bytes, row_bytes, 0);
+    touch_rows(p, &op, WRITES, args.group_ids, row_bytes, row_bytes, 0);
     touch_rows(p, &op, WRITES, args.weights, row_bytes, row_bytes, 0);
     return record(p, op);
 }

@@ -38,6 +38,7 @@ int program_select_positions(program *p, select_positions_args args, matrix k);
 int program_causal_conv(program *p, causal_conv_args args);
 int program_delta_net(program *p, delta_net_args args);
 int program_router(program *p, router_args args);
+int program_group_router(program *p, group_router_args args);
 int program_experts(program *p, experts_args args, int down_activation);
 int program_combine(program *p, combine_args args);
 int program_select_outputs(program *p, select_outputs_args args);

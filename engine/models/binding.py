@@ -18,7 +18,7 @@ _GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax
 _LARGEST_CAP = 1e6  # of logits and scores; 30 or 50 in all files
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
 # What the kernels of every device can do.
-LARGEST_HEAD, _LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
+LARGEST_HEAD, LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
 
 
 class Keys:
@@ -88,7 +88,7 @@ class Keys:
 
     def state_size(self, key: str = "ssm.state_size") -> int:
         """Return how long the vectors are that a recurrent layer writes and reads with."""
-        return self.at_most(key, self.size(key), _LARGEST_STATE)
+        return self.at_most(key, self.size(key), LARGEST_STATE)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean."""
@@ -294,10 +294,10 @@ class Keys:
         sections = self.sizes("rope.dimension_sections") if self.has("rope.dimension_sections") else []
         factor = self.number("rope.scaling.factor", 1.0)
         scaling = self.text("rope.scaling.type", "linear" if factor not in {0.0, 1.0} else "none")
-        if scaling not in {"none", "linear", "yarn"}:
+        if scaling not in {"none", "linear", "yarn", "longrope"}:
             raise UnsupportedModelError(
                 f"{self.file_name}: {self.architecture}.rope.scaling.type is {scaling!r}; this version knows none, "
-                "linear and yarn"
+                "linear, yarn and longrope"
             )
         if scaling != "none" and factor <= 0:
             raise self.wrong("rope.scaling.factor", factor, "a number above 0")
@@ -326,6 +326,11 @@ class Tensors:
         """Return the tensors of one block, by their names inside it."""
         return Tensors(self._file, f"blk.{layer}.")
 
+    @property
+    def whole(self) -> Tensors:
+        """Return all tensors, by their full names."""
+        return Tensors(self._file)
+
     def has(self, name: str) -> bool:
         """Return whether the file has the tensor."""
         return self.prefix + name in self._file.tensors
@@ -349,14 +354,13 @@ class Tensors:
         return self.vector(name, *shape) if self.has(name) else None
 
     def first_values(self, name: str, size: int) -> Vector | None:
-        """Return the first values of a tensor that all blocks share (its name has no prefix), or None without it."""
-        shared = Tensors(self._file)
-        if not shared.has(name):
+        """Return the first values of a tensor, or None if the file does not have it."""
+        if not self.has(name):
             return None
-        stored_size = math.prod(shared.shape(name))
+        stored_size = math.prod(self.shape(name))
         if stored_size <= size:
-            return shared.vector(name, size)
-        return split_values(shared.vector(name, stored_size), size, stored_size - size)[0]
+            return self.vector(name, size)
+        return split_values(self.vector(name, stored_size), size, stored_size - size)[0]
 
     def matrix(self, name: str, n_rows: int, n_cols: int, *, scaled: bool = True) -> Weight:
         """Return a matrix that maps `n_cols` inputs to `n_rows` outputs, with its scale if the file has one.

@@ -71,7 +71,10 @@ def decoder(
 
 def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec) -> Tensor:
     """Normalise rows of the residual stream's width."""
-    return graph.rms_norm(x, tensors.vector(name, spec.hidden_size), spec.norm_eps, centers=spec.centers_norms)
+    weight, bias = tensors.vector(name, spec.hidden_size), None
+    if spec.biased_norms:
+        bias = tensors.vector(name.removesuffix("weight") + "bias", spec.hidden_size)
+    return graph.rms_norm(x, weight, spec.norm_eps, centers=spec.centers_norms, bias=bias)
 
 
 def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str = "output_norm.weight") -> None:
@@ -79,7 +82,8 @@ def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm
     x = graph.select_outputs(x)
     x = normalize(graph, x, tensors, norm, spec)
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
-    logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size))
+    bias = tensors.optional_vector("output.bias", spec.n_vocab)
+    logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size), bias)
     logits = scaled(graph, logits, spec.logit_scale)
     graph.logits = graph.soft_cap(logits, spec.logit_cap) if spec.logit_cap else logits
 
@@ -197,8 +201,23 @@ def rotate_heads(
 def rotate(graph: Graph, x: Tensor, n_heads: int, rope: RopeSpec, block: Tensors) -> Tensor:
     """Rotate the heads of x in place by their position."""
     frequencies, magnitude = rope_frequencies(rope)
-    divisors = block.first_values("rope_freqs.weight", rope.n_rot // 2) if rope.divides else None
-    return graph.rope(x, n_heads, frequencies, _ROPE_STYLES[rope.style], magnitude, divisors)
+    divisors = rope_divisors(block, rope) if rope.divides else []
+    style, short_context = _ROPE_STYLES[rope.style], rope.original_context_length
+    return graph.rope(x, n_heads, frequencies, style, magnitude, divisors, short_context)
+
+
+def rope_divisors(block: Tensors, rope: RopeSpec) -> list[Vector]:
+    """Return what the file has frequencies divided by: nothing, one set, or one for the trained context and a long one.
+
+    The latter is LongRoPE: https://arxiv.org/abs/2402.13753.
+    """
+    model, n_pairs = block.whole, rope.n_rot // 2
+    divisors = model.first_values("rope_freqs.weight", n_pairs)
+    if divisors is not None:
+        return [divisors]
+    names = "rope_factors_short.weight", "rope_factors_long.weight"
+    has_both = rope.scaling == "longrope" or any(model.has(name) for name in names)
+    return [model.vector(name, n_pairs) for name in names] if has_both else []
 
 
 def rope_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
@@ -210,7 +229,7 @@ def rope_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
     pairs = np.arange(rope.n_rot // 2)
     frequencies = rope.freq_base ** (-2.0 * pairs / rope.n_rot)
     magnitude = rope.magnitude
-    if rope.scaling == "linear":
+    if rope.scaling in {"linear", "longrope"}:
         frequencies /= rope.factor
     elif rope.scaling == "yarn":
         low, high = (_yarn_pair(rope, turns) for turns in (rope.yarn_fast, rope.yarn_slow))

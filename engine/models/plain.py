@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.devices.graph import Graph
 from engine.model_spec import ModelSpec
@@ -20,6 +20,7 @@ class PlainDecoder:
         normalizes: whether the chosen experts' weights are made to add up to 1; None: as the file says.
         scales: whether the file says what they are multiplied by after that.
         ffn_norm: tensor of the norm before the feed-forward network.
+        biased_norms: whether norms have biases.
     """
 
     style: RopeStyle = "neox"
@@ -27,11 +28,12 @@ class PlainDecoder:
     normalizes: bool | None = True
     scales: bool = False
     ffn_norm: str = "ffn_norm.weight"
+    biased_norms: bool = False
 
     def read_spec(self, keys: Keys, tensors: Tensors) -> ModelSpec:
         """Read the hyper-parameters."""
         moe = keys.mixture(tensors, scoring=keys.scoring(self.scoring), normalize=self.normalizes, scales=self.scales)
-        return keys.model(tensors, keys.attention(self.style), moe)
+        return replace(keys.model(tensors, keys.attention(self.style), moe), biased_norms=self.biased_norms)
 
     def forward(self, spec: ModelSpec, tensors: Tensors) -> Graph:
         """Record the forward pass."""
@@ -56,6 +58,9 @@ PLAIN: dict[str, PlainDecoder] = {
     "minimax-m2": PlainDecoder(scoring="sigmoid"),
     # OLMoE-1B-7B: likewise
     "olmoe": PlainDecoder(normalizes=False),
+    # Phi-3.5-MoE (42B-A6.6B) and the small ones made of it: norms, attention and output with biases, LongRoPE. As in
+    # llama.cpp, norms take no mean from rows, weights add up to 1, and `attention.sliding_window` says nothing.
+    "phimoe": PlainDecoder(biased_norms=True),
     # Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B
     "qwen2moe": PlainDecoder(normalizes=False),
     # Qwen3, dense and with experts (30B-A3B, 235B-A22B, Coder); Qwen3-VL of these sizes, without its eyes

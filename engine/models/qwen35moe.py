@@ -38,14 +38,14 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     )
 
 
-def read_recurrent_layers(keys: Keys, n_layers: int) -> tuple[bool, ...]:
-    """Return for each layer whether it is a delta net; by default all but every fourth."""
+def read_recurrent_layers(keys: Keys, n_layers: int, period: int = 4) -> tuple[bool, ...]:
+    """Return for each layer whether it carries a state; by default all but the last of every `period`."""
     if keys.has("attention.recurrent_layers"):
         flags = keys.flags("attention.recurrent_layers")
         if len(flags) < n_layers:
             raise keys.wrong("attention.recurrent_layers", f"{len(flags)} values", f"one for each of {n_layers} layers")
         return tuple(flags[:n_layers])
-    interval = keys.size("full_attention_interval", 4)
+    interval = keys.size("full_attention_interval", period)
     return tuple((layer + 1) % interval != 0 for layer in range(n_layers))
 
 

@@ -20,6 +20,7 @@ from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
+from engine.devices.graph import Rope
 from engine.devices.program import DrawingProgram, ProfiledProgram, Program, RecurrentProgram, SavingProgram
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
@@ -75,6 +76,8 @@ class Engine(Answering):
         self._device, reason = open_device(self.config, progress)
         settings = self.config.engine
         self._limits = limits_of(settings)
+        is_long = any(isinstance(op, Rope) and op.is_long(settings.context_length) for op in model.graph.operations)
+        self._rotation = ", rotated for long contexts" if is_long else ""  # of keys that a session holds
         try:
             self.footprint: Footprint = measure(model.graph, self._limits)
             if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
@@ -347,7 +350,8 @@ class Engine(Answering):
         """
         program = self._saving_program()
         settings = self.config.engine
-        saved = load_session(path, self._fingerprint, settings.kv_type, program.state_layout, settings.context_length)
+        layout = program.state_layout + self._rotation
+        saved = load_session(path, self._fingerprint, settings.kv_type, layout, settings.context_length)
         lease = self._slots.borrow((), reuse=False)
         try:
             with self._alone():
@@ -363,7 +367,7 @@ class Engine(Answering):
         program = self._saving_program()
         with self._alone():
             state = program.save_sequence(lease.slot, lease.n_held)
-        kv_type, layout = self.config.engine.kv_type, program.state_layout
+        kv_type, layout = self.config.engine.kv_type, program.state_layout + self._rotation
         save_session(path, SavedSession(self._fingerprint, kv_type, layout, lease.token_ids, state))
 
     def _saving_program(self) -> SavingProgram:

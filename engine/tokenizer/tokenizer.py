@@ -13,6 +13,8 @@ from engine.errors import GGUFError, TokenizerError
 from engine.tokenizer.merging import SPACE_MARK, build, byte_of_character
 from engine.tokenizer.vocabulary import TokenizerMetadata, TokenType, Vocabulary, read_vocabulary
 
+_WHITE_SPACE = " \t\n\v\f\r"
+
 
 class Tokenizer:
     """The tokenizer of one model. Stateless once built, so that threads may share it.
@@ -170,7 +172,7 @@ class Tokenizer:
         for special in self._all_special if parse_special else self._user_defined:
             if special not in text:
                 continue
-            token_id = self.vocabulary.ids[special]
+            token_id, strips = self.vocabulary.ids[special], self.vocabulary.strips_behind(special)
             cut: list[str | int] = []
             for part in parts:
                 if isinstance(part, int):
@@ -181,8 +183,9 @@ class Tokenizer:
                     cut.append(first)
                 for other in others:
                     cut.append(token_id)
-                    if other:
-                        cut.append(other)
+                    behind = other.lstrip(_WHITE_SPACE) if strips else other
+                    if behind:
+                        cut.append(behind)
             parts = cut
         return parts
 

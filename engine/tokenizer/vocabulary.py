@@ -29,6 +29,8 @@ _EOT_TEXTS = (
     "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<end_of_utterance>",
 )
 # fmt: on
+# Special tokens of Phi-3 vocabularies that leave the white space behind them as it is.
+_KEEPING_SPACES = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 _EOG_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 # The channel markup of gpt-oss: part of the text its readers want to see, and <|end|> ends a message, not the turn.
 _HARMONY_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>")
@@ -93,6 +95,7 @@ class Vocabulary:
         add_bos, add_eos: whether `add_special` puts them around a text.
         eog_ids: tokens that end a generation.
         unused_ids: tokens that must never be sampled.
+        strips: whether special tokens take the white space behind them with them, all but some.
     """
 
     model: Model
@@ -111,10 +114,15 @@ class Vocabulary:
     add_eos: bool
     eog_ids: frozenset[int]
     unused_ids: frozenset[int]
+    strips: bool = False
 
     def is_hidden(self, token_id: int) -> bool:
         """Return whether a token is markup that readers do not see."""
         return self.types[token_id] in _HIDDEN
+
+    def strips_behind(self, special: str) -> bool:
+        """Return whether a special token takes the white space behind it with it."""
+        return self.strips and special not in _KEEPING_SPACES
 
     def visible_ids(self) -> dict[str, int]:
         """Return a new dict of `ids` without the hidden tokens."""
@@ -188,7 +196,14 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         add_eos=metadata.flag(_PREFIX + "add_eos_token", False) and special["eos"] is not None,
         eog_ids=frozenset(eog),
         unused_ids=_unused(metadata, types, eog),
+        strips=_is_phi_3(metadata),
     )
+
+
+def _is_phi_3(metadata: TokenizerMetadata) -> bool:
+    """Return whether a file is of the Phi-3 family: no key says what tokens strip, so it must be known by its name."""
+    name = metadata.text("general.name", "").lower()
+    return metadata.text("general.architecture", "") == "phimoe" or "phi-3" in name or "phi3" in name
 
 
 def _read_types(metadata: TokenizerMetadata, n_tokens: int) -> list[int]:

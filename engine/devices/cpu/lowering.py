@@ -198,9 +198,11 @@ class Lowering:
     def _rms_norm(self, op: ops.RMSNorm) -> None:
         x, out, size = self._use(op.x), self._use(op.out), op.group_size
         weight, step = self._vector(op.weight) or self._ones(size), size if op.weight and op.weight.size > size else 0
-        n_groups = op.x.width // size
+        bias, n_groups = self._vector(op.bias), op.x.width // size
         self._calls.append(
-            lambda: self.program.rms_norm(*x.at, weight, *out.at, n_groups, size, step, op.centers, op.eps, op.x.rows)
+            lambda: self.program.rms_norm(
+                *x.at, weight, bias, *out.at, n_groups, size, step, op.centers, op.eps, op.x.rows
+            )
         )
 
     def _linear(self, op: ops.Linear) -> None:
@@ -326,10 +328,10 @@ class Lowering:
 
     def _rope(self, op: ops.Rope) -> None:
         x = self._use(op.x)
-        frequencies = op.frequencies
-        if op.divisors is not None:
+        frequencies, divisors = op.frequencies, op.divisors_of(self.limits.context_length)
+        if divisors is not None:
             with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
-                frequencies = op.frequencies / self._values(op.divisors)
+                frequencies = op.frequencies / self._values(divisors)
         frequencies = np.ascontiguousarray(frequencies, np.float32)
         self._keep.append(frequencies)
         self._calls.append(
@@ -410,8 +412,11 @@ class Lowering:
 
     def _delta_net(self, op: ops.DeltaNet) -> None:
         q, k, v, out = self._use(op.q), self._use(op.k), self._use(op.v), self._use(op.out)
-        beta, alpha = self._use(op.beta) if op.beta else None, self._use(op.alpha)
+        beta, alpha = (self._use(tensor) if tensor else None for tensor in (op.beta, op.alpha))
         a, dt_bias, skip = (self._vector(vector) for vector in (op.a, op.dt_bias, op.skip))
+        if op.decays is not None:
+            self._keep.append(op.decays)
+            a = int(op.decays.ctypes.data)
         assert q.stride == k.stride == v.stride
         self._calls.append(
             lambda: self.program.delta_net(
@@ -420,7 +425,7 @@ class Lowering:
                 v.address,
                 q.stride,
                 *(beta.at if beta else (0, 0)),
-                *alpha.at,
+                *(alpha.at if alpha else (0, 0)),
                 a,
                 dt_bias,
                 skip,
@@ -453,6 +458,16 @@ class Lowering:
                 op.n_groups_used,
                 op.normalize,
                 op.scale,
+            )
+        )
+
+    def _group_router(self, op: ops.GroupRouter) -> None:
+        logits, ids = self._use(op.logits), self._use(op.routing.ids)
+        group_ids, weights = self._use(op.out.ids), self._use(op.out.weights)
+        n_experts, n_used = op.routing.n_experts, op.routing.ids.width
+        self._calls.append(
+            lambda: self.program.group_router(
+                *logits.at, ids.address, group_ids.address, weights.address, n_experts, n_used, op.group_size
             )
         )
 
@@ -531,6 +546,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
     ops.Router: Lowering._router,
+    ops.GroupRouter: Lowering._group_router,
     ops.Experts: Lowering._experts,
     ops.Combine: Lowering._combine,
     ops.SelectOutputs: Lowering._select_outputs,

@@ -110,8 +110,9 @@ def rms_norm(
     weight_step: int = 0,
     *,
     centers: bool = False,
+    bias: int = 0,
 ) -> Launch:
-    """Normalise each group of columns; `weight` may be 0, and go on with so many values for the next group."""
+    """Normalise each group of columns; `weight` and `bias` may be 0, and go on so many values further for the next."""
     threads = min(_PER_ROW, ceil_div(group_size, WARP) * WARP)
     return Launch(
         "elementwise.cu",
@@ -122,6 +123,7 @@ def rms_norm(
         (
             *at(x),
             pointer(weight),
+            pointer(bias),
             *at(out),
             int32(group_size),
             int32(weight_step),

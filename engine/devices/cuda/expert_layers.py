@@ -156,6 +156,10 @@ class ExpertTables:
         """Return the words of the slot table."""
         return len(self.layers) * self.n_experts
 
+    def has(self, routing: Routing) -> bool:
+        """Return whether experts that are chosen so are in the tables; others are where the dense weights are."""
+        return routing.ids.buffer in self._numbers
+
     def number(self, routing: Routing) -> int:
         """Return which layer it is whose experts are chosen so."""
         return self._numbers[routing.ids.buffer]
@@ -170,10 +174,9 @@ class ExpertTables:
 
     def exchange(self, routing: Routing, p: Pass) -> Exchange | None:
         """Return what a layer shares with the CPU, if that computes some of its experts."""
-        number = self.number(routing)
-        if p.exchange is None or self.layers[number].is_resident:
+        if p.exchange is None or not self.has(routing) or self.layers[self.number(routing)].is_resident:
             return None
-        return p.exchange._replace(layer=number)
+        return p.exchange._replace(layer=self.number(routing))
 
 
 def place_slots(layers: Sequence[ExpertLayer], start: int, n_slots: Callable[[ExpertLayer], int]) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.devices import graph as ops
 from engine.devices.cuda import fusion, kernels, operations, tiles
-from engine.devices.cuda.expert_layers import PLACE_BYTES, Streamed
+from engine.devices.cuda.expert_layers import PLACE_BYTES, ExpertLayer, Streamed
 from engine.devices.cuda.kernels import Asked, Combined, Routed
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.places import Pass, Place
@@ -35,6 +35,19 @@ def router(recorder: Recorder, op: ops.Router) -> None:
     """Record the choice of experts."""
     routing = _routing(recorder, op)
     recorder.record(lambda p: [kernels.router(routing(p), p.count(op.logits.rows))])
+
+
+def group_router(recorder: Recorder, op: ops.GroupRouter) -> None:
+    """Record the choice of the experts that groups share."""
+    logits, group_ids, weights = (recorder.use(tensor) for tensor in (op.logits, op.out.ids, op.out.weights))
+    n_experts, n_used = op.routing.n_experts, op.routing.ids.width
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        ids, to = recorder.experts.ids(op.routing, p), (p.rows(group_ids).address, p.rows(weights).address)
+        count = p.count(op.logits.rows)
+        yield kernels.group_router(p.rows(logits), ids, *to, n_experts, n_used, op.group_size, count)
+
+    recorder.record(launches)
 
 
 def linear_and_router(recorder: Recorder, item: fusion.LinearAndRouter) -> None:
@@ -64,7 +77,10 @@ def linear_and_router(recorder: Recorder, item: fusion.LinearAndRouter) -> None:
 
 def experts(recorder: Recorder, op: ops.Experts, shared: _Shared | None = None) -> None:
     """Record routed experts; `shared` is one that every token takes, too."""
-    recorder.record(_Experts(recorder, op, shared).launches)
+    if recorder.experts.has(op.routing):
+        recorder.record(_Experts(recorder, op, shared).launches)
+    else:
+        recorder.record(_DenseExperts(recorder, op).launches)
 
 
 class _Experts:
@@ -75,8 +91,7 @@ class _Experts:
         self.op = op
         self.shared = shared
         self.tables = tables = recorder.experts
-        self.number = tables.number(op.routing)
-        self.layer = layer = tables.layers[self.number]
+        self.layer = layer = self._layer()
         self.recorder = recorder
         self.formats = [weight.format for _, weight, _ in layer.projections]
         self.factors = [(recorder.vector(w.scale), recorder.vector(bias)) for _, w, bias in layer.projections]
@@ -99,8 +114,12 @@ class _Experts:
             self.h_in_form = recorder.temporary(lambda n_tokens: n_tokens * n_used * row_bytes, row_bytes)
         self.sizes = sizes = Sizes(layer.n_experts, n_used, hidden_size, ffn_size, tables.at_once)
         self.parts = recorder.temporaries(lambda n_tokens: tiles.groups_bytes(sizes, n_tokens))
-        next_router = tables.next_routers.get(self.number)
+        next_router = tables.next_routers.get(tables.number(op.routing)) if tables.has(op.routing) else None
         self.guess = _guess(recorder, *next_router) if next_router else None
+
+    def _layer(self) -> ExpertLayer:
+        """Return the layer that these experts are."""
+        return self.tables.layers[self.tables.number(self.op.routing)]
 
     def launches(self, p: Pass) -> Iterable[Launch | Streamed]:
         """Yield the launches: the request, the shared expert where it goes by itself, the others."""
@@ -108,10 +127,10 @@ class _Experts:
         asks_early = self.tables.asks_early.get(self.op.routing.ids.buffer)
         if asked is not None and not (asks_early and asks_early(p)):
             # before our share, so that both work at the same time
-            ids, count = self.tables.ids(self.op.routing, p), p.count(self.op.x.rows)
+            ids, count = self._ids(p), p.count(self.op.x.rows)
             yield kernels.publish_misses(ids, self.n_used, asked, count)
         can_group = all(tiles.has_integer_form(f) for f in self.formats)
-        groups = p.streams or (can_group and tiles.pays_to_group(self.sizes, p.most))
+        groups = (p.streams and not self.layer.is_resident) or (can_group and tiles.pays_to_group(self.sizes, p.most))
         if self.shared is not None and (groups or not self.layer.n_slots):
             yield from self.shared.plain(p)
         if self.layer.n_slots or p.streams:
@@ -121,7 +140,7 @@ class _Experts:
 
     def _by_choice(self, p: Pass) -> Iterable[Launch]:
         """Each choice for itself: for few tokens."""
-        ids, slots = self.tables.ids(self.op.routing, p), self.tables.slots(self.op.routing, p)
+        ids, slots = self._ids(p), self._slots(p)
         count, h = p.count(self.op.x.rows), p.rows(self.h).address
         gate, up, down = self._in_slots(p)
         own, own_out = self.shared.matrices(p) if self.shared is not None else (None, NOTHING)
@@ -159,7 +178,7 @@ class _Experts:
 
     def _by_expert(self, p: Pass) -> Iterable[Launch | Streamed]:
         """All tokens of an expert together, first of those in slots, then of those that pass through."""
-        ids, slots = self.tables.ids(self.op.routing, p), self.tables.slots(self.op.routing, p)
+        ids, slots = self._ids(p), self._slots(p)
         count, most = p.count(self.op.x.rows), tiles.n_tiles(self.sizes, p.most)
         streams = p.streams and not self.layer.is_resident
         has_slots = self.layer.n_slots > (self.layer.n_lent if p.streams else 0)
@@ -208,7 +227,13 @@ class _Experts:
             own = self._matrices(p, addresses, self.layer.slot_bytes)
             needed = [matrix for matrix, (i, _, _) in zip(own, self.layer.projections, strict=True) if i in wanted]
             launches.append(half(p, group, *needed, most))
-        return Streamed(self.number, wanted, group, tuple(launches))
+        return Streamed(self.tables.number(self.op.routing), wanted, group, tuple(launches))
+
+    def _ids(self, p: Pass) -> int:
+        return self.tables.ids(self.op.routing, p)
+
+    def _slots(self, p: Pass) -> int:
+        return self.tables.slots(self.op.routing, p)
 
     def _groups(self, p: Pass) -> Groups:
         return Groups(*(p.rows(part).address for part in self.parts))
@@ -223,6 +248,31 @@ class _Experts:
             ExpertMatrix(addresses[i], steps[i], weight.format, p.at(scale), p.at(bias))
             for (i, weight, _), (scale, bias) in zip(self.layer.projections, self.factors, strict=True)
         ]
+
+
+class _DenseExperts(_Experts):
+    """Routed experts that lie where the dense weights are, as the file has them: all are always there, in order."""
+
+    def __init__(self, recorder: Recorder, op: ops.Experts) -> None:
+        """Note what is needed."""
+        super().__init__(recorder, op, None)
+        n_experts = op.routing.n_experts
+        self.ids = recorder.use(op.routing.ids)
+        self.places = recorder.constant(("places", n_experts), lambda: np.arange(n_experts, dtype=np.int32))
+        self.offsets = [recorder.matrix(weight) for weight in self.layer.weights]
+
+    def _layer(self) -> ExpertLayer:
+        return ExpertLayer(self.op, self.op.routing.n_experts, 0, 0)
+
+    def _ids(self, p: Pass) -> int:
+        return p.rows(self.ids).address
+
+    def _slots(self, p: Pass) -> int:
+        return p.base + self.places
+
+    def _in_slots(self, p: Pass) -> list[ExpertMatrix]:
+        steps = [self.layer.stretch(i)[1] for i in range(len(self.offsets))]
+        return self._matrices(p, [p.base + offset for offset in self.offsets], steps)
 
 
 def shared_expert(recorder: Recorder, item: fusion.SharedExpert) -> None:
@@ -248,29 +298,29 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
     stream = recorder.use(op.residual) if op.residual else None
     shared = recorder.use(op.shared) if op.shared else None
     shared_gate = recorder.use(op.shared_gate) if op.shared_gate else None
-    number = recorder.experts.number(op.routing)
-    layer = recorder.experts.layers[number]
+    tables = recorder.experts
+    number = tables.number(op.routing) if tables.has(op.routing) else None
 
     def summands(p: Pass) -> tuple[Rows, Combined, Rows]:
         return (
             p.rows(stream) if stream else NOTHING,
             Combined(
                 p.rows(expert_out),
-                recorder.experts.exchange(op.routing, p),
-                recorder.experts.ids(op.routing, p),
-                recorder.experts.slots(op.routing, p),
+                tables.exchange(op.routing, p),
+                0 if number is None else tables.ids(op.routing, p),
+                0 if number is None else tables.slots(op.routing, p),
                 p.rows(weights).address if op.weighted else 0,
                 op.routing.ids.width,
                 p.rows(shared) if shared else None,
                 p.rows(shared_gate) if shared_gate else None,
                 op.scale,
-                chosen_early=layer.n_slots > 0,  # two launches at least lie between
+                chosen_early=number is None or tables.layers[number].n_slots > 0,  # two launches at least lie between
             ),
             p.rows(total),
         )
 
     operations.residual(recorder, op.out, summands, norm)
-    if number + 1 == len(recorder.experts.layers):
+    if number is not None and number + 1 == len(tables.layers):
         recorder.record(lambda p: [] if p.exchange is None else [kernels.publish_end(p.exchange)])
 
 

@@ -159,6 +159,11 @@ def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
     return norm.x == x and norm.group_size == x.width
 
 
+def _only_scales(norm: ops.RMSNorm) -> bool:
+    """Return whether a norm adds nothing to values: neither what makes their mean 0, nor a bias."""
+    return not (norm.centers or norm.bias)
+
+
 def _pair(
     two: Sequence[ops.Operation], following_ones: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
 ) -> SumAndNorm | NormAndGate | LinearAndRouter | None:
@@ -174,7 +179,7 @@ def _pair(
         and n_users[op.out.buffer] == 2  # nobody else reads the norm
         and kernels.can_gate_heads(op.group_size)
         and (op.weight is None or op.weight.size == op.group_size)
-        and not op.centers
+        and _only_scales(op)
     ):
         return NormAndGate(op, following)
     if isinstance(op, ops.Linear) and isinstance(following, ops.Router) and following.logits in op.outs:
@@ -199,7 +204,7 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
         conv.out.columns(end, conv.out.width),
     )
     alone = all(n_users[tensor.buffer] == 2 for tensor in (conv.out, net.out, norm.out))
-    alone = alone and gate.gate.width == gate.x.width and not gate.limit and not norm.centers
+    alone = alone and gate.gate.width == gate.x.width and not gate.limit and _only_scales(norm)
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
     return None
@@ -292,7 +297,7 @@ def _with(found: Attention, op: ops.Operation) -> Attention | None:
             return replace(found, q_rope=op)
         if op.x == found.k and not found.k_rope and not found.k_norm:
             return replace(found, k_rope=op)
-    if isinstance(op, ops.RMSNorm) and op.group_size == found.attention.cache.head_dim and not op.centers:
+    if isinstance(op, ops.RMSNorm) and op.group_size == found.attention.cache.head_dim and _only_scales(op):
         if op.weight and op.weight.size != op.group_size:
             return None
         if found.norm and found.norm.eps != op.eps:
@@ -307,8 +312,8 @@ def _with(found: Attention, op: ops.Operation) -> Attention | None:
 
 
 def _same_rotation(a: ops.Rope, b: ops.Rope) -> bool:
-    same = (a.head_dim, a.divisors, a.style, a.magnitude) == (b.head_dim, b.divisors, b.style, b.magnitude)
-    return same and np.array_equal(a.frequencies, b.frequencies)
+    one, other = ((r.head_dim, r.divisors, r.short_context, r.style, r.magnitude) for r in (a, b))
+    return one == other and np.array_equal(a.frequencies, b.frequencies)
 
 
 def _alone(found: Attention, n_users: Counter[ops.Buffer]) -> bool:

@@ -446,10 +446,11 @@ def residual(
     forms: Forms = NO_FORMS,
     *,
     centers: bool = False,
+    bias: int = 0,
 ) -> Launch:
     """Add to the residual stream, a + added = total (without `added`: a, and `total` is not written); normalise that.
 
-    `weight` may be 0; without `out` nothing is normalised. centers: see `graph.RMSNorm`.
+    `weight` and `bias` may be 0; without `out` nothing is normalised. centers: see `graph.RMSNorm`.
     """
     combined = added if isinstance(added, Combined) else Combined(NOTHING, None, 0, 0, 0, 0)
     shared, shared_gate = combined.shared or NOTHING, combined.shared_gate or NOTHING
@@ -458,6 +459,7 @@ def residual(
     _check_width(n_cols)
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in rows)
     assert weight % 16 == 0
+    assert bias % 16 == 0
     has_experts = isinstance(added, Combined)
     n_warps = min(ceil_div(n_cols, (_EXPERT_COLUMNS if has_experts else _LANE) * WARP), 32)
     return Launch(
@@ -491,6 +493,7 @@ def residual(
             ),
             *at(total),
             pointer(weight),
+            pointer(bias),
             float32(eps),
             *at(out or NOTHING),
             forms.argument,
@@ -642,6 +645,29 @@ def router(routing: Routing, count: Count) -> Launch:
         WARP,
         (routing.argument, pointer(count.address)),
         routing.scratch_bytes,
+    )
+
+
+def group_router(
+    logits: Rows, ids: int, group_ids: int, weights: int, n_experts: int, n_used: int, group_size: int, count: Count
+) -> Launch:
+    """Choose the experts that groups of `group_size` share."""
+    return Launch(
+        "group_router.cu",
+        "group_router",
+        (),
+        (1, count.most, 1),
+        WARP,
+        (
+            *at(logits),
+            pointer(ids),
+            pointer(group_ids),
+            pointer(weights),
+            int32(n_experts),
+            int32(n_used),
+            int32(group_size),
+            pointer(count.address),
+        ),
     )
 
 

@@ -166,8 +166,8 @@ class Lowering:
 
 
 def _expert_layers(graph: Graph, plan: MemoryPlan | None) -> list[ExpertLayer]:
-    """Return the layers that have experts, with the slots of a plan, or without any."""
-    operations = [op for op in graph.operations if isinstance(op, ops.Experts)]
+    """Return the layers whose experts may be in slots, with those of a plan, or without any."""
+    operations = [op for op in graph.operations if isinstance(op, ops.Experts) and graph.has_slots(op)]
     if plan is None:
         return [ExpertLayer(op, 0, 0, 0) for op in operations]
     n_in_contexts = np.bincount([slot.layer for slot in plan.context_slots], minlength=len(operations))
@@ -207,6 +207,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     fusion.Attention: sequence_operations.attention_layer,
     fusion.DeltaNetLayer: sequence_operations.delta_net_layer,
     ops.Router: expert_operations.router,
+    ops.GroupRouter: expert_operations.group_router,
     ops.Experts: expert_operations.experts,
     ops.Combine: expert_operations.combine,
     fusion.LinearAndRouter: expert_operations.linear_and_router,

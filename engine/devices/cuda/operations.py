@@ -66,7 +66,8 @@ def rms_norm(recorder: Recorder, op: ops.RMSNorm) -> None:
         row = recorder.use(op.x)
         residual(recorder, op.x, lambda p: (p.rows(row), None, NOTHING), op)
         return
-    x, out, weight, size = recorder.use(op.x), recorder.use(op.out), recorder.vector(op.weight), op.group_size
+    x, out, size = recorder.use(op.x), recorder.use(op.out), op.group_size
+    weight, bias = recorder.vector(op.weight), recorder.vector(op.bias)
     recorder.record(
         lambda p: [
             elementwise.rms_norm(
@@ -79,6 +80,7 @@ def rms_norm(recorder: Recorder, op: ops.RMSNorm) -> None:
                 p.count(op.x.rows),
                 size if op.weight and op.weight.size > size else 0,
                 centers=op.centers,
+                bias=p.at(bias),
             )
         ]
     )
@@ -94,7 +96,9 @@ def add(recorder: Recorder, op: ops.Add, norm: ops.RMSNorm | None = None) -> Non
 
 def residual(recorder: Recorder, tensor: Tensor, summands: Summands, norm: ops.RMSNorm | None) -> None:
     """Record a sum into the residual stream, here `tensor`, a norm of that whole row, or both as one."""
-    out, weight = (recorder.use(norm.out), recorder.vector(norm.weight)) if norm else (None, None)
+    out, weight, bias = (
+        (recorder.use(norm.out), recorder.vector(norm.weight), recorder.vector(norm.bias)) if norm else (None,) * 3
+    )
     finish = recorder.finish(norm.out) if norm else Finish(recorder.index)
     recorder.record(
         lambda p: [
@@ -107,6 +111,7 @@ def residual(recorder: Recorder, tensor: Tensor, summands: Summands, norm: ops.R
                 p.rows(out) if out else None,
                 finish.at(p),
                 centers=norm is not None and norm.centers,
+                bias=p.at(bias),
             )
         ]
     )

@@ -31,6 +31,7 @@ class Recorder:
     Attributes:
         experts: what the experts of all layers share.
         states: the caches and states, each with its offset.
+        context_length: positions that a sequence may have.
         uploads: offset and contents of what is uploaded once.
         index: of the operation at hand, set by whoever walks them.
     """
@@ -49,6 +50,7 @@ class Recorder:
         self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []
         self.index = 0
         self._weights = weights
+        self.context_length = limits.context_length
         self._limits = limits
         self._layout = layout
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states

@@ -75,7 +75,7 @@ def delta_net(
     v: int,
     qkv_stride: int,
     beta: Rows | None,
-    alpha: Rows,
+    alpha: Rows | None,
     a: int,
     dt_bias: int,
     skip: int,
@@ -93,11 +93,12 @@ def delta_net(
     slots: int,
     count: Count,
 ) -> Launch:
-    """Run the gated delta rule, or without beta a state-space model."""
+    """Run the gated delta rule, without beta a state-space model, or without alpha, too, lightning attention."""
     assert n_v_heads % n_k_heads == 0
     assert decay_dim in {1, k_dim}
     assert k_dim <= _MAX_KEY_DIM
     assert decay_bound == 0 or (beta is not None and decay_bound < 0)
+    assert alpha is not None or not (beta or dt_bias or skip)
     return Launch(
         "delta_net.cu",
         "delta_net",
@@ -115,7 +116,7 @@ def delta_net(
             pointer(v),
             int64(qkv_stride),
             *at(beta or NOTHING),
-            *at(alpha),
+            *at(alpha or NOTHING),
             pointer(a),
             pointer(dt_bias),
             pointer(skip),

@@ -49,8 +49,9 @@ def rope(recorder: Recorder, op: ops.Rope) -> None:
 
 def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     """Return the offset of a rotation's frequencies, and how many values of a head turn."""
+    divisors = op.divisors_of(recorder.context_length)
     with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
-        divided = op.frequencies if op.divisors is None else op.frequencies / recorder.values(op.divisors)
+        divided = op.frequencies if divisors is None else op.frequencies / recorder.values(divisors)
     values = np.ascontiguousarray(divided, np.float32)
     return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
 
@@ -185,8 +186,11 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
 def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
     """Record the recurrence of a delta net."""
     q, k, v, out = recorder.use(op.q), recorder.use(op.k), recorder.use(op.v), recorder.use(op.out)
-    beta, alpha = recorder.use(op.beta) if op.beta else None, recorder.use(op.alpha)
+    beta, alpha = (recorder.use(tensor) if tensor else None for tensor in (op.beta, op.alpha))
     a, dt_bias, skip = (recorder.vector(vector) for vector in (op.a, op.dt_bias, op.skip))
+    if op.decays is not None:
+        decays = op.decays
+        a = recorder.constant(("decays", decays.tobytes()), lambda: decays)
     assert q.stride == k.stride == v.stride
     recorder.record(
         lambda p: [
@@ -196,7 +200,7 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
                 p.rows(v).address,
                 q.stride,
                 p.rows(beta) if beta else None,
-                p.rows(alpha),
+                p.rows(alpha) if alpha else None,
                 p.at(a),
                 p.at(dt_bias),
                 p.at(skip),
@@ -228,6 +232,7 @@ def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
     )
     finish = recorder.finish(gate.out)
     assert net.beta is not None
+    assert net.alpha is not None
     x, beta, alpha, by = (recorder.use(t) for t in (conv.x, net.beta, net.alpha, gate.gate))
     found, out = recorder.use(net.out), recorder.use(gate.out)
     conv_weight = recorder.joined(conv.weights)

@@ -388,7 +388,7 @@ class EmulatedProgram:
         sizes, macs = footprint.expert_bytes.astype(np.float64), footprint.expert_macs.astype(np.float64)
         return StepWork(
             n_layers=footprint.n_layers,
-            dense_bytes=footprint.dense_bytes,
+            dense_bytes=footprint.read_bytes,
             attention_bytes=sum(footprint.attention_bytes(float(p)) for p in _last_positions(positions, slots)),
             dense_macs=footprint.dense_macs * n_tokens,
             hit_bytes=(chosen & on_device).sum(1) * sizes,

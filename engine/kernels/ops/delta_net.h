@@ -56,6 +56,7 @@ static void op_causal_conv(const op_args *args, const step_view *step, tile t) {
 // pass, and one pass over it updates it for a token and takes the sums of the next.
 //
 // A state-space model is the same without what is recalled: d = dt v, with q and k as they are, and out + skip v.
+// Lightning attention is that with d = v, nothing skipped, and the same decay for every token.
 //
 // Where each channel of the key has a decay of its own, rows of S have: r and p are then taken with k and q times the
 // decays, which is the same, and no factor is left for them.
@@ -114,7 +115,10 @@ static void gather_delta_inputs(const delta_net_args *a, int first, int n, int h
         const int64_t at = row * a->qkv_stride;
         const float *q = a->q + at + k_head * a->k_dim, *k = a->k + at + k_head * a->k_dim;
         double dt = 0.0;
-        if (a->decay_dim == 1) {
+        if (!a->alpha.at) {
+            dt = 1.0;
+            in->decay[t] = a->a[head];
+        } else if (a->decay_dim == 1) {
             const double x = (double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]);
             const double bound = (double)a->decay_bound, rate = (double)a->a[head];
             dt = softplus(x);

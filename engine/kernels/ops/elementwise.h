@@ -198,6 +198,13 @@ static void op_rms_norm(const op_args *args, const step_view *step, tile t) {
                             out + c,
                             v16_mul(v16_mul(v16_load_first(x + c, n_left), factor), v16_load_first(weight + c, n_left)),
                             n_left));
+            if (a->bias) {
+                const float *bias = a->bias + group / n * a->weight_step;
+                FOR_COLUMNS(c, 0, n, v16_store(out + c, v16_add(v16_load(out + c), v16_load(bias + c))),
+                            v16_store_first(out + c,
+                                            v16_add(v16_load_first(out + c, n_left), v16_load_first(bias + c, n_left)),
+                                            n_left));
+            }
         }
 }
 

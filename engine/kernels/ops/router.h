@@ -114,4 +114,24 @@ static void op_router(const op_args *args, const step_view *step, tile t) {
               a->weights + (int64_t)row * a->n_experts_used);
 }
 
+// The experts that groups of others share, each with the score that the router has for its number.
+static void op_group_router(const op_args *args, const step_view *step, tile t) {
+    const group_router_args *a = &args->group_router;
+    const int n_used = a->n_experts_used;
+    (void)step;
+    for (int row = t.row; row < t.row_end; row++) {
+        const int32_t *ids = a->ids + (int64_t)row * n_used;
+        int32_t *group_ids = a->group_ids + (int64_t)row * n_used;
+        float scores[PADDED_EXPERTS], *weights = a->weights + (int64_t)row * n_used, sum = 0.0f;
+        memcpy(scores, row_of(a->logits, row), (size_t)a->n_experts * sizeof(float));
+        softmax(scores, a->n_experts);
+        for (int i = 0; i < n_used; i++) {
+            group_ids[i] = ids[i] / a->group_size;
+            sum += scores[group_ids[i]];
+        }
+        for (int i = 0; i < n_used; i++)
+            weights[i] = scores[group_ids[i]] / (sum > 0x1p-14f ? sum : 0x1p-14f);
+    }
+}
+
 #endif
