@@ -11,7 +11,7 @@ from functools import partial
 from engine.devices.graph import Activation, Graph, Tensor
 from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import dense_network, mixture_of_experts, normalize, output_head, self_attention
+from engine.models.blocks import dense_network, layers, mixture_of_experts, normalize, self_attention
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -21,15 +21,13 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = normalize(graph, x, block, "ffn_norm_exps.weight", spec)
-        others = partial(_attention_and_network, graph, x, block, spec, layer)
-        x = mixture_of_experts(graph, h, others, block, spec, layer, Activation.SILU)
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = normalize(graph, x, block, "ffn_norm_exps.weight", spec)
+    others = partial(_attention_and_network, graph, x, block, spec, layer)
+    return mixture_of_experts(graph, h, others, block, spec, layer, Activation.SILU)
 
 
 def _attention_and_network(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:

@@ -19,7 +19,9 @@ from engine.errors import GGUFError
 from engine.model_spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from engine.models.binding import Tensors, split_rows, split_values
 
-Mixer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
+Layer: TypeAlias = Callable[[Graph, Tensor, Tensors, ModelSpec, int], Tensor]
+"""Records a layer, or a part of one: (graph, x, block, spec, number of the layer) -> what it makes of x."""
+
 Residual: TypeAlias = Tensor | Callable[[], Tensor] | None
 """What a network is added to, or what records that: between the choice of experts and their sum, where those without a
 slot are waited for. None: the network is returned alone."""
@@ -37,10 +39,20 @@ _SCORINGS = {
 # -- the frame -------------------------------------------------------------------------------------------------------
 
 
+def layers(spec: ModelSpec, tensors: Tensors, layer: Layer, output_norm: str = "output_norm.weight") -> Graph:
+    """Record the embeddings, what each layer makes of the residual stream, and the output head."""
+    graph = Graph()
+    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
+    for number in range(spec.n_layers):
+        x = layer(graph, x, tensors.block(number), spec, number)
+    _output_head(graph, x, tensors, spec, output_norm)
+    return graph
+
+
 def decoder(
     spec: ModelSpec,
     tensors: Tensors,
-    mixer: Mixer,
+    mixer: Layer,
     *,
     ffn_norm: str = "ffn_norm.weight",
     post_norms: tuple[str, str] | None = None,
@@ -49,24 +61,21 @@ def decoder(
 ) -> Graph:
     """Record a pre-norm decoder: in each block a mixer of tokens, then a feed-forward network, added to the stream.
 
-    `mixer(graph, x, block, spec, layer)` returns what the block's attention (or the like) adds. With `post_norms` that
-    and the result of the feed-forward network are normalised, too, before they are added.
+    `mixer` records what the block's attention (or the like) adds. With `post_norms` that and the result of the
+    feed-forward network are normalised, too, before they are added.
     """
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
+
+    def mix_and_feed(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
         h = normalize(graph, x, block, "attn_norm.weight", spec)
         h = scaled(graph, mixer(graph, h, block, spec, layer), spec.residual_scale)
         x = graph.add(x, normalize(graph, h, block, post_norms[0], spec) if post_norms else h)
         h = normalize(graph, x, block, ffn_norm, spec)
-        if post_norms:
-            h = feed_forward(graph, h, None, block, spec, layer, activation)
-            x = graph.add(x, normalize(graph, h, block, post_norms[1], spec))
-        else:
-            x = feed_forward(graph, h, x, block, spec, layer, activation)
-    output_head(graph, x, tensors, spec, output_norm)
-    return graph
+        if not post_norms:
+            return feed_forward(graph, h, x, block, spec, layer, activation)
+        h = feed_forward(graph, h, None, block, spec, layer, activation)
+        return graph.add(x, normalize(graph, h, block, post_norms[1], spec))
+
+    return layers(spec, tensors, mix_and_feed, output_norm)
 
 
 def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec) -> Tensor:
@@ -77,7 +86,7 @@ def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelS
     return graph.rms_norm(x, weight, spec.norm_eps, centers=spec.centers_norms, bias=bias)
 
 
-def output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str = "output_norm.weight") -> None:
+def _output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str = "output_norm.weight") -> None:
     """Turn the residual stream into logits, for the wanted rows; without `output.weight` the embeddings serve."""
     x = graph.select_outputs(x)
     x = normalize(graph, x, tensors, norm, spec)

@@ -12,7 +12,7 @@ from functools import partial
 from engine.devices.graph import Graph, Tensor
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import feed_forward, normalize, output_head, self_attention
+from engine.models.blocks import feed_forward, layers, normalize, self_attention
 
 _PERIOD = 4  # of the layers without a window, beginning with the first, where the file does not list them
 
@@ -41,14 +41,12 @@ def _read_attention(keys: Keys) -> AttentionSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = normalize(graph, x, block, "attn_norm.weight", spec)
-        x = feed_forward(graph, h, partial(_attend, graph, x, h, block, spec, layer), block, spec, layer)
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = normalize(graph, x, block, "attn_norm.weight", spec)
+    return feed_forward(graph, h, partial(_attend, graph, x, h, block, spec, layer), block, spec, layer)
 
 
 def _attend(graph: Graph, x: Tensor, h: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:

@@ -17,8 +17,8 @@ from engine.models.blocks import (
     attend,
     check_experts,
     dense_network,
+    layers,
     normalize,
-    output_head,
     project_qkv,
     rotate_heads,
     route,
@@ -64,21 +64,20 @@ def _read_attention(keys: Keys, tensors: Tensors) -> AttentionSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = _attention(graph, normalize(graph, x, block, "attn_norm.weight", spec), block, spec, layer)
-        x = graph.add(x, normalize(graph, h, block, "post_attention_norm.weight", spec))
-        if block.has("ffn_gate_inp.weight"):
-            h = _networks(graph, x, block, spec, layer)
-        else:
-            h = _dense(graph, x, block, spec, layer)
-        x = graph.add(x, normalize(graph, h, block, "post_ffw_norm.weight", spec))
-        if block.has("layer_output_scale.weight"):
-            x = graph.scale(x, 1.0, block.vector("layer_output_scale.weight", 1))
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = _attention(graph, normalize(graph, x, block, "attn_norm.weight", spec), block, spec, layer)
+    x = graph.add(x, normalize(graph, h, block, "post_attention_norm.weight", spec))
+    if block.has("ffn_gate_inp.weight"):
+        h = _networks(graph, x, block, spec, layer)
+    else:
+        h = _dense(graph, x, block, spec, layer)
+    x = graph.add(x, normalize(graph, h, block, "post_ffw_norm.weight", spec))
+    if block.has("layer_output_scale.weight"):
+        x = graph.scale(x, 1.0, block.vector("layer_output_scale.weight", 1))
+    return x
 
 
 def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:

@@ -8,7 +8,7 @@ from engine.devices.graph import Activation, Graph, Tensor
 from engine.errors import UnsupportedModelError
 from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import check_experts, normalize, output_head, route, routed_experts, self_attention
+from engine.models.blocks import check_experts, layers, normalize, route, routed_experts, self_attention
 
 _GROUP = "experts_per_group"
 
@@ -37,15 +37,13 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = normalize(graph, x, block, "attn_norm.weight", spec)
-        x = graph.add(x, self_attention(graph, h, block, spec, layer))
-        x = _grouped_experts(graph, normalize(graph, x, block, "ffn_norm.weight", spec), x, block, spec, layer)
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = normalize(graph, x, block, "attn_norm.weight", spec)
+    x = graph.add(x, self_attention(graph, h, block, spec, layer))
+    return _grouped_experts(graph, normalize(graph, x, block, "ffn_norm.weight", spec), x, block, spec, layer)
 
 
 def _grouped_experts(graph: Graph, x: Tensor, residual: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:

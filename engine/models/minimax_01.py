@@ -13,7 +13,7 @@ import numpy.typing as npt
 from engine.devices.graph import Activation, Gating, Graph, Tensor
 from engine.model_spec import AttentionSpec, ModelSpec
 from engine.models.binding import LARGEST_STATE, Keys, Tensors
-from engine.models.blocks import mixture_of_experts, normalize, output_head, scaled, self_attention
+from engine.models.blocks import layers, mixture_of_experts, normalize, scaled, self_attention
 from engine.models.qwen35moe import read_recurrent_layers
 
 _PERIOD = 8  # of the layers with softmax attention, where the file does not list them
@@ -30,18 +30,16 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = normalize(graph, x, block, "attn_norm.weight", spec)
-        mixer = _lightning_attention if spec.recurrent_layers[layer] else self_attention
-        x = graph.add(mixer(graph, h, block, spec, layer), scaled(graph, h, spec.stream_scale))
-        h = normalize(graph, x, block, "ffn_norm.weight", spec)
-        stream = scaled(graph, h, spec.stream_scale)
-        x = mixture_of_experts(graph, h, stream, block, spec, layer, Activation.SILU)
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = normalize(graph, x, block, "attn_norm.weight", spec)
+    mixer = _lightning_attention if spec.recurrent_layers[layer] else self_attention
+    x = graph.add(mixer(graph, h, block, spec, layer), scaled(graph, h, spec.stream_scale))
+    h = normalize(graph, x, block, "ffn_norm.weight", spec)
+    stream = scaled(graph, h, spec.stream_scale)
+    return mixture_of_experts(graph, h, stream, block, spec, layer, Activation.SILU)
 
 
 def _lightning_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.devices.graph import Activation, Graph
+from engine.devices.graph import Activation, Graph, Tensor
 from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import feed_forward, normalize, output_head, self_attention
+from engine.models.blocks import feed_forward, layers, normalize, self_attention
 from engine.models.state_space import read_state_space, recurrent_layers, state_space
 
 
@@ -29,16 +29,13 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = normalize(graph, x, block, "attn_norm.weight", spec)
-        if spec.recurrent_layers[layer]:
-            x = graph.add(x, state_space(graph, h, block, spec))
-        elif block.has("ffn_up.weight") or block.has("ffn_gate_inp.weight"):
-            x = feed_forward(graph, h, x, block, spec, layer, Activation.RELU)
-        else:
-            x = graph.add(x, self_attention(graph, h, block, spec, layer))
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = normalize(graph, x, block, "attn_norm.weight", spec)
+    if spec.recurrent_layers[layer]:
+        return graph.add(x, state_space(graph, h, block, spec))
+    if block.has("ffn_up.weight") or block.has("ffn_gate_inp.weight"):
+        return feed_forward(graph, h, x, block, spec, layer, Activation.RELU)
+    return graph.add(x, self_attention(graph, h, block, spec, layer))

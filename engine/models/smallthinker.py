@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.devices.graph import Activation, Graph
+from engine.devices.graph import Activation, Graph, Tensor
 from engine.model_spec import ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import mixture_of_experts, normalize, output_head, self_attention
+from engine.models.blocks import layers, mixture_of_experts, normalize, self_attention
 
 _PERIOD = 4  # of the layers without a window, beginning with the first, which are not rotated
 
@@ -27,14 +27,12 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    graph = Graph()
-    x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size))
-    for layer in range(spec.n_layers):
-        block = tensors.block(layer)
-        h = normalize(graph, x, block, "attn_norm.weight", spec)
-        logits = graph.linear(x, block.matrix("ffn_gate_inp.weight", spec.moe.n_experts, spec.hidden_size))
-        x = graph.add(x, self_attention(graph, h, block, spec, layer))
-        h = normalize(graph, x, block, "ffn_norm.weight", spec)
-        x = mixture_of_experts(graph, h, x, block, spec, layer, Activation.RELU, logits)
-    output_head(graph, x, tensors, spec)
-    return graph
+    return layers(spec, tensors, _layer)
+
+
+def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    h = normalize(graph, x, block, "attn_norm.weight", spec)
+    logits = graph.linear(x, block.matrix("ffn_gate_inp.weight", spec.moe.n_experts, spec.hidden_size))
+    x = graph.add(x, self_attention(graph, h, block, spec, layer))
+    h = normalize(graph, x, block, "ffn_norm.weight", spec)
+    return mixture_of_experts(graph, h, x, block, spec, layer, Activation.RELU, logits)
