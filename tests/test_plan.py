@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from engine.experts.replay import Clairvoyant, replay
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.twins import Twins
 from engine.gguf import open_model_file
+from engine.gguf.reader import GGUFFile
 from engine.models import load_model
 from engine.runtime import Engine
 
@@ -73,6 +75,17 @@ def test_twins_are_found_where_they_were_put() -> None:
 
 
 # -- predictions -----------------------------------------------------------------------------------------------------
+
+
+def test_values_that_are_part_of_keys_are_stored_once_on_a_gpu(data: Path) -> None:
+    limits = Limits(64, 2, 256, KVType.F16)
+    for name, has_such in (("glm-dsa", True), ("dbrx", False)):
+        with GGUFFile.open(data / "peers" / f"{name}-F32.gguf") as file:
+            graph = load_model(file).graph
+        on_cpu, on_gpu = measure(graph, limits), measure(graph, limits, stores_once=True)
+        assert on_gpu.state_bytes >= 256 * sum(on_gpu.stretches) == 256 * sum(on_cpu.stretches)
+        assert (on_cpu.state_bytes > on_gpu.state_bytes) == has_such
+        assert (on_cpu.attention_bytes(255) > on_gpu.attention_bytes(255)) == has_such
 
 
 @pytest.fixture(scope="module")

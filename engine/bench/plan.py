@@ -255,17 +255,18 @@ def measure_on_gpu(
         most: tokens of a step.
         stream_n_tokens: of a step that streams the experts without a slot, at least; None for where that pays.
     """
-    bare = measure(graph, limits)
+    bare = measure(graph, limits, stores_once=True)
     pays = bare.streaming_pays_from(machine.bandwidths, machine.cpu_macs)
     threshold = stream_n_tokens or min(pays, limits.max_tokens)
     left = machine.vram_bytes - bare.dense_bytes - bare.state_bytes - bare.scratch_bytes
     n_tokens = min(most, limits.n_slots * limits.context_length)
     while n_tokens > limits.max_tokens >= threshold:
-        longer = measure(graph, replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens), threshold)
+        larger = replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens)
+        longer = measure(graph, larger, threshold, stores_once=True)
         if longer.long_scratch_bytes - bare.scratch_bytes <= left * LONG_STEP_SHARE:
             return longer
         n_tokens //= 2
-    return measure(graph, limits, threshold)
+    return measure(graph, limits, threshold, stores_once=True)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -94,10 +94,17 @@ class Footprint:
         return self.position_bytes * (position + 1) + self.window_bytes + 2 * self.recurrent_bytes
 
 
-def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) -> Footprint:
+def measure(
+    graph: Graph, limits: Limits, stream_n_tokens: int | None = None, *, stores_once: bool = False
+) -> Footprint:
     """Return what a recorded forward pass needs with these limits.
 
-    `stream_n_tokens`: steps of so many tokens or more stream the experts without a slot; None if none does.
+    Args:
+        graph: the forward pass.
+        limits: of steps and sequences.
+        stream_n_tokens: steps of so many tokens or more stream the experts without a slot; None if none does.
+        stores_once: values that are part of keys are not stored once more, as the CPU does, for its values lie in
+            another order than its keys.
     """
     streams = stream_n_tokens is not None and stream_n_tokens <= limits.max_tokens
     others = (
@@ -109,9 +116,9 @@ def measure(graph: Graph, limits: Limits, stream_n_tokens: int | None = None) ->
     dense = _dense_weights(graph)
     without_slots = [op for op in graph.operations if isinstance(op, ops.Experts) and not graph.has_slots(op)]
     used = [(op.routing.ids.width, weight) for op in without_slots for weight in op.stacks]
-    whole, window = _cache_bytes(graph, limits)
+    whole, window = _cache_bytes(graph, limits, stores_once)
     recurrent = sum(4 * state.width for state in graph.states)
-    all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, limits.context_length) for cache in graph.kv_caches)
+    all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, stores_once) for cache in graph.kv_caches)
     return Footprint(
         n_layers=sum(isinstance(op, ops.Attention | ops.DeltaNet) for op in graph.operations),
         n_experts=layers[0].routing.n_experts if layers else 0,
@@ -155,18 +162,18 @@ def position_rows(cache: ops.KVCache, kv_type: KVType) -> tuple[int, ...]:
     return tuple(cache.n_kv_heads * dim * size for dim in dims)
 
 
-def _kv_bytes(cache: ops.KVCache, limits: Limits, n_slots: int, n_positions: int) -> int:
-    return _kernels.kv_cache_bytes(
-        limits.kv_type, n_slots, n_positions, cache.n_kv_heads, cache.head_dim, cache.value_dim
-    )
+def _kv_bytes(cache: ops.KVCache, limits: Limits, n_slots: int, stores_once: bool) -> int:
+    value_dim = 0 if stores_once and cache.values_in_keys else cache.value_dim
+    sizes = cache.n_kv_heads, cache.head_dim, value_dim
+    return _kernels.kv_cache_bytes(limits.kv_type, n_slots, limits.context_length, *sizes)
 
 
-def _cache_bytes(graph: Graph, limits: Limits) -> tuple[float, float]:
+def _cache_bytes(graph: Graph, limits: Limits, stores_once: bool) -> tuple[float, float]:
     """Return the bytes of one position in layers that see all of them, and of what the other layers see."""
     whole = window = 0.0
     for op in graph.operations:
         if isinstance(op, ops.Attention | ops.SelectPositions):
-            position = _kv_bytes(op.cache, limits, 1, limits.context_length) / limits.context_length
+            position = _kv_bytes(op.cache, limits, 1, stores_once) / limits.context_length
             seen = op.most_positions if isinstance(op, ops.Attention) else 0
             if seen:
                 window += position * min(seen, limits.context_length)

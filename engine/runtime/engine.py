@@ -79,8 +79,9 @@ class Engine(Answering):
         is_long = any(isinstance(op, Rope) and op.is_long(settings.context_length) for op in model.graph.operations)
         self._rotation = ", rotated for long contexts" if is_long else ""  # of keys that a session holds
         try:
-            self.footprint: Footprint = measure(model.graph, self._limits)
-            if not isinstance(self._device, CUDADevice):  # which has them in its own memory, and checks that itself
+            on_gpu = isinstance(self._device, CUDADevice)
+            self.footprint: Footprint = measure(model.graph, self._limits, stores_once=on_gpu)
+            if not on_gpu:  # which has them in its own memory, and checks that itself
                 check_memory(self.footprint, settings)
             self._weights = WeightMemory.load(
                 model_file,
