@@ -409,6 +409,30 @@ class Program:
         With 0 for beta, alpha, dt_bias and skip it is lightning attention: S = a S + k v', out = S'q.
         """
 
+    def selective_scan(
+        self,
+        x: int,
+        x_stride: int,
+        dt: int,
+        dt_stride: int,
+        b: int,
+        b_stride: int,
+        c: int,
+        c_stride: int,
+        a: int,
+        skip: int,
+        state: int,
+        out: int,
+        out_stride: int,
+        n_channels: int,
+        state_size: int,
+    ) -> None:
+        """Scan over time, channel by channel, each with a state s. x, dt and out have n_channels, b and c state_size columns.
+
+        With dt = softplus(dt): s = exp(a dt) s + dt x b, out = s . c + skip x.
+        a float32 [n_channels, state_size], all below 0; skip [n_channels]; state float32 [n_slots, state_size, n_channels].
+        """
+
     def router(
         self,
         logits: int,

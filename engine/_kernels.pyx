@@ -71,6 +71,7 @@ cdef extern from "kernels/ops.h":
         MAX_EXPERTS
         MAX_HEAD_DIM
         MAX_CONV_KERNEL
+        MAX_SCAN_STATE
         MAX_LINEAR_WEIGHTS
         TOKENS_PER_CALL
 
@@ -147,6 +148,12 @@ cdef extern from "kernels/ops.h":
         float decay_bound
         c_bool grouped
         float eps
+    ctypedef struct selective_scan_args:
+        matrix x, dt, b, c, out
+        const float *a
+        const float *skip
+        float *state
+        int n_channels, state_size
     ctypedef struct router_args:
         matrix logits
         const float *bias
@@ -252,6 +259,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_select_positions(program *p, select_positions_args args, matrix k)
     int program_causal_conv(program *p, causal_conv_args args)
     int program_delta_net(program *p, delta_net_args args)
+    int program_selective_scan(program *p, selective_scan_args args)
     int program_router(program *p, router_args args)
     int program_group_router(program *p, group_router_args args)
     int program_experts(program *p, experts_args args, int down_activation)
@@ -1121,6 +1129,39 @@ cdef class Program:
         args.grouped = grouped
         args.eps = eps
         recorded(program_delta_net(self._program, args))
+
+    def selective_scan(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t dt,
+        int64_t dt_stride,
+        uintptr_t b,
+        int64_t b_stride,
+        uintptr_t c,
+        int64_t c_stride,
+        uintptr_t a,
+        uintptr_t skip,
+        uintptr_t state,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_channels,
+        int state_size,
+    ):
+        need_at_least("n_channels", n_channels, 1)
+        need(1 <= state_size <= MAX_SCAN_STATE, f"state_size is {state_size}; expected 1 to {MAX_SCAN_STATE}")
+        cdef selective_scan_args args
+        args.x = need_matrix("x", x, x_stride, n_channels)
+        args.dt = need_matrix("dt", dt, dt_stride, n_channels)
+        args.b = need_matrix("b", b, b_stride, state_size)
+        args.c = need_matrix("c", c, c_stride, state_size)
+        args.out = need_matrix("out", out, out_stride, n_channels)
+        args.a = <const float *> need_address("a", a)
+        args.skip = <const float *> need_address("skip", skip)
+        args.state = <float *> need_address("state", state)
+        args.n_channels = n_channels
+        args.state_size = state_size
+        recorded(program_selective_scan(self._program, args))
 
     def router(
         self,

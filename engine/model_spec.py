@@ -229,6 +229,23 @@ class StateSpaceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectiveScanSpec:
+    """Mamba, of Jamba.
+
+    Attributes:
+        inner_size: channels, each with a state of its own.
+        state_size: values of a state.
+        step_rank: values that the step of all channels is a projection of.
+        kernel_size: tokens of the convolution before it.
+    """
+
+    inner_size: int
+    state_size: int
+    step_rank: int
+    kernel_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoESpec:
     """Routed experts of the layers that have a router; all zero for a dense model.
 
@@ -295,7 +312,8 @@ class ModelSpec:
         attention: softmax attention of any kind.
         moe: the routed experts.
         recurrent_layers: for each layer, whether it carries a state instead of attention; empty: none does.
-        delta_net, state_space, short_conv_kernel: how, if some do; the last is how many tokens a convolution sees.
+        delta_net, state_space, selective_scan, short_conv_kernel: how, if some do; the last is how many tokens a
+            convolution sees.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
         stream_scale: factor of the residual stream itself, wherever something is added to it.
@@ -314,6 +332,7 @@ class ModelSpec:
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
     state_space: StateSpaceSpec | None = None
+    selective_scan: SelectiveScanSpec | None = None
     short_conv_kernel: int = 0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

@@ -67,6 +67,7 @@ PEERS = (
     "grovemoe",
     "hunyuan-moe",
     "hy_v3",
+    "jamba",
     "kimi-linear",
     "laguna",
     "lfm2",

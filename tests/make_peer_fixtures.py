@@ -71,6 +71,7 @@ class Peer:
         recurrent: whether every other block is a delta net, and the others gate their attention.
         kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network.
         state_space_layers: those of other models.
+        scan_layers: the blocks with a state for each channel.
         short_conv_layers: the blocks that convolve instead of attending.
         delta_layers: the blocks with a delta net whose channels decay apart.
         lightning_layers: the blocks with lightning attention.
@@ -88,6 +89,7 @@ class Peer:
         keys_as_values: the blocks that have no projection to values.
         parallel_networks: whether every block has a dense network, beside its experts if it has any.
         dense_size: width of a dense network beside the experts of other models; 0 for none.
+        dense_width: of the networks of blocks without experts.
         n_long: tokens of a long prompt whose last logits are kept as well.
         seed: the first that is tried.
     """
@@ -118,6 +120,7 @@ class Peer:
     recurrent: bool = False
     kinds: str = ""
     state_space_layers: tuple[int, ...] = ()
+    scan_layers: tuple[int, ...] = ()
     short_conv_layers: tuple[int, ...] = ()
     delta_layers: tuple[int, ...] = ()
     lightning_layers: tuple[int, ...] = ()
@@ -136,6 +139,7 @@ class Peer:
     keys_as_values: tuple[int, ...] = ()
     parallel_networks: bool = False
     dense_size: int = 0
+    dense_width: int = 2 * FFN
     n_long: int = 0
     n_mtp: int = 0
     seed: int = 0
@@ -161,6 +165,13 @@ STATE_SPACE = {
     "ssm.time_step_rank": STATE_HEADS,
     "ssm.group_count": STATE_GROUPS,
     "attention.layer_norm_epsilon": 1e-5,
+}
+SCAN_SIZE, SCAN_STATE, SCAN_RANK, SCAN_KERNEL = 2 * HIDDEN, 24, 32, 4
+SCAN = {
+    "ssm.conv_kernel": SCAN_KERNEL,
+    "ssm.inner_size": SCAN_SIZE,
+    "ssm.state_size": SCAN_STATE,
+    "ssm.time_step_rank": SCAN_RANK,
 }
 SHORT_KERNEL = 3
 KDA_DIM, KDA_KERNEL = 16, 4
@@ -571,6 +582,14 @@ PEERS = {
         bias_name="exp_probs_b",
         head_norm="head",
     ),
+    "jamba": Peer(
+        "jamba",
+        3,
+        MOE | SCAN | {"attention.head_count_kv": [0, N_KV_HEADS, 0], "feed_forward_length": FFN},
+        moe_layers=(0, 2),
+        scan_layers=(0, 2),
+        dense_width=FFN,
+    ),
     "laguna": Peer(
         "laguna",
         3,
@@ -891,6 +910,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from delta_net(draw)
     elif layer in peer.state_space_layers:
         yield from state_space(draw)
+    elif layer in peer.scan_layers:
+        yield from selective_scan(draw)
     elif layer in peer.short_conv_layers:
         yield from short_conv(draw)
     elif layer in peer.delta_layers:
@@ -905,7 +926,7 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from parallel_networks(peer, layer, draw)
         return
     if layer not in peer.moe_layers:
-        yield from feed_forward("", 2 * FFN, draw)
+        yield from feed_forward("", peer.dense_width, draw)
         return
     yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=3.0)
     if peer.router_bias:
@@ -976,6 +997,21 @@ def state_space(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "ssm_d", draw.between(0.5, 1.5, STATE_HEADS, 1)
     yield "ssm_norm.weight", draw.norm(inner).reshape(STATE_GROUPS, -1)
     yield "ssm_out.weight", draw.matrix(HIDDEN, inner)
+
+
+def selective_scan(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "ssm_in.weight", draw.matrix(2 * SCAN_SIZE, HIDDEN)
+    yield "ssm_conv1d.weight", draw.matrix(SCAN_SIZE, SCAN_KERNEL)
+    yield "ssm_conv1d.bias", draw.between(-0.5, 0.5, SCAN_SIZE)
+    yield "ssm_x.weight", draw.matrix(SCAN_RANK + 2 * SCAN_STATE, SCAN_SIZE)
+    yield "ssm_dt_norm.weight", draw.norm(SCAN_RANK)
+    yield "ssm_b_norm.weight", draw.norm(SCAN_STATE)
+    yield "ssm_c_norm.weight", draw.norm(SCAN_STATE)
+    yield "ssm_dt.weight", draw.matrix(SCAN_SIZE, SCAN_RANK)
+    yield "ssm_dt.bias", draw.between(-4, 0, SCAN_SIZE)
+    yield "ssm_a", draw.between(-4, -0.1, SCAN_SIZE, SCAN_STATE)
+    yield "ssm_d", draw.between(0.5, 1.5, SCAN_SIZE)
+    yield "ssm_out.weight", draw.matrix(HIDDEN, SCAN_SIZE, gain=0.5)
 
 
 def short_conv(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

@@ -211,6 +211,17 @@ class ReferenceProgram:
         self.states[op.state] = state
         self[op.out] = np.stack(outs)
 
+    def selective_scan(self, op: ops.SelectiveScan) -> None:
+        x, b, c, dt = self[op.x], self[op.b], self[op.c], np.logaddexp(0, self[op.dt])
+        a, skip = self.vector(op.a).reshape(-1, op.state_size), self.vector(op.skip)
+        state = self.states.get(op.state, np.zeros(a.shape))
+        outs = []
+        for t in range(len(x)):
+            state = np.exp(a * dt[t, :, None]) * state + (dt[t] * x[t])[:, None] * b[t]
+            outs.append(state @ c[t] + skip * x[t])
+        self.states[op.state] = state
+        self[op.out] = np.stack(outs)
+
     def router(self, op: ops.Router) -> None:
         logits = self[op.logits]
         scores = {Scoring.SOFTMAX: _softmax, Scoring.SIGMOID: _sigmoid}.get(op.scoring, lambda x: x)(logits)
@@ -319,6 +330,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.Attention: ReferenceProgram.attention,
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,
+    ops.SelectiveScan: ReferenceProgram.selective_scan,
     ops.Router: ReferenceProgram.router,
     ops.GroupRouter: ReferenceProgram.group_router,
     ops.Experts: ReferenceProgram.run_experts,

@@ -139,6 +139,8 @@ KERNELS = [
         )
         for n in range(2)
     ),
+    ("selective_scan.cu", ("STATE_SIZE=16", "CHANNEL_LANES=4")),
+    ("selective_scan.cu", ("STATE_SIZE=256", "CHANNEL_LANES=32")),
     ("handshake.cu", ()),
 ]
 

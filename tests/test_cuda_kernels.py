@@ -1220,6 +1220,47 @@ def test_recurrent_layers(
 
 
 @pytest.mark.parametrize(
+    ("n_channels", "state_size", "lengths", "mode"),
+    [
+        (130, 16, (2, 3), "fast"),
+        (64, 16, (1, 30), "race"),
+        (70, 12, (17, 8), "asan"),
+        (5, 1, (3, 2), "asan"),
+        (40, 64, (9, 7), "race"),
+        (20, 100, (2, 9), "asan"),
+        (9, 256, (8, 3), "fast"),
+    ],
+)
+def test_selective_scan(n_channels: int, state_size: int, lengths: tuple[int, int], mode: str) -> None:
+    """Three sequences in one step: one goes on from its state, two begin, the last of which is one token."""
+    rng, emulator = np.random.default_rng(9), Emulator(mode)
+    slots = np.repeat(np.array([1, 0, 2], np.int32), (*lengths, 1))
+    positions = np.concatenate([np.arange(4, 4 + lengths[0]), np.arange(lengths[1]), [0]]).astype(np.int32)
+    n_tokens = len(slots)
+    x, dt = (rng.standard_normal((n_tokens, n_channels)).astype(F32) * n for n in (1, 3))
+    bc = rng.standard_normal((n_tokens, 2 * state_size)).astype(F32)
+    a = -np.exp(rng.standard_normal((n_channels, state_size))).astype(F32)
+    skip = rng.standard_normal(n_channels).astype(F32)
+    old = rng.standard_normal((3, n_channels, state_size)).astype(F32)
+
+    new, steps, expected = old.astype(np.float64), np.logaddexp(0, dt.astype(np.float64)), []
+    for t, slot in enumerate(slots):
+        kept = new[slot] if positions[t] else 0
+        new[slot] = np.exp(a * steps[t, :, None]) * kept + (steps[t] * x[t])[:, None] * bc[t, :state_size]
+        expected.append(new[slot] @ bc[t, state_size:] + skip * x[t])
+
+    places = (emulator.at(positions), emulator.at(slots), emulator.count(n_tokens))
+    for order, seed in SCHEDULES:
+        state, out, b = old.copy(), np.zeros_like(x), emulator.rows(bc)
+        c = b._replace(address=b.address + 4 * state_size)
+        inputs = (emulator.rows(x), emulator.rows(dt), b, c, emulator.at(a), emulator.at(skip), emulator.at(state))
+        launch = recurrent.selective_scan(*inputs, emulator.rows(out), n_channels, state_size, *places)
+        emulator.run(launch, order, seed)
+        assert out == pytest.approx(np.stack(expected), rel=1e-4, abs=1e-5 * state_size**0.5)
+        assert state == pytest.approx(new, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
     (
         "k_dim",
         "v_dim",

@@ -93,6 +93,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "granite_swa",
         "grok",
         "grovemoe",
+        "jamba",
         "kimi-linear",
         "laguna",
         "lfm2moe",

@@ -25,6 +25,7 @@ from engine.gguf.model_file import TensorInfo
 from engine.gguf.older_forms import in_current_form
 from engine.gguf.reader import GGUFFile
 from engine.gguf.writer import write_gguf
+from engine.model_spec import MoESpec
 from engine.models import ARCHITECTURES, Model, load_model
 from engine.quants.formats import BY_NAME
 from engine.quants.reference import dequantize
@@ -90,6 +91,9 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("llama", "attention.value_length", 640, "attention.value_length is 640; this version computes at most 576"),
         ("mistral4", "attention.kv_lora_rank", 569, "kv_lora_rank is 569; this version computes at most 568"),
         ("nemotron_h", "ssm.state_size", 257, "ssm.state_size is 257; this version computes at most 256"),
+        ("jamba", "ssm.state_size", 257, "ssm.state_size is 257; this version computes at most 256"),
+        ("jamba", "ssm.inner_size", 63, r"ssm_in.weight has the shape \[128, 32\]; .* must be \[126, 32\]"),
+        ("jamba", "ssm.conv_kernel", 1, "ssm.conv_kernel is 1; expected an integer from 2"),
         ("kimi-linear", "kda.head_dim", 257, "kda.head_dim is 257; this version computes at most 256"),
         ("kimi-linear", "kda.head_dim", 8, r"attn_q.weight has the shape \[64, 32\]; .* must be \[32, 32\]"),
         (
@@ -298,6 +302,17 @@ def test_blocks_for_multi_token_prediction_are_left_out(
     model = load(with_tensor(parts, "blk.3.nextn.eh_proj.weight", 32, 64), tmp_path)
     assert model.spec == alone.spec
     assert model.tensor_names == alone.tensor_names
+
+
+def test_jamba_counts_one_expert_where_it_has_none(peer, tmp_path: Path) -> None:
+    parts = without_tensors(without_tensors(peer("jamba"), "_exps.weight"), "ffn_gate_inp.weight")
+    for layer in (0, 2):
+        for name in ("gate", "up", "down"):
+            parts = with_tensor(parts, f"blk.{layer}.ffn_{name}.weight", 32, 32)
+    parts.values.update({"jamba.expert_count": 1, "jamba.expert_used_count": 1})
+    model = load(parts, tmp_path)
+    assert model.spec.moe == MoESpec()
+    assert not model.graph.routings
 
 
 @pytest.mark.parametrize("name", PEERS)

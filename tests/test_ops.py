@@ -1003,3 +1003,37 @@ def test_recurrence(seed: int, lengths: list[int], heads, dims, grouped: bool, k
         n_slots=len(lengths),
     )
     case.check({"out": np.stack(exact)}, rtol=1e-4, atol=3e-6)
+
+
+@more
+@given(
+    seeds, st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 70), st.sampled_from([1, 12, 16, 40])
+)
+def test_selective_scan(seed: int, lengths: list[int], n_channels: int, size: int) -> None:
+    slots = np.repeat(np.arange(len(lengths)), lengths)
+    n = len(slots)
+    x, dt = normal(seed, n, n_channels), 3 * normal(seed + 1, n, n_channels)
+    bc, skip = normal(seed + 2, n, 2 * size), normal(seed + 3, n_channels)
+    a = -np.exp(normal(seed + 4, n_channels, size))
+
+    def record(program: k.Program, at) -> None:
+        address, stride = at.bc
+        b_and_c = (address, stride, address + 4 * size, stride)
+        program.selective_scan(*at.x, *at.dt, *b_and_c, at.a, at.skip, at.state, *at.out, n_channels, size)
+
+    exact, state, steps = [], np.zeros((n_channels, size)), np.logaddexp(0, f64(dt))
+    for t in range(n):
+        if t == 0 or slots[t] != slots[t - 1]:
+            state = np.zeros_like(state)
+        state = np.exp(f64(a) * steps[t, :, None]) * state + (steps[t] * x[t])[:, None] * bc[t, :size]
+        exact.append(state @ bc[t, size:] + skip * f64(x[t]))
+    case = Case(
+        record,
+        {"x": x, "dt": dt, "bc": bc},
+        {"out": (n_channels, np.float32)},
+        {"a": a, "skip": skip},
+        {"state": 4 * len(lengths) * n_channels * size},
+        slots=slots,
+        n_slots=len(lengths),
+    )
+    case.check({"out": np.stack(exact)}, rtol=1e-4, atol=1e-5)

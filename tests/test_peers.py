@@ -97,6 +97,19 @@ def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, 
             assert np.array_equal(other.forward.run(1, tokens[start:], start, "all"), expected[start:])
 
 
+def test_what_a_scan_keeps_is_part_of_a_sequence(data: Path) -> None:
+    """It is saved, and comes back to another slot of another program."""
+    path = data / "peers" / "jamba-F32.gguf"
+    tokens = np.load(path.with_suffix(".npz"))["tokens"].tolist()
+    with ModelRunner(path) as one, ModelRunner(path, n_slots=2) as other:
+        expected = one.logits(tokens)
+        one.logits(tokens[:25])
+        saved = one.program.save_sequence(0, 25)
+        other.forward.run(1, tokens[::-1], 0)  # what lay there before must not matter
+        other.program.load_sequence(1, 25, saved)
+        assert np.array_equal(other.forward.run(1, tokens[25:], 25, "all"), expected[25:])
+
+
 def test_phi_rotates_by_the_length_of_its_context(data: Path) -> None:
     """Up to the trained context with the short divisors, beyond it with the long ones from the first token on."""
     logits = {}

@@ -124,6 +124,7 @@ FINE = {
     "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
     "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, 1, 0.0, True, 1e-6),
+    "selective_scan": (A, 8, A, 8, B, 16, B, 16, 0, C, C, C, 8, 8, 16),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
     "group_router": (A, 16, B, C, C, 16, 4, 2),
     "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
@@ -196,6 +197,12 @@ BAD = [
     ("delta_net", 18, 2, r"decay_dim is 2; expected 1, or with beta k_dim \(16\)"),
     ("delta_net", 19, 0.5, "decay_bound is 0.5; expected 0, or with beta less"),
     ("delta_net", 11, 0, "the address of state is 0"),
+    ("selective_scan", 3, 7, "the stride of dt is 7; expected at least its width 8"),
+    ("selective_scan", 5, 15, "the stride of b is 15"),
+    ("selective_scan", 9, 0, "the address of skip is 0"),
+    ("selective_scan", 10, 0, "the address of state is 0"),
+    ("selective_scan", 13, 0, "n_channels is 0"),
+    ("selective_scan", 14, 257, "state_size is 257; expected 1 to 256"),
     ("router", 5, 1025, "1025 experts; expected 1 to 1024"),
     ("router", 6, 17, "17 experts of 16 are used"),
     ("router", 7, 3, "scoring is 3"),
@@ -226,7 +233,7 @@ def record() -> Callable[[str, tuple], int]:
 
     def call(name: str, arguments: tuple) -> int:
         program = k.Program(4, 1, 1)
-        real = {"causal_conv": (0, 2), "rope": (2,)}.get(name, ())
+        real = {"causal_conv": (0, 2), "rope": (2,), "selective_scan": (8,)}.get(name, ())
         filled = [values.ctypes.data if i in real else value for i, value in enumerate(arguments)]
         getattr(program, name)(*filled)
         return len(program)

@@ -120,7 +120,7 @@ def measure(
     recurrent = sum(4 * state.width for state in graph.states)
     all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, stores_once) for cache in graph.kv_caches)
     return Footprint(
-        n_layers=sum(isinstance(op, ops.Attention | ops.DeltaNet) for op in graph.operations),
+        n_layers=sum(isinstance(op, ops.Attention | ops.DeltaNet | ops.SelectiveScan) for op in graph.operations),
         n_experts=layers[0].routing.n_experts if layers else 0,
         n_experts_used=layers[0].routing.ids.width if layers else 0,
         expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),

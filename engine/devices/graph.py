@@ -456,6 +456,29 @@ class DeltaNet(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class SelectiveScan(Operation):
+    """A state-space model of which each channel has a state for itself; formulas in `models/jamba.py`.
+
+    x, dt (before its softplus), `skip` and out have a value for each channel, b and c one for each value of a state;
+    `a` [n_channels, state_size].
+    """
+
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+    c: Tensor
+    a: Vector
+    skip: Vector
+    state: State
+    out: Tensor
+
+    @property
+    def state_size(self) -> int:
+        """Return how many values a channel keeps."""
+        return self.b.width
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Router(Operation):
     """Choose `n_experts_used` experts for each token from their logits."""
 
@@ -765,6 +788,16 @@ class Graph:
         state, out = State(v.width * (k.width // n_heads)), self._new(v.width)
         self.states.append(state)
         self.operations.append(DeltaNet(q, k, v, *nothing, decays, state, out, n_heads, n_heads, True, 0.0, 0.0))
+        return out
+
+    def selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Vector, skip: Vector) -> Tensor:
+        """Run a state-space model with decays of their own for all values of a state which the graph makes here."""
+        assert x.width == dt.width == skip.size
+        assert b.width == c.width
+        assert a.size == x.width * b.width
+        state, out = State(a.size), self._new(x.width)
+        self.states.append(state)
+        self.operations.append(SelectiveScan(x, dt, b, c, a, skip, state, out))
         return out
 
     def router(

@@ -23,6 +23,7 @@ enum {
     MAX_EXPERTS = 1024,
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
+    MAX_SCAN_STATE = 256,
     MAX_LINEAR_WEIGHTS = 8,
     TOKENS_PER_CALL = 128,      // activation rows that one call of a matmul_fn gets at most
     ROWS_PER_TASK = 128,        // weight rows of one task at most,
@@ -43,6 +44,11 @@ typedef struct {
     const int32_t *token_ids, *positions, *slots, *output_rows;
     const token_run *runs; // never across a token at position 0 but the first
 } step_view;
+
+// Whether the states of the run's sequence are those of nothing.
+static inline bool starts_afresh(const step_view *step, const token_run *run) {
+    return step->positions[run->first] == 0;
+}
 
 typedef struct {
     int row, row_end, col, col_end;
@@ -165,6 +171,14 @@ typedef struct {
 } delta_net_args;
 
 typedef struct {
+    matrix x, dt, b, c, out;
+    const float *a;    // [state_size, n_channels]: transposed when it was recorded
+    const float *skip; // [n_channels]
+    float *state;      // [n_slots, state_size, n_channels]
+    int n_channels, state_size;
+} selective_scan_args;
+
+typedef struct {
     matrix logits;
     const float *bias; // or NULL
     int32_t *ids;      // both [max_tokens, n_experts_used]
@@ -279,6 +293,7 @@ typedef union {
     combine_args combine;
     causal_conv_args causal_conv;
     delta_net_args delta_net;
+    selective_scan_args selective_scan;
     router_args router;
     group_router_args group_router;
     kv_store_args kv_store;
@@ -314,7 +329,8 @@ typedef struct {
 
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
-        rope_table, rope, select_outputs, combine, causal_conv, delta_net, router, group_router, kv_store;
+        rope_table, rope, select_outputs, combine, causal_conv, delta_net, selective_scan, router, group_router,
+        kv_store;
     task_fns linear, attention, select_positions, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

@@ -12,6 +12,7 @@
 #include "ops/rope.h"
 #include "ops/router.h"
 #include "ops/select_positions.h"
+#include "ops/selective_scan.h"
 
 // Reads as products with one token do.
 static float read_all(const uint8_t *bytes, int64_t n_bytes) {
@@ -68,6 +69,7 @@ static const ops_table level_ops = {
     .combine = op_combine,
     .causal_conv = op_causal_conv,
     .delta_net = op_delta_net,
+    .selective_scan = op_selective_scan,
     .router = op_router,
     .group_router = op_group_router,
     .kv_store = op_kv_store,

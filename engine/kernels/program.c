@@ -542,14 +542,25 @@ int program_select_positions(program *p, select_positions_args args, matrix k) {
     return record(p, op);
 }
 
+// A copy [n_cols, n_rows] of [n_rows, n_cols] that lives as long as the program; NULL without memory.
+static const float *transposed(program *p, const float *values, int n_rows, int n_cols) {
+    float *copy = allocate(p, n_rows * (int64_t)n_cols * (int64_t)sizeof(float));
+    for (int j = 0; copy && j < n_cols; j++)
+        for (int i = 0; i < n_rows; i++)
+            copy[(int64_t)j * n_rows + i] = values[(int64_t)i * n_cols + j];
+    return copy;
+}
+
+// What an operation keeps for each sequence: some rows of a value for each channel.
+static void touch_channel_states(program *p, operation *op, float *state, int n_rows, int n_channels) {
+    const int64_t row_bytes = n_channels * (int64_t)sizeof(float);
+    op->accesses[op->n_accesses++] =
+        (memory_access){(uintptr_t)state, row_bytes, p->n_slots * (int64_t)n_rows, row_bytes, sizeof(float), true};
+}
+
 int program_causal_conv(program *p, causal_conv_args args) {
-    float *transposed = allocate(p, args.n_channels * (int64_t)args.kernel_size * (int64_t)sizeof(float));
-    if (!transposed)
+    if (!(args.weight = transposed(p, args.weight, args.n_channels, args.kernel_size)))
         return -1;
-    for (int j = 0; j < args.kernel_size; j++)
-        for (int c = 0; c < args.n_channels; c++)
-            transposed[(int64_t)j * args.n_channels + c] = args.weight[(int64_t)c * args.kernel_size + j];
-    args.weight = transposed;
     operation op = {.name = "causal_conv",
                     .args.causal_conv = args,
                     .run_tile = p->kernels->ops->causal_conv,
@@ -558,9 +569,7 @@ int program_causal_conv(program *p, causal_conv_args args) {
                     .in_order = true};
     touch(p, &op, READS, args.x);
     touch(p, &op, WRITES, args.out);
-    const int64_t state_row_bytes = args.n_channels * (int64_t)sizeof(float), n_rows = args.kernel_size - 1;
-    op.accesses[op.n_accesses++] = (memory_access){(uintptr_t)args.state, state_row_bytes, p->n_slots * n_rows,
-                                                   state_row_bytes,       sizeof(float),   true};
+    touch_channel_states(p, &op, args.state, args.kernel_size - 1, args.n_channels);
     return record(p, op);
 }
 
@@ -582,6 +591,24 @@ int program_delta_net(program *p, delta_net_args args) {
     touch(p, &op, WRITES, args.out);
     const int64_t state_size = args.n_v_heads * (int64_t)args.k_dim * args.v_dim;
     touch_block(&op, WRITES, args.state, p->n_slots * state_size * (int64_t)sizeof(float));
+    return record(p, op);
+}
+
+int program_selective_scan(program *p, selective_scan_args args) {
+    if (!(args.a = transposed(p, args.a, args.n_channels, args.state_size)))
+        return -1;
+    operation op = {.name = "selective_scan",
+                    .args.selective_scan = args,
+                    .run_tile = p->kernels->ops->selective_scan,
+                    .width = args.n_channels,
+                    .unit = FLOATS_OF_LINE,
+                    .in_order = true};
+    touch(p, &op, READS, args.x);
+    touch(p, &op, READS, args.dt);
+    touch_whole(p, &op, READS, args.b, args.state_size);
+    touch_whole(p, &op, READS, args.c, args.state_size);
+    touch(p, &op, WRITES, args.out);
+    touch_channel_states(p, &op, args.state, args.state_size, args.n_channels);
     return record(p, op);
 }
 

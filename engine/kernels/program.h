@@ -37,6 +37,7 @@ int program_attention(program *p, attention_args args, matrix k, matrix v);
 int program_select_positions(program *p, select_positions_args args, matrix k);
 int program_causal_conv(program *p, causal_conv_args args);
 int program_delta_net(program *p, delta_net_args args);
+int program_selective_scan(program *p, selective_scan_args args);
 int program_router(program *p, router_args args);
 int program_group_router(program *p, group_router_args args);
 int program_experts(program *p, experts_args args, int down_activation);

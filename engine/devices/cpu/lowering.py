@@ -442,6 +442,24 @@ class Lowering:
             )
         )
 
+    def _selective_scan(self, op: ops.SelectiveScan) -> None:
+        x, dt, b, c, out = (self._use(tensor) for tensor in (op.x, op.dt, op.b, op.c, op.out))
+        a, skip = self._vector(op.a), self._vector(op.skip)
+        self._calls.append(
+            lambda: self.program.selective_scan(
+                *x.at,
+                *dt.at,
+                *b.at,
+                *c.at,
+                a,
+                skip,
+                self._state_address[op.state],
+                *out.at,
+                op.x.width,
+                op.state_size,
+            )
+        )
+
     def _router(self, op: ops.Router) -> None:
         logits, ids, weights = self._use(op.logits), self._use(op.out.ids), self._use(op.out.weights)
         bias = self._vector(op.bias)
@@ -545,6 +563,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Attention: Lowering._attention,
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
+    ops.SelectiveScan: Lowering._selective_scan,
     ops.Router: Lowering._router,
     ops.GroupRouter: Lowering._group_router,
     ops.Experts: Lowering._experts,

@@ -202,6 +202,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Rope: sequence_operations.rope,
     ops.CausalConv: sequence_operations.causal_conv,
     ops.DeltaNet: sequence_operations.delta_net,
+    ops.SelectiveScan: sequence_operations.selective_scan,
     ops.SelectPositions: sequence_operations.select_positions,
     fusion.Selection: lambda recorder, item: sequence_operations.select_positions(recorder, item.select, item.q_rope),
     fusion.Attention: sequence_operations.attention_layer,

@@ -1,4 +1,4 @@
-"""Launches of recurrent layers: causal convolution, gated delta rule, and all of such a layer for one token.
+"""Launches of recurrent layers: causal convolution, gated delta rule, all of that for one token, selective scan.
 
 As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
 """
@@ -17,7 +17,9 @@ _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
 _WARPS = 8  # of a block of both delta nets
 _STEP_ROWS = 32  # of the state, of a block; `delta_net_step.cu`
 _GATED = 256  # columns that are gated together; likewise
-_MAX_KEY_DIM = 256
+_MAX_KEY_DIM = 256  # or values of a state
+_SCAN_THREADS = 256  # of a block of `selective_scan.cu`
+_SCAN_VALUES = 8  # of a state, of a lane
 
 
 class _Layer(ctypes.Structure):
@@ -126,6 +128,47 @@ def delta_net(
             int32(grouped),
             float32(decay_bound),
             float32(eps),
+            pointer(positions),
+            pointer(slots),
+            pointer(count.address),
+        ),
+    )
+
+
+def selective_scan(
+    x: Rows,
+    dt: Rows,
+    b: Rows,
+    c: Rows,
+    a: int,
+    skip: int,
+    state: int,
+    out: Rows,
+    n_channels: int,
+    state_size: int,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> Launch:
+    """Run a state-space model whose channels have states and decays of their own."""
+    assert 1 <= state_size <= _MAX_KEY_DIM
+    n_lanes = next(n for n in (4, 8, 16, WARP) if state_size <= _SCAN_VALUES * n)
+    return Launch(
+        "selective_scan.cu",
+        "selective_scan",
+        (f"STATE_SIZE={state_size}", f"CHANNEL_LANES={n_lanes}"),
+        (ceil_div(n_channels, _SCAN_THREADS // n_lanes), 1, 1),
+        _SCAN_THREADS,
+        (
+            *at(x),
+            *at(dt),
+            *at(b),
+            *at(c),
+            pointer(a),
+            pointer(skip),
+            pointer(state),
+            *at(out),
+            int32(n_channels),
             pointer(positions),
             pointer(slots),
             pointer(count.address),

@@ -222,6 +222,31 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
     )
 
 
+def selective_scan(recorder: Recorder, op: ops.SelectiveScan) -> None:
+    """Record the recurrence of a state-space model whose channels have states of their own."""
+    x, dt, b, c, out = (recorder.use(tensor) for tensor in (op.x, op.dt, op.b, op.c, op.out))
+    a, skip = recorder.vector(op.a), recorder.vector(op.skip)
+    recorder.record(
+        lambda p: [
+            recurrent.selective_scan(
+                p.rows(x),
+                p.rows(dt),
+                p.rows(b),
+                p.rows(c),
+                p.at(a),
+                p.at(skip),
+                p.base + recorder.state(op.state),
+                p.rows(out),
+                op.x.width,
+                op.state_size,
+                p.base + p.step.positions,
+                p.base + p.step.slots,
+                p.count(op.x.rows),
+            )
+        ]
+    )
+
+
 def delta_net_layer(recorder: Recorder, item: fusion.DeltaNetLayer) -> None:
     """Record all between the products of a delta-net layer: for one token that is one launch."""
     conv, net, norm, gate = item.conv, item.net, item.norm, item.gate

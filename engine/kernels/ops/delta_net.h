@@ -1,14 +1,10 @@
-// The two operations that carry state from token to token: they take all tokens of a step in order, cut by columns
-// only.
+// Convolution over time and the gated delta rule carry state from token to token: they take all tokens of a step in
+// order, cut by columns only.
 #ifndef ENGINE_OPS_DELTA_NET_H
 #define ENGINE_OPS_DELTA_NET_H
 
 #include "../ops.h"
 #include "../vmath.h"
-
-static inline bool starts_afresh(const step_view *step, const token_run *run) {
-    return step->positions[run->first] == 0;
-}
 
 // -- causal convolution ----------------------------------------------------------------------------------------------
 
