@@ -167,7 +167,7 @@ class ExpertLayers:
                 if guess is not None:
                     self.guess[:] = guess
                     self.flags[3, 0] = 1 + layer
-                    time.sleep(0.01)
+                    time.sleep(0.2)  # nothing tells when it was seen, and the machine may be busy
                 self.ids[:] = ids
                 self.flags[0, 0] = 1 + layer
                 end = time.monotonic() + 20
