@@ -138,7 +138,9 @@ class LatentAttentionSpec:
         temperature_period, temperature_slope: queries at position p are multiplied by 1 + slope * ln(1 + floor(p /
             period)); a slope of 0: they are not.
         gated: whether what a head finds is multiplied by the sigmoid of a gate of its own.
-        indexer: what chooses the positions that are looked at; None: all are.
+        indexer: what chooses the positions that layers without a window look at; None: they look at all.
+        windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
+        window_attention: that of layers with a window; None: as in the others.
     """
 
     n_heads: int
@@ -153,11 +155,19 @@ class LatentAttentionSpec:
     temperature_slope: float = 0.0
     gated: bool = False
     indexer: IndexerSpec | None = None
+    windows: tuple[int, ...] = ()
+    window_attention: LatentAttentionSpec | None = None
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
         """Return the widths of what the caches keep of a token: values are parts of keys."""
-        return (self.head_dim, *([self.indexer.key_dim] if self.indexer else ()))
+        window_dims = self.window_attention.cached_dims if self.window_attention else ()
+        return (self.head_dim, *([self.indexer.key_dim] if self.indexer else ()), *window_dims)
+
+    def of_layer(self, layer: int) -> LatentAttentionSpec:
+        """Return the sizes and the rotation of a layer."""
+        has_window = bool(self.windows) and self.windows[layer] > 0
+        return self.window_attention if has_window and self.window_attention else self
 
     @property
     def n_kv_heads(self) -> int:

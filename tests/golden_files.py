@@ -55,6 +55,7 @@ PEERS = (
     "deepseek",
     "deepseek32",
     "dots1",
+    "dots3note",
     "ernie4_5-moe",
     "exaone-moe",
     "gemma4",

@@ -58,7 +58,8 @@ class Peer:
         value_dim: of values where they are not as wide as keys.
         n_kv_heads: of keys and values.
         layer_kv_heads: the same of each block where they differ.
-        head_norm: of queries and keys: "head" for one weight that serves every head, "row" for one over all heads.
+        head_norm: of queries and keys: "head" for one weight that serves every head, "row" for one over all heads; of
+            latent attention there is one of the rotated part of keys.
         fused_qkv: whether queries, keys and values are one matrix.
         rope_divisors: whether there is a tensor that frequencies are divided by.
         n_still: pairs, the last ones, that this tensor keeps from turning.
@@ -85,7 +86,8 @@ class Peer:
         ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
         experts_norm: tensor of a norm that experts have for themselves, if they do.
         post_norms: tensors of norms behind attention and feed-forward network, if there are any.
-        window_layers: those whose heads are `window_head_dim` wide, if that is not 0.
+        window_layers: those whose heads are `window_head_dim` wide, if that is not 0; of latent attention those with
+            sizes of their own.
         keys_as_values: the blocks that have no projection to values.
         parallel_networks: whether every block has a dense network, beside its experts if it has any.
         dense_size: width of a dense network beside the experts of other models; 0 for none.
@@ -177,6 +179,7 @@ SHORT_KERNEL = 3
 KDA_DIM, KDA_KERNEL = 16, 4
 QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
 GATED_VALUE_DIM = 24  # heads with gates are a multiple of 8 wide on a GPU
+WINDOW_LATENT_DIM, WINDOW_KEY_DIM, WINDOW_VALUE_DIM = 56, 20, 16  # where layers with a window have sizes of their own
 LATENT = {
     "attention.head_count_kv": 1,
     "attention.q_lora_rank": QUERY_RANK,
@@ -396,6 +399,43 @@ PEERS = {
         router_bias=0.2,
         head_norm="head",
         n_kv_heads=N_HEADS,
+    ),
+    "dots3note": Peer(
+        "dots3note",
+        3,
+        MOE
+        | LATENT
+        | INDEXER
+        | {
+            "attention.value_length_mla": GATED_VALUE_DIM,
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, False, True],
+            "attention.indexer.types": [False, True, False],
+            "attention.kv_lora_rank_swa": WINDOW_LATENT_DIM,
+            "attention.key_length_swa": WINDOW_LATENT_DIM + ROPE_DIM,
+            "attention.value_length_swa": WINDOW_LATENT_DIM,
+            "attention.key_length_mla_swa": WINDOW_KEY_DIM + ROPE_DIM,
+            "attention.value_length_mla_swa": WINDOW_VALUE_DIM,
+            "rope.freq_base_swa": 500.0,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        value_dim=GATED_VALUE_DIM,
+        is_latent=True,
+        indexer_layers=(1,),
+        window_layers=(0, 2, 3),
+        layer_heads=(2, 4, 2, 2),
+        seed=201,
+        attention_gate="head",
+        head_norm="head",
+        n_mtp=1,
     ),
     "exaone-moe": Peer(
         "exaone-moe",
@@ -919,7 +959,7 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     elif layer in peer.lightning_layers:
         yield from lightning_attention(peer, draw)
     else:
-        yield from latent_attention(peer, draw) if peer.is_latent else attention(peer, layer, draw)
+        yield from latent_attention(peer, layer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer in peer.indexer_layers:
         yield from indexer(draw)
     if peer.parallel_networks:
@@ -1057,22 +1097,28 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
             yield f"attn_{part}_norm.weight", draw.norm(size if peer.head_norm == "row" else head_dim)
 
 
-def latent_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    query_size = N_HEADS * (KEY_DIM + ROPE_DIM)
+def latent_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    n_heads = peer.layer_heads[layer] if peer.layer_heads else N_HEADS
+    latent_dim, key_dim, value_dim = LATENT_DIM, KEY_DIM, peer.value_dim or VALUE_DIM
+    if layer in peer.window_layers:
+        latent_dim, key_dim, value_dim = WINDOW_LATENT_DIM, WINDOW_KEY_DIM, WINDOW_VALUE_DIM
+    query_size = n_heads * (key_dim + ROPE_DIM)
     if "attention.q_lora_rank" in peer.keys:
         yield "attn_q_a.weight", draw.matrix(QUERY_RANK, HIDDEN)
         yield "attn_q_a_norm.weight", draw.norm(QUERY_RANK)
         yield "attn_q_b.weight", draw.matrix(query_size, QUERY_RANK)
     else:
         yield "attn_q.weight", draw.matrix(query_size, HIDDEN)
-    yield "attn_kv_a_mqa.weight", draw.matrix(LATENT_DIM + ROPE_DIM, HIDDEN)
-    yield "attn_kv_a_norm.weight", draw.norm(LATENT_DIM)
-    yield "attn_k_b.weight", draw.matrix(N_HEADS, LATENT_DIM, KEY_DIM)
-    value_dim = peer.value_dim or VALUE_DIM
-    yield "attn_v_b.weight", draw.matrix(N_HEADS, value_dim, LATENT_DIM)
-    yield "attn_output.weight", draw.matrix(HIDDEN, N_HEADS * value_dim, gain=0.1 if peer.indexer_layers else 1.0)
+    yield "attn_kv_a_mqa.weight", draw.matrix(latent_dim + ROPE_DIM, HIDDEN)
+    yield "attn_kv_a_norm.weight", draw.norm(latent_dim)
+    yield "attn_k_b.weight", draw.matrix(n_heads, latent_dim, key_dim)
+    yield "attn_v_b.weight", draw.matrix(n_heads, value_dim, latent_dim)
+    has_choice = peer.indexer_layers and layer not in peer.window_layers
+    yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim, gain=0.1 if has_choice else 1.0)
     if peer.attention_gate:
-        yield "attn_gate.weight", draw.matrix(N_HEADS, HIDDEN)
+        yield "attn_gate.weight", draw.matrix(n_heads, HIDDEN)
+    if peer.head_norm:
+        yield "attn_k_norm.weight", draw.norm(ROPE_DIM)
 
 
 def indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

@@ -77,7 +77,7 @@ def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str) -> None
     assert sum(isinstance(item, fusion.SharedExpert) for item in items) == 3
 
 
-@pytest.mark.parametrize(("name", "n"), [("deepseek32", 2), ("glm-dsa", 2)])
+@pytest.mark.parametrize(("name", "n"), [("deepseek32", 2), ("dots3note", 1), ("glm-dsa", 2)])
 def test_what_chooses_positions_rotates_its_queries_and_keys(data, name: str, n: int) -> None:
     items = groups(data / "peers" / f"{name}-F32.gguf")
     assert sum(isinstance(item, fusion.Selection) for item in items) == n

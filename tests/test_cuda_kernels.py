@@ -764,6 +764,7 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
         (KVType.F16, (576, 512), 11, 1, 0, 0, 0.0, "fast", 2e-3),  # latent attention: values are parts of their keys
         (KVType.F16, (512, 512), 8, 2, 0, 0, 0.0, "fast", 2e-3),
         (KVType.F32, (512, 512), 3, 1, 60, 0, 0.0, "fast", 1e-5),
+        (KVType.F16, (576, 512), 3, 1, 60, 0, 0.0, "fast", 2e-3),
     ],
 )
 def test_attention(

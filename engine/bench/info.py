@@ -86,7 +86,8 @@ def _shown(key: str, value: str | float) -> str:
 
 def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
     if isinstance(spec, LatentAttentionSpec):
-        return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values"
+        in_windows = f"; in windows {_attention(spec.window_attention)}" if spec.window_attention else ""
+        return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values{in_windows}"
     up_to, up_to_kv = ("up to " if heads else "" for heads in (spec.layer_heads, spec.layer_kv_heads))
     values = f" (values {spec.value_dim})" if spec.value_dim else ""
     values += f" ({spec.window_head_dim} in windows)" if spec.window_head_dim else ""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from engine.devices.graph import Gating, Graph, Tensor
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
 from engine.models.binding import LARGEST_HEAD, Keys, Tensors
-from engine.models.blocks import decoder, rotate
+from engine.models.blocks import decoder, normalize_heads, of_layer, rotate
 
 _GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack the key for the sigmoid router
 
@@ -23,20 +23,23 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     return keys.model(tensors, read_scaled_attention(keys), _read_mixture(keys, tensors))
 
 
-def read_latent_attention(keys: Keys) -> LatentAttentionSpec:
-    """Read the sizes of latent attention without rotation."""
-    rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size("attention.key_length_mla")
+def read_latent_attention(keys: Keys, suffix: str = "", n_heads: int = 0) -> LatentAttentionSpec:
+    """Read the sizes of latent attention without rotation.
+
+    Where layers differ, `suffix` ends the names of the keys for some of them, and `n_heads` are theirs.
+    """
+    head_key, latent_key = f"attention.key_length_mla{suffix}", f"attention.kv_lora_rank{suffix}"
+    rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size(head_key)
     if head_dim <= rope_dim:
-        raise keys.wrong("attention.key_length_mla", head_dim, f"more than rope.dimension_count ({rope_dim})")
-    latent_dim = keys.size("attention.kv_lora_rank")
-    keys.at_most("attention.kv_lora_rank", latent_dim, LARGEST_HEAD - rope_dim)
+        raise keys.wrong(head_key, head_dim, f"more than rope.dimension_count ({rope_dim})")
+    latent_dim = keys.at_most(latent_key, keys.size(latent_key), LARGEST_HEAD - rope_dim)
     return LatentAttentionSpec(
-        n_heads=keys.size("attention.head_count"),
+        n_heads=n_heads or keys.size("attention.head_count"),
         query_rank=keys.size("attention.q_lora_rank", 0, minimum=0),
         latent_dim=latent_dim,
         rope_dim=rope_dim,
         key_dim=head_dim - rope_dim,
-        value_dim=keys.size("attention.value_length_mla"),
+        value_dim=keys.size(f"attention.value_length_mla{suffix}"),
         scale=1.0 / math.sqrt(head_dim),
     )
 
@@ -80,16 +83,17 @@ def latent_attention(
     x: Tensor,
     block: Tensors,
     spec: ModelSpec,
-    _layer: int,
+    layer: int,
     select: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c.
 
     Where there are gates, each head's result is multiplied by the sigmoid of its own. `select` gives the positions that
-    are looked at, of the compressed query.
+    layers without a window look at, of the compressed query. The file may have a norm for the rotated part of the key.
     """
-    mla, hidden_size = spec.attention, spec.hidden_size
-    assert isinstance(mla, LatentAttentionSpec)
+    attention, hidden_size = spec.attention, spec.hidden_size
+    assert isinstance(attention, LatentAttentionSpec)
+    mla, window = attention.of_layer(layer), of_layer(attention.windows, layer)
     n_heads, latent_dim, rope_dim = mla.n_heads, mla.latent_dim, mla.rope_dim
     query_size = n_heads * (mla.key_dim + rope_dim)
     selected = None
@@ -100,7 +104,7 @@ def latent_attention(
         query_weight = block.matrix("attn_q_a.weight", mla.query_rank, hidden_size)
         q, latent, *gates = graph.linears(x, (query_weight, *weights))
         q = graph.rms_norm(q, block.vector("attn_q_a_norm.weight", mla.query_rank), spec.norm_eps)
-        selected = select(q) if select else None
+        selected = select(q) if select and not window else None
         q = graph.linear(q, block.matrix("attn_q_b.weight", query_size, mla.query_rank))
     else:
         query_weight = block.matrix("attn_q.weight", query_size, hidden_size)
@@ -108,6 +112,7 @@ def latent_attention(
     q, q_rope = graph.split_heads(q, n_heads, mla.key_dim)
     c, k_rope = graph.split_heads(latent, 1, latent_dim)
     c = graph.rms_norm(c, block.vector("attn_kv_a_norm.weight", latent_dim), spec.norm_eps)
+    k_rope = normalize_heads(graph, k_rope, block, "attn_k_norm.weight", rope_dim, spec.norm_eps)
     if mla.rope is not None:
         q_rope, k_rope = rotate(graph, q_rope, n_heads, mla.rope, block), rotate(graph, k_rope, 1, mla.rope, block)
 
@@ -116,7 +121,7 @@ def latent_attention(
     if mla.temperature_slope:
         q = graph.scale_by_position(q, 0, mla.temperature_period, mla.temperature_slope)
     k = graph.join_heads(c, k_rope, 1)
-    out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim, selected=selected)
+    out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim, window=window, selected=selected)
     out = graph.head_linear(out, block.experts("attn_v_b.weight", n_heads, mla.value_dim, latent_dim))
     if gates:
         out = graph.gate(out, gates[0], Gating.SIGMOID)

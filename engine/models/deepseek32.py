@@ -27,15 +27,16 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     attention = read_scaled_attention(keys)
     assert attention.rope is not None
-    if not attention.query_rank:
-        raise keys.wrong("attention.q_lora_rank", 0, "at least 1")
     is_glm = keys.architecture == "glm-dsa"
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid" if is_glm else "softmax"), normalize=None, scales=True)
     rope = attention.rope if is_glm else replace(attention.rope, style="neox")
-    return keys.model(tensors, replace(attention, indexer=_read_indexer(keys, rope, is_glm)), moe)
+    return keys.model(tensors, replace(attention, indexer=read_indexer(keys, rope, _layers(keys, is_glm))), moe)
 
 
-def _read_indexer(keys: Keys, rope: RopeSpec, may_share: bool) -> IndexerSpec:
+def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...]) -> IndexerSpec:
+    """Read the sizes of what chooses positions in those layers, rotated like that."""
+    if not keys.size("attention.q_lora_rank", 0, minimum=0):
+        raise keys.wrong("attention.q_lora_rank", 0, "at least 1")
     key_dim, top_k = keys.size("attention.indexer.key_length"), keys.size("attention.indexer.top_k")
     keys.at_most("attention.indexer.key_length", key_dim, LARGEST_HEAD)
     keys.at_most("attention.indexer.top_k", top_k, _MOST_SELECTED)
@@ -47,7 +48,7 @@ def _read_indexer(keys: Keys, rope: RopeSpec, may_share: bool) -> IndexerSpec:
         top_k=top_k,
         norm_eps=_NORM_EPS,
         rope=rope,
-        layers=_layers(keys, may_share),
+        layers=layers,
     )
 
 
