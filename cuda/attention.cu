@@ -1,9 +1,8 @@
 // Attention of a step's tokens over the cache of keys and values (`kv_cache.cuh`), for many tokens in one kernel, for few
-// over parts of the positions, which are then merged.
+// over parts of the positions, which are then merged (`merge_parts.cu`).
 //
 // Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), CAP (that scores are brought to within;
-// 0.0f: they are not), TOP_K (see below), GATE (of `merge_parts`: 0 none, 1 sigmoid, 2 SiLU) and FORMS (likewise, see
-// `quantize.cuh`).
+// 0.0f: they are not) and TOP_K (see below).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
 // 0 sets no limit. With a TOP_K above 0 it sees the first min(p + 1, TOP_K) positions of its row of `selected` instead, which
@@ -16,11 +15,10 @@
 // float32 sums. A query, and a weight of a value, is the sum of two such numbers, so is a float32 key or value; products
 // of two second numbers are too small to count. The eight warps share the work on a tile three times: products with
 // keys by quarters of a head's values and halves of the tile, the softmax by query, products with values by values.
-#include "gate.cuh"
+#include "attention_parts.cuh"
 #include "kv_cache.cuh"
 
 constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
-constexpr int TILE = 32;
 constexpr int HEADS = 16;                            // of a block
 constexpr int MOST_TOKENS = 8;                       // of a step that is attended by parts; `attention.py`
 constexpr int N_TILES = (GROUP + HEADS - 1) / HEADS; // of heads
@@ -34,14 +32,6 @@ constexpr int VALUE_STRIDE = (VALUE_DIM + 15) / 16 * 16 + 8;
 
 #define ATTENTION_KERNEL                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, KV_TYPE != 0 && KEY_DIM <= 256 && VALUE_DIM <= 256 ? 2 : 1)
-
-// The softmax over some positions, not yet divided: sum_p exp(score_p - largest) v_p, and sum_p exp(score_p - largest).
-struct Part {
-    float largest, sum;
-};
-
-// The last position that a token at one looks at.
-DEVICE int last_position(int position) { return TOP_K ? min(position, TOP_K - 1) : position; }
 
 // What a block shares while it goes through positions.
 struct Tile {
@@ -315,109 +305,6 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
             if (g < work.n_heads && column < VALUE_DIM)
                 *(float2 *)&values[(result + (int64_t)g * n_parts) * VALUE_DIM + column] = two;
         }
-}
-
-// What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values
-// must be multiplied when a part is added.
-struct Merged {
-    float largest, sum, keep, take;
-};
-
-// A sink is a score without a value.
-DEVICE Merged before_parts(const float *sinks, int head) {
-    return {sinks ? sinks[head] : NEVER, sinks ? 1.0f : 0.0f, 0.0f, 0.0f};
-}
-DEVICE Merged with_part(const Merged &before, const Part &part) {
-    const float largest = fmaxf(before.largest, part.largest);
-    const float keep = exp_canonical(before.largest - largest), take = exp_canonical(part.largest - largest);
-    return {largest, __fmaf_rn(part.sum, take, before.sum * keep), keep, take};
-}
-DEVICE float merged_value(float keep, float take, float before, float of_part) {
-    return __fmaf_rn(of_part, take, before * keep);
-}
-
-// Merges the parts of 256 columns, then gates them: out = x * f(gate), in all forms that are wanted. gate: float32 rows,
-// VALUE_DIM values for each head or, with PER_HEAD, one, `gate_step` values from head to head. sinks: a score for each head
-// that has no value, or null. Grid: (ceil(n_heads * VALUE_DIM / 256), tokens). Dynamic shared memory: 16 bytes for each part
-// (32, 64, ... of them) of the heads that 256 columns can touch.
-KERNEL(256)
-merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, const float *sinks, const int *positions,
-            const float *gate, int64_t gate_stride, int gate_step, float *out, int64_t out_stride, Forms forms,
-            const int *n_tokens) {
-    constexpr int AT_ONCE = WARP; // values that are on the way together
-    extern __shared__ __align__(16) uint8_t dynamic[];
-    __shared__ __align__(16) float results[256];
-    Merged *merged = (Merged *)dynamic; // [heads of the block][stride]; `sum` is that of the part
-    const int stride = (n_parts + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-    const int token = blockIdx.y, thread = threadIdx.x, lane = thread % WARP, n_cols = n_heads * VALUE_DIM;
-    const bool exists = token < *n_tokens; // as the caller gave them: old, as are the positions
-    const int n = exists ? min(n_parts, last_position(positions[token]) / TILE + 1) : 0; // parts that `attend` has filled
-    begin_kernel();
-    if (!exists)
-        return;
-    const int column = blockIdx.x * 256 + thread, first_head = blockIdx.x * 256 / VALUE_DIM;
-    const int end_head = (min(blockIdx.x * 256 + 256, n_cols) + VALUE_DIM - 1) / VALUE_DIM;
-    const int64_t before_token = (int64_t)token * n_heads * n_parts;
-    const int own_head = min(column, n_cols - 1) / VALUE_DIM, at = blockIdx.x * 256 + thread * 8; // `at`: for the first warp
-    const float *own = values + (before_token + own_head * n_parts) * VALUE_DIM + column % VALUE_DIM;
-    float of_parts[AT_ONCE], g[8];
-    auto load_parts = [&](int base) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            of_parts[i] = base + i < n && column < n_cols ? own[(base + i) * VALUE_DIM] : 0.0f;
-    };
-    load_parts(0);
-    if (GATE && thread < WARP && at < n_cols)
-        load_gate<PER_HEAD>(gate + token * gate_stride, at, VALUE_DIM, gate_step, g);
-    for (int head = first_head + thread / WARP; head < end_head; head += 256 / WARP) {
-        // a warp takes the running maximum of 32 parts at a time
-        float largest = before_parts(sinks, head).largest;
-        for (int base = 0; base < n; base += WARP) {
-            const Part part = base + lane < n ? parts[before_token + head * n_parts + base + lane] : Part{NEVER, 0.0f};
-            float up_to = part.largest;
-            for (int step = 1; step < WARP; step *= 2) {
-                const float other = __shfl_up_sync(ALL_LANES, up_to, step);
-                up_to = lane >= step ? fmaxf(up_to, other) : up_to;
-            }
-            up_to = fmaxf(up_to, largest);
-            const float before = __shfl_up_sync(ALL_LANES, up_to, 1);
-            const Merged added = with_part({lane ? before : largest, 0.0f, 0.0f, 0.0f}, part);
-            merged[(head - first_head) * stride + base + lane] = {added.largest, part.sum, added.keep, added.take};
-            largest = __shfl_sync(ALL_LANES, up_to, WARP - 1);
-        }
-    }
-    __syncthreads();
-    if (column < n_cols) {
-        float acc = 0.0f, sum = before_parts(sinks, own_head).sum;
-        for (int base = 0; base < n; base += AT_ONCE) {
-            if (base)
-                load_parts(base);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                if (base + i >= n)
-                    break;
-                const Merged part = merged[(own_head - first_head) * stride + base + i];
-                sum = __fmaf_rn(part.sum, part.take, sum * part.keep);
-                const float added = merged_value(part.keep, part.take, acc, of_parts[i]);
-                acc = part.sum == 0.0f ? acc : added; // nothing in sight
-            }
-        }
-        results[thread] = __fdiv_rn(acc, sum);
-    }
-    __syncthreads();
-    if (thread >= WARP)
-        return;
-    float x[8] = {};
-    if (at < n_cols) {
-        load_floats(&results[thread * 8], x);
-        if (GATE) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                x[i] *= gate_of<GATE - 1>(g[i]);
-        }
-        store_floats(out + token * out_stride + at, x);
-    }
-    forms.store<FORMS>(x, token, at, n_cols);
 }
 
 // Both for many tokens: a block takes heads of one token through all parts, the same way and in the same order, and leaves

@@ -845,7 +845,8 @@ def test_attention(
                 (of_heads.repeat(value_dim, 1), GateOf(gating, emulator.rows(of_heads), value_dim, 1, per_head=True)),
             ):
                 gated, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
-                emulator.run(attend(gated, gate_of, forms), order, seed)
+                _, merge = attend(gated, gate_of, forms)  # of the same parts
+                emulator.run(merge, order, seed)
                 assert gated == pytest.approx(few * FUNCTIONS[gating](seen), rel=1e-5)
                 check_forms(gated, made)
 

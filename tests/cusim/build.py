@@ -203,7 +203,7 @@ def kernel_library(
     folders = [source.resolve().parent, *include, KERNEL_SOURCES, HERE / "include"]
     closure = include_closure(source, folders)
     # A process would have unique symbols once: kernels of one name in two files would share what is known of the first.
-    flags = ["-std=c++17", "-g", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
+    flags = ["-std=c++17", "-g1", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
     flags += [*machine_flags(), *KERNEL_FLAGS[mode]]
     runtime = runtime_library(mode)
 

@@ -251,38 +251,38 @@ def attend(
     group, blocks = n_heads // cache.n_kv_heads, _n_head_tiles(cache, n_heads)
     parts = n_parts(cache, n_heads, sight.top_k)
     assert not sight.top_k or not (sight.window or sight.chunk)
-    definitions = (
-        *cache.definitions,
-        f"GROUP={group}",
-        f"CAP={sight.cap}f",
-        f"TOP_K={sight.top_k}",
-        f"GATE={0 if gate is None else 1 + gate.gating}",
-        f"PER_HEAD={int(gate is not None and gate.per_head)}",
-        forms.definition,
-    )
+    top_k = f"TOP_K={sight.top_k}"
     threads, shared = _WARPS * WARP, _tile_bytes(cache)
     places = (cache.argument, pointer(place.positions), pointer(place.slots))
     what = (*at(q), *places, float32(scale), int32(sight.window), int32(sight.chunk), *at(sight.selected))
 
-    def launch(kernel: str, grid: tuple[int, int, int], shared_bytes: int, *arguments: Any) -> Launch:
-        arguments = (*arguments, pointer(count.address))
-        return Launch("attention.cu", kernel, definitions, grid, threads, arguments, shared_bytes)
+    def attending(kernel: str, grid: tuple[int, int, int], *arguments: Any) -> Launch:
+        definitions = (*cache.definitions, f"GROUP={group}", f"CAP={sight.cap}f", top_k)
+        arguments = (*what, *arguments, pointer(count.address))
+        return Launch("attention.cu", kernel, definitions, grid, threads, arguments, shared)
 
     assert gate is None or gate.limit == 0.0
     if count.most > FEW_TOKENS:
         assert gate is None
         assert forms == NO_FORMS
         merging = (int32(parts), pointer(sight.sinks))
-        return [launch("attend_all", (blocks, count.most, 1), shared, *what, *merging, *at(out))]
+        return [attending("attend_all", (blocks, count.most, 1), *merging, *at(out))]
     n_cols = n_heads * cache.value_dim
     merged_heads = 1 if cache.value_dim % _MERGED == 0 else min(n_heads, (_MERGED - 2) // cache.value_dim + 2)
     results = tuple(pointer(address) for address in scratch)
-    return [
-        launch("attend", (blocks, parts, count.most), shared, *what, *results),
-        launch(
-            "merge_parts",
-            (ceil_div(n_cols, _MERGED), count.most, 1),
-            16 * merged_heads * ceil_div(parts, WARP) * WARP,
+    merge = Launch(
+        "merge_parts.cu",
+        "merge_parts",
+        (
+            f"VALUE_DIM={cache.value_dim}",
+            top_k,
+            f"GATE={0 if gate is None else 1 + gate.gating}",
+            f"PER_HEAD={int(gate is not None and gate.per_head)}",
+            forms.definition,
+        ),
+        (ceil_div(n_cols, _MERGED), count.most, 1),
+        _MERGED,
+        (
             *results,
             int32(n_heads),
             int32(parts),
@@ -292,5 +292,8 @@ def attend(
             int32(gate.step if gate else 0),
             *at(out),
             forms.argument,
+            pointer(count.address),
         ),
-    ]
+        16 * merged_heads * ceil_div(parts, WARP) * WARP,
+    )
+    return [attending("attend", (blocks, parts, count.most), *results), merge]

@@ -1,0 +1,34 @@
+// Parts of the positions that a token attends to: what is known of each, and how they are merged. Compiled for TOP_K
+// (`attention.cu`).
+#pragma once
+
+#include "common.cuh"
+
+constexpr int TILE = 32; // positions
+
+// The softmax over some positions, not yet divided: sum_p exp(score_p - largest) v_p, and sum_p exp(score_p - largest).
+struct Part {
+    float largest, sum;
+};
+
+// The last position that a token at one looks at.
+DEVICE int last_position(int position) { return TOP_K ? min(position, TOP_K - 1) : position; }
+
+// What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values
+// must be multiplied when a part is added.
+struct Merged {
+    float largest, sum, keep, take;
+};
+
+// A sink is a score without a value.
+DEVICE Merged before_parts(const float *sinks, int head) {
+    return {sinks ? sinks[head] : NEVER, sinks ? 1.0f : 0.0f, 0.0f, 0.0f};
+}
+DEVICE Merged with_part(const Merged &before, const Part &part) {
+    const float largest = fmaxf(before.largest, part.largest);
+    const float keep = exp_canonical(before.largest - largest), take = exp_canonical(part.largest - largest);
+    return {largest, __fmaf_rn(part.sum, take, before.sum * keep), keep, take};
+}
+DEVICE float merged_value(float keep, float take, float before, float of_part) {
+    return __fmaf_rn(of_part, take, before * keep);
+}
