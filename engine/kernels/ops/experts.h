@@ -172,14 +172,18 @@ static inline void quantize_complete(const experts_args *a, const experts_task *
 }
 
 // Brings the rows of an expert that fall to this thread, when it comes to that, into the caches of its core, until the
-// word changes: soon after that somebody waits.
+// word changes: soon after that somebody waits. Where a page has to be looked up a CPU may drop a prefetch, but not a
+// load.
 static void fetch_share(const expert_matrix *m, const worker *w, int expert, int n_rows, awaited_word until) {
     enum { FETCHED_AT_ONCE = 1 << 10 };
     const uint8_t *rows = expert_rows(m, expert, part_begin(n_rows, w->thread, w->n_threads));
     const int64_t n_bytes = expert_rows(m, expert, part_begin(n_rows, w->thread + 1, w->n_threads)) - rows;
     for (int64_t at = 0; at < n_bytes && __atomic_load_n(until.word, __ATOMIC_RELAXED) == until.value;
-         at += FETCHED_AT_ONCE)
-        fetch(rows + at, n_bytes - at < FETCHED_AT_ONCE ? (int)(n_bytes - at) : FETCHED_AT_ONCE);
+         at += FETCHED_AT_ONCE) {
+        const int n = n_bytes - at < FETCHED_AT_ONCE ? (int)(n_bytes - at) : FETCHED_AT_ONCE;
+        (void)*(volatile const uint8_t *)(rows + at + n - 1);
+        fetch(rows + at, n);
+    }
 }
 
 static int experts_gate_up_begin(const op_args *args, const worker *w) {
