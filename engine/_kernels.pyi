@@ -525,6 +525,40 @@ class Program:
         as 0). In place on residual allowed.
         """
 
+    def stream_weights(
+        self,
+        mixes: int,
+        mixes_stride: int,
+        scale: int,
+        base: int,
+        weights: int,
+        gates: int,
+        gates_stride: int,
+        n_streams: int,
+        offset: float,
+        magnitude: float,
+    ) -> None:
+        """Make the weights of hyper-connections: weights = sigmoid(scale[0] * mixes[:n_streams] + base[:n_streams]) + offset.
+
+        weights float32 [max_tokens, n_streams]; scale and base float32. With gates, [n_streams] columns or 0, there are
+        twice as many mixes: gates = magnitude * sigmoid(scale[1] * mixes[n_streams:] + base[n_streams:]) + offset.
+        """
+
+    def add_to_streams(
+        self,
+        x: int,
+        x_stride: int,
+        added: int,
+        added_stride: int,
+        gates: int,
+        gates_stride: int,
+        out: int,
+        out_stride: int,
+        n_streams: int,
+        n_cols: int,
+    ) -> None:
+        """Add a row to streams of n_cols that lie side by side: out[i] = x[i] + gates[i] * added."""
+
     def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:
         """out[i] = x[output_rows[i]]: from here on only the wanted rows."""
 

@@ -72,6 +72,7 @@ cdef extern from "kernels/ops.h":
         MAX_HEAD_DIM
         MAX_CONV_KERNEL
         MAX_SCAN_STATE
+        MAX_STREAMS
         MAX_LINEAR_WEIGHTS
         TOKENS_PER_CALL
 
@@ -127,6 +128,16 @@ cdef extern from "kernels/ops.h":
         const float *weights
         int n_experts_used, n_cols
         float scale
+    ctypedef struct stream_weights_args:
+        matrix mixes, gates
+        const float *scale
+        const float *base
+        float *weights
+        int n_streams
+        float offset, magnitude
+    ctypedef struct add_to_streams_args:
+        matrix x, added, gates, out
+        int n_cols
     ctypedef struct causal_conv_args:
         matrix x, out
         const float *weight
@@ -264,6 +275,8 @@ cdef extern from "kernels/program.h" nogil:
     int program_group_router(program *p, group_router_args args)
     int program_experts(program *p, experts_args args, int down_activation)
     int program_combine(program *p, combine_args args)
+    int program_stream_weights(program *p, stream_weights_args args)
+    int program_add_to_streams(program *p, add_to_streams_args args, int n_streams)
     int program_select_outputs(program *p, select_outputs_args args)
     step_error program_check(const program *p, const program_step *step, int *detail)
     void program_run(program *p, const program_step *step, int first, int last, double *seconds)
@@ -1316,6 +1329,54 @@ cdef class Program:
         args.n_cols = n_cols
         recorded(program_combine(self._program, args))
 
+    def stream_weights(
+        self,
+        uintptr_t mixes,
+        int64_t mixes_stride,
+        uintptr_t scale,
+        uintptr_t base,
+        uintptr_t weights,
+        uintptr_t gates,
+        int64_t gates_stride,
+        int n_streams,
+        float offset,
+        float magnitude,
+    ):
+        need_streams(n_streams)
+        cdef stream_weights_args args
+        args.mixes = need_matrix("mixes", mixes, mixes_stride, 2 * n_streams if gates else n_streams)
+        args.gates = need_matrix("gates", gates, gates_stride, n_streams) if gates else matrix(NULL, 0)
+        args.scale = <const float *> need_address("scale", scale)
+        args.base = <const float *> need_address("base", base)
+        args.weights = <float *> need_address("weights", weights)
+        args.n_streams = n_streams
+        args.offset = offset
+        args.magnitude = magnitude
+        recorded(program_stream_weights(self._program, args))
+
+    def add_to_streams(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t added,
+        int64_t added_stride,
+        uintptr_t gates,
+        int64_t gates_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_streams,
+        int n_cols,
+    ):
+        need_streams(n_streams)
+        need_at_least("n_cols", n_cols, 1)
+        cdef add_to_streams_args args
+        args.x = need_matrix("x", x, x_stride, n_streams * <int64_t> n_cols)
+        args.added = need_matrix("added", added, added_stride, n_cols)
+        args.gates = need_matrix("gates", gates, gates_stride, n_streams)
+        args.out = need_matrix("out", out, out_stride, n_streams * <int64_t> n_cols)
+        args.n_cols = n_cols
+        recorded(program_add_to_streams(self._program, args, n_streams))
+
     def select_outputs(self, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int n_cols):
         cdef select_outputs_args args
         args.x = need_matrix("x", x, x_stride, n_cols)
@@ -1334,6 +1395,10 @@ cdef int need_experts(int n_experts, int n_experts_used) except -1:
     return need(
         0 < n_experts_used <= n_experts, f"{n_experts_used} experts of {n_experts} are used; expected 1 to {n_experts}"
     )
+
+
+cdef int need_streams(int n_streams) except -1:
+    return need(0 < n_streams <= MAX_STREAMS, f"n_streams is {n_streams}; expected 1 to {MAX_STREAMS}")
 
 
 cdef heads_args need_heads(

@@ -11,7 +11,7 @@ class RopeSpec:
     """Rotary position embedding.
 
     Attributes:
-        n_rot: values of a head that are rotated, from its first on.
+        n_rot: values of a head that are rotated, from its first on, or behind those that stay as they are.
         freq_base: theta; pair i turns by position * theta ** (-2 i / n_rot).
         style: which values are a pair: `neox` (i, i + n_rot / 2) or `norm` (2 i, 2 i + 1).
         sections: of multi-axis rotation (time, height, width, extra); empty for the plain kind.
@@ -23,6 +23,7 @@ class RopeSpec:
         yarn_fast, yarn_slow: turns over the trained context above which YaRN keeps a pair, below which it stretches it.
         divides: whether frequencies are divided by those that the file has (`rope_freqs`, or `rope_factors_short` and
             `rope_factors_long`), if it has any.
+        n_still: values of a head before those that are rotated, an even number, where pairs are neighbours.
     """
 
     n_rot: int
@@ -37,6 +38,7 @@ class RopeSpec:
     yarn_fast: float = 32.0
     yarn_slow: float = 1.0
     divides: bool = True
+    n_still: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class LatentAttentionSpec:
         rope: of the rotated part; None: nothing is rotated.
         temperature_period, temperature_slope: queries at position p are multiplied by 1 + slope * ln(1 + floor(p /
             period)); a slope of 0: they are not.
-        gated: whether what a head finds is multiplied by the sigmoid of a gate of its own.
+        gated: whether what a head finds is multiplied by the sigmoid of a gate of its own, or of one for each value.
         indexer: what chooses the positions that layers without a window look at; None: they look at all.
         windows: for each layer, how many positions back a token sees, itself included; 0 or no entry: all.
         window_attention: that of layers with a window; None: as in the others.
@@ -306,6 +308,21 @@ class MoESpec:
 
 
 @dataclass(frozen=True, slots=True)
+class HyperConnectionSpec:
+    """Residual streams that sub-layers read as one row and are added to by gates (`graph.ReduceStreams`).
+
+    Attributes:
+        n_streams: their number.
+        offset: what weights and gates have in addition to a sigmoid.
+        magnitude: factor of the gates' sigmoid.
+    """
+
+    n_streams: int
+    offset: float
+    magnitude: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Hyper-parameters of one model.
 
@@ -326,6 +343,7 @@ class ModelSpec:
             convolution sees.
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
+        hyper_connections: how residual streams are read and added to, if there are several.
         stream_scale: factor of the residual stream itself, wherever something is added to it.
         logit_cap: what logits are smoothly brought to within, by tanh; 0: they are not.
     """
@@ -344,6 +362,7 @@ class ModelSpec:
     state_space: StateSpaceSpec | None = None
     selective_scan: SelectiveScanSpec | None = None
     short_conv_kernel: int = 0
+    hyper_connections: HyperConnectionSpec | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0

@@ -68,6 +68,8 @@ PEERS = (
     "grovemoe",
     "hunyuan-moe",
     "hy_v3",
+    "hy_v4",
+    "hy_v4-full",
     "jamba",
     "kimi-linear",
     "laguna",

@@ -81,6 +81,7 @@ class Peer:
         expert_width: what experts take and give where that is not HIDDEN.
         is_latent: whether attention is multi-head latent attention.
         indexer_layers: the blocks that choose the positions which this looks at.
+        n_streams: residual streams with hyper-connections; 0: there is one without them.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
@@ -131,6 +132,7 @@ class Peer:
     expert_width: int = 0
     is_latent: bool = False
     indexer_layers: tuple[int, ...] = ()
+    n_streams: int = 0
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
@@ -207,6 +209,26 @@ LING_3 = MOE | {
     "expert_gating_func": 2,
     "expert_weights_norm": True,
     "expert_weights_scale": 2.5,
+}
+HUNYUAN_4 = (
+    MOE
+    | LATENT
+    | {
+        "attention.value_length_mla": GATED_VALUE_DIM,
+        "expert_shared_count": 1,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 2.5,
+        "hyper_connection.epsilon": 0.01,
+        "hyper_connection.magnitude": 2.0,
+    }
+)
+HUNYUAN_4_PARTS = {
+    "shared_size": FFN,
+    "router_bias": 0.2,
+    "value_dim": GATED_VALUE_DIM,
+    "is_latent": True,
+    "attention_gate": "value",
 }
 PHI = MOE | {"attention.sliding_window": 8, "rope.scaling.attn_factor": 1.25}
 PHI_PARTS = {"moe_layers": (0, 1), "long_divisors": True, "biases": True}
@@ -622,6 +644,32 @@ PEERS = {
         bias_name="exp_probs_b",
         head_norm="head",
     ),
+    "hy_v4": Peer(
+        "hy_v4",
+        3,
+        HUNYUAN_4
+        | INDEXER
+        | {
+            "attention.indexer.types": [True, False, True],
+            "hyper_connection.count": 4,
+            "leading_dense_block_count": 1,
+            "swiglu_clamp_exp": [0.0, 0.5, 1.0],
+        },
+        **HUNYUAN_4_PARTS,
+        moe_layers=(1, 2),
+        indexer_layers=(0, 2),
+        sinks=(0, 1, 2),
+        n_streams=4,
+    ),
+    "hy_v4-full": Peer(
+        "hy_v4",
+        2,
+        HUNYUAN_4 | {"hyper_connection.count": 3},
+        **HUNYUAN_4_PARTS,
+        moe_layers=(0, 1),
+        sinks=(0, 1),
+        n_streams=3,
+    ),
     "jamba": Peer(
         "jamba",
         3,
@@ -921,6 +969,8 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         divisors = draw.between(1, 8, peer.head_dim // 2)
         divisors[len(divisors) - peer.n_still :] = 1e30
         yield "rope_freqs.weight", divisors
+    if peer.n_streams:
+        yield from hyper_connections("output_hc", peer.n_streams, 1, draw)
     for layer in range(peer.n_layers + peer.n_mtp):
         for name, values in block(peer, layer, draw):
             yield f"blk.{layer}.{name}", values
@@ -962,6 +1012,9 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from latent_attention(peer, layer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer in peer.indexer_layers:
         yield from indexer(draw)
+    if peer.n_streams:
+        for part in ("attn", "ffn"):
+            yield from hyper_connections(f"hc_{part}", peer.n_streams, 2, draw)
     if peer.parallel_networks:
         yield from parallel_networks(peer, layer, draw)
         return
@@ -1116,9 +1169,19 @@ def latent_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, 
     has_choice = peer.indexer_layers and layer not in peer.window_layers
     yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim, gain=0.1 if has_choice else 1.0)
     if peer.attention_gate:
-        yield "attn_gate.weight", draw.matrix(n_heads, HIDDEN)
+        n_gates = n_heads if peer.attention_gate == "head" else n_heads * value_dim
+        yield "attn_gate.weight", draw.matrix(n_gates, HIDDEN)
+    if layer in peer.sinks:
+        yield "attn_sinks.weight", draw.between(-1, 1, n_heads)
     if peer.head_norm:
         yield "attn_k_norm.weight", draw.norm(ROPE_DIM)
+
+
+def hyper_connections(name: str, n_streams: int, n_scales: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    n_mixes = n_scales * n_streams
+    yield f"{name}_fn.weight", draw.matrix(n_mixes, n_streams * HIDDEN, gain=2.0)
+    yield f"{name}_scale.weight", draw.between(0.5, 1.5, n_scales)
+    yield f"{name}_base.weight", draw.between(-1, 1, n_mixes)
 
 
 def indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

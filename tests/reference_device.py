@@ -266,6 +266,19 @@ class ReferenceProgram:
             total = total + self[op.shared] * (1 if op.shared_gate is None else _sigmoid(self[op.shared_gate]))
         self[op.out] = op.scale * total + (0 if op.residual is None else self[op.residual])
 
+    def reduce_streams(self, op: ops.ReduceStreams) -> None:
+        x, n, (first, *second) = self[op.x], op.n_streams, self.vector(op.scale)
+        mixes = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps) @ self.vector(op.matrix).reshape(-1, op.x.width).T
+        base = self.vector(op.base)
+        weights = _sigmoid(first * mixes[:, :n] + base[:n]) + op.offset
+        self[op.out] = np.einsum("tih,ti->th", x.reshape(len(x), n, -1), weights)
+        if op.gates is not None:
+            self[op.gates] = op.magnitude * _sigmoid(second[0] * mixes[:, n:] + base[n:]) + op.offset
+
+    def add_to_streams(self, op: ops.AddToStreams) -> None:
+        added = self[op.gates][:, :, None] * self[op.added][:, None]
+        self[op.out] = self[op.x] + added.reshape(len(added), -1)
+
     def select_outputs(self, op: ops.SelectOutputs) -> None:
         self[op.out] = self[op.x]
 
@@ -335,5 +348,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.GroupRouter: ReferenceProgram.group_router,
     ops.Experts: ReferenceProgram.run_experts,
     ops.Combine: ReferenceProgram.combine,
+    ops.ReduceStreams: ReferenceProgram.reduce_streams,
+    ops.AddToStreams: ReferenceProgram.add_to_streams,
     ops.SelectOutputs: ReferenceProgram.select_outputs,
 }

@@ -19,7 +19,7 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.program import CUDAProgram
-from engine.devices.graph import Gating, Graph, KVType, Weight
+from engine.devices.graph import AddToStreams, Gating, Graph, KVType, ScaleByPosition, Weight
 from engine.devices.placement import Wish
 from engine.devices.program import DRAW, NO_DRAW, Limits, Step
 from engine.devices.timing import Bandwidths
@@ -131,7 +131,7 @@ def test_peers(name: str, data: Path) -> None:
     check_logits(data / "peers" / f"{name}-F32.npz")
 
 
-@pytest.mark.parametrize("name", ["deepseek32", "dots3note", "glm-dsa"])
+@pytest.mark.parametrize("name", ["deepseek32", "dots3note", "glm-dsa", "hy_v4"])
 def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> None:
     """Of more tokens than are chosen; the Q8_0 file's keys are stored in float16."""
     for kind, kv_type in (("F32", KVType.F32), ("Q8_0", KVType.F16)):
@@ -152,6 +152,23 @@ def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> Non
         assert kl.mean() <= max(2 * noise.mean(), 1e-9)
         assert kl.max() <= max(4 * noise.max(), 1e-8)
         model.close()
+
+
+def test_streams_that_are_added_to_by_a_launch_of_its_own_have_the_same_bits(data: Path) -> None:
+    """Something stands between, which changes nothing."""
+    model = Model(data / "peers" / "hy_v4-F32.gguf")
+    graph, found = model.model.graph, []
+    for is_split in (False, True):
+        if is_split:
+            graph.operations = [
+                item
+                for op in graph.operations
+                for item in ((op, ScaleByPosition(op.out, 0, 1, 0.0)) if isinstance(op, AddToStreams) else (op,))
+            ]
+        with model.open(hot_k=3) as opened:
+            found.append(opened.logits())
+    model.close()
+    assert (found[0] == found[1]).all()
 
 
 def check_logits(references: Path) -> None:

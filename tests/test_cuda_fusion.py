@@ -77,11 +77,20 @@ def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str) -> None
     assert sum(isinstance(item, fusion.SharedExpert) for item in items) == 3
 
 
-@pytest.mark.parametrize(("name", "n"), [("deepseek32", 2), ("dots3note", 1), ("glm-dsa", 2)])
+@pytest.mark.parametrize(("name", "n"), [("deepseek32", 2), ("dots3note", 1), ("glm-dsa", 2), ("hy_v4", 2)])
 def test_what_chooses_positions_rotates_its_queries_and_keys(data, name: str, n: int) -> None:
     items = groups(data / "peers" / f"{name}-F32.gguf")
     assert sum(isinstance(item, fusion.Selection) for item in items) == n
     assert not any(isinstance(item, ops.SelectPositions) for item in items)
+
+
+def test_streams_are_added_to_where_they_are_reduced_and_normalised(data) -> None:
+    """Nothing is added before the first sub-layer; between the last row of all tokens and its norm, some are chosen."""
+    items = groups(data / "peers" / "hy_v4-F32.gguf")
+    streams = [item for item in items if isinstance(item, fusion.StreamsAndNorm)]
+    assert [item.add is not None for item in streams] == [False] + [True] * 6
+    assert [item.norm is not None for item in streams] == [True] * 6 + [False]
+    assert not any(isinstance(item, ops.AddToStreams | ops.ReduceStreams) for item in items)
 
 
 def assert_delta_net_layers_are_one(path: Path) -> None:

@@ -10,7 +10,7 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import attention, elementwise, kernels, recurrent, selection, tiles
+from engine.devices.cuda import attention, elementwise, hyper_connections, kernels, recurrent, selection, tiles
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
@@ -697,6 +697,65 @@ def test_group_router(mode: str, n_groups: int, group_size: int, n_used: int) ->
         emulator.run(launch, order, seed)
         assert (group_ids == ids // group_size).all()
         assert weights == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_streams", "n_cols", "n_rows", "adds", "n_scales", "mode"),
+    [
+        (4, 1000, 3, True, 2, "fast"),
+        (4, 1000, 3, False, 2, "race"),
+        (3, 32, 70, True, 2, "fast"),  # more rows than are taken at a time
+        (3, 36, 70, True, 2, "race"),
+        (8, 260, 2, True, 2, "asan"),
+        (2, 520, 3, True, 1, "race"),
+        (1, 8, 1, False, 1, "asan"),
+        (2, 700, 3, True, 0, "race"),  # only the sum
+    ],
+)
+def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool, n_scales: int, mode: str) -> None:
+    rng, emulator, width, n_mixes = np.random.default_rng(4), Emulator(mode), n_streams * n_cols, n_scales * n_streams
+    streams, row, gates, matrix, base, scale = (
+        aligned(rng.standard_normal(shape).astype(F32))
+        for shape in (
+            (n_rows, width),
+            (n_rows, n_cols),
+            (n_rows, n_streams),
+            (max(1, n_mixes), width),
+            (max(1, n_mixes),),
+            (2,),
+        )
+    )
+    eps, offset, magnitude = 0.1, 0.25, 1.5
+    x = streams.astype(np.float64)
+    if adds:
+        x += (gates[:, :, None] * row.astype(np.float64)[:, None]).reshape(n_rows, -1)
+    mixes = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) @ matrix.T
+    found = sigmoid(np.repeat(scale, n_streams)[: max(1, n_mixes)] * mixes + base)
+    expected = found[:, :n_streams] + offset, magnitude * found[:, n_streams:] + offset
+
+    n_done = np.zeros(n_rows, np.int32)
+    partial = np.zeros(hyper_connections.n_partial(n_rows, width, n_mixes), F32)
+    bits = set()
+    for order, seed in SCHEDULES:
+        sums, weights, new_gates = (aligned(np.full_like(a, np.nan)) for a in (streams, gates, gates))
+        added, mixing = None, None
+        if adds:
+            added = hyper_connections.Added(emulator.rows(row), emulator.rows(gates), emulator.rows(sums))
+        if n_scales:
+            places = (emulator.at(array) for array in (matrix, scale, base, partial, n_done, weights))
+            to = emulator.at(new_gates) if n_scales > 1 else 0
+            mixing = hyper_connections.Mixing(*places, to, eps, offset, magnitude)
+        what = (emulator.rows(streams), added, n_streams, n_cols, mixing)
+        emulator.run(hyper_connections.hyper_connections(*what, emulator.count(n_rows)), order, seed)
+        if adds:
+            assert sums == pytest.approx(x, rel=1e-5, abs=1e-6)
+        if n_scales:
+            assert weights == pytest.approx(expected[0], rel=1e-5)
+        if n_scales > 1:
+            assert new_gates == pytest.approx(expected[1], rel=1e-5)
+        assert not n_done.any()
+        bits.add((sums.tobytes(), weights.tobytes(), new_gates.tobytes()))
+    assert len(bits) == 1
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

@@ -94,6 +94,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "granite_swa",
         "grok",
         "grovemoe",
+        "hy_v4",
         "jamba",
         "kimi-linear",
         "laguna",

@@ -547,6 +547,43 @@ def test_group_router(seed: int, n: int, n_groups: int, group_size: int, n_used:
     case.check({"group_ids": group_ids, "weights": weights})
 
 
+@more
+@given(seeds, token_counts, st.integers(1, 8), st.booleans())
+def test_stream_weights(seed: int, n: int, n_streams: int, has_gates: bool) -> None:
+    n_scales = 1 + has_gates
+    mixes = normal(seed, n, n_scales * n_streams)
+    scale, base = normal(seed + 1, n_scales), normal(seed + 2, n_scales * n_streams)
+
+    def record(program: k.Program, at) -> None:
+        gates = at.gates if has_gates else (0, 0)
+        program.stream_weights(*at.mixes, at.scale, at.base, at.weights[0], *gates, n_streams, 0.25, 1.5)
+
+    found = sigmoid(np.repeat(f64(scale), n_streams) * mixes + base)
+    expected = {"weights": found[:, :n_streams] + 0.25, "gates": 1.5 * found[:, n_streams:] + 0.25}
+    if not has_gates:
+        expected["gates"] = np.full((n, n_streams), np.nan)
+    outputs = dict.fromkeys(expected, (n_streams, np.float32))
+    fixed = {"scale": scale, "base": base}
+    Case(record, {"mixes": mixes}, outputs, fixed, packed=("weights",), results=tuple(outputs)).check(expected)
+
+
+@more
+@given(seeds, token_counts, widths, st.integers(1, 8))
+def test_add_to_streams(seed: int, n: int, width: int, n_streams: int) -> None:
+    inputs = {
+        "x": normal(seed, n, n_streams * width),
+        "added": normal(seed + 1, n, width),
+        "gates": normal(seed + 2, n, n_streams),
+    }
+
+    def record(program: k.Program, at) -> None:
+        program.add_to_streams(*at.x, *at.added, *at.gates, *at.out, n_streams, width)
+
+    added = f64(inputs["gates"])[:, :, None] * inputs["added"][:, None]
+    case = Case(record, inputs, {"out": (n_streams * width, np.float32)})
+    case.check({"out": inputs["x"] + added.reshape(n, -1)})
+
+
 def test_equal_scores_go_to_the_lower_ids() -> None:
     logits = np.array([[1, 3, 3, 0, 3, 1]], np.float32)
     found = run_router(logits, None, 4, k.SCORE_SOFTMAX).run()

@@ -17,10 +17,10 @@ from model_runner import ModelRunner
 from reference_device import ReferenceProgram
 
 from engine import _kernels
-from engine.devices.graph import Attention, KVType
+from engine.devices.graph import Attention, KVType, ReduceStreams
 
 N_REFERENCE_TOKENS = 20
-INDEXED = ("deepseek32", "dots3note", "glm-dsa")  # attention looks at what an indexer chooses
+INDEXED = ("deepseek32", "dots3note", "glm-dsa", "hy_v4")  # attention looks at what an indexer chooses
 
 
 @pytest.fixture(scope="module", params=PEER_FILES)
@@ -84,6 +84,20 @@ def test_other_logits_would_come_of_looking_at_all_positions(
         differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
     assert (differences[:n_seen] < 1e-4).all()
     assert (differences[n_seen:] > 0.01).all(), differences.min()
+
+
+@pytest.mark.parametrize("name", ["hy_v4", "hy_v4-full"])
+@pytest.mark.parametrize("otherwise", [{"magnitude": 0.0, "offset": 1.0}, {"magnitude": 1.0}, {"offset": 0.0}], ids=str)
+def test_other_logits_would_come_of_one_residual_stream(name: str, otherwise: dict[str, float], data: Path) -> None:
+    """With gates of 1 the streams stay alike, and whatever they weigh, their norm is that of one. Others count, too."""
+    with open_golden(data / "peers" / f"{name}-F32.npz") as peer:
+        graph = peer.runner.model.graph
+        graph.operations = [
+            replace(op, **otherwise) if isinstance(op, ReduceStreams) else op for op in graph.operations
+        ]
+        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
+        differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
+    assert (differences > 0.01).all(), differences.min()
 
 
 @pytest.mark.parametrize("kv_type", KVType)

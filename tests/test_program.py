@@ -129,6 +129,8 @@ FINE = {
     "group_router": (A, 16, B, C, C, 16, 4, 2),
     "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
+    "stream_weights": (A, 8, C, C, B, C, 4, 4, 0.1, 2.0),
+    "add_to_streams": (A, 32, B, 8, C, 4, A, 32, 4, 8),
     "select_outputs": (A, 8, B, 8, 8),
 }
 BAD = [
@@ -222,6 +224,16 @@ BAD = [
     ("combine", 3, 0, "n_experts_used is 0"),
     ("combine", 6, A, "a shared gate needs a shared expert"),
     ("combine", 1, 15, "the stride of expert_out is 15"),
+    ("stream_weights", 1, 7, "the stride of mixes is 7; expected at least its width 8"),
+    ("stream_weights", 2, 0, "the address of scale is 0"),
+    ("stream_weights", 4, 0, "the address of weights is 0"),
+    ("stream_weights", 6, 3, "the stride of gates is 3"),
+    ("stream_weights", 7, 9, "n_streams is 9; expected 1 to 8"),
+    ("add_to_streams", 1, 31, "the stride of x is 31; expected at least its width 32"),
+    ("add_to_streams", 2, 0, "the address of added is 0"),
+    ("add_to_streams", 5, 3, "the stride of gates is 3"),
+    ("add_to_streams", 8, 0, "n_streams is 0; expected 1 to 8"),
+    ("add_to_streams", 9, 0, "n_cols is 0"),
     ("select_outputs", 4, 0, "the width of x is 0"),
 ]
 

@@ -556,6 +556,45 @@ class Combine(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class ReduceStreams(Operation):
+    """Hyper-connections, before a sub-layer: make one row of n residual streams, and the gates of what will come back.
+
+    x holds the streams side by side. With mixes = matrix . x / sqrt(mean(x^2) + eps), the mean that of all streams:
+
+    weights = sigmoid(scale[0] * mixes[:n] + base[:n]) + offset
+    gates = magnitude * sigmoid(scale[1] * mixes[n:] + base[n:]) + offset
+    out = sum over streams i, in order, of weights[i] * x[i]
+
+    Without gates there is one scale, and a mix for each stream. The matrix is [mixes, width of x].
+    """
+
+    x: Tensor
+    matrix: Vector
+    scale: Vector
+    base: Vector
+    out: Tensor
+    gates: Tensor | None
+    eps: float
+    offset: float
+    magnitude: float
+
+    @property
+    def n_streams(self) -> int:
+        """Return how many streams there are."""
+        return self.base.size // self.scale.size
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AddToStreams(Operation):
+    """Hyper-connections, after a sub-layer: out[i] = x[i] + gates[i] * added for each stream i, side by side."""
+
+    x: Tensor
+    added: Tensor
+    gates: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class SelectOutputs(Operation):
     """Keep only the rows whose logits are wanted."""
 
@@ -866,6 +905,34 @@ class Graph:
     def has_slots(self, experts: Experts) -> bool:
         """Return whether experts may be in slots; others are where the dense weights are."""
         return any(experts.routing == routing for routing in self.routings)
+
+    def reduce_streams(
+        self,
+        x: Tensor,
+        matrix: Vector,
+        scale: Vector,
+        base: Vector,
+        eps: float,
+        offset: float,
+        magnitude: float,
+    ) -> tuple[Tensor, ...]:
+        """Make one row of residual streams, and where there are two scales the gates of what is added to them."""
+        n_streams = base.size // scale.size
+        assert scale.size in {1, 2}
+        assert base.size % scale.size == x.width % n_streams == 0
+        assert matrix.size == base.size * x.width
+        assert x.rows == Rows.TOKENS
+        out = self._new(x.width // n_streams)
+        gates = self._new(n_streams) if scale.size == 2 else None
+        self.operations.append(ReduceStreams(x, matrix, scale, base, out, gates, eps, offset, magnitude))
+        return (out, gates) if gates else (out,)
+
+    def add_to_streams(self, x: Tensor, added: Tensor, gates: Tensor) -> Tensor:
+        """Add a row to every residual stream, times the stream's gate."""
+        assert x.width == added.width * gates.width
+        out = self._new(x.width)
+        self.operations.append(AddToStreams(x, added, gates, out))
+        return out
 
     def select_outputs(self, x: Tensor) -> Tensor:
         """Keep the rows whose logits are wanted."""

@@ -24,6 +24,7 @@ enum {
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
     MAX_SCAN_STATE = 256,
+    MAX_STREAMS = 8, // of hyper-connections
     MAX_LINEAR_WEIGHTS = 8,
     TOKENS_PER_CALL = 128,      // activation rows that one call of a matmul_fn gets at most
     ROWS_PER_TASK = 128,        // weight rows of one task at most,
@@ -147,6 +148,20 @@ typedef struct {
     int n_experts_used, n_cols;
     float scale;
 } combine_args;
+
+typedef struct {
+    matrix mixes, gates; // gates.at may be NULL
+    const float *scale;  // of weights, and of gates if there are any
+    const float *base;   // [mixes]
+    float *weights;      // [max_tokens, n_streams]
+    int n_streams;
+    float offset, magnitude;
+} stream_weights_args;
+
+typedef struct {
+    matrix x, added, gates, out;
+    int n_cols; // of a stream
+} add_to_streams_args;
 
 typedef struct {
     matrix x, out;
@@ -291,6 +306,8 @@ typedef union {
     rope_args rope;
     select_outputs_args select_outputs;
     combine_args combine;
+    stream_weights_args stream_weights;
+    add_to_streams_args add_to_streams;
     causal_conv_args causal_conv;
     delta_net_args delta_net;
     selective_scan_args selective_scan;
@@ -329,8 +346,8 @@ typedef struct {
 
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
-        rope_table, rope, select_outputs, combine, causal_conv, delta_net, selective_scan, router, group_router,
-        kv_store;
+        rope_table, rope, select_outputs, combine, stream_weights, add_to_streams, causal_conv, delta_net,
+        selective_scan, router, group_router, kv_store;
     task_fns linear, attention, select_positions, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

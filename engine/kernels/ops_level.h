@@ -7,6 +7,7 @@
 #include "ops/delta_net.h"
 #include "ops/elementwise.h"
 #include "ops/experts.h"
+#include "ops/hyper_connections.h"
 #include "ops/kv_cache.h"
 #include "ops/linear.h"
 #include "ops/rope.h"
@@ -67,6 +68,8 @@ static const ops_table level_ops = {
     .rope = op_rope,
     .select_outputs = op_select_outputs,
     .combine = op_combine,
+    .stream_weights = op_stream_weights,
+    .add_to_streams = op_add_to_streams,
     .causal_conv = op_causal_conv,
     .delta_net = op_delta_net,
     .selective_scan = op_selective_scan,

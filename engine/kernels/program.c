@@ -702,6 +702,34 @@ int program_combine(program *p, combine_args args) {
     return record(p, op);
 }
 
+int program_stream_weights(program *p, stream_weights_args args) {
+    const int n = args.n_streams;
+    operation op = {.name = "stream_weights",
+                    .args.stream_weights = args,
+                    .run_tile = p->kernels->ops->stream_weights,
+                    .width = args.gates.at ? 2 * n : n,
+                    .is_cheap = true};
+    op.unit = op.width;
+    touch(p, &op, READS, args.mixes);
+    touch_rows(p, &op, WRITES, args.weights, n * (int64_t)sizeof(float), n * (int64_t)sizeof(float), 0);
+    if (args.gates.at)
+        touch_whole(p, &op, WRITES, args.gates, n);
+    return record(p, op);
+}
+
+int program_add_to_streams(program *p, add_to_streams_args args, int n_streams) {
+    operation op = {.name = "add_to_streams",
+                    .args.add_to_streams = args,
+                    .run_tile = p->kernels->ops->add_to_streams,
+                    .width = n_streams * args.n_cols,
+                    .unit = FLOATS_OF_LINE};
+    touch(p, &op, READS, args.x);
+    touch_whole(p, &op, READS, args.added, args.n_cols);
+    touch_whole(p, &op, READS, args.gates, n_streams);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
 int program_select_outputs(program *p, select_outputs_args args) {
     operation op = {.name = "select_outputs",
                     .args.select_outputs = args,

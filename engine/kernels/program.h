@@ -42,6 +42,8 @@ int program_router(program *p, router_args args);
 int program_group_router(program *p, group_router_args args);
 int program_experts(program *p, experts_args args, int down_activation);
 int program_combine(program *p, combine_args args);
+int program_stream_weights(program *p, stream_weights_args args);
+int program_add_to_streams(program *p, add_to_streams_args args, int n_streams);
 int program_select_outputs(program *p, select_outputs_args args);
 
 typedef struct {

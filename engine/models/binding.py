@@ -285,6 +285,15 @@ class Keys:
             raise self.wrong(key, freq_base, "a number above 1")
         return freq_base
 
+    def unscaled_rope(self, head_dim: int, style: RopeStyle = "neox") -> RopeSpec:
+        """Read the keys of rotary position embedding that is never stretched."""
+        rope = self.rope(head_dim, style)
+        if rope.scaling != "none":
+            raise UnsupportedModelError(
+                f"{self.file_name}: {self.architecture}.rope.scaling.type is {rope.scaling!r}; this version needs none"
+            )
+        return rope
+
     def rope(self, head_dim: int, style: RopeStyle = "neox", *, yarn_slope: float = 0.1) -> RopeSpec:
         """Read the keys of rotary position embedding."""
         n_rot = self.size("rope.dimension_count", head_dim)

@@ -39,12 +39,26 @@ _SCORINGS = {
 # -- the frame -------------------------------------------------------------------------------------------------------
 
 
-def layers(spec: ModelSpec, tensors: Tensors, layer: Layer, output_norm: str = "output_norm.weight") -> Graph:
-    """Record the embeddings, what each layer makes of the residual stream, and the output head."""
+def layers(
+    spec: ModelSpec,
+    tensors: Tensors,
+    layer: Layer,
+    output_norm: str = "output_norm.weight",
+    *,
+    enter: Callable[[Graph, Tensor], Tensor] | None = None,
+    leave: Callable[[Graph, Tensor], Tensor] | None = None,
+) -> Graph:
+    """Record the embeddings, what each layer makes of the residual stream, and the output head.
+
+    `enter` makes what the layers work on of the embeddings, and `leave` what the head takes of that, where these are
+    not the residual stream itself.
+    """
     graph = Graph()
     x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
+    x = enter(graph, x) if enter else x
     for number in range(spec.n_layers):
         x = layer(graph, x, tensors.block(number), spec, number)
+    x = leave(graph, x) if leave else x
     _output_head(graph, x, tensors, spec, output_norm)
     return graph
 
@@ -246,6 +260,8 @@ def rope_frequencies(rope: RopeSpec) -> tuple[npt.NDArray[np.float32], float]:
         kept = 1.0 - np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0)
         frequencies *= (1.0 - kept) / rope.factor + kept
         magnitude *= 1.0 + rope.yarn_slope * math.log(rope.factor)
+    if rope.n_still:
+        frequencies = np.concatenate([np.zeros(rope.n_still // 2), frequencies])
     if any(rope.sections):
         time, height, width = (*rope.sections, 0, 0, 0)[:3]
         place = pairs % sum(rope.sections)

@@ -88,8 +88,9 @@ def latent_attention(
 ) -> Tensor:
     """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c.
 
-    Where there are gates, each head's result is multiplied by the sigmoid of its own. `select` gives the positions that
-    layers without a window look at, of the compressed query. The file may have a norm for the rotated part of the key.
+    Where there are gates, each head's result, or each of its values, is multiplied by the sigmoid of its own. `select`
+    gives the positions that layers without a window look at, of the compressed query. The file may have sinks, and a
+    norm for the rotated part of the key.
     """
     attention, hidden_size = spec.attention, spec.hidden_size
     assert isinstance(attention, LatentAttentionSpec)
@@ -99,7 +100,8 @@ def latent_attention(
     selected = None
     weights = [block.matrix("attn_kv_a_mqa.weight", latent_dim + rope_dim, hidden_size)]
     if mla.gated:
-        weights.append(block.matrix("attn_gate.weight", n_heads, hidden_size))
+        n_gates = n_heads if block.shape("attn_gate.weight")[0] == n_heads else n_heads * mla.value_dim
+        weights.append(block.matrix("attn_gate.weight", n_gates, hidden_size))
     if mla.query_rank:
         query_weight = block.matrix("attn_q_a.weight", mla.query_rank, hidden_size)
         q, latent, *gates = graph.linears(x, (query_weight, *weights))
@@ -121,7 +123,18 @@ def latent_attention(
     if mla.temperature_slope:
         q = graph.scale_by_position(q, 0, mla.temperature_period, mla.temperature_slope)
     k = graph.join_heads(c, k_rope, 1)
-    out = graph.attention(q, k, None, n_heads, 1, mla.scale, value_dim=latent_dim, window=window, selected=selected)
+    out = graph.attention(
+        q,
+        k,
+        None,
+        n_heads,
+        1,
+        mla.scale,
+        value_dim=latent_dim,
+        sinks=block.optional_vector("attn_sinks.weight", n_heads),
+        window=window,
+        selected=selected,
+    )
     out = graph.head_linear(out, block.experts("attn_v_b.weight", n_heads, mla.value_dim, latent_dim))
     if gates:
         out = graph.gate(out, gates[0], Gating.SIGMOID)

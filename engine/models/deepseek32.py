@@ -15,9 +15,10 @@ from dataclasses import replace
 from engine.devices.graph import Graph, Tensor
 from engine.model_spec import IndexerSpec, LatentAttentionSpec, ModelSpec, RopeSpec
 from engine.models.binding import LARGEST_HEAD, Keys, Tensors
-from engine.models.blocks import decoder, rotate
+from engine.models.blocks import Layer, decoder, rotate
 from engine.models.deepseek2 import latent_attention, read_scaled_attention
 
+_TYPES = "attention.indexer.types"
 _NORM_EPS = 1e-6  # files do not say it
 _MOST_SELECTED = 1 << 14  # a list for each token is kept
 _SHARING_CONTEXT = 1 << 20  # early files of GLM-5.2 are told from GLM-5 by it: they lack the key for sharing layers
@@ -33,7 +34,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     return keys.model(tensors, replace(attention, indexer=read_indexer(keys, rope, _layers(keys, is_glm))), moe)
 
 
-def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...]) -> IndexerSpec:
+def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...], norm_eps: float = _NORM_EPS) -> IndexerSpec:
     """Read the sizes of what chooses positions in those layers, rotated like that."""
     if not keys.size("attention.q_lora_rank", 0, minimum=0):
         raise keys.wrong("attention.q_lora_rank", 0, "at least 1")
@@ -46,7 +47,7 @@ def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...]) -> Indexe
         n_heads=keys.size("attention.indexer.head_count"),
         key_dim=key_dim,
         top_k=top_k,
-        norm_eps=_NORM_EPS,
+        norm_eps=norm_eps,
         rope=rope,
         layers=layers,
     )
@@ -54,20 +55,29 @@ def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...]) -> Indexe
 
 def _layers(keys: Keys, may_share: bool) -> tuple[bool, ...]:
     """Return which layers choose: all, or as a key says."""
-    name, n_layers = "attention.indexer.types", keys.n_layers()
-    if may_share and keys.has(name):
-        layers = tuple(keys.flags_of_layers(name))
-    elif may_share and keys.size("context_length") >= _SHARING_CONTEXT:
-        layers = tuple(layer < 2 or layer % 4 == 2 for layer in range(n_layers))
-    else:
-        layers = (True,) * n_layers
+    n_layers = keys.n_layers()
+    if may_share and keys.has(_TYPES):
+        return read_choosing_layers(keys)
+    if may_share and keys.size("context_length") >= _SHARING_CONTEXT:
+        return tuple(layer < 2 or layer % 4 == 2 for layer in range(n_layers))
+    return (True,) * n_layers
+
+
+def read_choosing_layers(keys: Keys) -> tuple[bool, ...]:
+    """Read which layers choose; the others look at what the last one before them chose."""
+    layers = tuple(keys.flags_of_layers(_TYPES))
     if not layers[0]:
-        raise keys.wrong(name, "false for the first layer", "true: there is no layer before it")
+        raise keys.wrong(_TYPES, "false for the first layer", "true: there is no layer before it")
     return layers
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
+    return decoder(spec, tensors, choosing_attention(spec))
+
+
+def choosing_attention(spec: ModelSpec) -> Layer:
+    """Return what records latent attention over the positions that the layers with an indexer choose."""
     indexer = _indexer(spec)
     chosen: list[Tensor] = []  # by the layers so far that choose
 
@@ -79,7 +89,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
         return latent_attention(graph, x, block, spec, layer, select)
 
-    return decoder(spec, tensors, attend)
+    return attend
 
 
 def _indexer(spec: ModelSpec) -> IndexerSpec:

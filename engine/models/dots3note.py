@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from engine.devices.graph import Graph
 from engine.errors import UnsupportedModelError
-from engine.model_spec import ModelSpec, RopeSpec
+from engine.model_spec import ModelSpec
 from engine.models import deepseek32
 from engine.models.binding import Keys, Tensors
 from engine.models.deepseek2 import read_latent_attention
@@ -23,7 +23,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     window, in_window = keys.size("attention.sliding_window"), keys.flags_of_layers(_PATTERN)
     n_heads, n_window_heads = _read_heads(keys, in_window)
     attention = read_latent_attention(keys, n_heads=n_heads)
-    rope = _read_rope(keys, attention.rope_dim)
+    rope = keys.unscaled_rope(attention.rope_dim, "norm")
     local = read_latent_attention(keys, "_swa", n_window_heads)
     attention = replace(
         attention,
@@ -67,15 +67,6 @@ def _choosing_layers(keys: Keys, in_window: list[bool]) -> tuple[bool, ...]:
             f"without a window ({_PATTERN}), and for no others"
         )
     return tuple(layers)
-
-
-def _read_rope(keys: Keys, rope_dim: int) -> RopeSpec:
-    rope = keys.rope(rope_dim, "norm")
-    if rope.scaling != "none":
-        raise UnsupportedModelError(
-            f"{keys.file_name}: {keys.architecture}.rope.scaling.type is {rope.scaling!r}; this version needs none"
-        )
-    return rope
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:

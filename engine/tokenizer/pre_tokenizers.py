@@ -98,7 +98,7 @@ _TABLE: tuple[tuple[str, PreTokenizer], ...] = (
     ("tekken", PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("kimi-k2", PreTokenizer((_KIMI_K2,))),
     (
-        "deepseek-v3 hunyuan-dense",
+        "deepseek-v3 hunyuan-dense hy_v4",
         PreTokenizer(
             (
                 r"\p{N}{1,3}",

@@ -19,7 +19,7 @@ from engine.devices import graph as ops
 from engine.devices.cpu.memory import ALIGNMENT, Arena, Interval, plan_offsets
 from engine.devices.graph import Graph, Tensor, Vector, Weight
 from engine.devices.program import Limits, WeightAccess
-from engine.quants.formats import Activation
+from engine.quants.formats import BY_NAME, Activation
 
 Value = TypeVar("Value", np.float32, np.int32)
 
@@ -71,6 +71,7 @@ class Lowering:
         self.program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
         self._weights = weights
         self._keep: list[npt.NDArray[np.generic]] = []  # memory that the C program refers to by address
+        self._ones_of: dict[int, npt.NDArray[np.float32]] = {}  # by their number
         self.vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[], None]] = []
@@ -125,6 +126,10 @@ class Lowering:
         interval = self._interval(tensor.buffer, self.limits.max_tokens * width * 4)
         return Place(interval, self, tensor.offset * 4, width)
 
+    def _temporary(self, width: int) -> Place:
+        """Return float32 rows for the operation at hand only."""
+        return Place(self._interval(object(), self.limits.max_tokens * width * 4), self, 0, width)
+
     def _activations(self, x: Tensor, activation: Activation) -> Place:
         """Say where x lies in the form that a weight format takes, after recording the conversion if there is none."""
         if activation == Activation.F32:
@@ -168,8 +173,7 @@ class Lowering:
 
     def _ones(self, size: int) -> int:
         """Return the address of as many ones."""
-        values = np.ones(size, np.float32)
-        self._keep.append(values)
+        values = self._ones_of.setdefault(size, np.ones(size, np.float32))
         return int(values.ctypes.data)
 
     def _matrix(self, weight: Weight) -> tuple[int, int]:
@@ -540,6 +544,30 @@ class Lowering:
             )
         )
 
+    def _reduce_streams(self, op: ops.ReduceStreams) -> None:
+        x, out, gates = self._use(op.x), self._use(op.out), self._use(op.gates) if op.gates else None
+        width, n_mixes, n_streams = op.x.width, op.base.size, op.n_streams
+        normed, mixes, weights = (self._temporary(n) for n in (width, n_mixes, n_streams))
+        matrix, scale, base, ones = (*map(self._vector, (op.matrix, op.scale, op.base)), self._ones(width))
+        kind = BY_NAME["F32"].ggml_type
+
+        def record() -> None:
+            program, rows = self.program, op.x.rows
+            program.rms_norm(*x.at, ones, 0, *normed.at, 1, width, 0, False, op.eps, rows)
+            program.linear(normed.address, width * 4, width, [(matrix, kind, n_mixes, *mixes.at, 0, 0)], rows)
+            to = weights.address, *(gates.at if gates else (0, 0))
+            program.stream_weights(*mixes.at, scale, base, *to, n_streams, op.offset, op.magnitude)
+            nothing = (0,) * 6  # a shared expert, its gate, a residual stream
+            program.combine(*x.at, weights.address, n_streams, *nothing, *out.at, op.out.width, 1.0)
+
+        self._calls.append(record)
+
+    def _add_to_streams(self, op: ops.AddToStreams) -> None:
+        x, added, gates, out = (self._use(tensor) for tensor in (op.x, op.added, op.gates, op.out))
+        self._calls.append(
+            lambda: self.program.add_to_streams(*x.at, *added.at, *gates.at, *out.at, op.gates.width, op.added.width)
+        )
+
     def _select_outputs(self, op: ops.SelectOutputs) -> None:
         x, out = self._use(op.x), self._use(op.out)
         self._calls.append(lambda: self.program.select_outputs(*x.at, *out.at, op.x.width))
@@ -568,5 +596,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.GroupRouter: Lowering._group_router,
     ops.Experts: Lowering._experts,
     ops.Combine: Lowering._combine,
+    ops.ReduceStreams: Lowering._reduce_streams,
+    ops.AddToStreams: Lowering._add_to_streams,
     ops.SelectOutputs: Lowering._select_outputs,
 }

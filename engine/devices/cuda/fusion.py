@@ -118,7 +118,16 @@ class DeltaNetLayer:
     gate: ops.Gate
 
 
-Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer
+@dataclass(frozen=True, slots=True)
+class StreamsAndNorm:
+    """The row that is made of residual streams; what is added to them before it, and its norm, if these are there."""
+
+    add: ops.AddToStreams | None
+    reduce: ops.ReduceStreams
+    norm: ops.RMSNorm | None
+
+
+Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer | StreamsAndNorm
 Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
 
 
@@ -134,6 +143,9 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
             groups[i] = layer
         elif isinstance(op, ops.Rope) and (selection := _selection(operations[i : i + 3], n_users)):
             groups[i] = selection
+        elif isinstance(op, ops.ReduceStreams):
+            streams = _streams(op, operations[max(i - 1, 0)], operations[i + 1])
+            groups[i - (streams.add is not None)] = streams
     operations = list(operations)
     for i, op in enumerate(operations):
         if isinstance(op, ops.Experts) and (shared := _shared_expert(operations[i : i + 3], operations[:i], n_users)):
@@ -149,6 +161,8 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
 def _n_operations(item: Fused) -> int:
     if isinstance(item, Attention):
         return len(item.operations)
+    if isinstance(item, StreamsAndNorm):
+        return 1 + (item.add is not None) + (item.norm is not None)
     if isinstance(item, ops.Operation):
         return 1
     return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, Selection | SharedExpert) else 2
@@ -221,6 +235,15 @@ def _selection(three: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> 
     if alone and (q_rope.x, k_rope.x) == (select.q, select.k) and _same_rotation(q_rope, k_rope):
         return Selection(q_rope, k_rope, select)
     return None
+
+
+def _streams(reduce: ops.ReduceStreams, before: ops.Operation, following: ops.Operation) -> StreamsAndNorm:
+    """Return what belongs to the row that is made of residual streams."""
+    return StreamsAndNorm(
+        before if isinstance(before, ops.AddToStreams) and before.out == reduce.x else None,
+        reduce,
+        following if isinstance(following, ops.RMSNorm) and is_of_row(following, reduce.out) else None,
+    )
 
 
 def _is_plain(conv: ops.CausalConv) -> bool:

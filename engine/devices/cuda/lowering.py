@@ -196,6 +196,8 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Gate: operations.gate,
     ops.SplitHeads: operations.split_heads,
     ops.JoinHeads: operations.join_heads,
+    ops.AddToStreams: operations.add_to_streams,
+    fusion.StreamsAndNorm: operations.reduce_streams,
     fusion.SumAndNorm: _sum_and_norm,
     fusion.NormAndGate: lambda recorder, two: operations.gate(recorder, two.gate, two.norm),
     ops.ScaleByPosition: sequence_operations.scale_by_position,

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from engine.devices import graph as ops
 from engine.devices.cuda import elementwise, fusion, kernels
+from engine.devices.cuda.hyper_connections import Added, Mixing, hyper_connections, n_partial
 from engine.devices.cuda.kernels import Combined, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.places import Finish, Pass, Place
@@ -115,6 +116,56 @@ def residual(recorder: Recorder, tensor: Tensor, summands: Summands, norm: ops.R
             )
         ]
     )
+
+
+def add_to_streams(recorder: Recorder, op: ops.AddToStreams) -> None:
+    """Record what is added to residual streams."""
+    x, added = recorder.use(op.x), _added_to_streams(recorder, op)
+    sizes = op.gates.width, op.added.width
+    recorder.record(lambda p: [hyper_connections(p.rows(x), added(p), *sizes, None, p.count(op.x.rows))])
+
+
+def _added_to_streams(recorder: Recorder, op: ops.AddToStreams) -> Callable[[Pass], Added]:
+    added, gates, out = recorder.use(op.added), recorder.use(op.gates), recorder.use(op.out)
+    return lambda p: Added(p.rows(added), p.rows(gates), p.rows(out))
+
+
+def reduce_streams(recorder: Recorder, item: fusion.StreamsAndNorm) -> None:
+    """Record the row that is made of residual streams: one launch finds their weights, one adds up and normalises.
+
+    The first also adds to the streams what is added before; for the second they are as experts that are all there.
+    """
+    op, add = item.reduce, item.add
+    n_streams, n_mixes, width = op.n_streams, op.base.size, op.x.width
+    x, before, out = recorder.use(op.x), recorder.use(add.x if add else op.x), recorder.use(op.out)
+    added = _added_to_streams(recorder, add) if add else None
+    gates = recorder.use(op.gates) if op.gates else None
+    matrix, scale, base = (recorder.vector(vector) for vector in (op.matrix, op.scale, op.base))
+    partial = recorder.temporary(lambda n_tokens: 4 * n_partial(n_tokens, width, n_mixes))
+    weights = recorder.temporary(lambda n_tokens: 4 * n_tokens * n_streams)
+    n_done = recorder.counters_of_rows()
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        mixing = Mixing(
+            p.at(matrix),
+            p.at(scale),
+            p.at(base),
+            p.rows(partial).address,
+            p.base + n_done,
+            p.rows(weights).address,
+            p.rows(gates).address if gates else 0,
+            op.eps,
+            op.offset,
+            op.magnitude,
+        )
+        what = added(p) if added else None
+        yield hyper_connections(p.rows(before), what, n_streams, width // n_streams, mixing, p.count(op.x.rows))
+
+    def summands(p: Pass) -> tuple[Rows, Combined, Rows]:
+        return NOTHING, Combined(p.rows(x), None, 0, 0, p.rows(weights).address, n_streams), p.rows(out)
+
+    recorder.record(launches)
+    residual(recorder, op.out, summands, item.norm)
 
 
 def linear(recorder: Recorder, op: ops.Linear, routed: RoutedOf | None = None) -> None:

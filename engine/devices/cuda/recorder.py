@@ -176,6 +176,11 @@ class Recorder:
             self.uploads.append((self._offsets[key], values))
         return self._offsets[key]
 
+    def counters_of_rows(self) -> int:
+        """Return the offset of a word for each row of a step that kernels may count their blocks with; 0 when idle."""
+        n_rows = self._limits.max_tokens
+        return self.constant("counters of rows", lambda: np.zeros(n_rows, np.int32))
+
     def values(self, vector: Vector) -> npt.NDArray[np.float32]:
         """Return float32 values, whatever the file stores."""
         raw = self._weights.array(vector.name).reshape(1, -1)

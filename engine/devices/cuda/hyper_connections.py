@@ -1,0 +1,98 @@
+"""Launches of hyper-connections: the residual streams between two sub-layers.
+
+As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from engine.devices.cuda.launch import NOTHING, Count, Launch, Rows, at, ceil_div, int32, pointer
+
+_THREADS, _COLUMNS = 256, 4  # of a block, of a thread
+_ROWS = 64  # at a time; a block goes on with others
+
+
+class _Mixing(ctypes.Structure):
+    _fields_ = [
+        ("matrix", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("n_done", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("gates", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("offset", ctypes.c_float),
+        ("magnitude", ctypes.c_float),
+    ]
+
+
+class Mixing(NamedTuple):
+    """What weights and gates are made with, and device addresses of float32 values; see `graph.ReduceStreams`.
+
+    Attributes:
+        matrix, scale, base: of the model.
+        partial: `n_partial` values.
+        n_done: a word for each row, 0 before and after.
+        weights: [rows, n_streams].
+        gates: [rows, n_streams], or 0 for none.
+        eps, offset, magnitude: numbers.
+    """
+
+    matrix: int
+    scale: int
+    base: int
+    partial: int
+    n_done: int
+    weights: int
+    gates: int
+    eps: float
+    offset: float
+    magnitude: float
+
+
+class Added(NamedTuple):
+    """What is added to the streams: a row, the gates that it is multiplied by, and where the sums go."""
+
+    row: Rows
+    gates: Rows
+    out: Rows
+
+
+def n_partial(n_rows: int, width: int, n_mixes: int) -> int:
+    """Return how many values the blocks leave of streams that are so wide together."""
+    return n_rows * _n_blocks(width) * (n_mixes + 1)
+
+
+def _n_blocks(width: int) -> int:
+    return ceil_div(width, _THREADS * _COLUMNS)
+
+
+def hyper_connections(
+    streams: Rows, added: Added | None, n_streams: int, n_cols: int, mixing: Mixing | None, count: Count
+) -> Launch:
+    """Add a row to residual streams of `n_cols`, make their weights and gates, or both."""
+    added, n_mixes = added or Added(NOTHING, NOTHING, NOTHING), 0
+    if mixing is not None:
+        n_mixes = 2 * n_streams if mixing.gates else n_streams
+        assert mixing.matrix % 16 == 0
+    assert n_cols % _COLUMNS == 0
+    assert all(r.address % 16 == 0 and r.stride % _COLUMNS == 0 for r in (streams, added.row, added.out))
+    return Launch(
+        "hyper_connections.cu",
+        "hyper_connections",
+        (f"N_STREAMS={n_streams}", f"N_MIXES={n_mixes}"),
+        (_n_blocks(n_streams * n_cols), min(count.most, _ROWS), 1),
+        _THREADS,
+        (
+            *at(streams),
+            *at(added.row),
+            *at(added.gates),
+            *at(added.out),
+            int32(n_cols),
+            _Mixing(*mixing) if mixing else _Mixing(),
+            pointer(count.address),
+        ),
+    )

@@ -1,0 +1,71 @@
+"""Hyper-connections: several residual streams in the place of one (https://arxiv.org/abs/2409.19606).
+
+A sub-layer takes one row, a sum of all streams, and what it gives is added to each of them; the weights of that sum,
+and the gates of what is added, are made anew for each token of the streams themselves (`graph.ReduceStreams`). The
+streams begin as copies of the embeddings, and once more become one row before the output norm.
+"""
+
+from __future__ import annotations
+
+from engine.devices.graph import Activation, Graph, Tensor
+from engine.model_spec import HyperConnectionSpec, ModelSpec
+from engine.models.binding import Keys, Tensors
+from engine.models.blocks import Layer, feed_forward, layers, normalize
+
+_MOST_STREAMS = 8  # that the kernels of every device can do
+
+
+def read_hyper_connections(keys: Keys) -> HyperConnectionSpec:
+    """Read their number, and what weights and gates are made with."""
+    n_streams = keys.size("hyper_connection.count")
+    return HyperConnectionSpec(
+        n_streams=keys.at_most("hyper_connection.count", n_streams, _MOST_STREAMS),
+        offset=keys.number("hyper_connection.epsilon"),
+        magnitude=keys.number("hyper_connection.magnitude"),
+    )
+
+
+def decoder(spec: ModelSpec, tensors: Tensors, mixer: Layer, activation: Activation = Activation.SILU) -> Graph:
+    """Record a pre-norm decoder: in each block a mixer of tokens, then a feed-forward network, added to the streams."""
+
+    def mix_and_feed(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+        h, gates = _reduce(graph, x, block, "hc_attn", spec)
+        h = normalize(graph, h, block, "attn_norm.weight", spec)
+        x = graph.add_to_streams(x, mixer(graph, h, block, spec, layer), gates)
+        h, gates = _reduce(graph, x, block, "hc_ffn", spec)
+        h = normalize(graph, h, block, "ffn_norm.weight", spec)
+        return graph.add_to_streams(x, feed_forward(graph, h, None, block, spec, layer, activation), gates)
+
+    def enter(graph: Graph, x: Tensor) -> Tensor:
+        streams = x
+        for _ in range(_of(spec).n_streams - 1):
+            streams = graph.join_heads(streams, x, 1)
+        return streams
+
+    def leave(graph: Graph, x: Tensor) -> Tensor:
+        (row,) = _reduce(graph, x, tensors, "output_hc", spec, n_scales=1)
+        return row
+
+    return layers(spec, tensors, mix_and_feed, enter=enter, leave=leave)
+
+
+def _reduce(
+    graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec, n_scales: int = 2
+) -> tuple[Tensor, ...]:
+    """Make one row of the streams, and with two scales gates for them, by tensors of that name."""
+    how = _of(spec)
+    n_mixes = n_scales * how.n_streams
+    return graph.reduce_streams(
+        x,
+        tensors.vector(f"{name}_fn.weight", n_mixes, x.width),
+        tensors.vector(f"{name}_scale.weight", n_scales),
+        tensors.vector(f"{name}_base.weight", n_mixes),
+        spec.norm_eps,
+        how.offset,
+        how.magnitude,
+    )
+
+
+def _of(spec: ModelSpec) -> HyperConnectionSpec:
+    assert spec.hyper_connections is not None
+    return spec.hyper_connections
