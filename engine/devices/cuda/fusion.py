@@ -105,7 +105,7 @@ class Selection:
 
     q_rope: ops.Rope
     k_rope: ops.Rope
-    select: ops.SelectPositions
+    select: ops.SelectPositions | ops.SelectBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,13 @@ class DeltaNetLayer:
 
 Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer
 Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
+
+
+# How a shared expert joins its projections where that is what routed ones do.
+_ALIKE = {
+    ops.Activation.SILU: ops.Gating.SILU,
+    ops.Activation.CLAMPED_SWISH: ops.Gating.CLAMPED_SWISH,
+}
 
 
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
@@ -215,7 +222,9 @@ def _selection(three: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> 
     if len(three) < 3:
         return None
     q_rope, k_rope, select = three
-    if not (isinstance(q_rope, ops.Rope) and isinstance(k_rope, ops.Rope) and isinstance(select, ops.SelectPositions)):
+    if not isinstance(select, ops.SelectPositions | ops.SelectBlocks):
+        return None
+    if not (isinstance(q_rope, ops.Rope) and isinstance(k_rope, ops.Rope)):
         return None
     alone = n_users[select.q.buffer] == n_users[select.k.buffer] == 3
     if alone and (q_rope.x, k_rope.x) == (select.q, select.k) and _same_rotation(q_rope, k_rope):
@@ -237,7 +246,7 @@ def _shared_expert(
     assert isinstance(experts, ops.Experts)
     if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
         return None
-    is_plain = experts.activation == ops.Activation.SILU and gate.gating == ops.Gating.SILU and down.biases == (None,)
+    is_plain = _ALIKE.get(experts.activation) == gate.gating and down.biases == (None,)
     is_plain = is_plain and experts.limit == gate.limit and gate.x.width == gate.gate.width
     own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))
     for i, op in enumerate(before):
