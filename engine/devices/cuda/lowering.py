@@ -184,11 +184,11 @@ def _sum_and_norm(recorder: Recorder, two: fusion.SumAndNorm) -> None:
 
 
 def _selection(recorder: Recorder, item: fusion.Selection) -> None:
-    """Record a choice with the rotations before it."""
+    """Record a choice with what makes its queries and keys ready."""
     if isinstance(item.select, ops.SelectPositions):
-        sequence_operations.select_positions(recorder, item.select, item.q_rope)
+        sequence_operations.select_positions(recorder, item.select, item)
     else:
-        sequence_operations.select_blocks(recorder, item.select, item.q_rope)
+        sequence_operations.select_blocks(recorder, item.select, item)
 
 
 _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {

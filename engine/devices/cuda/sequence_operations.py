@@ -56,12 +56,12 @@ def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
 
 
-def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope | None = None) -> None:
-    """Record the choice of what attention looks at, with the rotation of queries and keys if there is one."""
+def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.Selection | None = None) -> None:
+    """Record the choice of what attention looks at, perhaps with what makes its queries and keys ready."""
     cache = recorder.cache(op.cache)
     selection.check_indexer(cache, op.n_heads)
     q, weights, out = (recorder.use(tensor) for tensor in (op.q, op.weights, op.out))
-    store = _indexer_inputs(recorder, op, rope)
+    store = _indexer_inputs(recorder, op, item)
     scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
 
     def launches(p: Pass) -> Iterable[Launch]:
@@ -83,11 +83,11 @@ def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope
     recorder.record(launches)
 
 
-def select_blocks(recorder: Recorder, op: ops.SelectBlocks, rope: ops.Rope | None = None) -> None:
+def select_blocks(recorder: Recorder, op: ops.SelectBlocks, item: fusion.Selection | None = None) -> None:
     """Record the choice of the blocks that attention looks at, likewise."""
     cache = recorder.cache(op.cache)
     selection.check_indexer(cache, op.n_heads, apart=True)
-    q, out, store = recorder.use(op.q), recorder.use(op.out), _indexer_inputs(recorder, op, rope)
+    q, out, store = recorder.use(op.q), recorder.use(op.out), _indexer_inputs(recorder, op, item)
     scores = recorder.temporary(
         lambda n_tokens: selection.block_scores_bytes(cache.context_length, op.n_heads, op.block_size, n_tokens)
     )
@@ -112,23 +112,25 @@ def select_blocks(recorder: Recorder, op: ops.SelectBlocks, rope: ops.Rope | Non
 
 
 def _indexer_inputs(
-    recorder: Recorder, op: ops.SelectPositions | ops.SelectBlocks, rope: ops.Rope | None
+    recorder: Recorder, op: ops.SelectPositions | ops.SelectBlocks, item: fusion.Selection | None
 ) -> Callable[[Pass], Launch]:
-    """Return what rotates an indexer's queries and keys, if they are rotated, and stores keys."""
-    cache = recorder.cache(op.cache)
-    q, k = recorder.use(op.q), recorder.use(op.k)
+    """Return what normalises and rotates an indexer's queries and keys, if that belongs to it, and stores keys."""
+    cache, q_out = recorder.cache(op.cache), recorder.use(op.q)
+    q_norm, k_norm, rope = (item.q_norm, item.k_norm, item.q_rope) if item else (None, None, None)
+    q, k = recorder.use(q_norm.x if q_norm else op.q), recorder.use(k_norm.x if k_norm else op.k)
+    q_weight, k_weight = (recorder.vector(norm.weight) if norm else None for norm in (q_norm, k_norm))
     frequencies, n_rot = _frequencies(recorder, rope) if rope else (0, 0)
 
     def launch(p: Pass) -> Launch:
         count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
         place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
-        rotation = attention.Rotation()
+        eps, rotation, rotates = q_norm.eps if q_norm else 0.0, attention.Rotation(), rope is not None
         if rope:
             rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude)
-        rotates = rope is not None
-        queries = attention.Heads(p.rows(q), op.n_heads, cache.key_dim, rotate=True) if rotates else None
-        keys = attention.Heads(p.rows(k), 1, cache.key_dim, rotate=rotates)
-        return attention.inputs(queries, p.rows(q), keys, None, 0.0, rotation, own, place, count)
+        dim, normalizes = cache.key_dim, q_norm is not None
+        queries = attention.Heads(p.rows(q), op.n_heads, dim, normalizes, p.at(q_weight), rotates)
+        keys = attention.Heads(p.rows(k), 1, dim, normalizes, p.at(k_weight), rotates)
+        return attention.inputs(queries if item else None, p.rows(q_out), keys, None, eps, rotation, own, place, count)
 
     return launch
 
