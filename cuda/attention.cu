@@ -2,11 +2,12 @@
 // over parts of the positions, which are then merged (`merge_parts.cu`).
 //
 // Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), CAP (that scores are brought to within;
-// 0.0f: they are not) and TOP_K (see below).
+// 0.0f: they are not), TOP_K, BLOCK and BY_HEAD (see below).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
-// 0 sets no limit. With a TOP_K above 0 it sees the first min(p + 1, TOP_K) positions of its row of `selected` instead, which
-// are in rising order (`select_positions.cu`); what is called a position below is then a place in that row.
+// 0 sets no limit. With a TOP_K above 0 it sees those of them that are in the blocks of BLOCK positions which a list names in
+// rising order (`select_positions.cu`, `select_blocks.cu`): all blocks, or TOP_K of them, its own always. A row of `selected`
+// is one list, or BY_HEAD one for each key head. What is called a position below is then a place in the list's blocks.
 //
 // Positions are taken in tiles of 32, tile i by part i % n_parts, and parts are merged in order: what a token's result is made
 // of depends on its position alone, not on how a prompt was cut or what else is in the step.
@@ -78,7 +79,8 @@ template <int DIM> struct Pieces {
         for (int i = 0; i < N; i++) {
             const int at = i * THREADS + threadIdx.x, p = at / ROW;
             const bool exists = p >= begin && p < end;
-            const int position = TOP_K && exists ? selected[first + p] : first + p;
+            const int place = first + p;
+            const int position = TOP_K && exists ? selected[place / BLOCK] * BLOCK + place % BLOCK : place;
             list[i] = exists ? side.load(position, at % ROW * VECTOR) : Piece{};
         }
     }
@@ -95,14 +97,15 @@ template <int DIM> struct Pieces {
 // Which token and heads a block works at.
 struct Work {
     int position, slot, from, kv_head, head, n_heads;
-    const int *selected; // of the token, with TOP_K
+    const int *selected; // with TOP_K: the list of the token, and of the key head
 
     __device__ __forceinline__ Work(int token, const int *positions, const int *slots, int window, int chunk,
                                     const int *selected, int64_t selected_stride)
         : position(last_position(positions[token])), slot(slots[token]),
           from(max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0)),
           kv_head(blockIdx.x / N_TILES), head(kv_head * GROUP + blockIdx.x % N_TILES * HEADS),
-          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)), selected(selected + token * selected_stride) {}
+          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)),
+          selected(selected + token * selected_stride + (BY_HEAD ? kv_head * TOP_K : 0)) {}
 
     // The first position of the first tile of a part that has a position in sight.
     __device__ __forceinline__ int start(int part, int n_parts) const {

@@ -1,5 +1,5 @@
 // Parts of the positions that a token attends to: what is known of each, and how they are merged. Compiled for TOP_K
-// (`attention.cu`).
+// and BLOCK (`attention.cu`).
 #pragma once
 
 #include "common.cuh"
@@ -12,7 +12,10 @@ struct Part {
 };
 
 // The last position that a token at one looks at.
-DEVICE int last_position(int position) { return TOP_K ? min(position, TOP_K - 1) : position; }
+DEVICE int last_position(int position) {
+    constexpr int MOST = TOP_K * BLOCK;
+    return TOP_K && position >= MOST ? MOST - BLOCK + position % BLOCK : position;
+}
 
 // What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values
 // must be multiplied when a part is added.

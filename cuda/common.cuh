@@ -119,6 +119,12 @@ DEVICE float within(float x, float limit) {
     return below > -limit ? below : -limit;
 }
 
+// The clamped swish of gpt-oss, the bits of `vmath.h`.
+DEVICE float clamped_swish(float gate, float up) {
+    const float g = gate < 7.0f ? gate : 7.0f; // as the CPU does with a NaN
+    return g * sigmoid(1.702f * g) * (within(up, 7.0f) + 1.0f);
+}
+
 // Views into one activation row; layout as in `engine/kernels/activations.h`: int8 q[n_cols], float d for each group of
 // `group` values, int16 sums of q over 16 values, each part from a multiple of 64 bytes on.
 struct Activation {

@@ -60,6 +60,5 @@ DEVICE float activated(int kind, float limit, float gate, float up) {
         return (gate > 0.0f ? gate : 0.0f) * up;
     if (kind == 4)
         return gelu(gate) * up;
-    const float g = gate < 7.0f ? gate : 7.0f; // as the CPU does with a NaN
-    return g * sigmoid(1.702f * g) * (within(up, 7.0f) + 1.0f);
+    return clamped_swish(gate, up);
 }

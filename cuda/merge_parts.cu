@@ -1,7 +1,7 @@
 // Merges the parts of attention over few tokens (`attention.cu`), and gates what comes of them.
 //
-// Compiled for VALUE_DIM (of a head), TOP_K (`attention.cu`), GATE (0 none, 1 sigmoid, 2 SiLU), PER_HEAD (`gate.cuh`) and
-// FORMS (`quantize.cuh`).
+// Compiled for VALUE_DIM (of a head), TOP_K and BLOCK (`attention.cu`), GATE (0 none, 1 sigmoid, 2 SiLU), PER_HEAD
+// (`gate.cuh`) and FORMS (`quantize.cuh`).
 #include "attention_parts.cuh"
 #include "gate.cuh"
 #include "quantize.cuh"
@@ -83,7 +83,7 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
         if (GATE) {
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                x[i] *= gate_of<GATE - 1>(g[i]);
+                x[i] = gated<GATE - 1>(x[i], g[i]);
         }
         store_floats(out + token * out_stride + at, x);
     }

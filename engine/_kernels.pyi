@@ -23,6 +23,7 @@ GATE_SOFTPLUS: int  # x * ln(1 + exp(gate))
 GATE_RELU: int  # x * max(gate, 0)
 GATE_PRODUCT: int  # x * gate
 GATE_GELU: int  # x * gelu(gate), by tanh
+GATE_CLAMPED_SWISH: int  # as ACTIVATE_CLAMPED_SWISH, x is up
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -321,6 +322,8 @@ class Program:
         selected: int = 0,
         selected_stride: int = 0,
         top_k: int = 0,
+        block_size: int = 1,
+        n_lists: int = 1,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
@@ -328,7 +331,9 @@ class Program:
         Online softmax over fixed blocks of positions, so no n x n matrix and the same bits however the prompt is cut.
         A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`,
         on; 0 sets no limit. `sinks` (or 0) is float32 [n_heads]: a score for each head that has no value.
-        With a `cap` above 0 the other scores become cap * tanh(score / cap). With `selected`, int32 rows, it sees the first min(p + 1, top_k) positions of its row, which are in rising order.
+        With a `cap` above 0 the other scores become cap * tanh(score / cap). With `selected`, int32 rows, it sees the
+        blocks of `block_size` positions that its row lists in rising order: all up to its own, or `top_k`, the last of
+        which is its own. A row is one list, or `n_lists` behind one another, one for each key head.
         """
 
     def select_positions(
@@ -353,6 +358,29 @@ class Program:
 
         Formula: `graph.SelectPositions`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
         the min(p + 1, top_k) positions that a token at p chooses, in rising order.
+        """
+
+    def select_blocks(
+        self,
+        q: int,
+        q_stride: int,
+        k: int,
+        k_stride: int,
+        out: int,
+        out_stride: int,
+        cache: int,
+        cache_type: int,
+        context_length: int,
+        n_heads: int,
+        head_dim: int,
+        top_k: int,
+        block_size: int,
+        n_newest: int,
+    ) -> None:
+        """Store k at each token's position in its slot's cache, then choose blocks of positions for each head.
+
+        Formula: `graph.SelectBlocks`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
+        for each head the `top_k` blocks that a token chooses, in rising order, or all where there are fewer.
         """
 
     def causal_conv(

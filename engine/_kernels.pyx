@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT32_MAX, int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libcpp cimport bool as c_bool
 
@@ -55,6 +55,7 @@ cdef extern from "kernels/ops.h":
         _GATE_RELU "GATE_RELU"
         _GATE_PRODUCT "GATE_PRODUCT"
         _GATE_GELU "GATE_GELU"
+        _GATE_CLAMPED_SWISH "GATE_CLAMPED_SWISH"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
@@ -191,7 +192,7 @@ cdef extern from "kernels/ops.h":
         float scale, cap
         const int32_t *selected
         int64_t selected_stride
-        int top_k
+        int top_k, block_size, n_lists
     ctypedef struct select_positions_args:
         matrix q, weights
         kv_cache cache
@@ -199,6 +200,12 @@ cdef extern from "kernels/ops.h":
         int64_t out_stride
         int n_heads, top_k
         float scale
+    ctypedef struct select_blocks_args:
+        matrix q
+        kv_cache cache
+        int32_t *out
+        int64_t out_stride
+        int n_heads, top_k, block_size, n_newest
     ctypedef struct linear_weight:
         const uint8_t *weight
         int64_t row_bytes
@@ -268,6 +275,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads)
     int program_attention(program *p, attention_args args, matrix k, matrix v)
     int program_select_positions(program *p, select_positions_args args, matrix k)
+    int program_select_blocks(program *p, select_blocks_args args, matrix k)
     int program_causal_conv(program *p, causal_conv_args args)
     int program_delta_net(program *p, delta_net_args args)
     int program_selective_scan(program *p, selective_scan_args args)
@@ -332,6 +340,7 @@ GATE_SOFTPLUS = _GATE_SOFTPLUS
 GATE_RELU = _GATE_RELU
 GATE_PRODUCT = _GATE_PRODUCT
 GATE_GELU = _GATE_GELU
+GATE_CLAMPED_SWISH = _GATE_CLAMPED_SWISH
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
@@ -822,7 +831,7 @@ cdef class Program:
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 6)
+        need_one_of("kind", kind, 7)
         need_at_least("n_gates", n_gates, 1)
         need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
@@ -972,6 +981,8 @@ cdef class Program:
         uintptr_t selected=0,
         int64_t selected_stride=0,
         int top_k=0,
+        int block_size=1,
+        int n_lists=1,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
@@ -1003,9 +1014,14 @@ cdef class Program:
         args.selected = NULL
         args.selected_stride = selected_stride
         args.top_k = top_k
+        args.block_size = block_size
+        args.n_lists = n_lists
         if selected:
-            need_at_least("top_k", top_k, 1)
-            args.selected = <const int32_t *> need_matrix("selected", selected, selected_stride, top_k).at
+            need_blocks(top_k, block_size)
+            need(n_lists == 1 or n_lists == n_kv_heads, f"n_lists is {n_lists}; expected 1 or {n_kv_heads}")
+            args.selected = <const int32_t *> need_matrix(
+                "selected", selected, selected_stride, n_lists * <int64_t> top_k
+            ).at
         cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
         cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
         recorded(program_attention(self._program, args, keys, values))
@@ -1047,6 +1063,44 @@ cdef class Program:
         args.top_k = top_k
         args.scale = scale
         recorded(program_select_positions(self._program, args, need_matrix("k", k, k_stride, head_dim)))
+
+    def select_blocks(
+        self,
+        uintptr_t q,
+        int64_t q_stride,
+        uintptr_t k,
+        int64_t k_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        uintptr_t cache,
+        int cache_type,
+        int context_length,
+        int n_heads,
+        int head_dim,
+        int top_k,
+        int block_size,
+        int n_newest,
+    ):
+        need_cache(cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        need_at_least("n_heads", n_heads, 1)
+        need_blocks(top_k, block_size)
+        need(0 < n_newest <= top_k, f"n_newest is {n_newest}; expected 1 to {top_k}")
+        cdef select_blocks_args args
+        args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
+        args.out = <int32_t *> need_matrix("out", out, out_stride, n_heads * <int64_t> top_k).at
+        args.out_stride = out_stride
+        args.cache.keys = <uint8_t *> need_address("cache", cache)
+        args.cache.values = NULL
+        args.cache.type = cache_type
+        args.cache.context_length = context_length
+        args.cache.n_kv_heads = 1
+        args.cache.head_dim = head_dim
+        args.cache.value_dim = 0
+        args.n_heads = n_heads
+        args.top_k = top_k
+        args.block_size = block_size
+        args.n_newest = n_newest
+        recorded(program_select_blocks(self._program, args, need_matrix("k", k, k_stride, head_dim)))
 
     def causal_conv(
         self,
@@ -1433,6 +1487,15 @@ cdef int need_cache(
     need_at_least("n_kv_heads", n_kv_heads, 1)
     need(0 <= value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 0 to {MAX_HEAD_DIM}")
     return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
+
+
+cdef int need_blocks(int top_k, int block_size) except -1:
+    need_at_least("top_k", top_k, 1)
+    need_at_least("block_size", block_size, 1)
+    return need(
+        <int64_t> top_k * block_size <= INT32_MAX,
+        f"{top_k} blocks of {block_size} positions are more than {INT32_MAX}",
+    )
 
 
 cdef class RequestServer:

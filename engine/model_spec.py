@@ -42,6 +42,27 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockIndexerSpec:
+    """What chooses the blocks of positions that attention looks at (`graph.SelectBlocks`).
+
+    Attributes:
+        n_heads: of its queries, one for each key head of attention; they share one key.
+        key_dim: of queries and keys.
+        top_k: blocks that a key head looks at, at most.
+        block_size: positions of a block.
+        n_newest: of the chosen blocks, the last ones that there are.
+        first_layer: from which on layers choose; those before look at all positions.
+    """
+
+    n_heads: int
+    key_dim: int
+    top_k: int
+    block_size: int
+    n_newest: int
+    first_layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Softmax attention; `n_heads / n_kv_heads` query heads share one key and value head.
 
@@ -58,6 +79,7 @@ class AttentionSpec:
         unrotated_layers: for each layer, whether it has no rotary embedding; no entry: it has.
         window_rope: rotary embedding of layers with a window; None: as in the others.
         window_head_dim: `head_dim` of layers with a window; 0: as in the others.
+        indexer: what chooses the blocks that some layers look at; None: they look at all.
     """
 
     n_heads: int
@@ -77,11 +99,13 @@ class AttentionSpec:
     window_head_dim: int = 0
     cap: float = 0.0
     qkv_limit: float = 0.0
+    indexer: BlockIndexerSpec | None = None
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
-        """Return the widths of what the cache keeps of heads: keys and values."""
-        return self.head_dim, self.value_dim or self.head_dim, self.window_head_dim or self.head_dim
+        """Return the widths of what the caches keep of heads: keys and values, and keys to choose by."""
+        dims = self.head_dim, self.value_dim or self.head_dim, self.window_head_dim or self.head_dim
+        return (*dims, *([self.indexer.key_dim] if self.indexer else ()))
 
     def layer_head_dim(self, layer: int) -> int:
         """Return the width of a layer's queries and keys."""

@@ -82,6 +82,7 @@ PEERS = (
     "mimo2",
     "minimax-01",
     "minimax-m2",
+    "minimax-m3",
     "mistral4",
     "nemotron_h",
     "nemotron_h_moe",

@@ -82,6 +82,7 @@ class Peer:
         is_latent: whether attention is multi-head latent attention.
         indexer_layers: the blocks that choose the positions which this looks at.
         n_streams: residual streams with hyper-connections; 0: there is one without them.
+        block_layers: the blocks whose attention looks at blocks of positions that are chosen for each head of its keys.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
         ffn_norm: tensor of the norm before the feed-forward network; "" for none: it takes what attention takes.
@@ -133,6 +134,7 @@ class Peer:
     is_latent: bool = False
     indexer_layers: tuple[int, ...] = ()
     n_streams: int = 0
+    block_layers: tuple[int, ...] = ()
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
     ffn_norm: str = "ffn_norm"
@@ -197,6 +199,14 @@ INDEXER = {
     "attention.indexer.head_count": INDEXER_HEADS,
     "attention.indexer.key_length": INDEXER_DIM,
     "attention.indexer.top_k": TOP_K,
+}
+BLOCK_DIM = 32
+BLOCKS = {
+    "attention.indexer.head_count": N_KV_HEADS,
+    "attention.indexer.key_length": BLOCK_DIM,
+    "attention.indexer.top_k": 4,
+    "attention.indexer.block_size": 4,
+    "attention.indexer.local_blocks": 2,
 }
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 4096}
 LING_3 = MOE | {
@@ -807,6 +817,26 @@ PEERS = {
         is_latent=True,
         indexer_layers=(0, 2),
     ),
+    "minimax-m3": Peer(
+        "minimax-m3",
+        3,
+        MOE
+        | BLOCKS
+        | {
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.0,
+            "rope.dimension_count": 8,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        head_dim=16,
+        block_layers=(1, 2),
+    ),
     "mistral4": Peer(
         "mistral4",
         2,
@@ -1015,6 +1045,8 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     if peer.n_streams:
         for part in ("attn", "ffn"):
             yield from hyper_connections(f"hc_{part}", peer.n_streams, 2, draw)
+    if layer in peer.block_layers:
+        yield from block_indexer(draw)
     if peer.parallel_networks:
         yield from parallel_networks(peer, layer, draw)
         return
@@ -1138,7 +1170,9 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
             yield f"attn_{part}.weight", draw.matrix(size, HIDDEN)
             if peer.biases:
                 yield f"attn_{part}.bias", draw.between(-0.5, 0.5, size)
-    yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim)
+    # Beside layers that choose blocks llama.cpp makes keys and values float16 numbers: there they must count little.
+    gain = 0.25 if layer in peer.block_layers else 0.005 if peer.block_layers else 1.0
+    yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim, gain=gain)
     if peer.biases:
         yield "attn_output.bias", draw.between(-0.5, 0.5, HIDDEN)
     if layer in peer.sinks:
@@ -1190,6 +1224,13 @@ def indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "indexer.k_norm.weight", draw.norm(INDEXER_DIM)
     yield "indexer.k_norm.bias", draw.between(-0.5, 0.5, INDEXER_DIM)
     yield "indexer.proj.weight", draw.matrix(INDEXER_HEADS, HIDDEN)
+
+
+def block_indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    yield "indexer.q_proj.weight", draw.matrix(N_KV_HEADS * BLOCK_DIM, HIDDEN)
+    yield "indexer.k_proj.weight", draw.matrix(BLOCK_DIM, HIDDEN)
+    yield "indexer.q_norm.weight", draw.norm(BLOCK_DIM)
+    yield "indexer.k_norm.weight", draw.norm(BLOCK_DIM)
 
 
 def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -1286,8 +1327,11 @@ def quantize(source: Path, target: Path, file_type: int) -> None:
     assert status == 0
 
 
-def llama_logits(path: Path, tokens: np.ndarray, n_wanted: int) -> np.ndarray:
-    """Logits of the last tokens: one thread, no flash attention, keys and values in float32, weights as they are."""
+def llama_logits(path: Path, peer: Peer, tokens: np.ndarray, n_wanted: int) -> np.ndarray:
+    """Logits of the last tokens: one thread, keys and values in float32, weights as they are.
+
+    Without flash attention, but where blocks are chosen: llama.cpp looks at all positions then.
+    """
     model_parameters = llama_cpp.llama_model_default_params()
     model_parameters.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
@@ -1297,6 +1341,8 @@ def llama_logits(path: Path, tokens: np.ndarray, n_wanted: int) -> np.ndarray:
     parameters.n_outputs_max = n_wanted
     parameters.n_threads = parameters.n_threads_batch = 1
     parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if peer.block_layers:
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
     parameters.swa_full = True
     context = llama_cpp.llama_init_from_model(model, parameters)
@@ -1325,7 +1371,7 @@ def is_decisive(peer: Peer, seed: int, tokens: np.ndarray, plain: np.ndarray, fo
     path = folder / "disturbed.gguf"
     for disturbance in range(1, 1 + N_DISTURBED):
         write_model(path, peer, seed, disturbance)
-        if divergence(plain, llama_logits(path, tokens, N_TOKENS)).max() > CLOSE:
+        if divergence(plain, llama_logits(path, peer, tokens, N_TOKENS)).max() > CLOSE:
             return False
     return True
 
@@ -1338,7 +1384,7 @@ def make(name: str, peer: Peer, folder: Path) -> None:
         write_model(model, peer, seed)
         quantize(model, quantized, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
         quantize(quantized, back, llama_cpp.LLAMA_FTYPE_ALL_F32)
-        plain, exact, noisy = (llama_logits(path, short, N_TOKENS) for path in (model, back, quantized))
+        plain, exact, noisy = (llama_logits(path, peer, short, N_TOKENS) for path in (model, back, quantized))
         noise = divergence(exact, noisy)
         if noise.max() < CLOSE and is_decisive(peer, seed, short, plain, folder):
             break
@@ -1346,7 +1392,7 @@ def make(name: str, peer: Peer, folder: Path) -> None:
         raise SystemExit(f"{name}: no seed gives decisive routers")
     arrays = {"tokens": short, "logits_exact": plain}
     if peer.n_long:
-        arrays |= {"tokens_long": tokens, "logits_long_exact": llama_logits(model, tokens, N_TOKENS)}
+        arrays |= {"tokens_long": tokens, "logits_long_exact": llama_logits(model, peer, tokens, N_TOKENS)}
     np.savez_compressed(model.with_suffix(".npz"), **arrays)
     np.savez_compressed(quantized.with_suffix(".npz"), tokens=short, logits_exact=exact, logits=noisy)
     print(

@@ -107,6 +107,8 @@ class ReferenceProgram:
 
     def gate(self, op: ops.Gate) -> None:
         x, factor = self[op.x], _GATINGS[op.gating](self[op.gate]).repeat(op.x.width // op.gate.width, 1)
+        if op.gating == Gating.CLAMPED_SWISH:
+            x = np.clip(x, -7, 7) + 1
         self[op.out] = np.minimum(factor, op.limit) * np.clip(x, -op.limit, op.limit) if op.limit else x * factor
 
     def split_heads(self, op: ops.SplitHeads) -> None:
@@ -148,6 +150,23 @@ class ReferenceProgram:
         chosen = np.sort(np.where(is_there, chosen, len(keys)), axis=-1)
         self[op.out] = np.pad(chosen, ((0, 0), (0, op.top_k - chosen.shape[1])), constant_values=len(keys))
 
+    def select_blocks(self, op: ops.SelectBlocks) -> None:
+        keys = np.concatenate([self.keys.get(op.cache, np.zeros((0, op.k.width))), self[op.k]])
+        self.keys[op.cache] = keys
+        n, n_blocks, now = len(self.token_ids), -(-len(keys) // op.block_size), self.positions[:, None, None]
+        scores = np.einsum("qhd,kd->qhk", self[op.q].reshape(n, op.n_heads, -1), keys)
+        scores = np.where(np.arange(len(keys)) > now, -np.inf, scores)
+        margin = n_blocks * op.block_size - len(keys)
+        scores = np.pad(scores, ((0, 0), (0, 0), (0, margin)), constant_values=-np.inf)
+        scores = scores.reshape(n, op.n_heads, n_blocks, op.block_size).max(-1)
+        age = now // op.block_size - np.arange(n_blocks)
+        scores = np.where((age >= 0) & (age < op.n_newest), np.inf, scores)
+        chosen = np.argsort(-scores, axis=-1, kind="stable")[..., : op.top_k]
+        is_there = np.take_along_axis(scores, chosen, -1) > -np.inf
+        chosen = np.sort(np.where(is_there, chosen, n_blocks), axis=-1)
+        missing = op.top_k - chosen.shape[-1]
+        self[op.out] = np.pad(chosen, ((0, 0), (0, 0), (0, missing)), constant_values=n_blocks).reshape(n, -1)
+
     def attention(self, op: ops.Attention) -> None:
         n, cache = len(self.token_ids), op.cache
         k = self[op.k].reshape(n, cache.n_kv_heads, cache.head_dim)
@@ -166,9 +185,11 @@ class ReferenceProgram:
             hidden |= now - past >= op.window
         if op.chunk:
             hidden |= past < now // op.chunk * op.chunk
-        if op.selected:
-            hidden |= ~(self[op.selected][:, None] == past[:, None]).any(-1)
         scores[:, hidden] = -np.inf
+        if op.selected:
+            lists = self[op.selected.blocks].reshape(n, op.selected.n_lists, 1, -1)
+            is_seen = (lists == past[:, None] // op.selected.block_size).any(-1)  # [tokens, lists, positions]
+            scores[~is_seen.repeat(op.n_heads // op.selected.n_lists, 1).swapaxes(0, 1)] = -np.inf
         sinks = np.full(op.n_heads, -np.inf) if op.sinks is None else self.vector(op.sinks)
         scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (op.n_heads, n, 1))], axis=-1)
         self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores)[..., :-1], v).reshape(n, -1)
@@ -317,6 +338,7 @@ _GATINGS = {
     Gating.RELU: lambda x: np.maximum(x, 0),
     Gating.PRODUCT: lambda x: x,
     Gating.GELU: _gelu,
+    Gating.CLAMPED_SWISH: lambda x: np.minimum(x, 7) * _sigmoid(1.702 * np.minimum(x, 7)),
 }
 
 
@@ -340,6 +362,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.JoinHeads: ReferenceProgram.join_heads,
     ops.Rope: ReferenceProgram.rope,
     ops.SelectPositions: ReferenceProgram.select_positions,
+    ops.SelectBlocks: ReferenceProgram.select_blocks,
     ops.Attention: ReferenceProgram.attention,
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,

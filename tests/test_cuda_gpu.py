@@ -36,6 +36,8 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_attention,
     test_attention_inputs_are_what_single_operations_make,
     test_attention_looks_at_selected_positions,
+    test_attention_looks_at_the_blocks_of_each_key_head,
+    test_blocks_are_selected,
     test_combination_takes_misses_from_the_answers,
     test_elementwise_operations,
     test_embedding_is_the_dequantised_row,

@@ -498,7 +498,15 @@ FUNCTIONS = {
     Gating.RELU: lambda x: np.maximum(x, 0),
     Gating.PRODUCT: lambda x: x,
     Gating.GELU: lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    Gating.CLAMPED_SWISH: lambda x: np.minimum(x, 7) * sigmoid(1.702 * np.minimum(x, 7)),
 }
+
+
+def gated(gating: Gating, x: np.ndarray, gate: np.ndarray, limit: float = 0.0) -> np.ndarray:
+    factor = FUNCTIONS[gating](gate)
+    if gating == Gating.CLAMPED_SWISH:
+        return factor * (x.clip(-7, 7) + 1)
+    return np.minimum(factor, limit) * x.clip(-limit, limit) if limit else factor * x
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
@@ -510,13 +518,14 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
     rng, emulator, n_rows, n_cols = np.random.default_rng(3), Emulator(mode), 3, 1280
     x = rng.standard_normal((n_rows, n_cols)).astype(F32)
     by = rng.standard_normal((n_rows, n_cols // gated_together)).astype(F32)
+    if gating == Gating.CLAMPED_SWISH:  # beyond its own limit
+        x, by, limit = x * 8, by * 8, 0.0
     weight = rng.standard_normal(max(1, head_size)).astype(F32)
     expected = x.astype(np.float64)
     if head_size:
         heads = expected.reshape(n_rows, -1, head_size)
         expected = (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * weight).reshape(n_rows, -1)
-    factor = FUNCTIONS[gating](by.astype(np.float64)).repeat(gated_together, 1)
-    expected = np.minimum(factor, limit) * expected.clip(-limit, limit) if limit else factor * expected
+    expected = gated(gating, expected, by.astype(np.float64).repeat(gated_together, 1), limit)
     for order, seed in SCHEDULES:
         out = np.zeros_like(x)
         forms, made = make_forms(emulator, n_rows, n_cols, Activation.Q8_256, Activation.Q8_32)
@@ -903,11 +912,11 @@ def test_attention(
                 (of_values, GateOf(gating, gate, value_dim, 2 * value_dim)),
                 (of_heads.repeat(value_dim, 1), GateOf(gating, emulator.rows(of_heads), value_dim, 1, per_head=True)),
             ):
-                gated, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
-                _, merge = attend(gated, gate_of, forms)  # of the same parts
+                found, (forms, made) = np.zeros_like(few), make_forms(emulator, *few.shape, *wanted)
+                _, merge = attend(found, gate_of, forms)  # of the same parts
                 emulator.run(merge, order, seed)
-                assert gated == pytest.approx(few * FUNCTIONS[gating](seen), rel=1e-5)
-                check_forms(gated, made)
+                assert found == pytest.approx(gated(gating, few, seen), rel=1e-5)
+                check_forms(found, made)
 
 
 @pytest.mark.parametrize(
@@ -985,16 +994,98 @@ def test_positions_are_selected(
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "n_heads", "key_dim", "message"),
+    ("kv_type", "n_heads", "key_dim", "top_k", "n_newest", "block_size", "equal", "mode"),
     [
-        (KVType.F16, 257, 64, "257 heads of 64"),
-        (KVType.F32, 4, 256, "4 heads of 256"),
-        (KVType.F16, 4, 12, "multiple of 8"),
+        (KVType.F32, 2, 40, 4, 1, 8, False, "fast"),
+        (KVType.F16, 4, 128, 3, 2, 128, False, "fast"),
+        (KVType.F16, 17, 64, 6, 6, 5, True, "fast"),  # none but the newest; more heads than a tile has
+        (KVType.Q8_0, 4, 64, 2, 1, 150, False, "fast"),  # blocks of more than a tile
+        (KVType.F16, 3, 16, 7, 3, 3, True, "race"),
+        (KVType.Q8_0, 2, 40, 2, 1, 130, True, "race"),
+        (KVType.F32, 5, 8, 4, 1, 16, True, "asan"),
     ],
 )
-def test_indexers_that_no_kernel_can_take(kv_type: KVType, n_heads: int, key_dim: int, message: str) -> None:
+def test_blocks_are_selected(
+    kv_type: KVType,
+    n_heads: int,
+    key_dim: int,
+    top_k: int,
+    n_newest: int,
+    block_size: int,
+    equal: bool,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In whole numbers, so that scores are exact, in a cache that holds NaN where nothing was stored."""
+    monkeypatch.setattr(selection, "_BLOCKS", selection.FEW_TOKENS + 1)  # fewer than tokens
+    rng, emulator = np.random.default_rng(7), Emulator(mode)
+    context_length, n_kept, most = 500, 490, 1 if equal else 20
+    cache = Cache(0, kv_type, 2, context_length, 1, key_dim, 0, True)
+    memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
+    cache = cache._replace(address=emulator.at(memory))
+    keys = rng.integers(-most, most + 1, (n_kept, key_dim)).astype(F32)
+    keys[:, ::32] = 127  # so that eight bits hold the others
+    all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
+    store = attention.inputs(
+        None,
+        NOTHING,
+        Heads(emulator.rows(keys), 1, key_dim),
+        None,
+        0.0,
+        Rotation(),
+        cache,
+        Place(emulator.at(all_positions), emulator.at(slots)),
+        emulator.count(n_kept, n_kept),
+    )
+    last = min(top_k * block_size, n_kept) - 1  # the last position that sees all blocks
+    positions = np.array([n_kept - 1, last, min(last + 1, n_kept - 1), 3, *range(402, 408)], np.int32)
+    n_tokens = len(positions)
+    q = rng.integers(-most, most + 1, (n_tokens, n_heads, key_dim)).astype(F32)
+    expected = np.full((n_tokens, n_heads, top_k), -7, np.int32)
+    for token, head in np.ndindex(n_tokens, n_heads):
+        own = positions[token] // block_size
+        scores = q[token, head].astype(np.float64) @ keys[: own * block_size].T
+        scores = scores.reshape(own, block_size).max(-1)
+        newest = np.arange(max(0, own - n_newest + 1), own + 1)
+        others = np.argsort(-scores[: newest[0]], kind="stable")[: top_k - n_newest]
+        chosen = np.concatenate([np.sort(others), newest])
+        expected[token, head, : len(chosen)] = chosen
+    kept = np.full(selection.block_scores_bytes(context_length, n_heads, block_size, n_tokens) // 4, np.nan, F32)
+    place = Place(emulator.at(positions), emulator.at(slots))
+    for order, seed in SCHEDULES:
+        for n in (n_tokens, 5):  # one block for each; many blocks
+            out = np.full((n, n_heads * top_k), -7, np.int32)
+            launches = selection.select_blocks(
+                emulator.rows(q.reshape(n_tokens, -1)),
+                emulator.rows(out),
+                cache,
+                n_heads,
+                top_k,
+                block_size,
+                n_newest,
+                emulator.at(kept),
+                place,
+                emulator.count(n, n),
+            )
+            assert len(launches) == (1 if n > selection.FEW_TOKENS else 2)
+            emulator.run([store, *launches], order, seed)
+            assert (out == expected[:n].reshape(n, -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "n_heads", "key_dim", "apart", "message"),
+    [
+        (KVType.F16, 257, 64, False, "257 heads of 64"),
+        (KVType.F32, 4, 256, False, "4 heads of 256"),
+        (KVType.F16, 4, 12, False, "multiple of 8"),
+        (KVType.F16, 128, 128, True, "128 heads of 128"),
+    ],
+)
+def test_indexers_that_no_kernel_can_take(
+    kv_type: KVType, n_heads: int, key_dim: int, apart: bool, message: str
+) -> None:
     with pytest.raises(DeviceError, match=message):
-        selection.check_indexer(Cache(0, kv_type, 1, 64, 1, key_dim, 0, True), n_heads)
+        selection.check_indexer(Cache(0, kv_type, 1, 64, 1, key_dim, 0, True), n_heads, apart=apart)
 
 
 @pytest.mark.parametrize(
@@ -1033,7 +1124,7 @@ def test_attention_looks_at_selected_positions(
 
     def attend(q: np.ndarray, positions: np.ndarray, cache: Cache, sight: Sight, order: str, seed: int) -> np.ndarray:
         out = np.zeros((len(q), group * value_dim), F32)
-        scratch = attention.scratch_bytes(cache, group, len(q), sight.top_k)
+        scratch = attention.scratch_bytes(cache, group, len(q), sight.most_selected)
         kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in scratch]
         addresses = tuple(emulator.at(x) for x in kept)
         place, count = Place(emulator.at(positions), emulator.at(slots)), emulator.count(len(q), len(q))
@@ -1056,6 +1147,68 @@ def test_attention_looks_at_selected_positions(
             expected = attend(q[token : token + 1], last, plain, other, "forward", 1)
             assert found[token] == pytest.approx(expected[0], abs=1e-6)
         assert same_bits(found[token], attend(q[token : token + 1], last, plain, sight, "forward", 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "dims", "group", "block_size", "top_k", "mode"),
+    [
+        (KVType.F16, (128, 128), 16, 16, 4, "fast"),
+        (KVType.Q8_0, (40, 32), 18, 5, 7, "race"),
+        (KVType.F32, (24, 16), 2, 40, 2, "asan"),
+        (KVType.F16, (64, 64), 4, 16, 10, "fast"),  # all of them
+    ],
+)
+def test_attention_looks_at_the_blocks_of_each_key_head(
+    kv_type: KVType, dims: tuple[int, int], group: int, block_size: int, top_k: int, mode: str
+) -> None:
+    """As at lists of their positions; where all are selected with the bits of plain attention."""
+    rng, emulator, (key_dim, value_dim), n_kv_heads = np.random.default_rng(8), Emulator(mode), dims, 3
+    context_length, n_kept, scale, n_heads = 160, 150, key_dim**-0.5, 3 * group
+    positions = np.array([149, 33, *range(76, 84)], np.int32)
+    slots, n_tokens = np.zeros(n_kept, np.int32), len(positions)
+    q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
+    k, v = (rng.standard_normal((n_kept, n_kv_heads * dim)).astype(F32) for dim in dims)
+    selected = np.full((n_tokens, n_kv_heads, top_k), 1 << 20, np.int32)
+    for token, head in np.ndindex(n_tokens, n_kv_heads):
+        own = positions[token] // block_size
+        chosen = np.sort([*rng.permutation(own)[: top_k - 1], own])
+        selected[token, head, : len(chosen)] = chosen
+    cache = Cache(0, kv_type, 1, context_length, n_kv_heads, key_dim, value_dim)
+    memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
+    cache = cache._replace(address=emulator.at(memory))
+    place = Place(emulator.at(np.arange(n_kept, dtype=np.int32)), emulator.at(slots))
+    heads = Heads(emulator.rows(k), n_kv_heads, key_dim), Heads(emulator.rows(v), n_kv_heads, value_dim)
+    count = emulator.count(n_kept, n_kept)
+    emulator.run(attention.inputs(None, NOTHING, *heads, 0.0, Rotation(), cache, place, count))
+
+    def attend(n: int, sight: Sight, order: str = "forward", seed: int = 1) -> np.ndarray:
+        out = np.zeros((n, n_heads * value_dim), F32)
+        kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in attention.scratch_bytes(cache, n_heads, n, most)]
+        addresses = tuple(emulator.at(x) for x in kept)
+        place, count = Place(emulator.at(positions), emulator.at(slots)), emulator.count(n, n)
+        what = (cache, n_heads, scale, sight, addresses, place, count)
+        emulator.run(attention.attend(emulator.rows(q), emulator.rows(out), *what), order, seed)
+        return out
+
+    lists = emulator.rows(selected.reshape(n_tokens, -1))
+    sight = Sight(selected=lists, top_k=top_k, block_size=block_size, by_head=True)
+    most = sight.most_selected
+    for order, seed in SCHEDULES:
+        found = attend(n_tokens, sight, order, seed)
+        assert same_bits(attend(4, sight, order, seed), found[:4])
+    tolerance = 0.02 if kv_type == KVType.Q8_0 else 2e-3
+    for token, head in np.ndindex(n_tokens, n_heads):
+        kv_head = head // group
+        seen = np.arange(positions[token] + 1)
+        seen = seen[np.isin(seen // block_size, selected[token, kv_head])]
+        keys = k[seen].reshape(len(seen), n_kv_heads, key_dim)[:, kv_head].astype(np.float64)
+        values = v[seen].reshape(len(seen), n_kv_heads, value_dim)[:, kv_head]
+        weights = np.exp(keys @ q[token].reshape(n_heads, key_dim)[head] * scale)
+        expected = weights @ values / weights.sum()
+        assert found[token].reshape(n_heads, value_dim)[head] == pytest.approx(expected, abs=tolerance)
+    if most >= n_kept:
+        most = 0
+        assert same_bits(attend(n_tokens, Sight()), found)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -43,6 +44,7 @@ GATINGS = {
     k.GATE_RELU: lambda x: np.maximum(x, 0),
     k.GATE_PRODUCT: lambda x: x,
     k.GATE_GELU: gelu,
+    k.GATE_CLAMPED_SWISH: lambda x: np.minimum(x, 7) * sigmoid(1.702 * np.minimum(x, 7)),
 }
 
 
@@ -138,12 +140,16 @@ def test_add(seed: int, n: int, width: int, in_place: bool) -> None:
 def test_gate(seed: int, n: int, n_gates: int, kind: int, span: int, limit: float) -> None:
     width = n_gates * span
     x, gate = normal(seed, n, width), normal(seed + 1, n, n_gates) * 20
+    if kind == k.GATE_CLAMPED_SWISH:  # beyond its own limit
+        x, limit = x * 5, 0.0
     case = Case(
         lambda program, at: program.gate(*at.x, *at.gate, *at.out, width, n_gates, kind, limit, k.ROWS_TOKENS),
         {"x": x, "gate": gate},
         {"out": (width, np.float32)},
     )
     factor = GATINGS[kind](f64(gate)).repeat(span, 1)
+    if kind == k.GATE_CLAMPED_SWISH:
+        x = f64(x).clip(-7, 7) + 1
     case.check({"out": np.minimum(factor, limit) * x.clip(-limit, limit) if limit else x * factor})
 
 
@@ -853,6 +859,118 @@ def test_select_positions_chooses_as_many_whatever_the_scores(bad: float) -> Non
     assert (np.diff(found[5:], axis=-1) > 0).all()
     assert found[5:].min() >= 0
     assert (found[5:].max(-1) <= np.arange(5, 30)).all()
+
+
+def block_case(
+    seed, slots, n_heads, dim, top_k, block_size, n_newest, kind=k.KV_F32, *, equal=False
+) -> tuple[Case, np.ndarray]:
+    """The choice of blocks over whole sequences and what is chosen, likewise."""
+    n, n_slots, slots = len(slots), max(slots) + 1, np.asarray(slots)
+    context = max(np.bincount(slots)) + 3
+    rng, most = np.random.default_rng(seed), 2 if equal else 30
+    q, keys = (rng.integers(-most, most + 1, (n, width)).astype(np.float32) for width in (n_heads * dim, dim))
+
+    def record(program: k.Program, at) -> None:
+        sizes = (n_heads, dim, top_k, block_size, n_newest)
+        program.select_blocks(*at.q, *at.k, *at.out, at.cache, kind, context, *sizes)
+
+    case = Case(
+        record,
+        {"q": q, "k": keys},
+        {"out": (n_heads * top_k, np.int32)},
+        state={"cache": k.kv_cache_bytes(kind, n_slots, context, 1, dim, 0)},
+        slots=slots,
+        n_slots=n_slots,
+    )
+    lists = np.full((n, n_heads, top_k), UNTOUCHED[np.int32])
+    all_keys = stored(keys[:, None], kind)[:, 0]
+    for slot in range(n_slots):
+        rows = np.flatnonzero(slots == slot)
+        for (i, row), head in itertools.product(enumerate(rows), range(n_heads)):
+            own = i // block_size
+            scores = all_keys[rows[: own * block_size]] @ f64(q[row]).reshape(n_heads, dim)[head]
+            newest = np.arange(max(0, own - n_newest + 1), own + 1)
+            others = scores.reshape(own, block_size).max(-1)[: newest[0]]
+            others = np.argsort(-others, kind="stable")[: top_k - n_newest]
+            lists[row, head, : len(others) + len(newest)] = [*np.sort(others), *newest]
+    return case, lists.reshape(n, -1)
+
+
+@more
+@given(
+    seeds,
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    st.integers(1, 6),
+    st.sampled_from([8, 32, 40, 128]),
+    st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 2)]),
+    st.sampled_from([1, 2, 5, 16, 20]),
+    st.sampled_from([k.KV_F32, k.KV_F16]),
+    st.booleans(),
+)
+def test_select_blocks(seed, lengths, n_heads, dim, chosen, block_size, kind, equal) -> None:
+    slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
+    top_k, n_newest = chosen
+    case, lists = block_case(seed, slots, n_heads, dim, top_k, block_size, n_newest, kind, equal=equal)
+    case.check({"out": lists}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("block_size", [3, 32, 300])
+def test_select_blocks_over_several_chunks_of_positions(block_size: int, equal: bool) -> None:
+    case, lists = block_case(5, [0] * 1300, 5, 16, 3, block_size, 1, equal=equal)
+    for cuts in ((), (1299,), (256, 257, 600, 603, 1294), (255, 512)):
+        for isa, n_threads in ((k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)):
+            assert np.array_equal(case.run(isa, n_threads, cuts)["out"], lists), (cuts, isa, n_threads)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_select_blocks_takes_the_newest_whatever_the_scores(bad: float) -> None:
+    case, _ = block_case(7, [0] * 30, 2, 16, 3, 4, 2)
+    case.inputs["q"][20:] = bad
+    found = case.run()["out"].reshape(30, 2, 3)[12:]
+    own = np.arange(12, 30)[:, None] // 4
+    assert (found[..., 2] == own).all()
+    assert (found[..., 1] == own - 1).all()
+    assert ((found[..., 0] >= 0) & (found[..., 0] < own - 1)).all()
+
+
+@pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
+@pytest.mark.parametrize(("n", "block_size", "top_k"), [(60, 4, 5), (700, 60, 6), (60, 16, 4)])
+def test_attention_to_selected_blocks(n: int, block_size: int, top_k: int, kind: int) -> None:
+    """Each key head has a list; where all blocks are chosen the bits are those of plain attention."""
+    n_heads, n_kv_heads, head_dim, value_dim, scale, context = 6, 2, 40, 32, 0.2, n + 3
+    widths = n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * value_dim
+    q, keys, values = (normal(i, n, width) for i, width in enumerate(widths))
+    rng, selected = np.random.default_rng(3), np.full((n, n_kv_heads, top_k), 1 << 20, np.int32)
+    for p, head in itertools.product(range(n), range(n_kv_heads)):
+        own = p // block_size
+        chosen = [*np.sort(rng.permutation(own)[: top_k - 1]), own]
+        selected[p, head, : len(chosen)] = chosen
+
+    def record(program: k.Program, at, selects: bool = True) -> None:
+        places = (*at.q, *at.k, *at.v, *at.out, at.cache, kind, context)
+        sizes = (n_heads, n_kv_heads, head_dim, value_dim, scale, 0, 0, 0, 0.0)
+        program.attention(*places, *sizes, *((*at.selected, top_k, block_size, n_kv_heads) if selects else ()))
+
+    def case_of(record) -> Case:
+        inputs = {"q": q, "k": keys, "v": values, "selected": selected.reshape(n, -1)}
+        cache_bytes = k.kv_cache_bytes(kind, 1, context, n_kv_heads, head_dim, value_dim)
+        return Case(record, inputs, {"out": (n_heads * value_dim, np.float32)}, state={"cache": cache_bytes})
+
+    case = case_of(record)
+    all_keys = stored(keys.reshape(n, n_kv_heads, head_dim), kind)
+    all_values = stored(values.reshape(n, n_kv_heads, value_dim), kind)
+    exact = np.empty((n, n_heads, value_dim))
+    for p, head in itertools.product(range(n), range(n_heads)):
+        kv_head, seen = head * n_kv_heads // n_heads, np.arange(p + 1)
+        seen = seen[np.isin(seen // block_size, selected[p, kv_head])]
+        weights = softmax(f64(q[p]).reshape(n_heads, head_dim)[head] @ all_keys[seen, kv_head].T * scale)
+        exact[p, head] = weights @ all_values[seen, kv_head]
+    case.check({"out": exact.reshape(n, -1)}, rtol=1e-4, atol=1e-5)
+    plain = case_of(lambda program, at: record(program, at, selects=False)).run()["out"]
+    found, n_whole = case.run()["out"], top_k * block_size
+    assert found[:n_whole].tobytes() == plain[:n_whole].tobytes()
+    assert n <= n_whole or not np.array_equal(found, plain)
 
 
 @pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])

@@ -72,7 +72,11 @@ def test_a_busy_cache_changes_no_bit(peer: GoldenModel) -> None:
 
 @pytest.mark.parametrize(
     ("name", "unlimited", "n_seen"),
-    [*((name, {"selected": None}, 12) for name in INDEXED), ("dots3note", {"window": 0}, 8)],
+    [
+        *((name, {"selected": None}, 12) for name in INDEXED),
+        ("minimax-m3", {"selected": None}, 16),
+        ("dots3note", {"window": 0}, 8),
+    ],
 )
 def test_other_logits_would_come_of_looking_at_all_positions(
     name: str, unlimited: dict[str, object], n_seen: int, data: Path
@@ -101,7 +105,7 @@ def test_other_logits_would_come_of_one_residual_stream(name: str, otherwise: di
 
 
 @pytest.mark.parametrize("kv_type", KVType)
-@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize("name", [*INDEXED, "minimax-m3"])
 def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, data: Path) -> None:
     """It is saved, comes back to another slot of another program, and goes on from an earlier position."""
     path = data / "peers" / f"{name}-F32.gguf"

@@ -172,7 +172,7 @@ def _cache_bytes(graph: Graph, limits: Limits, stores_once: bool) -> tuple[float
     """Return the bytes of one position in layers that see all of them, and of what the other layers see."""
     whole = window = 0.0
     for op in graph.operations:
-        if isinstance(op, ops.Attention | ops.SelectPositions):
+        if isinstance(op, ops.Attention | ops.SelectPositions | ops.SelectBlocks):
             position = _kv_bytes(op.cache, limits, 1, stores_once) / limits.context_length
             seen = op.most_positions if isinstance(op, ops.Attention) else 0
             if seen:

@@ -35,6 +35,7 @@ class Gating(enum.IntEnum):
     RELU = 3
     PRODUCT = 4  # by the gate itself
     GELU = 5  # its tanh form
+    CLAMPED_SWISH = 6  # as the activation of that name joins gate and up, which is x
 
 
 class RopeStyle(enum.IntEnum):
@@ -169,6 +170,24 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class Selected:
+    """What attention looks at: int32 [tokens, n_lists * top_k], blocks of `block_size` positions in rising order.
+
+    There is one list for all heads, or one for each key head. A token's own block is the last one; of no more blocks
+    than `top_k` all are listed, and what is behind them is undefined.
+    """
+
+    blocks: Tensor
+    block_size: int = 1
+    n_lists: int = 1
+
+    @property
+    def top_k(self) -> int:
+        """Return how many blocks a list has at most."""
+        return self.blocks.width // self.n_lists
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """The experts each token goes to: int32 ids and float32 weights, both [tokens, n_experts_used], best first."""
 
@@ -194,6 +213,8 @@ class Operation:
                     found.append(item)
                 elif isinstance(item, Routing):
                     found += (item.ids, item.weights)
+                elif isinstance(item, Selected):
+                    found.append(item.blocks)
         return found
 
 
@@ -294,7 +315,7 @@ class Gate(Operation):
     """out = x * f(gate), with the function that `gating` names.
 
     The gate is as wide as x, or has one value for each of so many equal parts of it (heads). With a `limit` above 0, f
-    is at most that, and x is clamped to within it on both sides.
+    is at most that, and x is clamped to within it on both sides. The clamped swish has its own limit.
     """
 
     x: Tensor
@@ -374,12 +395,37 @@ class SelectPositions(Operation):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class SelectBlocks(Operation):
+    """Append k to the cache, then choose the blocks of positions that attention looks at (MiniMax Sparse Attention).
+
+    Every head of q, one for each key head of attention, chooses for itself. Block b has the positions from
+    b * `block_size` on. A token at position p chooses `top_k` of the blocks up to its own, p // `block_size`, or all
+    where there are no more: its own and the `n_newest` - 1 before it, and of the others those with the highest scores,
+    of equal ones the earlier: score(b) = the largest q[h] . k[s] of its positions s. They stand in `out`,
+    int32 [tokens, n_heads * top_k], in rising order for each head; what is behind them is undefined.
+    """
+
+    q: Tensor
+    k: Tensor
+    cache: KVCache
+    out: Tensor
+    n_heads: int
+    block_size: int
+    n_newest: int
+
+    @property
+    def top_k(self) -> int:
+        """Return how many blocks are chosen at most."""
+        return self.out.width // self.n_heads
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Attention(Operation):
     """Append k and v to the cache, then causal grouped-query attention over it.
 
     A token at position p sees the positions from max(0, p - window + 1), or from p rounded down to a multiple of
-    `chunk`, to p; 0 sets no limit. With `selected` it sees those that were chosen (`SelectPositions`). `sinks` has one
-    logit for each head, which is part of the softmax but has no value.
+    `chunk`, to p; 0 sets no limit. With `selected` it sees those of them that were chosen (`SelectPositions`,
+    `SelectBlocks`). `sinks` has one logit for each head, which is part of the softmax but has no value.
     With a `cap` above 0 scores, but not sinks, are brought smoothly to within it, as by `SoftCap`.
     """
 
@@ -394,12 +440,14 @@ class Attention(Operation):
     window: int
     chunk: int
     cap: float
-    selected: Tensor | None
+    selected: Selected | None
 
     @property
     def most_positions(self) -> int:
         """Return how many positions a token sees at most; 0: all that there are."""
-        return self.selected.width if self.selected else self.window or self.chunk
+        if self.selected:
+            return self.selected.top_k * self.selected.block_size
+        return self.window or self.chunk
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -701,6 +749,7 @@ class Graph:
     def gate(self, x: Tensor, gate: Tensor, gating: Gating, limit: float = 0.0) -> Tensor:
         """Multiply by a function of a gate, which has as many values as x, or one for each of so many parts of x."""
         assert x.width % gate.width == 0
+        assert limit == 0.0 or gating != Gating.CLAMPED_SWISH
         out = self._new(x.width, x.rows)
         self.operations.append(Gate(x, gate, out, gating, limit))
         return out
@@ -733,18 +782,33 @@ class Graph:
         self.operations.append(Rope(x, n_heads, head_dim, frequencies, divisors, short_context, style, magnitude))
         return x
 
-    def select_positions(self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float) -> Tensor:
+    def select_positions(
+        self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float
+    ) -> Selected:
         """Choose what attention looks at, by scores of keys that have a cache of their own, which the graph makes here.
 
-        Returns int32 [tokens, top_k].
+        There is one list for all heads of attention.
         """
         assert q.width == n_heads * k.width
         assert weights.width == n_heads
+        cache, out = self._indexer_cache(k), Tensor(Buffer(top_k, Rows.TOKENS, np.int32), 0, top_k)
+        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale))
+        return Selected(out)
+
+    def select_blocks(self, q: Tensor, k: Tensor, n_heads: int, top_k: int, block_size: int, n_newest: int) -> Selected:
+        """Choose blocks that attention looks at, likewise; there is a list for each of its `n_heads` key heads."""
+        assert q.width == n_heads * k.width
+        assert 1 <= n_newest <= top_k
+        width = n_heads * top_k
+        cache, out = self._indexer_cache(k), Tensor(Buffer(width, Rows.TOKENS, np.int32), 0, width)
+        self.operations.append(SelectBlocks(q, k, cache, out, n_heads, block_size, n_newest))
+        return Selected(out, block_size, n_heads)
+
+    def _indexer_cache(self, k: Tensor) -> KVCache:
+        """Make a cache of keys without values, of one head."""
         cache = KVCache(1, k.width, 0, values_in_keys=True)
         self.kv_caches.append(cache)
-        out = Tensor(Buffer(top_k, Rows.TOKENS, np.int32), 0, top_k)
-        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale))
-        return out
+        return cache
 
     def attention(
         self,
@@ -760,13 +824,14 @@ class Graph:
         window: int = 0,
         chunk: int = 0,
         cap: float = 0.0,
-        selected: Tensor | None = None,
+        selected: Selected | None = None,
     ) -> Tensor:
         """Attend over this layer's cache, which the graph makes here.
 
         Without v a head's value is the first `value_dim` values of its key.
         """
         assert selected is None or not (window or chunk)
+        assert selected is None or selected.n_lists in {1, n_kv_heads}
         if v is not None:
             value_dim = v.width // n_kv_heads
         cache = KVCache(n_kv_heads, k.width // n_kv_heads, value_dim, values_in_keys=v is None)

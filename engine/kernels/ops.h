@@ -13,7 +13,7 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT, GATE_GELU };
+enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT, GATE_GELU, GATE_CLAMPED_SWISH };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
 enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU, ACTIVATE_CLAMPED_SILU, ACTIVATE_GELU };
@@ -229,11 +229,11 @@ typedef struct {
     const float *sinks;         // [n_heads], or NULL
     int n_heads, window, chunk; // window, chunk: 0 for no limit
     float scale, cap;           // cap: 0 for none
-    const int32_t *selected;    // the positions that a token looks at, `top_k` at most in rising order; NULL: all
+    const int32_t *selected;    // lists of the blocks that a token looks at, each in rising order; NULL: all
     int64_t selected_stride;
-    int top_k;
-    float *partials;        // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
-    padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
+    int top_k, block_size, n_lists; // blocks of a list at most, positions of a block; one list, or n_kv_heads
+    float *partials;                // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
+    padded_counter *n_done;         // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
 } attention_args;
 
 typedef struct {
@@ -246,6 +246,16 @@ typedef struct {
     float *scores;          // [the larger of SPLIT_ATTENTION_TOKENS and n_threads, context rounded up to 16]
     padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS], all zero between steps
 } select_positions_args;
+
+typedef struct {
+    matrix q;
+    kv_cache cache; // of keys alone, of one head
+    int32_t *out;   // [max_tokens, n_heads, top_k], rows `out_stride` apart
+    int64_t out_stride;
+    int n_heads, top_k, block_size, n_newest; // n_newest: of the chosen blocks, from 1 to top_k
+    float *scores;          // [the larger of SPLIT_ATTENTION_TOKENS and n_threads, n_heads, blocks of a context]
+    padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS], all zero between steps
+} select_blocks_args;
 
 typedef struct {
     const uint8_t *weight;
@@ -316,6 +326,7 @@ typedef union {
     kv_store_args kv_store;
     attention_args attention;
     select_positions_args select_positions;
+    select_blocks_args select_blocks;
     linear_args linear;
     experts_args experts;
 } op_args;
@@ -348,7 +359,7 @@ typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
         rope_table, rope, select_outputs, combine, stream_weights, add_to_streams, causal_conv, delta_net,
         selective_scan, router, group_router, kv_store;
-    task_fns linear, attention, select_positions, experts_gate_up, experts_down;
+    task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
     float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads all but the last 16 KB; for measuring

@@ -12,6 +12,7 @@
 #include "ops/linear.h"
 #include "ops/rope.h"
 #include "ops/router.h"
+#include "ops/select_blocks.h"
 #include "ops/select_positions.h"
 #include "ops/selective_scan.h"
 
@@ -79,6 +80,7 @@ static const ops_table level_ops = {
     .linear = {linear_begin, linear_run, NULL},
     .attention = {attention_begin, attention_run, NULL},
     .select_positions = {select_positions_begin, select_positions_run, NULL},
+    .select_blocks = {select_blocks_begin, select_blocks_run, NULL},
     .experts_gate_up = {experts_gate_up_begin, experts_gate_up_run, experts_gate_up_fetch},
     .experts_down = {experts_down_begin, experts_down_run, experts_down_fetch},
     .exponentials = exponentials_of,

@@ -516,20 +516,24 @@ int program_attention(program *p, attention_args args, matrix k, matrix v) {
     touch_block(&op, READS, cache.values, 1);
     touch_block(&op, WRITES, args.partials, 1);
     if (args.selected)
-        touch_whole(p, &op, READS, (matrix){(float *)args.selected, args.selected_stride}, args.top_k);
+        touch_whole(p, &op, READS, (matrix){(float *)args.selected, args.selected_stride},
+                    args.n_lists * (int64_t)args.top_k);
     return record(p, op);
+}
+
+// Memory for so many scores of each token, and for the number of chunks of it that are done.
+static int reserve_scores(program *p, int64_t n_scores, float **scores, padded_counter **n_done) {
+    const int64_t n_rows = larger(SPLIT_ATTENTION_TOKENS, p->n_threads);
+    *scores = (float *)shared_memory(p, &p->scores, &p->score_bytes, n_rows * n_scores * (int64_t)sizeof(float));
+    *n_done = (padded_counter *)shared_memory(p, &p->n_scored, &p->n_scored_bytes,
+                                              SPLIT_ATTENTION_TOKENS * (int64_t)sizeof(padded_counter));
+    return *scores && *n_done ? 0 : -1;
 }
 
 int program_select_positions(program *p, select_positions_args args, matrix k) {
     const kv_cache cache = args.cache;
-    const int64_t n_rows = larger(SPLIT_ATTENTION_TOKENS, p->n_threads);
-    if (record_kv_store(p, cache, k, false))
-        return -1;
-    args.scores = (float *)shared_memory(p, &p->scores, &p->score_bytes,
-                                         n_rows * kv_padded(cache.context_length) * (int64_t)sizeof(float));
-    args.n_done = (padded_counter *)shared_memory(p, &p->n_scored, &p->n_scored_bytes,
-                                                  SPLIT_ATTENTION_TOKENS * (int64_t)sizeof(padded_counter));
-    if (!args.scores || !args.n_done)
+    if (record_kv_store(p, cache, k, false) ||
+        reserve_scores(p, kv_padded(cache.context_length), &args.scores, &args.n_done))
         return -1;
     p->context_length = smaller(p->context_length, cache.context_length);
     operation op = {
@@ -537,6 +541,20 @@ int program_select_positions(program *p, select_positions_args args, matrix k) {
     touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
     touch_whole(p, &op, READS, args.weights, args.n_heads);
     touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.top_k);
+    touch_block(&op, READS, cache.keys, 1);
+    touch_block(&op, WRITES, args.scores, 1);
+    return record(p, op);
+}
+
+int program_select_blocks(program *p, select_blocks_args args, matrix k) {
+    const kv_cache cache = args.cache;
+    const int64_t n_blocks = (cache.context_length + (int64_t)args.block_size - 1) / args.block_size;
+    if (record_kv_store(p, cache, k, false) || reserve_scores(p, args.n_heads * n_blocks, &args.scores, &args.n_done))
+        return -1;
+    p->context_length = smaller(p->context_length, cache.context_length);
+    operation op = {.name = "select_blocks", .args.select_blocks = args, .tasks = &p->kernels->ops->select_blocks};
+    touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
+    touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.n_heads * (int64_t)args.top_k);
     touch_block(&op, READS, cache.keys, 1);
     touch_block(&op, WRITES, args.scores, 1);
     return record(p, op);

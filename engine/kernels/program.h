@@ -35,6 +35,7 @@ int program_join_heads(program *p, heads_args args, int n_heads);
 int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads);
 int program_attention(program *p, attention_args args, matrix k, matrix v);
 int program_select_positions(program *p, select_positions_args args, matrix k);
+int program_select_blocks(program *p, select_blocks_args args, matrix k);
 int program_causal_conv(program *p, causal_conv_args args);
 int program_delta_net(program *p, delta_net_args args);
 int program_selective_scan(program *p, selective_scan_args args);

@@ -58,6 +58,12 @@ static inline v16 v16_relu(v16 x) { return v16_max(x, v16_set(0.0f)); }
 // x, but no farther from 0 than `limit`.
 static inline v16 v16_within(v16 x, float limit) { return v16_max(v16_min(x, v16_set(limit)), v16_set(-limit)); }
 
+// The clamped swish of gpt-oss: g * sigmoid(1.702 g) * (u + 1), with the gate g up to 7 and u within 7 of 0.
+static inline v16 v16_clamped_swish(v16 gate, v16 up) {
+    const v16 g = v16_min(gate, v16_set(7.0f)), u = v16_within(up, 7.0f);
+    return v16_mul(v16_mul(g, v16_sigmoid(v16_mul(v16_set(1.702f), g))), v16_add(u, v16_set(1.0f)));
+}
+
 static inline float first_lane(v16 x) {
     float t[16];
     v16_store(t, x);

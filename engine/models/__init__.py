@@ -9,7 +9,7 @@ from typing import Protocol
 from engine.devices.graph import Graph, Vector, Weight
 from engine.errors import UnsupportedModelError
 from engine.gguf.model_file import ModelFile
-from engine.model_spec import ModelSpec
+from engine.model_spec import IndexerSpec, ModelSpec
 from engine.models import (
     afmoe,
     arctic,
@@ -38,6 +38,7 @@ from engine.models import (
     mellum,
     mimo2,
     minimax_01,
+    minimax_m3,
     nemotron_h,
     qwen3next,
     qwen35moe,
@@ -92,6 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mellum": mellum,
     "mimo2": mimo2,
     "minimax-01": minimax_01,
+    "minimax-m3": minimax_m3,
     "mistral4": deepseek2,
     "nemotron_h": nemotron_h,
     "nemotron_h_moe": nemotron_h,
@@ -168,5 +170,5 @@ def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
     if name.endswith(_UNUSED_SUFFIX) or block is None:
         return name.endswith(_UNUSED_SUFFIX)
     layer, indexer = int(block[1]), getattr(spec.attention, "indexer", None)
-    shares = indexer is not None and layer < spec.n_layers and not indexer.layers[layer]
+    shares = isinstance(indexer, IndexerSpec) and layer < spec.n_layers and not indexer.layers[layer]
     return layer >= spec.n_layers or (shares and name.startswith("indexer.", block.end()))

@@ -14,7 +14,18 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Activation, Gating, Graph, RopeStyle, Routing, Scoring, Tensor, Vector, Weight
+from engine.devices.graph import (
+    Activation,
+    Gating,
+    Graph,
+    RopeStyle,
+    Routing,
+    Scoring,
+    Selected,
+    Tensor,
+    Vector,
+    Weight,
+)
 from engine.errors import GGUFError
 from engine.model_spec import AttentionSpec, ModelSpec, MoESpec, RopeSpec
 from engine.models.binding import Tensors, split_rows, split_values
@@ -28,7 +39,11 @@ slot are waited for. None: the network is returned alone."""
 
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
 _GATINGS = {"sigmoid": Gating.SIGMOID, "softplus": Gating.SOFTPLUS}
-_NETWORK_GATINGS = {Activation.RELU: Gating.RELU, Activation.GELU: Gating.GELU}  # of dense networks; others: SiLU
+_NETWORK_GATINGS = {  # of dense networks; others: SiLU
+    Activation.RELU: Gating.RELU,
+    Activation.GELU: Gating.GELU,
+    Activation.CLAMPED_SWISH: Gating.CLAMPED_SWISH,
+}
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
@@ -146,8 +161,10 @@ def attend(
     spec: ModelSpec,
     layer: int,
     gate: Tensor | None = None,
+    *,
+    selected: Selected | None = None,
 ) -> Tensor:
-    """Look back over the layer's keys and values, gate what is found if there is a gate, and project it."""
+    """Look back over the layer's keys and values, or what is selected of them, gate what is found, and project it."""
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
     n_heads, n_kv_heads = attention.heads(layer)
@@ -162,6 +179,7 @@ def attend(
         window=of_layer(attention.windows, layer),
         chunk=of_layer(attention.chunks, layer),
         cap=attention.cap,
+        selected=selected,
     )
     if gate is not None:
         out = graph.gate(out, gate, _GATINGS[attention.gating])

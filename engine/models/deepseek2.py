@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from engine.devices.graph import Gating, Graph, Tensor
+from engine.devices.graph import Gating, Graph, Selected, Tensor
 from engine.model_spec import LatentAttentionSpec, ModelSpec, MoESpec
 from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import decoder, normalize_heads, of_layer, rotate
@@ -84,7 +84,7 @@ def latent_attention(
     block: Tensors,
     spec: ModelSpec,
     layer: int,
-    select: Callable[[Tensor], Tensor] | None = None,
+    select: Callable[[Tensor], Selected] | None = None,
 ) -> Tensor:
     """Attend in the latent space: score = (K_h q_h) . c + q_rope . k_rope, and head h's value is V_h applied to c.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.devices.graph import Graph, Tensor
+from engine.devices.graph import Graph, Selected, Tensor
 from engine.model_spec import IndexerSpec, LatentAttentionSpec, ModelSpec, RopeSpec
 from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import Layer, decoder, rotate
@@ -79,10 +79,10 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 def choosing_attention(spec: ModelSpec) -> Layer:
     """Return what records latent attention over the positions that the layers with an indexer choose."""
     indexer = _indexer(spec)
-    chosen: list[Tensor] = []  # by the layers so far that choose
+    chosen: list[Selected] = []  # by the layers so far that choose
 
     def attend(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-        def select(q: Tensor) -> Tensor:
+        def select(q: Tensor) -> Selected:
             if indexer.layers[layer]:
                 chosen.append(_select(graph, x, q, block, spec))
             return chosen[-1]
@@ -98,7 +98,7 @@ def _indexer(spec: ModelSpec) -> IndexerSpec:
     return spec.attention.indexer
 
 
-def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
+def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: ModelSpec) -> Selected:
     """Choose positions: queries of the compressed query of attention, keys and weights of what attention takes."""
     indexer = _indexer(spec)
     n_heads, key_dim = indexer.n_heads, indexer.key_dim

@@ -368,6 +368,24 @@ class Lowering:
             )
         )
 
+    def _select_blocks(self, op: ops.SelectBlocks) -> None:
+        q, k, out = self._use(op.q), self._use(op.k), self._use(op.out)
+        self._calls.append(
+            lambda: self.program.select_blocks(
+                *q.at,
+                *k.at,
+                *out.at,
+                self._state_address[op.cache],
+                self.limits.kv_type,
+                self.limits.context_length,
+                op.n_heads,
+                op.cache.head_dim,
+                op.top_k,
+                op.block_size,
+                op.n_newest,
+            )
+        )
+
     def _attention(self, op: ops.Attention) -> None:
         # Values that are the first part of their keys are kept twice: keys lie transposed, so they cannot be shared.
         cache, limits = op.cache, self.limits
@@ -375,7 +393,8 @@ class Lowering:
         v = self._use(op.v or op.k)
         assert op.v is not None or cache.n_kv_heads == 1
         sinks = self._vector(op.sinks)
-        selected, top_k = (self._use(op.selected), op.selected.width) if op.selected else (None, 0)
+        selected = op.selected
+        blocks = self._use(selected.blocks) if selected else None
         self._calls.append(
             lambda: self.program.attention(
                 *q.at,
@@ -394,8 +413,7 @@ class Lowering:
                 op.window,
                 op.chunk,
                 op.cap,
-                *(selected.at if selected else (0, 0)),
-                top_k,
+                *((*blocks.at, selected.top_k, selected.block_size, selected.n_lists) if selected and blocks else ()),
             )
         )
 
@@ -588,6 +606,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,
     ops.SelectPositions: Lowering._select_positions,
+    ops.SelectBlocks: Lowering._select_blocks,
     ops.Attention: Lowering._attention,
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,

@@ -105,7 +105,8 @@ class Place(NamedTuple):
 class Sight(NamedTuple):
     """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0.
 
-    With `top_k`, `selected` are int32 rows of so many positions at most.
+    With `top_k`, `selected` are int32 rows of one list, or `by_head` of one for each key head: so many blocks of
+    `block_size` positions at most.
     """
 
     sinks: int = 0
@@ -114,6 +115,13 @@ class Sight(NamedTuple):
     cap: float = 0.0
     selected: Rows = NOTHING
     top_k: int = 0
+    block_size: int = 1
+    by_head: bool = False
+
+    @property
+    def most_selected(self) -> int:
+        """Return how many positions a list has at most; 0 without lists."""
+        return self.top_k * self.block_size
 
 
 class Heads(NamedTuple):
@@ -164,15 +172,15 @@ def _n_head_tiles(cache: Cache, n_heads: int) -> int:
     return cache.n_kv_heads * ceil_div(n_heads // cache.n_kv_heads, _HEADS)
 
 
-def n_parts(cache: Cache, n_heads: int, top_k: int = 0) -> int:
+def n_parts(cache: Cache, n_heads: int, most_selected: int = 0) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    n_positions = min(cache.context_length, top_k or cache.context_length)
+    n_positions = min(cache.context_length, most_selected or cache.context_length)
     return min(ceil_div(_BLOCKS, _n_head_tiles(cache, n_heads)), ceil_div(n_positions, _TILE))
 
 
-def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int, top_k: int = 0) -> tuple[int, int]:
+def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int, most_selected: int = 0) -> tuple[int, int]:
     """Return the bytes of the parts' values, and of their sums."""
-    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads, top_k)
+    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads, most_selected)
     return n * cache.value_dim * 4, n * 8
 
 
@@ -249,15 +257,16 @@ def attend(
     assert cache.address % 16 == 0
     check_heads(cache.key_dim, cache.value_dim)
     group, blocks = n_heads // cache.n_kv_heads, _n_head_tiles(cache, n_heads)
-    parts = n_parts(cache, n_heads, sight.top_k)
+    parts = n_parts(cache, n_heads, sight.most_selected)
     assert not sight.top_k or not (sight.window or sight.chunk)
-    top_k = f"TOP_K={sight.top_k}"
+    lists = (f"TOP_K={sight.top_k}", f"BLOCK={sight.block_size}")
     threads, shared = _WARPS * WARP, _tile_bytes(cache)
     places = (cache.argument, pointer(place.positions), pointer(place.slots))
     what = (*at(q), *places, float32(scale), int32(sight.window), int32(sight.chunk), *at(sight.selected))
 
     def attending(kernel: str, grid: tuple[int, int, int], *arguments: Any) -> Launch:
-        definitions = (*cache.definitions, f"GROUP={group}", f"CAP={sight.cap}f", top_k)
+        by_head = f"BY_HEAD={int(sight.by_head)}"
+        definitions = (*cache.definitions, f"GROUP={group}", f"CAP={sight.cap}f", *lists, by_head)
         arguments = (*what, *arguments, pointer(count.address))
         return Launch("attention.cu", kernel, definitions, grid, threads, arguments, shared)
 
@@ -275,7 +284,7 @@ def attend(
         "merge_parts",
         (
             f"VALUE_DIM={cache.value_dim}",
-            top_k,
+            *lists,
             f"GATE={0 if gate is None else 1 + gate.gating}",
             f"PER_HEAD={int(gate is not None and gate.per_head)}",
             forms.definition,

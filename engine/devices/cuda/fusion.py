@@ -101,11 +101,24 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The choice of what attention looks at, and the rotation of its queries and keys, both the same, before it."""
+    """The choice of what attention looks at, and what makes its queries and keys ready before it.
 
+    Attributes:
+        select: the operation.
+        q_rope, k_rope: both the same.
+        q_norm, k_norm: of heads, before they are rotated; both or none.
+    """
+
+    select: ops.SelectPositions | ops.SelectBlocks
     q_rope: ops.Rope
     k_rope: ops.Rope
-    select: ops.SelectPositions
+    q_norm: ops.RMSNorm | None = None
+    k_norm: ops.RMSNorm | None = None
+
+    @property
+    def operations(self) -> list[ops.Operation]:
+        """Return what it is made of."""
+        return [op for op in (self.q_norm, self.k_norm, self.q_rope, self.k_rope, self.select) if op is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +144,13 @@ Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer | Stream
 Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
 
 
+# How a shared expert joins its projections where that is what routed ones do.
+_ALIKE = {
+    ops.Activation.SILU: ops.Gating.SILU,
+    ops.Activation.CLAMPED_SWISH: ops.Gating.CLAMPED_SWISH,
+}
+
+
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     """Yield everything there is to record, in order, each with the index of its last operation."""
     n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
@@ -141,7 +161,7 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
             groups[first] = attention
         elif isinstance(op, ops.CausalConv) and (layer := _delta_net_layer(operations[i : i + 4], n_users)):
             groups[i] = layer
-        elif isinstance(op, ops.Rope) and (selection := _selection(operations[i : i + 3], n_users)):
+        elif isinstance(op, ops.RMSNorm | ops.Rope) and (selection := _selection(operations[i : i + 5], n_users)):
             groups[i] = selection
         elif isinstance(op, ops.ReduceStreams):
             streams = _streams(op, operations[max(i - 1, 0)], operations[i + 1])
@@ -159,13 +179,13 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
 
 
 def _n_operations(item: Fused) -> int:
-    if isinstance(item, Attention):
+    if isinstance(item, Attention | Selection):
         return len(item.operations)
     if isinstance(item, StreamsAndNorm):
         return 1 + (item.add is not None) + (item.norm is not None)
     if isinstance(item, ops.Operation):
         return 1
-    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, Selection | SharedExpert) else 2
+    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, SharedExpert) else 2
 
 
 def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
@@ -224,16 +244,28 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
     return None
 
 
-def _selection(three: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> Selection | None:
-    """Return a choice that begins with rotations, if nobody but who made them uses its queries and keys."""
-    if len(three) < 3:
+def _selection(following: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> Selection | None:
+    """Return a choice that begins with norms and rotations, or with these, if nobody else uses what they make."""
+    norms, rest = [op for op in following[:2] if isinstance(op, ops.RMSNorm)], following
+    if len(norms) == 2:
+        rest = following[2:]
+    if len(rest) < 3:
         return None
-    q_rope, k_rope, select = three
-    if not (isinstance(q_rope, ops.Rope) and isinstance(k_rope, ops.Rope) and isinstance(select, ops.SelectPositions)):
+    q_rope, k_rope, select = rest[:3]
+    if not isinstance(select, ops.SelectPositions | ops.SelectBlocks):
+        return None
+    if not (isinstance(q_rope, ops.Rope) and isinstance(k_rope, ops.Rope)):
         return None
     alone = n_users[select.q.buffer] == n_users[select.k.buffer] == 3
-    if alone and (q_rope.x, k_rope.x) == (select.q, select.k) and _same_rotation(q_rope, k_rope):
-        return Selection(q_rope, k_rope, select)
+    if not (alone and (q_rope.x, k_rope.x) == (select.q, select.k) and _same_rotation(q_rope, k_rope)):
+        return None
+    if len(norms) < 2:
+        return Selection(select, q_rope, k_rope)
+    q_norm, k_norm = norms
+    of_heads = all(_only_scales(norm) and norm.group_size == select.cache.head_dim for norm in norms)
+    of_heads = of_heads and all(norm.weight is None or norm.weight.size == norm.group_size for norm in norms)
+    if of_heads and (q_norm.out, k_norm.out) == (select.q, select.k) and q_norm.eps == k_norm.eps:
+        return Selection(select, q_rope, k_rope, q_norm, k_norm)
     return None
 
 
@@ -260,7 +292,7 @@ def _shared_expert(
     assert isinstance(experts, ops.Experts)
     if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
         return None
-    is_plain = experts.activation == ops.Activation.SILU and gate.gating == ops.Gating.SILU and down.biases == (None,)
+    is_plain = _ALIKE.get(experts.activation) == gate.gating and down.biases == (None,)
     is_plain = is_plain and experts.limit == gate.limit and gate.x.width == gate.gate.width
     own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))
     for i, op in enumerate(before):

@@ -183,6 +183,14 @@ def _sum_and_norm(recorder: Recorder, two: fusion.SumAndNorm) -> None:
         operations.add(recorder, two.sum, two.norm)
 
 
+def _selection(recorder: Recorder, item: fusion.Selection) -> None:
+    """Record a choice with what makes its queries and keys ready."""
+    if isinstance(item.select, ops.SelectPositions):
+        sequence_operations.select_positions(recorder, item.select, item)
+    else:
+        sequence_operations.select_blocks(recorder, item.select, item)
+
+
 _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Embed: operations.embed,
     ops.SelectOutputs: operations.select_outputs,
@@ -206,7 +214,8 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.DeltaNet: sequence_operations.delta_net,
     ops.SelectiveScan: sequence_operations.selective_scan,
     ops.SelectPositions: sequence_operations.select_positions,
-    fusion.Selection: lambda recorder, item: sequence_operations.select_positions(recorder, item.select, item.q_rope),
+    ops.SelectBlocks: sequence_operations.select_blocks,
+    fusion.Selection: _selection,
     fusion.Attention: sequence_operations.attention_layer,
     fusion.DeltaNetLayer: sequence_operations.delta_net_layer,
     ops.Router: expert_operations.router,

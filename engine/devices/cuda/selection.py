@@ -1,4 +1,4 @@
-"""Launches that choose the positions which attention looks at: `cuda/select_positions.cu`.
+"""Launches that choose what attention looks at: `cuda/select_positions.cu`, `cuda/select_blocks.cu`.
 
 As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
 """
@@ -14,7 +14,7 @@ from engine.errors import DeviceError
 
 FEW_TOKENS = 8  # up to which many blocks score the positions of one token
 
-_WARPS, _TILE, _HEADS, _DIGITS = 16, 128, 16, 1 << 11  # of a block; `select_positions.cu`
+_WARPS, _TILE, _HEADS, _DIGITS = 16, 128, 16, 1 << 11  # of a block; `indexer.cuh`
 _BLOCKS = 128  # about one for each multiprocessor; more than FEW_TOKENS
 _MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
 
@@ -33,23 +33,40 @@ class _Inputs(ctypes.Structure):
     ]
 
 
+class _BlockInputs(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("cache", CacheArgument),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("top_k", ctypes.c_int32),
+        ("n_newest", ctypes.c_int32),
+    ]
+
+
 def scores_bytes(context_length: int, n_tokens: int) -> int:
     """Return the bytes of the scores that are kept for steps of so many tokens."""
     return 4 * context_length * min(n_tokens, _BLOCKS)
 
 
-def _shared_bytes(cache: Cache, n_heads: int) -> int:
-    """Return the size of `select_positions.cu`'s `Shared`."""
+def block_scores_bytes(context_length: int, n_heads: int, block_size: int, n_tokens: int) -> int:
+    """Return the bytes of the scores of blocks that are kept for steps of so many tokens."""
+    return 4 * n_heads * ceil_div(context_length, block_size) * min(n_tokens, _BLOCKS)
+
+
+def _shared_bytes(cache: Cache, n_heads: int, apart: bool) -> int:
+    """Return the size of `Shared`, of `select_positions.cu` or, where heads stay apart, of `select_blocks.cu`."""
     planes = 2 if cache.type == KVType.F32 else 1
     keys = 2 * planes * _TILE * (ceil_div(cache.key_dim, 16) * 16 + 8)
-    numbers = ceil_div(n_heads, _HEADS) * _TILE + _DIGITS + 2 * _WARPS + 2
-    return ceil_div(keys + 4 * numbers, 16) * 16
+    rows = ceil_div(n_heads, _HEADS) * (_HEADS if apart else 1)
+    return ceil_div(keys + 4 * (rows * _TILE + _DIGITS + 2 * _WARPS + 2), 16) * 16
 
 
-def check_indexer(cache: Cache, n_heads: int) -> None:
-    """Raise `DeviceError` for queries and keys that the kernels cannot take."""
+def check_indexer(cache: Cache, n_heads: int, *, apart: bool = False) -> None:
+    """Raise `DeviceError` for queries and keys that the kernels cannot take; `apart`: each head chooses for itself."""
     check_heads(cache.key_dim, 0)
-    if n_heads > _WARPS * _HEADS or _shared_bytes(cache, n_heads) > _MOST_SHARED:
+    if n_heads > _WARPS * _HEADS or _shared_bytes(cache, n_heads, apart) > _MOST_SHARED:
         raise DeviceError(
             f"this model's indexer has {n_heads} heads of {cache.key_dim} values, more than the kernels for GPUs take; "
             'set [engine] device = "cpu"'
@@ -82,7 +99,7 @@ def select_positions(
     definitions = (*cache.definitions, f"N_HEADS={n_heads}")
     inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k)
     kept = (pointer(scores), int64(cache.context_length))
-    shared, n = _shared_bytes(cache, n_heads), pointer(count.address)
+    shared, n = _shared_bytes(cache, n_heads, apart=False), pointer(count.address)
 
     def launch(kernel: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
         return Launch("select_positions.cu", kernel, definitions, grid, _WARPS * WARP, (*arguments, n), shared)
@@ -94,4 +111,46 @@ def select_positions(
     return [
         launch("score_positions", (blocks, count.most, 1), inputs, *kept),
         launch("choose_positions", (count.most, 1, 1), *chosen),
+    ]
+
+
+def select_blocks(
+    q: Rows,
+    out: Rows,
+    cache: Cache,
+    n_heads: int,
+    top_k: int,
+    block_size: int,
+    n_newest: int,
+    scores: int,
+    place: Place,
+    count: Count,
+) -> list[Launch]:
+    """Score blocks of positions and choose for each head, likewise.
+
+    `out` has int32 rows of a list for each head, `scores` is the address of `block_scores_bytes` bytes.
+    """
+    check_indexer(cache, n_heads, apart=True)
+    assert cache.values_in_keys
+    assert (cache.n_kv_heads, cache.value_dim) == (1, 0)
+    assert q.stride >= n_heads * cache.key_dim
+    assert q.address % 8 == q.stride % 2 == 0
+    assert out.stride >= n_heads * top_k
+    assert 1 <= n_newest <= top_k
+    definitions = (*cache.definitions, f"N_HEADS={n_heads}", f"BLOCK={block_size}")
+    inputs = _BlockInputs(*q, cache.argument, place.positions, place.slots, top_k, n_newest)
+    kept = (pointer(scores), int64(ceil_div(cache.context_length, block_size)))
+    shared, n = _shared_bytes(cache, n_heads, apart=True), pointer(count.address)
+
+    def launch(kernel: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
+        arguments = (inputs, *kept, *arguments, n)
+        return Launch("select_blocks.cu", kernel, definitions, grid, _WARPS * WARP, arguments, shared)
+
+    if count.most > FEW_TOKENS:
+        return [launch("select_blocks", (min(count.most, _BLOCKS), 1, 1), *at(out))]
+    scored_together = max(1, _TILE // block_size) * block_size
+    blocks = min(ceil_div(cache.context_length, scored_together), _BLOCKS)
+    return [
+        launch("score_blocks", (blocks, count.most, 1)),
+        launch("choose_blocks_of_heads", (n_heads, count.most, 1), *at(out)),
     ]

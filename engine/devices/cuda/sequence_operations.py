@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from engine.devices import graph as ops
 from engine.devices.cuda import attention, elementwise, fusion, kernels, operations, recurrent, selection
 from engine.devices.cuda.expert_layers import Streamed
 from engine.devices.cuda.kernels import GateOf
-from engine.devices.cuda.launch import NOTHING, Launch, Rows
+from engine.devices.cuda.launch import Launch, Rows
 from engine.devices.cuda.places import Pass
 from engine.devices.cuda.recorder import Recorder
 
@@ -56,24 +56,17 @@ def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
 
 
-def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope | None = None) -> None:
-    """Record the choice of what attention looks at, with the rotation of queries and keys if there is one."""
+def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.Selection | None = None) -> None:
+    """Record the choice of what attention looks at, perhaps with what makes its queries and keys ready."""
     cache = recorder.cache(op.cache)
     selection.check_indexer(cache, op.n_heads)
-    q, k, weights, out = (recorder.use(tensor) for tensor in (op.q, op.k, op.weights, op.out))
-    frequencies, n_rot = _frequencies(recorder, rope) if rope else (0, 0)
+    q, weights, out = (recorder.use(tensor) for tensor in (op.q, op.weights, op.out))
+    store = _indexer_inputs(recorder, op, item)
     scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
 
     def launches(p: Pass) -> Iterable[Launch]:
         count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
-        place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
-        rotation = attention.Rotation()
-        if rope:
-            rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude)
-        rotates = rope is not None
-        queries = attention.Heads(p.rows(q), op.n_heads, cache.key_dim, rotate=True) if rotates else None
-        keys = attention.Heads(p.rows(k), 1, cache.key_dim, rotate=rotates)
-        yield attention.inputs(queries, p.rows(q), keys, None, 0.0, rotation, own, place, count)
+        yield store(p)
         yield from selection.select_positions(
             p.rows(q),
             p.rows(weights),
@@ -83,11 +76,63 @@ def select_positions(recorder: Recorder, op: ops.SelectPositions, rope: ops.Rope
             op.top_k,
             op.scale,
             p.rows(scores).address,
-            place,
+            attention.Place(p.base + p.step.positions, p.base + p.step.slots),
             count,
         )
 
     recorder.record(launches)
+
+
+def select_blocks(recorder: Recorder, op: ops.SelectBlocks, item: fusion.Selection | None = None) -> None:
+    """Record the choice of the blocks that attention looks at, likewise."""
+    cache = recorder.cache(op.cache)
+    selection.check_indexer(cache, op.n_heads, apart=True)
+    q, out, store = recorder.use(op.q), recorder.use(op.out), _indexer_inputs(recorder, op, item)
+    scores = recorder.temporary(
+        lambda n_tokens: selection.block_scores_bytes(cache.context_length, op.n_heads, op.block_size, n_tokens)
+    )
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
+        yield store(p)
+        yield from selection.select_blocks(
+            p.rows(q),
+            p.rows(out),
+            own,
+            op.n_heads,
+            op.top_k,
+            op.block_size,
+            op.n_newest,
+            p.rows(scores).address,
+            attention.Place(p.base + p.step.positions, p.base + p.step.slots),
+            count,
+        )
+
+    recorder.record(launches)
+
+
+def _indexer_inputs(
+    recorder: Recorder, op: ops.SelectPositions | ops.SelectBlocks, item: fusion.Selection | None
+) -> Callable[[Pass], Launch]:
+    """Return what normalises and rotates an indexer's queries and keys, if that belongs to it, and stores keys."""
+    cache, q_out = recorder.cache(op.cache), recorder.use(op.q)
+    q_norm, k_norm, rope = (item.q_norm, item.k_norm, item.q_rope) if item else (None, None, None)
+    q, k = recorder.use(q_norm.x if q_norm else op.q), recorder.use(k_norm.x if k_norm else op.k)
+    q_weight, k_weight = (recorder.vector(norm.weight) if norm else None for norm in (q_norm, k_norm))
+    frequencies, n_rot = _frequencies(recorder, rope) if rope else (0, 0)
+
+    def launch(p: Pass) -> Launch:
+        count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
+        place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
+        eps, rotation, rotates = q_norm.eps if q_norm else 0.0, attention.Rotation(), rope is not None
+        if rope:
+            rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude)
+        dim, normalizes = cache.key_dim, q_norm is not None
+        queries = attention.Heads(p.rows(q), op.n_heads, dim, normalizes, p.at(q_weight), rotates)
+        keys = attention.Heads(p.rows(k), 1, dim, normalizes, p.at(k_weight), rotates)
+        return attention.inputs(queries if item else None, p.rows(q_out), keys, None, eps, rotation, own, place, count)
+
+    return launch
 
 
 def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
@@ -102,8 +147,13 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
     by = recorder.use(item.gate.gate) if item.gate and not item.split else q
     out = item.gate.out if item.gate else op.out
     to, finish = recorder.use(out), recorder.finish(out)
-    selected, top_k = (recorder.use(op.selected), op.selected.width) if op.selected else (None, 0)
-    scratch = recorder.temporaries(lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens, top_k))
+    selected, listed = recorder.use(op.selected.blocks) if op.selected else None, attention.Sight()
+    if op.selected:
+        by_head = op.selected.n_lists > 1
+        listed = attention.Sight(top_k=op.selected.top_k, block_size=op.selected.block_size, by_head=by_head)
+    scratch = recorder.temporaries(
+        lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens, listed.most_selected)
+    )
 
     def gate(p: Pass) -> GateOf | None:
         if item.gate is None:
@@ -140,8 +190,9 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
             place,
             count,
         )
-        chosen = p.rows(selected) if selected else NOTHING
-        sight = attention.Sight(p.at(sinks), op.window, op.chunk, op.cap, chosen, top_k)
+        sight = listed._replace(sinks=p.at(sinks), window=op.window, chunk=op.chunk, cap=op.cap)
+        if selected:
+            sight = sight._replace(selected=p.rows(selected))
         addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
         what = (own, op.n_heads, op.scale, sight, addresses, place, count)
         if p.most <= attention.FEW_TOKENS:

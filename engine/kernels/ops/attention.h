@@ -145,17 +145,30 @@ static inline __attribute__((always_inline)) void attend_chunk_of(const attentio
         weigh_values(scores, ATTENTION_CHUNK, n_q, values, selected, n_positions, type, value_dim, d, out);
 }
 
-// What a token sees: positions from `first` on, in chunks from `chunk` to `end_chunk`, none of them empty. Where
-// positions are selected, these are places in the list of them.
+// What a token sees: positions from `first` on, in chunks from `chunk` to `end_chunk`, none of them empty. Where blocks
+// of positions are selected, these are places: place i is in block i / block_size of the list.
 typedef struct {
     int first, n_positions, chunk, end_chunk;
-    const int32_t *selected; // or NULL
+    const int32_t *selected; // the token's lists, or NULL
 } attention_view;
+
+// How many positions the blocks have that a token at `position` looks at: all are whole but the newest, which is always
+// chosen.
+static inline int selected_positions(const attention_args *a, int position) {
+    const int most = a->top_k * a->block_size;
+    return position < most ? position + 1 : most - a->block_size + position % a->block_size + 1;
+}
+
+// Writes the positions at n places of a list from `first` on.
+static inline void positions_of_blocks(const int32_t *blocks, int block_size, int first, int n, int32_t *positions) {
+    for (int i = 0; i < n; i++)
+        positions[i] = blocks[(first + i) / block_size] * block_size + (first + i) % block_size;
+}
 
 static inline attention_view view_of(const attention_args *a, const step_view *step, int token) {
     const int position = step->positions[token];
     if (a->selected) {
-        const int n = position < a->top_k ? position + 1 : a->top_k;
+        const int n = selected_positions(a, position);
         return (attention_view){0, n, 0, attention_chunks(n), a->selected + token * a->selected_stride};
     }
     int first = a->window && position >= a->window ? position + 1 - a->window : 0;
@@ -169,11 +182,15 @@ static void attend_chunk(const attention_args *a, const float *q, int n_q, int s
                          int chunk, attention_partial *out) {
     const int first = chunk * ATTENTION_CHUNK, n_hidden = view.first > first ? view.first - first : 0;
     const int n_left = view.n_positions - first, n_positions = n_left < ATTENTION_CHUNK ? n_left : ATTENTION_CHUNK;
+    int32_t selected[ATTENTION_CHUNK];
+    if (view.selected)
+        positions_of_blocks(view.selected + (a->n_lists > 1 ? kv_head : 0) * (int64_t)a->top_k, a->block_size, first,
+                            n_positions, selected);
     switch (n_q * N_KV_TYPES + a->cache.type) {
 #define CASE(n, type)                                                                                                  \
     case n *N_KV_TYPES + type:                                                                                         \
         if (view.selected)                                                                                             \
-            attend_chunk_of(a, q, n, slot, kv_head, first, 0, n_positions, view.selected + first, type, out);          \
+            attend_chunk_of(a, q, n, slot, kv_head, first, 0, n_positions, selected, type, out);                       \
         else                                                                                                           \
             attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, NULL, type, out);                    \
         break

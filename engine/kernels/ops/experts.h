@@ -151,8 +151,7 @@ static inline v16 activated(const experts_args *a, v16 gate, v16 up) {
         return v16_mul(v16_relu(gate), up);
     if (a->activation == ACTIVATE_GELU)
         return v16_mul(v16_gelu(gate), up);
-    const v16 g = v16_min(gate, v16_set(7.0f)), u = v16_within(up, 7.0f);
-    return v16_mul(v16_mul(g, v16_sigmoid(v16_mul(v16_set(1.702f), g))), v16_add(u, v16_set(1.0f)));
+    return v16_clamped_swish(gate, up);
 }
 
 // Counts a task's rows as done, and puts the hidden values that are complete with them into the form that down takes.
