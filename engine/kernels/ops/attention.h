@@ -161,8 +161,14 @@ static inline int selected_positions(const attention_args *a, int position) {
 
 // Writes the positions at n places of a list from `first` on.
 static inline void positions_of_blocks(const int32_t *blocks, int block_size, int first, int n, int32_t *positions) {
-    for (int i = 0; i < n; i++)
-        positions[i] = blocks[(first + i) / block_size] * block_size + (first + i) % block_size;
+    int block = first / block_size, at = first % block_size;
+    for (int i = 0; i < n; i++) {
+        positions[i] = blocks[block] * block_size + at;
+        if (++at == block_size) {
+            at = 0;
+            block++;
+        }
+    }
 }
 
 static inline attention_view view_of(const attention_args *a, const step_view *step, int token) {
