@@ -193,7 +193,7 @@ def facts(bench: Bench) -> None:
     bench.note("facts", "cores", machine.n_physical_cores())
     bench.note("facts", "isa", str(_kernels.isa_levels()))
     bench.note("facts", "threads", bench.n_threads)
-    data = np.ones(1 << 30, np.uint8)
+    data = np.empty(1 << 30, np.uint8)
     for n in (1, 4, 8, bench.n_threads):
         bench.note("facts", f"RAM read, {n} threads", _kernels.read_bandwidth(data, n, 3) / 1e9, "GB/s")
 

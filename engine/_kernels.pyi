@@ -89,7 +89,11 @@ def parallel_copy(src: int, dst: int, n_bytes: int, n_threads: int) -> None:
     """Copy bytes with several threads (first touch of fresh pages is spread over them). Releases the GIL."""
 
 def read_bandwidth(buffer: npt.NDArray[np.uint8], n_threads: int, repeats: int) -> float:
-    """Return the best read bandwidth in bytes a second over `repeats` passes of a buffer (make it far larger than the caches)."""
+    """Return the best read bandwidth of the RAM in bytes a second, over `repeats` passes of a buffer.
+
+    Before each pass the buffer is written anew, past the caches, so it need not be larger than they are (but on CPUs that
+    are not x86). It should be large against what it takes to start the threads: 64 MB and more.
+    """
 
 # -- sampling --------------------------------------------------------------------------------------------------------
 

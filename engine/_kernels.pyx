@@ -311,7 +311,7 @@ cdef extern from "kernels/program.h" nogil:
 
 cdef extern from "kernels/memory.h" nogil:
     void c_parallel_copy "parallel_copy"(const void *src, void *dst, int64_t n_bytes, int n_threads)
-    double c_read_bandwidth "read_bandwidth"(const kernel_table *kernels, const uint8_t *data, int64_t n_bytes,
+    double c_read_bandwidth "read_bandwidth"(const kernel_table *kernels, uint8_t *data, int64_t n_bytes,
                                              int n_threads, int repeats)
 
 
@@ -543,7 +543,7 @@ def parallel_copy(uintptr_t src, uintptr_t dst, int64_t n_bytes, int n_threads):
         c_parallel_copy(<const void *> src, <void *> dst, n_bytes, n_threads)
 
 
-def read_bandwidth(const uint8_t[::1] buffer, int n_threads, int repeats):
+def read_bandwidth(uint8_t[::1] buffer, int n_threads, int repeats):
     need_threads(n_threads)
     need_at_least("repeats", repeats, 1)
     need_at_least("the length of buffer", buffer.shape[0], 1)

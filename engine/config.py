@@ -207,7 +207,7 @@ class BenchSettings(Table):
         prompt_tokens: lengths of the prompts.
         gen_tokens: tokens that are made after each prompt.
         reps: times everything is measured; the table shows the median and the spread.
-        bandwidth_mb: size of the buffer that memory bandwidth is measured with; far more than the caches hold.
+        bandwidth_mb: size of the buffer that memory bandwidth is measured with.
     """
 
     table: ClassVar[str] = "bench"

@@ -58,11 +58,6 @@ def last_level_cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
-def bandwidth_buffer_bytes(at_least: int) -> int:
-    """Return the size of a buffer that shows the bandwidth of the RAM: several times what the caches hold."""
-    return max(at_least, 4 * last_level_cache_bytes())
-
-
 def _kilobytes(path: Path, key: str) -> int:
     match = re.search(rf"^{key}:\s*(\d+) kB$", _read(path), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0

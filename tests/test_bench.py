@@ -310,7 +310,6 @@ def test_one_kernel_is_really_timed(monkeypatch: pytest.MonkeyPatch, long_step_s
     monkeypatch.setattr(kernels, "HIDDEN_SIZE", 96)
     monkeypatch.setattr(kernels, "FFN_SIZE", 64)
     monkeypatch.setattr(kernels, "_SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "bandwidth_buffer_bytes", lambda at_least: at_least)
     monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1 << 16)
     steps: list[tuple[str, int, int]] = []
     speeds = kernels.measure_kernels(kernels.named_formats("q8_0, F32"), 2, 1 << 20, lambda *step: steps.append(step))

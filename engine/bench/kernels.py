@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.errors import RequestError
-from engine.machine import bandwidth_buffer_bytes, last_level_cache_bytes
+from engine.machine import last_level_cache_bytes
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, FORMATS, Activation, QuantFormat
 
@@ -71,10 +71,10 @@ def named_formats(names: str) -> list[QuantFormat]:
 def measure_kernels(
     formats: Sequence[QuantFormat], n_threads: int, buffer_bytes: int, progress: Callable[[str, int, int], None]
 ) -> list[KernelSpeed]:
-    """Time some formats at all levels of this CPU; the bandwidth is read from a buffer of at least `buffer_bytes`."""
+    """Time some formats at all levels of this CPU; the bandwidth is that of a buffer of `buffer_bytes`."""
     install_grids()
     levels = _kernels.isa_levels()
-    buffer = np.ones(bandwidth_buffer_bytes(buffer_bytes), np.uint8)
+    buffer = np.empty(buffer_bytes, np.uint8)
     found: list[KernelSpeed] = []
     total = len(formats) * len(levels)
     for fmt in formats:

@@ -4,6 +4,9 @@
 #include <omp.h>
 #include <string.h>
 #include <time.h>
+#ifdef __x86_64__
+#include <emmintrin.h>
+#endif
 
 enum { PIECE = 1 << 20 };
 
@@ -15,13 +18,30 @@ void parallel_copy(const void *src, void *dst, int64_t n_bytes, int n_threads) {
     }
 }
 
-double read_bandwidth(const kernel_table *kernels, const uint8_t *bytes, int64_t n_bytes, int n_threads, int repeats) {
+// Fills `bytes` so that no cache holds them afterwards, whatever its size; where that cannot be said, they may.
+static void write_past_caches(uint8_t *bytes, int64_t n_bytes) {
+#ifdef __x86_64__
+    const int64_t n_before = -(intptr_t)bytes & 15, n_lanes = n_bytes > n_before ? (n_bytes - n_before) / 16 : 0;
+    for (int64_t i = 0; i < n_lanes; i++)
+        _mm_stream_si128((__m128i *)(bytes + n_before) + i, _mm_set1_epi8(1));
+    _mm_sfence();
+#else
+    memset(bytes, 1, (size_t)n_bytes);
+#endif
+}
+
+double read_bandwidth(const kernel_table *kernels, uint8_t *bytes, int64_t n_bytes, int n_threads, int repeats) {
     const int64_t n_pieces = (n_bytes + PIECE - 1) / PIECE;
     double best = 0.0;
     volatile float sink = 0.0f; // keeps the reads from being left out
     for (int i = 0; i < repeats; i++) {
         struct timespec begin, end;
         float total = 0.0f;
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic)
+        for (int64_t piece = 0; piece < n_pieces; piece++) {
+            const int64_t at = piece * PIECE, left = n_bytes - at;
+            write_past_caches(bytes + at, left < PIECE ? left : PIECE);
+        }
         clock_gettime(CLOCK_MONOTONIC, &begin);
         // handed out as products' rows are: the threads of a shared machine are not equally fast
 #pragma omp parallel for num_threads(n_threads) schedule(dynamic) reduction(+ : total)

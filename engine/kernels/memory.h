@@ -6,7 +6,7 @@
 
 void parallel_copy(const void *src, void *dst, int64_t n_bytes, int n_threads);
 
-// Returns the best of `repeats` passes over a buffer, in bytes a second.
-double read_bandwidth(const kernel_table *kernels, const uint8_t *bytes, int64_t n_bytes, int n_threads, int repeats);
+// Returns the best of `repeats` passes over a buffer, in bytes a second. Each is written anew before, past the caches.
+double read_bandwidth(const kernel_table *kernels, uint8_t *bytes, int64_t n_bytes, int n_threads, int repeats);
 
 #endif

@@ -11,7 +11,6 @@ import numpy as np
 from engine import _kernels
 from engine.devices.cuda.runtime import DeviceMemory, PinnedMemory, Stream
 from engine.devices.timing import Bandwidths
-from engine.machine import bandwidth_buffer_bytes
 
 _COPY_BYTES = 64 << 20  # more than a GPU's second-level cache
 _IN_A_ROW = 8  # copies within the device, so that their launches do not count
@@ -36,7 +35,7 @@ def measure_speeds(stream: Stream, n_threads: int) -> Bandwidths:
     finally:
         device.close()
         pinned.close()
-    buffer = np.ones(bandwidth_buffer_bytes(_RAM_BYTES), np.uint8)
+    buffer = np.empty(_RAM_BYTES, np.uint8)
     ram = median(_kernels.read_bandwidth(buffer, n_threads, 1) for _ in range(_RAM_REPEATS))
     return Bandwidths(ram, _COPY_BYTES / upload, _IN_A_ROW * 2 * _COPY_BYTES / within)
 
