@@ -985,7 +985,8 @@ cdef class Program:
         int n_lists=1,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
-        need_cache(cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
+        cdef attention_args args
+        args.cache = cache_at(cache, cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
         need_at_least("window", window, 0)
         need_at_least("chunk", chunk, 0)
         need(cap >= 0, f"cap is {cap}; expected 0, or a number above")
@@ -993,18 +994,8 @@ cdef class Program:
             n_heads > 0 and n_heads % n_kv_heads == 0,
             f"{n_heads} heads cannot share {n_kv_heads} key/value heads evenly",
         )
-        cdef attention_args args
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
         args.out = need_matrix("out", out, out_stride, n_heads * <int64_t> value_dim)
-        args.cache.keys = <uint8_t *> need_address("cache", cache)
-        args.cache.values = args.cache.keys + kv_key_bytes(
-            cache_type, self._n_slots, context_length, n_kv_heads, head_dim
-        )
-        args.cache.type = cache_type
-        args.cache.context_length = context_length
-        args.cache.n_kv_heads = n_kv_heads
-        args.cache.head_dim = head_dim
-        args.cache.value_dim = value_dim
         args.n_heads = n_heads
         args.scale = scale
         args.sinks = <const float *> sinks
@@ -1044,21 +1035,14 @@ cdef class Program:
         int top_k,
         float scale,
     ):
-        need_cache(cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        cdef select_positions_args args
+        args.cache = cache_at(cache, cache_type, self._n_slots, context_length, 1, head_dim, 0)
         need_at_least("n_heads", n_heads, 1)
         need_at_least("top_k", top_k, 1)
-        cdef select_positions_args args
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
         args.weights = need_matrix("weights", weights, weights_stride, n_heads)
         args.out = <int32_t *> need_matrix("out", out, out_stride, top_k).at
         args.out_stride = out_stride
-        args.cache.keys = <uint8_t *> need_address("cache", cache)
-        args.cache.values = NULL
-        args.cache.type = cache_type
-        args.cache.context_length = context_length
-        args.cache.n_kv_heads = 1
-        args.cache.head_dim = head_dim
-        args.cache.value_dim = 0
         args.n_heads = n_heads
         args.top_k = top_k
         args.scale = scale
@@ -1081,21 +1065,14 @@ cdef class Program:
         int block_size,
         int n_newest,
     ):
-        need_cache(cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        cdef select_blocks_args args
+        args.cache = cache_at(cache, cache_type, self._n_slots, context_length, 1, head_dim, 0)
         need_at_least("n_heads", n_heads, 1)
         need_blocks(top_k, block_size)
         need(0 < n_newest <= top_k, f"n_newest is {n_newest}; expected 1 to {top_k}")
-        cdef select_blocks_args args
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
         args.out = <int32_t *> need_matrix("out", out, out_stride, n_heads * <int64_t> top_k).at
         args.out_stride = out_stride
-        args.cache.keys = <uint8_t *> need_address("cache", cache)
-        args.cache.values = NULL
-        args.cache.type = cache_type
-        args.cache.context_length = context_length
-        args.cache.n_kv_heads = 1
-        args.cache.head_dim = head_dim
-        args.cache.value_dim = 0
         args.n_heads = n_heads
         args.top_k = top_k
         args.block_size = block_size
@@ -1487,6 +1464,17 @@ cdef int need_cache(
     need_at_least("n_kv_heads", n_kv_heads, 1)
     need(0 <= value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 0 to {MAX_HEAD_DIM}")
     return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
+
+
+cdef kv_cache cache_at(
+    uintptr_t address, int type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim
+) except *:
+    need_cache(type, n_slots, context_length, n_kv_heads, head_dim, value_dim)
+    cdef uint8_t *keys = <uint8_t *> need_address("cache", address)
+    cdef uint8_t *values = NULL
+    if value_dim:
+        values = keys + kv_key_bytes(type, n_slots, context_length, n_kv_heads, head_dim)
+    return kv_cache(keys, values, type, context_length, n_kv_heads, head_dim, value_dim)
 
 
 cdef int need_blocks(int top_k, int block_size) except -1:
