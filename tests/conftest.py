@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parent.parent
 
+# Several test processes share the cores: a thread with nothing to do gives its core away at once. Libraries look at
+# this when they are loaded, which is later.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_gpu_by_chance(request: pytest.FixtureRequest) -> None:

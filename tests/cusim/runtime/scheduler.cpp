@@ -197,8 +197,10 @@ void open_barrier() {
     });
 }
 
+bool is_same_text(const char *a, const char *b) { return a == b || !strcmp(a, b); }
+
 bool is_same_site(const cusim_site &a, const cusim_site &b) {
-    return a.line == b.line && !strcmp(a.file, b.file) && !strcmp(a.intrinsic, b.intrinsic);
+    return a.line == b.line && is_same_text(a.file, b.file) && is_same_text(a.intrinsic, b.intrinsic);
 }
 
 Fiber &lane_of(unsigned warp, unsigned lane) { return *s.fibers[32 * warp + lane]; }
