@@ -19,7 +19,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | str,
         *,
         max_tokens: int = 64,
         n_slots: int = 1,

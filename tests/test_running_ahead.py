@@ -267,7 +267,7 @@ def test_ctrl_c_anywhere_in_a_step(small_model: Path | None, alone: list) -> Non
             assert engine.generate(PROMPTS[0], PARAMS).token_ids == alone[0]
             if not interrupter.raised:
                 break
-            at_line += 5
+            at_line += 11
         assert n_raised > 10
         assert program.n_ahead > 0
         check(engine, alone)

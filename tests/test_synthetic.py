@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from reference_device import ReferenceProgram
+from model_runner import ModelRunner
 
 from engine.data import tiny_model_path
 from engine.errors import ConfigError
@@ -179,15 +179,12 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
     ],
 )
 def test_logits_are_sane(name: str) -> None:
-    model = open_model_file(f"synthetic:{name}")
-    loaded = load_model(model)
-    with WeightMemory.load(model, loaded.tensor_names, "memory") as memory:
-        program = ReferenceProgram(loaded.graph, memory)
-        logits = program.run([1, 200, 3000, 17, 5, 99])
+    with ModelRunner(f"synthetic:{name}", max_tokens=6) as runner:
+        logits, chosen = runner.logits([1, 200, 3000, 17, 5, 99]), runner.program.routing()
     assert np.isfinite(logits).all()
     assert 0.3 < logits.std() < 3
     assert len({int(row.argmax()) for row in logits}) > 1  # the tokens before make a difference
-    assert len(np.unique(program.experts())) > loaded.spec.moe.n_experts_used
+    assert len(np.unique(chosen)) > runner.model.spec.moe.n_experts_used
 
 
 def test_a_written_model_is_the_same_model(tmp_path: Path) -> None:
