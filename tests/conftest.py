@@ -35,6 +35,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> "Iterator[StandInDriver]":
     from tests.cusim import StandInCompiler, stand_in_driver  # noqa: PLC0415
 
     monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
+    monkeypatch.setattr("engine.devices.cuda.speeds._COPY_BYTES", 1 << 20)  # its speeds are those of no GPU
+    monkeypatch.setattr("engine.devices.cuda.speeds._RAM_BYTES", 16 << 20)
     stand_in = stand_in_driver()
     stand_in.reset()
     yield stand_in
