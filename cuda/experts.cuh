@@ -46,8 +46,8 @@ struct Choice {
 };
 
 // How the two projections are joined: 0 silu(g) * u, with a `limit` above 0 clamped, see `graph.Experts`; 1 the clamped
-// swish of gpt-oss; 2 max(g, 0) * u; 3 silu(g) * u with g up to the limit and u within it of 0; 4 gelu(g) * u; 5 SiTU, of which u
-// has a limit of its own.
+// swish of gpt-oss; 2 max(g, 0) * u; 3 silu(g) * u with g up to the limit and u within it of 0; 4 gelu(g) * u; 5 SiTU, in
+// which u has a limit of its own.
 DEVICE float activated(int kind, float limit, float up_limit, float gate, float up) {
     if (kind == 0 && limit > 0.0f) {
         const float factor = silu(gate);

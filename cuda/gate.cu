@@ -1,8 +1,9 @@
 // Eight columns a lane: out = x * f(gate), where x may first be normalised head by head, and out in the forms that integer
 // formats take.
 //
-// Compiled for GATING, LIMIT, OWN_LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD and FORMS (`quantize.cuh`). The gate has `gate_width` values
-// for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed. Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
+// Compiled for GATING, LIMIT, OWN_LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD and FORMS (`quantize.cuh`). The gate has
+// `gate_width` values for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed.
+// Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
 #include "gate.cuh"
 #include "quantize.cuh"
 
