@@ -351,7 +351,7 @@ def grouped_experts(bench: Bench) -> None:
             gate, up, down = (ExpertMatrix(a, n, f) for a, n, f in zip((g, u, d), stacks, formats, strict=True))
             group, most, rows = ctypes.c_int32(0), tiles.n_tiles(sizes, n_tokens), Rows(x, x_bytes)
             first = tiles.expert_gate_up(
-                groups, group, sizes, gate, up, rows, rows, h, (0, 0), ExpertActivation.SILU, 0.0, most
+                groups, group, sizes, gate, up, rows, rows, h, (0, 0), ExpertActivation.SILU, 0.0, 0.0, most
             )
             h_rows, out_rows = Rows(h_form, h_bytes), Rows(out, n_used * hidden)
             steps = {
@@ -407,6 +407,7 @@ def experts(bench: Bench) -> None:
                             h,
                             (0, 0),
                             ExpertActivation.SILU,
+                            0.0,
                             0.0,
                             one,
                         )

@@ -49,9 +49,9 @@ class WithoutWeights:
         self.program.linear(x, x_row_bytes, min(n_cols, COLUMNS), cut, rows)
 
     def experts(self, *arguments) -> None:
-        *before, gate, up, down, activation, limit, _, ffn_size, out, stride = arguments
+        *before, gate, up, down, activation, limit, up_limit, _, ffn_size, out, stride = arguments
         small = [(table, EXPERT_TYPE, *rest) for table, _, *rest in (gate, up, down)]
-        self.program.experts(*before, *small, activation, limit, EXPERT_SIZE, EXPERT_SIZE, out, stride)
+        self.program.experts(*before, *small, activation, limit, up_limit, EXPERT_SIZE, EXPERT_SIZE, out, stride)
         # what lies between the experts' two products keeps its size
         n_values, form = before[-1] * ffn_size, BY_TYPE[down[1]].activation
         hidden = np.ones(n_values, np.float32)

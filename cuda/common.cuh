@@ -75,10 +75,12 @@ DEVICE float block_sum(float value, float *partial) {
     return warp_sum(lane < (int)blockDim.x / WARP ? partial[lane] : 0.0f);
 }
 
-// exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder.
-DEVICE float exp_canonical(float x) {
+// exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder. This
+// is the exponential of that, less 1.
+DEVICE float exp_of_rest(float x, float &power) {
     x = fminf(fmaxf(x, -87.0f), 88.0f);
     const float n = rintf(x * 0x1.715476p+0f);
+    power = __int_as_float(((int)n + 127) << 23);
     float r = __fmaf_rn(n, -0.693359375f, x);
     r = __fmaf_rn(n, 2.12194440e-4f, r);
     float p = 1.9875691500e-4f;
@@ -87,8 +89,20 @@ DEVICE float exp_canonical(float x) {
     p = __fmaf_rn(p, r, 4.1665795894e-2f);
     p = __fmaf_rn(p, r, 1.6666665459e-1f);
     p = __fmaf_rn(p, r, 5.0000001201e-1f);
-    const float y = __fmaf_rn(p, r * r, r) + 1.0f;
-    return y * __int_as_float(((int)n + 127) << 23);
+    return __fmaf_rn(p, r * r, r);
+}
+
+DEVICE float exp_canonical(float x) {
+    float power;
+    const float y = exp_of_rest(x, power) + 1.0f;
+    return y * power;
+}
+
+// e^x - 1, the bits of `vmath.h`.
+DEVICE float expm1_canonical(float x) {
+    float power;
+    const float y = exp_of_rest(x, power);
+    return __fmaf_rn(power, y, power - 1.0f);
 }
 
 DEVICE float sigmoid(float x) { return __fdiv_rn(1.0f, 1.0f + exp_canonical(-x)); }
@@ -101,7 +115,10 @@ DEVICE float gelu(float x) {
     return __fdiv_rn(x, 1.0f + exp_canonical(-u));
 }
 
-DEVICE float soft_cap(float x, float cap) { return __fmaf_rn(2.0f * cap, sigmoid(__fdiv_rn(2.0f, cap) * x), -cap); }
+DEVICE float soft_cap(float x, float cap) {
+    const float m = expm1_canonical(__fdiv_rn(2.0f, cap) * x);
+    return cap * __fdiv_rn(m, m + 2.0f);
+}
 
 // ln(1 + e^x), the bits of `vmath.h`: 2 artanh(z / (z + 2)) with z = e^-|x|, and x if that is above 0.
 DEVICE float softplus(float x) {
@@ -117,6 +134,12 @@ DEVICE float softplus(float x) {
 DEVICE float within(float x, float limit) {
     const float below = x < limit ? x : limit;
     return below > -limit ? below : -limit;
+}
+
+// SiTU, the bits of `vmath.h`.
+DEVICE float situ(float gate, float up, float limit, float up_limit) {
+    const float factor = soft_cap(gate, limit) * sigmoid(gate);
+    return factor * (up_limit > 0.0f ? soft_cap(up, up_limit) : up);
 }
 
 // The clamped swish of gpt-oss, the bits of `vmath.h`.

@@ -2,7 +2,7 @@
 //
 //     S = exp(a softplus(alpha + dt_bias)) S;  S += (sigmoid(beta) (v - S k)) k^T;  out = S q
 //
-// With a `decay_bound` below 0 the factor of S is exp(decay_bound sigmoid(a (alpha + dt_bias))) instead.
+// With a `decay_bound` below 0 the factor of S is exp(decay_bound sigmoid(|a| (alpha + dt_bias))) instead.
 //
 // Value head h has key head h / (n_v_heads / n_k_heads) if `is_grouped`, else h % n_k_heads. state
 // [n_slots, n_v_heads, V_DIM, K_DIM]. Compiled for K_DIM (up to 256) and V_DIM, and for BY_CHANNEL: whether alpha, dt_bias and
@@ -24,7 +24,7 @@ DEVICE float exact_softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabs
 DEVICE float decay_of(float a, float alpha, float dt_bias, float decay_bound) {
     const float x = alpha + dt_bias;
     if (decay_bound < 0.0f)
-        return expf(__fdiv_rn(decay_bound, 1.0f + expf(-a * x)));
+        return expf(__fdiv_rn(decay_bound, 1.0f + expf(-fabsf(a) * x)));
     return expf(a * exact_softplus(x));
 }
 

@@ -1,7 +1,7 @@
 // First half of the chosen experts' feed-forward network, for experts that have a slot:
 // h[t][rank][r] = activated(gate_e[r] . x[t], up_e[r] . x[t]), e = ids[t][rank].
 //
-// Compiled for GATE_FORMAT, UP_FORMAT, ACTIVATION and LIMIT (`activated` in `experts.cuh`). Grid: (row blocks,
+// Compiled for GATE_FORMAT, UP_FORMAT, ACTIVATION, LIMIT and UP_LIMIT (`activated` in `experts.cuh`). Grid: (row blocks,
 // tokens * ranks); a block is 4 warps: the first two take `rows_per_warp` rows of gate each, the others the same rows of
 // up. Experts without a slot (slots[e] < 0) and ids below 0 are left alone: somebody else computes them. There are n_used
 // ranks, and one more for a shared expert, if there is one (its matrices then are not null).
@@ -68,5 +68,6 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
     __syncthreads();
     const int lane = threadIdx.x % WARP;
     if (warp < N_WARPS / 2 && lane < n_rows)
-        h[(int64_t)blockIdx.y * ffn_size + first_row + lane] = activated(ACTIVATION, LIMIT, gates[pair][lane], ups[pair][lane]);
+        h[(int64_t)blockIdx.y * ffn_size + first_row + lane] =
+            activated(ACTIVATION, LIMIT, UP_LIMIT, gates[pair][lane], ups[pair][lane]);
 }

@@ -1,9 +1,9 @@
 // As `expert_gate_up.cu`, for one group of experts and many tokens: h[choice][r] = activated(gate_e[r] . x[t], up_e[r] . x[t])
 // for each choice of token t and expert e.
 //
-// Compiled for GATE_FORMAT, UP_FORMAT (integer ones), ACTIVATION and LIMIT (`experts.cuh`). Grid: (row blocks, tiles that are
-// computed at the same time). Dynamic shared memory: the larger `Shared` of both formats. `gate` and `up` are where the
-// group's experts are: the slots, or a staging buffer.
+// Compiled for GATE_FORMAT, UP_FORMAT (integer ones), ACTIVATION, LIMIT and UP_LIMIT (`experts.cuh`). Grid: (row blocks,
+// tiles that are computed at the same time). Dynamic shared memory: the larger `Shared` of both formats. `gate` and `up`
+// are where the group's experts are: the slots, or a staging buffer.
 #include "expert_tiles.cuh"
 
 template <class A, class B> constexpr bool is_same = false;
@@ -60,7 +60,7 @@ expert_gate_up_tiles(const ExpertTile *tiles, const int *first_tile, int group, 
                 const int row = first_row + tile_row(k), token = tile_token(j, k);
                 if (row < ffn_size && token < tile.n)
                     h[(int64_t)choices[tile.first + token] * ffn_size + row] =
-                        activated(ACTIVATION, LIMIT, projected(gates[j][k], gate, tile.expert, ffn_size, row),
+                        activated(ACTIVATION, LIMIT, UP_LIMIT, projected(gates[j][k], gate, tile.expert, ffn_size, row),
                                   projected(ups[j][k], up, tile.expert, ffn_size, row));
             }
     }

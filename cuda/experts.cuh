@@ -46,8 +46,9 @@ struct Choice {
 };
 
 // How the two projections are joined: 0 silu(g) * u, with a `limit` above 0 clamped, see `graph.Experts`; 1 the clamped
-// swish of gpt-oss; 2 max(g, 0) * u; 3 silu(g) * u with g up to the limit and u within it of 0; 4 gelu(g) * u.
-DEVICE float activated(int kind, float limit, float gate, float up) {
+// swish of gpt-oss; 2 max(g, 0) * u; 3 silu(g) * u with g up to the limit and u within it of 0; 4 gelu(g) * u; 5 SiTU, in
+// which u has a limit of its own.
+DEVICE float activated(int kind, float limit, float up_limit, float gate, float up) {
     if (kind == 0 && limit > 0.0f) {
         const float factor = silu(gate);
         return (factor < limit ? factor : limit) * within(up, limit);
@@ -60,5 +61,7 @@ DEVICE float activated(int kind, float limit, float gate, float up) {
         return (gate > 0.0f ? gate : 0.0f) * up;
     if (kind == 4)
         return gelu(gate) * up;
+    if (kind == 5)
+        return situ(gate, up, limit, up_limit);
     return clamped_swish(gate, up);
 }

@@ -1,8 +1,9 @@
 // Eight columns a lane: out = x * f(gate), where x may first be normalised head by head, and out in the forms that integer
 // formats take.
 //
-// Compiled for GATING, LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD and FORMS (`quantize.cuh`). The gate has `gate_width` values
-// for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed. Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
+// Compiled for GATING, LIMIT, OWN_LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD and FORMS (`quantize.cuh`). The gate has
+// `gate_width` values for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed.
+// Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
 #include "gate.cuh"
 #include "quantize.cuh"
 
@@ -19,7 +20,7 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, i
         load_floats(x + row * x_stride + at, v);
         load_gate<PER_HEAD>(gate + row * gate_stride, at, gate_width, gate_step, g);
     }
-    normalize_and_gate<HEAD_SIZE, GATING>(v, g, at, weight, eps, LIMIT);
+    normalize_and_gate<HEAD_SIZE, GATING>(v, g, at, weight, eps, LIMIT, OWN_LIMIT);
     if (exists)
         store_floats(out + row * out_stride + at, v);
     forms.store<FORMS>(v, row, at, n_cols);

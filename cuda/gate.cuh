@@ -22,20 +22,23 @@ template <int KIND> DEVICE float gate_of(float g) {
     return KIND == 4 ? g : KIND == 3 ? fmaxf(g, 0.0f) : KIND == 2 ? softplus(g) : KIND == 1 ? silu(g) : sigmoid(g);
 }
 
-// x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; KIND 6: the clamped swish of both.
-template <int KIND> DEVICE float gated(float x, float g, float limit = 0.0f) {
+// x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; KIND 6: the clamped swish of both, 7: SiTU, with
+// `own_limit` for x.
+template <int KIND> DEVICE float gated(float x, float g, float limit = 0.0f, float own_limit = 0.0f) {
     if constexpr (KIND == 6)
         return clamped_swish(g, x);
+    if constexpr (KIND == 7)
+        return situ(g, x, limit, own_limit);
     const float factor = gate_of<KIND>(g);
     return limit > 0.0f ? (factor < limit ? factor : limit) * within(x, limit) : x * factor;
 }
 
-// x = gated(x, g, limit); before that, with a SIZE (a power of two from 8 to 256; 0: not), x = weight * x /
+// x = gated(x, g, limit, own_limit); before that, with a SIZE (a power of two from 8 to 256; 0: not), x = weight * x /
 // sqrt(mean(x^2) + eps) over the columns of its head, whose lanes stand together. `at`: the lane's first column. weight
 // [SIZE] or null. Whole warps only.
 template <int SIZE, int KIND>
 DEVICE void normalize_and_gate(float (&x)[8], const float (&g)[8], int at, const float *weight, float eps,
-                               float limit = 0.0f) {
+                               float limit = 0.0f, float own_limit = 0.0f) {
     if constexpr (SIZE > 0) {
         float squares = 0.0f;
 #pragma unroll
@@ -50,5 +53,5 @@ DEVICE void normalize_and_gate(float (&x)[8], const float (&g)[8], int at, const
     }
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        x[i] = gated<KIND>(x[i], g[i], limit);
+        x[i] = gated<KIND>(x[i], g[i], limit, own_limit);
 }

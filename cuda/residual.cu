@@ -11,7 +11,7 @@
 // Grid: (1, rows); a block has a thread for each eight columns, with experts for each four, at most 1024 of them. n_cols is a
 // multiple of 8. With experts and a norm there are n_cols floats of dynamic shared memory.
 #include "handshake.cuh"
-#include "quantize.cuh"
+#include "row_norm.cuh"
 
 // Columns that a thread takes of the experts: a warp so reads 512 bytes on end, for host memory is slow in smaller pieces.
 constexpr int COLUMNS = 4;
@@ -94,12 +94,7 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
     __shared__ Ranks ranks;
     float w[ROUNDS][8];
     if (NORMALIZE && weight)
-#pragma unroll
-        for (int round = 0; round < ROUNDS; round++) {
-            const int at = (round * blockDim.x + threadIdx.x) * 8;
-            if (at < n_cols)
-                load_floats(weight + at, w[round]);
-        }
+        load_columns(weight, n_cols, w);
     const int row = blockIdx.y, n = *n_rows; // as the caller gave it: old
     if (SOURCE == 2 && experts.chosen_early && row < n)
         ranks.find(experts, row, n_cols);
@@ -125,10 +120,10 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
         }
         __syncthreads();
     }
-    float x[ROUNDS][8], total = 0.0f, squares = 0.0f;
+    float x[ROUNDS][8], total = 0.0f;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-        const int at = (round * blockDim.x + threadIdx.x) * 8;
+        const int at = column_of(round);
         if (at >= n_cols)
             continue;
         load_floats(SOURCE == 2 ? combined_row + at : a + at, x[round]);
@@ -144,38 +139,15 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
     }
     if (!NORMALIZE)
         return;
-    float center = 0.0f;
     if (CENTER) {
-        center = __fdiv_rn(block_sum(total, partial), (float)n_cols);
+        const float center = __fdiv_rn(block_sum(total, partial), (float)n_cols);
         __syncthreads(); // `partial` is used again
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++)
+            if (column_of(round) < n_cols)
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    x[round][i] -= center;
     }
-#pragma unroll
-    for (int round = 0; round < ROUNDS; round++) {
-        if ((round * blockDim.x + threadIdx.x) * 8 >= n_cols)
-            continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            x[round][i] -= center;
-            squares = __fmaf_rn(x[round][i], x[round][i], squares);
-        }
-    }
-    const float mean = __fdiv_rn(block_sum(squares, partial), (float)n_cols);
-    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
-#pragma unroll
-    for (int round = 0; round < ROUNDS; round++) {
-        const int at = (round * blockDim.x + threadIdx.x) * 8;
-        const bool exists = at < n_cols;
-        float y[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            y[i] = !exists ? 0.0f : weight ? x[round][i] * factor * w[round][i] : x[round][i] * factor;
-        if (exists && bias) {
-            float added[8];
-            load_floats(bias + at, added);
-            add(y, added);
-        }
-        if (exists)
-            store_floats(out + row * out_stride + at, y);
-        forms.store<FORMS>(y, row, at, n_cols);
-    }
+    normalize_row<ROUNDS, FORMS>(x, w, weight, bias, eps, out + row * out_stride, forms, row, n_cols, partial);
 }

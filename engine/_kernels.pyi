@@ -24,6 +24,7 @@ GATE_RELU: int  # x * max(gate, 0)
 GATE_PRODUCT: int  # x * gate
 GATE_GELU: int  # x * gelu(gate), by tanh
 GATE_CLAMPED_SWISH: int  # as ACTIVATE_CLAMPED_SWISH, x is up
+GATE_SITU: int  # as ACTIVATE_SITU, x is up
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -37,6 +38,9 @@ ACTIVATE_CLAMPED_SWISH: int  # gpt-oss: swish of a clamped gate times (up + 1)
 ACTIVATE_RELU: int  # max(gate, 0) * up
 ACTIVATE_CLAMPED_SILU: int  # silu(min(gate, limit)) * up, with up within the limit of 0
 ACTIVATE_GELU: int  # gelu(gate) * up
+ACTIVATE_SITU: (
+    int  # cap(gate, limit) * sigmoid(gate) * cap(up, up_limit), with cap(x, l) = l * tanh(x / l), or x if l is 0
+)
 
 KV_F32: int
 KV_F16: int
@@ -227,11 +231,13 @@ class Program:
         n_gates: int,
         kind: int,
         limit: float,
+        own_limit: float,
         rows: int,
     ) -> None:
         """out = x * f(gate), f by `kind`, with n_gates values for as many equal parts of x; in place allowed.
 
-        With a limit above 0, f(gate) is at most that, and x is clamped to within it on both sides.
+        With a limit above 0, f(gate) is at most that, and x is clamped to within it on both sides. GATE_SITU has one for the
+        gate, and `own_limit` for x.
         """
 
     def split_heads(
@@ -431,7 +437,7 @@ class Program:
 
         beta = sigmoid(beta) [n_v_heads], decay = exp(a * softplus(alpha + dt_bias)) [n_v_heads, decay_dim]: one for
         each head, or with a `decay_dim` of k_dim for each channel of its key. a [n_v_heads].
-        With a `decay_bound` below 0 (0: none) decay = exp(decay_bound * sigmoid(a * (alpha + dt_bias))).
+        With a `decay_bound` below 0 (0: none) decay = exp(decay_bound * sigmoid(abs(a) * (alpha + dt_bias))).
         v head h uses k head h // (n_v_heads / n_k_heads) if `grouped`, else h % n_k_heads.
         state float32 [n_slots, n_v_heads, k_dim, v_dim].
 
@@ -516,6 +522,7 @@ class Program:
         down: tuple[int, int, int, int],
         activation: int,
         limit: float,
+        up_limit: float,
         hidden_size: int,
         ffn_size: int,
         out: int,
@@ -525,8 +532,9 @@ class Program:
 
         `activation` is ACTIVATE_SILU, silu(g) * u, ACTIVATE_RELU, max(g, 0) * u (where both have one table, that is read
         once), ACTIVATE_CLAMPED_SWISH, g * sigmoid(1.702 g) * (u + 1) with g up to 7 and u within 7 of 0, or
-        ACTIVATE_CLAMPED_SILU, silu(g) * u with g up to the limit and u within it of 0, or ACTIVATE_GELU, gelu(g) * u. With
-        ACTIVATE_SILU and a limit above 0, silu(g) is at most that and u within it of 0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
+        ACTIVATE_CLAMPED_SILU, silu(g) * u with g up to the limit and u within it of 0, ACTIVATE_GELU, gelu(g) * u, or
+        ACTIVATE_SITU, with limits for both. With ACTIVATE_SILU and a limit above 0, silu(g) is at most that and u within it of
+        0. Each matrix is (table, ggml_type, scale or 0, bias or 0): the table, int64 [n_experts], holds the
         address of each expert's first row and is read in every run; scale is float32 [n_experts], bias [n_experts, rows]. gate and up have `ffn_size` rows of
         `hidden_size`, down the reverse. `x_gate` and `x_up` hold the same activations in the forms the two formats take.
         ids is int32 [max_tokens, n_experts_used]; out is float32 [max_tokens, n_experts_used, hidden_size], rows
@@ -590,6 +598,15 @@ class Program:
         n_cols: int,
     ) -> None:
         """Add a row to streams of n_cols that lie side by side: out[i] = x[i] + gates[i] * added."""
+
+    def mix_residuals(
+        self, residuals: Sequence[tuple[int, int]], scorer: int, out: int, out_stride: int, n_cols: int, eps: float
+    ) -> None:
+        """out = sum over i of weights[i] * residuals[i], one fma each in order, weights the softmax of their scores.
+
+        These are (scorer . residuals[i]) / sqrt(mean(residuals[i]^2) + eps), scorer float32 [n_cols]. A residual is an address
+        and a stride. In place on any of them allowed.
+        """
 
     def select_outputs(self, x: int, x_stride: int, out: int, out_stride: int, n_cols: int) -> None:
         """out[i] = x[output_rows[i]]: from here on only the wanted rows."""

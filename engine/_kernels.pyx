@@ -56,6 +56,7 @@ cdef extern from "kernels/ops.h":
         _GATE_PRODUCT "GATE_PRODUCT"
         _GATE_GELU "GATE_GELU"
         _GATE_CLAMPED_SWISH "GATE_CLAMPED_SWISH"
+        _GATE_SITU "GATE_SITU"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
@@ -66,6 +67,7 @@ cdef extern from "kernels/ops.h":
         _ACTIVATE_RELU "ACTIVATE_RELU"
         _ACTIVATE_CLAMPED_SILU "ACTIVATE_CLAMPED_SILU"
         _ACTIVATE_GELU "ACTIVATE_GELU"
+        _ACTIVATE_SITU "ACTIVATE_SITU"
         _KV_F32 "KV_F32"
         _KV_F16 "KV_F16"
         _KV_Q8_0 "KV_Q8_0"
@@ -74,6 +76,7 @@ cdef extern from "kernels/ops.h":
         MAX_CONV_KERNEL
         MAX_SCAN_STATE
         MAX_STREAMS
+        MAX_RESIDUALS
         MAX_LINEAR_WEIGHTS
         TOKENS_PER_CALL
 
@@ -101,7 +104,7 @@ cdef extern from "kernels/ops.h":
     ctypedef struct gate_args:
         matrix x, gate, out
         int kind, span
-        float limit
+        float limit, own_limit
     ctypedef struct scale_args:
         matrix x, out, by
         float factor
@@ -139,6 +142,12 @@ cdef extern from "kernels/ops.h":
     ctypedef struct add_to_streams_args:
         matrix x, added, gates, out
         int n_cols
+    ctypedef struct mix_residuals_args:
+        matrix *residuals
+        matrix out
+        const float *scorer
+        int n_residuals, n_cols
+        float eps
     ctypedef struct causal_conv_args:
         matrix x, out
         const float *weight
@@ -231,7 +240,7 @@ cdef extern from "kernels/ops.h":
         int64_t x_gate_row_bytes, x_up_row_bytes
         const int32_t *ids
         int n_experts, n_experts_used, hidden_size, ffn_size, activation
-        float limit
+        float limit, up_limit
         expert_matrix gate, up, down
         matrix out
 
@@ -285,6 +294,7 @@ cdef extern from "kernels/program.h" nogil:
     int program_combine(program *p, combine_args args)
     int program_stream_weights(program *p, stream_weights_args args)
     int program_add_to_streams(program *p, add_to_streams_args args, int n_streams)
+    int program_mix_residuals(program *p, mix_residuals_args args)
     int program_select_outputs(program *p, select_outputs_args args)
     step_error program_check(const program *p, const program_step *step, int *detail)
     void program_run(program *p, const program_step *step, int first, int last, double *seconds)
@@ -341,6 +351,7 @@ GATE_RELU = _GATE_RELU
 GATE_PRODUCT = _GATE_PRODUCT
 GATE_GELU = _GATE_GELU
 GATE_CLAMPED_SWISH = _GATE_CLAMPED_SWISH
+GATE_SITU = _GATE_SITU
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
@@ -351,6 +362,7 @@ ACTIVATE_CLAMPED_SWISH = _ACTIVATE_CLAMPED_SWISH
 ACTIVATE_RELU = _ACTIVATE_RELU
 ACTIVATE_CLAMPED_SILU = _ACTIVATE_CLAMPED_SILU
 ACTIVATE_GELU = _ACTIVATE_GELU
+ACTIVATE_SITU = _ACTIVATE_SITU
 KV_F32 = _KV_F32
 KV_F16 = _KV_F16
 KV_Q8_0 = _KV_Q8_0
@@ -828,10 +840,12 @@ cdef class Program:
         int n_gates,
         int kind,
         float limit,
+        float own_limit,
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 7)
+        need_one_of("kind", kind, 8)
+        need(limit > 0 or kind != GATE_SITU, f"limit is {limit}; expected a number above 0")
         need_at_least("n_gates", n_gates, 1)
         need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
@@ -839,6 +853,7 @@ cdef class Program:
         args.gate = need_matrix("gate", gate, gate_stride, n_gates)
         args.span = n_cols // n_gates
         args.limit = limit
+        args.own_limit = own_limit
         args.out = need_matrix("out", out, out_stride, n_cols)
         args.kind = kind
         recorded(program_gate(self._program, args, n_cols, rows))
@@ -1301,13 +1316,15 @@ cdef class Program:
         down,
         int activation,
         float limit,
+        float up_limit,
         int hidden_size,
         int ffn_size,
         uintptr_t out,
         int64_t out_stride,
     ):
         need_experts(n_experts, n_experts_used)
-        need_one_of("activation", activation, 5)
+        need_one_of("activation", activation, 6)
+        need(limit > 0 or activation != ACTIVATE_SITU, f"limit is {limit}; expected a number above 0")
         cdef experts_args args
         args.x_gate = <const uint8_t *> need_address("x_gate", x_gate)
         args.x_gate_row_bytes = x_gate_row_bytes
@@ -1320,6 +1337,7 @@ cdef class Program:
         args.ffn_size = ffn_size
         args.activation = activation
         args.limit = limit
+        args.up_limit = up_limit
         args.gate = self._expert_matrix("gate", gate, hidden_size, x_gate, x_gate_row_bytes)
         args.up = self._expert_matrix("up", up, hidden_size, x_up, x_up_row_bytes)
         args.down = self._expert_matrix("down", down, ffn_size, 0, 0)
@@ -1407,6 +1425,20 @@ cdef class Program:
         args.out = need_matrix("out", out, out_stride, n_streams * <int64_t> n_cols)
         args.n_cols = n_cols
         recorded(program_add_to_streams(self._program, args, n_streams))
+
+    def mix_residuals(self, residuals, uintptr_t scorer, uintptr_t out, int64_t out_stride, int n_cols, float eps):
+        cdef int n = len(residuals), i
+        need(0 < n <= MAX_RESIDUALS, f"{n} residuals; expected 1 to {MAX_RESIDUALS}")
+        need_at_least("n_cols", n_cols, 1)
+        cdef mix_residuals_args args
+        for i in range(n):
+            args.residuals[i] = need_matrix(f"residual {i}", residuals[i][0], residuals[i][1], n_cols)
+        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.scorer = <const float *> need_address("scorer", scorer)
+        args.n_residuals = n
+        args.n_cols = n_cols
+        args.eps = eps
+        recorded(program_mix_residuals(self._program, args))
 
     def select_outputs(self, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int n_cols):
         cdef select_outputs_args args

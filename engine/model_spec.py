@@ -295,6 +295,7 @@ class MoESpec:
         n_groups, n_groups_used: experts are chosen from the best groups only (DeepSeek-V3); 1 group: from all.
         weights_input: whether a weight multiplies the expert's input instead of its output (Llama 4).
         latent_size: width of what experts take and give, where it is not that of the residual stream; 0: it is.
+        latent_name: how names begin of the matrices into that space and out of it, and of a norm between.
         group_size: how many experts are in a group that shares one more (Grove); 0: there are no such groups.
         group_ffn_size: width of what groups share.
         group_scale: factor of what that adds.
@@ -302,6 +303,7 @@ class MoESpec:
         shared_sum_scale: factor of the sum of routed experts and the shared one.
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
             networks, 0 for nothing; no entry: nothing.
+        situ_limits: what SiTU brings gate and up to within, in all networks; the second may be 0: up stays as it is.
     """
 
     n_experts: int = 0
@@ -315,6 +317,7 @@ class MoESpec:
     n_groups_used: int = 1
     weights_input: bool = False
     latent_size: int = 0
+    latent_name: str = "ffn_latent"
     group_size: int = 0
     group_ffn_size: int = 0
     group_scale: float = 1.0
@@ -322,13 +325,14 @@ class MoESpec:
     shared_sum_scale: float = 1.0
     limits: tuple[float, ...] = ()
     shared_limits: tuple[float, ...] = ()
+    situ_limits: tuple[float, float] = (0.0, 0.0)
 
-    def layer_limits(self, layer: int) -> tuple[float, float]:
-        """Return the limits of a layer's routed and of its other networks."""
-        return (
-            self.limits[layer] if self.limits else 0.0,
-            self.shared_limits[layer] if self.shared_limits else 0.0,
-        )
+    def layer_limits(self, layer: int, *, routed: bool) -> tuple[float, float]:
+        """Return the limit of a layer's networks, routed or other, and that of up where it has one of its own."""
+        if any(self.situ_limits):
+            return self.situ_limits
+        limits = self.limits if routed else self.shared_limits
+        return limits[layer] if limits else 0.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +372,8 @@ class ModelSpec:
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
         hyper_connections: how residual streams are read and added to, if there are several.
+        residual_period: of how many layers the first keeps the residual stream, for sub-layers to mix with what it
+            becomes; 0: none does.
         stream_scale: factor of the residual stream itself, wherever something is added to it.
         logit_cap: what logits are smoothly brought to within, by tanh; 0: they are not.
     """
@@ -387,6 +393,7 @@ class ModelSpec:
     selective_scan: SelectiveScanSpec | None = None
     short_conv_kernel: int = 0
     hyper_connections: HyperConnectionSpec | None = None
+    residual_period: int = 0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0

@@ -71,6 +71,8 @@ PEERS = (
     "hy_v4",
     "hy_v4-full",
     "jamba",
+    "kimi-k3",
+    "kimi-k3-plain",
     "kimi-linear",
     "laguna",
     "lfm2",

@@ -77,8 +77,10 @@ class Peer:
         delta_layers: the blocks with a delta net whose channels decay apart.
         lightning_layers: the blocks with lightning attention.
         bounded_decays: whether these decays are bounded, and one matrix stands where others have two of low rank.
+        has_whole_gate: whether one does for their gate alone.
         output_norm: tensor of the last norm.
         expert_width: what experts take and give where that is not HIDDEN.
+        residual_scores: whether sub-layers take a mean of residuals.
         is_latent: whether attention is multi-head latent attention.
         indexer_layers: the blocks that choose the positions which this looks at.
         n_streams: residual streams with hyper-connections; 0: there is one without them.
@@ -129,8 +131,10 @@ class Peer:
     delta_layers: tuple[int, ...] = ()
     lightning_layers: tuple[int, ...] = ()
     bounded_decays: bool = False
+    has_whole_gate: bool = False
     output_norm: str = "output_norm"
     expert_width: int = 0
+    residual_scores: bool = False
     is_latent: bool = False
     indexer_layers: tuple[int, ...] = ()
     n_streams: int = 0
@@ -219,6 +223,16 @@ LING_3 = MOE | {
     "expert_gating_func": 2,
     "expert_weights_norm": True,
     "expert_weights_scale": 2.5,
+}
+KIMI_K3 = MOE | {
+    "kda.head_dim": KDA_DIM,
+    "ssm.conv_kernel": KDA_KERNEL,
+    "leading_dense_block_count": 1,
+    "expert_shared_count": 2,
+    "expert_gating_func": 2,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 2.5,
+    "activation.situ_beta": 1.2,
 }
 HUNYUAN_4 = (
     MOE
@@ -712,6 +726,50 @@ PEERS = {
         layer_heads=(2, 4, 2),
         attention_gate="head",
     ),
+    "kimi-k3": Peer(
+        "kimi-k3",
+        5,
+        KIMI_K3
+        | LATENT
+        | {
+            "attention.head_count_kv": [0, 1, 0, 0, 1],
+            "attention.value_length_mla": GATED_VALUE_DIM,
+            "attn_res.block_size": 2,
+            "leading_dense_block_count": 3,
+            "kda.gate_lower_bound": -5.0,
+            "expert_latent_length": 2 * HIDDEN,
+            "activation.situ_linear_beta": 1.5,
+        },
+        moe_layers=(3, 4),
+        shared_size=2 * FFN,
+        router_bias=0.2,
+        embedding_gain=3.0,
+        is_latent=True,
+        value_dim=GATED_VALUE_DIM,
+        attention_gate="value",
+        delta_layers=(0, 2, 3),
+        has_whole_gate=True,
+        expert_width=2 * HIDDEN,
+        residual_scores=True,
+    ),
+    "kimi-k3-plain": Peer(
+        "kimi-k3",
+        3,
+        KIMI_K3
+        | {key: size for key, size in LATENT.items() if key != "attention.q_lora_rank"}
+        | {
+            "attention.head_count_kv": [0, 1, 0],
+            "attn_res.block_size": 0,
+            "expert_shared_count": 1,
+            "activation.situ_linear_beta": 0.0,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        is_latent=True,
+        delta_layers=(0, 2),
+        has_whole_gate=True,
+    ),
     "kimi-linear": Peer(
         "kimi-linear",
         3,
@@ -1001,6 +1059,8 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         yield "rope_freqs.weight", divisors
     if peer.n_streams:
         yield from hyper_connections("output_hc", peer.n_streams, 1, draw)
+    if peer.residual_scores:
+        yield "output_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
     for layer in range(peer.n_layers + peer.n_mtp):
         for name, values in block(peer, layer, draw):
             yield f"blk.{layer}.{name}", values
@@ -1045,6 +1105,9 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     if peer.n_streams:
         for part in ("attn", "ffn"):
             yield from hyper_connections(f"hc_{part}", peer.n_streams, 2, draw)
+    if peer.residual_scores:
+        for part in ("attn", "ffn"):
+            yield f"{part}_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
     if layer in peer.block_layers:
         yield from block_indexer(draw)
     if peer.parallel_networks:
@@ -1053,15 +1116,19 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     if layer not in peer.moe_layers:
         yield from feed_forward("", peer.dense_width, draw)
         return
-    yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=3.0)
+    yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=6.0 if peer.expert_width else 3.0)
     if peer.router_bias:
         yield peer.bias_name, draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
     if peer.fused_experts:
         yield "ffn_gate_up_exps.weight", draw.matrix(N_EXPERTS, 2 * FFN, HIDDEN)
     else:
         for part in ("gate", "up"):
-            yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, HIDDEN)
-    yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, HIDDEN, FFN)
+            yield f"ffn_{part}_exps.weight", draw.matrix(N_EXPERTS, FFN, peer.expert_width or HIDDEN)
+    yield "ffn_down_exps.weight", draw.matrix(N_EXPERTS, peer.expert_width or HIDDEN, FFN)
+    if peer.expert_width:
+        yield "ffn_routed_down.weight", draw.matrix(peer.expert_width, HIDDEN)
+        yield "ffn_routed_norm.weight", draw.norm(peer.expert_width)
+        yield "ffn_routed_up.weight", draw.matrix(HIDDEN, peer.expert_width, gain=0.3)
     if peer.group_width:
         for part in ("gate", "up"):
             yield f"ffn_{part}_chexps.weight", draw.matrix(N_EXPERTS // 2, peer.group_width, HIDDEN)
@@ -1256,11 +1323,14 @@ def kimi_delta_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarr
     for part in "fg":
         if peer.bounded_decays:
             yield f"ssm_{part}_a.weight", draw.matrix(size, HIDDEN)
+        elif part == "g" and peer.has_whole_gate:
+            yield "ssm_g.weight", draw.matrix(size, HIDDEN)
         else:
             yield f"ssm_{part}_a.weight", draw.matrix(KDA_DIM, HIDDEN)
             yield f"ssm_{part}_b.weight", draw.matrix(size, KDA_DIM)
     yield "ssm_dt.bias", draw.between(-4, 1, size)
-    yield "ssm_a", draw.between(0.5, 3, N_HEADS, 1) if peer.bounded_decays else draw.between(-2, -0.1, N_HEADS, 1)
+    shape = (N_HEADS,) if peer.has_whole_gate else (N_HEADS, 1)
+    yield "ssm_a", draw.between(0.5, 3, *shape) if peer.bounded_decays else draw.between(-2, -0.1, *shape)
     yield "ssm_norm.weight", draw.norm(KDA_DIM)
     yield "attn_output.weight", draw.matrix(HIDDEN, size, gain=0.5)
 

@@ -106,9 +106,13 @@ class ReferenceProgram:
         self[op.x] = self[op.x] * factor[:, None]
 
     def gate(self, op: ops.Gate) -> None:
-        x, factor = self[op.x], _GATINGS[op.gating](self[op.gate]).repeat(op.x.width // op.gate.width, 1)
+        x = self[op.x]
+        if op.gating == Gating.SITU:
+            self[op.out] = _situ(self[op.gate], x, op.limit, op.own_limit)
+            return
         if op.gating == Gating.CLAMPED_SWISH:
             x = np.clip(x, -7, 7) + 1
+        factor = _GATINGS[op.gating](self[op.gate]).repeat(op.x.width // op.gate.width, 1)
         self[op.out] = np.minimum(factor, op.limit) * np.clip(x, -op.limit, op.limit) if op.limit else x * factor
 
     def split_heads(self, op: ops.SplitHeads) -> None:
@@ -213,7 +217,9 @@ class ReferenceProgram:
         else:
             x, a = self[op.alpha] + self.vector(op.dt_bias), self.vector(op.a)[:, None]
             dt, by_head = np.logaddexp(0, x), (n, n_v, -1)  # one decay for each, or one for each of its channels
-            exponent = op.decay_bound * _sigmoid(a * x.reshape(by_head)) if op.decay_bound else a * dt.reshape(by_head)
+            exponent = a * dt.reshape(by_head)
+            if op.decay_bound:
+                exponent = op.decay_bound * _sigmoid(abs(a) * x.reshape(by_head))
             decay = np.exp(exponent)[:, :, None]
         recalls = op.beta is not None
         if op.beta is not None:
@@ -300,6 +306,11 @@ class ReferenceProgram:
         added = self[op.gates][:, :, None] * self[op.added][:, None]
         self[op.out] = self[op.x] + added.reshape(len(added), -1)
 
+    def mix_residuals(self, op: ops.MixResiduals) -> None:
+        x = np.stack([self[residual] for residual in op.residuals], 1)  # [tokens, residuals, columns]
+        scores = x @ self.vector(op.scorer) / np.sqrt((x**2).mean(-1) + op.eps)
+        self[op.out] = np.einsum("tr,trc->tc", _softmax(scores), x)
+
     def select_outputs(self, op: ops.SelectOutputs) -> None:
         self[op.out] = self[op.x]
 
@@ -316,6 +327,11 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
+def _situ(gate: np.ndarray, up: np.ndarray, limit: float, up_limit: float) -> np.ndarray:
+    up = up_limit * np.tanh(up / up_limit) if up_limit else up
+    return limit * np.tanh(gate / limit) * _sigmoid(gate) * up
+
+
 def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     if op.activation == Activation.SILU and op.limit:
         return np.minimum(_silu(gate), op.limit) * np.clip(up, -op.limit, op.limit)
@@ -327,6 +343,8 @@ def _activate(op: ops.Experts, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return np.maximum(gate, 0) * up
     if op.activation == Activation.GELU:
         return _gelu(gate) * up
+    if op.activation == Activation.SITU:
+        return _situ(gate, up, op.limit, op.up_limit)
     gate = np.minimum(gate, 7)
     return gate * _sigmoid(1.702 * gate) * (np.clip(up, -7, 7) + 1)
 
@@ -373,5 +391,6 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.Combine: ReferenceProgram.combine,
     ops.ReduceStreams: ReferenceProgram.reduce_streams,
     ops.AddToStreams: ReferenceProgram.add_to_streams,
+    ops.MixResiduals: ReferenceProgram.mix_residuals,
     ops.SelectOutputs: ReferenceProgram.select_outputs,
 }

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import UnionType
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.cuda import CUDADevice
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.program import CUDAProgram
-from engine.devices.graph import AddToStreams, Gating, Graph, KVType, ScaleByPosition, Weight
+from engine.devices.graph import Add, AddToStreams, Gating, Graph, KVType, MixResiduals, ScaleByPosition, Weight
 from engine.devices.placement import Wish
 from engine.devices.program import DRAW, NO_DRAW, Limits, Step
 from engine.devices.timing import Bandwidths
@@ -154,16 +155,19 @@ def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> Non
         model.close()
 
 
-def test_streams_that_are_added_to_by_a_launch_of_its_own_have_the_same_bits(data: Path) -> None:
+@pytest.mark.parametrize(("name", "kinds"), [("hy_v4", AddToStreams), ("kimi-k3", Add | MixResiduals)])
+def test_residuals_that_are_added_to_by_a_launch_of_its_own_have_the_same_bits(
+    name: str, kinds: type | UnionType, data: Path
+) -> None:
     """Something stands between, which changes nothing."""
-    model = Model(data / "peers" / "hy_v4-F32.gguf")
+    model = Model(data / "peers" / f"{name}-F32.gguf")
     graph, found = model.model.graph, []
     for is_split in (False, True):
         if is_split:
             graph.operations = [
                 item
                 for op in graph.operations
-                for item in ((op, ScaleByPosition(op.out, 0, 1, 0.0)) if isinstance(op, AddToStreams) else (op,))
+                for item in ((op, ScaleByPosition(op.out, 0, 1, 0.0)) if isinstance(op, kinds) else (op,))
             ]
         with model.open(hot_k=3) as opened:
             found.append(opened.logits())

@@ -70,7 +70,9 @@ def test_norms_with_biases_are_one_launch_with_the_sum_before_them(data) -> None
     assert all(norm.bias for norm in norms)
 
 
-@pytest.mark.parametrize(("name", "n"), [("cohere2moe", 3), ("granite_swa", 3), ("minimax-m3", 2)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("cohere2moe", 3), ("granite_swa", 3), ("kimi-k3-plain", 2), ("minimax-m3", 2)]
+)
 def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str, n: int) -> None:
     """Its gate and up are matrices of their own, or rows of one."""
     items = groups(data / "peers" / f"{name}-F32.gguf")
@@ -97,6 +99,16 @@ def test_streams_are_added_to_where_they_are_reduced_and_normalised(data) -> Non
     assert not any(isinstance(item, ops.AddToStreams | ops.ReduceStreams) for item in items)
 
 
+def test_residuals_are_mixed_where_the_last_is_added_up_and_the_mean_normalised(data) -> None:
+    """Where the stream begins anew nothing is added; between the last mean and its norm, some rows are chosen."""
+    items = groups(data / "peers" / "kimi-k3-F32.gguf")
+    mixed = [item for item in items if isinstance(item, fusion.ResidualsAndNorm)]
+    assert [len(item.mix.residuals) for item in mixed] == [1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4]
+    assert [i for i, item in enumerate(mixed) if item.add is None] == [0, 1, 5, 9]
+    assert [item.norm is not None for item in mixed] == [True] * 10 + [False]
+    assert not any(isinstance(item, ops.MixResiduals) for item in items)
+
+
 def assert_delta_net_layers_are_one(path: Path) -> None:
     kinds = [type(item) for item in groups(path)]
     assert fusion.DeltaNetLayer in kinds
@@ -108,6 +120,6 @@ def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
     assert_delta_net_layers_are_one(golden_path(f"{name}.gguf"))
 
 
-@pytest.mark.parametrize("name", ["bailingmoe3", "kimi-linear"])
+@pytest.mark.parametrize("name", ["bailingmoe3", "kimi-k3", "kimi-linear"])
 def test_so_is_one_whose_channels_decay_apart(name: str, data: Path) -> None:
     assert_delta_net_layers_are_one(data / "peers" / f"{name}-F32.gguf")

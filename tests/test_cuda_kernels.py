@@ -10,7 +10,16 @@ from cuda_launcher import SCHEDULES, Emulator, aligned, same_bits
 
 from engine import _kernels
 from engine.devices import graph
-from engine.devices.cuda import attention, elementwise, hyper_connections, kernels, recurrent, selection, tiles
+from engine.devices.cuda import (
+    attention,
+    elementwise,
+    hyper_connections,
+    kernels,
+    recurrent,
+    residuals,
+    selection,
+    tiles,
+)
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
@@ -162,23 +171,33 @@ def check_linear(
         assert same_bits(second, expected[:, sizes[0] :] * scale + bias)
 
 
-EXPERTS = {  # formats, hidden_size, ffn_size, activation, limit
-    "mixed": (("Q4_K", "Q4_K", "Q6_K"), 512, 256, graph.Activation.SILU, 0.7),
-    "blocks of 32": (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH, 0.0),
-    "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, 0.0),
-    "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.CLAMPED_SILU, 0.3),
-    "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.RELU, 0.0),
-    "gelu": (("Q6_K", "Q6_K", "Q5_1"), 256, 96, graph.Activation.GELU, 0.0),
+EXPERTS = {  # formats, hidden_size, ffn_size, activation, limits
+    "mixed": (("Q4_K", "Q4_K", "Q6_K"), 512, 256, graph.Activation.SILU, (0.7, 0.0)),
+    "blocks of 32": (("Q8_0", "Q8_0", "Q4_0"), 96, 64, graph.Activation.CLAMPED_SWISH, (0.0, 0.0)),
+    "both": (("MXFP4", "Q4_K", "Q5_0"), 256, 96, graph.Activation.CLAMPED_SWISH, (0.0, 0.0)),
+    "looked up": (("Q5_K", "IQ2_XS", "IQ4_XS"), 256, 256, graph.Activation.CLAMPED_SILU, (0.3, 0.0)),
+    "float": (("F32", "F16", "F32"), 40, 24, graph.Activation.RELU, (0.0, 0.0)),
+    "gelu": (("Q6_K", "Q6_K", "Q5_1"), 256, 96, graph.Activation.GELU, (0.0, 0.0)),
+    "situ": (("Q6_K", "Q6_K", "Q5_1"), 256, 96, graph.Activation.SITU, (4.0, 25.0)),
+    "situ of the gate": (("F32", "F16", "F32"), 40, 24, graph.Activation.SITU, (0.7, 0.0)),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("mixed", "fast"), ("blocks of 32", "fast"), ("float", "fast"), ("gelu", "fast"), ("both", "race")],
+    [
+        ("mixed", "fast"),
+        ("blocks of 32", "fast"),
+        ("float", "fast"),
+        ("gelu", "fast"),
+        ("both", "race"),
+        ("situ", "fast"),
+        ("situ of the gate", "asan"),
+    ],
 )
 def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     """Through slots in another order, with one expert that has none and one id that is not asked for."""
-    formats, hidden_size, ffn_size, activation, limit = EXPERTS[name]
+    formats, hidden_size, ffn_size, activation, limits = EXPERTS[name]
     n_experts, n_used, n_tokens = 6, 3, 2
     rng, emulator = np.random.default_rng(2), Emulator(mode)
     gate, up, down = (BY_NAME[f] for f in formats)
@@ -187,7 +206,7 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     slots = np.array([4, 1, 0, -1, 2, 5], np.int32)
     scale = rng.random(n_experts).astype(F32)
     stacks, biases = random_experts(rng, (gate, up, down), n_experts, hidden_size, ffn_size)
-    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale, biases, activation, limit)
+    expected = cpu_experts(x, ids, stacks, (gate, up, down), scale, biases, activation, *limits)
 
     in_slots = [aligned(np.zeros_like(stack)) for stack in stacks]
     for stack, placed in zip(stacks, in_slots, strict=True):
@@ -215,7 +234,7 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
                 emulator.at(h),
                 (0, 0),
                 activation,
-                limit,
+                *limits,
                 count,
             ),
             order,
@@ -237,7 +256,7 @@ def test_experts_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
 @pytest.mark.parametrize(("name", "mode"), [("mixed", "fast"), ("blocks of 32", "asan"), ("float", "race")])
 def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
     """Of each token, with matrices of its own and a place of its own for its result, also where nobody has a slot."""
-    formats, hidden_size, ffn_size, _, limit = EXPERTS[name]
+    formats, hidden_size, ffn_size, _, limits = EXPERTS[name]
     formats, activation = tuple(BY_NAME[f] for f in formats), graph.Activation.SILU
     n_experts, n_used, n_tokens, own = 4, 2, 2, 3
     rng, emulator = np.random.default_rng(12), Emulator(mode)
@@ -246,7 +265,7 @@ def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
     stacks, biases = random_experts(rng, formats, n_experts, hidden_size, ffn_size)
     biases = [np.zeros_like(bias) for bias in biases]
     all_ids = np.hstack([ids, np.full((n_tokens, 1), own, np.int32)])
-    expected = cpu_experts(x, all_ids, stacks, formats, np.ones(n_experts, F32), biases, activation, limit)
+    expected = cpu_experts(x, all_ids, stacks, formats, np.ones(n_experts, F32), biases, activation, *limits)
     matrices = [ExpertMatrix(emulator.at(s), s.strides[0], f) for s, f in zip(stacks, formats, strict=True)]
     shared = [ExpertMatrix(m.address + own * m.slot_bytes, 0, m.format) for m in matrices]
     x_gate, x_up = (emulator.byte_rows(activations(x, f.activation)) for f in formats[:2])
@@ -254,7 +273,7 @@ def test_a_shared_expert_is_one_more_choice(name: str, mode: str) -> None:
         h = np.full((n_tokens * (n_used + 1), ffn_size), np.nan, F32)
         out, shared_out = np.full((n_tokens, n_used * hidden_size), 7, F32), np.zeros((n_tokens, hidden_size), F32)
         count, common = emulator.count(n_tokens), (emulator.at(ids), emulator.at(slots), n_used)
-        first = (*matrices[:2], x_gate, x_up, hidden_size, ffn_size, emulator.at(h), (0, 0), activation, limit, count)
+        first = (*matrices[:2], x_gate, x_up, hidden_size, ffn_size, emulator.at(h), (0, 0), activation, *limits, count)
         emulator.run(kernels.expert_gate_up(*common, *first, (shared[0], shared[1])), order, seed)
         second = (matrices[2], emulator.at(h), hidden_size, ffn_size, emulator.rows(out), 0, count)
         emulator.run(kernels.expert_down(*common, *second, (shared[2], emulator.rows(shared_out))), order, seed)
@@ -285,6 +304,7 @@ def cpu_experts(
     biases: list[np.ndarray],
     activation: graph.Activation,
     limit: float,
+    up_limit: float,
 ) -> np.ndarray:
     """What the CPU's operation makes of the same experts, float32 [n_tokens, n_used, hidden_size]."""
     n_tokens, hidden_size = x.shape
@@ -308,6 +328,7 @@ def cpu_experts(
         *entries,
         activation,
         limit,
+        up_limit,
         hidden_size,
         ffn_size,
         out.ctypes.data,
@@ -502,7 +523,10 @@ FUNCTIONS = {
 }
 
 
-def gated(gating: Gating, x: np.ndarray, gate: np.ndarray, limit: float = 0.0) -> np.ndarray:
+def gated(gating: Gating, x: np.ndarray, gate: np.ndarray, limit: float = 0.0, own_limit: float = 0.0) -> np.ndarray:
+    if gating == Gating.SITU:
+        x = own_limit * np.tanh(x / own_limit) if own_limit else x
+        return limit * np.tanh(gate / limit) * sigmoid(gate) * x
     factor = FUNCTIONS[gating](gate)
     if gating == Gating.CLAMPED_SWISH:
         return factor * (x.clip(-7, 7) + 1)
@@ -518,20 +542,23 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
     rng, emulator, n_rows, n_cols = np.random.default_rng(3), Emulator(mode), 3, 1280
     x = rng.standard_normal((n_rows, n_cols)).astype(F32)
     by = rng.standard_normal((n_rows, n_cols // gated_together)).astype(F32)
+    own_limit = 0.0
     if gating == Gating.CLAMPED_SWISH:  # beyond its own limit
         x, by, limit = x * 8, by * 8, 0.0
+    elif gating == Gating.SITU:
+        limit, own_limit = limit or 1.5, limit and 0.8
     weight = rng.standard_normal(max(1, head_size)).astype(F32)
     expected = x.astype(np.float64)
     if head_size:
         heads = expected.reshape(n_rows, -1, head_size)
         expected = (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * weight).reshape(n_rows, -1)
-    expected = gated(gating, expected, by.astype(np.float64).repeat(gated_together, 1), limit)
+    expected = gated(gating, expected, by.astype(np.float64).repeat(gated_together, 1), limit, own_limit)
     for order, seed in SCHEDULES:
         out = np.zeros_like(x)
         forms, made = make_forms(emulator, n_rows, n_cols, Activation.Q8_256, Activation.Q8_32)
         per_head = gated_together > 1
         places = (gated_together, 1) if per_head else (n_cols, n_cols)
-        gate = GateOf(gating, emulator.rows(by), *places, per_head, limit)
+        gate = GateOf(gating, emulator.rows(by), *places, per_head, limit, own_limit)
         count, weights = emulator.count(n_rows), emulator.at(weight)
         rows = emulator.rows(x), gate, emulator.rows(out)
         launch = kernels.gate(*rows, n_cols, count, forms, head_size, weights, 1e-6)
@@ -764,6 +791,59 @@ def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool,
             assert new_gates == pytest.approx(expected[1], rel=1e-5)
         assert not n_done.any()
         bits.add((sums.tobytes(), weights.tobytes(), new_gates.tobytes()))
+    assert len(bits) == 1
+
+
+@pytest.mark.parametrize(
+    ("n_residuals", "n_cols", "adds", "normalizes", "has_weight", "mode"),
+    [
+        (9, 1280, True, True, True, "fast"),
+        (3, 9216, True, True, True, "race"),  # more than one round
+        (16, 520, False, True, False, "asan"),
+        (1, 256, False, True, True, "race"),
+        (2, 1032, True, False, False, "asan"),
+    ],
+)
+def test_mix_residuals(
+    n_residuals: int, n_cols: int, adds: bool, normalizes: bool, has_weight: bool, mode: str
+) -> None:
+    rng, emulator, n_rows = np.random.default_rng(6), Emulator(mode), 3
+    given = [aligned(rng.standard_normal((n_rows, n_cols)).astype(F32) * (i + 1)) for i in range(n_residuals)]
+    a, b = (aligned(rng.standard_normal((n_rows, n_cols)).astype(F32)) for _ in range(2))
+    scorer, weight = (aligned(rng.standard_normal(n_cols).astype(F32) * 0.05) for _ in range(2))
+    x = np.stack(given).astype(np.float64)
+    if adds:
+        x[-1] = a + b
+    scores = x @ scorer.astype(np.float64) / np.sqrt((x**2).mean(-1) + 0.1)
+    weights = np.exp(scores - scores.max(0))
+    expected = np.einsum("ir,irc->rc", weights / weights.sum(0), x)
+    expected_norm = expected / np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-3) * (weight if has_weight else 1)
+
+    n_done, scored, bits = np.zeros(n_rows, np.int32), np.zeros((n_rows, n_residuals), F32), set()
+    wanted = [Activation.Q8_32] * (n_cols % 32 == 0) + [Activation.Q8_256] * (n_cols % 256 == 0)
+    for order, seed in SCHEDULES:
+        rows = [array.copy() for array in given]
+        rows[-1][:] = np.nan if adds else rows[-1]
+        rows, mix, out = [aligned(array) for array in rows], *(aligned(np.full_like(a, np.nan)) for _ in range(2))
+        forms, made = make_forms(emulator, n_rows, n_cols, *wanted)
+        norm = residuals.Norm(emulator.at(weight) if has_weight else 0, 1e-3, emulator.rows(out), forms)
+        launch = residuals.mix_residuals(
+            [emulator.rows(array) for array in rows],
+            [emulator.rows(array) for array in (a, b)] if adds else [],
+            residuals.Scoring(emulator.at(scorer), 0.1, emulator.at(scored), emulator.at(n_done)),
+            emulator.rows(mix),
+            norm if normalizes else None,
+            n_cols,
+            emulator.count(n_rows),
+        )
+        emulator.run(launch, order, seed)
+        assert same_bits(rows[-1], a + b if adds else given[-1])
+        assert mix == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        if normalizes:
+            assert out == pytest.approx(expected_norm, rel=1e-5, abs=1e-5)
+            check_forms(out, made)
+        assert not n_done.any()
+        bits.add((mix.tobytes(), out.tobytes()))
     assert len(bits) == 1
 
 
@@ -1348,7 +1428,9 @@ def test_recurrent_layers(
     old_state = rng.standard_normal((2, n_v_heads, v_dim, k_dim)).astype(F32)
     beta, alpha = (rng.standard_normal((n_tokens, n_v_heads * n)).astype(F32) for n in (1, decay_dim))
     a, dt_bias = (rng.standard_normal(n_v_heads * n).astype(F32) for n in (1, decay_dim))
-    a = np.exp(a) if bound else np.exp(-np.exp(a)) if is_lightning else -np.exp(a)
+    signs = np.where(np.arange(n_v_heads) % 2, 1, -1)  # they say nothing where there is a bound
+    a = signs * np.exp(a) if bound else np.exp(-np.exp(a)) if is_lightning else -np.exp(a)
+    a = a.astype(F32)
 
     expected_conv, new_conv = np.zeros_like(x), old_conv.copy()
     for slot, first, end in ((1, 0, lengths[0]), (0, lengths[0], n_tokens)):
@@ -1366,7 +1448,7 @@ def test_recurrent_layers(
     key_head = np.arange(n_v_heads) // (n_v_heads // n_k_heads) if grouped else np.arange(n_v_heads) % n_k_heads
     shifted = (alpha + dt_bias).reshape(n_tokens, n_v_heads, decay_dim)
     dt = np.logaddexp(0, shifted)
-    decay = np.exp(bound * sigmoid(a[:, None] * shifted) if bound else a[:, None] * dt)
+    decay = np.exp(bound * sigmoid(abs(a[:, None]) * shifted) if bound else a[:, None] * dt)
     if is_lightning:
         dt, decay, skip = np.ones_like(dt), np.broadcast_to(a[:, None], dt.shape), 0 * skip
     new_state = old_state.astype(np.float64)

@@ -97,6 +97,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "grovemoe",
         "hy_v4",
         "jamba",
+        "kimi-k3",
         "kimi-linear",
         "laguna",
         "lfm2moe",

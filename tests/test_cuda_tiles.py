@@ -71,11 +71,18 @@ def test_choices_are_sorted_and_cut_into_tiles(mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("mixed", "fast"), ("blocks of 32", "fast"), ("gelu", "fast"), ("both", "race"), ("looked up", "asan")],
+    [
+        ("mixed", "fast"),
+        ("blocks of 32", "fast"),
+        ("gelu", "fast"),
+        ("both", "race"),
+        ("looked up", "asan"),
+        ("situ", "fast"),
+    ],
 )
 def test_experts_by_tiles_have_the_bits_of_the_cpu(name: str, mode: str) -> None:
     """Experts in slots, and others in a staging buffer, two at a time; one is elsewhere and left alone."""
-    formats, hidden_size, ffn_size, activation, limit = EXPERTS[name]
+    formats, hidden_size, ffn_size, activation, limits = EXPERTS[name]
     n_experts, n_used, n_tokens = 6, 3, 70 if mode == "fast" else 12
     rng, emulator = np.random.default_rng(2), Emulator(mode)
     own_formats = tuple(BY_NAME[f] for f in formats)
@@ -87,7 +94,7 @@ def test_experts_by_tiles_have_the_bits_of_the_cpu(name: str, mode: str) -> None
     places = np.array([-2, 1, 0, -1, -3, -4], np.int32)
     scale = rng.random(n_experts).astype(F32)
     stacks, biases = random_experts(rng, own_formats, n_experts, hidden_size, ffn_size)
-    expected = cpu_experts(x, ids, stacks, own_formats, scale, biases, activation, limit)
+    expected = cpu_experts(x, ids, stacks, own_formats, scale, biases, activation, *limits)
     grids = [grid_of(f) for f in own_formats]
     grid_at = [0 if grid is None else emulator.at(grid) for grid in grids]
     x_gate, x_up = (activations(x, f.activation) for f in (gate, up))
@@ -120,7 +127,7 @@ def test_experts_by_tiles_have_the_bits_of_the_cpu(name: str, mode: str) -> None
                     emulator.at(h),
                     (grid_at[0], grid_at[1]),
                     activation,
-                    limit,
+                    *limits,
                     4,
                 )
             )

@@ -94,6 +94,28 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("jamba", "ssm.state_size", 257, "ssm.state_size is 257; this version computes at most 256"),
         ("jamba", "ssm.inner_size", 63, r"ssm_in.weight has the shape \[128, 32\]; .* must be \[126, 32\]"),
         ("jamba", "ssm.conv_kernel", 1, "ssm.conv_kernel is 1; expected an integer from 2"),
+        ("kimi-k3", "attn_res.block_size", 0, r"has no use for .*res_score\.weight"),
+        ("kimi-k3", "activation.situ_beta", 0.0, "situ_beta is 0.0; expected a number from 0.001 to 1000000$"),
+        ("kimi-k3", "activation.situ_beta", float("inf"), "situ_beta is inf; expected a finite number"),
+        (
+            "kimi-k3",
+            "activation.situ_linear_beta",
+            1e7,
+            "linear_beta is 10000000.0; expected .* 1000000, or 0 for none",
+        ),
+        ("kimi-k3", "kda.gate_lower_bound", 0.5, "kda.gate_lower_bound is 0.5; expected a number below 0"),
+        (
+            "kimi-k3",
+            "expert_latent_length",
+            32,
+            r"ffn_routed_down.weight has the shape \[64, 32\]; .* must be \[32, 32\]",
+        ),
+        (
+            "kimi-k3",
+            "expert_latent_length",
+            0,
+            r"ffn_gate_exps.weight has the shape \[8, 32, 64\]; .* be \[8, 32, 32\]",
+        ),
         ("kimi-linear", "kda.head_dim", 257, "kda.head_dim is 257; this version computes at most 256"),
         ("kimi-linear", "kda.head_dim", 8, r"attn_q.weight has the shape \[64, 32\]; .* must be \[32, 32\]"),
         (
@@ -216,6 +238,19 @@ def test_keys_that_cannot_be_followed_are_named(
     parts.values[f"{name}.{key}"] = value
     with pytest.raises((GGUFError, UnsupportedModelError), match=message):
         load(parts, tmp_path)
+
+
+def test_experts_in_a_space_of_their_own_have_no_gate_of_a_shared_one(peer, tmp_path: Path) -> None:
+    parts = with_tensor(peer("kimi-k3"), "blk.3.ffn_gate_inp_shexp.weight", 1, 32)
+    with pytest.raises(UnsupportedModelError, match=r"has no use for blk\.3\.ffn_gate_inp_shexp\.weight"):
+        load(parts, tmp_path)
+
+
+def test_residuals_that_are_too_many_are_counted(peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.models.kimi_k3.MOST_RESIDUALS", 3)
+    message = "block_size is 2, so that 4 rows are mixed in the last of 5 layers; this version mixes at most 3"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load(peer("kimi-k3"), tmp_path)
 
 
 def test_layers_that_choose_what_attention_looks_at(peer, tmp_path: Path) -> None:

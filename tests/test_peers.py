@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,16 @@ from model_runner import ModelRunner
 from reference_device import ReferenceProgram
 
 from engine import _kernels
-from engine.devices.graph import Attention, KVType, ReduceStreams
+from engine.devices.graph import (
+    Attention,
+    DeltaNet,
+    Experts,
+    Gate,
+    KVType,
+    MixResiduals,
+    Operation,
+    ReduceStreams,
+)
 
 N_REFERENCE_TOKENS = 20
 INDEXED = ("deepseek32", "dots3note", "glm-dsa", "hy_v4")  # attention looks at what an indexer chooses
@@ -102,6 +111,31 @@ def test_other_logits_would_come_of_one_residual_stream(name: str, otherwise: di
         logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
         differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
     assert (differences > 0.01).all(), differences.min()
+
+
+@pytest.mark.parametrize(
+    ("kind", "otherwise"),
+    [
+        (MixResiduals, lambda op: {"residuals": op.residuals[-1:]}),  # the residual stream alone
+        (MixResiduals, lambda op: {"residuals": op.residuals[1:] or op.residuals}),  # without the embeddings
+        (MixResiduals, lambda op: {"eps": 100.0}),  # nearly equal scores
+        (DeltaNet, lambda _: {"decay_bound": 0.0}),
+        (DeltaNet, lambda op: {"decay_bound": op.decay_bound / 2}),
+        (Experts, lambda op: {"limit": 100 * op.limit}),
+        (Experts, lambda _: {"up_limit": 0.0}),
+        (Gate, lambda op: {"limit": 100 * op.limit}),
+        (Gate, lambda _: {"own_limit": 0.0}),
+    ],
+)
+def test_other_logits_would_come_of_another_kimi(
+    kind: type[Operation], otherwise: Callable[[Operation], dict[str, object]], data: Path
+) -> None:
+    with open_golden(data / "peers" / "kimi-k3-F32.npz") as peer:
+        graph = peer.runner.model.graph
+        graph.operations = [replace(op, **otherwise(op)) if isinstance(op, kind) else op for op in graph.operations]
+        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
+        differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
+    assert (differences > 0.01).mean() > 0.9, differences
 
 
 @pytest.mark.parametrize("kv_type", KVType)

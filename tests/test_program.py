@@ -113,7 +113,7 @@ FINE = {
     "quantize": (A, 256, 256, 1, B, 0),
     "linear": (A, 32, 8, [(B, 0, 4, C, 4, 0, 0)], 0),
     "add": (A, 8, B, 8, C, 8, 8, 0),
-    "gate": (A, 8, B, 4, C, 8, 8, 4, 0, 0.0, 0),
+    "gate": (A, 8, B, 4, C, 8, 8, 4, 0, 0.0, 0.0, 0),
     "split_heads": (A, 12, B, 8, C, 4, 2, 4, 2),
     "join_heads": (A, 8, B, 4, C, 12, 2, 4, 2),
     "scale": (A, 8, 0, 0, B, 8, 8, 2.0, 0),
@@ -129,10 +129,11 @@ FINE = {
     "selective_scan": (A, 8, A, 8, B, 16, B, 16, 0, C, C, C, 8, 8, 16),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
     "group_router": (A, 16, B, C, C, 16, 4, 2),
-    "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 8, 8, C, 16),
+    "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
     "stream_weights": (A, 8, C, C, B, C, 4, 4, 0.1, 2.0),
     "add_to_streams": (A, 32, B, 8, C, 4, A, 32, 4, 8),
+    "mix_residuals": ([(A, 8), (B, 8)], C, C, 8, 8, 1e-6),
     "select_outputs": (A, 8, B, 8, 8),
 }
 BAD = [
@@ -163,7 +164,8 @@ BAD = [
     ("add", 4, 0, "the address of out"),
     ("add", 6, 0, "the width of a is 0"),
     ("gate", 7, 3, "3 gates cannot share 8 columns"),
-    ("gate", 8, 7, "kind is 7"),
+    ("gate", 8, 8, "kind is 8"),
+    ("gate", 8, 7, "limit is 0.0; expected a number above 0"),
     ("split_heads", 6, 0, "n_heads is 0"),
     ("split_heads", 7, 0, "first_dim is 0"),
     ("split_heads", 1, 11, "the stride of the joined rows is 11"),
@@ -226,8 +228,9 @@ BAD = [
     ("experts", 6, 5, "5 experts of 4 are used"),
     ("experts", 7, (0, 0, 0, 0), "the address of the gate table is 0"),
     ("experts", 9, (C, 12, 0, 0), "not whole blocks of 256"),
-    ("experts", 10, 5, "activation is 5"),
-    ("experts", 15, 15, "the stride of out is 15"),
+    ("experts", 10, 6, "activation is 6"),
+    ("experts", 10, 5, "limit is 0.0; expected a number above 0"),
+    ("experts", 16, 15, "the stride of out is 15"),
     ("combine", 3, 0, "n_experts_used is 0"),
     ("combine", 6, A, "a shared gate needs a shared expert"),
     ("combine", 1, 15, "the stride of expert_out is 15"),
@@ -241,6 +244,12 @@ BAD = [
     ("add_to_streams", 5, 3, "the stride of gates is 3"),
     ("add_to_streams", 8, 0, "n_streams is 0; expected 1 to 8"),
     ("add_to_streams", 9, 0, "n_cols is 0"),
+    ("mix_residuals", 0, [], "0 residuals; expected 1 to 16"),
+    ("mix_residuals", 0, [(A, 8)] * 17, "17 residuals; expected 1 to 16"),
+    ("mix_residuals", 0, [(A, 8), (B, 7)], "the stride of residual 1 is 7"),
+    ("mix_residuals", 1, 0, "the address of scorer is 0"),
+    ("mix_residuals", 3, 7, "the stride of out is 7"),
+    ("mix_residuals", 4, 0, "n_cols is 0"),
     ("select_outputs", 4, 0, "the width of x is 0"),
 ]
 
@@ -338,7 +347,7 @@ class Memory:
         elif name == "add a part":
             program.add(at[a][0] + 64, WIDTH, *at[b], at[c][0] + 128, WIDTH, 16, rows)
         elif name == "gate":
-            program.gate(*at[a], *at[b], *at[c], WIDTH, WIDTH, k.GATE_SILU, 0.0, rows)
+            program.gate(*at[a], *at[b], *at[c], WIDTH, WIDTH, k.GATE_SILU, 0.0, 0.0, rows)
         elif name == "scale" and b != c:
             program.scale(*at[a], *at[b], *at[c], WIDTH, 0.5, rows)
         elif name == "norm of rows":

@@ -145,7 +145,7 @@ class ExpertLayers:
         program = _kernels.Program(1, 1, n_threads)
         at = int(self.x.ctypes.data), self.x.strides[0]
         ids, out = int(self.ids.ctypes.data), int(self.answer.ctypes.data)
-        form = _kernels.ACTIVATE_SILU, 0.0, hidden_size, ffn_size, out, len(self.answer)
+        form = _kernels.ACTIVATE_SILU, 0.0, 0.0, hidden_size, ffn_size, out, len(self.answer)
         program.experts(*at, *at, ids, self.N_EXPERTS, self.N_USED, *matrices, *form)
         return program
 

@@ -136,6 +136,7 @@ class _Step:
                 down,
                 _kernels.ACTIVATE_SILU,
                 0.0,
+                0.0,
                 HIDDEN_SIZE,
                 FFN_SIZE,
                 int(out.ctypes.data),

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from engine.quants.formats import QuantFormat
 
+MOST_RESIDUALS = 16  # that one row is made of
+
 
 class Rows(enum.IntEnum):
     """What the rows of a tensor stand for (values shared with the kernels)."""
@@ -36,6 +38,7 @@ class Gating(enum.IntEnum):
     PRODUCT = 4  # by the gate itself
     GELU = 5  # its tanh form
     CLAMPED_SWISH = 6  # as the activation of that name joins gate and up, which is x
+    SITU = 7  # likewise
 
 
 class RopeStyle(enum.IntEnum):
@@ -61,6 +64,7 @@ class Activation(enum.IntEnum):
     RELU = 2  # max(gate, 0) * up; where one projection is both, its square above 0, and it is read once
     CLAMPED_SILU = 3  # silu(min(gate, limit)) * up, with up clamped to [-limit, limit]
     GELU = 4  # gelu(gate) * up, with the tanh form of GELU
+    SITU = 5  # cap(gate, limit) * sigmoid(gate) * cap(up, up_limit), with cap(x, l) = l * tanh(x / l), or x if l is 0
 
 
 class KVType(enum.IntEnum):
@@ -315,7 +319,8 @@ class Gate(Operation):
     """out = x * f(gate), with the function that `gating` names.
 
     The gate is as wide as x, or has one value for each of so many equal parts of it (heads). With a `limit` above 0, f
-    is at most that, and x is clamped to within it on both sides. The clamped swish has its own limit.
+    is at most that, and x is clamped to within it on both sides. The clamped swish has its own limit; SiTU has one for
+    the gate and `own_limit` for x.
     """
 
     x: Tensor
@@ -323,6 +328,7 @@ class Gate(Operation):
     out: Tensor
     gating: Gating
     limit: float
+    own_limit: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -472,7 +478,7 @@ class DeltaNet(Operation):
 
     alpha and `dt_bias` have one value for each value head, or one for each channel of the key that it is paired with
     (formulas in `models/kimi_linear.py`); `a` has one for each head. With a `decay_bound` below 0, no decay is stronger
-    than its exponential (`models/bailingmoe3.py`); 0: there is none.
+    than its exponential, and the sign of `a` says nothing (`models/bailingmoe3.py`); 0: there is none.
 
     Without beta it is a state-space model instead, with `skip` [n_v_heads]; formulas in `models/state_space.py`.
 
@@ -559,7 +565,8 @@ class Experts(Operation):
     """out[t, rank] = down(act(gate x, up x)) of the expert with that rank, not yet weighted.
 
     Biases have one row for each expert and are added to the projection they belong to. With a `limit` above 0,
-    silu(gate x) (or gate x, as the activation says) is at most that, and up x is clamped to within it on both sides.
+    silu(gate x) (or gate x, as the activation says) is at most that, and up x is clamped to within it on both sides,
+    where the activation has no `up_limit` for that.
     """
 
     x: Tensor
@@ -572,6 +579,7 @@ class Experts(Operation):
     down_bias: Vector | None
     activation: Activation
     limit: float
+    up_limit: float
     out: Tensor
 
     @property
@@ -640,6 +648,20 @@ class AddToStreams(Operation):
     added: Tensor
     gates: Tensor
     out: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MixResiduals(Operation):
+    """Attention residuals, before a sub-layer: make one row of the residual stream, and of what it was before.
+
+    out = sum over residuals i, in order, of weights[i] * residuals[i], the weights the softmax over i of
+    (scorer . residuals[i]) / sqrt(mean(residuals[i]^2) + eps)
+    """
+
+    residuals: tuple[Tensor, ...]
+    scorer: Vector
+    out: Tensor
+    eps: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -746,12 +768,13 @@ class Graph:
         self.operations.append(Add(a, b, out))
         return out
 
-    def gate(self, x: Tensor, gate: Tensor, gating: Gating, limit: float = 0.0) -> Tensor:
+    def gate(self, x: Tensor, gate: Tensor, gating: Gating, limit: float = 0.0, own_limit: float = 0.0) -> Tensor:
         """Multiply by a function of a gate, which has as many values as x, or one for each of so many parts of x."""
         assert x.width % gate.width == 0
         assert limit == 0.0 or gating != Gating.CLAMPED_SWISH
+        assert limit > 0.0 if gating == Gating.SITU else own_limit == 0.0
         out = self._new(x.width, x.rows)
-        self.operations.append(Gate(x, gate, out, gating, limit))
+        self.operations.append(Gate(x, gate, out, gating, limit, own_limit))
         return out
 
     def split_heads(self, x: Tensor, n_heads: int, first_dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -943,12 +966,14 @@ class Graph:
         biases: tuple[Vector | None, Vector | None, Vector | None] = (None, None, None),
         activation: Activation = Activation.SILU,
         limit: float = 0.0,
+        up_limit: float = 0.0,
     ) -> Tensor:
         """Compute the chosen experts; the result has one stretch of columns for each rank. Biases: gate, up, down."""
-        assert limit > 0.0 or activation != Activation.CLAMPED_SILU
-        assert limit == 0.0 or activation in {Activation.SILU, Activation.CLAMPED_SILU}
+        assert limit > 0.0 or activation not in {Activation.CLAMPED_SILU, Activation.SITU}
+        assert limit == 0.0 or activation in {Activation.SILU, Activation.CLAMPED_SILU, Activation.SITU}
+        assert up_limit == 0.0 or activation == Activation.SITU
         out = self._new(routing.ids.width * down.n_rows)
-        self.operations.append(Experts(x, routing, gate, up, down, *biases, activation, limit, out))
+        self.operations.append(Experts(x, routing, gate, up, down, *biases, activation, limit, up_limit, out))
         return out
 
     def combine(
@@ -997,6 +1022,14 @@ class Graph:
         assert x.width == added.width * gates.width
         out = self._new(x.width)
         self.operations.append(AddToStreams(x, added, gates, out))
+        return out
+
+    def mix_residuals(self, residuals: Sequence[Tensor], scorer: Vector, eps: float) -> Tensor:
+        """Make one row of several, each of which scores by its product with a vector; at most `MOST_RESIDUALS`."""
+        assert 1 <= len(residuals) <= MOST_RESIDUALS
+        assert all(x.width == scorer.size and x.rows == Rows.TOKENS for x in residuals)
+        out = self._new(scorer.size)
+        self.operations.append(MixResiduals(tuple(residuals), scorer, out, eps))
         return out
 
     def select_outputs(self, x: Tensor) -> Tensor:

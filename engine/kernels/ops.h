@@ -13,10 +13,10 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT, GATE_GELU, GATE_CLAMPED_SWISH };
+enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT, GATE_GELU, GATE_CLAMPED_SWISH, GATE_SITU };
 enum { ROPE_NEOX, ROPE_NORM };
 enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
-enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU, ACTIVATE_CLAMPED_SILU, ACTIVATE_GELU };
+enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU, ACTIVATE_CLAMPED_SILU, ACTIVATE_GELU, ACTIVATE_SITU };
 enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
 
 enum {
@@ -24,7 +24,8 @@ enum {
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
     MAX_SCAN_STATE = 256,
-    MAX_STREAMS = 8, // of hyper-connections
+    MAX_STREAMS = 8,    // of hyper-connections
+    MAX_RESIDUALS = 16, // that are mixed, a multiple of 16
     MAX_LINEAR_WEIGHTS = 8,
     TOKENS_PER_CALL = 128,      // activation rows that one call of a matmul_fn gets at most
     ROWS_PER_TASK = 128,        // weight rows of one task at most,
@@ -92,8 +93,8 @@ typedef struct {
 
 typedef struct {
     matrix x, gate, out;
-    int kind, span; // span: columns of x that share a value of the gate
-    float limit;    // 0: none
+    int kind, span;         // span: columns of x that share a value of the gate
+    float limit, own_limit; // 0: none; own_limit: of x, where it has one of its own
 } gate_args;
 
 typedef struct {
@@ -162,6 +163,13 @@ typedef struct {
     matrix x, added, gates, out;
     int n_cols; // of a stream
 } add_to_streams_args;
+
+typedef struct {
+    matrix residuals[MAX_RESIDUALS], out;
+    const float *scorer; // [n_cols]
+    int n_residuals, n_cols;
+    float eps;
+} mix_residuals_args;
 
 typedef struct {
     matrix x, out;
@@ -286,7 +294,7 @@ typedef struct {
     int64_t x_gate_row_bytes, x_up_row_bytes;
     const int32_t *ids; // [max_tokens, n_experts_used]; -1: computed elsewhere
     int n_experts, n_experts_used, hidden_size, ffn_size, activation;
-    float limit; // 0: none
+    float limit, up_limit; // 0: none; up_limit: where up has one of its own
     expert_matrix gate, up, down;
     float *hidden;             // [pairs, ffn_size]
     uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32
@@ -318,6 +326,7 @@ typedef union {
     combine_args combine;
     stream_weights_args stream_weights;
     add_to_streams_args add_to_streams;
+    mix_residuals_args mix_residuals;
     causal_conv_args causal_conv;
     delta_net_args delta_net;
     selective_scan_args selective_scan;
@@ -357,8 +366,8 @@ typedef struct {
 
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
-        rope_table, rope, select_outputs, combine, stream_weights, add_to_streams, causal_conv, delta_net,
-        selective_scan, router, group_router, kv_store;
+        rope_table, rope, select_outputs, combine, stream_weights, add_to_streams, mix_residuals, causal_conv,
+        delta_net, selective_scan, router, group_router, kv_store;
     task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

@@ -10,6 +10,7 @@
 #include "ops/hyper_connections.h"
 #include "ops/kv_cache.h"
 #include "ops/linear.h"
+#include "ops/residuals.h"
 #include "ops/rope.h"
 #include "ops/router.h"
 #include "ops/select_blocks.h"
@@ -71,6 +72,7 @@ static const ops_table level_ops = {
     .combine = op_combine,
     .stream_weights = op_stream_weights,
     .add_to_streams = op_add_to_streams,
+    .mix_residuals = op_mix_residuals,
     .causal_conv = op_causal_conv,
     .delta_net = op_delta_net,
     .selective_scan = op_selective_scan,

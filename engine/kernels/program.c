@@ -8,7 +8,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { MAX_ACCESSES = 12, TASKS_PER_THREAD = 4, MIN_TASK_COLUMNS = 512 };
+enum { MAX_ACCESSES = MAX_RESIDUALS + 1, TASKS_PER_THREAD = 4, MIN_TASK_COLUMNS = 512 };
 
 // Memory that an operation touches: n_rows rows, n_bytes of each. In a tile operation that cuts columns, column c is
 // the bytes from c * column_bytes on; 0 if every tile may touch all of it.
@@ -744,6 +744,18 @@ int program_add_to_streams(program *p, add_to_streams_args args, int n_streams) 
     touch(p, &op, READS, args.x);
     touch_whole(p, &op, READS, args.added, args.n_cols);
     touch_whole(p, &op, READS, args.gates, n_streams);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_mix_residuals(program *p, mix_residuals_args args) {
+    operation op = {.name = "mix_residuals",
+                    .args.mix_residuals = args,
+                    .run_tile = p->kernels->ops->mix_residuals,
+                    .width = args.n_cols,
+                    .unit = args.n_cols};
+    for (int i = 0; i < args.n_residuals; i++)
+        touch(p, &op, READS, args.residuals[i]);
     touch(p, &op, WRITES, args.out);
     return record(p, op);
 }

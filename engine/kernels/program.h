@@ -45,6 +45,7 @@ int program_experts(program *p, experts_args args, int down_activation);
 int program_combine(program *p, combine_args args);
 int program_stream_weights(program *p, stream_weights_args args);
 int program_add_to_streams(program *p, add_to_streams_args args, int n_streams);
+int program_mix_residuals(program *p, mix_residuals_args args);
 int program_select_outputs(program *p, select_outputs_args args);
 
 typedef struct {

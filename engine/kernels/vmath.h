@@ -5,20 +5,33 @@
 #include "simd.h"
 
 // e^x for x clamped to [-87, 88]; a few units in the last place. Cephes' expf: n = round(x / ln 2), a polynomial on
-// the rest, times 2^n. The two constants of the second step are ln 2 in two parts, so that n * ln 2 is nearly exact.
-static inline v16 v16_exp(v16 x) {
+// the rest, times 2^n. This is e^r - 1 of the rest r. The two constants of the second step are ln 2 in two parts, so
+// that n * ln 2 is nearly exact.
+static inline v16 v16_exp_of_rest(v16 x, v16 *n) {
     x = v16_min(v16_max(x, v16_set(-87.0f)), v16_set(88.0f));
-    const v16 n = v16_round(v16_mul(x, v16_set(0x1.715476p+0f)));
-    v16 r = v16_fma(n, v16_set(-0.693359375f), x);
-    r = v16_fma(n, v16_set(2.12194440e-4f), r);
+    *n = v16_round(v16_mul(x, v16_set(0x1.715476p+0f)));
+    v16 r = v16_fma(*n, v16_set(-0.693359375f), x);
+    r = v16_fma(*n, v16_set(2.12194440e-4f), r);
     v16 p = v16_set(1.9875691500e-4f);
     p = v16_fma(p, r, v16_set(1.3981999507e-3f));
     p = v16_fma(p, r, v16_set(8.3334519073e-3f));
     p = v16_fma(p, r, v16_set(4.1665795894e-2f));
     p = v16_fma(p, r, v16_set(1.6666665459e-1f));
     p = v16_fma(p, r, v16_set(5.0000001201e-1f));
-    const v16 y = v16_add(v16_fma(p, v16_mul(r, r), r), v16_set(1.0f));
+    return v16_fma(p, v16_mul(r, r), r);
+}
+
+static inline v16 v16_exp(v16 x) {
+    v16 n;
+    const v16 y = v16_add(v16_exp_of_rest(x, &n), v16_set(1.0f));
     return v16_scale_by_power(y, n);
+}
+
+// e^x - 1, to a few units in the last place of that, however near 0.
+static inline v16 v16_expm1(v16 x) {
+    v16 n;
+    const v16 y = v16_exp_of_rest(x, &n), power = v16_scale_by_power(v16_set(1.0f), n);
+    return v16_fma(power, y, v16_sub(power, v16_set(1.0f)));
 }
 
 static inline v16 v16_neg(v16 x) { return v16_sub(v16_set(-0.0f), x); }
@@ -37,9 +50,10 @@ static inline v16 v16_gelu(v16 x) {
     return v16_div(x, v16_add(v16_set(1.0f), v16_exp(v16_neg(u))));
 }
 
-// cap * tanh(x / cap), as 2 * cap * sigmoid(2 * x / cap) - cap.
+// cap * tanh(x / cap), as cap * m / (m + 2) with m = e^(2 x / cap) - 1.
 static inline v16 v16_soft_cap(v16 x, float cap) {
-    return v16_fma(v16_set(2.0f * cap), v16_sigmoid(v16_mul(v16_set(2.0f / cap), x)), v16_set(-cap));
+    const v16 m = v16_expm1(v16_mul(v16_set(2.0f / cap), x));
+    return v16_mul(v16_set(cap), v16_div(m, v16_add(m, v16_set(2.0f))));
 }
 
 // ln(1 + e^x) = max(x, 0) + ln(1 + z) with z = e^-|x|, and ln(1 + z) = 2 artanh(s) with s = z / (z + 2), at most a
@@ -57,6 +71,13 @@ static inline v16 v16_relu(v16 x) { return v16_max(x, v16_set(0.0f)); }
 
 // x, but no farther from 0 than `limit`.
 static inline v16 v16_within(v16 x, float limit) { return v16_max(v16_min(x, v16_set(limit)), v16_set(-limit)); }
+
+// SiTU: limit * tanh(gate / limit) * sigmoid(gate) * up, with up brought to within its own limit in the same way if
+// that is above 0.
+static inline v16 v16_situ(v16 gate, v16 up, float limit, float up_limit) {
+    const v16 factor = v16_mul(v16_soft_cap(gate, limit), v16_sigmoid(gate));
+    return v16_mul(factor, up_limit > 0.0f ? v16_soft_cap(up, up_limit) : up);
+}
 
 // The clamped swish of gpt-oss: g * sigmoid(1.702 g) * (u + 1), with the gate g up to 7 and u within 7 of 0.
 static inline v16 v16_clamped_swish(v16 gate, v16 up) {

@@ -1,8 +1,8 @@
 """Ling 3 (flash: 124B-A5.1B, tiny: 7.9B-A1.3B): Kimi delta attention with bounded decays, gated latent attention.
 
 Layers, networks and keys are those of Kimi Linear. What differs: a channel's decay is
-exp(bound sigmoid(a (alpha + dt_bias))), with a = exp(A_log) in the file; alpha and the gate come from one matrix each;
-latent attention is rotated, and its heads are gated; some networks have limits.
+exp(bound sigmoid(|a| (alpha + dt_bias))), with a = exp(A_log) in the file; alpha and the gate come from one matrix
+each; latent attention is rotated, and its heads are gated; some networks have limits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.models import kimi_linear
 from engine.models.binding import Keys, Tensors
 from engine.models.deepseek2 import read_latent_attention
 
-_SAFE_GATE, _BOUND, _SECTIONS = "kda.safe_gate", "kda.gate_lower_bound", "rope.dimension_sections"
+_SAFE_GATE, _SECTIONS = "kda.safe_gate", "rope.dimension_sections"
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -38,10 +38,7 @@ def _read_bound(keys: Keys) -> float:
         raise UnsupportedModelError(
             f"{keys.file_name}: {keys.architecture}.{_SAFE_GATE} is false; this version knows bounded decays only"
         )
-    bound = keys.number(_BOUND)
-    if bound >= 0:
-        raise keys.wrong(_BOUND, bound, "a number below 0")
-    return bound
+    return kimi_linear.read_decay_bound(keys)
 
 
 def _read_rope(keys: Keys, rope_dim: int) -> RopeSpec:

@@ -43,6 +43,7 @@ _NETWORK_GATINGS = {  # of dense networks; others: SiLU
     Activation.RELU: Gating.RELU,
     Activation.GELU: Gating.GELU,
     Activation.CLAMPED_SWISH: Gating.CLAMPED_SWISH,
+    Activation.SITU: Gating.SITU,
 }
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
@@ -333,7 +334,7 @@ def dense_network(
     weights = [block.matrix(f"ffn_{part}.weight", ffn_size, spec.hidden_size) for part in parts]
     biases = [block.optional_vector(f"ffn_{part}.bias", ffn_size) for part in parts]
     projections = graph.linears(x, weights, biases)
-    gated = gate_projections(graph, projections, activation, spec.moe.layer_limits(layer)[1])
+    gated = gate_projections(graph, projections, activation, spec.moe.layer_limits(layer, routed=False))
     down = block.matrix("ffn_down.weight", spec.hidden_size, ffn_size)
     return graph.linear(gated, down, block.optional_vector("ffn_down.bias", spec.hidden_size))
 
@@ -344,9 +345,11 @@ def projection_names(block: Tensors, suffix: str, activation: Activation) -> tup
     return ("up",) if is_one else ("gate", "up")
 
 
-def gate_projections(graph: Graph, projections: Sequence[Tensor], activation: Activation, limit: float) -> Tensor:
+def gate_projections(
+    graph: Graph, projections: Sequence[Tensor], activation: Activation, limits: tuple[float, float]
+) -> Tensor:
     """Join the projections of a network outside the routed experts: gate and up, or one that is both."""
-    return graph.gate(projections[-1], projections[0], _NETWORK_GATINGS.get(activation, Gating.SILU), limit)
+    return graph.gate(projections[-1], projections[0], _NETWORK_GATINGS.get(activation, Gating.SILU), *limits)
 
 
 def mixture_of_experts(
@@ -375,7 +378,7 @@ def mixture_of_experts(
     if logits is None:
         inputs["router"] = block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size)
     if moe.shared_ffn_size:
-        if block.has("ffn_gate_inp_shexp.weight"):
+        if block.has("ffn_gate_inp_shexp.weight") and not moe.latent_size:
             inputs["shared_gate"] = block.matrix("ffn_gate_inp_shexp.weight", 1, hidden_size)
         shared_inputs = shared_projections(block, spec, activation)
         inputs |= shared_inputs
@@ -389,16 +392,17 @@ def mixture_of_experts(
     shared = None
     if moe.shared_ffn_size:
         down = block.matrix(f"ffn_down{moe.shared_suffix}.weight", hidden_size, moe.shared_ffn_size)
-        _, limit = moe.layer_limits(layer)
-        gated = gate_projections(graph, [projected[part] for part in shared_inputs], activation, limit)
+        limits = moe.layer_limits(layer, routed=False)
+        gated = gate_projections(graph, [projected[part] for part in shared_inputs], activation, limits)
         shared = graph.linear(gated, down)
     residual = recorded(residual)
     sum_scale = 1.0 if shared is None else moe.shared_sum_scale
     if moe.latent_size:
-        assert "shared_gate" not in inputs
         assert sum_scale == 1.0
-        out = graph.combine(expert_out, routing, None)
-        out = graph.linear(out, block.matrix("ffn_latent_up.weight", hidden_size, moe.latent_size))
+        out, norm = graph.combine(expert_out, routing, None), f"{moe.latent_name}_norm.weight"
+        if block.has(norm):
+            out = graph.rms_norm(out, block.vector(norm, moe.latent_size), spec.norm_eps)
+        out = graph.linear(out, block.matrix(f"{moe.latent_name}_up.weight", hidden_size, moe.latent_size))
         out = out if shared is None else graph.add(out, shared)
         return out if residual is None else graph.add(residual, out)
     return graph.combine(
@@ -456,9 +460,9 @@ def routed_experts(
         x = graph.scale(x, 1.0, routing.weights)
     if moe.latent_size:
         width = moe.latent_size
-        x = graph.linear(x, block.matrix("ffn_latent_down.weight", width, spec.hidden_size))
-    limit, _ = moe.layer_limits(layer)
-    if activation == Activation.CLAMPED_SILU and not limit:
+        x = graph.linear(x, block.matrix(f"{moe.latent_name}_down.weight", width, spec.hidden_size))
+    limits = moe.layer_limits(layer, routed=True)
+    if activation == Activation.CLAMPED_SILU and not any(limits):
         activation = Activation.SILU
     projections, biases = expert_projections(block, spec, width, activation)
     return graph.experts(
@@ -468,7 +472,7 @@ def routed_experts(
         block.experts("ffn_down_exps.weight", moe.n_experts, width, moe.ffn_size),
         (*biases, block.optional_vector("ffn_down_exps.bias", moe.n_experts, width)),
         activation,
-        limit,
+        *limits,
     )
 
 

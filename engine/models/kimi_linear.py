@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.devices.graph import Gating, Graph, Tensor
+from engine.devices.graph import Gating, Graph, Tensor, Weight
 from engine.model_spec import DeltaNetSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
 from engine.models.blocks import decoder
 from engine.models.deepseek2 import latent_attention, read_latent_attention
+
+DECAY_BOUND = "kda.gate_lower_bound"
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -41,12 +43,21 @@ def read_delta_net(keys: Keys, n_heads: int, decay_bound: float = 0.0) -> DeltaN
     return DeltaNetSpec(n_heads, n_heads, head_dim, kernel_size, decay_bound=decay_bound)
 
 
+def read_decay_bound(keys: Keys) -> float:
+    """Return the logarithm of the strongest decay."""
+    bound = keys.number(DECAY_BOUND)
+    if bound >= 0:
+        raise keys.wrong(DECAY_BOUND, bound, "a number below 0")
+    return bound
+
+
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     """Record the forward pass."""
-    return decoder(spec, tensors, _mix)
+    return decoder(spec, tensors, mix)
 
 
-def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+def mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+    """Look back, by a recurrent state or by latent attention."""
     if spec.recurrent_layers[layer]:
         return _delta_attention(graph, x, block, spec)
     return latent_attention(graph, x, block, spec, layer)
@@ -58,7 +69,7 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
     S = diag(exp(a softplus(alpha + dt_bias))) S;  S += k (sigmoid(beta) (v - S^T k))^T;  out = S^T q
 
     q, k and v come from convolutions over time; alpha, as wide as k, and the gate of what is found come from matrices,
-    which may be of low rank: two then stand for one. The file holds a = -exp(A_log), one for each head.
+    which may be of low rank. The file holds a = -exp(A_log), one for each head.
     """
     net, hidden_size = spec.delta_net, spec.hidden_size
     assert net is not None
@@ -67,18 +78,15 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
         qkv_weights = [block.matrix("attn_qkv.weight", net.n_channels, hidden_size)]
     else:
         qkv_weights = [block.matrix(f"attn_{part}.weight", size, hidden_size) for part in "qkv"]
-    has_low_rank = block.has("ssm_f_b.weight")
-    rank = net.head_dim if has_low_rank else size
-    weights = (
-        *qkv_weights,
-        block.matrix("ssm_beta.weight", n_heads, hidden_size),
-        block.matrix("ssm_f_a.weight", rank, hidden_size),
-        block.matrix("ssm_g_a.weight", rank, hidden_size),
-    )
+    beta_weight = block.matrix("ssm_beta.weight", n_heads, hidden_size)
+    alpha_weight, *alpha_factor = _matrix_or_factors(block, "ssm_f", size, net.head_dim, hidden_size)
+    gate_weight, *gate_factor = _matrix_or_factors(block, "ssm_g", size, net.head_dim, hidden_size)
+    weights = (*qkv_weights, beta_weight, alpha_weight, gate_weight)
     qkv, beta, alpha, gate = graph.linears(x, weights, n_joined=len(qkv_weights))
-    if has_low_rank:
-        alpha = graph.linear(alpha, block.matrix("ssm_f_b.weight", size, rank))
-        gate = graph.linear(gate, block.matrix("ssm_g_b.weight", size, rank))
+    for weight in alpha_factor:
+        alpha = graph.linear(alpha, weight)
+    for weight in gate_factor:
+        gate = graph.linear(gate, weight)
     kernels = [block.vector(f"ssm_conv1d_{part}.weight", size, net.kernel_size) for part in "qkv"]
     qkv = graph.causal_conv(qkv, kernels, net.kernel_size)
     out = graph.delta_net(
@@ -98,3 +106,11 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
     out = graph.rms_norm(out, block.vector("ssm_norm.weight", net.head_dim), spec.norm_eps)
     out = graph.gate(out, gate, Gating.SIGMOID)
     return graph.linear(out, block.matrix("attn_output.weight", hidden_size, size))
+
+
+def _matrix_or_factors(block: Tensors, name: str, n_rows: int, rank: int, n_cols: int) -> list[Weight]:
+    """Return a matrix, or the two of low rank that stand for it, in the order that they are multiplied with."""
+    if block.has(f"{name}_b.weight"):
+        return [block.matrix(f"{name}_a.weight", rank, n_cols), block.matrix(f"{name}_b.weight", n_rows, rank)]
+    whole = f"{name}.weight" if block.has(f"{name}.weight") else f"{name}_a.weight"
+    return [block.matrix(whole, n_rows, n_cols)]

@@ -300,6 +300,7 @@ class Lowering:
                 op.gate.width,
                 op.gating,
                 op.limit,
+                op.own_limit,
                 op.x.rows,
             )
         )
@@ -535,6 +536,7 @@ class Lowering:
                 down,
                 op.activation,
                 op.limit,
+                op.up_limit,
                 op.x.width,
                 op.gate.n_rows,
                 *out.at,
@@ -586,6 +588,12 @@ class Lowering:
             lambda: self.program.add_to_streams(*x.at, *added.at, *gates.at, *out.at, op.gates.width, op.added.width)
         )
 
+    def _mix_residuals(self, op: ops.MixResiduals) -> None:
+        residuals, out, scorer = [self._use(x) for x in op.residuals], self._use(op.out), self._vector(op.scorer)
+        self._calls.append(
+            lambda: self.program.mix_residuals([x.at for x in residuals], scorer, *out.at, op.out.width, op.eps)
+        )
+
     def _select_outputs(self, op: ops.SelectOutputs) -> None:
         x, out = self._use(op.x), self._use(op.out)
         self._calls.append(lambda: self.program.select_outputs(*x.at, *out.at, op.x.width))
@@ -617,5 +625,6 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Combine: Lowering._combine,
     ops.ReduceStreams: Lowering._reduce_streams,
     ops.AddToStreams: Lowering._add_to_streams,
+    ops.MixResiduals: Lowering._mix_residuals,
     ops.SelectOutputs: Lowering._select_outputs,
 }

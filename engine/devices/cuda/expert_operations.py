@@ -158,6 +158,7 @@ class _Experts:
             (p.at(self.grids[0]), p.at(self.grids[1])),
             self.op.activation,
             self.op.limit,
+            self.op.up_limit,
             count,
             (own[0], own[1]) if own else None,
         )
@@ -208,6 +209,7 @@ class _Experts:
             (p.at(self.grids[0]), p.at(self.grids[1])),
             self.op.activation,
             self.op.limit,
+            self.op.up_limit,
             most,
         )
 

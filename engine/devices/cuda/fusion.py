@@ -140,7 +140,16 @@ class StreamsAndNorm:
     norm: ops.RMSNorm | None
 
 
-Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer | StreamsAndNorm
+@dataclass(frozen=True, slots=True)
+class ResidualsAndNorm:
+    """The row that is made of residuals; the sum that is the last of them, and its norm, if these are there."""
+
+    add: ops.Add | None
+    mix: ops.MixResiduals
+    norm: ops.RMSNorm | None
+
+
+Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer | StreamsAndNorm | ResidualsAndNorm
 Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
 
 
@@ -148,6 +157,7 @@ Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | 
 _ALIKE = {
     ops.Activation.SILU: ops.Gating.SILU,
     ops.Activation.CLAMPED_SWISH: ops.Gating.CLAMPED_SWISH,
+    ops.Activation.SITU: ops.Gating.SITU,
 }
 
 
@@ -166,6 +176,9 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
         elif isinstance(op, ops.ReduceStreams):
             streams = _streams(op, operations[max(i - 1, 0)], operations[i + 1])
             groups[i - (streams.add is not None)] = streams
+        elif isinstance(op, ops.MixResiduals):
+            residuals = _residuals(op, operations[max(i - 1, 0)], operations[i + 1])
+            groups[i - (residuals.add is not None)] = residuals
     operations = list(operations)
     for i, op in enumerate(operations):
         if isinstance(op, ops.Experts) and (shared := _shared_expert(operations[i : i + 3], operations[:i], n_users)):
@@ -181,7 +194,7 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
 def _n_operations(item: Fused) -> int:
     if isinstance(item, Attention | Selection):
         return len(item.operations)
-    if isinstance(item, StreamsAndNorm):
+    if isinstance(item, StreamsAndNorm | ResidualsAndNorm):
         return 1 + (item.add is not None) + (item.norm is not None)
     if isinstance(item, ops.Operation):
         return 1
@@ -278,6 +291,17 @@ def _streams(reduce: ops.ReduceStreams, before: ops.Operation, following: ops.Op
     )
 
 
+def _residuals(mix: ops.MixResiduals, before: ops.Operation, following: ops.Operation) -> ResidualsAndNorm:
+    """Return what belongs to the row that is made of residuals."""
+    add = before if isinstance(before, ops.Add) and isinstance(before.b, Tensor) else None
+    norm = following if isinstance(following, ops.RMSNorm) and _only_scales(following) else None
+    return ResidualsAndNorm(
+        add if add and add.out == mix.residuals[-1] else None,
+        mix,
+        norm if norm and is_of_row(norm, mix.out) else None,
+    )
+
+
 def _is_plain(conv: ops.CausalConv) -> bool:
     return conv.activates and not conv.bias
 
@@ -293,7 +317,8 @@ def _shared_expert(
     if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
         return None
     is_plain = _ALIKE.get(experts.activation) == gate.gating and down.biases == (None,)
-    is_plain = is_plain and experts.limit == gate.limit and gate.x.width == gate.gate.width
+    same_limits = (experts.limit, experts.up_limit) == (gate.limit, gate.own_limit)
+    is_plain = is_plain and same_limits and gate.x.width == gate.gate.width
     own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))
     for i, op in enumerate(before):
         if not (isinstance(op, ops.Linear) and op.x == experts.x and gate.gate in op.outs and gate.x in op.outs):

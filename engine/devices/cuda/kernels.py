@@ -38,7 +38,7 @@ from engine.quants.formats import Activation, QuantFormat
 N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
 MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
-_LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
+LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 _EXPERT_COLUMNS = 4  # of the experts' sum that a thread takes; `residual.cu`
 
 _STAGES = 2  # chunks of weights on the way or in use; `rows.cuh`, as all below
@@ -284,6 +284,7 @@ def expert_gate_up(
     grids: tuple[int, int],
     activation: graph.Activation,
     limit: float,
+    up_limit: float,
     count: Count,
     shared: tuple[ExpertMatrix, ExpertMatrix] | None = None,
 ) -> Launch:
@@ -303,6 +304,7 @@ def expert_gate_up(
             f"UP_FORMAT={up.format.name}",
             f"ACTIVATION={int(activation)}",
             f"LIMIT={limit}f",
+            f"UP_LIMIT={up_limit}f",
         ),
         (ceil_div(ffn_size, N_WARPS // 2 * per_warp), count.most * (n_used + (shared is not None)), 1),
         N_WARPS * WARP,
@@ -426,10 +428,11 @@ class Combined(NamedTuple):
     chosen_early: bool = False
 
 
-def _check_width(n_cols: int) -> None:
-    if n_cols % _LANE:
+def check_width(n_cols: int) -> None:
+    """Raise `DeviceError` for rows that a lane's columns do not divide."""
+    if n_cols % LANE:
         raise DeviceError(
-            f"this model has rows of {n_cols} values; on a GPU they must be a multiple of {_LANE}; "
+            f"this model has rows of {n_cols} values; on a GPU they must be a multiple of {LANE}; "
             'set [engine] device = "cpu"'
         )
 
@@ -456,12 +459,12 @@ def residual(
     shared, shared_gate = combined.shared or NOTHING, combined.shared_gate or NOTHING
     plain = added if isinstance(added, Rows) else NOTHING
     rows = (a, plain, total, out or NOTHING, combined.out, shared)
-    _check_width(n_cols)
+    check_width(n_cols)
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in rows)
     assert weight % 16 == 0
     assert bias % 16 == 0
     has_experts = isinstance(added, Combined)
-    n_warps = min(ceil_div(n_cols, (_EXPERT_COLUMNS if has_experts else _LANE) * WARP), 32)
+    n_warps = min(ceil_div(n_cols, (_EXPERT_COLUMNS if has_experts else LANE) * WARP), 32)
     return Launch(
         "residual.cu",
         "residual",
@@ -472,7 +475,7 @@ def residual(
             f"CENTER={int(centers)}",
             forms.definition,
             f"THREADS={n_warps * WARP}",
-            f"ROUNDS={ceil_div(n_cols, n_warps * WARP * _LANE)}",
+            f"ROUNDS={ceil_div(n_cols, n_warps * WARP * LANE)}",
         ),
         (1, count.most, 1),
         n_warps * WARP,
@@ -512,7 +515,7 @@ def can_gate_heads(head_size: int) -> bool:
 class GateOf(NamedTuple):
     """A gate: float32 rows that begin with the first head's, the values of a head, and from one head to the next.
 
-    With `per_head` there is one value for `width` columns. limit: see `graph.Gate`.
+    With `per_head` there is one value for `width` columns. limit, own_limit: see `graph.Gate`.
     """
 
     gating: Gating
@@ -521,6 +524,7 @@ class GateOf(NamedTuple):
     step: int
     per_head: bool = False
     limit: float = 0.0
+    own_limit: float = 0.0
 
 
 def gate(
@@ -536,7 +540,7 @@ def gate(
 ) -> Launch:
     """Multiply by a function of a gate; with a `head_size`, x is normalised head by head before that."""
     for width in (n_cols, by.width):
-        _check_width(width)
+        check_width(width)
     assert by.per_head or by.step % 4 == 0
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in ((x, out) if by.per_head else (x, by.x, out)))
     assert weight % 16 == 0
@@ -547,11 +551,12 @@ def gate(
         (
             f"GATING={int(by.gating)}",
             f"LIMIT={by.limit}f",
+            f"OWN_LIMIT={by.own_limit}f",
             f"PER_HEAD={int(by.per_head)}",
             f"HEAD_SIZE={head_size}",
             forms.definition,
         ),
-        (ceil_div(n_cols, 4 * WARP * _LANE), count.most, 1),
+        (ceil_div(n_cols, 4 * WARP * LANE), count.most, 1),
         4 * WARP,
         (
             *at(x),

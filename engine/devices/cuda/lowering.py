@@ -206,6 +206,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.JoinHeads: operations.join_heads,
     ops.AddToStreams: operations.add_to_streams,
     fusion.StreamsAndNorm: operations.reduce_streams,
+    fusion.ResidualsAndNorm: operations.mix_residuals,
     fusion.SumAndNorm: _sum_and_norm,
     fusion.NormAndGate: lambda recorder, two: operations.gate(recorder, two.gate, two.norm),
     ops.ScaleByPosition: sequence_operations.scale_by_position,

@@ -214,6 +214,7 @@ class MissServer:
             down,
             op.activation,
             op.limit,
+            op.up_limit,
             hidden_size,
             op.gate.n_rows,
             answers,

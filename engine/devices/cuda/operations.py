@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from engine.devices import graph as ops
-from engine.devices.cuda import elementwise, fusion, kernels
+from engine.devices.cuda import elementwise, fusion, kernels, residuals
 from engine.devices.cuda.hyper_connections import Added, Mixing, hyper_connections, n_partial
 from engine.devices.cuda.kernels import Combined, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
@@ -168,6 +168,26 @@ def reduce_streams(recorder: Recorder, item: fusion.StreamsAndNorm) -> None:
     residual(recorder, op.out, summands, item.norm)
 
 
+def mix_residuals(recorder: Recorder, item: fusion.ResidualsAndNorm) -> None:
+    """Record the row that is made of residuals, with the sum before it and the norm behind it if they are there."""
+    op, norm = item.mix, item.norm
+    rows, out, scorer = [recorder.use(x) for x in op.residuals], recorder.use(op.out), recorder.vector(op.scorer)
+    summands = [recorder.use(x) for x in (item.add.a, item.add.b) if isinstance(x, Tensor)] if item.add else []
+    normed, weight = (recorder.use(norm.out), recorder.vector(norm.weight)) if norm else (None, None)
+    finish = recorder.finish(norm.out) if norm else Finish(recorder.index)
+    scores = recorder.temporary(lambda n_tokens: 4 * n_tokens * len(rows))
+    n_done = recorder.counters_of_rows()
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        scoring = residuals.Scoring(p.at(scorer), op.eps, p.rows(scores).address, p.base + n_done)
+        how = residuals.Norm(p.at(weight), norm.eps, p.rows(normed), finish.at(p)) if norm and normed else None
+        added = [p.rows(x) for x in summands]
+        places = [p.rows(x) for x in rows]
+        yield residuals.mix_residuals(places, added, scoring, p.rows(out), how, op.out.width, p.count(op.out.rows))
+
+    recorder.record(launches)
+
+
 def linear(recorder: Recorder, op: ops.Linear, routed: RoutedOf | None = None) -> None:
     """Record products; `routed` gives the choice that is made with those of one format."""
     groups: dict[QuantFormat, list[int]] = {}
@@ -277,7 +297,7 @@ def gate_of(op: ops.Gate, rows: Rows, head_dim: int) -> GateOf:
     """Return the gate of an operation on heads of that size, whose values lie there."""
     per_head = op.gate.width < op.x.width
     assert not per_head or op.gate.width * head_dim == op.x.width
-    return GateOf(op.gating, rows, head_dim, 1 if per_head else head_dim, per_head, op.limit)
+    return GateOf(op.gating, rows, head_dim, 1 if per_head else head_dim, per_head, op.limit, op.own_limit)
 
 
 def gate(recorder: Recorder, op: ops.Gate, norm: ops.RMSNorm | None = None) -> None:

@@ -238,6 +238,7 @@ def expert_gate_up(
     grids: tuple[int, int],
     activation: graph.Activation,
     limit: float,
+    up_limit: float,
     most: int,
 ) -> Launch:
     """First half of the experts of one group: h float32 [tokens * n_used, ffn_size]; activation strides in bytes.
@@ -254,6 +255,7 @@ def expert_gate_up(
             f"UP_FORMAT={up.format.name}",
             f"ACTIVATION={int(activation)}",
             f"LIMIT={limit}f",
+            f"UP_LIMIT={up_limit}f",
         ),
         _expert_grid(sizes.ffn_size, most),
         _WARPS * WARP,

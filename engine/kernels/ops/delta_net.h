@@ -82,12 +82,17 @@ static inline void unit_vector(float *out, const float *x, int n, float eps, flo
         out[i] = x[i] * scale;
 }
 
+// What a head's decays grow with; where they are bounded its sign says nothing.
+static inline float rate_of(const delta_net_args *a, int head) {
+    return a->decay_bound < 0.0f ? fabsf(a->a[head]) : a->a[head];
+}
+
 // The decays of a head's channels for one token, in float32, for there are many; q and k are multiplied by them.
 static void decay_by_channel(const delta_net_args *a, int row, int head, delta_inputs *in, int t) {
     const int at = head * a->k_dim;
     const float *alpha = a->alpha.at + row * a->alpha.stride + at, *dt_bias = a->dt_bias + at;
     const float bound = a->decay_bound;
-    const v16 rate = v16_set(a->a[head]);
+    const v16 rate = v16_set(rate_of(a, head));
     for (int i = 0; i < a->k_dim; i += 16) {
         const int n = a->k_dim - i < 16 ? a->k_dim - i : 16;
         const v16 x = v16_add(v16_load_first(alpha + i, n), v16_load_first(dt_bias + i, n));
@@ -116,7 +121,7 @@ static void gather_delta_inputs(const delta_net_args *a, int first, int n, int h
             in->decay[t] = a->a[head];
         } else if (a->decay_dim == 1) {
             const double x = (double)(a->alpha.at[row * a->alpha.stride + head] + a->dt_bias[head]);
-            const double bound = (double)a->decay_bound, rate = (double)a->a[head];
+            const double bound = (double)a->decay_bound, rate = (double)rate_of(a, head);
             dt = softplus(x);
             in->decay[t] = (float)exp(bound < 0.0 ? bound / (1.0 + exp(-rate * x)) : rate * dt);
         }

@@ -151,6 +151,8 @@ static inline v16 activated(const experts_args *a, v16 gate, v16 up) {
         return v16_mul(v16_relu(gate), up);
     if (a->activation == ACTIVATE_GELU)
         return v16_mul(v16_gelu(gate), up);
+    if (a->activation == ACTIVATE_SITU)
+        return v16_situ(gate, up, a->limit, a->up_limit);
     return v16_clamped_swish(gate, up);
 }
 
