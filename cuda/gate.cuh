@@ -22,10 +22,12 @@ template <int KIND> DEVICE float gate_of(float g) {
     return KIND == 4 ? g : KIND == 3 ? fmaxf(g, 0.0f) : KIND == 2 ? softplus(g) : KIND == 1 ? silu(g) : sigmoid(g);
 }
 
-// x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; KIND 6: the clamped swish of both.
+// x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; KIND 6: the clamped swish of both; 7: SiLU of a clamped g.
 template <int KIND> DEVICE float gated(float x, float g, float limit = 0.0f) {
     if constexpr (KIND == 6)
         return clamped_swish(g, x);
+    if constexpr (KIND == 7)
+        return silu(g < limit ? g : limit) * within(x, limit);
     const float factor = gate_of<KIND>(g);
     return limit > 0.0f ? (factor < limit ? factor : limit) * within(x, limit) : x * factor;
 }

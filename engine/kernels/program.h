@@ -32,19 +32,20 @@ int program_clamp(program *p, clamp_args args, int n_cols, int rows);
 int program_scale_by_position(program *p, scale_by_position_args args, int n_cols);
 int program_split_heads(program *p, heads_args args, int n_heads);
 int program_join_heads(program *p, heads_args args, int n_heads);
-int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads);
-int program_attention(program *p, attention_args args, matrix k, matrix v);
+int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int period, int n_heads);
+int program_attention(program *p, attention_args args, matrix k, matrix v, matrix shared_k);
 int program_select_positions(program *p, select_positions_args args, matrix k);
 int program_select_blocks(program *p, select_blocks_args args, matrix k);
 int program_causal_conv(program *p, causal_conv_args args);
 int program_delta_net(program *p, delta_net_args args);
 int program_selective_scan(program *p, selective_scan_args args);
-int program_router(program *p, router_args args);
+int program_compress(program *p, compress_args args);
+int program_router(program *p, router_args args, int n_vocab);
 int program_group_router(program *p, group_router_args args);
 int program_experts(program *p, experts_args args, int down_activation);
 int program_combine(program *p, combine_args args);
 int program_stream_weights(program *p, stream_weights_args args);
-int program_add_to_streams(program *p, add_to_streams_args args, int n_streams);
+int program_add_to_streams(program *p, add_to_streams_args args);
 int program_select_outputs(program *p, select_outputs_args args);
 
 typedef struct {
