@@ -43,11 +43,13 @@ _NETWORK_GATINGS = {  # of dense networks; others: SiLU
     Activation.RELU: Gating.RELU,
     Activation.GELU: Gating.GELU,
     Activation.CLAMPED_SWISH: Gating.CLAMPED_SWISH,
+    Activation.CLAMPED_SILU: Gating.CLAMPED_SILU,
 }
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
     "softmax_of_chosen": Scoring.SOFTMAX_OF_CHOSEN,
+    "sqrt_softplus": Scoring.SQRT_SOFTPLUS,
 }
 
 
@@ -239,12 +241,22 @@ def rotate_heads(
     return rotate(graph, q, n_heads, rope, block), rotate(graph, k, n_kv_heads, rope, block)
 
 
-def rotate(graph: Graph, x: Tensor, n_heads: int, rope: RopeSpec, block: Tensors) -> Tensor:
-    """Rotate the heads of x in place by their position."""
+def rotate(
+    graph: Graph,
+    x: Tensor,
+    n_heads: int,
+    rope: RopeSpec,
+    block: Tensors,
+    *,
+    period: int = 1,
+    backwards: bool = False,
+) -> Tensor:
+    """Rotate the heads of x in place by their position, rounded down to a multiple of `period`."""
     frequencies, magnitude = rope_frequencies(rope)
     divisors = rope_divisors(block, rope) if rope.divides else []
     style, short_context = _ROPE_STYLES[rope.style], rope.original_context_length
-    return graph.rope(x, n_heads, frequencies, style, magnitude, divisors, short_context)
+    frequencies = -frequencies if backwards else frequencies
+    return graph.rope(x, n_heads, frequencies, style, magnitude, divisors, short_context, period)
 
 
 def rope_divisors(block: Tensors, rope: RopeSpec) -> list[Vector]:
@@ -346,7 +358,13 @@ def projection_names(block: Tensors, suffix: str, activation: Activation) -> tup
 
 def gate_projections(graph: Graph, projections: Sequence[Tensor], activation: Activation, limit: float) -> Tensor:
     """Join the projections of a network outside the routed experts: gate and up, or one that is both."""
-    return graph.gate(projections[-1], projections[0], _NETWORK_GATINGS.get(activation, Gating.SILU), limit)
+    gating = _NETWORK_GATINGS.get(_limited(activation, limit), Gating.SILU)
+    return graph.gate(projections[-1], projections[0], gating, limit)
+
+
+def _limited(activation: Activation, limit: float) -> Activation:
+    """Return an activation as it is with a limit, or without one (0)."""
+    return Activation.SILU if activation == Activation.CLAMPED_SILU and not limit else activation
 
 
 def mixture_of_experts(
@@ -434,7 +452,12 @@ def check_experts(spec: ModelSpec, block: Tensors) -> MoESpec:
 
 
 def route(graph: Graph, logits: Tensor, block: Tensors, moe: MoESpec) -> Routing:
-    """Choose the experts of each token by the logits of a block's router."""
+    """Choose the experts of each token by the logits of a block's router, or by a table if it has one."""
+    if block.has("ffn_gate_tid2eid.weight"):
+        n_vocab = block.whole.shape("token_embd.weight")[0]
+        table = block.table("ffn_gate_tid2eid.weight", n_vocab, moe.n_experts_used)
+        how = moe.n_experts_used, _SCORINGS[moe.scoring], moe.normalize
+        return graph.router(logits, *how, scale=moe.scale, table=table)
     return graph.router(
         logits,
         moe.n_experts_used,
@@ -458,8 +481,7 @@ def routed_experts(
         width = moe.latent_size
         x = graph.linear(x, block.matrix("ffn_latent_down.weight", width, spec.hidden_size))
     limit, _ = moe.layer_limits(layer)
-    if activation == Activation.CLAMPED_SILU and not limit:
-        activation = Activation.SILU
+    activation = _limited(activation, limit)
     projections, biases = expert_projections(block, spec, width, activation)
     return graph.experts(
         x,

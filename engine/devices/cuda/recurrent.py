@@ -1,4 +1,4 @@
-"""Launches of recurrent layers: causal convolution, gated delta rule, all of that for one token, selective scan.
+"""Launches of recurrent layers: causal convolution, gated delta rule, all of that for one token, scan, shared rows.
 
 As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
 """
