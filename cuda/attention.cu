@@ -2,12 +2,15 @@
 // over parts of the positions, which are then merged (`merge_parts.cu`).
 //
 // Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), CAP (that scores are brought to within;
-// 0.0f: they are not), TOP_K, BLOCK and BY_HEAD (see below).
+// 0.0f: they are not), TOP_K, BLOCK, BY_HEAD, PERIOD and WINDOW (see below).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
 // 0 sets no limit. With a TOP_K above 0 it sees those of them that are in the blocks of BLOCK positions which a list names in
 // rising order (`select_positions.cu`, `select_blocks.cu`): all blocks, or TOP_K of them, its own always. A row of `selected`
 // is one list, or BY_HEAD one for each key head. What is called a position below is then a place in the list's blocks.
+//
+// With a PERIOD above 0 there are, beside the last WINDOW positions (0: all), rows of another cache that so many tokens share,
+// all that are whole or those in the list; `window` is 0 then. Places are those of these rows, and behind them positions.
 //
 // Positions are taken in tiles of 32, tile i by part i % n_parts, and parts are merged in order: what a token's result is made
 // of depends on its position alone, not on how a prompt was cut or what else is in the step.
@@ -73,15 +76,21 @@ template <int DIM> struct Pieces {
     static constexpr int ROW = DIM / VECTOR, ALL = TILE * ROW, N = (ALL + THREADS - 1) / THREADS;
     Piece list[N];
 
-    // Of the tile that begins at position `first`; rows outside of [begin, end) become zeros.
-    __device__ __forceinline__ void load(const Side<DIM> &side, const int *selected, int first, int begin, int end) {
+    // Of the tile that begins at position `first`; rows outside of [begin, end) become zeros. With PERIOD the first n_shared
+    // places are rows of `shared`, and behind them lies position `oldest`.
+    __device__ __forceinline__ void load(const Side<DIM> &side, const Side<DIM> &shared, const int *selected, int n_shared,
+                                         int oldest, int first, int begin, int end) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int at = i * THREADS + threadIdx.x, p = at / ROW;
             const bool exists = p >= begin && p < end;
             const int place = first + p;
+            if (PERIOD && place >= n_shared) {
+                list[i] = exists ? side.load(oldest + place - n_shared, at % ROW * VECTOR) : Piece{};
+                continue;
+            }
             const int position = TOP_K && exists ? selected[place / BLOCK] * BLOCK + place % BLOCK : place;
-            list[i] = exists ? side.load(position, at % ROW * VECTOR) : Piece{};
+            list[i] = exists ? (PERIOD ? shared : side).load(position, at % ROW * VECTOR) : Piece{};
         }
     }
     template <int STRIDE> __device__ __forceinline__ void put(uint16_t (*planes)[TILE][STRIDE]) const {
@@ -97,14 +106,16 @@ template <int DIM> struct Pieces {
 // Which token and heads a block works at.
 struct Work {
     int position, slot, from, kv_head, head, n_heads;
-    const int *selected; // with TOP_K: the list of the token, and of the key head
+    int n_shared, oldest; // with PERIOD
+    const int *selected;  // with TOP_K: the list of the token, and of the key head
 
     __device__ __forceinline__ Work(int token, const int *positions, const int *slots, int window, int chunk,
                                     const int *selected, int64_t selected_stride)
         : position(last_position(positions[token])), slot(slots[token]),
           from(max(window ? max(0, position - window + 1) : 0, chunk ? position / chunk * chunk : 0)),
           kv_head(blockIdx.x / N_TILES), head(kv_head * GROUP + blockIdx.x % N_TILES * HEADS),
-          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)),
+          n_heads(min(HEADS, (kv_head + 1) * GROUP - head)), n_shared(shared_rows(positions[token])),
+          oldest(WINDOW ? max(0, positions[token] - WINDOW + 1) : 0),
           selected(selected + token * selected_stride + (BY_HEAD ? kv_head * TOP_K : 0)) {}
 
     // The first position of the first tile of a part that has a position in sight.
@@ -116,15 +127,15 @@ struct Work {
 // Brings tiles of keys and values from the cache.
 struct Fetched {
     const Work &work;
-    Side<KEY_DIM> key_side;
+    Side<KEY_DIM> key_side, shared_side;
     Pieces<KEY_DIM> keys;
 #if !SHARED
     Side<VALUE_DIM> value_side;
     Pieces<VALUE_DIM> values;
 #endif
 
-    __device__ __forceinline__ Fetched(const Cache &cache, const Work &w)
-        : work(w), key_side(keys_of(cache, w.slot, w.kv_head))
+    __device__ __forceinline__ Fetched(const Cache &cache, const Cache &shared, const Work &w)
+        : work(w), key_side(keys_of(cache, w.slot, w.kv_head)), shared_side(keys_of(shared, w.slot, w.kv_head))
 #if !SHARED
           ,
           value_side(values_of(cache, w.slot, w.kv_head))
@@ -135,9 +146,9 @@ struct Fetched {
     // Begins to load the tile from position `first` on; what the token does not see becomes zeros.
     __device__ __forceinline__ void load(int first) {
         const int begin = max(work.from - first, 0), end = min(TILE, work.position + 1 - first);
-        keys.load(key_side, work.selected, first, begin, end);
+        keys.load(key_side, shared_side, work.selected, work.n_shared, work.oldest, first, begin, end);
 #if !SHARED
-        values.load(value_side, work.selected, first, begin, end);
+        values.load(value_side, value_side, work.selected, work.n_shared, work.oldest, first, begin, end);
 #endif
     }
 
@@ -269,8 +280,8 @@ DEVICE void attend_part(Tile &tile, const Queries &queries, Fetched &fetched, in
 // Grid: (n_kv_heads * N_TILES, n_parts, tokens). values: float [tokens, n_heads, n_parts, VALUE_DIM]; parts:
 // [tokens, n_heads, n_parts]. Parts beyond a token's last tile are left alone.
 ATTENTION_KERNEL
-attend(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
-       int chunk, const int *selected, int64_t selected_stride, float *values, Part *parts, const int *n_tokens) {
+attend(const float *q, int64_t q_stride, Cache cache, Cache shared, const int *positions, const int *slots, float scale,
+       int window, int chunk, const int *selected, int64_t selected_stride, float *values, Part *parts, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Tile &tile = *(Tile *)dynamic;
     const int part = blockIdx.y, n_parts = gridDim.y, token = blockIdx.z, lane = threadIdx.x % WARP;
@@ -280,10 +291,10 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
         return;
     }
     const Work work(token, positions, slots, window, chunk, selected, selected_stride);
-    Fetched fetched(cache, work);
+    Fetched fetched(cache, shared, work);
     const int start = work.start(part, n_parts);
     // The kernel before stores keys and values of this step's tokens, at most MOST_TOKENS of them.
-    const bool is_old = !TOP_K && start + TILE <= work.position + 1 - MOST_TOKENS;
+    const bool is_old = !TOP_K && !PERIOD && start + TILE <= work.position + 1 - MOST_TOKENS;
     if (is_old)
         fetched.load(start);
     begin_kernel();
@@ -313,8 +324,8 @@ attend(const float *q, int64_t q_stride, Cache cache, const int *positions, cons
 // Both for many tokens: a block takes heads of one token through all parts, the same way and in the same order, and leaves
 // gate and forms to others. Grid: (n_kv_heads * N_TILES, tokens, the last one first: it has most to do).
 ATTENTION_KERNEL
-attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, const int *slots, float scale, int window,
-           int chunk, const int *selected, int64_t selected_stride, int n_parts, const float *sinks, float *out,
+attend_all(const float *q, int64_t q_stride, Cache cache, Cache shared, const int *positions, const int *slots, float scale,
+           int window, int chunk, const int *selected, int64_t selected_stride, int n_parts, const float *sinks, float *out,
            int64_t out_stride, const int *n_tokens) {
     begin_kernel();
     extern __shared__ __align__(16) uint8_t dynamic[];
@@ -325,7 +336,7 @@ attend_all(const float *q, int64_t q_stride, Cache cache, const int *positions, 
         return;
     const Work work(token, positions, slots, window, chunk, selected, selected_stride);
     const Queries queries(q + token * q_stride + work.head * KEY_DIM, work.n_heads, scale);
-    Fetched fetched(cache, work);
+    Fetched fetched(cache, shared, work);
     tile.clear_margins();
     if (threadIdx.x % 16 == 0)
         merged[row] = before_parts(sinks, work.head + min(row, work.n_heads - 1));

@@ -1,5 +1,6 @@
 // What attention reads: heads of queries, keys and values as the projections make them, normalised if wanted (weight * x /
-// sqrt(mean(x^2) + eps)), then rotated if wanted; queries go to rows of their own, keys and values to the cache.
+// sqrt(mean(x^2) + eps)), then rotated if wanted; queries go to rows of their own, keys and values to the cache. Keys are
+// rotated by their position rounded down to a multiple of `rope_period`.
 //
 // Compiled as `kv_cache.cuh` says. Grid: (ceil(heads / 4), tokens), where heads are those of the queries (none if they stay
 // as they are), then of the keys, then of the values, if there are any; a warp takes one.
@@ -22,13 +23,16 @@ struct Heads {
 
 KERNEL(N_WARPS *WARP)
 attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, float eps, const float *frequencies, int n_rot,
-                 int is_adjacent, float magnitude, Cache cache, const int *positions, const int *slots, const int *n_tokens) {
+                 int is_adjacent, float magnitude, int rope_period, Cache cache, const int *positions, const int *slots,
+                 const int *n_tokens) {
     __shared__ float heads[N_WARPS][MAX_DIM];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, token = blockIdx.y, unit = blockIdx.x * N_WARPS + warp;
     const bool exists = token < *n_tokens && unit < q.n + k.n + v.n;
     const int kind = unit < q.n ? 0 : unit < q.n + k.n ? 1 : 2, head = unit - (kind > 0 ? q.n : 0) - (kind > 1 ? k.n : 0);
     const Heads own = kind == 0 ? q : kind == 1 ? k : v;
     const int dim = kind == 2 ? VALUE_DIM : KEY_DIM, position = exists ? positions[token] : 0, slot = exists ? slots[token] : 0;
+
+    const int angle_at = kind == 0 ? position : position / rope_period * rope_period;
 
     // What does not depend on the kernel before.
     float weight[PER_LANE];
@@ -42,7 +46,7 @@ attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, 
 #pragma unroll
         for (int j = 0; j < PAIRS; j++)
             if (j * WARP + lane < n_rot / 2)
-                turns[j] = turn_of(position, frequencies[j * WARP + lane], magnitude);
+                turns[j] = turn_of(angle_at, frequencies[j * WARP + lane], magnitude);
     begin_kernel();
     if (!exists)
         return;
@@ -71,8 +75,11 @@ attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, 
     if (kind == 0)
         for (int i = lane; i < KEY_DIM; i += WARP)
             q_out[token * q_out_stride + head * KEY_DIM + i] = x[i];
-    else if (kind == 1)
-        keys_of(cache, slot, head).store(position, x);
-    else
-        values_of(cache, slot, head).store(position, x);
+    else if ((position + 1) % cache.period == 0) {
+        const int row = position / cache.period;
+        if (kind == 1)
+            keys_of(cache, slot, head).store(row, x);
+        else
+            values_of(cache, slot, head).store(row, x);
+    }
 }

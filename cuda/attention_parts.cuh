@@ -1,5 +1,5 @@
-// Parts of the positions that a token attends to: what is known of each, and how they are merged. Compiled for TOP_K
-// and BLOCK (`attention.cu`).
+// Parts of the positions that a token attends to: what is known of each, and how they are merged. Compiled for TOP_K,
+// BLOCK, PERIOD and WINDOW (`attention.cu`).
 #pragma once
 
 #include "common.cuh"
@@ -11,9 +11,17 @@ struct Part {
     float largest, sum;
 };
 
-// The last position that a token at one looks at.
+// The shared rows that a token at a position sees, if there are any (PERIOD > 0).
+DEVICE int shared_rows(int position) {
+    const int n = PERIOD ? (position + 1) / (PERIOD ? PERIOD : 1) : 0;
+    return TOP_K && n > TOP_K ? TOP_K : n;
+}
+
+// The last position, or place, that a token at one looks at.
 DEVICE int last_position(int position) {
     constexpr int MOST = TOP_K * BLOCK;
+    if (PERIOD)
+        return shared_rows(position) + (WINDOW && position >= WINDOW ? WINDOW - 1 : position);
     return TOP_K && position >= MOST ? MOST - BLOCK + position % BLOCK : position;
 }
 

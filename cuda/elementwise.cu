@@ -85,15 +85,16 @@ select_outputs(const float *x, int64_t x_stride, const int *output_rows, float *
         out[row * out_stride + col] = x[output_rows[row] * x_stride + col];
 }
 
-// Rotates, in place, the first n_rot values of each head (`rope.cuh`). Grid: (ceil(n_heads * n_rot / 2 / 256), rows).
+// Rotates, in place, the first n_rot values of each head (`rope.cuh`), by positions rounded down to multiples of `period`.
+// Grid: (ceil(n_heads * n_rot / 2 / 256), rows).
 KERNEL(THREADS)
 rope(float *x, int64_t x_stride, const int *positions, const float *frequencies, int n_heads, int head_dim, int n_rot,
-     int is_adjacent, float magnitude, const int *n_rows) {
+     int is_adjacent, float magnitude, int period, const int *n_rows) {
     begin_kernel();
     const int row = blockIdx.y, n_pairs = n_rot / 2, head = column() / n_pairs, i = column() % n_pairs;
     if (row >= *n_rows || head >= n_heads)
         return;
-    const Turn turn = turn_of(positions[row], frequencies[i], magnitude);
+    const Turn turn = turn_of(positions[row] / period * period, frequencies[i], magnitude);
     rotate(x + row * x_stride + head * head_dim, i, n_rot, is_adjacent, turn);
 }
 

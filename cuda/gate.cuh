@@ -23,12 +23,14 @@ template <int KIND> DEVICE float gate_of(float g) {
 }
 
 // x * gate_of(g), with a `limit` above 0 clamped, see `graph.Gate`; KIND 6: the clamped swish of both, 7: SiTU, with
-// `own_limit` for x.
+// `own_limit` for x; 8: SiLU of a clamped g.
 template <int KIND> DEVICE float gated(float x, float g, float limit = 0.0f, float own_limit = 0.0f) {
     if constexpr (KIND == 6)
         return clamped_swish(g, x);
     if constexpr (KIND == 7)
         return situ(g, x, limit, own_limit);
+    if constexpr (KIND == 8)
+        return silu(g < limit ? g : limit) * within(x, limit);
     const float factor = gate_of<KIND>(g);
     return limit > 0.0f ? (factor < limit ? factor : limit) * within(x, limit) : x * factor;
 }

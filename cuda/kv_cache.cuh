@@ -110,10 +110,14 @@ template <int DIM> struct Side {
     }
 };
 
-// The cache of one layer.
+// The cache of one layer: rows for positions, or with a `period` above 1 rows that so many tokens share, which the last of
+// them brings; context_length counts rows.
 struct Cache {
     uint8_t *address;
-    int n_slots, context_length, n_kv_heads;
+    int n_slots, context_length, n_kv_heads, period;
+
+    // Rows that there are for a token at a position.
+    __device__ __forceinline__ int rows_up_to(int position) const { return (position + 1) / period; }
 };
 
 // `before` and `scales_before`: values and scales of one head that lie before this side of the cache, for each head.

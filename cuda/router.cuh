@@ -1,9 +1,10 @@
 // Chooses experts: ids and weights [tokens, n_used], falling score, ties to the lower id.
 //
-// SCORING: 0 softmax over all experts, 1 a sigmoid for each, 2 softmax over the chosen ones only. `bias` (or null) is
-// added to the scores for choosing only. With groups (N_GROUPS > 1), only the experts of the best `n_groups_used`
-// groups can be chosen; a group is as good as its two best experts together. `normalize` divides the weights by their
-// sum, or by 2^-14 if that is smaller; then they are multiplied by `scale`.
+// SCORING: 0 softmax over all experts, 1 a sigmoid for each, 2 softmax over the chosen ones only, 3 the square root of
+// softplus. `bias` (or null) is added to the scores for choosing only. With groups (N_GROUPS > 1), only the experts of the
+// best `n_groups_used` groups can be chosen; a group is as good as its two best experts together. With a `table` ids are
+// those of the token's row, in its order. `normalize` divides the weights by their sum, or by 2^-14 if that is smaller;
+// then they are multiplied by `scale`.
 //
 // Compiled for N_EXPERTS, SCORING and N_GROUPS: what a model does not use costs nothing.
 #pragma once
@@ -16,8 +17,11 @@ struct Routing {
     const float *bias;
     int *ids;
     float *weights;
+    const int *table; // [n_vocab, n_used], or null
+    const int *token_ids;
     int n_used, n_groups_used, normalize;
     float scale;
+    int n_vocab; // an id outside takes the first row: the host has checked them
 
     // Four-byte words that `choose` needs.
     __device__ __forceinline__ int scratch_words() const { return 2 * (N_EXPERTS + N_GROUPS); }
@@ -94,6 +98,10 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++)
             x[j] = sigmoid(x[j]);
+    else if (scoring == 3)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            x[j] = __fsqrt_rn(softplus(x[j]));
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++)
         if (j * WARP + lane < n_experts)
@@ -144,10 +152,12 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
         left.keys[j] = i < n_experts ? key_of(choices[i]) : 0;
     }
     left.find_own();
+    const unsigned token_id = routing.table ? (unsigned)routing.token_ids[token] : 0;
+    const int *own = routing.table + (token_id < (unsigned)routing.n_vocab ? token_id : 0) * (int64_t)n_used;
     __syncwarp();
     float *chosen = choices, total = 0.0f, first_score = 0.0f; // the choices are known by their keys now
     for (int rank = 0; rank < n_used; rank++) {
-        const int id = left.take_best();
+        const int id = routing.table ? own[rank] : left.take_best();
         float weight = scores[id];
         if (scoring == 2) { // the first is the largest
             first_score = rank ? first_score : weight;

@@ -5,7 +5,8 @@
 // whatever the step. For few tokens many blocks score and one of each token chooses; for many tokens a block does both for
 // one token after the other, with scores in a row of its own.
 //
-// A token at position p < top_k chooses all positions, without scores.
+// A token at position p < top_k chooses all positions, without scores. Where tokens share rows of the cache, these stand for
+// positions.
 #include "indexer.cuh"
 
 struct Shared {
@@ -77,7 +78,7 @@ score_positions(Inputs in, float *scores, int64_t scores_stride, const int *n_to
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
-    const int token = blockIdx.y, n = token < *n_tokens ? in.positions[token] + 1 : 0;
+    const int token = blockIdx.y, n = token < *n_tokens ? in.cache.rows_up_to(in.positions[token]) : 0;
     if (n <= in.top_k || (int)blockIdx.x * TILE >= n)
         return;
     const Side<KEY_DIM> side = keys_of(in.cache, in.slots[token], 0);
@@ -89,18 +90,19 @@ score_positions(Inputs in, float *scores, int64_t scores_stride, const int *n_to
 
 // out: int32 [tokens, out_stride], top_k of them. Grid: tokens.
 KERNEL(THREADS)
-choose_positions(const float *scores, int64_t scores_stride, const int *positions, int top_k, int *out, int64_t out_stride,
-                 const int *n_tokens) {
+choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int *out,
+                 int64_t out_stride, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
     const int token = blockIdx.x;
     if (token >= *n_tokens)
         return;
-    if (positions[token] < top_k)
-        choose_all(0, positions[token] + 1, out + token * out_stride);
+    const int n = cache.rows_up_to(positions[token]);
+    if (n <= top_k)
+        choose_all(0, n, out + token * out_stride);
     else
-        choose(s.choice, scores + token * scores_stride, positions[token] + 1, top_k, out + token * out_stride);
+        choose(s.choice, scores + token * scores_stride, n, top_k, out + token * out_stride);
 }
 
 // Both, for many tokens, the last ones first: they have most to do. scores: a row for each block. Grid: blocks.
@@ -112,7 +114,7 @@ select_positions(Inputs in, float *scores, int64_t scores_stride, int *out, int6
     s.keys.clear_margins();
     scores += blockIdx.x * scores_stride;
     for (int token = *n_tokens - 1 - (int)blockIdx.x; token >= 0; token -= gridDim.x) {
-        const int n = in.positions[token] + 1;
+        const int n = in.cache.rows_up_to(in.positions[token]);
         if (n <= in.top_k) {
             choose_all(0, n, out + token * out_stride);
             continue;

@@ -25,6 +25,7 @@ GATE_PRODUCT: int  # x * gate
 GATE_GELU: int  # x * gelu(gate), by tanh
 GATE_CLAMPED_SWISH: int  # as ACTIVATE_CLAMPED_SWISH, x is up
 GATE_SITU: int  # as ACTIVATE_SITU, x is up
+GATE_CLAMPED_SILU: int  # SiLU of a gate that is at most the limit
 
 ROPE_NEOX: int  # rotates pairs (i, i + n_rot / 2)
 ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
@@ -32,6 +33,7 @@ ROPE_NORM: int  # rotates pairs (2i, 2i + 1)
 SCORE_SOFTMAX: int  # router scores: softmax over all experts
 SCORE_SIGMOID: int  # router scores: one sigmoid per expert
 SCORE_SOFTMAX_TOPK: int  # softmax over the chosen experts only
+SCORE_SQRT_SOFTPLUS: int
 
 ACTIVATE_SILU: int  # silu(gate) * up
 ACTIVATE_CLAMPED_SWISH: int  # gpt-oss: swish of a clamped gate times (up + 1)
@@ -304,8 +306,12 @@ class Program:
         n_rot: int,
         style: int,
         magnitude: float,
+        period: int = 1,
     ) -> None:
-        """Rotate the first `n_rot` values of each head in place by position * frequencies[i] (float32 [n_rot / 2]); cos and sin times `magnitude`."""
+        """Rotate the first `n_rot` values of each head in place by position * frequencies[i] (float32 [n_rot / 2]).
+
+        cos and sin times `magnitude`; positions are rounded down to a multiple of `period`.
+        """
 
     def attention(
         self,
@@ -334,6 +340,11 @@ class Program:
         top_k: int = 0,
         block_size: int = 1,
         n_lists: int = 1,
+        shared_k: int = 0,
+        shared_k_stride: int = 0,
+        shared: int = 0,
+        n_shared_rows: int = 0,
+        period: int = 1,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
@@ -344,6 +355,10 @@ class Program:
         With a `cap` above 0 the other scores become cap * tanh(score / cap). With `selected`, int32 rows, it sees the
         blocks of `block_size` positions that its row lists in rising order: all up to its own, or `top_k`, the last of
         which is its own. A row is one list, or `n_lists` behind one another, one for each key head.
+
+        With `shared_k` there is a cache `shared` of `n_shared_rows` keys, the first values of which are values: that row
+        p // `period` which the last token of each period brings. A token at p also sees (p + 1) // `period` of them, or
+        those that `selected` lists.
         """
 
     def select_positions(
@@ -363,11 +378,13 @@ class Program:
         head_dim: int,
         top_k: int,
         scale: float,
+        period: int = 1,
     ) -> None:
         """Store k at each token's position in its slot's cache, then choose the positions that attention looks at.
 
         Formula: `graph.SelectPositions`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
-        the min(p + 1, top_k) positions that a token at p chooses, in rising order.
+        the min(p + 1, top_k) positions that a token at p chooses, in rising order. Where `period` tokens share a row the
+        last of them brings it, and `context_length` counts rows.
         """
 
     def select_blocks(
@@ -471,6 +488,26 @@ class Program:
         a float32 [n_channels, state_size], all below 0; skip [n_channels]; state float32 [n_slots, state_size, n_channels].
         """
 
+    def compress(
+        self,
+        values: int,
+        values_stride: int,
+        scores: int,
+        scores_stride: int,
+        biases: int,
+        state: int,
+        out: int,
+        out_stride: int,
+        n_channels: int,
+        n_parts: int,
+        period: int,
+    ) -> None:
+        """Make one row of the tokens of a period so far. Formula: `graph.Compress`.
+
+        values and scores have n_parts * n_channels columns, `biases` float32 [period, n_parts * n_channels]: with two
+        parts a row is made of two periods. state float32 [n_slots, n_parts, 3, n_channels].
+        """
+
     def router(
         self,
         logits: int,
@@ -485,10 +522,13 @@ class Program:
         n_groups_used: int,
         normalize: bool,
         scale: float,
+        table: int = 0,
+        n_vocab: int = 0,
     ) -> None:
         """Choose experts: ids int32 and weights float32, both [max_tokens, n_experts_used], falling score, ties to the lower id.
 
-        `bias` (or 0) is added to the scores for choosing only; groups as in DeepSeek-V3 (n_groups <= 1 = off).
+        `bias` (or 0) is added to the scores for choosing only; groups as in DeepSeek-V3 (n_groups <= 1 = off). With a
+        `table`, int32 [n_vocab, n_experts_used], the ids are those of the token's row, each less than `n_experts`.
         """
 
     def group_router(
@@ -577,11 +617,15 @@ class Program:
         n_streams: int,
         offset: float,
         magnitude: float,
+        mixing: int = 0,
+        mixing_stride: int = 0,
+        n_normalizations: int = 0,
     ) -> None:
         """Make the weights of hyper-connections: weights = sigmoid(scale[0] * mixes[:n_streams] + base[:n_streams]) + offset.
 
         weights float32 [max_tokens, n_streams]; scale and base float32. With gates, [n_streams] columns or 0, there are
         twice as many mixes: gates = magnitude * sigmoid(scale[1] * mixes[n_streams:] + base[n_streams:]) + offset.
+        With mixing, [n_streams * n_streams] columns or 0, there are so many more (`graph.ReduceStreams`).
         """
 
     def add_to_streams(
@@ -596,8 +640,13 @@ class Program:
         out_stride: int,
         n_streams: int,
         n_cols: int,
+        mixing: int = 0,
+        mixing_stride: int = 0,
     ) -> None:
-        """Add a row to streams of n_cols that lie side by side: out[i] = x[i] + gates[i] * added."""
+        """Add a row to streams of n_cols that lie side by side: out[i] = x[i] + gates[i] * added.
+
+        With mixing, the sum over j of mixing[j, i] * x[j] stands in the place of x[i].
+        """
 
     def mix_residuals(
         self, residuals: Sequence[tuple[int, int]], scorer: int, out: int, out_stride: int, n_cols: int, eps: float

@@ -57,11 +57,13 @@ cdef extern from "kernels/ops.h":
         _GATE_GELU "GATE_GELU"
         _GATE_CLAMPED_SWISH "GATE_CLAMPED_SWISH"
         _GATE_SITU "GATE_SITU"
+        _GATE_CLAMPED_SILU "GATE_CLAMPED_SILU"
         _ROPE_NEOX "ROPE_NEOX"
         _ROPE_NORM "ROPE_NORM"
         _SCORE_SOFTMAX "SCORE_SOFTMAX"
         _SCORE_SIGMOID "SCORE_SIGMOID"
         _SCORE_SOFTMAX_TOPK "SCORE_SOFTMAX_TOPK"
+        _SCORE_SQRT_SOFTPLUS "SCORE_SQRT_SOFTPLUS"
         _ACTIVATE_SILU "ACTIVATE_SILU"
         _ACTIVATE_CLAMPED_SWISH "ACTIVATE_CLAMPED_SWISH"
         _ACTIVATE_RELU "ACTIVATE_RELU"
@@ -77,6 +79,7 @@ cdef extern from "kernels/ops.h":
         MAX_SCAN_STATE
         MAX_STREAMS
         MAX_RESIDUALS
+        MAX_MIXED_STREAMS
         MAX_LINEAR_WEIGHTS
         TOKENS_PER_CALL
 
@@ -133,15 +136,15 @@ cdef extern from "kernels/ops.h":
         int n_experts_used, n_cols
         float scale
     ctypedef struct stream_weights_args:
-        matrix mixes, gates
+        matrix mixes, gates, mixing
         const float *scale
         const float *base
         float *weights
-        int n_streams
+        int n_streams, n_normalizations
         float offset, magnitude
     ctypedef struct add_to_streams_args:
-        matrix x, added, gates, out
-        int n_cols
+        matrix x, added, gates, mixing, out
+        int n_streams, n_cols
     ctypedef struct mix_residuals_args:
         matrix *residuals
         matrix out
@@ -175,9 +178,15 @@ cdef extern from "kernels/ops.h":
         const float *skip
         float *state
         int n_channels, state_size
+    ctypedef struct compress_args:
+        matrix values, scores, out
+        const float *biases
+        float *state
+        int n_channels, n_parts, period
     ctypedef struct router_args:
         matrix logits
         const float *bias
+        const int32_t *table
         int32_t *ids
         float *weights
         int n_experts, n_experts_used, scoring, n_groups, n_groups_used
@@ -192,10 +201,10 @@ cdef extern from "kernels/ops.h":
     ctypedef struct kv_cache:
         uint8_t *keys
         uint8_t *values
-        int type, context_length, n_kv_heads, head_dim, value_dim
+        int type, context_length, n_kv_heads, head_dim, value_dim, period
     ctypedef struct attention_args:
         matrix q, out
-        kv_cache cache
+        kv_cache cache, shared
         const float *sinks
         int n_heads, window, chunk
         float scale, cap
@@ -281,19 +290,22 @@ cdef extern from "kernels/program.h" nogil:
     int program_scale_by_position(program *p, scale_by_position_args args, int n_cols)
     int program_split_heads(program *p, heads_args args, int n_heads)
     int program_join_heads(program *p, heads_args args, int n_heads)
-    int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads)
-    int program_attention(program *p, attention_args args, matrix k, matrix v)
+    int program_rope(
+        program *p, rope_args args, const float *frequencies, float magnitude, int period, int n_heads
+    )
+    int program_attention(program *p, attention_args args, matrix k, matrix v, matrix shared_k)
     int program_select_positions(program *p, select_positions_args args, matrix k)
     int program_select_blocks(program *p, select_blocks_args args, matrix k)
     int program_causal_conv(program *p, causal_conv_args args)
     int program_delta_net(program *p, delta_net_args args)
     int program_selective_scan(program *p, selective_scan_args args)
-    int program_router(program *p, router_args args)
+    int program_compress(program *p, compress_args args)
+    int program_router(program *p, router_args args, int n_vocab)
     int program_group_router(program *p, group_router_args args)
     int program_experts(program *p, experts_args args, int down_activation)
     int program_combine(program *p, combine_args args)
     int program_stream_weights(program *p, stream_weights_args args)
-    int program_add_to_streams(program *p, add_to_streams_args args, int n_streams)
+    int program_add_to_streams(program *p, add_to_streams_args args)
     int program_mix_residuals(program *p, mix_residuals_args args)
     int program_select_outputs(program *p, select_outputs_args args)
     step_error program_check(const program *p, const program_step *step, int *detail)
@@ -352,11 +364,13 @@ GATE_PRODUCT = _GATE_PRODUCT
 GATE_GELU = _GATE_GELU
 GATE_CLAMPED_SWISH = _GATE_CLAMPED_SWISH
 GATE_SITU = _GATE_SITU
+GATE_CLAMPED_SILU = _GATE_CLAMPED_SILU
 ROPE_NEOX = _ROPE_NEOX
 ROPE_NORM = _ROPE_NORM
 SCORE_SOFTMAX = _SCORE_SOFTMAX
 SCORE_SIGMOID = _SCORE_SIGMOID
 SCORE_SOFTMAX_TOPK = _SCORE_SOFTMAX_TOPK
+SCORE_SQRT_SOFTPLUS = _SCORE_SQRT_SOFTPLUS
 ACTIVATE_SILU = _ACTIVATE_SILU
 ACTIVATE_CLAMPED_SWISH = _ACTIVATE_CLAMPED_SWISH
 ACTIVATE_RELU = _ACTIVATE_RELU
@@ -844,8 +858,10 @@ cdef class Program:
         int rows,
     ):
         need_one_of("rows", rows, 2)
-        need_one_of("kind", kind, 8)
-        need(limit > 0 or kind != GATE_SITU, f"limit is {limit}; expected a number above 0")
+        need_one_of("kind", kind, 9)
+        need(
+            limit > 0 or kind not in (_GATE_SITU, _GATE_CLAMPED_SILU), f"limit is {limit}; expected a number above 0"
+        )
         need_at_least("n_gates", n_gates, 1)
         need(n_cols % n_gates == 0, f"{n_gates} gates cannot share {n_cols} columns evenly")
         cdef gate_args args
@@ -959,8 +975,10 @@ cdef class Program:
         int n_rot,
         int style,
         float magnitude,
+        int period=1,
     ):
         need_at_least("n_heads", n_heads, 1)
+        need_at_least("period", period, 1)
         need(0 < n_rot <= head_dim and n_rot % 2 == 0, f"n_rot is {n_rot}; expected an even number up to {head_dim}")
         need_one_of("style", style, 2)
         cdef rope_args args
@@ -969,7 +987,7 @@ cdef class Program:
         args.n_pairs = n_rot // 2
         args.style = style
         cdef const float *values = <const float *> need_address("frequencies", frequencies)
-        recorded(program_rope(self._program, args, values, magnitude, n_heads))
+        recorded(program_rope(self._program, args, values, magnitude, period, n_heads))
 
     def attention(
         self,
@@ -998,10 +1016,17 @@ cdef class Program:
         int top_k=0,
         int block_size=1,
         int n_lists=1,
+        uintptr_t shared_k=0,
+        int64_t shared_k_stride=0,
+        uintptr_t shared=0,
+        int n_shared_rows=0,
+        int period=1,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         cdef attention_args args
-        args.cache = cache_at(cache, cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim)
+        args.cache = cache_at(
+            "cache", cache, cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim
+        )
         need_at_least("window", window, 0)
         need_at_least("chunk", chunk, 0)
         need(cap >= 0, f"cap is {cap}; expected 0, or a number above")
@@ -1011,6 +1036,7 @@ cdef class Program:
         )
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
         args.out = need_matrix("out", out, out_stride, n_heads * <int64_t> value_dim)
+        args.shared.keys = NULL
         args.n_heads = n_heads
         args.scale = scale
         args.sinks = <const float *> sinks
@@ -1025,12 +1051,21 @@ cdef class Program:
         if selected:
             need_blocks(top_k, block_size)
             need(n_lists == 1 or n_lists == n_kv_heads, f"n_lists is {n_lists}; expected 1 or {n_kv_heads}")
+            need(block_size == 1 or not shared_k, f"block_size is {block_size}; expected 1 for a list of shared rows")
             args.selected = <const int32_t *> need_matrix(
                 "selected", selected, selected_stride, n_lists * <int64_t> top_k
             ).at
         cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
         cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
-        recorded(program_attention(self._program, args, keys, values))
+        cdef matrix shared_keys = matrix(NULL, 0)
+        if shared_k:
+            need(n_kv_heads == 1, f"n_kv_heads is {n_kv_heads}; expected 1 with shared rows")
+            need(value_dim <= head_dim, f"value_dim is {value_dim}; expected at most {head_dim} with shared rows")
+            args.shared = cache_at(
+                "shared", shared, cache_type, self._n_slots, n_shared_rows, 1, head_dim, value_dim, period
+            )
+            shared_keys = need_matrix("shared_k", shared_k, shared_k_stride, head_dim)
+        recorded(program_attention(self._program, args, keys, values, shared_keys))
 
     def select_positions(
         self,
@@ -1049,9 +1084,10 @@ cdef class Program:
         int head_dim,
         int top_k,
         float scale,
+        int period=1,
     ):
         cdef select_positions_args args
-        args.cache = cache_at(cache, cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        args.cache = cache_at("cache", cache, cache_type, self._n_slots, context_length, 1, head_dim, 0, period)
         need_at_least("n_heads", n_heads, 1)
         need_at_least("top_k", top_k, 1)
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
@@ -1081,7 +1117,7 @@ cdef class Program:
         int n_newest,
     ):
         cdef select_blocks_args args
-        args.cache = cache_at(cache, cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        args.cache = cache_at("cache", cache, cache_type, self._n_slots, context_length, 1, head_dim, 0)
         need_at_least("n_heads", n_heads, 1)
         need_blocks(top_k, block_size)
         need(0 < n_newest <= top_k, f"n_newest is {n_newest}; expected 1 to {top_k}")
@@ -1222,6 +1258,34 @@ cdef class Program:
         args.state_size = state_size
         recorded(program_selective_scan(self._program, args))
 
+    def compress(
+        self,
+        uintptr_t values,
+        int64_t values_stride,
+        uintptr_t scores,
+        int64_t scores_stride,
+        uintptr_t biases,
+        uintptr_t state,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_channels,
+        int n_parts,
+        int period,
+    ):
+        need_at_least("n_channels", n_channels, 1)
+        need(n_parts == 1 or n_parts == 2, f"n_parts is {n_parts}; expected 1 or 2")
+        need_at_least("period", period, 1)
+        cdef compress_args args
+        args.values = need_matrix("values", values, values_stride, n_parts * <int64_t> n_channels)
+        args.scores = need_matrix("scores", scores, scores_stride, n_parts * <int64_t> n_channels)
+        args.out = need_matrix("out", out, out_stride, n_channels)
+        args.biases = <const float *> need_address("biases", biases)
+        args.state = <float *> need_address("state", state)
+        args.n_channels = n_channels
+        args.n_parts = n_parts
+        args.period = period
+        recorded(program_compress(self._program, args))
+
     def router(
         self,
         uintptr_t logits,
@@ -1236,9 +1300,12 @@ cdef class Program:
         int n_groups_used,
         c_bool normalize,
         float scale,
+        uintptr_t table=0,
+        int n_vocab=0,
     ):
         need_experts(n_experts, n_experts_used)
-        need_one_of("scoring", scoring, 3)
+        need_one_of("scoring", scoring, 4)
+        need(not table or n_vocab > 0, f"n_vocab is {n_vocab}; expected at least 1 with a table")
         if n_groups > 1:
             need(n_experts % n_groups == 0, f"{n_experts} experts cannot be {n_groups} groups of one size")
             need(
@@ -1248,6 +1315,7 @@ cdef class Program:
         cdef router_args args
         args.logits = need_matrix("logits", logits, logits_stride, n_experts)
         args.bias = <const float *> bias
+        args.table = <const int32_t *> table
         args.ids = <int32_t *> need_address("ids", ids)
         args.weights = <float *> need_address("weights", weights)
         args.n_experts = n_experts
@@ -1257,7 +1325,7 @@ cdef class Program:
         args.n_groups_used = n_groups_used
         args.normalize = normalize
         args.scale = scale
-        recorded(program_router(self._program, args))
+        recorded(program_router(self._program, args, n_vocab))
 
     def group_router(
         self,
@@ -1390,10 +1458,22 @@ cdef class Program:
         int n_streams,
         float offset,
         float magnitude,
+        uintptr_t mixing=0,
+        int64_t mixing_stride=0,
+        int n_normalizations=0,
     ):
         need_streams(n_streams)
+        cdef int n_mixes = 2 * n_streams if gates else n_streams
         cdef stream_weights_args args
-        args.mixes = need_matrix("mixes", mixes, mixes_stride, 2 * n_streams if gates else n_streams)
+        args.mixing = matrix(NULL, 0)
+        if mixing:
+            need(bool(gates), "mixing needs gates")
+            need(n_streams <= MAX_MIXED_STREAMS, f"n_streams is {n_streams}; expected 1 to {MAX_MIXED_STREAMS} to mix")
+            need_at_least("n_normalizations", n_normalizations, 1)
+            n_mixes += n_streams * n_streams
+            args.mixing = need_matrix("mixing", mixing, mixing_stride, n_streams * n_streams)
+        args.n_normalizations = n_normalizations
+        args.mixes = need_matrix("mixes", mixes, mixes_stride, n_mixes)
         args.gates = need_matrix("gates", gates, gates_stride, n_streams) if gates else matrix(NULL, 0)
         args.scale = <const float *> need_address("scale", scale)
         args.base = <const float *> need_address("base", base)
@@ -1415,16 +1495,22 @@ cdef class Program:
         int64_t out_stride,
         int n_streams,
         int n_cols,
+        uintptr_t mixing=0,
+        int64_t mixing_stride=0,
     ):
         need_streams(n_streams)
         need_at_least("n_cols", n_cols, 1)
         cdef add_to_streams_args args
+        args.mixing = matrix(NULL, 0)
+        if mixing:
+            args.mixing = need_matrix("mixing", mixing, mixing_stride, n_streams * n_streams)
+        args.n_streams = n_streams
         args.x = need_matrix("x", x, x_stride, n_streams * <int64_t> n_cols)
         args.added = need_matrix("added", added, added_stride, n_cols)
         args.gates = need_matrix("gates", gates, gates_stride, n_streams)
         args.out = need_matrix("out", out, out_stride, n_streams * <int64_t> n_cols)
         args.n_cols = n_cols
-        recorded(program_add_to_streams(self._program, args, n_streams))
+        recorded(program_add_to_streams(self._program, args))
 
     def mix_residuals(self, residuals, uintptr_t scorer, uintptr_t out, int64_t out_stride, int n_cols, float eps):
         cdef int n = len(residuals), i
@@ -1499,14 +1585,23 @@ cdef int need_cache(
 
 
 cdef kv_cache cache_at(
-    uintptr_t address, int type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim
+    str name,
+    uintptr_t address,
+    int type,
+    int n_slots,
+    int n_rows,
+    int n_kv_heads,
+    int head_dim,
+    int value_dim,
+    int period=1,
 ) except *:
-    need_cache(type, n_slots, context_length, n_kv_heads, head_dim, value_dim)
-    cdef uint8_t *keys = <uint8_t *> need_address("cache", address)
+    need_cache(type, n_slots, n_rows, n_kv_heads, head_dim, value_dim)
+    need_at_least("period", period, 1)
+    cdef uint8_t *keys = <uint8_t *> need_address(name, address)
     cdef uint8_t *values = NULL
     if value_dim:
-        values = keys + kv_key_bytes(type, n_slots, context_length, n_kv_heads, head_dim)
-    return kv_cache(keys, values, type, context_length, n_kv_heads, head_dim, value_dim)
+        values = keys + kv_key_bytes(type, n_slots, n_rows, n_kv_heads, head_dim)
+    return kv_cache(keys, values, type, n_rows, n_kv_heads, head_dim, value_dim, period)
 
 
 cdef int need_blocks(int top_k, int block_size) except -1:

@@ -207,6 +207,46 @@ class LatentAttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressedAttentionSpec:
+    """Attention to the last positions, and to keys that some tokens share (DeepSeek V4).
+
+    All heads share one key, which is its own value.
+
+    Attributes:
+        n_heads: query heads.
+        query_rank: width of the compressed query.
+        head_dim: of queries and keys.
+        window: how many positions back a token sees, itself included.
+        periods: for each layer, how many tokens share a key that is seen from everywhere behind them; 0: none do.
+        rope: how queries and keys are rotated in layers without such keys.
+        compressed_rope: the same in layers with them.
+        n_output_groups, output_rank: what so many groups of heads find becomes a row of that width each.
+        indexer: what chooses among shared keys, in the layers that it names.
+    """
+
+    n_heads: int
+    query_rank: int
+    head_dim: int
+    window: int
+    periods: tuple[int, ...]
+    rope: RopeSpec
+    compressed_rope: RopeSpec
+    n_output_groups: int
+    output_rank: int
+    indexer: IndexerSpec
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Return the number of heads in the caches: all query heads share what they keep."""
+        return 1
+
+    @property
+    def cached_dims(self) -> tuple[int, ...]:
+        """Return the widths of what the caches keep of a token."""
+        return (self.head_dim, *([self.indexer.key_dim] if any(self.indexer.layers) else ()))
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaNetSpec:
     """Gated delta net, the linear attention of Qwen3-Next, Qwen3.5, Kimi Linear and Ling 3.
 
@@ -310,7 +350,7 @@ class MoESpec:
     n_experts_used: int = 0
     ffn_size: int = 0
     shared_ffn_size: int = 0
-    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen", "sqrt_softplus"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
     n_groups: int = 1
@@ -343,11 +383,13 @@ class HyperConnectionSpec:
         n_streams: their number.
         offset: what weights and gates have in addition to a sigmoid.
         magnitude: factor of the gates' sigmoid.
+        n_normalizations: of the matrix that mixes streams before something is added; 0: they are not mixed.
     """
 
     n_streams: int
     offset: float
     magnitude: float
+    n_normalizations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +427,7 @@ class ModelSpec:
     n_vocab: int
     context_length: int
     norm_eps: float
-    attention: AttentionSpec | LatentAttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec
     moe: MoESpec
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None

@@ -54,6 +54,7 @@ PEERS = (
     "dbrx",
     "deepseek",
     "deepseek32",
+    "deepseek4",
     "dots1",
     "dots3note",
     "ernie4_5-moe",

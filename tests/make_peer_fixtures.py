@@ -32,6 +32,7 @@ import numpy as np
 OUT = Path(__file__).resolve().parent / "data" / "peers"
 N_VOCAB, HIDDEN, N_TOKENS = 128, 32, 32
 N_TOKENS_LONG, N_TOKENS_WINDOW = 8260, 4130  # more than a chunk of Llama 4, than the window of SmallThinker
+N_TOKENS_COMPRESSED = 300  # two compressed keys of 128 tokens
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 8
 N_EXPERTS, FFN = 8, 32
 CLOSE = 6e-3  # divergence at one position that is no sign of another expert
@@ -84,6 +85,8 @@ class Peer:
         is_latent: whether attention is multi-head latent attention.
         indexer_layers: the blocks that choose the positions which this looks at.
         n_streams: residual streams with hyper-connections; 0: there is one without them.
+        ratios: of each block, how many tokens share a compressed key, 0 for no such keys; none: attention is another.
+        hash_layers: the blocks that choose experts by a table of tokens.
         block_layers: the blocks whose attention looks at blocks of positions that are chosen for each head of its keys.
         attention_gate: what gates the result of attention by a projection of its input: "value" for each value, "head".
         layer_heads: query heads of each block where they differ.
@@ -138,6 +141,8 @@ class Peer:
     is_latent: bool = False
     indexer_layers: tuple[int, ...] = ()
     n_streams: int = 0
+    ratios: tuple[int, ...] = ()
+    hash_layers: tuple[int, ...] = ()
     block_layers: tuple[int, ...] = ()
     attention_gate: str = ""
     layer_heads: tuple[int, ...] = ()
@@ -186,6 +191,7 @@ SCAN = {
 SHORT_KERNEL = 3
 KDA_DIM, KDA_KERNEL = 16, 4
 QUERY_RANK, LATENT_DIM, ROPE_DIM, KEY_DIM, VALUE_DIM = 16, 24, 8, 12, 10
+OUTPUT_GROUPS, OUTPUT_RANK = 2, 16  # of projections of what groups of heads find
 GATED_VALUE_DIM = 24  # heads with gates are a multiple of 8 wide on a GPU
 WINDOW_LATENT_DIM, WINDOW_KEY_DIM, WINDOW_VALUE_DIM = 56, 20, 16  # where layers with a window have sizes of their own
 LATENT = {
@@ -428,6 +434,43 @@ PEERS = {
         is_latent=True,
         indexer_layers=(0, 1, 2),
         n_mtp=1,
+    ),
+    "deepseek4": Peer(
+        "deepseek4",
+        4,
+        MOE
+        | YARN
+        | {
+            "attention.q_lora_rank": QUERY_RANK,
+            "attention.sliding_window": 8,
+            "attention.compress_ratios": [0, 4, 128, 4],
+            "attention.compress_rope_freq_base": 500.0,
+            "attention.output_group_count": OUTPUT_GROUPS,
+            "attention.output_lora_rank": OUTPUT_RANK,
+            "attention.indexer.head_count": INDEXER_HEADS,
+            "attention.indexer.key_length": INDEXER_DIM,
+            "attention.indexer.top_k": 3,
+            "rope.dimension_count": ROPE_DIM,
+            "hyper_connection.count": 4,
+            "hyper_connection.epsilon": 0.01,
+            "hyper_connection.sinkhorn_iterations": 3,
+            "hash_layer_count": 2,
+            "expert_shared_count": 1,
+            "expert_gating_func": 4,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 1.5,
+            "swiglu_clamp_exp": [0.5, 1.0, 0.0, 0.7],
+            "swiglu_clamp_shexp": [0.0, 0.4, 0.8, 0.6],
+        },
+        moe_layers=(0, 1, 2, 3),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_dim=32,
+        n_kv_heads=1,
+        n_streams=4,
+        ratios=(0, 4, 128, 4),
+        hash_layers=(0, 1),
+        n_long=N_TOKENS_COMPRESSED,
     ),
     "dots1": Peer(
         "dots1",
@@ -1040,6 +1083,9 @@ class Draw:
     def between(self, low: float, high: float, *shape: int) -> np.ndarray:
         return self._rng.uniform(low, high, shape).astype(np.float32)
 
+    def choices(self, n: int, n_experts: int, n_used: int) -> np.ndarray:
+        return self._rng.random((n, n_experts)).argsort(-1)[:, :n_used].astype(np.int32)
+
 
 def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=peer.embedding_gain * np.sqrt(HIDDEN))
@@ -1098,13 +1144,15 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from kimi_delta_attention(peer, draw)
     elif layer in peer.lightning_layers:
         yield from lightning_attention(peer, draw)
+    elif peer.ratios:
+        yield from compressed_attention(peer, layer, draw)
     else:
         yield from latent_attention(peer, layer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer in peer.indexer_layers:
         yield from indexer(draw)
     if peer.n_streams:
         for part in ("attn", "ffn"):
-            yield from hyper_connections(f"hc_{part}", peer.n_streams, 2, draw)
+            yield from hyper_connections(f"hc_{part}", peer.n_streams, 3 if peer.ratios else 2, draw)
     if peer.residual_scores:
         for part in ("attn", "ffn"):
             yield f"{part}_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
@@ -1117,7 +1165,9 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from feed_forward("", peer.dense_width, draw)
         return
     yield "ffn_gate_inp.weight", draw.matrix(N_EXPERTS, HIDDEN, gain=6.0 if peer.expert_width else 3.0)
-    if peer.router_bias:
+    if layer in peer.hash_layers:
+        yield "ffn_gate_tid2eid.weight", draw.choices(N_VOCAB, N_EXPERTS, peer.n_experts_used)
+    elif peer.router_bias:
         yield peer.bias_name, draw.between(-peer.router_bias, peer.router_bias, N_EXPERTS)
     if peer.fused_experts:
         yield "ffn_gate_up_exps.weight", draw.matrix(N_EXPERTS, 2 * FFN, HIDDEN)
@@ -1278,8 +1328,34 @@ def latent_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, 
         yield "attn_k_norm.weight", draw.norm(ROPE_DIM)
 
 
+def compressed_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    dim, ratio = peer.head_dim, peer.ratios[layer]
+    yield "attn_q_a.weight", draw.matrix(QUERY_RANK, HIDDEN)
+    yield "attn_q_a_norm.weight", draw.norm(QUERY_RANK)
+    yield "attn_q_b.weight", draw.matrix(N_HEADS * dim, QUERY_RANK)
+    yield "attn_kv.weight", draw.matrix(dim, HIDDEN)
+    yield "attn_kv_a_norm.weight", draw.norm(dim)
+    yield "attn_sinks.weight", draw.between(-1, 1, N_HEADS)
+    yield "attn_output_a.weight", draw.matrix(OUTPUT_GROUPS * OUTPUT_RANK, N_HEADS * dim // OUTPUT_GROUPS)
+    yield "attn_output_b.weight", draw.matrix(HIDDEN, OUTPUT_GROUPS * OUTPUT_RANK, gain=0.2)
+    if ratio:
+        yield from compressor("attn", dim, ratio, draw)
+    if ratio == 4:
+        yield "indexer.attn_q_b.weight", draw.matrix(INDEXER_HEADS * INDEXER_DIM, QUERY_RANK)
+        yield "indexer.proj.weight", draw.matrix(INDEXER_HEADS, HIDDEN)
+        yield from compressor("indexer", INDEXER_DIM, ratio, draw)
+
+
+def compressor(name: str, dim: int, ratio: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    width = 2 * dim if ratio == 4 else dim
+    yield f"{name}_compressor_kv.weight", draw.matrix(width, HIDDEN)
+    yield f"{name}_compressor_gate.weight", draw.matrix(width, HIDDEN)
+    yield f"{name}_compressor_ape.weight", draw.between(-1, 1, ratio, width)
+    yield f"{name}_compressor_norm.weight", draw.norm(dim)
+
+
 def hyper_connections(name: str, n_streams: int, n_scales: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    n_mixes = n_scales * n_streams
+    n_mixes = n_streams * (n_scales if n_scales < 3 else 2 + n_streams)
     yield f"{name}_fn.weight", draw.matrix(n_mixes, n_streams * HIDDEN, gain=2.0)
     yield f"{name}_scale.weight", draw.between(0.5, 1.5, n_scales)
     yield f"{name}_base.weight", draw.between(-1, 1, n_mixes)

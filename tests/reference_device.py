@@ -106,13 +106,14 @@ class ReferenceProgram:
         self[op.x] = self[op.x] * factor[:, None]
 
     def gate(self, op: ops.Gate) -> None:
-        x = self[op.x]
+        x, gate = self[op.x], self[op.gate]
         if op.gating == Gating.SITU:
-            self[op.out] = _situ(self[op.gate], x, op.limit, op.own_limit)
+            self[op.out] = _situ(gate, x, op.limit, op.own_limit)
             return
+        gate = np.minimum(gate, op.limit) if op.gating == Gating.CLAMPED_SILU else gate
         if op.gating == Gating.CLAMPED_SWISH:
             x = np.clip(x, -7, 7) + 1
-        factor = _GATINGS[op.gating](self[op.gate]).repeat(op.x.width // op.gate.width, 1)
+        factor = _GATINGS[op.gating](gate).repeat(op.x.width // op.gate.width, 1)
         self[op.out] = np.minimum(factor, op.limit) * np.clip(x, -op.limit, op.limit) if op.limit else x * factor
 
     def split_heads(self, op: ops.SplitHeads) -> None:
@@ -132,7 +133,7 @@ class ReferenceProgram:
         divisors = op.divisors_of(self.context_length)
         if divisors is not None:
             frequencies = frequencies / self.vector(divisors)
-        angle = self.positions[:, None, None] * frequencies
+        angle = (self.positions // op.period * op.period)[:, None, None] * frequencies
         cos, sin = np.cos(angle) * op.magnitude, np.sin(angle) * op.magnitude
         if op.style == RopeStyle.NEOX:
             first, second = slice(0, n_pairs), slice(n_pairs, 2 * n_pairs)
@@ -142,13 +143,18 @@ class ReferenceProgram:
         x[..., first], x[..., second] = a * cos - b * sin, a * sin + b * cos
         self[op.x] = x.reshape(len(x), -1)
 
+    def shared_keys(self, k: Tensor, cache: ops.KVCache) -> np.ndarray:
+        """Append what the last tokens of periods bring; return all."""
+        new = self[k][(self.positions + 1) % cache.period == 0]
+        self.keys[cache] = np.concatenate([self.keys.get(cache, np.zeros((0, k.width))), new])
+        return self.keys[cache]
+
     def select_positions(self, op: ops.SelectPositions) -> None:
-        keys = np.concatenate([self.keys.get(op.cache, np.zeros((0, op.k.width))), self[op.k]])
-        self.keys[op.cache] = keys
+        keys = self.shared_keys(op.k, op.cache)
         q = self[op.q].reshape(len(self.token_ids), op.n_heads, -1)
         by_head = np.maximum(np.einsum("qhd,kd->qhk", q, keys), 0)
         scores = np.einsum("qhk,qh->qk", by_head, self[op.weights] * op.scale)
-        scores[np.arange(len(keys)) > self.positions[:, None]] = -np.inf
+        scores[np.arange(len(keys)) >= (self.positions[:, None] + 1) // op.cache.period] = -np.inf
         chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : op.top_k]
         is_there = np.take_along_axis(scores, chosen, -1) > -np.inf
         chosen = np.sort(np.where(is_there, chosen, len(keys)), axis=-1)
@@ -190,13 +196,41 @@ class ReferenceProgram:
         if op.chunk:
             hidden |= past < now // op.chunk * op.chunk
         scores[:, hidden] = -np.inf
-        if op.selected:
+        if op.shared_cache:
+            shared = self.shared_keys(op.shared_k, op.shared_cache)
+            own = np.einsum("qhd,kd->hqk", q, shared) * op.scale
+            is_hidden = np.arange(len(shared)) >= (now + 1) // op.shared_cache.period
+            if op.selected:
+                is_hidden = is_hidden | ~(self[op.selected.blocks][:, None] == np.arange(len(shared))[:, None]).any(-1)
+            own[:, is_hidden] = -np.inf
+            scores = np.concatenate([scores, own], axis=-1)
+            v = np.concatenate([v, np.repeat(shared[:, None, : cache.value_dim], op.n_heads, axis=1)])
+        elif op.selected:
             lists = self[op.selected.blocks].reshape(n, op.selected.n_lists, 1, -1)
             is_seen = (lists == past[:, None] // op.selected.block_size).any(-1)  # [tokens, lists, positions]
             scores[~is_seen.repeat(op.n_heads // op.selected.n_lists, 1).swapaxes(0, 1)] = -np.inf
         sinks = np.full(op.n_heads, -np.inf) if op.sinks is None else self.vector(op.sinks)
         scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (op.n_heads, n, 1))], axis=-1)
         self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores)[..., :-1], v).reshape(n, -1)
+
+    def compress(self, op: ops.Compress) -> None:
+        period, width = op.period, op.out.width
+        biases = self.vector(op.biases).reshape(period, -1)
+        values, scores = self[op.values], self[op.scores] + biases[self.positions % period]
+        if op.state in self.states:
+            values, scores = (
+                np.concatenate(pair) for pair in zip(self.states[op.state], (values, scores), strict=True)
+            )
+        self.states[op.state] = values, scores
+        outs = []
+        for position in self.positions:
+            first, end = position // period * period, position + 1
+            v, s = values[first:end, -width:], scores[first:end, -width:]
+            if op.overlaps and first:
+                before = slice(first - period, first)
+                v, s = (np.concatenate([x[before, :width], own]) for x, own in ((values, v), (scores, s)))
+            outs.append((_softmax(s.T) * v.T).sum(-1))
+        self[op.out] = np.stack(outs)
 
     def causal_conv(self, op: ops.CausalConv) -> None:
         kernel = np.concatenate([self.vector(weight) for weight in op.weights]).reshape(op.x.width, op.kernel_size)
@@ -251,7 +285,7 @@ class ReferenceProgram:
 
     def router(self, op: ops.Router) -> None:
         logits = self[op.logits]
-        scores = {Scoring.SOFTMAX: _softmax, Scoring.SIGMOID: _sigmoid}.get(op.scoring, lambda x: x)(logits)
+        scores = _SCORINGS[op.scoring](logits)
         choice = scores + (0 if op.bias is None else self.vector(op.bias))
         if op.n_groups > 1:
             groups = choice.reshape(len(choice), op.n_groups, -1)
@@ -259,6 +293,8 @@ class ReferenceProgram:
             rank = np.argsort(np.argsort(-best, axis=-1, kind="stable"), axis=-1, kind="stable")
             choice = np.where((rank < op.n_groups_used)[..., None], groups, -np.inf).reshape(choice.shape)
         ids = np.argsort(-choice, axis=-1, kind="stable")[:, : op.out.ids.width]
+        if op.table is not None:
+            ids = self._weights.array(op.table.name).view(np.int32).reshape(-1, op.table.n_cols)[self.token_ids]
         weights = np.take_along_axis(scores, ids, axis=-1)
         if op.scoring == Scoring.SOFTMAX_OF_CHOSEN:
             weights = _softmax(weights)
@@ -294,17 +330,26 @@ class ReferenceProgram:
         self[op.out] = op.scale * total + (0 if op.residual is None else self[op.residual])
 
     def reduce_streams(self, op: ops.ReduceStreams) -> None:
-        x, n, (first, *second) = self[op.x], op.n_streams, self.vector(op.scale)
+        x, n, (first, *more) = self[op.x], op.n_streams, self.vector(op.scale)
         mixes = x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps) @ self.vector(op.matrix).reshape(-1, op.x.width).T
         base = self.vector(op.base)
         weights = _sigmoid(first * mixes[:, :n] + base[:n]) + op.offset
         self[op.out] = np.einsum("tih,ti->th", x.reshape(len(x), n, -1), weights)
         if op.gates is not None:
-            self[op.gates] = op.magnitude * _sigmoid(second[0] * mixes[:, n:] + base[n:]) + op.offset
+            found = op.magnitude * _sigmoid(more[0] * mixes[:, n : 2 * n] + base[n : 2 * n])
+            self[op.gates] = found if op.mixing else found + op.offset
+        if op.mixing is not None:
+            kept = _softmax((more[1] * mixes[:, 2 * n :] + base[2 * n :]).reshape(-1, n, n)) + op.offset
+            for i in range(2 * op.n_normalizations - 1):
+                kept = kept / (kept.sum(2 if i % 2 else 1, keepdims=True) + op.offset)
+            self[op.mixing] = kept.reshape(-1, n * n)
 
     def add_to_streams(self, op: ops.AddToStreams) -> None:
-        added = self[op.gates][:, :, None] * self[op.added][:, None]
-        self[op.out] = self[op.x] + added.reshape(len(added), -1)
+        added, x = self[op.gates][:, :, None] * self[op.added][:, None], self[op.x]
+        if op.mixing is not None:
+            n = op.gates.width
+            x = np.einsum("tih,tij->tjh", x.reshape(len(x), n, -1), self[op.mixing].reshape(-1, n, n)).reshape(x.shape)
+        self[op.out] = x + added.reshape(len(added), -1)
 
     def mix_residuals(self, op: ops.MixResiduals) -> None:
         x = np.stack([self[residual] for residual in op.residuals], 1)  # [tokens, residuals, columns]
@@ -356,6 +401,7 @@ _GATINGS = {
     Gating.RELU: lambda x: np.maximum(x, 0),
     Gating.PRODUCT: lambda x: x,
     Gating.GELU: _gelu,
+    Gating.CLAMPED_SILU: _silu,
     Gating.CLAMPED_SWISH: lambda x: np.minimum(x, 7) * _sigmoid(1.702 * np.minimum(x, 7)),
 }
 
@@ -363,6 +409,14 @@ _GATINGS = {
 def _softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+_SCORINGS = {
+    Scoring.SOFTMAX: _softmax,
+    Scoring.SIGMOID: _sigmoid,
+    Scoring.SOFTMAX_OF_CHOSEN: lambda x: x,
+    Scoring.SQRT_SOFTPLUS: lambda x: np.sqrt(np.logaddexp(0, x)),
+}
 
 
 _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None]] = {
@@ -382,6 +436,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.SelectPositions: ReferenceProgram.select_positions,
     ops.SelectBlocks: ReferenceProgram.select_blocks,
     ops.Attention: ReferenceProgram.attention,
+    ops.Compress: ReferenceProgram.compress,
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,
     ops.SelectiveScan: ReferenceProgram.selective_scan,

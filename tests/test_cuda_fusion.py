@@ -79,6 +79,19 @@ def test_a_shared_expert_like_the_others_is_one_of_them(data, name: str, n: int)
     assert sum(isinstance(item, fusion.SharedExpert) for item in items) == n
 
 
+def test_keys_that_tokens_share_are_made_where_they_are_stored(data) -> None:
+    """Of attention in three layers, and of two indexers, which rotate their queries in the same launch."""
+    items = groups(data / "peers" / "deepseek4-F32.gguf")
+    assert sum(isinstance(item, fusion.SharedKeys) for item in items) == 5
+    attentions = [item for item in items if isinstance(item, fusion.Attention)]
+    assert [item.shared_keys is not None for item in attentions] == [False, True, True, True]
+    assert {len(item.operations) for item in attentions} == {5}  # with norms and rotations of queries and keys
+    selections = [item for item in items if isinstance(item, fusion.Selection)]
+    assert [(item.shared_keys is not None, len(item.operations)) for item in selections] == [(True, 2)] * 2
+    assert sum(isinstance(item, ops.Rope) for item in items) == 4  # of what attention finds
+    assert not any(isinstance(item, ops.Compress | ops.SelectPositions) for item in items)
+
+
 @pytest.mark.parametrize(
     ("name", "n"), [("deepseek32", 2), ("dots3note", 1), ("glm-dsa", 2), ("hy_v4", 2), ("minimax-m3", 2)]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -477,14 +478,15 @@ def test_elementwise_operations(mode: str) -> None:
 
 
 @pytest.mark.parametrize("style", RopeStyle)
-def test_rope_is_accurate_at_long_positions(style: RopeStyle) -> None:
+@pytest.mark.parametrize("period", [1, 4])
+def test_rope_is_accurate_at_long_positions(style: RopeStyle, period: int) -> None:
     rng, emulator = np.random.default_rng(4), Emulator()
     n_heads, head_dim, n_rot = 6, 50, 40
     x = rng.standard_normal((3, n_heads * head_dim)).astype(F32)
     positions, magnitude = np.array([0, 7, 130_001], np.int32), 1.5
     frequencies = (1e6 ** (-np.arange(n_rot // 2) / (n_rot // 2))).astype(F32)
     heads = x.reshape(3, n_heads, head_dim).astype(np.float64)
-    angle = positions[:, None, None] * frequencies.astype(np.float64)
+    angle = (positions // period * period)[:, None, None] * frequencies.astype(np.float64)
     cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
     half = n_rot // 2
     first, second = (
@@ -492,10 +494,8 @@ def test_rope_is_accurate_at_long_positions(style: RopeStyle) -> None:
     )
     a, b = heads[..., first].copy(), heads[..., second].copy()
     heads[..., first], heads[..., second] = a * cos - b * sin, a * sin + b * cos
-    sizes = (n_heads, head_dim, n_rot)
-    launch = elementwise.rope(
-        emulator.rows(x), emulator.at(positions), emulator.at(frequencies), *sizes, style, magnitude, emulator.count(3)
-    )
+    how = (n_heads, head_dim, n_rot, style, magnitude, emulator.count(3), period)
+    launch = elementwise.rope(emulator.rows(x), emulator.at(positions), emulator.at(frequencies), *how)
     emulator.run(launch)
     assert x == pytest.approx(heads.reshape(3, -1), abs=1e-5)
 
@@ -520,14 +520,16 @@ FUNCTIONS = {
     Gating.PRODUCT: lambda x: x,
     Gating.GELU: lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
     Gating.CLAMPED_SWISH: lambda x: np.minimum(x, 7) * sigmoid(1.702 * np.minimum(x, 7)),
+    Gating.CLAMPED_SILU: lambda x: x * sigmoid(x),
 }
+NEED_LIMITS = {Gating.SITU, Gating.CLAMPED_SILU}  # so that no gate of attention is one
 
 
 def gated(gating: Gating, x: np.ndarray, gate: np.ndarray, limit: float = 0.0, own_limit: float = 0.0) -> np.ndarray:
     if gating == Gating.SITU:
         x = own_limit * np.tanh(x / own_limit) if own_limit else x
         return limit * np.tanh(gate / limit) * sigmoid(gate) * x
-    factor = FUNCTIONS[gating](gate)
+    factor = FUNCTIONS[gating](np.minimum(gate, limit) if gating == Gating.CLAMPED_SILU else gate)
     if gating == Gating.CLAMPED_SWISH:
         return factor * (x.clip(-7, 7) + 1)
     return np.minimum(factor, limit) * x.clip(-limit, limit) if limit else factor * x
@@ -547,6 +549,8 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
         x, by, limit = x * 8, by * 8, 0.0
     elif gating == Gating.SITU:
         limit, own_limit = limit or 1.5, limit and 0.8
+    elif gating == Gating.CLAMPED_SILU:
+        limit = 0.6
     weight = rng.standard_normal(max(1, head_size)).astype(F32)
     expected = x.astype(np.float64)
     if head_size:
@@ -663,6 +667,7 @@ def test_combination_takes_misses_from_the_answers(mode: str, has_shared: bool, 
         (32, 1, 1, Scoring.SOFTMAX_OF_CHOSEN, False, False),
         (40, 4, 2, Scoring.SOFTMAX, False, True),
         (8, 1, 1, Scoring.SOFTMAX, True, False),
+        (40, 1, 1, Scoring.SQRT_SOFTPLUS, True, True),
     ],
 )
 def test_router(
@@ -694,7 +699,11 @@ def test_router(
 
     x = logits.astype(np.float64)
     softmax = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-    scores = {Scoring.SOFTMAX: softmax, Scoring.SIGMOID: sigmoid(x)}.get(scoring, x)
+    scores = {
+        Scoring.SOFTMAX: softmax,
+        Scoring.SIGMOID: sigmoid(x),
+        Scoring.SQRT_SOFTPLUS: np.sqrt(np.logaddexp(0, x)),
+    }.get(scoring, x)
     choice = scores + bias * has_bias
     if n_groups > 1:
         groups = choice.reshape(n_tokens, n_groups, -1)
@@ -714,6 +723,25 @@ def test_router(
     logits[:] = np.nan  # whatever the weights are then, the ids must be ids, each once
     run()
     assert all(len(set(row)) == n_used and min(row) >= 0 and max(row) < n_experts for row in ids.tolist())
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+@pytest.mark.parametrize(("n_experts", "n_used"), [(40, 6), (256, 6), (33, 33)])
+def test_router_with_a_table(mode: str, n_experts: int, n_used: int) -> None:
+    """A token's id says whom it goes to, in which order; weights are made of its logits."""
+    rng, emulator, token_ids = np.random.default_rng(6), Emulator(mode), np.array([3, 0, 3, 8], np.int32)
+    logits = rng.standard_normal((4, n_experts)).astype(F32)
+    table = rng.random((9, n_experts)).argsort(-1)[:, :n_used].astype(np.int32)
+    ids, weights = np.zeros((4, n_used), np.int32), np.zeros((4, n_used), F32)
+    places = emulator.rows(logits), 0, emulator.at(ids), emulator.at(weights)
+    how = n_experts, n_used, Scoring.SQRT_SOFTPLUS, 1, 1, True, 1.5
+    routing = Routing(*places, *how, emulator.at(table), emulator.at(token_ids), len(table))
+    expected = np.take_along_axis(np.sqrt(np.logaddexp(0, logits.astype(np.float64))), table[token_ids], -1)
+    expected *= 1.5 / expected.sum(-1, keepdims=True)
+    for order, seed in SCHEDULES:
+        emulator.run(kernels.router(routing, emulator.count(4)), order, seed)
+        assert (ids == table[token_ids]).all()
+        assert weights == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
@@ -746,41 +774,57 @@ def test_group_router(mode: str, n_groups: int, group_size: int, n_used: int) ->
         (2, 520, 3, True, 1, "race"),
         (1, 8, 1, False, 1, "asan"),
         (2, 700, 3, True, 0, "race"),  # only the sum
+        (4, 300, 70, True, 3, "race"),  # streams that are mixed
+        (3, 36, 2, False, 3, "asan"),
     ],
 )
 def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool, n_scales: int, mode: str) -> None:
-    rng, emulator, width, n_mixes = np.random.default_rng(4), Emulator(mode), n_streams * n_cols, n_scales * n_streams
-    streams, row, gates, matrix, base, scale = (
+    rng, emulator, width, mixes = np.random.default_rng(4), Emulator(mode), n_streams * n_cols, n_scales == 3
+    n_mixes, n_kept = n_streams * (2 + n_streams if mixes else n_scales), n_streams**2
+    streams, row, gates, kept, matrix, base, scale = (
         aligned(rng.standard_normal(shape).astype(F32))
         for shape in (
             (n_rows, width),
             (n_rows, n_cols),
             (n_rows, n_streams),
+            (n_rows, n_kept),
             (max(1, n_mixes), width),
             (max(1, n_mixes),),
-            (2,),
+            (3,),
         )
     )
     eps, offset, magnitude = 0.1, 0.25, 1.5
     x = streams.astype(np.float64)
+    if adds and mixes:
+        by_stream = x.reshape(n_rows, n_streams, n_cols), kept.reshape(n_rows, n_streams, n_streams)
+        x = np.einsum("tih,tij->tjh", *by_stream).reshape(n_rows, -1)
     if adds:
         x += (gates[:, :, None] * row.astype(np.float64)[:, None]).reshape(n_rows, -1)
-    mixes = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) @ matrix.T
-    found = sigmoid(np.repeat(scale, n_streams)[: max(1, n_mixes)] * mixes + base)
-    expected = found[:, :n_streams] + offset, magnitude * found[:, n_streams:] + offset
+    found = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) @ matrix.T
+    of_mixes = np.concatenate([np.repeat(scale[:2], n_streams), np.repeat(scale[2], n_kept)])[: max(1, n_mixes)]
+    found = of_mixes * found + base
+    expected_kept = (
+        normalized(found[:, 2 * n_streams :].reshape(-1, n_streams, n_streams), offset, 3) if mixes else None
+    )
+    found = sigmoid(found[:, : 2 * n_streams])
+    expected = found[:, :n_streams] + offset, magnitude * found[:, n_streams:] + (0 if mixes else offset)
 
     n_done = np.zeros(n_rows, np.int32)
     partial = np.zeros(hyper_connections.n_partial(n_rows, width, n_mixes), F32)
     bits = set()
     for order, seed in SCHEDULES:
-        sums, weights, new_gates = (aligned(np.full_like(a, np.nan)) for a in (streams, gates, gates))
+        sums, weights, new_gates, new_kept = (aligned(np.full_like(a, np.nan)) for a in (streams, gates, gates, kept))
         added, mixing = None, None
         if adds:
-            added = hyper_connections.Added(emulator.rows(row), emulator.rows(gates), emulator.rows(sums))
+            mixing_before = emulator.rows(kept) if mixes else NOTHING
+            added = hyper_connections.Added(
+                emulator.rows(row), emulator.rows(gates), emulator.rows(sums), mixing_before
+            )
         if n_scales:
             places = (emulator.at(array) for array in (matrix, scale, base, partial, n_done, weights))
             to = emulator.at(new_gates) if n_scales > 1 else 0
-            mixing = hyper_connections.Mixing(*places, to, eps, offset, magnitude)
+            to_kept = emulator.at(new_kept) if mixes else 0
+            mixing = hyper_connections.Mixing(*places, to, to_kept, eps, offset, magnitude, 3)
         what = (emulator.rows(streams), added, n_streams, n_cols, mixing)
         emulator.run(hyper_connections.hyper_connections(*what, emulator.count(n_rows)), order, seed)
         if adds:
@@ -789,8 +833,57 @@ def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool,
             assert weights == pytest.approx(expected[0], rel=1e-5)
         if n_scales > 1:
             assert new_gates == pytest.approx(expected[1], rel=1e-5)
+        if expected_kept is not None:
+            assert new_kept == pytest.approx(expected_kept.reshape(n_rows, -1), rel=1e-4)
         assert not n_done.any()
-        bits.add((sums.tobytes(), weights.tobytes(), new_gates.tobytes()))
+        bits.add((sums.tobytes(), weights.tobytes(), new_gates.tobytes(), new_kept.tobytes()))
+    assert len(bits) == 1
+
+
+def normalized(mixes: np.ndarray, offset: float, n_normalizations: int) -> np.ndarray:
+    """How much streams keep of each other, see `graph.ReduceStreams`; [rows, streams, streams]."""
+    e = np.exp(mixes - mixes.max(-1, keepdims=True))
+    kept = e / e.sum(-1, keepdims=True) + offset
+    for i in range(2 * n_normalizations - 1):
+        kept = kept / (kept.sum(2 if i % 2 else 1, keepdims=True) + offset)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "n_parts", "period", "mode"), [(150, 2, 4, "race"), (64, 1, 5, "fast"), (30, 2, 3, "asan")]
+)
+def test_compress(n_channels: int, n_parts: int, period: int, mode: str) -> None:
+    """Of two sequences, however their tokens are cut into steps."""
+    rng, emulator, n, width = np.random.default_rng(2), Emulator(mode), 23, n_parts * n_channels
+    values, scores = (rng.standard_normal((2, n, width)).astype(F32) * size for size in (1, 3))
+    biases = rng.standard_normal((period, width)).astype(F32)
+    weighed = scores.astype(np.float64) + biases[np.arange(n) % period]
+    expected = np.zeros((2, n, n_channels))
+    for t in range(n):
+        first = t // period * period
+        parts = [(values[:, first : t + 1, -n_channels:], weighed[:, first : t + 1, -n_channels:])]
+        if n_parts == 2 and first:
+            before = slice(None), slice(first - period, first), slice(0, n_channels)
+            parts.insert(0, (values[before], weighed[before]))
+        v, s = (np.concatenate(some, axis=1) for some in zip(*parts, strict=True))
+        e = np.exp(s - s.max(1, keepdims=True))
+        expected[:, t] = (v * e).sum(1) / e.sum(1)
+    bits = set()
+    for cuts in ([0, 23], [0, 1, 2, 9, 23], list(range(24))):
+        state, out = aligned(np.full((3, n_parts, 3, n_channels), np.nan, F32)), np.zeros((2, n, n_channels), F32)
+        for begin, end in pairwise(cuts):
+            step = slice(begin, end)
+            made = np.full((2 * (end - begin), n_channels), np.nan, F32)
+            rows = [emulator.rows(x[:, step].reshape(-1, width).copy()) for x in (values, scores)]
+            positions, slots = (
+                np.array(x, np.int32) for x in ([*range(begin, end)] * 2, np.repeat([2, 0], end - begin))
+            )
+            places = emulator.at(positions), emulator.at(slots)
+            what = emulator.at(biases), emulator.at(state), emulator.rows(made), n_channels, n_parts, period, *places
+            emulator.run(recurrent.compress(*rows, *what, emulator.count(2 * (end - begin))))
+            out[:, step] = made.reshape(2, -1, n_channels)
+        assert out == pytest.approx(expected, abs=1e-5)
+        bits.add(out.tobytes())
     assert len(bits) == 1
 
 
@@ -965,7 +1058,7 @@ def test_attention(
     wanted = [
         form for form, size in ((Activation.Q8_256, 256), (Activation.Q8_32, 32)) if n_heads * value_dim % size == 0
     ]
-    gatings = Gating if dims == (64, 64) or mode != "fast" else [Gating.SIGMOID]  # all where that is soon done
+    gatings = list(Gating) if dims == (64, 64) or mode != "fast" else [Gating.SIGMOID]  # all where that is soon done
     by = rng.standard_normal((4, n_heads, 2 * value_dim)).astype(F32)  # what is before each head's gate does not matter
     expected = []
     for token, position in enumerate(positions):
@@ -988,7 +1081,7 @@ def test_attention(
         gate = Rows(emulator.rows(by).address + 4 * value_dim, n_heads * 2 * value_dim)
         of_values = by[:, :, value_dim:].reshape(few.shape)
         of_heads = np.ascontiguousarray(by[:, :, 0])
-        for gating in gatings:
+        for gating in (gating for gating in gatings if gating not in NEED_LIMITS):
             for seen, gate_of in (
                 (of_values, GateOf(gating, gate, value_dim, 2 * value_dim)),
                 (of_heads.repeat(value_dim, 1), GateOf(gating, emulator.rows(of_heads), value_dim, 1, per_head=True)),
@@ -1001,12 +1094,12 @@ def test_attention(
 
 
 def indexer_cache(
-    emulator: Emulator, kv_type: KVType, context_length: int, keys: np.ndarray, slots: np.ndarray
+    emulator: Emulator, kv_type: KVType, n_rows: int, keys: np.ndarray, slots: np.ndarray, period: int = 1
 ) -> tuple[Cache, Launch]:
     """A cache of an indexer's keys, NaN all over, and the launch that stores keys in it, from 0 on; some become 127."""
     n_kept, key_dim = keys.shape
     keys[:, ::32] = 127  # so that eight bits hold the others
-    cache = Cache(0, kv_type, 2, context_length, 1, key_dim, 0, True)
+    cache = Cache(0, kv_type, 2, n_rows, 1, key_dim, 0, True, period)
     cache = cache._replace(address=emulator.at(aligned(np.full(cache.n_bytes, 0xFF, np.uint8))))
     place = Place(emulator.at(np.arange(n_kept, dtype=np.int32)), emulator.at(slots))
     heads = Heads(emulator.rows(keys), 1, key_dim)
@@ -1015,15 +1108,18 @@ def indexer_cache(
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "mode"),
+    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "period", "mode"),
     [
-        (KVType.F32, 5, 40, 20, 200, False, "fast"),
-        (KVType.F16, 64, 128, 37, 200, False, "fast"),
-        (KVType.F16, 3, 64, 64, 1500, True, "fast"),  # more positions than threads, many of them alike
-        (KVType.Q8_0, 32, 64, 50, 200, False, "fast"),
-        (KVType.F16, 17, 16, 20, 200, True, "race"),
-        (KVType.Q8_0, 5, 40, 20, 200, False, "race"),
-        (KVType.F32, 2, 8, 20, 200, True, "asan"),
+        (KVType.F32, 5, 40, 20, 200, False, 1, "fast"),
+        (KVType.F16, 64, 128, 37, 200, False, 1, "fast"),
+        (KVType.F16, 3, 64, 64, 1500, True, 1, "fast"),  # more positions than threads, many of them alike
+        (KVType.Q8_0, 32, 64, 50, 200, False, 1, "fast"),
+        (KVType.F16, 17, 16, 20, 200, True, 1, "race"),
+        (KVType.Q8_0, 5, 40, 20, 200, False, 1, "race"),
+        (KVType.F32, 2, 8, 20, 200, True, 1, "asan"),
+        (KVType.F16, 5, 40, 20, 200, False, 4, "fast"),  # rows that tokens share
+        (KVType.F32, 2, 8, 9, 202, True, 4, "asan"),
+        (KVType.F16, 17, 16, 30, 200, True, 3, "race"),
     ],
 )
 def test_positions_are_selected(
@@ -1033,6 +1129,7 @@ def test_positions_are_selected(
     top_k: int,
     context_length: int,
     equal: bool,
+    period: int,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1042,17 +1139,18 @@ def test_positions_are_selected(
     n_kept, most = context_length - 30, 1 if equal else 20
     keys = rng.integers(-most, most + 1, (n_kept, key_dim)).astype(F32)
     slots = np.ones(n_kept, np.int32)
-    cache, store = indexer_cache(emulator, kv_type, context_length, keys, slots)
+    cache, store = indexer_cache(emulator, kv_type, context_length // period, keys, slots, period)
     positions = np.array([n_kept - 1, top_k - 1, top_k, 3, *range(90, 96)], np.int32)
     n_tokens = len(positions)
     q = rng.integers(-most, most + 1, (n_tokens, n_heads * key_dim)).astype(F32)
     weights = rng.integers(-most, most + 1, (n_tokens, n_heads)).astype(F32)
     expected = np.full((n_tokens, top_k), -7, np.int32)
     for token, position in enumerate(positions):
-        by_head = np.maximum(q[token].reshape(n_heads, key_dim).astype(np.float64) @ keys[: position + 1].T, 0)
+        seen = keys[: position + 1][period - 1 :: period]
+        by_head = np.maximum(q[token].reshape(n_heads, key_dim).astype(np.float64) @ seen.T, 0)
         chosen = np.argsort(-(weights[token] / 4 @ by_head), kind="stable")[:top_k]
         expected[token, : len(chosen)] = np.sort(chosen)
-    scores = np.full(selection.scores_bytes(context_length, n_tokens) // 4, np.nan, F32)
+    scores = np.full(selection.scores_bytes(cache.context_length, n_tokens) // 4, np.nan, F32)
     place = Place(emulator.at(positions), emulator.at(slots))
     for order, seed in SCHEDULES:
         for n in (n_tokens, 5):  # one block for each; many blocks
@@ -1191,7 +1289,7 @@ def test_attention_looks_at_selected_positions(
 
     def attend(q: np.ndarray, positions: np.ndarray, cache: Cache, sight: Sight, order: str, seed: int) -> np.ndarray:
         out = np.zeros((len(q), group * value_dim), F32)
-        scratch = attention.scratch_bytes(cache, group, len(q), sight.most_selected)
+        scratch = attention.scratch_bytes(cache, group, len(q), sight)
         kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in scratch]
         addresses = tuple(emulator.at(x) for x in kept)
         place, count = Place(emulator.at(positions), emulator.at(slots)), emulator.count(len(q), len(q))
@@ -1250,7 +1348,7 @@ def test_attention_looks_at_the_blocks_of_each_key_head(
 
     def attend(n: int, sight: Sight, order: str = "forward", seed: int = 1) -> np.ndarray:
         out = np.zeros((n, n_heads * value_dim), F32)
-        kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in attention.scratch_bytes(cache, n_heads, n, most)]
+        kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in attention.scratch_bytes(cache, n_heads, n, sight)]
         addresses = tuple(emulator.at(x) for x in kept)
         place, count = Place(emulator.at(positions), emulator.at(slots)), emulator.count(n, n)
         what = (cache, n_heads, scale, sight, addresses, place, count)
@@ -1259,7 +1357,6 @@ def test_attention_looks_at_the_blocks_of_each_key_head(
 
     lists = emulator.rows(selected.reshape(n_tokens, -1))
     sight = Sight(selected=lists, top_k=top_k, block_size=block_size, by_head=True)
-    most = sight.most_selected
     for order, seed in SCHEDULES:
         found = attend(n_tokens, sight, order, seed)
         assert same_bits(attend(4, sight, order, seed), found[:4])
@@ -1273,9 +1370,88 @@ def test_attention_looks_at_the_blocks_of_each_key_head(
         weights = np.exp(keys @ q[token].reshape(n_heads, key_dim)[head] * scale)
         expected = weights @ values / weights.sum()
         assert found[token].reshape(n_heads, value_dim)[head] == pytest.approx(expected, abs=tolerance)
-    if most >= n_kept:
-        most = 0
+    if top_k * block_size >= n_kept:
         assert same_bits(attend(n_tokens, Sight()), found)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "dims", "group", "period", "top_k", "window", "mode"),
+    [
+        (KVType.F16, (512, 512), 11, 4, 12, 40, "fast"),
+        (KVType.F16, (64, 64), 20, 5, 0, 40, "fast"),
+        (KVType.Q8_0, (40, 32), 18, 3, 0, 7, "race"),
+        (KVType.F16, (16, 16), 3, 2, 9, 33, "race"),
+        (KVType.F32, (24, 16), 2, 4, 100, 0, "asan"),
+        (KVType.F32, (24, 16), 2, 128, 0, 12, "asan"),
+    ],
+)
+def test_attention_looks_at_rows_that_tokens_share(
+    kv_type: KVType, dims: tuple[int, int], group: int, period: int, top_k: int, window: int, mode: str
+) -> None:
+    """Beside the window a token sees the rows of all periods before, or those that a list names; NaN lies elsewhere."""
+    rng, emulator, (key_dim, value_dim) = np.random.default_rng(8), Emulator(mode), dims
+    context_length, n_kept, scale = 200, 150, key_dim**-0.5
+    positions = np.array([149, 33, 0, *range(66, 74)], np.int32)
+    n_tokens, slots = len(positions), np.ones(n_kept, np.int32)
+    q, k, shared_k = (
+        rng.standard_normal((n, m * key_dim)).astype(F32) for n, m in ((n_tokens, group), (n_kept, 1), (n_kept, 1))
+    )
+    sinks, caches, memories = rng.standard_normal(group).astype(F32), [], []
+    for keys, own in ((k, 1), (shared_k, period)):
+        cache = Cache(0, kv_type, 2, context_length // own, 1, key_dim, value_dim, True, own)
+        memories.append(aligned(np.full(cache.n_bytes, 0xFF, np.uint8)))
+        caches.append(cache._replace(address=emulator.at(memories[-1])))
+        place = Place(emulator.at(np.arange(n_kept, dtype=np.int32)), emulator.at(slots))
+        heads, count = Heads(emulator.rows(keys), 1, key_dim), emulator.count(n_kept, n_kept)
+        emulator.run(attention.inputs(None, NOTHING, heads, None, 0.0, Rotation(), caches[-1], place, count))
+    selected = np.full((n_tokens, max(1, top_k)), 1 << 30, np.int32)
+    expected = np.empty((n_tokens, group, value_dim))
+    for token, position in enumerate(positions):
+        rows = np.arange((position + 1) // period)
+        if top_k:
+            rows = np.sort(rng.permutation(rows)[:top_k])
+            selected[token, : len(rows)] = rows
+        near = slice(max(0, position - window + 1) if window else 0, position + 1)
+        keys = np.concatenate([shared_k[period - 1 :: period][rows], k[near]]).astype(np.float64)
+        scores = q[token].reshape(group, key_dim) @ keys.T * scale
+        scores = np.exp(np.concatenate([scores, sinks[:, None]], -1))
+        expected[token] = (scores / scores.sum(-1, keepdims=True))[:, :-1] @ keys[:, :value_dim]
+    sight = Sight(emulator.at(sinks), window, selected=emulator.rows(selected), top_k=top_k, shared=caches[1])
+
+    def attend(n: int, order: str, seed: int) -> np.ndarray:
+        out = np.zeros((n, group * value_dim), F32)
+        kept = [np.full(n_bytes // 4, np.nan, F32) for n_bytes in attention.scratch_bytes(caches[0], group, n, sight)]
+        addresses = tuple(emulator.at(x) for x in kept)
+        place, count = Place(emulator.at(positions), emulator.at(slots)), emulator.count(n, n)
+        what = (caches[0], group, scale, sight, addresses, place, count)
+        emulator.run(attention.attend(emulator.rows(q), emulator.rows(out), *what), order, seed)
+        return out
+
+    for order, seed in SCHEDULES:
+        found = attend(n_tokens, order, seed)
+        assert same_bits(attend(4, order, seed), found[:4])
+    tolerance = {KVType.F32: 1e-5, KVType.F16: 2e-3, KVType.Q8_0: 0.03}[kv_type]
+    assert found == pytest.approx(expected.reshape(n_tokens, -1), abs=tolerance)
+
+
+@pytest.mark.parametrize("mode", ["fast", "race", "asan"])
+def test_rows_that_tokens_share_are_stored_by_the_last_of_them(mode: str) -> None:
+    """Rotated by the position of the first."""
+    rng, emulator, n, dim, n_rot, period = np.random.default_rng(9), Emulator(mode), 11, 24, 16, 4
+    k, frequencies = rng.standard_normal((n, dim)).astype(F32), (1e4 ** (-np.arange(8) / 8)).astype(F32)
+    positions, slots, count = np.arange(3, 3 + n, dtype=np.int32), np.ones(n, np.int32), emulator.count(n)
+    expected, at = k.copy(), emulator.at(positions)
+    rope = (at, emulator.at(frequencies), 1, dim, n_rot, RopeStyle.NORM, 1.0, count, period)
+    emulator.run(elementwise.rope(emulator.rows(expected), *rope))
+    rotation = Rotation(emulator.at(frequencies), n_rot, RopeStyle.NORM, 1.0, period)
+    for order, seed in SCHEDULES:
+        memory = aligned(np.full((2, 5, dim), np.nan, F32))
+        cache = Cache(emulator.at(memory), KVType.F32, 2, 5, 1, dim, dim, True, period)
+        heads, place = Heads(emulator.rows(k), 1, dim, rotate=True), Place(at, emulator.at(slots))
+        emulator.run(attention.inputs(None, NOTHING, heads, None, 0.0, rotation, cache, place, count), order, seed)
+        assert same_bits(memory[1, :3], expected[[0, 4, 8]])
+        assert np.isnan(memory[1, 3:]).all()
+        assert np.isnan(memory[0]).all()
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])

@@ -88,6 +88,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "bailingmoe3",
         "cohere2moe",
         "deepseek32",
+        "deepseek4",
         "dots3note",
         "gemma4",
         "glm-dsa",

@@ -19,6 +19,8 @@ from engine.devices.graph import KVType
 from engine.devices.traffic import count_weights
 from engine.errors import ConfigError, DeviceError, GGUFError, RequestError, TokenizerError
 from engine.gguf import open_model_file
+from engine.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile
+from engine.gguf.writer import encode_head
 from engine.models import load_model
 from engine.runtime import resolve
 
@@ -46,6 +48,24 @@ def engine() -> Iterator[Engine]:
 def attention_path(golden_path) -> Path:
     """A model of attention layers only."""
     return golden_path("qwen3moe/qwen3moe-micro-Q8_0.gguf")
+
+
+@pytest.fixture(scope="module")
+def shared_keys_path(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which some tokens share a key, with a tokenizer."""
+    path = tmp_path_factory.mktemp("deepseek4") / "model.gguf"
+    with GGUFFile.open(data / "peers" / "deepseek4-F32.gguf") as file:
+        values = {key: file.metadata.value(key) for key in file.metadata}
+        texts = {"model": "gpt2", "pre": "deepseek-v3", "tokens": [f"t{i}" for i in range(128)], "merges": []}
+        values |= {f"tokenizer.ggml.{key}": value for key, value in texts.items()}
+        values["tokenizer.ggml.token_type"] = np.ones(128, np.int32)
+        parts = [encode_head(values, file.tensors.values())]
+        for name, info in file.tensors.items():
+            stored = file.mapped(name)
+            assert stored is not None
+            parts.append(stored.tobytes() + bytes(-info.n_bytes % DEFAULT_ALIGNMENT))
+    path.write_bytes(b"".join(parts))
+    return path
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -160,6 +180,21 @@ def test_attention_reuses_the_common_prefix_without_changing_a_bit(attention_pat
             assert reused.logprobs == fresh.logprobs
             cold.logits([0])  # forget
         assert warm.statistics.n_reused_tokens >= 39 + 25 + 9
+
+
+def test_what_makes_shared_keys_is_not_cut_back(shared_keys_path: Path) -> None:
+    """A prompt that leaves another behind its beginning, in the midst of tokens that share a key, starts anew."""
+    ids = np.random.default_rng(5).integers(0, 128, 60).tolist()
+    prompts = [ids[:41], [*ids[:30], 7, 9], [*ids[:30], 7, 9, *ids[40:50]], ids]
+    with Engine.open(shared_keys_path, config=config()) as warm:
+        found = [warm.generate(prompt, GREEDY) for prompt in prompts]
+    for prompt, answer in zip(prompts, found, strict=True):
+        with Engine.open(shared_keys_path, config=config()) as cold:
+            assert cold.generate(prompt, GREEDY).token_ids == answer.token_ids
+    assert len({answer.token_ids for answer in found}) == len(prompts)
+    with Engine.open(shared_keys_path, config=config(n_sequences=3)) as engine:
+        together = dict(engine.generate_many(prompts, GREEDY))
+    assert [together[i].token_ids for i in range(len(prompts))] == [answer.token_ids for answer in found]
 
 
 def test_recurrent_layers_reuse_a_conversation_that_goes_on(engine: Engine) -> None:

@@ -213,7 +213,7 @@ BAD: dict[str, tuple[bytes, type[Exception], str]] = {
     "dimension 0": (head((), (tensor(dimensions=(32, 0)),)), GGUFError, r"tensor t has the dimensions \[32, 0\]"),
     "overflow": (head((), (tensor(dimensions=(1 << 32, 1 << 32)),)), GGUFError, "tensor t has the dimensions"),
     "tensor type": (head((), (tensor(ggml_type=99),)), UnsupportedModelError, r"tensor t has the type 99 \(unknown\)"),
-    "integers": (head((), (tensor(ggml_type=26),)), UnsupportedModelError, r"tensor t has the type 26 \(I32\)"),
+    "integers": (head((), (tensor(ggml_type=27),)), UnsupportedModelError, r"tensor t has the type 27 \(I64\)"),
     "row length": (head((), (tensor(dimensions=(33,), ggml_type=8),)), GGUFError, "rows of 33 weights in Q8_0"),
     "offset": (head((), (tensor(offset=8),), 256), GGUFError, "tensor t begins at 8; expected a multiple of 32"),
     "offset huge": (head((), (tensor(offset=1 << 63),), 256), GGUFError, "tensor t ends at byte"),

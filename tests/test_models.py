@@ -17,6 +17,7 @@ from engine.devices import graph as ops
 from engine.devices.footprint import measure
 from engine.devices.graph import KVType
 from engine.devices.program import Limits
+from engine.devices.tables import expert_table
 from engine.devices.traffic import count_weights
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf import SyntheticModel, WeightMemory
@@ -27,7 +28,7 @@ from engine.gguf.reader import GGUFFile
 from engine.gguf.writer import write_gguf
 from engine.model_spec import MoESpec
 from engine.models import ARCHITECTURES, Model, load_model
-from engine.quants.formats import BY_NAME
+from engine.quants.formats import BY_NAME, I32, QuantFormat
 from engine.quants.reference import dequantize
 
 
@@ -63,7 +64,7 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
     ("name", "key", "value", "message"),
     [
         ("minimax-01", "attention.key_length", 264, r"attention.key_length is 264; this version computes at most 256"),
-        ("minimax-m2", "expert_gating_func", 4, r"expert_gating_func is 4; .* 1 \(softmax\), 2 \(sigmoid\) and 3"),
+        ("minimax-m2", "expert_gating_func", 5, r"expert_gating_func is 5; .* 1 \(softmax\), 2 \(sigmoid\), 3"),
         ("grovemoe", "experts_per_group", 3, r"experts_per_group is 3; expected a divisor of expert_count \(8\)"),
         ("grovemoe", "experts_per_group", 4, r"experts_per_group is 4; expected as many groups as experts are used"),
         ("grovemoe", "expert_group_count", 2, r"expert_group_count is 2; this version needs 1"),
@@ -149,6 +150,57 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("deepseek32", "attention.indexer.key_length", 4, "indexer.key_length is 4; expected at least rope.dimension"),
         ("deepseek32", "attention.indexer.key_length", 640, "key_length is 640; this version computes at most 576"),
         ("deepseek32", "attention.indexer.head_count", 4, r"proj.weight has the shape \[8, 32\]; .* \[4, 32\]"),
+        ("deepseek4", "hyper_connection.count", 5, "hyper_connection.count is 5; this version computes at most 4"),
+        (
+            "deepseek4",
+            "hyper_connection.count",
+            3,
+            r"hc_attn_fn.weight has the shape \[24, 128\]; .* must be \[15, 96\]",
+        ),
+        (
+            "deepseek4",
+            "hyper_connection.sinkhorn_iterations",
+            101,
+            "iterations is 101; this version computes at most 100",
+        ),
+        (
+            "deepseek4",
+            "attention.compress_ratios",
+            np.array([0, 4, 64, 4], np.int32),
+            "attention.compress_ratios has a 64; this version knows 0, 4 and 128",
+        ),
+        (
+            "deepseek4",
+            "attention.compress_ratios",
+            np.array([0, 4], np.int32),
+            "compress_ratios is 2 numbers; expected one for each of 4 layers",
+        ),
+        (
+            "deepseek4",
+            "attention.compress_ratios",
+            np.array([0, 4, 0, 4], np.int32),
+            r"has no use for blk\.2\.attn_compressor",
+        ),
+        ("deepseek4", "attention.key_length", 640, "key_length is 640; this version computes at most 576"),
+        ("deepseek4", "attention.key_length", 33, r"value_length is 32; expected key_length \(33\)"),
+        ("deepseek4", "attention.value_length", 16, r"value_length is 16; expected key_length \(32\)"),
+        ("deepseek4", "attention.output_group_count", 3, r"group_count is 3; expected a divisor of .*head_count \(4\)"),
+        ("deepseek4", "attention.sliding_window", 0, "attention.sliding_window is 0; expected an integer from 1"),
+        ("deepseek4", "attention.compress_rope_freq_base", 0.5, "rope_freq_base is 0.5; expected a number above 1"),
+        ("deepseek4", "attention.indexer.key_length", 65, "indexer.key_length is 65; expected an even number"),
+        ("deepseek4", "attention.indexer.top_k", 1 << 15, "top_k is 32768; this version computes at most 16384"),
+        (
+            "deepseek4",
+            "rope.scaling.type",
+            "longrope",
+            "scaling.type is 'longrope'; this version needs none, linear or",
+        ),
+        ("deepseek4", "rope.scaling.yarn_ext_factor", 0.5, "yarn_ext_factor is 0.5; this version needs 1"),
+        ("deepseek4", "expert_gating_func", 2, "expert_gating_func stands for sigmoid; this version needs 4"),
+        ("deepseek4", "expert_gating_func", 5, "expert_gating_func is 5; this version knows 1"),
+        ("deepseek4", "hash_layer_count", 1, "hash_layer_count is 1; expected as many as leading blocks have"),
+        ("deepseek4", "expert_used_count", 3, r"ffn_gate_tid2eid.weight has the shape \[128, 2\]; .* \[128, 3\]"),
+        ("deepseek4", "nextn_predict_layers", 1, "nextn_predict_layers is 1, but blocks from 3 on are not for"),
         (
             "glm-dsa",
             "attention.indexer.types",
@@ -253,6 +305,61 @@ def test_residuals_that_are_too_many_are_counted(peer, tmp_path: Path, monkeypat
         load(peer("kimi-k3"), tmp_path)
 
 
+def test_what_deepseek4_files_may_leave_out(peer, tmp_path: Path) -> None:
+    """Limits of the shared expert are those of the others, unless the file says something else."""
+    parts = peer("deepseek4")
+    assert load(parts, tmp_path).spec.moe.shared_limits == pytest.approx((0.0, 0.4, 0.8, 0.6))
+    del parts.values["deepseek4.swiglu_clamp_shexp"]
+    spec = load(parts, tmp_path).spec
+    assert spec.moe.shared_limits == spec.moe.limits == pytest.approx((0.5, 1.0, 0.0, 0.7))
+    first = next(info for info in parts.tensors if info.name == "blk.2.exp_probs_b.bias")
+    parts.tensors.append(replace(first, name="blk.2.exp_probs_b_vl.bias"))  # for images
+    load(parts, tmp_path)
+
+
+def test_rows_that_tokens_share_take_as_many_times_less_memory(peer, tmp_path: Path) -> None:
+    """Heads of 32 values, an indexer's of 64, in float16; rows of 4 tokens in two layers, of 128 in one."""
+    found = measure(load(peer("deepseek4"), tmp_path).graph, Limits(16, 2, 4096, KVType.F16), stores_once=True)
+    rows_of_4, rows_of_128 = 1024, 32
+    shared = 2 * rows_of_4 * (64 + 128) + rows_of_128 * 64
+    assert found.recurrent_bytes == 4 * (2 * 6 * (32 + 64) + 3 * 32)
+    assert found.state_bytes == 2 * (4 * 4096 * 64 + shared + found.recurrent_bytes)
+    assert found.stretches == (64,) * 8  # of positions
+    assert found.position_bytes == (2 * rows_of_4 * 128 + rows_of_128 * 64) / 4096
+    assert found.window_bytes == 4 * 8 * 64 + 2 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_format", "message"),
+    [
+        (
+            "blk.0.ffn_gate_tid2eid.weight",
+            BY_NAME["F32"],
+            r"has the type F32; expected integers \(I32\)",
+        ),
+        ("blk.0.attn_kv.weight", I32, "attn_kv.weight has the type I32; expected weights"),
+        ("blk.0.attn_norm.weight", I32, "attn_norm.weight has the type I32; expected weights"),
+    ],
+)
+def test_integers_are_in_tables_only(peer, tmp_path: Path, name: str, weight_format: QuantFormat, message: str) -> None:
+    parts = peer("deepseek4")
+    changed = [replace(info, format=weight_format) if info.name == name else info for info in parts.tensors]
+    with pytest.raises(GGUFError, match=message):
+        load(replace(parts, tensors=changed), tmp_path)
+
+
+@pytest.mark.parametrize(("ids", "found"), [([0, 8], "0 to 8"), ([-1, 7], "-1 to 7")])
+def test_a_table_names_experts_that_there_are(ids: list[int], found: str) -> None:
+    class Bytes:
+        is_own_memory = True
+
+        def array(self, name: str) -> np.ndarray:
+            return np.array(ids, np.int32).view(np.uint8)
+
+    with pytest.raises(GGUFError, match=f"table names expert {found}; the model has 0 to 7"):
+        expert_table(Bytes(), ops.Table("table", 1, 2), 8)
+
+
 def test_layers_that_choose_what_attention_looks_at(peer, tmp_path: Path) -> None:
     """By a list, else all of them, or in models for very long contexts by a rule."""
 
@@ -280,8 +387,9 @@ def test_layers_that_choose_what_attention_looks_at(peer, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_missing_tensor_is_named(peer, tmp_path: Path, name: str) -> None:
-    with pytest.raises(GGUFError, match=r"tensor blk\.\d\.attn_output\.weight is missing"):
-        load(without_tensors(peer(name), "attn_output.weight"), tmp_path)
+    output = "attn_output_b" if name == "deepseek4" else "attn_output"
+    with pytest.raises(GGUFError, match=rf"tensor blk\.\d\.{output}\.weight is missing"):
+        load(without_tensors(peer(name), f"{output}.weight"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rope_freqs.weight", "attn_k_norm.weight", "ffn_gate_inp.scale"])

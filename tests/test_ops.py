@@ -50,6 +50,7 @@ GATINGS = {
     k.GATE_PRODUCT: lambda x: x,
     k.GATE_GELU: gelu,
     k.GATE_CLAMPED_SWISH: lambda x: np.minimum(x, 7) * sigmoid(1.702 * np.minimum(x, 7)),
+    k.GATE_CLAMPED_SILU: silu,
 }
 
 
@@ -147,12 +148,14 @@ def test_gate(seed: int, n: int, n_gates: int, kind: int, span: int, limit: floa
     x, gate = normal(seed, n, width), normal(seed + 1, n, n_gates) * 20
     if kind == k.GATE_CLAMPED_SWISH:  # beyond its own limit
         x, limit = x * 5, 0.0
+    elif kind == k.GATE_CLAMPED_SILU:
+        limit = 0.5
     case = Case(
         lambda program, at: program.gate(*at.x, *at.gate, *at.out, width, n_gates, kind, limit, 0.0, k.ROWS_TOKENS),
         {"x": x, "gate": gate},
         {"out": (width, np.float32)},
     )
-    factor = GATINGS[kind](f64(gate)).repeat(span, 1)
+    factor = GATINGS[kind](f64(np.minimum(gate, limit) if kind == k.GATE_CLAMPED_SILU else gate)).repeat(span, 1)
     if kind == k.GATE_CLAMPED_SWISH:
         x = f64(x).clip(-7, 7) + 1
     case.check({"out": np.minimum(factor, limit) * x.clip(-limit, limit) if limit else x * factor})
@@ -279,16 +282,17 @@ def test_split_and_join_heads(seed: int, n: int, n_heads: int, first: int, secon
     st.integers(0, 7),
     st.sampled_from([k.ROPE_NEOX, k.ROPE_NORM]),
     st.sampled_from([0, 40, 131_000]),
+    st.sampled_from([1, 1, 4]),
 )
-def test_rope(seed: int, n: int, n_heads: int, n_pairs: int, rest: int, style: int, start: int) -> None:
+def test_rope(seed: int, n: int, n_heads: int, n_pairs: int, rest: int, style: int, start: int, period: int) -> None:
     dim = 2 * n_pairs + rest
     x, magnitude = normal(seed, n, n_heads * dim), 1.25
     frequencies = (10_000.0 ** (-np.arange(n_pairs) / n_pairs)).astype(np.float32)
 
     def record(program: k.Program, at) -> None:
-        program.rope(*at.x, at.frequencies, n_heads, dim, 2 * n_pairs, style, magnitude)
+        program.rope(*at.x, at.frequencies, n_heads, dim, 2 * n_pairs, style, magnitude, period)
 
-    angle = (start + np.arange(n))[:, None, None] * f64(frequencies)
+    angle = ((start + np.arange(n)) // period * period)[:, None, None] * f64(frequencies)
     cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
     exact = f64(x).reshape(n, n_heads, dim)
     pairs = exact[..., : 2 * n_pairs]
@@ -299,6 +303,19 @@ def test_rope(seed: int, n: int, n_heads: int, n_pairs: int, rest: int, style: i
     )
     case = Case(record, {"x": x}, fixed={"frequencies": frequencies}, results=("x",), start=start)
     case.check({"x": exact.reshape(n, -1)})
+
+
+def test_rope_tables_of_different_periods_are_kept_apart() -> None:
+    x, frequencies = normal(0, 9, 2), np.ones(1, np.float32)
+
+    def record(program: k.Program, at) -> None:
+        for period in (1, 4, 1):
+            program.rope(*at.x, at.frequencies, 1, 2, 2, k.ROPE_NEOX, 1.0, period)
+
+    angle = 2 * np.arange(9) + np.arange(9) // 4 * 4
+    a, b = f64(x).T
+    exact = np.stack([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+    Case(record, {"x": x}, fixed={"frequencies": frequencies}, results=("x",)).check({"x": exact})
 
 
 def test_rope_tables_of_different_frequencies_are_kept_apart() -> None:
@@ -507,9 +524,17 @@ def test_experts(seed: int, n: int, geometry, n_used: int, activation, extras: b
 # -- the choice of experts ---------------------------------------------------------------------------------------------
 
 
+SCORINGS = {
+    k.SCORE_SOFTMAX: softmax,
+    k.SCORE_SIGMOID: sigmoid,
+    k.SCORE_SOFTMAX_TOPK: f64,
+    k.SCORE_SQRT_SOFTPLUS: lambda x: np.sqrt(np.logaddexp(0, x)),
+}
+
+
 def route(logits, bias, n_used, scoring, n_groups, n_groups_used, normalize, scale):
     """The router by its definition, in float64; returns ids and weights."""
-    scores = {k.SCORE_SOFTMAX: softmax, k.SCORE_SIGMOID: sigmoid}.get(scoring, f64)(logits)
+    scores = SCORINGS[scoring](f64(logits))
     choice = scores + (0 if bias is None else f64(bias))
     if n_groups > 1:
         groups = choice.reshape(len(choice), n_groups, -1)
@@ -555,7 +580,7 @@ def run_router(logits, bias, n_used, scoring, n_groups=1, n_groups_used=1, norma
     st.sampled_from([(1, 1), (4, 2), (8, 8)]),
     st.integers(1, 12),
     st.integers(1, 6),
-    st.sampled_from([k.SCORE_SOFTMAX, k.SCORE_SIGMOID, k.SCORE_SOFTMAX_TOPK]),
+    st.sampled_from(sorted(SCORINGS)),
     st.booleans(),
     st.booleans(),
 )
@@ -573,6 +598,27 @@ def test_router(seed, n, groups, group_size, n_used, scoring, with_bias, normali
         near, _ = route(logits, bias * nudge, n_used, scoring, n_groups, n_groups_used, normalize, 2.5)
         assume((near == ids).all())
     case.check({"ids": ids, "weights": weights})
+
+
+@few
+@given(seeds, st.lists(st.integers(0, 11), min_size=1, max_size=20), st.integers(2, 40), st.integers(1, 6))
+def test_router_with_a_table(seed: int, token_ids: list[int], n_experts: int, n_used: int) -> None:
+    """A token's id says whom it goes to, in which order; weights are made of its logits."""
+    n, n_used, rng = len(token_ids), min(n_used, n_experts), np.random.default_rng(seed)
+    logits = normal(seed, n, n_experts) * 5
+    table = rng.random((12, n_experts)).argsort(-1)[:, :n_used].astype(np.int32)
+
+    def record(program: k.Program, at) -> None:
+        how = k.SCORE_SQRT_SOFTPLUS, 1, 1, True, 1.5
+        program.router(*at.logits, 0, at.ids[0], at.weights[0], n_experts, n_used, *how, at.table, len(table))
+
+    outputs = {"ids": (n_used, np.int32), "weights": (n_used, np.float32)}
+    ids = table[token_ids]
+    weights = np.take_along_axis(np.sqrt(np.logaddexp(0, f64(logits))), ids, axis=-1)
+    weights = 1.5 * weights / weights.sum(-1, keepdims=True)
+    what = {"logits": logits}, outputs, {"table": table}
+    case = Case(record, *what, packed=tuple(outputs), results=tuple(outputs), token_ids=token_ids)
+    case.check({"ids": ids, "weights": weights}, rtol=1e-5)
 
 
 @more
@@ -617,20 +663,54 @@ def test_stream_weights(seed: int, n: int, n_streams: int, has_gates: bool) -> N
 
 
 @more
-@given(seeds, token_counts, widths, st.integers(1, 8))
-def test_add_to_streams(seed: int, n: int, width: int, n_streams: int) -> None:
+@given(seeds, token_counts, st.integers(1, 4), st.sampled_from([1, 2, 20]))
+def test_stream_weights_with_mixing(seed: int, n: int, n_streams: int, n_normalizations: int) -> None:
+    n_kept = n_streams**2
+    mixes, scale, base = (
+        normal(seed, n, 2 * n_streams + n_kept),
+        normal(seed + 1, 3),
+        normal(seed + 2, 2 * n_streams + n_kept),
+    )
+
+    def record(program: k.Program, at) -> None:
+        to = *at.gates, n_streams, 0.25, 1.5, *at.mixing, n_normalizations
+        program.stream_weights(*at.mixes, at.scale, at.base, at.weights[0], *to)
+
+    found = np.concatenate([np.repeat(f64(scale[:2]), n_streams), np.repeat(f64(scale[2]), n_kept)]) * mixes + base
+    kept = softmax(found[:, 2 * n_streams :].reshape(n, n_streams, n_streams)) + 0.25
+    for i in range(2 * n_normalizations - 1):
+        kept = kept / (kept.sum(2 if i % 2 else 1, keepdims=True) + 0.25)
+    expected = {
+        "weights": sigmoid(found[:, :n_streams]) + 0.25,
+        "gates": 1.5 * sigmoid(found[:, n_streams : 2 * n_streams]),  # without an offset
+        "mixing": kept.reshape(n, -1),
+    }
+    outputs = {name: (x.shape[1], np.float32) for name, x in expected.items()}
+    fixed = {"scale": scale, "base": base}
+    case = Case(record, {"mixes": mixes}, outputs, fixed, packed=("weights",), results=tuple(outputs))
+    case.check(expected, rtol=1e-5)
+
+
+@more
+@given(seeds, token_counts, widths, st.integers(1, 8), st.booleans())
+def test_add_to_streams(seed: int, n: int, width: int, n_streams: int, mixes: bool) -> None:
     inputs = {
         "x": normal(seed, n, n_streams * width),
         "added": normal(seed + 1, n, width),
         "gates": normal(seed + 2, n, n_streams),
+        "mixing": normal(seed + 3, n, n_streams**2),
     }
 
     def record(program: k.Program, at) -> None:
-        program.add_to_streams(*at.x, *at.added, *at.gates, *at.out, n_streams, width)
+        mixing = at.mixing if mixes else ()
+        program.add_to_streams(*at.x, *at.added, *at.gates, *at.out, n_streams, width, *mixing)
 
-    added = f64(inputs["gates"])[:, :, None] * inputs["added"][:, None]
+    added, x = f64(inputs["gates"])[:, :, None] * inputs["added"][:, None], f64(inputs["x"])
+    if mixes:
+        kept = inputs["mixing"].reshape(n, n_streams, n_streams)
+        x = np.einsum("tih,tij->tjh", x.reshape(n, n_streams, width), kept).reshape(n, -1)
     case = Case(record, inputs, {"out": (n_streams * width, np.float32)})
-    case.check({"out": inputs["x"] + added.reshape(n, -1)})
+    case.check({"out": x + added.reshape(n, -1)})
 
 
 @more
@@ -657,7 +737,7 @@ def test_equal_scores_go_to_the_lower_ids() -> None:
     assert found["ids"].tolist() == [[1, 2, 4, 0]]
 
 
-@pytest.mark.parametrize("scoring", [k.SCORE_SOFTMAX, k.SCORE_SIGMOID, k.SCORE_SOFTMAX_TOPK])
+@pytest.mark.parametrize("scoring", sorted(SCORINGS))
 def test_logits_that_are_no_numbers_give_ids_in_range(scoring: int) -> None:
     logits = np.full((4, 20), np.nan, np.float32)
     logits[1, 3], logits[2], logits[3, 7] = 1.0, -np.inf, np.inf
@@ -840,20 +920,23 @@ def test_attention_with_values_in_the_keys(seed: int, n: int, n_heads: int) -> N
 # -- the choice of positions -------------------------------------------------------------------------------------------
 
 
-def selection_case(seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False) -> tuple[Case, np.ndarray]:
-    """The choice of positions over whole sequences and what is chosen; -77 is never written.
+def selection_case(
+    seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False, period=1
+) -> tuple[Case, np.ndarray]:
+    """The choice of positions, or rows that some share, over whole sequences and what is chosen; -77 is never written.
 
     Scores are whole numbers, so that many are equal if that is wanted, and exact whatever the order of sums.
     """
     n, n_slots, slots = len(slots), max(slots) + 1, np.asarray(slots)
-    context = max(np.bincount(slots)) + 3
+    context = max(1, (max(np.bincount(slots)) + 3) // period)
     rng, most = np.random.default_rng(seed), 2 if equal else 30
     q, keys, weights = (
         rng.integers(-most, most + 1, (n, width)).astype(np.float32) for width in (n_heads * dim, dim, n_heads)
     )
 
     def record(program: k.Program, at) -> None:
-        program.select_positions(*at.q, *at.k, *at.weights, *at.out, at.cache, kind, context, n_heads, dim, top_k, 0.5)
+        sizes = context, n_heads, dim, top_k, 0.5, period
+        program.select_positions(*at.q, *at.k, *at.weights, *at.out, at.cache, kind, *sizes)
 
     case = Case(
         record,
@@ -868,7 +951,8 @@ def selection_case(seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=Fal
     for slot in range(n_slots):
         rows = np.flatnonzero(slots == slot)
         for i, row in enumerate(rows):
-            by_head = np.maximum(f64(q[row]).reshape(n_heads, dim) @ all_keys[rows[: i + 1]].T, 0)
+            seen = rows[: i + 1][period - 1 :: period]
+            by_head = np.maximum(f64(q[row]).reshape(n_heads, dim) @ all_keys[seen].T, 0)
             order = np.argsort(-(weights[row] / 2 @ by_head), kind="stable")[:top_k]
             chosen[row, : len(order)] = np.sort(order)
     return case, chosen
@@ -883,16 +967,18 @@ def selection_case(seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=Fal
     st.integers(1, 20),
     st.sampled_from([k.KV_F32, k.KV_F16]),
     st.booleans(),
+    st.sampled_from([1, 1, 3]),
 )
-def test_select_positions(seed, lengths, n_heads, dim, top_k, kind, equal) -> None:
+def test_select_positions(seed, lengths, n_heads, dim, top_k, kind, equal, period) -> None:
     slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
-    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, equal=equal)
+    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, equal=equal, period=period)
     case.check({"out": chosen}, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("equal", [False, True])
-def test_select_positions_over_several_blocks_of_them(equal: bool) -> None:
-    case, chosen = selection_case(5, [0] * 640, 5, 16, 100, equal=equal)
+@pytest.mark.parametrize("period", [1, 2])
+def test_select_positions_over_several_blocks_of_them(period: int, equal: bool) -> None:
+    case, chosen = selection_case(5, [0] * 640, 5, 16, 100, equal=equal, period=period)
     for cuts in ((), (639,), (256, 257, 600, 603), (255, 512)):
         for isa, n_threads in ((k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)):
             assert np.array_equal(case.run(isa, n_threads, cuts)["out"], chosen), (cuts, isa, n_threads)
@@ -1069,6 +1155,49 @@ def test_attention_to_selected_positions(n: int, top_k: int, kind: int) -> None:
     assert n <= top_k or not np.array_equal(found, plain)
 
 
+@pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
+@pytest.mark.parametrize(
+    ("lengths", "period", "top_k", "window"),
+    [((40, 23), 4, 3, 8), ((40,), 4, 0, 8), ((3,), 4, 0, 2), ((700,), 2, 0, 300), ((700,), 2, 290, 0)],
+)
+def test_attention_to_shared_rows(lengths: tuple[int, ...], period: int, top_k: int, window: int, kind: int) -> None:
+    """Beside the window a token sees the rows of all periods before, or those that a list names."""
+    n_heads, dim, value_dim, scale = 5, 40, 32, 0.2
+    slots = np.repeat(np.arange(len(lengths)), lengths)
+    n, context, n_slots = len(slots), max(lengths) + 3, len(lengths)
+    n_rows, positions = max(1, context // period), np.concatenate([np.arange(length) for length in lengths])
+    q, keys, shared = normal(1, n, n_heads * dim), normal(2, n, dim), normal(3, n, dim)
+    sinks, rng, selected = normal(4, n_heads), np.random.default_rng(3), np.full((n, max(1, top_k)), 1 << 30, np.int32)
+    seen_rows = [np.arange((p + 1) // period) for p in positions]
+    if top_k:
+        seen_rows = [np.sort(rng.permutation(rows)[:top_k]) for rows in seen_rows]
+        for t, rows in enumerate(seen_rows):
+            selected[t, : len(rows)] = rows
+
+    def record(program: k.Program, at) -> None:
+        places = (*at.q, *at.k, *at.k, *at.out, at.cache, kind, context)
+        sizes = (n_heads, 1, dim, value_dim, scale, at.sinks, window, 0, 0.0)
+        lists = (*at.selected, top_k, 1, 1) if top_k else (0, 0, 0, 1, 1)
+        program.attention(*places, *sizes, *lists, *at.shared_k, at.shared, n_rows, period)
+
+    caches = {
+        name: k.kv_cache_bytes(kind, n_slots, rows, 1, dim, value_dim)
+        for name, rows in (("cache", context), ("shared", n_rows))
+    }
+    inputs = {"q": q, "k": keys, "shared_k": shared, "selected": selected}
+    outputs, fixed = {"out": (n_heads * value_dim, np.float32)}, {"sinks": sinks}
+    case = Case(record, inputs, outputs, fixed, caches, slots=slots, n_slots=n_slots)
+    both = [[stored(x[:, None], kind)[:, 0] for x in (x, x[:, :value_dim])] for x in (keys, shared)]
+    exact = np.empty((n, n_heads, value_dim))
+    for t, (slot, p) in enumerate(zip(slots, positions, strict=True)):
+        rows = np.flatnonzero(slots == slot)
+        places = [rows[max(0, p - window + 1) if window else 0 : p + 1], rows[period - 1 :: period][seen_rows[t]]]
+        all_keys, all_values = (np.concatenate([x[i][at] for x, at in zip(both, places, strict=True)]) for i in (0, 1))
+        scores = f64(q[t]).reshape(n_heads, dim) @ all_keys.T * scale
+        exact[t] = softmax(np.concatenate([scores, sinks[:, None]], -1))[:, :-1] @ all_values
+    case.check({"out": exact.reshape(n, -1)}, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_is_added_to_all() -> None:
     x, row = normal(1, 20, 40), normal(2, 40)
 
@@ -1138,6 +1267,40 @@ def test_causal_conv(
         sums = sums + has_bias * bias
         parts.append(silu(sums) if activates else sums)
     case.check({"out": np.concatenate(parts)}, rtol=1e-5, atol=1e-6)
+
+
+@more
+@given(
+    seeds,
+    st.lists(st.integers(1, 15), min_size=1, max_size=3),
+    st.integers(1, 70),
+    st.integers(1, 2),
+    st.integers(1, 6),
+)
+def test_compress(seed: int, lengths: list[int], n_channels: int, n_parts: int, period: int) -> None:
+    width, slots = n_parts * n_channels, np.repeat(np.arange(len(lengths)), lengths)
+    n, biases = len(slots), normal(seed + 2, period, width)
+    inputs = {"values": normal(seed, n, width), "scores": normal(seed + 1, n, width) * 10}
+
+    def record(program: k.Program, at) -> None:
+        places = at.biases, at.state, *at.out
+        program.compress(*at.values, *at.scores, *places, n_channels, n_parts, period)
+
+    state = {"state": 4 * len(lengths) * 3 * width}
+    outputs = {"out": (n_channels, np.float32)}
+    case = Case(record, inputs, outputs, {"biases": biases}, state, slots=slots, n_slots=len(lengths))
+    exact = np.empty((n, n_channels))
+    for slot, length in enumerate(lengths):
+        rows = np.flatnonzero(slots == slot)
+        values, scores = f64(inputs["values"][rows]), f64(inputs["scores"][rows]) + biases[np.arange(length) % period]
+        for t in range(length):
+            first = t // period * period
+            parts = [x[first : t + 1, -n_channels:] for x in (values, scores)]
+            if n_parts == 2 and first:
+                before = [x[first - period : first, :n_channels] for x in (values, scores)]
+                parts = [np.concatenate(pair) for pair in zip(before, parts, strict=True)]
+            exact[rows[t]] = (softmax(parts[1].T) * parts[0].T).sum(-1)
+    case.check({"out": exact}, rtol=1e-5, atol=1e-6)
 
 
 @more

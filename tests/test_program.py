@@ -107,6 +107,7 @@ def test_the_lowest_limit_of_all_operations_counts(embedding):
 # -- recording ---------------------------------------------------------------------------------------------------------
 
 A, B, C = 1 << 20, 2 << 20, 3 << 20  # addresses that are never followed
+SHARED = A, 4, 4, 1, 1, B, 16, C, 4, 4  # what attention is given beside the rest
 FINE = {
     "embed": (A, 0, 10, 8, B, 8, 1.0),
     "rms_norm": (A, 8, C, 0, B, 8, 2, 4, 0, False, 1e-6, 0),
@@ -121,21 +122,26 @@ FINE = {
     "clamp": (A, 8, B, 8, 8, 1.5, 0),
     "scale_by_position": (A, 8, 8, 1, 4, 0.1),
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0, 0.0),
-    "select_positions": (A, 32, B, 16, C, 2, A, 4, C, 0, 16, 2, 16, 4, 1.0),
+    "shared_attention": (*(A, 64, B, 64, B, 64, C, 64, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 4, 0, 0.0), *SHARED),
+    "select_positions": (A, 32, B, 16, C, 2, A, 4, C, 0, 16, 2, 16, 4, 1.0, 4),
     "select_blocks": (A, 32, B, 16, A, 8, C, 0, 16, 2, 16, 4, 8, 1),
     "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
-    "rope": (A, 16, 0, 2, 8, 8, 0, 1.0),
+    "rope": (A, 16, 0, 2, 8, 8, 0, 1.0, 4),
     "delta_net": (A, B, C, 64, A, 4, B, 4, C, C, 0, C, C, 64, 2, 4, 16, 16, 1, 0.0, True, 1e-6),
     "selective_scan": (A, 8, A, 8, B, 16, B, 16, 0, C, C, C, 8, 8, 16),
+    "compress": (A, 16, B, 16, C, C, A, 8, 8, 2, 4),
     "router": (A, 16, 0, B, C, 16, 4, 0, 4, 2, True, 1.0),
+    "table_router": (A, 16, 0, B, C, 16, 4, 3, 1, 1, True, 1.0, C, 10),
     "group_router": (A, 16, B, C, C, 16, 4, 2),
     "experts": (A, 32, A, 32, B, 4, 2, (C, 0, 0, 0), (C, 0, 0, 0), (C, 0, 0, 0), 0, 0.0, 0.0, 8, 8, C, 16),
     "combine": (A, 16, B, 2, 0, 0, 0, 0, C, 8, C, 8, 8, 1.0),
     "stream_weights": (A, 8, C, C, B, C, 4, 4, 0.1, 2.0),
-    "add_to_streams": (A, 32, B, 8, C, 4, A, 32, 4, 8),
+    "mixed_streams": (A, 24, C, C, B, C, 4, 4, 0.1, 2.0, B, 16, 3),
+    "add_to_streams": (A, 32, B, 8, C, 4, A, 32, 4, 8, B, 16),
     "mix_residuals": ([(A, 8), (B, 8)], C, C, 8, 8, 1e-6),
     "select_outputs": (A, 8, B, 8, 8),
 }
+ALIASES = {"shared_attention": "attention", "table_router": "router", "mixed_streams": "stream_weights"}
 BAD = [
     ("embed", 0, 0, "the address of table is 0"),
     ("embed", 1, 4, "4 is not the ggml type"),
@@ -164,7 +170,7 @@ BAD = [
     ("add", 4, 0, "the address of out"),
     ("add", 6, 0, "the width of a is 0"),
     ("gate", 7, 3, "3 gates cannot share 8 columns"),
-    ("gate", 8, 8, "kind is 8"),
+    ("gate", 8, 9, "kind is 9"),
     ("gate", 8, 7, "limit is 0.0; expected a number above 0"),
     ("split_heads", 6, 0, "n_heads is 0"),
     ("split_heads", 7, 0, "first_dim is 0"),
@@ -182,6 +188,7 @@ BAD = [
     ("rope", 5, 7, "n_rot is 7; expected an even number up to 8"),
     ("rope", 5, 10, "n_rot is 10"),
     ("rope", 6, 2, "style is 2"),
+    ("rope", 8, 0, "period is 0"),
     ("attention", 9, 3, "cache_type is 3"),
     ("attention", 10, 0, "context_length is 0"),
     ("attention", 12, 3, "2 heads cannot share 3 key/value heads evenly"),
@@ -191,6 +198,14 @@ BAD = [
     ("attention", 18, -1, "chunk is -1"),
     ("attention", 19, -1.0, "cap is -1.0; expected 0, or a number above"),
     ("attention", 8, 0, "the address of cache is 0"),
+    ("shared_attention", 23, 2, "block_size is 2; expected 1 for a list of shared rows"),
+    ("shared_attention", 26, 15, "the stride of shared_k is 15"),
+    ("shared_attention", 27, 0, "the address of shared is 0"),
+    ("shared_attention", 28, 0, "context_length is 0"),
+    ("shared_attention", 29, 0, "period is 0"),
+    ("shared_attention", 14, 20, "value_dim is 20; expected at most 16 with shared rows"),
+    ("shared_attention", 12, 2, "n_kv_heads is 2; expected 1 with shared rows"),
+    ("select_positions", 15, 0, "period is 0"),
     ("causal_conv", 8, 1, "kernel_size is 1; expected 2 to 16"),
     ("causal_conv", 8, 17, "kernel_size is 17"),
     ("causal_conv", 1, 7, "the stride of x is 7"),
@@ -203,6 +218,13 @@ BAD = [
     ("delta_net", 18, 2, r"decay_dim is 2; expected 1, or with beta k_dim \(16\)"),
     ("delta_net", 19, 0.5, "decay_bound is 0.5; expected 0, or with beta less"),
     ("delta_net", 11, 0, "the address of state is 0"),
+    ("compress", 1, 15, "the stride of values is 15; expected at least its width 16"),
+    ("compress", 3, 15, "the stride of scores is 15"),
+    ("compress", 4, 0, "the address of biases is 0"),
+    ("compress", 5, 0, "the address of state is 0"),
+    ("compress", 8, 0, "n_channels is 0"),
+    ("compress", 9, 3, "n_parts is 3; expected 1 or 2"),
+    ("compress", 10, 0, "period is 0"),
     ("selective_scan", 3, 7, "the stride of dt is 7; expected at least its width 8"),
     ("selective_scan", 5, 15, "the stride of b is 15"),
     ("selective_scan", 9, 0, "the address of skip is 0"),
@@ -216,7 +238,8 @@ BAD = [
     ("select_blocks", 13, 5, "n_newest is 5; expected 1 to 4"),
     ("router", 5, 1025, "1025 experts; expected 1 to 1024"),
     ("router", 6, 17, "17 experts of 16 are used"),
-    ("router", 7, 3, "scoring is 3"),
+    ("router", 7, 4, "scoring is 4"),
+    ("table_router", 13, 0, "n_vocab is 0; expected at least 1 with a table"),
     ("router", 8, 5, "16 experts cannot be 5 groups"),
     ("router", 9, 5, "5 groups of 4 are used"),
     ("group_router", 2, 0, "the address of ids is 0"),
@@ -239,6 +262,12 @@ BAD = [
     ("stream_weights", 4, 0, "the address of weights is 0"),
     ("stream_weights", 6, 3, "the stride of gates is 3"),
     ("stream_weights", 7, 9, "n_streams is 9; expected 1 to 8"),
+    ("mixed_streams", 1, 23, "the stride of mixes is 23; expected at least its width 24"),
+    ("mixed_streams", 5, 0, "mixing needs gates"),
+    ("mixed_streams", 7, 5, "n_streams is 5; expected 1 to 4 to mix"),
+    ("mixed_streams", 11, 15, "the stride of mixing is 15"),
+    ("mixed_streams", 12, 0, "n_normalizations is 0"),
+    ("add_to_streams", 11, 15, "the stride of mixing is 15"),
     ("add_to_streams", 1, 31, "the stride of x is 31; expected at least its width 32"),
     ("add_to_streams", 2, 0, "the address of added is 0"),
     ("add_to_streams", 5, 3, "the stride of gates is 3"),
@@ -263,7 +292,7 @@ def record() -> Callable[[str, tuple], int]:
         program = k.Program(4, 1, 1)
         real = {"causal_conv": (0, 2), "rope": (2,), "selective_scan": (8,)}.get(name, ())
         filled = [values.ctypes.data if i in real else value for i, value in enumerate(arguments)]
-        getattr(program, name)(*filled)
+        getattr(program, ALIASES.get(name, name))(*filled)
         return len(program)
 
     return call

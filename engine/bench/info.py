@@ -26,7 +26,7 @@ from engine.errors import DeviceError
 from engine.gguf import ModelFile, available_memory, open_model_file
 from engine.gguf.synthetic import PREFIX
 from engine.machine import ram_bytes
-from engine.model_spec import AttentionSpec, LatentAttentionSpec
+from engine.model_spec import AttentionSpec, CompressedAttentionSpec, LatentAttentionSpec
 from engine.models import Model, load_model
 from engine.runtime import limits_of, memory_wish, resolve, stream_n_tokens, survey_machine
 
@@ -84,7 +84,9 @@ def _shown(key: str, value: str | float) -> str:
     return value
 
 
-def _attention(spec: AttentionSpec | LatentAttentionSpec) -> str:
+def _attention(spec: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec) -> str:
+    if isinstance(spec, CompressedAttentionSpec):
+        return f"{spec.n_heads} heads over one key of {spec.head_dim} values, of a token or of some together"
     if isinstance(spec, LatentAttentionSpec):
         in_windows = f"; in windows {_attention(spec.window_attention)}" if spec.window_attention else ""
         return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values{in_windows}"

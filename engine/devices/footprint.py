@@ -136,6 +136,7 @@ def measure(
         stretches=tuple(
             n_bytes
             for cache in graph.kv_caches
+            if cache.period == 1  # others fill up more slowly
             for n_bytes in position_rows(cache, limits.kv_type)
             for _ in range(limits.n_slots)
         ),
@@ -165,7 +166,7 @@ def position_rows(cache: ops.KVCache, kv_type: KVType) -> tuple[int, ...]:
 def _kv_bytes(cache: ops.KVCache, limits: Limits, n_slots: int, stores_once: bool) -> int:
     value_dim = 0 if stores_once and cache.values_in_keys else cache.value_dim
     sizes = cache.n_kv_heads, cache.head_dim, value_dim
-    return _kernels.kv_cache_bytes(limits.kv_type, n_slots, limits.context_length, *sizes)
+    return _kernels.kv_cache_bytes(limits.kv_type, n_slots, cache.n_rows(limits.context_length), *sizes)
 
 
 def _cache_bytes(graph: Graph, limits: Limits, stores_once: bool) -> tuple[float, float]:
@@ -179,6 +180,15 @@ def _cache_bytes(graph: Graph, limits: Limits, stores_once: bool) -> tuple[float
                 window += position * min(seen, limits.context_length)
             else:
                 whole += position
+        if isinstance(op, ops.Attention) and op.shared_cache:
+            n_bytes, n_rows = (
+                _kv_bytes(op.shared_cache, limits, 1, stores_once),
+                op.shared_cache.n_rows(limits.context_length),
+            )
+            if op.selected:
+                window += n_bytes / n_rows * min(op.selected.top_k, n_rows)
+            else:
+                whole += n_bytes / limits.context_length
     return whole, window
 
 

@@ -39,6 +39,7 @@ class Gating(enum.IntEnum):
     GELU = 5  # its tanh form
     CLAMPED_SWISH = 6  # as the activation of that name joins gate and up, which is x
     SITU = 7  # likewise
+    CLAMPED_SILU = 8  # SiLU of a gate that is at most the limit
 
 
 class RopeStyle(enum.IntEnum):
@@ -54,6 +55,7 @@ class Scoring(enum.IntEnum):
     SOFTMAX = 0
     SIGMOID = 1
     SOFTMAX_OF_CHOSEN = 2
+    SQRT_SOFTPLUS = 3
 
 
 class Activation(enum.IntEnum):
@@ -125,6 +127,15 @@ class Vector:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """Int32 values of a tensor of the model file: `n_cols` for each of `n_rows` token ids."""
+
+    name: str
+    n_rows: int
+    n_cols: int
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
     """A matrix of the model file, a stack of them (one for each expert), or some rows of either.
 
@@ -158,12 +169,20 @@ class KVCache:
 
     With `values_in_keys` there are no values of their own: a head's value is the first `value_dim` values of its key.
     With a `value_dim` of 0 as well there are none at all.
+
+    A row is a position's own, or with a `period` above 1 one that so many tokens share, from a multiple of it on: the
+    last of them brings it.
     """
 
     n_kv_heads: int
     head_dim: int
     value_dim: int
     values_in_keys: bool = False
+    period: int = 1
+
+    def n_rows(self, context_length: int) -> int:
+        """Return the rows of a sequence, at least one."""
+        return max(1, context_length // self.period)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -176,6 +195,8 @@ class State:
 @dataclass(frozen=True, slots=True)
 class Selected:
     """What attention looks at: int32 [tokens, n_lists * top_k], blocks of `block_size` positions in rising order.
+
+    Of a cache whose rows are shared by some tokens they are rows.
 
     There is one list for all heads, or one for each key head. A token's own block is the last one; of no more blocks
     than `top_k` all are listed, and what is behind them is undefined.
@@ -193,7 +214,10 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The experts each token goes to: int32 ids and float32 weights, both [tokens, n_experts_used], best first."""
+    """The experts each token goes to: int32 ids and float32 weights, both [tokens, n_experts_used].
+
+    The best comes first, unless a table has another order.
+    """
 
     ids: Tensor
     weights: Tensor
@@ -319,8 +343,8 @@ class Gate(Operation):
     """out = x * f(gate), with the function that `gating` names.
 
     The gate is as wide as x, or has one value for each of so many equal parts of it (heads). With a `limit` above 0, f
-    is at most that, and x is clamped to within it on both sides. The clamped swish has its own limit; SiTU has one for
-    the gate and `own_limit` for x.
+    is at most that (of the clamped SiLU, which needs one, the gate), and x is clamped to within it on both sides. The
+    clamped swish has its own limit; SiTU has one for the gate and `own_limit` for x.
     """
 
     x: Tensor
@@ -355,6 +379,8 @@ class JoinHeads(Operation):
 class Rope(Operation):
     """Rotate, in place, the first 2 * len(frequencies) values of each head by position * frequency (/ divisor).
 
+    The position is that of the token, rounded down to a multiple of `period`.
+
     There are no divisors, or one set of them, or two: the second is for programs whose context has more than
     `short_context` positions, however many a sequence has so far, for all keys of a cache turn alike.
     """
@@ -367,6 +393,7 @@ class Rope(Operation):
     short_context: int
     style: RopeStyle
     magnitude: float
+    period: int
 
     def is_long(self, context_length: int) -> bool:
         """Return whether a program of that context takes the second divisors."""
@@ -384,6 +411,9 @@ class SelectPositions(Operation):
     A token at position p chooses min(p + 1, top_k) of the positions up to p, those of the highest scores, of equal ones
     the earlier: score(s) = sum over heads h, in order, of scale * weights[h] * max(q[h] . k[s], 0). They stand in `out`
     in rising order; what is behind them is undefined.
+
+    Where the cache has a `period` above 1, only the last token of each brings a key, and rows stand for positions: the
+    token chooses among the (p + 1) // `period` that there are.
     """
 
     q: Tensor
@@ -433,6 +463,10 @@ class Attention(Operation):
     `chunk`, to p; 0 sets no limit. With `selected` it sees those of them that were chosen (`SelectPositions`,
     `SelectBlocks`). `sinks` has one logit for each head, which is part of the softmax but has no value.
     With a `cap` above 0 scores, but not sinks, are brought smoothly to within it, as by `SoftCap`.
+
+    With `shared_k` it sees, beside those positions, (p + 1) // period rows of another cache, or those of them that were
+    chosen: keys that the tokens of a period share, which the last of them appends (`Compress`). Their first values are
+    values, too.
     """
 
     q: Tensor
@@ -447,13 +481,39 @@ class Attention(Operation):
     chunk: int
     cap: float
     selected: Selected | None
+    shared_k: Tensor | None
+    shared_cache: KVCache | None
 
     @property
     def most_positions(self) -> int:
         """Return how many positions a token sees at most; 0: all that there are."""
-        if self.selected:
+        if self.selected and not self.shared_cache:
             return self.selected.top_k * self.selected.block_size
         return self.window or self.chunk
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Compress(Operation):
+    """Make one row of the tokens of a period, `period` of them from a multiple of it on, channel by channel.
+
+    out = sum over these tokens i of softmax(scores[i] + biases[place of i in its period]) * values[i]
+
+    That is the row of all of them for the last one, for the others that of those so far. Where values and scores are
+    twice as wide as out, a row is made of two periods' tokens: of the first half of the period before, if there is one,
+    and of the second half of its own. biases [period, width of scores].
+    """
+
+    values: Tensor
+    scores: Tensor
+    biases: Vector
+    state: State
+    out: Tensor
+    period: int
+
+    @property
+    def overlaps(self) -> bool:
+        """Return whether a row is made of two periods."""
+        return self.values.width > self.out.width
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -534,10 +594,14 @@ class SelectiveScan(Operation):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Router(Operation):
-    """Choose `n_experts_used` experts for each token from their logits."""
+    """Choose `n_experts_used` experts for each token from their logits, or as a table has them for token ids.
+
+    Their weights are those that their logits give either way.
+    """
 
     logits: Tensor
     bias: Vector | None
+    table: Table | None
     out: Routing
     scoring: Scoring
     n_groups: int
@@ -622,6 +686,11 @@ class ReduceStreams(Operation):
     out = sum over streams i, in order, of weights[i] * x[i]
 
     Without gates there is one scale, and a mix for each stream. The matrix is [mixes, width of x].
+
+    With `mixing` [tokens, n * n] there are three scales, gates have no offset, and n * n mixes more become how much of
+    each stream i goes into each stream j (https://arxiv.org/abs/2512.24880): the softmax over j of scale[2] * mixes +
+    base, plus `offset`, then divided in turn by its sums over i and over j, each plus `offset`, until it was divided
+    `n_normalizations` times by those over i.
     """
 
     x: Tensor
@@ -630,23 +699,29 @@ class ReduceStreams(Operation):
     base: Vector
     out: Tensor
     gates: Tensor | None
+    mixing: Tensor | None
     eps: float
     offset: float
     magnitude: float
+    n_normalizations: int
 
     @property
     def n_streams(self) -> int:
         """Return how many streams there are."""
-        return self.base.size // self.scale.size
+        return self.x.width // self.out.width
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AddToStreams(Operation):
-    """Hyper-connections, after a sub-layer: out[i] = x[i] + gates[i] * added for each stream i, side by side."""
+    """Hyper-connections, after a sub-layer: out[i] = x[i] + gates[i] * added for each stream i, side by side.
+
+    With `mixing` it is out[i] = gates[i] * added + sum over streams j, in order, of mixing[j, i] * x[j].
+    """
 
     x: Tensor
     added: Tensor
     gates: Tensor
+    mixing: Tensor | None
     out: Tensor
 
 
@@ -772,7 +847,8 @@ class Graph:
         """Multiply by a function of a gate, which has as many values as x, or one for each of so many parts of x."""
         assert x.width % gate.width == 0
         assert limit == 0.0 or gating != Gating.CLAMPED_SWISH
-        assert limit > 0.0 if gating == Gating.SITU else own_limit == 0.0
+        assert limit > 0.0 or gating not in {Gating.SITU, Gating.CLAMPED_SILU}
+        assert own_limit == 0.0 or gating == Gating.SITU
         out = self._new(x.width, x.rows)
         self.operations.append(Gate(x, gate, out, gating, limit, own_limit))
         return out
@@ -799,22 +875,24 @@ class Graph:
         magnitude: float = 1.0,
         divisors: Sequence[Vector] = (),
         short_context: int = 0,
+        period: int = 1,
     ) -> Tensor:
         """Rotate x in place by its position; returns x."""
         head_dim, divisors = x.width // n_heads, tuple(divisors)
-        self.operations.append(Rope(x, n_heads, head_dim, frequencies, divisors, short_context, style, magnitude))
+        how = divisors, short_context, style, magnitude, period
+        self.operations.append(Rope(x, n_heads, head_dim, frequencies, *how))
         return x
 
     def select_positions(
-        self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float
+        self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float, period: int = 1
     ) -> Selected:
         """Choose what attention looks at, by scores of keys that have a cache of their own, which the graph makes here.
 
-        There is one list for all heads of attention.
+        There is one list for all heads of attention. With a `period` so many tokens share a key.
         """
         assert q.width == n_heads * k.width
         assert weights.width == n_heads
-        cache, out = self._indexer_cache(k), Tensor(Buffer(top_k, Rows.TOKENS, np.int32), 0, top_k)
+        cache, out = self._indexer_cache(k, period), Tensor(Buffer(top_k, Rows.TOKENS, np.int32), 0, top_k)
         self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale))
         return Selected(out)
 
@@ -827,9 +905,9 @@ class Graph:
         self.operations.append(SelectBlocks(q, k, cache, out, n_heads, block_size, n_newest))
         return Selected(out, block_size, n_heads)
 
-    def _indexer_cache(self, k: Tensor) -> KVCache:
+    def _indexer_cache(self, k: Tensor, period: int = 1) -> KVCache:
         """Make a cache of keys without values, of one head."""
-        cache = KVCache(1, k.width, 0, values_in_keys=True)
+        cache = KVCache(1, k.width, 0, values_in_keys=True, period=period)
         self.kv_caches.append(cache)
         return cache
 
@@ -848,20 +926,38 @@ class Graph:
         chunk: int = 0,
         cap: float = 0.0,
         selected: Selected | None = None,
+        shared_k: Tensor | None = None,
+        period: int = 1,
     ) -> Tensor:
-        """Attend over this layer's cache, which the graph makes here.
+        """Attend over this layer's cache, which the graph makes here, and that of keys that `period` tokens share.
 
         Without v a head's value is the first `value_dim` values of its key.
         """
-        assert selected is None or not (window or chunk)
+        assert selected is None or shared_k is not None or not (window or chunk)
         assert selected is None or selected.n_lists in {1, n_kv_heads}
+        assert shared_k is None or (v is None and n_kv_heads == 1 and shared_k.width == k.width)
+        assert (period > 1) == (shared_k is not None)
         if v is not None:
             value_dim = v.width // n_kv_heads
         cache = KVCache(n_kv_heads, k.width // n_kv_heads, value_dim, values_in_keys=v is None)
         self.kv_caches.append(cache)
+        shared_cache = None
+        if shared_k is not None:
+            shared_cache = KVCache(1, k.width, value_dim, values_in_keys=True, period=period)
+            self.kv_caches.append(shared_cache)
         out = self._new(n_heads * value_dim)
-        what = q, k, v, cache, out, sinks, n_heads, scale, window, chunk, cap, selected
+        what = q, k, v, cache, out, sinks, n_heads, scale, window, chunk, cap, selected, shared_k, shared_cache
         self.operations.append(Attention(*what))
+        return out
+
+    def compress(self, values: Tensor, scores: Tensor, biases: Vector, width: int, period: int) -> Tensor:
+        """Make one row of so many channels of each `period` tokens, by a state which the graph makes here."""
+        assert values.width == scores.width
+        assert values.width in {width, 2 * width}
+        assert biases.size == period * values.width
+        state, out = State(3 * values.width), self._new(width)
+        self.states.append(state)
+        self.operations.append(Compress(values, scores, biases, state, out, period))
         return out
 
     def causal_conv(
@@ -937,12 +1033,16 @@ class Graph:
         n_groups: int = 1,
         n_groups_used: int = 1,
         scale: float = 1.0,
+        table: Table | None = None,
     ) -> Routing:
         """Choose experts. The choice can be read after each step: see `Program.routing`."""
+        assert table is None or (bias is None and n_groups == 1 and table.n_cols == n_experts_used)
+        assert table is None or scoring != Scoring.SOFTMAX_OF_CHOSEN
         ids = Tensor(Buffer(n_experts_used, Rows.TOKENS, np.int32), 0, n_experts_used)
         routing = Routing(ids, self._new(n_experts_used), logits.width)
         self.routings.append(routing)
-        self.operations.append(Router(logits, bias, routing, scoring, n_groups, n_groups_used, normalize, scale))
+        how = scoring, n_groups, n_groups_used, normalize, scale
+        self.operations.append(Router(logits, bias, table, routing, *how))
         return routing
 
     def group_router(self, logits: Tensor, routing: Routing, group_size: int) -> Routing:
@@ -1005,23 +1105,29 @@ class Graph:
         eps: float,
         offset: float,
         magnitude: float,
+        n_streams: int,
+        n_normalizations: int = 0,
     ) -> tuple[Tensor, ...]:
-        """Make one row of residual streams, and where there are two scales the gates of what is added to them."""
-        n_streams = base.size // scale.size
-        assert scale.size in {1, 2}
-        assert base.size % scale.size == x.width % n_streams == 0
+        """Make one row of residual streams; with two scales gates of what is added to them, with three their mixing."""
+        assert scale.size in {1, 2, 3}
+        assert base.size == n_streams * (scale.size if scale.size < 3 else 2 + n_streams)
+        assert (n_normalizations > 0) == (scale.size == 3)
+        assert x.width % n_streams == 0
         assert matrix.size == base.size * x.width
         assert x.rows == Rows.TOKENS
         out = self._new(x.width // n_streams)
-        gates = self._new(n_streams) if scale.size == 2 else None
-        self.operations.append(ReduceStreams(x, matrix, scale, base, out, gates, eps, offset, magnitude))
-        return (out, gates) if gates else (out,)
+        gates = self._new(n_streams) if scale.size > 1 else None
+        mixing = self._new(n_streams**2) if scale.size > 2 else None
+        how = eps, offset, magnitude, n_normalizations
+        self.operations.append(ReduceStreams(x, matrix, scale, base, out, gates, mixing, *how))
+        return tuple(tensor for tensor in (out, gates, mixing) if tensor)
 
-    def add_to_streams(self, x: Tensor, added: Tensor, gates: Tensor) -> Tensor:
-        """Add a row to every residual stream, times the stream's gate."""
+    def add_to_streams(self, x: Tensor, added: Tensor, gates: Tensor, mixing: Tensor | None = None) -> Tensor:
+        """Add a row to every residual stream, times the stream's gate; before that the streams may be mixed."""
         assert x.width == added.width * gates.width
+        assert mixing is None or mixing.width == gates.width**2
         out = self._new(x.width)
-        self.operations.append(AddToStreams(x, added, gates, out))
+        self.operations.append(AddToStreams(x, added, gates, mixing, out))
         return out
 
     def mix_residuals(self, residuals: Sequence[Tensor], scorer: Vector, eps: float) -> Tensor:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf.metadata import Metadata, TextArray, Value
 from engine.gguf.model_file import TensorInfo
-from engine.quants.formats import BY_TYPE
+from engine.quants.formats import BY_TYPE, I32
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -45,7 +45,7 @@ SCALARS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f
 _READ_BYTES = 16 << 20  # of one read call: large enough for full disk speed, small enough to keep all threads busy
 _SHARD_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 # Types that exist but are no weights, or no longer written; named only to say so.
-_OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 31: "Q4_0_4_4"} | {
+_OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 27: "I64", 28: "F64", 31: "Q4_0_4_4"} | {
     32: "Q4_0_4_8",
     33: "Q4_0_8_8",
 }
@@ -256,7 +256,7 @@ def _read_tensor_info(header: _Header, index: int, n_tensors: int, shard: int) -
     if not 0 < n_weights < MAX_WEIGHTS:
         header.fail(f"tensor {name} has the dimensions {dimensions}; expected a product from 1 to {MAX_WEIGHTS - 1}")
     ggml_type, offset = header.unpack("I", what), header.unpack("Q", what)
-    weight_format = BY_TYPE.get(ggml_type)
+    weight_format = I32 if ggml_type == I32.ggml_type else BY_TYPE.get(ggml_type)
     if weight_format is None:
         known = ", ".join(f.name for f in BY_TYPE.values())
         raise UnsupportedModelError(

@@ -12,6 +12,6 @@ int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads
     return whole_lines((int64_t)n_slots * n_kv_heads * kv_padded(context_length) * kv_value_row_bytes(type, value_dim));
 }
 
-int64_t attention_partial_bytes(int n_heads, const kv_cache *cache) {
-    return (int64_t)n_heads * attention_chunks(cache->context_length) * partial_size(cache->value_dim) * 4;
+int64_t attention_partial_bytes(const attention_args *args) {
+    return args->n_heads * (int64_t)most_chunks(args) * partial_size(args->cache.value_dim) * 4;
 }

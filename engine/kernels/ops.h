@@ -13,9 +13,19 @@
 #include <stdbool.h>
 
 enum { ROWS_TOKENS, ROWS_OUTPUTS };
-enum { GATE_SIGMOID, GATE_SILU, GATE_SOFTPLUS, GATE_RELU, GATE_PRODUCT, GATE_GELU, GATE_CLAMPED_SWISH, GATE_SITU };
+enum {
+    GATE_SIGMOID,
+    GATE_SILU,
+    GATE_SOFTPLUS,
+    GATE_RELU,
+    GATE_PRODUCT,
+    GATE_GELU,
+    GATE_CLAMPED_SWISH,
+    GATE_SITU,
+    GATE_CLAMPED_SILU
+};
 enum { ROPE_NEOX, ROPE_NORM };
-enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK };
+enum { SCORE_SOFTMAX, SCORE_SIGMOID, SCORE_SOFTMAX_TOPK, SCORE_SQRT_SOFTPLUS };
 enum { ACTIVATE_SILU, ACTIVATE_CLAMPED_SWISH, ACTIVATE_RELU, ACTIVATE_CLAMPED_SILU, ACTIVATE_GELU, ACTIVATE_SITU };
 enum { KV_F32, KV_F16, KV_Q8_0, N_KV_TYPES };
 
@@ -24,7 +34,8 @@ enum {
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
     MAX_SCAN_STATE = 256,
-    MAX_STREAMS = 8,    // of hyper-connections
+    MAX_STREAMS = 8, // of hyper-connections
+    MAX_MIXED_STREAMS = 4,
     MAX_RESIDUALS = 16, // that are mixed, a multiple of 16
     MAX_LINEAR_WEIGHTS = 8,
     TOKENS_PER_CALL = 128,      // activation rows that one call of a matmul_fn gets at most
@@ -128,7 +139,7 @@ typedef struct {
 typedef struct {
     float *table;
     const float *frequencies;
-    int n_pairs;
+    int n_pairs, period; // period: positions are rounded down to a multiple of it
     float magnitude;
 } rope_table_args;
 
@@ -151,17 +162,17 @@ typedef struct {
 } combine_args;
 
 typedef struct {
-    matrix mixes, gates; // gates.at may be NULL
-    const float *scale;  // of weights, and of gates if there are any
-    const float *base;   // [mixes]
-    float *weights;      // [max_tokens, n_streams]
-    int n_streams;
+    matrix mixes, gates, mixing; // gates.at and mixing.at may be NULL
+    const float *scale;          // of weights, and of gates and mixing if there are any
+    const float *base;           // [mixes]
+    float *weights;              // [max_tokens, n_streams]
+    int n_streams, n_normalizations;
     float offset, magnitude;
 } stream_weights_args;
 
 typedef struct {
-    matrix x, added, gates, out;
-    int n_cols; // of a stream
+    matrix x, added, gates, mixing, out; // mixing.at may be NULL
+    int n_streams, n_cols;               // n_cols: of a stream
 } add_to_streams_args;
 
 typedef struct {
@@ -202,9 +213,17 @@ typedef struct {
 } selective_scan_args;
 
 typedef struct {
+    matrix values, scores, out;
+    const float *biases;             // [period, parts * n_channels]
+    float *state;                    // [n_slots, parts, 3, n_channels]: of each part the largest score, and two sums
+    int n_channels, n_parts, period; // n_parts: 1, or 2 where a row is made of two periods' tokens
+} compress_args;
+
+typedef struct {
     matrix logits;
-    const float *bias; // or NULL
-    int32_t *ids;      // both [max_tokens, n_experts_used]
+    const float *bias;    // or NULL
+    const int32_t *table; // [n_vocab, n_experts_used]: the experts of each token id; or NULL
+    int32_t *ids;         // both [max_tokens, n_experts_used]
     float *weights;
     int n_experts, n_experts_used, scoring, n_groups, n_groups_used;
     bool normalize;
@@ -222,8 +241,12 @@ typedef struct {
 // One layer's keys or values; layout in ops/kv_cache.h.
 typedef struct {
     uint8_t *keys, *values;
-    int type, context_length, n_kv_heads, head_dim, value_dim;
+    int type, context_length, n_kv_heads, head_dim, value_dim; // context_length: rows of a sequence
+    int period; // tokens that share a row, which the last of them brings; 1: each has its own
 } kv_cache;
+
+// How many rows of a cache there are for a token at a position.
+static inline int rows_up_to(const kv_cache *cache, int position) { return (position + 1) / cache->period; }
 
 typedef struct {
     matrix x;
@@ -234,13 +257,15 @@ typedef struct {
 typedef struct {
     matrix q, out;
     kv_cache cache;
+    kv_cache shared;            // rows that a token sees beside those positions; keys: NULL for none
     const float *sinks;         // [n_heads], or NULL
     int n_heads, window, chunk; // window, chunk: 0 for no limit
     float scale, cap;           // cap: 0 for none
-    const int32_t *selected;    // lists of the blocks that a token looks at, each in rising order; NULL: all
+    const int32_t *selected;    // lists of the blocks that a token looks at, each in rising order; NULL: all. Or of
+                                // shared rows, one list
     int64_t selected_stride;
     int top_k, block_size, n_lists; // blocks of a list at most, positions of a block; one list, or n_kv_heads
-    float *partials;                // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of a context, partial result]
+    float *partials;                // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of both caches, partial result]
     padded_counter *n_done;         // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
 } attention_args;
 
@@ -330,6 +355,7 @@ typedef union {
     causal_conv_args causal_conv;
     delta_net_args delta_net;
     selective_scan_args selective_scan;
+    compress_args compress;
     router_args router;
     group_router_args group_router;
     kv_store_args kv_store;
@@ -367,7 +393,7 @@ typedef struct {
 typedef struct ops_table {
     tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
         rope_table, rope, select_outputs, combine, stream_weights, add_to_streams, mix_residuals, causal_conv,
-        delta_net, selective_scan, router, group_router, kv_store;
+        delta_net, selective_scan, compress, router, group_router, kv_store;
     task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
@@ -378,6 +404,6 @@ typedef struct ops_table {
 // one token over a whole context.
 int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
 int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int value_dim);
-int64_t attention_partial_bytes(int n_heads, const kv_cache *cache);
+int64_t attention_partial_bytes(const attention_args *args);
 
 #endif

@@ -4,6 +4,7 @@
 #include "simd.h"
 
 #include "ops/attention.h"
+#include "ops/compress.h"
 #include "ops/delta_net.h"
 #include "ops/elementwise.h"
 #include "ops/experts.h"
@@ -76,6 +77,7 @@ static const ops_table level_ops = {
     .causal_conv = op_causal_conv,
     .delta_net = op_delta_net,
     .selective_scan = op_selective_scan,
+    .compress = op_compress,
     .router = op_router,
     .group_router = op_group_router,
     .kv_store = op_kv_store,

@@ -442,10 +442,10 @@ int program_join_heads(program *p, heads_args args, int n_heads) {
 }
 
 // The cosines and sines of a step are computed once, however many layers rotate with them.
-static const float *rope_table(program *p, int n_pairs, const float *frequencies, float magnitude) {
+static const float *rope_table(program *p, int n_pairs, const float *frequencies, float magnitude, int period) {
     for (int i = 0; i < p->n_rope_tables; i++) {
         const rope_table_args *known = &p->rope_tables[i];
-        if (known->n_pairs == n_pairs && known->magnitude == magnitude &&
+        if (known->n_pairs == n_pairs && known->magnitude == magnitude && known->period == period &&
             !memcmp(known->frequencies, frequencies, (size_t)n_pairs * sizeof(float)))
             return known->table;
     }
@@ -459,7 +459,7 @@ static const float *rope_table(program *p, int n_pairs, const float *frequencies
         return NULL;
     memcpy(own, frequencies, (size_t)n_pairs * sizeof(float));
     operation op = {.name = "rope_table",
-                    .args.rope_table = {table, own, n_pairs, magnitude},
+                    .args.rope_table = {table, own, n_pairs, period, magnitude},
                     .run_tile = p->kernels->ops->rope_table,
                     .width = 1,
                     .unit = 1};
@@ -468,8 +468,8 @@ static const float *rope_table(program *p, int n_pairs, const float *frequencies
     return record(p, op) ? NULL : table;
 }
 
-int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int n_heads) {
-    args.table = rope_table(p, args.n_pairs, frequencies, magnitude);
+int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int period, int n_heads) {
+    args.table = rope_table(p, args.n_pairs, frequencies, magnitude, period);
     if (!args.table)
         return -1;
     const int64_t table_bytes = 2 * args.n_pairs * (int64_t)sizeof(float);
@@ -496,24 +496,38 @@ static int record_kv_store(program *p, kv_cache cache, matrix x, bool is_value) 
     return record(p, op);
 }
 
-int program_attention(program *p, attention_args args, matrix k, matrix v) {
-    const kv_cache cache = args.cache;
+// A position beyond this many has no row in a cache.
+static void limit_context(program *p, kv_cache cache) {
+    const int64_t n_positions = (int64_t)cache.context_length * cache.period + cache.period - 1;
+    if (n_positions < p->context_length)
+        p->context_length = (int)n_positions;
+}
+
+int program_attention(program *p, attention_args args, matrix k, matrix v, matrix shared_k) {
+    const kv_cache cache = args.cache, shared = args.shared;
     const int n_tiles = (args.n_heads / cache.n_kv_heads + ATTENTION_TILE - 1) / ATTENTION_TILE;
     if (record_kv_store(p, cache, k, false) || record_kv_store(p, cache, v, true))
         return -1;
+    if (shared.keys && (record_kv_store(p, shared, shared_k, false) || record_kv_store(p, shared, shared_k, true)))
+        return -1;
     args.partials = (float *)shared_memory(p, &p->partials, &p->partial_bytes,
-                                           SPLIT_ATTENTION_TOKENS * attention_partial_bytes(args.n_heads, &args.cache));
+                                           SPLIT_ATTENTION_TOKENS * attention_partial_bytes(&args));
     args.n_done = (padded_counter *)shared_memory(p, &p->n_done, &p->n_done_bytes,
                                                   SPLIT_ATTENTION_TOKENS * cache.n_kv_heads * n_tiles *
                                                       (int64_t)sizeof(padded_counter));
     if (!args.partials || !args.n_done)
         return -1;
-    p->context_length = smaller(p->context_length, cache.context_length);
+    limit_context(p, cache);
     operation op = {.name = "attention", .args.attention = args, .tasks = &p->kernels->ops->attention};
     touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
     touch_whole(p, &op, WRITES, args.out, args.n_heads * (int64_t)cache.value_dim);
     touch_block(&op, READS, cache.keys, 1);
     touch_block(&op, READS, cache.values, 1);
+    if (shared.keys) {
+        limit_context(p, shared);
+        touch_block(&op, READS, shared.keys, 1);
+        touch_block(&op, READS, shared.values, 1);
+    }
     touch_block(&op, WRITES, args.partials, 1);
     if (args.selected)
         touch_whole(p, &op, READS, (matrix){(float *)args.selected, args.selected_stride},
@@ -535,7 +549,7 @@ int program_select_positions(program *p, select_positions_args args, matrix k) {
     if (record_kv_store(p, cache, k, false) ||
         reserve_scores(p, kv_padded(cache.context_length), &args.scores, &args.n_done))
         return -1;
-    p->context_length = smaller(p->context_length, cache.context_length);
+    limit_context(p, cache);
     operation op = {
         .name = "select_positions", .args.select_positions = args, .tasks = &p->kernels->ops->select_positions};
     touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
@@ -551,7 +565,7 @@ int program_select_blocks(program *p, select_blocks_args args, matrix k) {
     const int64_t n_blocks = (cache.context_length + (int64_t)args.block_size - 1) / args.block_size;
     if (record_kv_store(p, cache, k, false) || reserve_scores(p, args.n_heads * n_blocks, &args.scores, &args.n_done))
         return -1;
-    p->context_length = smaller(p->context_length, cache.context_length);
+    limit_context(p, cache);
     operation op = {.name = "select_blocks", .args.select_blocks = args, .tasks = &p->kernels->ops->select_blocks};
     touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
     touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.n_heads * (int64_t)args.top_k);
@@ -630,7 +644,23 @@ int program_selective_scan(program *p, selective_scan_args args) {
     return record(p, op);
 }
 
-int program_router(program *p, router_args args) {
+int program_compress(program *p, compress_args args) {
+    operation op = {.name = "compress",
+                    .args.compress = args,
+                    .run_tile = p->kernels->ops->compress,
+                    .width = args.n_channels,
+                    .unit = FLOATS_OF_LINE,
+                    .in_order = true};
+    touch_whole(p, &op, READS, args.values, args.n_parts * (int64_t)args.n_channels);
+    touch_whole(p, &op, READS, args.scores, args.n_parts * (int64_t)args.n_channels);
+    touch(p, &op, WRITES, args.out);
+    touch_channel_states(p, &op, args.state, 3 * args.n_parts, args.n_channels);
+    return record(p, op);
+}
+
+int program_router(program *p, router_args args, int n_vocab) {
+    if (args.table)
+        p->n_vocab = p->n_vocab ? smaller(p->n_vocab, n_vocab) : n_vocab;
     operation op = {.name = "router",
                     .args.router = args,
                     .run_tile = p->kernels->ops->router,
@@ -725,23 +755,32 @@ int program_stream_weights(program *p, stream_weights_args args) {
     operation op = {.name = "stream_weights",
                     .args.stream_weights = args,
                     .run_tile = p->kernels->ops->stream_weights,
-                    .width = args.gates.at ? 2 * n : n,
+                    .width = args.mixing.at  ? (2 + n) * n
+                             : args.gates.at ? 2 * n
+                                             : n,
                     .is_cheap = true};
     op.unit = op.width;
     touch(p, &op, READS, args.mixes);
     touch_rows(p, &op, WRITES, args.weights, n * (int64_t)sizeof(float), n * (int64_t)sizeof(float), 0);
     if (args.gates.at)
         touch_whole(p, &op, WRITES, args.gates, n);
+    if (args.mixing.at)
+        touch_whole(p, &op, WRITES, args.mixing, n * (int64_t)n);
     return record(p, op);
 }
 
-int program_add_to_streams(program *p, add_to_streams_args args, int n_streams) {
+int program_add_to_streams(program *p, add_to_streams_args args) {
+    const int n_streams = args.n_streams;
     operation op = {.name = "add_to_streams",
                     .args.add_to_streams = args,
                     .run_tile = p->kernels->ops->add_to_streams,
                     .width = n_streams * args.n_cols,
                     .unit = FLOATS_OF_LINE};
-    touch(p, &op, READS, args.x);
+    if (args.mixing.at) {
+        touch_whole(p, &op, READS, args.x, op.width);
+        touch_whole(p, &op, READS, args.mixing, n_streams * (int64_t)n_streams);
+    } else
+        touch(p, &op, READS, args.x);
     touch_whole(p, &op, READS, args.added, args.n_cols);
     touch_whole(p, &op, READS, args.gates, n_streams);
     touch(p, &op, WRITES, args.out);

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from engine.devices.graph import Graph, Vector, Weight
+from engine.devices.graph import Graph, Table, Vector, Weight
 from engine.errors import UnsupportedModelError
 from engine.gguf.model_file import ModelFile
 from engine.model_spec import IndexerSpec, ModelSpec
@@ -17,6 +17,7 @@ from engine.models import (
     cohere2moe,
     dbrx,
     deepseek2,
+    deepseek4,
     deepseek32,
     dots3note,
     exaone_moe,
@@ -71,6 +72,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dbrx": dbrx,
     "deepseek2": deepseek2,
     "deepseek32": deepseek32,
+    "deepseek4": deepseek4,
     "dots3note": dots3note,
     "exaone-moe": exaone_moe,
     "gemma4": gemma4,
@@ -108,9 +110,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 # Tensors that a forward pass may leave out: blocks for multi-token prediction, indexers of layers that share the choice
-# of another, and what NVFP4 files say of activations.
+# of another, what NVFP4 files say of activations, and how experts are chosen for parts of images.
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
-_UNUSED_SUFFIX = ".input_scale"
+_UNUSED_SUFFIXES = ".input_scale", ".exp_probs_b_vl.bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Model:
             for field in fields(operation):
                 value = getattr(operation, field.name)
                 for item in value if isinstance(value, tuple) else (value,):
-                    if isinstance(item, (Weight, Vector)):
+                    if isinstance(item, (Weight, Vector, Table)):
                         names[item.name] = None
                     if isinstance(item, Weight) and item.scale is not None:
                         names[item.scale.name] = None
@@ -169,8 +171,8 @@ def _check_all_used(model: Model, model_file: ModelFile) -> None:
 
 def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
     block = _BLOCK.match(name)
-    if name.endswith(_UNUSED_SUFFIX) or block is None:
-        return name.endswith(_UNUSED_SUFFIX)
+    if name.endswith(_UNUSED_SUFFIXES) or block is None:
+        return name.endswith(_UNUSED_SUFFIXES)
     layer, indexer = int(block[1]), getattr(spec.attention, "indexer", None)
     shares = isinstance(indexer, IndexerSpec) and layer < spec.n_layers and not indexer.layers[layer]
     return layer >= spec.n_layers or (shares and name.startswith("indexer.", block.end()))

@@ -6,15 +6,16 @@ import math
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from engine.devices.graph import Vector, Weight
+from engine.devices.graph import Table, Vector, Weight
 from engine.errors import GGUFError, UnsupportedModelError
 from engine.gguf.model_file import ModelFile, TensorInfo
-from engine.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoESpec, RopeSpec
+from engine.model_spec import AttentionSpec, CompressedAttentionSpec, LatentAttentionSpec, ModelSpec, MoESpec, RopeSpec
+from engine.quants.formats import I32, QuantFormat
 
 RopeStyle: TypeAlias = Literal["neox", "norm"]
-Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen"]
+Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen", "sqrt_softplus"]
 
-_GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}
+_GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrt_softplus"}
 _LARGEST_CAP = 1e6  # of logits and scores; 30 or 50 in all files
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
 # What the kernels of every device can do.
@@ -120,7 +121,9 @@ class Keys:
             raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
         return n_blocks - n_mtp
 
-    def model(self, tensors: Tensors, attention: AttentionSpec | LatentAttentionSpec, moe: MoESpec) -> ModelSpec:
+    def model(
+        self, tensors: Tensors, attention: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec, moe: MoESpec
+    ) -> ModelSpec:
         """Read what every architecture has, around its attention and its experts."""
         return ModelSpec(
             architecture=self.architecture,
@@ -189,7 +192,7 @@ class Keys:
         if number not in _GATING_FUNCTIONS:
             raise UnsupportedModelError(
                 f"{self.file_name}: {self.architecture}.expert_gating_func is {number}; this version knows "
-                "1 (softmax), 2 (sigmoid) and 3 (softmax of the chosen)"
+                "1 (softmax), 2 (sigmoid), 3 (softmax of the chosen) and 4 (square root of softplus)"
             )
         return _GATING_FUNCTIONS[number]
 
@@ -294,6 +297,20 @@ class Keys:
             )
         return rope
 
+    def yarn(self, rope: RopeSpec, fast: float = 32.0, slow: float = 1.0) -> RopeSpec:
+        """Read when YaRN keeps a pair and when it stretches it, where files may say that; how it mixes is fixed."""
+        factor = self.number("rope.scaling.yarn_ext_factor", 1.0)
+        if factor != 1:
+            name = f"{self.architecture}.rope.scaling.yarn_ext_factor"
+            raise UnsupportedModelError(f"{self.file_name}: {name} is {factor:g}; this version needs 1")
+        fast = self.number("rope.scaling.yarn_beta_fast", fast)
+        slow = self.number("rope.scaling.yarn_beta_slow", slow)
+        if not 0 < slow <= fast:
+            raise self.wrong(
+                "rope.scaling.yarn_beta_slow", slow, f"a number above 0, at most yarn_beta_fast ({fast:g})"
+            )
+        return replace(rope, yarn_fast=fast, yarn_slow=slow)
+
     def rope(self, head_dim: int, style: RopeStyle = "neox", *, yarn_slope: float = 0.1) -> RopeSpec:
         """Read the keys of rotary position embedding."""
         n_rot = self.size("rope.dimension_count", head_dim)
@@ -384,6 +401,11 @@ class Tensors:
         info = self._checked(name, (n_experts, n_rows, n_cols))
         return Weight(info.name, info.format, n_rows, n_cols, n_experts, scale=self._scale(name, n_experts))
 
+    def table(self, name: str, n_rows: int, n_cols: int) -> Table:
+        """Return integers for each token id."""
+        info = self._checked(name, (n_rows, n_cols), I32)
+        return Table(info.name, n_rows, n_cols)
+
     def _scale(self, name: str, size: int) -> Vector | None:
         """Return the factor that some formats (NVFP4), or models for each expert, keep in a tensor of their own."""
         scale = name.removesuffix(".weight") + ".scale"
@@ -395,8 +417,13 @@ class Tensors:
             raise GGUFError(f"{self._file.name}: tensor {self.prefix + name} is missing")
         return info
 
-    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def _checked(self, name: str, shape: tuple[int, ...], wanted: QuantFormat | None = None) -> TensorInfo:
         info = self._find(name)
+        if (info.format == I32) != (wanted == I32):
+            expected = "integers (I32)" if wanted else "weights"
+            raise GGUFError(
+                f"{self._file.name}: tensor {info.name} has the type {info.format.name}; expected {expected}"
+            )
         if _without_ones(info.shape) != _without_ones(shape):
             raise GGUFError(
                 f"{self._file.name}: tensor {info.name} has the shape {list(info.shape)}; "

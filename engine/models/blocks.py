@@ -43,12 +43,14 @@ _NETWORK_GATINGS = {  # of dense networks; others: SiLU
     Activation.RELU: Gating.RELU,
     Activation.GELU: Gating.GELU,
     Activation.CLAMPED_SWISH: Gating.CLAMPED_SWISH,
+    Activation.CLAMPED_SILU: Gating.CLAMPED_SILU,
     Activation.SITU: Gating.SITU,
 }
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
     "softmax_of_chosen": Scoring.SOFTMAX_OF_CHOSEN,
+    "sqrt_softplus": Scoring.SQRT_SOFTPLUS,
 }
 
 
@@ -240,12 +242,22 @@ def rotate_heads(
     return rotate(graph, q, n_heads, rope, block), rotate(graph, k, n_kv_heads, rope, block)
 
 
-def rotate(graph: Graph, x: Tensor, n_heads: int, rope: RopeSpec, block: Tensors) -> Tensor:
-    """Rotate the heads of x in place by their position."""
+def rotate(
+    graph: Graph,
+    x: Tensor,
+    n_heads: int,
+    rope: RopeSpec,
+    block: Tensors,
+    *,
+    period: int = 1,
+    backwards: bool = False,
+) -> Tensor:
+    """Rotate the heads of x in place by their position, rounded down to a multiple of `period`."""
     frequencies, magnitude = rope_frequencies(rope)
     divisors = rope_divisors(block, rope) if rope.divides else []
     style, short_context = _ROPE_STYLES[rope.style], rope.original_context_length
-    return graph.rope(x, n_heads, frequencies, style, magnitude, divisors, short_context)
+    frequencies = -frequencies if backwards else frequencies
+    return graph.rope(x, n_heads, frequencies, style, magnitude, divisors, short_context, period)
 
 
 def rope_divisors(block: Tensors, rope: RopeSpec) -> list[Vector]:
@@ -349,7 +361,13 @@ def gate_projections(
     graph: Graph, projections: Sequence[Tensor], activation: Activation, limits: tuple[float, float]
 ) -> Tensor:
     """Join the projections of a network outside the routed experts: gate and up, or one that is both."""
-    return graph.gate(projections[-1], projections[0], _NETWORK_GATINGS.get(activation, Gating.SILU), *limits)
+    gating = _NETWORK_GATINGS.get(_limited(activation, limits), Gating.SILU)
+    return graph.gate(projections[-1], projections[0], gating, *limits)
+
+
+def _limited(activation: Activation, limits: tuple[float, float]) -> Activation:
+    """Return an activation as it is with limits, or without one (0)."""
+    return Activation.SILU if activation == Activation.CLAMPED_SILU and not any(limits) else activation
 
 
 def mixture_of_experts(
@@ -438,7 +456,12 @@ def check_experts(spec: ModelSpec, block: Tensors) -> MoESpec:
 
 
 def route(graph: Graph, logits: Tensor, block: Tensors, moe: MoESpec) -> Routing:
-    """Choose the experts of each token by the logits of a block's router."""
+    """Choose the experts of each token by the logits of a block's router, or by a table if it has one."""
+    if block.has("ffn_gate_tid2eid.weight"):
+        n_vocab = block.whole.shape("token_embd.weight")[0]
+        table = block.table("ffn_gate_tid2eid.weight", n_vocab, moe.n_experts_used)
+        how = moe.n_experts_used, _SCORINGS[moe.scoring], moe.normalize
+        return graph.router(logits, *how, scale=moe.scale, table=table)
     return graph.router(
         logits,
         moe.n_experts_used,
@@ -462,8 +485,7 @@ def routed_experts(
         width = moe.latent_size
         x = graph.linear(x, block.matrix(f"{moe.latent_name}_down.weight", width, spec.hidden_size))
     limits = moe.layer_limits(layer, routed=True)
-    if activation == Activation.CLAMPED_SILU and not any(limits):
-        activation = Activation.SILU
+    activation = _limited(activation, limits)
     projections, biases = expert_projections(block, spec, width, activation)
     return graph.experts(
         x,

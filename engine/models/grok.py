@@ -48,20 +48,15 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
 
 
 def _read_rope(keys: Keys, rope: RopeSpec) -> RopeSpec:
-    """Read when YaRN keeps a pair and when it stretches it; its other parameters have to be the usual ones."""
+    """Read the parameters of YaRN; one of them has to be the usual one."""
     if rope.scaling != "yarn":
         return rope
-    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
-        factor = keys.number(key, 1.0)
-        if factor != 1:
-            raise UnsupportedModelError(
-                f"{keys.file_name}: {keys.architecture}.{key} is {factor:g}; this version needs 1"
-            )
-    fast = keys.number("rope.scaling.yarn_beta_fast", _YARN_FAST)
-    slow = keys.number("rope.scaling.yarn_beta_slow", _YARN_SLOW)
-    if not 0 < slow <= fast:
-        raise keys.wrong("rope.scaling.yarn_beta_slow", slow, f"a number above 0, at most yarn_beta_fast ({fast:g})")
-    return replace(rope, yarn_fast=fast, yarn_slow=slow)
+    factor = keys.number("rope.scaling.yarn_attn_factor", 1.0)
+    if factor != 1:
+        raise UnsupportedModelError(
+            f"{keys.file_name}: {keys.architecture}.rope.scaling.yarn_attn_factor is {factor:g}; this version needs 1"
+        )
+    return keys.yarn(rope, _YARN_FAST, _YARN_SLOW)
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:

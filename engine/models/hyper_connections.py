@@ -1,8 +1,9 @@
 """Hyper-connections: several residual streams in the place of one (https://arxiv.org/abs/2409.19606).
 
 A sub-layer takes one row, a sum of all streams, and what it gives is added to each of them; the weights of that sum,
-and the gates of what is added, are made anew for each token of the streams themselves (`graph.ReduceStreams`). The
-streams begin as copies of the embeddings, and once more become one row before the output norm.
+and the gates of what is added, are made anew for each token of the streams themselves (`graph.ReduceStreams`). In some
+models streams are mixed before something is added to them (https://arxiv.org/abs/2512.24880). They begin as copies of
+the embeddings, and once more become one row before the output norm.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ def read_hyper_connections(keys: Keys) -> HyperConnectionSpec:
 
 def decoder(spec: ModelSpec, tensors: Tensors, mixer: Layer, activation: Activation = Activation.SILU) -> Graph:
     """Record a pre-norm decoder: in each block a mixer of tokens, then a feed-forward network, added to the streams."""
+    n_scales = 3 if _of(spec).n_normalizations else 2
 
     def mix_and_feed(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-        h, gates = _reduce(graph, x, block, "hc_attn", spec)
+        h, *how = _reduce(graph, x, block, "hc_attn", spec, n_scales)
         h = normalize(graph, h, block, "attn_norm.weight", spec)
-        x = graph.add_to_streams(x, mixer(graph, h, block, spec, layer), gates)
-        h, gates = _reduce(graph, x, block, "hc_ffn", spec)
+        x = graph.add_to_streams(x, mixer(graph, h, block, spec, layer), *how)
+        h, *how = _reduce(graph, x, block, "hc_ffn", spec, n_scales)
         h = normalize(graph, h, block, "ffn_norm.weight", spec)
-        return graph.add_to_streams(x, feed_forward(graph, h, None, block, spec, layer, activation), gates)
+        return graph.add_to_streams(x, feed_forward(graph, h, None, block, spec, layer, activation), *how)
 
     def enter(graph: Graph, x: Tensor) -> Tensor:
         streams = x
@@ -43,18 +45,16 @@ def decoder(spec: ModelSpec, tensors: Tensors, mixer: Layer, activation: Activat
         return streams
 
     def leave(graph: Graph, x: Tensor) -> Tensor:
-        (row,) = _reduce(graph, x, tensors, "output_hc", spec, n_scales=1)
+        (row,) = _reduce(graph, x, tensors, "output_hc", spec, 1)
         return row
 
     return layers(spec, tensors, mix_and_feed, enter=enter, leave=leave)
 
 
-def _reduce(
-    graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec, n_scales: int = 2
-) -> tuple[Tensor, ...]:
-    """Make one row of the streams, and with two scales gates for them, by tensors of that name."""
+def _reduce(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpec, n_scales: int) -> tuple[Tensor, ...]:
+    """Make one row of the streams, with two scales gates for them, with three their mixing, by tensors of that name."""
     how = _of(spec)
-    n_mixes = n_scales * how.n_streams
+    n_mixes = how.n_streams * (n_scales if n_scales < 3 else 2 + how.n_streams)
     return graph.reduce_streams(
         x,
         tensors.vector(f"{name}_fn.weight", n_mixes, x.width),
@@ -63,6 +63,8 @@ def _reduce(
         spec.norm_eps,
         how.offset,
         how.magnitude,
+        how.n_streams,
+        how.n_normalizations if n_scales > 2 else 0,
     )
 
 

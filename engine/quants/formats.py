@@ -80,5 +80,8 @@ FORMATS: tuple[QuantFormat, ...] = (
     QuantFormat("Q2_0", 42, 64, 18, _F32),
 )
 
+# No format of weights: what tables of numbers hold.
+I32 = QuantFormat("I32", 26, 1, 4, _F32)
+
 BY_TYPE: dict[int, QuantFormat] = {f.ggml_type: f for f in FORMATS}
 BY_NAME: dict[str, QuantFormat] = {f.name: f for f in FORMATS}

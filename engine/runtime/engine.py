@@ -110,7 +110,7 @@ class Engine(Answering):
         self._forward = ForwardPass(
             program, self._limits, self.spec.n_vocab, draws=draws, runs_ahead=program.runs_ahead
         )
-        is_recurrent = any(self.spec.recurrent_layers)
+        is_recurrent = bool(model.graph.states)
         self._snapshots: Snapshots | None = None
         if is_recurrent and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
             self._snapshots = Snapshots(self._program, self._turn, settings.n_snapshots)

@@ -19,12 +19,15 @@ from engine.devices import graph as ops
 from engine.devices.cpu.memory import ALIGNMENT, Arena, Interval, plan_offsets
 from engine.devices.graph import Graph, Tensor, Vector, Weight
 from engine.devices.program import Limits, WeightAccess
+from engine.devices.tables import expert_table
 from engine.quants.formats import BY_NAME, Activation
 
 Value = TypeVar("Value", np.float32, np.int32)
 
 # Operations for which memory stays taken after its last use: neighbours that shared it could not be run as one.
 _LINGER = 4
+
+_NO_LISTS = 0, 0, 0, 1, 1  # of what attention looks at
 
 
 @dataclass(slots=True)
@@ -102,8 +105,9 @@ class Lowering:
         offsets: list[tuple[ops.KVCache | ops.State, int]] = []
         for cache in graph.kv_caches:
             offsets.append((cache, offset))
+            n_rows = cache.n_rows(limits.context_length)
             offset += _kernels.kv_cache_bytes(
-                limits.kv_type, limits.n_slots, limits.context_length, cache.n_kv_heads, cache.head_dim, cache.value_dim
+                limits.kv_type, limits.n_slots, n_rows, cache.n_kv_heads, cache.head_dim, cache.value_dim
             )
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
         for state in graph.states:
@@ -348,6 +352,7 @@ class Lowering:
                 2 * len(frequencies),
                 op.style,
                 op.magnitude,
+                op.period,
             )
         )
 
@@ -361,11 +366,12 @@ class Lowering:
                 *out.at,
                 self._state_address[op.cache],
                 self.limits.kv_type,
-                self.limits.context_length,
+                op.cache.n_rows(self.limits.context_length),
                 op.n_heads,
                 op.cache.head_dim,
                 op.top_k,
                 op.scale,
+                op.cache.period,
             )
         )
 
@@ -396,8 +402,15 @@ class Lowering:
         sinks = self._vector(op.sinks)
         selected = op.selected
         blocks = self._use(selected.blocks) if selected else None
-        self._calls.append(
-            lambda: self.program.attention(
+        shared, shared_k = op.shared_cache, self._use(op.shared_k) if op.shared_k else None
+
+        def record() -> None:
+            lists = (*blocks.at, selected.top_k, selected.block_size, selected.n_lists) if selected and blocks else ()
+            more: tuple[int, ...] = ()
+            if shared and shared_k:
+                more = *shared_k.at, self._state_address[shared], shared.n_rows(limits.context_length), shared.period
+                lists = lists or _NO_LISTS
+            self.program.attention(
                 *q.at,
                 *k.at,
                 *v.at,
@@ -414,9 +427,11 @@ class Lowering:
                 op.window,
                 op.chunk,
                 op.cap,
-                *((*blocks.at, selected.top_k, selected.block_size, selected.n_lists) if selected and blocks else ()),
+                *lists,
+                *more,
             )
-        )
+
+        self._calls.append(record)
 
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight, bias = self._use(op.x), self._use(op.out), self._joined(op.weights), self._vector(op.bias)
@@ -483,9 +498,34 @@ class Lowering:
             )
         )
 
+    def _compress(self, op: ops.Compress) -> None:
+        values, scores, out, biases = (
+            self._use(op.values),
+            self._use(op.scores),
+            self._use(op.out),
+            self._vector(op.biases),
+        )
+        width = op.out.width
+        self._calls.append(
+            lambda: self.program.compress(
+                *values.at,
+                *scores.at,
+                biases,
+                self._state_address[op.state],
+                *out.at,
+                width,
+                op.values.width // width,
+                op.period,
+            )
+        )
+
     def _router(self, op: ops.Router) -> None:
         logits, ids, weights = self._use(op.logits), self._use(op.out.ids), self._use(op.out.weights)
-        bias = self._vector(op.bias)
+        bias, table, n_vocab = self._vector(op.bias), 0, 0
+        if op.table is not None:
+            values = expert_table(self._weights, op.table, op.out.n_experts)
+            self._keep.append(values)
+            table, n_vocab = int(values.ctypes.data), op.table.n_rows
         self._calls.append(
             lambda: self.program.router(
                 *logits.at,
@@ -499,6 +539,8 @@ class Lowering:
                 op.n_groups_used,
                 op.normalize,
                 op.scale,
+                table,
+                n_vocab,
             )
         )
 
@@ -565,7 +607,8 @@ class Lowering:
         )
 
     def _reduce_streams(self, op: ops.ReduceStreams) -> None:
-        x, out, gates = self._use(op.x), self._use(op.out), self._use(op.gates) if op.gates else None
+        x, out = self._use(op.x), self._use(op.out)
+        gates, mixing = (self._use(tensor) if tensor else None for tensor in (op.gates, op.mixing))
         width, n_mixes, n_streams = op.x.width, op.base.size, op.n_streams
         normed, mixes, weights = (self._temporary(n) for n in (width, n_mixes, n_streams))
         matrix, scale, base, ones = (*map(self._vector, (op.matrix, op.scale, op.base)), self._ones(width))
@@ -576,7 +619,8 @@ class Lowering:
             program.rms_norm(*x.at, ones, 0, *normed.at, 1, width, 0, False, op.eps, rows)
             program.linear(normed.address, width * 4, width, [(matrix, kind, n_mixes, *mixes.at, 0, 0)], rows)
             to = weights.address, *(gates.at if gates else (0, 0))
-            program.stream_weights(*mixes.at, scale, base, *to, n_streams, op.offset, op.magnitude)
+            to_mix = (*mixing.at, op.n_normalizations) if mixing else ()
+            program.stream_weights(*mixes.at, scale, base, *to, n_streams, op.offset, op.magnitude, *to_mix)
             nothing = (0,) * 6  # a shared expert, its gate, a residual stream
             program.combine(*x.at, weights.address, n_streams, *nothing, *out.at, op.out.width, 1.0)
 
@@ -584,8 +628,17 @@ class Lowering:
 
     def _add_to_streams(self, op: ops.AddToStreams) -> None:
         x, added, gates, out = (self._use(tensor) for tensor in (op.x, op.added, op.gates, op.out))
+        mixing = self._use(op.mixing) if op.mixing else None
         self._calls.append(
-            lambda: self.program.add_to_streams(*x.at, *added.at, *gates.at, *out.at, op.gates.width, op.added.width)
+            lambda: self.program.add_to_streams(
+                *x.at,
+                *added.at,
+                *gates.at,
+                *out.at,
+                op.gates.width,
+                op.added.width,
+                *(mixing.at if mixing else ()),
+            )
         )
 
     def _mix_residuals(self, op: ops.MixResiduals) -> None:
@@ -619,6 +672,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
     ops.SelectiveScan: Lowering._selective_scan,
+    ops.Compress: Lowering._compress,
     ops.Router: Lowering._router,
     ops.GroupRouter: Lowering._group_router,
     ops.Experts: Lowering._experts,

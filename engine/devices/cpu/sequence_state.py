@@ -29,11 +29,12 @@ def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iter
         slot: which sequence.
         n_tokens: that it holds.
     """
-    n_groups, n_all = -(-n_tokens // _LANES), -(-limits.context_length // _LANES)
     for owner, memory in owners:
         if isinstance(owner, State):
             yield _state_of(owner, memory, slot)
             continue
+        n_rows = n_tokens // owner.period
+        n_groups, n_all = -(-n_rows // _LANES), -(-owner.n_rows(limits.context_length) // _LANES)
         group, row = _kernels.kv_strides(limits.kv_type, owner.head_dim, owner.value_dim)
         n_heads = limits.n_slots * owner.n_kv_heads
         heads = slice(slot * owner.n_kv_heads, (slot + 1) * owner.n_kv_heads)
@@ -41,7 +42,7 @@ def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iter
         yield keys[heads, : n_groups * group]
         start = -(-keys.size // 64) * 64  # values begin at a cache line
         values = memory[start : start + n_heads * n_all * _LANES * row].reshape(n_heads, n_all * _LANES * row)
-        yield values[heads, : n_tokens * row]
+        yield values[heads, : n_rows * row]
 
 
 def recurrent_parts(owners: Owners, slot: int) -> Iterator[npt.NDArray[np.uint8]]:

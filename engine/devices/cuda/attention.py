@@ -42,7 +42,7 @@ class CacheArgument(ctypes.Structure):
         ("n_slots", ctypes.c_int32),
         ("context_length", ctypes.c_int32),
         ("n_kv_heads", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("period", ctypes.c_int32),
     ]
 
 
@@ -59,7 +59,7 @@ class _Heads(ctypes.Structure):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer; layout in `kv_cache.cuh`."""
+    """Keys and values of one layer; layout in `kv_cache.cuh`. `context_length` counts rows."""
 
     address: int
     type: KVType
@@ -69,6 +69,7 @@ class Cache(NamedTuple):
     key_dim: int
     value_dim: int
     values_in_keys: bool = False
+    period: int = 1
 
     @property
     def n_bytes(self) -> int:
@@ -92,7 +93,7 @@ class Cache(NamedTuple):
     @property
     def argument(self) -> CacheArgument:
         """Return the kernels' argument."""
-        return CacheArgument(self.address, self.n_slots, self.context_length, self.n_kv_heads)
+        return CacheArgument(self.address, self.n_slots, self.context_length, self.n_kv_heads, self.period)
 
 
 class Place(NamedTuple):
@@ -106,7 +107,8 @@ class Sight(NamedTuple):
     """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0.
 
     With `top_k`, `selected` are int32 rows of one list, or `by_head` of one for each key head: so many blocks of
-    `block_size` positions at most.
+    `block_size` positions at most. With a cache of `shared` rows a token sees these beside the positions, or those that
+    the list names.
     """
 
     sinks: int = 0
@@ -117,11 +119,22 @@ class Sight(NamedTuple):
     top_k: int = 0
     block_size: int = 1
     by_head: bool = False
+    shared: Cache | None = None
+
+    def most_seen(self, context_length: int) -> int:
+        """Return how many positions a token goes through at most, or places of them."""
+        if self.shared is not None:
+            n_shared = self.shared.context_length
+            return (min(n_shared, self.top_k) if self.top_k else n_shared) + min(
+                self.window or context_length, context_length
+            )
+        return min(context_length, self.top_k * self.block_size or context_length)
 
     @property
-    def most_selected(self) -> int:
-        """Return how many positions a list has at most; 0 without lists."""
-        return self.top_k * self.block_size
+    def definitions(self) -> tuple[str, ...]:
+        """Return what kernels that know what tokens see are compiled for."""
+        period, window = (self.shared.period, self.window) if self.shared is not None else (0, 0)
+        return f"TOP_K={self.top_k}", f"BLOCK={self.block_size}", f"PERIOD={period}", f"WINDOW={window}"
 
 
 class Heads(NamedTuple):
@@ -150,12 +163,16 @@ class Heads(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """How heads are rotated: float32 frequencies of their pairs, the number of values that turn, and how."""
+    """How heads are rotated: float32 frequencies of their pairs, the number of values that turn, and how.
+
+    The positions of keys are rounded down to a multiple of `period`.
+    """
 
     frequencies: int = 0
     n_rot: int = 0
     style: RopeStyle = RopeStyle.NEOX
     magnitude: float = 1.0
+    period: int = 1
 
 
 def check_heads(key_dim: int, value_dim: int) -> None:
@@ -172,15 +189,15 @@ def _n_head_tiles(cache: Cache, n_heads: int) -> int:
     return cache.n_kv_heads * ceil_div(n_heads // cache.n_kv_heads, _HEADS)
 
 
-def n_parts(cache: Cache, n_heads: int, most_selected: int = 0) -> int:
+def n_parts(cache: Cache, n_heads: int, sight: Sight | None = None) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    n_positions = min(cache.context_length, most_selected or cache.context_length)
+    n_positions = (sight or Sight()).most_seen(cache.context_length)
     return min(ceil_div(_BLOCKS, _n_head_tiles(cache, n_heads)), ceil_div(n_positions, _TILE))
 
 
-def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int, most_selected: int = 0) -> tuple[int, int]:
+def scratch_bytes(cache: Cache, n_heads: int, max_tokens: int, sight: Sight | None = None) -> tuple[int, int]:
     """Return the bytes of the parts' values, and of their sums."""
-    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads, most_selected)
+    n = min(max_tokens, FEW_TOKENS) * n_heads * n_parts(cache, n_heads, sight)
     return n * cache.value_dim * 4, n * 8
 
 
@@ -228,6 +245,7 @@ def inputs(
             int32(rotation.n_rot),
             int32(rotation.style == RopeStyle.NORM),
             float32(rotation.magnitude),
+            int32(rotation.period),
             cache.argument,
             pointer(place.positions),
             pointer(place.slots),
@@ -257,12 +275,16 @@ def attend(
     assert cache.address % 16 == 0
     check_heads(cache.key_dim, cache.value_dim)
     group, blocks = n_heads // cache.n_kv_heads, _n_head_tiles(cache, n_heads)
-    parts = n_parts(cache, n_heads, sight.most_selected)
-    assert not sight.top_k or not (sight.window or sight.chunk)
-    lists = (f"TOP_K={sight.top_k}", f"BLOCK={sight.block_size}")
+    parts, others = n_parts(cache, n_heads, sight), sight.shared or cache
+    assert sight.shared is not None or not sight.top_k or not (sight.window or sight.chunk)
+    assert sight.shared is None or (cache.values_in_keys and cache.n_kv_heads == sight.block_size == 1)
+    assert sight.shared is None or not (sight.chunk or sight.by_head)
+    assert others.address % 16 == 0
+    lists = sight.definitions
     threads, shared = _WARPS * WARP, _tile_bytes(cache)
-    places = (cache.argument, pointer(place.positions), pointer(place.slots))
-    what = (*at(q), *places, float32(scale), int32(sight.window), int32(sight.chunk), *at(sight.selected))
+    places = (cache.argument, others.argument, pointer(place.positions), pointer(place.slots))
+    window = 0 if sight.shared is not None else sight.window
+    what = (*at(q), *places, float32(scale), int32(window), int32(sight.chunk), *at(sight.selected))
 
     def attending(kernel: str, grid: tuple[int, int, int], *arguments: Any) -> Launch:
         by_head = f"BY_HEAD={int(sight.by_head)}"

@@ -210,8 +210,9 @@ def rope(
     style: RopeStyle,
     magnitude: float,
     count: Count,
+    period: int = 1,
 ) -> Launch:
-    """Rotate the first `n_rot` values of each head in place."""
+    """Rotate the first `n_rot` values of each head in place, by positions rounded down to multiples of `period`."""
     assert n_rot % 2 == 0
     assert n_rot <= head_dim
     return _elementwise(
@@ -226,4 +227,5 @@ def rope(
         int32(n_rot),
         int32(style == RopeStyle.NORM),
         float32(magnitude),
+        int32(period),
     )

@@ -331,13 +331,19 @@ def _routing(recorder: Recorder, op: ops.Router) -> Callable[[Pass], kernels.Rou
     logits, weights = recorder.use(op.logits), recorder.use(op.out.weights)
     assert op.out.ids.width == recorder.experts.n_used, "layers that use different numbers of experts"
     bias = recorder.vector(op.bias)
-    return _choice(op, logits, bias, lambda p: recorder.experts.ids(op.out, p), weights)
+    return _choice(recorder, op, logits, bias, lambda p: recorder.experts.ids(op.out, p), weights)
 
 
 def _choice(
-    op: ops.Router, logits: Place, bias: int | None, ids: Callable[[Pass], int], weights: Place
+    recorder: Recorder,
+    op: ops.Router,
+    logits: Place,
+    bias: int | None,
+    ids: Callable[[Pass], int],
+    weights: Place,
 ) -> Callable[[Pass], kernels.Routing]:
     """Return how a router chooses, with logits and a bias from somewhere, and results that go somewhere."""
+    table, n_vocab = recorder.expert_table(op.table, op.out.n_experts), op.table.n_rows if op.table else 0
     return lambda p: kernels.Routing(
         p.rows(logits),
         p.at(bias),
@@ -350,6 +356,9 @@ def _choice(
         op.n_groups_used,
         op.normalize,
         op.scale,
+        p.at(table),
+        p.base + p.step.token_ids,
+        n_vocab,
     )
 
 
@@ -368,7 +377,7 @@ def _guess(recorder: Recorder, x: ops.Tensor, linear: ops.Linear, router: ops.Ro
     if router.bias is not None:  # whoever tells routers whom to choose may tell a guess something else
         name = recorder.experts.guess_biases[router.bias.name] = f"{router.bias.name} of a guess"
         own_bias = recorder.copy_of_vector(router.bias, name)
-    choice = _choice(router, logits, own_bias, lambda p: p.rows(ids).address, weights)
+    choice = _choice(recorder, router, logits, own_bias, lambda p: p.rows(ids).address, weights)
     n_done = recorder.constant("n_done", lambda: np.zeros(1, np.int32))
 
     def launches(p: Pass) -> Iterable[Launch]:

@@ -52,6 +52,15 @@ class SharedExpert:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """Rows that the tokens of a period share, and what makes keys of them, which is done where they are stored."""
+
+    compress: ops.Compress
+    norm: ops.RMSNorm
+    rope: ops.Rope
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Attention, what makes its queries and keys ready before it, and the gate behind it.
 
@@ -61,6 +70,7 @@ class Attention:
         q_norm, k_norm: of heads, before they are rotated.
         q_rope, k_rope: both the same, or None.
         gate: of what attention finds; it is `split.second` if there is a split.
+        shared_keys: what keys that tokens share are made of, if there are any.
     """
 
     attention: ops.Attention
@@ -70,6 +80,7 @@ class Attention:
     q_rope: ops.Rope | None = None
     k_rope: ops.Rope | None = None
     gate: ops.Gate | None = None
+    shared_keys: SharedKeys | None = None
 
     @property
     def q(self) -> Tensor:
@@ -107,13 +118,15 @@ class Selection:
         select: the operation.
         q_rope, k_rope: both the same.
         q_norm, k_norm: of heads, before they are rotated; both or none.
+        shared_keys: what keys that tokens share are made of; then there is neither `k_rope` nor a norm here.
     """
 
     select: ops.SelectPositions | ops.SelectBlocks
-    q_rope: ops.Rope
-    k_rope: ops.Rope
+    q_rope: ops.Rope | None = None
+    k_rope: ops.Rope | None = None
     q_norm: ops.RMSNorm | None = None
     k_norm: ops.RMSNorm | None = None
+    shared_keys: SharedKeys | None = None
 
     @property
     def operations(self) -> list[ops.Operation]:
@@ -149,7 +162,7 @@ class ResidualsAndNorm:
     norm: ops.RMSNorm | None
 
 
-Group: TypeAlias = Attention | Selection | SharedExpert | DeltaNetLayer | StreamsAndNorm | ResidualsAndNorm
+Group: TypeAlias = Attention | Selection | SharedKeys | SharedExpert | DeltaNetLayer | StreamsAndNorm | ResidualsAndNorm
 Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
 
 
@@ -157,6 +170,7 @@ Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | 
 _ALIKE = {
     ops.Activation.SILU: ops.Gating.SILU,
     ops.Activation.CLAMPED_SWISH: ops.Gating.CLAMPED_SWISH,
+    ops.Activation.CLAMPED_SILU: ops.Gating.CLAMPED_SILU,
     ops.Activation.SITU: ops.Gating.SITU,
 }
 
@@ -165,10 +179,19 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     """Yield everything there is to record, in order, each with the index of its last operation."""
     n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
     groups: dict[int, Group] = {}  # by the index of their first operation
+    shared_keys: dict[ops.Buffer, SharedKeys] = {}  # by where they would be
     for i, op in enumerate(operations):
         if isinstance(op, ops.Attention):
             first, attention = _around(operations, i, n_users)
+            if op.shared_k:
+                attention = replace(attention, shared_keys=shared_keys.get(op.shared_k.buffer))
             groups[first] = attention
+        elif isinstance(op, ops.Compress) and (keys := _shared_keys(op, operations[i + 1 : i + 3], n_users)):
+            groups[i] = shared_keys[keys.rope.x.buffer] = keys
+        elif isinstance(op, ops.SelectPositions) and op.k.buffer in shared_keys:
+            keys = shared_keys[op.k.buffer]
+            rope = _rotated_queries(op, operations[i - 1], keys.rope, n_users)
+            groups[i - (rope is not None)] = Selection(op, rope, shared_keys=keys)
         elif isinstance(op, ops.CausalConv) and (layer := _delta_net_layer(operations[i : i + 4], n_users)):
             groups[i] = layer
         elif isinstance(op, ops.RMSNorm | ops.Rope) and (selection := _selection(operations[i : i + 5], n_users)):
@@ -198,7 +221,7 @@ def _n_operations(item: Fused) -> int:
         return 1 + (item.add is not None) + (item.norm is not None)
     if isinstance(item, ops.Operation):
         return 1
-    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, SharedExpert) else 2
+    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, SharedExpert | SharedKeys) else 2
 
 
 def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
@@ -254,6 +277,29 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
     alone = alone and gate.gate.width == gate.x.width and not gate.limit and _only_scales(norm)
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
+    return None
+
+
+def _shared_keys(
+    compress: ops.Compress, following: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
+) -> SharedKeys | None:
+    """Return rows with the norm and the rotation behind them, if only whoever stores them uses what these make."""
+    if len(following) < 2:
+        return None
+    norm, rope = following
+    if not (isinstance(norm, ops.RMSNorm) and isinstance(rope, ops.Rope) and rope.x == norm.out):
+        return None
+    is_plain = is_of_row(norm, compress.out) and _only_scales(norm) and rope.n_heads == 1
+    alone = n_users[compress.out.buffer] == 2 and n_users[norm.out.buffer] == 3
+    return SharedKeys(compress, norm, rope) if is_plain and alone else None
+
+
+def _rotated_queries(
+    select: ops.SelectPositions, before: ops.Operation, of_keys: ops.Rope, n_users: Counter[ops.Buffer]
+) -> ops.Rope | None:
+    """Return the rotation of an indexer's queries right before it, if it has the angles of that of its keys."""
+    if isinstance(before, ops.Rope) and before.x == select.q and n_users[select.q.buffer] == 3:
+        return before if before.period == 1 and _same_angles(before, of_keys) else None
     return None
 
 
@@ -392,6 +438,11 @@ def _with(found: Attention, op: ops.Operation) -> Attention | None:
 
 
 def _same_rotation(a: ops.Rope, b: ops.Rope) -> bool:
+    return a.period == b.period and _same_angles(a, b)
+
+
+def _same_angles(a: ops.Rope, b: ops.Rope) -> bool:
+    """Return whether heads are rotated alike at the same position."""
     one, other = ((r.head_dim, r.divisors, r.short_context, r.style, r.magnitude) for r in (a, b))
     return one == other and np.array_equal(a.frequencies, b.frequencies)
 
@@ -403,4 +454,6 @@ def _alone(found: Attention, n_users: Counter[ops.Buffer]) -> bool:
     """
     own = Counter(buffer for op in found.operations for buffer in {tensor.buffer for tensor in op.tensors()})
     shared = {(found.gate or found.attention).out.buffer, *([found.k_norm.x.buffer] if found.k_norm else ())}
+    if found.attention.shared_k:
+        shared.add(found.attention.shared_k.buffer)
     return all(n_users[buffer] - n <= 1 for buffer, n in own.items() if buffer not in shared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-from engine.devices.cuda.launch import NOTHING, Count, Launch, Rows, at, ceil_div, int32, pointer
+from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, int32, pointer
 
 _THREADS, _COLUMNS = 256, 4  # of a block, of a thread
 _ROWS = 64  # at a time; a block goes on with others
@@ -23,9 +23,11 @@ class _Mixing(ctypes.Structure):
         ("n_done", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("gates", ctypes.c_void_p),
+        ("mixing", ctypes.c_void_p),
         ("eps", ctypes.c_float),
         ("offset", ctypes.c_float),
         ("magnitude", ctypes.c_float),
+        ("n_normalizations", ctypes.c_int32),
     ]
 
 
@@ -38,7 +40,8 @@ class Mixing(NamedTuple):
         n_done: a word for each row, 0 before and after.
         weights: [rows, n_streams].
         gates: [rows, n_streams], or 0 for none.
-        eps, offset, magnitude: numbers.
+        mixing: [rows, n_streams^2], or 0 for none.
+        eps, offset, magnitude, n_normalizations: numbers.
     """
 
     matrix: int
@@ -48,17 +51,23 @@ class Mixing(NamedTuple):
     n_done: int
     weights: int
     gates: int
+    mixing: int
     eps: float
     offset: float
     magnitude: float
+    n_normalizations: int = 0
 
 
 class Added(NamedTuple):
-    """What is added to the streams: a row, the gates that it is multiplied by, and where the sums go."""
+    """What is added to the streams: a row, the gates that it is multiplied by, and where the sums go.
+
+    `mixing` is how the streams are mixed before; `NOTHING`: they are not.
+    """
 
     row: Rows
     gates: Rows
     out: Rows
+    mixing: Rows = NOTHING
 
 
 def n_partial(n_rows: int, width: int, n_mixes: int) -> int:
@@ -76,20 +85,23 @@ def hyper_connections(
     """Add a row to residual streams of `n_cols`, make their weights and gates, or both."""
     added, n_mixes = added or Added(NOTHING, NOTHING, NOTHING), 0
     if mixing is not None:
-        n_mixes = 2 * n_streams if mixing.gates else n_streams
+        n_mixes = (2 * n_streams if mixing.gates else n_streams) + (n_streams**2 if mixing.mixing else 0)
         assert mixing.matrix % 16 == 0
+        assert not mixing.mixing or (mixing.gates and mixing.n_normalizations > 0)
+        assert not mixing.mixing or n_streams**2 <= WARP
     assert n_cols % _COLUMNS == 0
     assert all(r.address % 16 == 0 and r.stride % _COLUMNS == 0 for r in (streams, added.row, added.out))
     return Launch(
         "hyper_connections.cu",
         "hyper_connections",
-        (f"N_STREAMS={n_streams}", f"N_MIXES={n_mixes}"),
+        (f"N_STREAMS={n_streams}", f"N_MIXES={n_mixes}", f"MIXES={int(added.mixing != NOTHING)}"),
         (_n_blocks(n_streams * n_cols), min(count.most, _ROWS), 1),
         _THREADS,
         (
             *at(streams),
             *at(added.row),
             *at(added.gates),
+            *at(added.mixing),
             *at(added.out),
             int32(n_cols),
             _Mixing(*mixing) if mixing else _Mixing(),

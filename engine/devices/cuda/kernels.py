@@ -90,10 +90,13 @@ class _Routing(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("ids", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
         ("n_used", ctypes.c_int32),
         ("n_groups_used", ctypes.c_int32),
         ("normalize", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("n_vocab", ctypes.c_int32),
     ]
 
 
@@ -577,7 +580,10 @@ def gate(
 
 
 class Routing(NamedTuple):
-    """How experts are chosen, see `router.cuh`: logits float32 rows, ids int32 and weights float32 [tokens, n_used]."""
+    """How experts are chosen, see `router.cuh`: logits float32 rows, ids int32 and weights float32 [tokens, n_used].
+
+    With a `table`, int32 [n_vocab, n_used], by `token_ids`.
+    """
 
     logits: Rows
     bias: int
@@ -590,10 +596,14 @@ class Routing(NamedTuple):
     n_groups_used: int
     normalize: bool
     scale: float
+    table: int = 0
+    token_ids: int = 0
+    n_vocab: int = 0
 
     @property
     def argument(self) -> Any:
         """Return the kernels' argument."""
+        assert not self.table or (self.token_ids and self.n_vocab and not self.bias and self.n_groups == 1)
         assert self.n_used <= self.n_experts
         assert self.n_experts % self.n_groups == 0
         assert self.n_groups == 1 or self.n_used <= self.n_experts // self.n_groups * self.n_groups_used
@@ -602,10 +612,13 @@ class Routing(NamedTuple):
             self.bias,
             self.ids,
             self.weights,
+            self.table,
+            self.token_ids,
             self.n_used,
             self.n_groups_used,
             self.normalize,
             self.scale,
+            self.n_vocab,
         )
 
     @property

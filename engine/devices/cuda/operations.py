@@ -127,7 +127,8 @@ def add_to_streams(recorder: Recorder, op: ops.AddToStreams) -> None:
 
 def _added_to_streams(recorder: Recorder, op: ops.AddToStreams) -> Callable[[Pass], Added]:
     added, gates, out = recorder.use(op.added), recorder.use(op.gates), recorder.use(op.out)
-    return lambda p: Added(p.rows(added), p.rows(gates), p.rows(out))
+    mixing = recorder.use(op.mixing) if op.mixing else None
+    return lambda p: Added(p.rows(added), p.rows(gates), p.rows(out), p.rows(mixing) if mixing else NOTHING)
 
 
 def reduce_streams(recorder: Recorder, item: fusion.StreamsAndNorm) -> None:
@@ -139,7 +140,7 @@ def reduce_streams(recorder: Recorder, item: fusion.StreamsAndNorm) -> None:
     n_streams, n_mixes, width = op.n_streams, op.base.size, op.x.width
     x, before, out = recorder.use(op.x), recorder.use(add.x if add else op.x), recorder.use(op.out)
     added = _added_to_streams(recorder, add) if add else None
-    gates = recorder.use(op.gates) if op.gates else None
+    gates, to_mix = (recorder.use(tensor) if tensor else None for tensor in (op.gates, op.mixing))
     matrix, scale, base = (recorder.vector(vector) for vector in (op.matrix, op.scale, op.base))
     partial = recorder.temporary(lambda n_tokens: 4 * n_partial(n_tokens, width, n_mixes))
     weights = recorder.temporary(lambda n_tokens: 4 * n_tokens * n_streams)
@@ -154,9 +155,11 @@ def reduce_streams(recorder: Recorder, item: fusion.StreamsAndNorm) -> None:
             p.base + n_done,
             p.rows(weights).address,
             p.rows(gates).address if gates else 0,
+            p.rows(to_mix).address if to_mix else 0,
             op.eps,
             op.offset,
             op.magnitude,
+            op.n_normalizations,
         )
         what = added(p) if added else None
         yield hyper_connections(p.rows(before), what, n_streams, width // n_streams, mixing, p.count(op.x.rows))

@@ -16,8 +16,9 @@ from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import Finish, Layout, Pass, Place
 from engine.devices.cuda.scratch import Need, Scratch
 from engine.devices.cuda.sequence_state import Owners
-from engine.devices.graph import Graph, KVCache, State, Tensor, Vector, Weight
+from engine.devices.graph import Graph, KVCache, State, Table, Tensor, Vector, Weight
 from engine.devices.program import Limits, WeightAccess
+from engine.devices.tables import expert_table
 from engine.quants.formats import Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
 
@@ -159,11 +160,12 @@ class Recorder:
             0,
             limits.kv_type,
             limits.n_slots,
-            limits.context_length,
+            cache.n_rows(limits.context_length),
             cache.n_kv_heads,
             cache.head_dim,
             cache.value_dim,
             cache.values_in_keys,
+            cache.period,
         )
 
     # -- constants ---------------------------------------------------------------------------------------------------
@@ -200,6 +202,12 @@ class Recorder:
             return None
         values = vector
         return self.constant((name, vector.first, vector.size), lambda: self.values(values))
+
+    def expert_table(self, table: Table | None, n_experts: int) -> int | None:
+        """Return the offset of the experts of each token id, int32; None for None."""
+        if table is None:
+            return None
+        return self.constant(table.name, lambda: expert_table(self._weights, table, n_experts))
 
     def joined(self, vectors: tuple[Vector, ...]) -> int:
         """Return the offset of the values of some vectors, one after the other."""

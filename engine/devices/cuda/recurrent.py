@@ -1,4 +1,4 @@
-"""Launches of recurrent layers: causal convolution, gated delta rule, all of that for one token, selective scan.
+"""Launches of recurrent layers: causal convolution, gated delta rule, all of that for one token, scan, shared rows.
 
 As in `kernels.py`, a function here checks what its kernel assumes and returns a `Launch`.
 """
@@ -19,6 +19,7 @@ _STEP_ROWS = 32  # of the state, of a block; `delta_net_step.cu`
 _GATED = 256  # columns that are gated together; likewise
 _MAX_KEY_DIM = 256  # or values of a state
 _SCAN_THREADS = 256  # of a block of `selective_scan.cu`
+_COMPRESSED = 64  # channels of a block of `compress.cu`
 _SCAN_VALUES = 8  # of a state, of a lane
 
 
@@ -169,6 +170,43 @@ def selective_scan(
             pointer(state),
             *at(out),
             int32(n_channels),
+            pointer(positions),
+            pointer(slots),
+            pointer(count.address),
+        ),
+    )
+
+
+def compress(
+    values: Rows,
+    scores: Rows,
+    biases: int,
+    state: int,
+    out: Rows,
+    n_channels: int,
+    n_parts: int,
+    period: int,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> Launch:
+    """Make rows that the tokens of a period share, channel by channel."""
+    assert n_parts in {1, 2}
+    assert min(values.stride, scores.stride) >= n_parts * n_channels
+    return Launch(
+        "compress.cu",
+        "compress",
+        (f"N_PARTS={n_parts}",),
+        (ceil_div(n_channels, _COMPRESSED), 1, 1),
+        _COMPRESSED,
+        (
+            *at(values),
+            *at(scores),
+            pointer(biases),
+            pointer(state),
+            *at(out),
+            int32(n_channels),
+            int32(period),
             pointer(positions),
             pointer(slots),
             pointer(count.address),

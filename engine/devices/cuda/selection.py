@@ -107,7 +107,7 @@ def select_positions(
     if count.most > FEW_TOKENS:
         return [launch("select_positions", (min(count.most, _BLOCKS), 1, 1), inputs, *kept, *at(out))]
     blocks = min(ceil_div(cache.context_length, _TILE), _BLOCKS)
-    chosen = (*kept, pointer(place.positions), int32(top_k), *at(out))
+    chosen = (*kept, cache.argument, pointer(place.positions), int32(top_k), *at(out))
     return [
         launch("score_positions", (blocks, count.most, 1), inputs, *kept),
         launch("choose_positions", (count.most, 1, 1), *chosen),

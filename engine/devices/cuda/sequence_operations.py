@@ -42,6 +42,7 @@ def rope(recorder: Recorder, op: ops.Rope) -> None:
                 op.style,
                 op.magnitude,
                 p.count(op.x.rows),
+                op.period,
             )
         ]
     )
@@ -116,6 +117,8 @@ def _indexer_inputs(
 ) -> Callable[[Pass], Launch]:
     """Return what normalises and rotates an indexer's queries and keys, if that belongs to it, and stores keys."""
     cache, q_out = recorder.cache(op.cache), recorder.use(op.q)
+    if item and item.shared_keys:
+        return _shared_indexer_inputs(recorder, op, item.q_rope, item.shared_keys)
     q_norm, k_norm, rope = (item.q_norm, item.k_norm, item.q_rope) if item else (None, None, None)
     q, k = recorder.use(q_norm.x if q_norm else op.q), recorder.use(k_norm.x if k_norm else op.k)
     q_weight, k_weight = (recorder.vector(norm.weight) if norm else None for norm in (q_norm, k_norm))
@@ -126,11 +129,45 @@ def _indexer_inputs(
         place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
         eps, rotation, rotates = q_norm.eps if q_norm else 0.0, attention.Rotation(), rope is not None
         if rope:
-            rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude)
+            rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude, rope.period)
         dim, normalizes = cache.key_dim, q_norm is not None
         queries = attention.Heads(p.rows(q), op.n_heads, dim, normalizes, p.at(q_weight), rotates)
         keys = attention.Heads(p.rows(k), 1, dim, normalizes, p.at(k_weight), rotates)
         return attention.inputs(queries if item else None, p.rows(q_out), keys, None, eps, rotation, own, place, count)
+
+    return launch
+
+
+def _shared_indexer_inputs(
+    recorder: Recorder, op: ops.SelectPositions | ops.SelectBlocks, q_rope: ops.Rope | None, keys: fusion.SharedKeys
+) -> Callable[[Pass], Launch]:
+    """Return what rotates an indexer's queries, and makes and stores its keys that tokens share."""
+    q, store = recorder.use(op.q), _shared_keys(recorder, op.cache, keys)
+
+    def launch(p: Pass) -> Launch:
+        queries = attention.Heads(p.rows(q), op.n_heads, op.cache.head_dim, rotate=True) if q_rope else None
+        return store(p, queries, p.rows(q))
+
+    return launch
+
+
+def _shared_keys(
+    recorder: Recorder, owner: ops.KVCache, item: fusion.SharedKeys
+) -> Callable[[Pass, attention.Heads | None, Rows], Launch]:
+    """Return what makes keys of rows that tokens share and stores them, with queries of the same angles beside them."""
+    cache, rope, norm = recorder.cache(owner), item.rope, item.norm
+    rows, weight, (frequencies, n_rot) = (
+        recorder.use(item.compress.out),
+        recorder.vector(norm.weight),
+        _frequencies(recorder, rope),
+    )
+
+    def launch(p: Pass, queries: attention.Heads | None, q_out: Rows) -> Launch:
+        own = cache._replace(address=p.base + recorder.state(owner))
+        heads = attention.Heads(p.rows(rows), 1, cache.key_dim, normalize=True, weight=p.at(weight), rotate=True)
+        rotation = attention.Rotation(p.at(frequencies), n_rot, rope.style, rope.magnitude, rope.period)
+        place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
+        return attention.inputs(queries, q_out, heads, None, norm.eps, rotation, own, place, p.count(rope.x.rows))
 
     return launch
 
@@ -151,9 +188,11 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
     if op.selected:
         by_head = op.selected.n_lists > 1
         listed = attention.Sight(top_k=op.selected.top_k, block_size=op.selected.block_size, by_head=by_head)
-    scratch = recorder.temporaries(
-        lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens, listed.most_selected)
-    )
+    listed = listed._replace(window=op.window)
+    shared, store = op.shared_cache, _stored_keys(recorder, item)
+    if shared:
+        listed = listed._replace(shared=recorder.cache(shared))
+    scratch = recorder.temporaries(lambda n_tokens: attention.scratch_bytes(cache, op.n_heads, n_tokens, listed))
 
     def gate(p: Pass) -> GateOf | None:
         if item.gate is None:
@@ -183,14 +222,17 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
             k_heads,
             attention.Heads(p.rows(v), cache.n_kv_heads, cache.value_dim) if v else None,
             item.norm.eps if item.norm else 0.0,
-            attention.Rotation(p.at(frequencies), n_rot, item.rope.style, item.rope.magnitude)
+            attention.Rotation(p.at(frequencies), n_rot, item.rope.style, item.rope.magnitude, item.rope.period)
             if item.rope
             else attention.Rotation(),
             own,
             place,
             count,
         )
-        sight = listed._replace(sinks=p.at(sinks), window=op.window, chunk=op.chunk, cap=op.cap)
+        sight = listed._replace(sinks=p.at(sinks), chunk=op.chunk, cap=op.cap)
+        if shared and store:
+            yield store(p, None, p.rows(q_out))
+            sight = sight._replace(shared=recorder.cache(shared)._replace(address=p.base + recorder.state(shared)))
         if selected:
             sight = sight._replace(selected=p.rows(selected))
         addresses = (p.rows(scratch[0]).address, p.rows(scratch[1]).address)
@@ -207,6 +249,28 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
                 yield kernels.quantize(p.rows(to), out.width, form, p.rows(rows), 1, count)
 
     recorder.record(launches)
+
+
+def _stored_keys(
+    recorder: Recorder, item: fusion.Attention
+) -> Callable[[Pass, attention.Heads | None, Rows], Launch] | None:
+    """Return what stores keys that tokens share for attention, if there are any; they may be ready as they come."""
+    owner, k = item.attention.shared_cache, item.attention.shared_k
+    if owner is None or k is None:
+        return None
+    if item.shared_keys:
+        return _shared_keys(recorder, owner, item.shared_keys)
+    cache, rows = recorder.cache(owner), recorder.use(k)
+
+    def launch(p: Pass, queries: attention.Heads | None, q_out: Rows) -> Launch:
+        own, heads = (
+            cache._replace(address=p.base + recorder.state(owner)),
+            attention.Heads(p.rows(rows), 1, cache.key_dim),
+        )
+        place = attention.Place(p.base + p.step.positions, p.base + p.step.slots)
+        return attention.inputs(queries, q_out, heads, None, 0.0, attention.Rotation(), own, place, p.count(k.rows))
+
+    return launch
 
 
 def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
@@ -293,6 +357,29 @@ def selective_scan(recorder: Recorder, op: ops.SelectiveScan) -> None:
                 p.base + p.step.positions,
                 p.base + p.step.slots,
                 p.count(op.x.rows),
+            )
+        ]
+    )
+
+
+def compress(recorder: Recorder, op: ops.Compress) -> None:
+    """Record rows that the tokens of a period share."""
+    values, scores, out = recorder.use(op.values), recorder.use(op.scores), recorder.use(op.out)
+    biases = recorder.vector(op.biases)
+    recorder.record(
+        lambda p: [
+            recurrent.compress(
+                p.rows(values),
+                p.rows(scores),
+                p.at(biases),
+                p.base + recorder.state(op.state),
+                p.rows(out),
+                op.out.width,
+                op.values.width // op.out.width,
+                op.period,
+                p.base + p.step.positions,
+                p.base + p.step.slots,
+                p.count(op.out.rows),
             )
         ]
     )

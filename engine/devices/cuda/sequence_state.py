@@ -22,10 +22,10 @@ def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iter
         if isinstance(owner, State):
             yield _state_of(owner, offset, slot)
             continue
-        start = offset
-        for position_bytes in _rows(owner, limits.kv_type):
-            yield start + slot * limits.context_length * position_bytes, n_tokens * position_bytes
-            start += limits.n_slots * limits.context_length * position_bytes
+        start, n_rows = offset, owner.n_rows(limits.context_length)
+        for row_bytes in _rows(owner, limits.kv_type):
+            yield start + slot * n_rows * row_bytes, n_tokens // owner.period * row_bytes
+            start += limits.n_slots * n_rows * row_bytes
 
 
 def recurrent_parts(owners: Owners, slot: int) -> list[Part]:
@@ -42,7 +42,7 @@ def context_stretches(owners: Owners, limits: Limits) -> list[Part]:
     """Return the memory of the keys or values of each sequence in each layer, in the order of `Footprint.stretches`."""
     stretches: list[Part] = []
     for cache, offset in owners:
-        if isinstance(cache, State):
+        if isinstance(cache, State) or cache.period > 1:
             continue
         start = offset
         for position_bytes in position_rows(cache, limits.kv_type):

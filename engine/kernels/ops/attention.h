@@ -5,6 +5,8 @@
 // are then merged in order, and a sink, which is a score without a value, after them. So neither the cut of a prompt
 // nor the number of threads can change a bit.
 //
+// Where a token also sees rows that some tokens share, their chunks come first.
+//
 // A long prompt is cut into tasks of a few tokens and one key/value head, which go through the chunks one after
 // another. A few tokens are cut into chunks instead; whoever finishes the last chunk of a query merges all.
 #ifndef ENGINE_OPS_ATTENTION_H
@@ -121,13 +123,12 @@ static inline void exponentials(float *scores, int n_hidden, int n_positions, fl
     *l = v16_sum(sum);
 }
 
-static inline __attribute__((always_inline)) void attend_chunk_of(const attention_args *a, const float *q, int n_q,
-                                                                  int slot, int kv_head, int first, int n_hidden,
-                                                                  int n_positions, const int32_t *selected, int type,
-                                                                  attention_partial *out) {
+static inline __attribute__((always_inline)) void
+attend_chunk_of(const attention_args *a, const kv_cache *cache, const float *q, int n_q, int slot, int kv_head,
+                int first, int n_hidden, int n_positions, const int32_t *selected, int type, attention_partial *out) {
     float scores[ATTENTION_TILE * ATTENTION_CHUNK];
-    const int head_dim = a->cache.head_dim, value_dim = a->cache.value_dim, base = selected ? 0 : first;
-    const uint8_t *keys = kv_keys(&a->cache, slot, kv_head, base);
+    const int head_dim = cache->head_dim, value_dim = cache->value_dim, base = selected ? 0 : first;
+    const uint8_t *keys = kv_keys(cache, slot, kv_head, base);
     const int64_t group_bytes = kv_key_group_bytes(type, head_dim);
     if (selected)
         score_selected(q, n_q, keys, type, head_dim, a->scale, selected, n_positions, scores, ATTENTION_CHUNK);
@@ -140,17 +141,22 @@ static inline __attribute__((always_inline)) void attend_chunk_of(const attentio
             cap_scores(scores + i * ATTENTION_CHUNK, n_positions, a->cap);
     for (int i = 0; i < n_q; i++)
         exponentials(scores + i * ATTENTION_CHUNK, n_hidden, n_positions, &out->m[i], &out->l[i]);
-    const uint8_t *values = kv_values(&a->cache, slot, kv_head, base);
+    const uint8_t *values = kv_values(cache, slot, kv_head, base);
     for (int d = 0; d < value_dim; d += KV_LANES)
         weigh_values(scores, ATTENTION_CHUNK, n_q, values, selected, n_positions, type, value_dim, d, out);
 }
 
 // What a token sees: positions from `first` on, in chunks from `chunk` to `end_chunk`, none of them empty. Where blocks
-// of positions are selected, these are places: place i is in block i / block_size of the list.
+// of positions are selected, these are places: place i is in block i / block_size of the list. Before them come the
+// chunks of n_shared rows, or of places in a list of them.
 typedef struct {
-    int first, n_positions, chunk, end_chunk;
+    int first, n_positions, chunk, end_chunk, n_shared;
     const int32_t *selected; // the token's lists, or NULL
 } attention_view;
+
+static inline int chunks_of(attention_view view) {
+    return attention_chunks(view.n_shared) + view.end_chunk - view.chunk;
+}
 
 // How many positions the blocks have that a token at `position` looks at: all are whole but the newest, which is always
 // chosen.
@@ -173,32 +179,41 @@ static inline void positions_of_blocks(const int32_t *blocks, int block_size, in
 
 static inline attention_view view_of(const attention_args *a, const step_view *step, int token) {
     const int position = step->positions[token];
-    if (a->selected) {
+    const int32_t *selected = a->selected ? a->selected + token * a->selected_stride : NULL;
+    if (selected && !a->shared.keys) {
         const int n = selected_positions(a, position);
-        return (attention_view){0, n, 0, attention_chunks(n), a->selected + token * a->selected_stride};
+        return (attention_view){0, n, 0, attention_chunks(n), 0, selected};
     }
+    int n_shared = a->shared.keys ? rows_up_to(&a->shared, position) : 0;
+    if (selected && a->top_k < n_shared)
+        n_shared = a->top_k;
     int first = a->window && position >= a->window ? position + 1 - a->window : 0;
     if (a->chunk && position / a->chunk * a->chunk > first)
         first = position / a->chunk * a->chunk;
-    return (attention_view){first, position + 1, first / ATTENTION_CHUNK, attention_chunks(position + 1), NULL};
+    return (attention_view){first,    position + 1, first / ATTENTION_CHUNK, attention_chunks(position + 1),
+                            n_shared, selected};
 }
 
-// One chunk for n_q heads of one token that share keys and values. Written out for every tile size and cache type.
+// The i-th chunk for n_q heads of one token that share keys and values. Written out for every tile size and cache type.
 static void attend_chunk(const attention_args *a, const float *q, int n_q, int slot, int kv_head, attention_view view,
-                         int chunk, attention_partial *out) {
-    const int first = chunk * ATTENTION_CHUNK, n_hidden = view.first > first ? view.first - first : 0;
-    const int n_left = view.n_positions - first, n_positions = n_left < ATTENTION_CHUNK ? n_left : ATTENTION_CHUNK;
+                         int i, attention_partial *out) {
+    const int n_shared = attention_chunks(view.n_shared), chunk = i < n_shared ? i : view.chunk + i - n_shared;
+    const kv_cache *cache = i < n_shared ? &a->shared : &a->cache;
+    const int first = chunk * ATTENTION_CHUNK, n_seen = i < n_shared ? view.n_shared : view.n_positions;
+    const int n_hidden = i >= n_shared && view.first > first ? view.first - first : 0;
+    const int n_positions = n_seen - first < ATTENTION_CHUNK ? n_seen - first : ATTENTION_CHUNK;
+    const bool is_listed = view.selected && (i < n_shared || !a->shared.keys);
     int32_t selected[ATTENTION_CHUNK];
-    if (view.selected)
+    if (is_listed)
         positions_of_blocks(view.selected + (a->n_lists > 1 ? kv_head : 0) * (int64_t)a->top_k, a->block_size, first,
                             n_positions, selected);
     switch (n_q * N_KV_TYPES + a->cache.type) {
 #define CASE(n, type)                                                                                                  \
     case n *N_KV_TYPES + type:                                                                                         \
-        if (view.selected)                                                                                             \
-            attend_chunk_of(a, q, n, slot, kv_head, first, 0, n_positions, selected, type, out);                       \
+        if (is_listed)                                                                                                 \
+            attend_chunk_of(a, cache, q, n, slot, kv_head, first, 0, n_positions, selected, type, out);                \
         else                                                                                                           \
-            attend_chunk_of(a, q, n, slot, kv_head, first, n_hidden, n_positions, NULL, type, out);                    \
+            attend_chunk_of(a, cache, q, n, slot, kv_head, first, n_hidden, n_positions, NULL, type, out);             \
         break
         CASE(1, KV_F32);
         CASE(1, KV_F16);
@@ -249,8 +264,8 @@ static void attend_token(const attention_args *a, const step_view *step, int tok
     const attention_view view = view_of(a, step, token);
     const float *q = a->q.at + token * a->q.stride + head * a->cache.head_dim;
     attention_partial sum, next;
-    attend_chunk(a, q, n_q, step->slots[token], kv_head, view, view.chunk, &sum);
-    for (int chunk = view.chunk + 1; chunk < view.end_chunk; chunk++) {
+    attend_chunk(a, q, n_q, step->slots[token], kv_head, view, 0, &sum);
+    for (int chunk = 1; chunk < chunks_of(view); chunk++) {
         attend_chunk(a, q, n_q, step->slots[token], kv_head, view, chunk, &next);
         for (int i = 0; i < n_q; i++)
             merge_partial(&sum.m[i], &sum.l[i], sum.o[i], next.m[i], next.l[i], next.o[i], kv_padded(n));
@@ -267,20 +282,20 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
     const int first = tile_index * ATTENTION_TILE, n_q = heads_in_tile(a, first), n = a->cache.value_dim;
     const int head = kv_head * (a->n_heads / a->cache.n_kv_heads) + first;
     const attention_view view = view_of(a, step, token);
-    const int n_chunks = view.end_chunk - view.chunk, most_chunks = attention_chunks(a->cache.context_length);
+    const int n_chunks = chunks_of(view), most = most_chunks(a);
     const float *q = a->q.at + token * a->q.stride + head * a->cache.head_dim;
     float *out = a->out.at + token * a->out.stride + head * n;
     attention_partial result;
-    attend_chunk(a, q, n_q, step->slots[token], kv_head, view, view.chunk + chunk, &result);
+    attend_chunk(a, q, n_q, step->slots[token], kv_head, view, chunk, &result);
     if (n_chunks == 1) {
         for (int i = 0; i < n_q; i++)
             finish_attention(a, head + i, &result.m[i], &result.l[i], result.o[i], out + i * n);
         return;
     }
     const int64_t size = partial_size(n);
-    float *stored = a->partials + ((int64_t)token * a->n_heads + head) * most_chunks * size;
+    float *stored = a->partials + ((int64_t)token * a->n_heads + head) * most * size;
     for (int i = 0; i < n_q; i++) {
-        float *own = stored + ((int64_t)i * most_chunks + chunk) * size;
+        float *own = stored + ((int64_t)i * most + chunk) * size;
         own[0] = result.m[i];
         own[1] = result.l[i];
         memcpy(own + PARTIAL_HEADER, result.o[i], (size_t)kv_padded(n) * sizeof(float));
@@ -290,7 +305,7 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
         return;
     atomic_store_explicit(n_done, 0, memory_order_relaxed); // ready for the next attention; a barrier lies between
     for (int i = 0; i < n_q; i++) {
-        float *sum = stored + (int64_t)i * most_chunks * size;
+        float *sum = stored + (int64_t)i * most * size;
         for (int next = 1; next < n_chunks; next++)
             merge_partial(&sum[0], &sum[1], sum + PARTIAL_HEADER, sum[next * size], sum[next * size + 1],
                           sum + next * size + PARTIAL_HEADER, kv_padded(n));
@@ -299,8 +314,7 @@ static void attend_split(const attention_args *a, const step_view *step, int tok
 }
 
 static inline int chunks_of_token(const attention_args *a, const step_view *step, int token) {
-    const attention_view view = view_of(a, step, token);
-    return view.end_chunk - view.chunk;
+    return chunks_of(view_of(a, step, token));
 }
 
 static int attention_begin(const op_args *args, const worker *w) {

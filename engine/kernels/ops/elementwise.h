@@ -70,6 +70,8 @@ static inline v16 gated(const gate_args *a, v16 x, v16 gate) {
         return v16_clamped_swish(gate, x);
     if (a->kind == GATE_SITU)
         return v16_situ(gate, x, a->limit, a->own_limit);
+    if (a->kind == GATE_CLAMPED_SILU)
+        return v16_mul(v16_silu(v16_min(gate, v16_set(a->limit))), v16_within(x, a->limit));
     const v16 factor = gate_of(gate, a->kind);
     return a->limit > 0.0f ? v16_mul(v16_min(factor, v16_set(a->limit)), v16_within(x, a->limit)) : v16_mul(factor, x);
 }

@@ -33,15 +33,17 @@ static inline void kv_put(const float *x, int n, int type, uint8_t *out, int64_t
         }
 }
 
-// Puts rows of keys or values, one tile of heads, at their tokens' positions.
+// Puts rows of keys or values, one tile of heads, at their tokens' positions, or in the rows that tokens share.
 static void op_kv_store(const op_args *args, const step_view *step, tile t) {
     const kv_store_args *a = &args->kv_store;
     const kv_cache *cache = &a->cache;
     const int n = a->is_value ? cache->value_dim : cache->head_dim, bytes = kv_element_bytes(cache->type);
-    for (int row = t.row; row < t.row_end; row++)
+    for (int row = t.row; row < t.row_end; row++) {
+        const int slot = step->slots[row], position = step->positions[row] / cache->period, lane = position % KV_LANES;
+        if ((step->positions[row] + 1) % cache->period)
+            continue; // the last token of a period brings the row of all of them
         for (int head = t.col / n; head < t.col_end / n; head++) {
             const float *x = a->x.at + row * a->x.stride + head * n;
-            const int slot = step->slots[row], position = step->positions[row], lane = position % KV_LANES;
             if (a->is_value) {
                 uint8_t *out = kv_values(cache, slot, head, position);
                 kv_put(x, n, cache->type, out, 1, (uint16_t *)(out + kv_padded(n) * bytes), 1);
@@ -51,6 +53,7 @@ static void op_kv_store(const op_args *args, const step_view *step, tile t) {
                 kv_put(x, n, cache->type, out + lane * bytes, KV_LANES, scales, KV_LANES);
             }
         }
+    }
 }
 
 // Sixteen stored values as floats, Q8_0 without its scale.

@@ -47,4 +47,10 @@ enum { PARTIAL_HEADER = 16 };
 static inline int64_t partial_size(int value_dim) { return PARTIAL_HEADER + kv_padded(value_dim); }
 static inline int attention_chunks(int n_positions) { return (n_positions + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK; }
 
+// Chunks that attention goes through for one token at most.
+static inline int most_chunks(const attention_args *a) {
+    return attention_chunks(a->cache.context_length) +
+           (a->shared.keys ? attention_chunks(a->shared.context_length) : 0);
+}
+
 #endif

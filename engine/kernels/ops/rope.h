@@ -9,8 +9,9 @@ static void op_rope_table(const op_args *args, const step_view *step, tile t) {
     const rope_table_args *a = &args->rope_table;
     for (int row = t.row; row < t.row_end; row++) {
         float *cosines = a->table + (int64_t)row * 2 * a->n_pairs, *sines = cosines + a->n_pairs;
+        const int position = step->positions[row] / a->period * a->period;
         for (int i = 0; i < a->n_pairs; i++) {
-            const double angle = (double)step->positions[row] * (double)a->frequencies[i];
+            const double angle = (double)position * (double)a->frequencies[i];
             cosines[i] = (float)(cos(angle) * (double)a->magnitude);
             sines[i] = (float)(sin(angle) * (double)a->magnitude);
         }

@@ -79,7 +79,8 @@ static inline void mask_groups(const router_args *a, float *choice) {
             choice[i] = -INFINITY;
 }
 
-static void route(const router_args *a, const float *logits, int32_t *ids, float *weights) {
+// `table`: the experts of the token, or NULL.
+static void route(const router_args *a, const float *logits, const int32_t *table, int32_t *ids, float *weights) {
     float scores[PADDED_EXPERTS] = {0}, choice[PADDED_EXPERTS];
     const int n = a->n_experts, n_used = a->n_experts_used;
     memcpy(scores, logits, (size_t)n * sizeof(float));
@@ -88,11 +89,21 @@ static void route(const router_args *a, const float *logits, int32_t *ids, float
     else if (a->scoring == SCORE_SIGMOID)
         for (int i = 0; i < n; i += 16)
             v16_store(scores + i, v16_sigmoid(v16_load(scores + i)));
-    for (int i = 0; i < n; i++)
-        choice[i] = a->bias ? scores[i] + a->bias[i] : scores[i];
-    if (a->n_groups > 1)
-        mask_groups(a, choice);
-    largest_first(choice, n, n_used, ids);
+    else if (a->scoring == SCORE_SQRT_SOFTPLUS) {
+        for (int i = 0; i < n; i += 16)
+            v16_store(scores + i, v16_softplus(v16_load(scores + i)));
+        for (int i = 0; i < n; i++)
+            scores[i] = sqrtf(scores[i]);
+    }
+    if (table)
+        memcpy(ids, table, (size_t)n_used * sizeof *ids);
+    else {
+        for (int i = 0; i < n; i++)
+            choice[i] = a->bias ? scores[i] + a->bias[i] : scores[i];
+        if (a->n_groups > 1)
+            mask_groups(a, choice);
+        largest_first(choice, n, n_used, ids);
+    }
 
     float chosen[PADDED_EXPERTS], sum = 0.0f;
     for (int i = 0; i < n_used; i++)
@@ -108,10 +119,10 @@ static void route(const router_args *a, const float *logits, int32_t *ids, float
 
 static void op_router(const op_args *args, const step_view *step, tile t) {
     const router_args *a = &args->router;
-    (void)step;
+    const int64_t n_used = a->n_experts_used;
     for (int row = t.row; row < t.row_end; row++)
-        route(a, a->logits.at + row * a->logits.stride, a->ids + (int64_t)row * a->n_experts_used,
-              a->weights + (int64_t)row * a->n_experts_used);
+        route(a, a->logits.at + row * a->logits.stride, a->table ? a->table + step->token_ids[row] * n_used : NULL,
+              a->ids + row * n_used, a->weights + row * n_used);
 }
 
 // The experts that groups of others share, each with the score that the router has for its number.

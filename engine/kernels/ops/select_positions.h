@@ -79,17 +79,9 @@ static void highest_scores(const float *scores, int n, int n_wanted, int32_t *pl
     }
 }
 
-static inline bool selects_all(const select_positions_args *a, const step_view *step, int token) {
-    return step->positions[token] < a->top_k;
-}
-
-static void select_all(const step_view *step, int token, int32_t *out) {
-    for (int i = 0; i <= step->positions[token]; i++)
-        out[i] = i;
-}
-
 static int select_tasks_of_token(const select_positions_args *a, const step_view *step, int token) {
-    return selects_all(a, step, token) ? 1 : attention_chunks(step->positions[token] + 1);
+    const int n = rows_up_to(&a->cache, step->positions[token]);
+    return n <= a->top_k ? 1 : attention_chunks(n);
 }
 
 static int select_positions_begin(const op_args *args, const worker *w) {
@@ -111,11 +103,12 @@ static void select_positions_run(const op_args *args, const worker *w, int task)
     for (; splits && task >= select_tasks_of_token(a, step, token); token++)
         task -= select_tasks_of_token(a, step, token);
     int32_t *out = a->out + token * a->out_stride;
-    if (selects_all(a, step, token)) {
-        select_all(step, token, out);
+    const int n = rows_up_to(&a->cache, step->positions[token]), n_chunks = attention_chunks(n);
+    if (n <= a->top_k) {
+        for (int i = 0; i < n; i++)
+            out[i] = i;
         return;
     }
-    const int n = step->positions[token] + 1, n_chunks = attention_chunks(n);
     float *scores = a->scores + (splits ? token : w->thread) * (int64_t)kv_padded(a->cache.context_length);
     if (splits) {
         const int first = task * ATTENTION_CHUNK, end = first + ATTENTION_CHUNK < n ? first + ATTENTION_CHUNK : n;
