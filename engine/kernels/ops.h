@@ -397,7 +397,7 @@ typedef struct ops_table {
     task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
-    float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // reads all but the last 16 KB; for measuring
+    float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // all whole 256 bytes of them; for measuring
 } ops_table;
 
 // kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of
