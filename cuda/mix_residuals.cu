@@ -5,13 +5,11 @@
 //     mix = sum over i, in order, of weights[i] * x[i]
 //     out = weight * mix / sqrt(mean(mix^2) + eps), and out in the forms that integer formats take
 //
-// Compiled for N_RESIDUALS, NORMALIZE (0: the mix is all that is wanted), FORMS (`quantize.cuh`), THREADS of a block and
-// ROUNDS of eight columns that each of them takes. n_cols is a multiple of 8.
+// Compiled for N_RESIDUALS, MOST_RESIDUALS (there is room for), NORMALIZE (0: the mix is all that is wanted), FORMS
+// (`quantize.cuh`), THREADS of a block and ROUNDS of eight columns that each of them takes. n_cols is a multiple of 8.
 // Grid: (residuals, rows); a block takes the score of one, the last block of a row goes on with all.
 #include "last_block.cuh"
 #include "row_norm.cuh"
-
-constexpr int MOST_RESIDUALS = 16;
 
 struct Residuals {
     float *rows[MOST_RESIDUALS];

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -15,6 +16,25 @@ from engine.quants.formats import FORMATS
 from tests.cusim import environment, needs_emulator
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-python and NVRTC")
+
+Kernel: TypeAlias = tuple[str, tuple[str, ...]]  # a file and what it is compiled for
+
+
+def _with_defaults(source: str, defaults: dict[str, str | int], given: dict[str, str | int]) -> Kernel:
+    return source, tuple(f"{name}={value}" for name, value in (defaults | given).items())
+
+
+def _attention(**definitions: str | int) -> Kernel:
+    """Attention that sees all positions, but for what is given."""
+    every = {"SHARED": 0, "CAP": "0.0f", "TOP_K": 0, "BLOCK": 1, "BY_HEAD": 0, "PERIOD": 0, "WINDOW": 0}
+    return _with_defaults("attention.cu", every, definitions)
+
+
+def _merge(**definitions: int) -> Kernel:
+    """The sum of its parts, without a gate or forms for products."""
+    every = {"TOP_K": 0, "BLOCK": 1, "PERIOD": 0, "WINDOW": 0, "GATE": 0, "PER_HEAD": 0, "FORMS": 0}
+    return _with_defaults("merge_parts.cu", every, definitions)
+
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KERNELS = [
@@ -55,8 +75,8 @@ KERNELS = [
     ("hyper_connections.cu", ("N_STREAMS=4", "N_MIXES=24", "MIXES=0")),
     ("hyper_connections.cu", ("N_STREAMS=4", "N_MIXES=24", "MIXES=1")),
     ("hyper_connections.cu", ("N_STREAMS=4", "N_MIXES=4", "MIXES=1")),
-    ("mix_residuals.cu", ("N_RESIDUALS=9", "NORMALIZE=1", "FORMS=1", "THREADS=896", "ROUNDS=1")),
-    ("mix_residuals.cu", ("N_RESIDUALS=16", "NORMALIZE=0", "FORMS=0", "THREADS=1024", "ROUNDS=2")),
+    ("mix_residuals.cu", ("N_RESIDUALS=9", "MOST_RESIDUALS=16", "NORMALIZE=1", "FORMS=1", "THREADS=896", "ROUNDS=1")),
+    ("mix_residuals.cu", ("N_RESIDUALS=16", "MOST_RESIDUALS=16", "NORMALIZE=0", "FORMS=0", "THREADS=1024", "ROUNDS=2")),
     ("compress.cu", ("N_PARTS=1",)),
     ("compress.cu", ("N_PARTS=2",)),
     ("group_router.cu", ()),
@@ -68,138 +88,18 @@ KERNELS = [
     ("select_positions.cu", ("KV_TYPE=2", "KEY_DIM=128", "VALUE_DIM=0", "SHARED=1", "N_HEADS=32")),
     ("select_blocks.cu", ("KV_TYPE=1", "KEY_DIM=128", "VALUE_DIM=0", "SHARED=1", "N_HEADS=4", "BLOCK=128")),
     ("select_blocks.cu", ("KV_TYPE=2", "KEY_DIM=128", "VALUE_DIM=0", "SHARED=1", "N_HEADS=4", "BLOCK=300")),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=1",
-            "KEY_DIM=128",
-            "VALUE_DIM=128",
-            "SHARED=0",
-            "GROUP=16",
-            "CAP=0.0f",
-            "TOP_K=16",
-            "BLOCK=128",
-            "BY_HEAD=1",
-            "PERIOD=0",
-            "WINDOW=0",
-        ),
-    ),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=2",
-            "KEY_DIM=256",
-            "VALUE_DIM=256",
-            "SHARED=0",
-            "GROUP=16",
-            "CAP=0.0f",
-            "TOP_K=0",
-            "BLOCK=1",
-            "BY_HEAD=0",
-            "PERIOD=0",
-            "WINDOW=0",
-        ),
-    ),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=1",
-            "KEY_DIM=576",
-            "VALUE_DIM=512",
-            "SHARED=1",
-            "GROUP=128",
-            "CAP=0.0f",
-            "TOP_K=0",
-            "BLOCK=1",
-            "BY_HEAD=0",
-            "PERIOD=0",
-            "WINDOW=0",
-        ),
-    ),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=1",
-            "KEY_DIM=576",
-            "VALUE_DIM=512",
-            "SHARED=1",
-            "GROUP=128",
-            "CAP=0.0f",
-            "TOP_K=2048",
-            "BLOCK=1",
-            "BY_HEAD=0",
-            "PERIOD=0",
-            "WINDOW=0",
-        ),
-    ),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=1",
-            "KEY_DIM=512",
-            "VALUE_DIM=512",
-            "SHARED=0",
-            "GROUP=8",
-            "CAP=0.0f",
-            "TOP_K=0",
-            "BLOCK=1",
-            "BY_HEAD=0",
-            "PERIOD=0",
-            "WINDOW=0",
-        ),
-    ),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=0",
-            "KEY_DIM=64",
-            "VALUE_DIM=64",
-            "SHARED=0",
-            "GROUP=1",
-            "CAP=30.0f",
-            "TOP_K=0",
-            "BLOCK=1",
-            "BY_HEAD=0",
-            "PERIOD=0",
-            "WINDOW=0",
-        ),
-    ),
-    (
-        "attention.cu",
-        (
-            "KV_TYPE=1",
-            "KEY_DIM=512",
-            "VALUE_DIM=512",
-            "SHARED=1",
-            "GROUP=64",
-            "CAP=0.0f",
-            "TOP_K=512",
-            "BLOCK=1",
-            "BY_HEAD=0",
-            "PERIOD=4",
-            "WINDOW=128",
-        ),
-    ),
-    (
-        "merge_parts.cu",
-        ("VALUE_DIM=512", "TOP_K=512", "BLOCK=1", "PERIOD=4", "WINDOW=128", "GATE=0", "PER_HEAD=0", "FORMS=0"),
-    ),
-    (
-        "merge_parts.cu",
-        ("VALUE_DIM=256", "TOP_K=0", "BLOCK=1", "PERIOD=0", "WINDOW=0", "GATE=1", "PER_HEAD=0", "FORMS=1"),
-    ),
-    (
-        "merge_parts.cu",
-        ("VALUE_DIM=128", "TOP_K=16", "BLOCK=128", "PERIOD=0", "WINDOW=0", "GATE=0", "PER_HEAD=0", "FORMS=1"),
-    ),
-    (
-        "merge_parts.cu",
-        ("VALUE_DIM=512", "TOP_K=2048", "BLOCK=1", "PERIOD=0", "WINDOW=0", "GATE=0", "PER_HEAD=0", "FORMS=0"),
-    ),
-    (
-        "merge_parts.cu",
-        ("VALUE_DIM=64", "TOP_K=0", "BLOCK=1", "PERIOD=0", "WINDOW=0", "GATE=3", "PER_HEAD=1", "FORMS=2"),
-    ),
+    _attention(KV_TYPE=1, KEY_DIM=128, VALUE_DIM=128, GROUP=16, TOP_K=16, BLOCK=128, BY_HEAD=1),
+    _attention(KV_TYPE=2, KEY_DIM=256, VALUE_DIM=256, GROUP=16),
+    _attention(KV_TYPE=1, KEY_DIM=576, VALUE_DIM=512, SHARED=1, GROUP=128),
+    _attention(KV_TYPE=1, KEY_DIM=576, VALUE_DIM=512, SHARED=1, GROUP=128, TOP_K=2048),
+    _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, GROUP=8),
+    _attention(KV_TYPE=0, KEY_DIM=64, VALUE_DIM=64, GROUP=1, CAP="30.0f"),
+    _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, SHARED=1, GROUP=64, TOP_K=512, PERIOD=4, WINDOW=128),
+    _merge(VALUE_DIM=512, TOP_K=512, PERIOD=4, WINDOW=128),
+    _merge(VALUE_DIM=256, GATE=1, FORMS=1),
+    _merge(VALUE_DIM=128, TOP_K=16, BLOCK=128, FORMS=1),
+    _merge(VALUE_DIM=512, TOP_K=2048),
+    _merge(VALUE_DIM=64, GATE=3, PER_HEAD=1, FORMS=2),
     ("causal_conv.cu", ("KERNEL_SIZE=4", "ACTIVATES=1")),
     ("causal_conv.cu", ("KERNEL_SIZE=3", "ACTIVATES=0")),
     ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=0")),

@@ -69,6 +69,10 @@ class Activation(enum.IntEnum):
     SITU = 5  # cap(gate, limit) * sigmoid(gate) * cap(up, up_limit), with cap(x, l) = l * tanh(x / l), or x if l is 0
 
 
+# The gate that joins two projections of a network outside the routed experts as an activation joins those of an expert.
+GATING_OF = {activation: Gating[activation.name] for activation in Activation}
+
+
 class KVType(enum.IntEnum):
     """How keys and values are stored (values shared with the kernels)."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.devices.graph import (
+    GATING_OF,
     Activation,
     Gating,
     Graph,
@@ -39,13 +40,6 @@ slot are waited for. None: the network is returned alone."""
 
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
 _GATINGS = {"sigmoid": Gating.SIGMOID, "softplus": Gating.SOFTPLUS}
-_NETWORK_GATINGS = {  # of dense networks; others: SiLU
-    Activation.RELU: Gating.RELU,
-    Activation.GELU: Gating.GELU,
-    Activation.CLAMPED_SWISH: Gating.CLAMPED_SWISH,
-    Activation.CLAMPED_SILU: Gating.CLAMPED_SILU,
-    Activation.SITU: Gating.SITU,
-}
 _SCORINGS = {
     "softmax": Scoring.SOFTMAX,
     "sigmoid": Scoring.SIGMOID,
@@ -361,8 +355,7 @@ def gate_projections(
     graph: Graph, projections: Sequence[Tensor], activation: Activation, limits: tuple[float, float]
 ) -> Tensor:
     """Join the projections of a network outside the routed experts: gate and up, or one that is both."""
-    gating = _NETWORK_GATINGS.get(_limited(activation, limits), Gating.SILU)
-    return graph.gate(projections[-1], projections[0], gating, *limits)
+    return graph.gate(projections[-1], projections[0], GATING_OF[_limited(activation, limits)], *limits)
 
 
 def _limited(activation: Activation, limits: tuple[float, float]) -> Activation:

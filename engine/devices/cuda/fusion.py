@@ -166,15 +166,6 @@ Group: TypeAlias = Attention | Selection | SharedKeys | SharedExpert | DeltaNetL
 Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
 
 
-# How a shared expert joins its projections where that is what routed ones do.
-_ALIKE = {
-    ops.Activation.SILU: ops.Gating.SILU,
-    ops.Activation.CLAMPED_SWISH: ops.Gating.CLAMPED_SWISH,
-    ops.Activation.CLAMPED_SILU: ops.Gating.CLAMPED_SILU,
-    ops.Activation.SITU: ops.Gating.SITU,
-}
-
-
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
     """Yield everything there is to record, in order, each with the index of its last operation."""
     n_users = Counter(buffer for op in operations for buffer in {tensor.buffer for tensor in op.tensors()})
@@ -362,7 +353,7 @@ def _shared_expert(
     assert isinstance(experts, ops.Experts)
     if not (isinstance(gate, ops.Gate) and isinstance(down, ops.Linear) and down.x == gate.out and len(down.outs) == 1):
         return None
-    is_plain = _ALIKE.get(experts.activation) == gate.gating and down.biases == (None,)
+    is_plain = ops.GATING_OF[experts.activation] == gate.gating and down.biases == (None,)
     same_limits = (experts.limit, experts.up_limit) == (gate.limit, gate.own_limit)
     is_plain = is_plain and same_limits and gate.x.width == gate.gate.width
     own = all(n_users[tensor.buffer] == 2 for tensor in (gate.x, gate.gate, gate.out))

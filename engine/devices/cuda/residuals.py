@@ -68,6 +68,7 @@ def mix_residuals(
         "mix_residuals",
         (
             f"N_RESIDUALS={len(residuals)}",
+            f"MOST_RESIDUALS={MOST_RESIDUALS}",
             f"NORMALIZE={int(norm is not None)}",
             forms.definition,
             f"THREADS={n_warps * WARP}",
