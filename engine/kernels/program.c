@@ -6,7 +6,6 @@
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { MAX_ACCESSES = MAX_RESIDUALS + 1, TASKS_PER_THREAD = 4, MIN_TASK_COLUMNS = 512 };
 
@@ -900,12 +899,6 @@ static void run_group(const program *p, int index, const worker *w) {
         op->tasks->run(&op->args, w, task);
 }
 
-static double seconds_now(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static step_view view_step(program *p, const program_step *step) {
     step_view view = {step->n_tokens, step->n_outputs,   0,      step->token_ids, step->positions,
                       step->slots,    step->output_rows, p->runs};
@@ -974,6 +967,7 @@ static bool is_abandoned(const exchange *e) { return __atomic_load_n(e->abandone
 static errand await_errand(program *const *layers, int n_layers, const exchange *e, const errand *before,
                            serve_result *result) {
     const double start = seconds_now();
+    double waited = 0.0;
     const uint32_t last = before->answered;
     for (uint32_t polls = 1;; polls++) {
         const uint32_t request = __atomic_load_n(e->requested, __ATOMIC_ACQUIRE);
@@ -984,13 +978,12 @@ static errand await_errand(program *const *layers, int n_layers, const exchange 
         const int guessed = e->guessed ? take_guess(layers, n_layers, e, before->layer) : -1;
         if (guessed >= 0)
             return (errand){guessed, true, last};
-        if (polls % POLLS_PER_CLOCK == 0) {
-            *result = is_abandoned(e)                        ? SERVE_ABANDONED
-                      : seconds_now() - start > e->timeout_s ? SERVE_TIMED_OUT
-                                                             : SERVE_DONE;
+        if (waited > PATIENCE_S || polls % POLLS_PER_CLOCK == 0) {
+            waited = seconds_now() - start;
+            *result = is_abandoned(e) ? SERVE_ABANDONED : waited > e->timeout_s ? SERVE_TIMED_OUT : SERVE_DONE;
             if (*result != SERVE_DONE)
                 return (errand){-1, false, last};
-            sched_yield(); // whoever asks may need this core
+            give_core_away(waited); // whoever asks may need this core
         }
         CPU_PAUSE();
     }

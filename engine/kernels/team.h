@@ -1,10 +1,12 @@
-// A barrier for threads that meet every few microseconds: it spins, and gives the core away only after a while, so that
-// more threads than cores still get on.
+// A barrier for threads that meet every few microseconds: it spins, gives the core away only after a while, so that
+// more threads than cores still get on, and sleeps in between when it has waited for longer than any step of decoding
+// does.
 #ifndef ENGINE_TEAM_H
 #define ENGINE_TEAM_H
 
 #include <sched.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define CPU_PAUSE() __builtin_ia32_pause()
@@ -12,7 +14,23 @@
 #define CPU_PAUSE() atomic_signal_fence(memory_order_seq_cst)
 #endif
 
-enum { CACHE_LINE = 64, SPINS_BEFORE_YIELD = 2000 };
+enum { CACHE_LINE = 64, SPINS_BEFORE_YIELD = 2000, NAP_NS = 50000 };
+
+#define PATIENCE_S 0.003 // several layers of a large model on a GPU, or its output head
+
+static inline double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// For a thread that has waited for so many seconds: others get its core, for at least a moment.
+static inline void give_core_away(double waited_s) {
+    if (waited_s < PATIENCE_S)
+        sched_yield();
+    else
+        nanosleep(&(struct timespec){0, NAP_NS}, NULL);
+}
 
 // A counter with two cache lines of its own (prefetchers fetch lines in pairs).
 typedef struct {
@@ -33,11 +51,15 @@ static inline void team_meet(team_barrier *barrier, int n_threads) {
         atomic_store_explicit(&barrier->generation.value, generation + 1, memory_order_release);
         return;
     }
+    double since = 0.0;
     for (int spins = 0; atomic_load_explicit(&barrier->generation.value, memory_order_acquire) == generation; spins++)
-        if (spins < SPINS_BEFORE_YIELD)
+        if (spins < SPINS_BEFORE_YIELD) {
             CPU_PAUSE();
-        else
-            sched_yield();
+        } else {
+            const double now = seconds_now();
+            since = spins == SPINS_BEFORE_YIELD ? now : since;
+            give_core_away(now - since);
+        }
 }
 
 #endif
