@@ -20,7 +20,8 @@ from engine.errors import EngineError, GGUFError
 from engine.gguf.metadata import Metadata, Value
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile
-from engine.gguf.synthetic import RECIPES, Geometry, SyntheticModel
+from engine.gguf.recipes import RECIPES
+from engine.gguf.synthetic import Geometry, SyntheticModel
 from engine.gguf.weights import WeightMemory
 from engine.gguf.writer import encode_head
 from engine.models import Model, load_model

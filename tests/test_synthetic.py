@@ -14,7 +14,8 @@ from model_runner import ModelRunner
 from engine.data import tiny_model_path
 from engine.errors import ConfigError
 from engine.gguf import GGUFFile, SyntheticModel, WeightMemory, open_model_file, write_gguf
-from engine.gguf.synthetic import GEOMETRIES, RECIPES, choose_format
+from engine.gguf.recipes import RECIPES, choose_format
+from engine.gguf.synthetic import GEOMETRIES
 from engine.models import load_model
 
 # parameters in billions, tensors, F32 tensors: as published, or read off published files
@@ -38,6 +39,7 @@ def test_has_the_published_size(name: str) -> None:
     ("name", "billions", "active"),
     [
         ("deepseek-v3.2", 671, 36.5),  # 37 with the output matrix
+        ("deepseek-v4-flash", 284, 13),
         ("glm-4.5-air", 106, 12),
         ("glm-5", 744, 40),
         ("ling-3.0-flash", 124, 5.1),
@@ -176,6 +178,7 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
         "qwen3-30b-a3b@q8_0:layers=2,experts=16,vocab=4096",
         "ling-3.0-flash@q8_0:layers=6,experts=4,used=2,vocab=4096",
         "glm-5@q8_0:layers=4,experts=4,used=2,vocab=4096",
+        "deepseek-v4-flash@q8_0:layers=4,experts=8,used=2,vocab=4096",
     ],
 )
 def test_logits_are_sane(name: str) -> None:

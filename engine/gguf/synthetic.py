@@ -23,7 +23,8 @@ from engine.errors import ConfigError
 from engine.gguf.metadata import Metadata, Value
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.reader import GGUFFile
-from engine.quants.formats import BY_NAME, QuantFormat
+from engine.gguf.recipes import RECIPES, Recipe, choose_format
+from engine.quants.formats import BY_NAME, I32
 
 PREFIX = "synthetic:"
 DEFAULT_RECIPE = "q4_k_m"
@@ -43,6 +44,10 @@ class Geometry:
 
     With a `window` every layer has softmax attention; all but one of every `attention_interval` layers have the window,
     and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a rotation of their own.
+
+    With an `output_rank` attention has one key that tokens share (`period`), in every layer beside those of a window,
+    and its output is projected in `n_output_groups` groups of heads. `n_streams` residual streams are mixed, 0 where
+    there is one; in the first `n_tables` layers a table chooses experts by token id.
     """
 
     architecture: str
@@ -76,6 +81,10 @@ class Geometry:
     n_indexer_heads: int = 0
     indexer_dim: int = 0
     top_k: int = 0
+    n_output_groups: int = 0
+    output_rank: int = 0
+    n_streams: int = 0
+    n_tables: int = 0
 
     def is_recurrent(self, layer: int) -> bool:
         """Return whether a layer is a delta net."""
@@ -84,6 +93,10 @@ class Geometry:
     def has_window(self, layer: int) -> bool:
         """Return whether a layer looks back no further than the window."""
         return self.window > 0 and (layer + 1) % self.attention_interval != 0
+
+    def period(self, layer: int) -> int:
+        """Return how many tokens share a key in a layer, 0 for none: by turns 4 and 128, but for the first two."""
+        return (4, 128)[layer % 2] if self.output_rank and layer >= 2 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +132,7 @@ class Style:
     keys: tuple[tuple[str, Value], ...] = ()
 
 
-_SIGMOID = 2  # of `expert_gating_func`
+_SIGMOID, _SQRT_SOFTPLUS = 2, 4  # of `expert_gating_func`
 _DEEPSEEK = Style(
     has_router_bias=True,
     keys=(
@@ -145,6 +158,21 @@ STYLES: dict[str, Style] = {
         ),
     ),
     "deepseek32": _DEEPSEEK,
+    "deepseek4": Style(
+        has_router_bias=True,
+        keys=(
+            ("expert_gating_func", _SQRT_SOFTPLUS),
+            ("expert_shared_count", 1),
+            ("expert_weights_norm", True),
+            ("expert_weights_scale", 1.5),
+            ("swiglu_clamp_exp", 10.0),
+            ("attention.compress_rope_freq_base", 160000.0),
+            ("rope.scaling.type", "yarn"),
+            ("rope.scaling.factor", 16.0),
+            ("rope.scaling.original_context_length", 65536),
+            ("hyper_connection.sinkhorn_iterations", 20),
+        ),
+    ),
     "gemma4": Style(
         has_dense_beside=True,
         has_output=False,
@@ -214,6 +242,31 @@ GEOMETRIES: dict[str, Geometry] = {
         n_indexer_heads=64,
         indexer_dim=128,
         top_k=2048,
+    ),
+    "deepseek-v4-flash": Geometry(
+        "deepseek4",
+        43,
+        4096,
+        64,
+        1,
+        512,
+        64,
+        1e4,
+        256,
+        6,
+        2048,
+        2048,
+        129280,
+        1048576,
+        window=128,
+        query_rank=1024,
+        n_indexer_heads=64,
+        indexer_dim=128,
+        top_k=512,
+        n_output_groups=8,
+        output_rank=1024,
+        n_streams=4,
+        n_tables=3,
     ),
     "glm-5": Geometry(
         "glm-dsa",
@@ -309,121 +362,13 @@ GEOMETRIES: dict[str, Geometry] = {
 }
 
 
-# -- mixtures of formats ---------------------------------------------------------------------------------------------
-
-Choice = Callable[[int, int], str]  # (layer, n_layers) -> format name
-
-
-def _always(name: str) -> Choice:
-    return lambda _layer, _n_layers: name
-
-
-def _more_bits(better: str, usual: str) -> Choice:
-    """Choose the better format in the first and last eighth of the layers and in every third one between."""
-
-    def choose(layer: int, n_layers: int) -> str:
-        eighth = n_layers // 8
-        is_better = layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
-        return better if is_better else usual
-
-    return choose
-
-
-def _first(count: int, better: str, usual: str) -> Choice:
-    return lambda layer, _n_layers: better if layer < count else usual
-
-
-def _first_part(divisor: int, better: str, usual: str) -> Choice:
-    return lambda layer, n_layers: better if layer < n_layers // divisor else usual
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Which format each weight gets, after the rules of llama-quantize; norms, routers and the like stay F32.
-
-    Attributes:
-        file_type: number of the mixture in `general.file_type`.
-        usual: for all matrices not named below.
-        embedding, output: for the two tables of the vocabulary.
-        value: for `attn_v` and `attn_qkv`, the down projections and `attn_output`.
-        down: for all down projections.
-        attn_output: for the output projection of attention.
-        experts: for the routed experts, whatever the others say; empty for no exception.
-    """
-
-    file_type: int
-    usual: str
-    embedding: str
-    output: str
-    value: Choice
-    down: Choice
-    attn_output: str
-    experts: str = ""
-
-
-def _uniform(file_type: int, name: str) -> Recipe:
-    return Recipe(file_type, name, name, name, _always(name), _always(name), name)
-
-
-_Q4_K_M = Recipe(15, "Q4_K", "Q4_K", "Q6_K", _more_bits("Q6_K", "Q4_K"), _more_bits("Q6_K", "Q4_K"), "Q4_K")
-
-RECIPES: dict[str, Recipe] = {
-    "iq2_xxs": Recipe(19, "IQ2_XXS", "Q2_K", "Q5_K", _always("Q4_K"), _first_part(8, "Q2_K", "IQ2_XXS"), "IQ2_XXS"),
-    "q2_k": Recipe(10, "Q2_K", "Q2_K", "Q6_K", _always("Q4_K"), _always("Q3_K"), "Q3_K"),
-    "q3_k_m": Recipe(12, "Q3_K", "Q3_K", "Q6_K", _first(2, "Q5_K", "Q4_K"), _first_part(16, "Q5_K", "Q4_K"), "Q4_K"),
-    "q4_k_s": Recipe(14, "Q4_K", "Q4_K", "Q6_K", _first(4, "Q5_K", "Q4_K"), _first_part(8, "Q5_K", "Q4_K"), "Q4_K"),
-    "q4_k_m": _Q4_K_M,
-    "q4_k_l": replace(_Q4_K_M, embedding="Q8_0", output="Q8_0"),
-    "q5_k_m": Recipe(17, "Q5_K", "Q5_K", "Q6_K", _more_bits("Q6_K", "Q5_K"), _more_bits("Q6_K", "Q5_K"), "Q5_K"),
-    "q6_k": _uniform(18, "Q6_K"),
-    "q8_0": _uniform(7, "Q8_0"),
-    "iq4_xs": Recipe(30, "IQ4_XS", "IQ4_XS", "Q6_K", _always("Q5_K"), _first_part(8, "Q5_K", "IQ4_XS"), "IQ4_XS"),
-    "mxfp4": replace(_uniform(38, "Q8_0"), experts="MXFP4"),
-    "f16": _uniform(1, "F16"),
-}
-
-# Formats whose blocks are longer than a row give way to ones with short blocks.
-_FALLBACK = {
-    "IQ2_XXS": "IQ4_NL",
-    "Q2_K": "Q4_0",
-    "Q3_K": "Q4_0",
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-    "IQ4_XS": "IQ4_NL",
-}
-
-
-def choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: int) -> QuantFormat:
-    """Return the format of a weight with rows of `n_cols`, in a layer of `n_layers` (0 for tensors of no layer)."""
-    part = name.rsplit(".", 2)[-2]
-    if part == "token_embd":
-        chosen = recipe.embedding
-    elif part == "output":
-        chosen = recipe.output
-    elif ".indexer." in name:
-        chosen = "BF16"  # llama-quantize leaves them as they are
-    elif recipe.experts and part.endswith("_exps"):
-        chosen = recipe.experts
-    elif part in {"attn_v", "attn_qkv"}:
-        chosen = recipe.value(layer, n_layers)
-    elif part.startswith("ffn_down"):
-        chosen = recipe.down(layer, n_layers)
-    elif part == "attn_output":
-        chosen = recipe.attn_output
-    else:
-        chosen = recipe.usual
-    if n_cols % BY_NAME[chosen].block_size:
-        chosen = _FALLBACK.get(chosen, chosen)
-    return BY_NAME[chosen if n_cols % BY_NAME[chosen].block_size == 0 else "F16"]
-
-
 # -- tensors ---------------------------------------------------------------------------------------------------------
 
 Parts = list[tuple[str, tuple[int, ...]]]  # names inside a block, and shapes, slowest dimension first
 
 # F32 in every recipe. Those not named in `_fill_vector` are random matrices like any other.
-_NORMS = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "layer_output_scale.weight")  # around 1
+_NORMS = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "_scale.weight")  # around 1
+_TABLE = "ffn_gate_tid2eid.weight"
 _FLOAT_PARTS = (
     *_NORMS,
     "rope_freqs.weight",
@@ -440,6 +385,11 @@ _FLOAT_PARTS = (
     "attn_q.bias",
     "attn_k.bias",
     "attn_v.bias",
+    "attn_sinks.weight",
+    "_ape.weight",
+    "_fn.weight",
+    "_base.weight",
+    "_scale.weight",
 )
 
 
@@ -449,6 +399,8 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
     for layer in range(g.n_layers):
         style, is_dense = STYLES[g.architecture], layer < g.n_dense_layers
         parts: Parts = [("attn_norm.weight", (g.hidden_size,))]
+        if g.n_streams:
+            parts += _stream_shapes(g, "hc_attn", 3) + _stream_shapes(g, "hc_ffn", 3)
         parts += _mixer_shapes(g, layer)
         parts.append((style.ffn_norm, (g.hidden_size,)))
         if is_dense or style.has_dense_beside:
@@ -457,18 +409,32 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
             parts += _expert_shapes(g)
         sizes = {"stream": g.hidden_size, "experts": g.n_experts, "one": 1}
         parts += [(name, (sizes[size],)) for name, size in style.vectors]
-        if not is_dense and (has_router_biases or style.has_router_bias):
+        if layer < g.n_tables:
+            parts.append((_TABLE, (g.n_vocab, g.n_experts_used)))
+        elif not is_dense and (has_router_biases or style.has_router_bias):
             parts.append(("exp_probs_b.bias", (g.n_experts,)))
         for part, shape in parts:
             yield f"blk.{layer}.{part}", layer, shape
-    if g.window and g.n_layers >= g.attention_interval:  # for layers without a window
+    if g.window_head_dim and g.n_layers >= g.attention_interval:  # for layers without a window
         yield "rope_freqs.weight", 0, (g.n_rot // 2,)
+    if g.n_streams:
+        for name, shape in _stream_shapes(g, "output_hc", 1):
+            yield name, 0, shape
     yield "output_norm.weight", 0, (g.hidden_size,)
     if STYLES[g.architecture].has_output:
         yield "output.weight", 0, (g.n_vocab, g.hidden_size)
 
 
+def _stream_shapes(g: Geometry, name: str, n_scales: int) -> Parts:
+    """What makes one row of the streams; with three scales gates for them and their mixing as well."""
+    n_mixes = g.n_streams * (2 + g.n_streams if n_scales > 1 else 1)
+    shapes = {"fn": (n_mixes, g.n_streams * g.hidden_size), "base": (n_mixes,), "scale": (n_scales,)}
+    return [(f"{name}_{part}.weight", shape) for part, shape in shapes.items()]
+
+
 def _mixer_shapes(g: Geometry, layer: int) -> Parts:
+    if g.output_rank:
+        return _compressed_attention_shapes(g, layer)
     if g.latent_dim:
         return _kimi_delta_shapes(g) if g.is_recurrent(layer) else _latent_attention_shapes(g)
     return _delta_net_shapes(g) if g.is_recurrent(layer) else _attention_shapes(g, in_window=g.has_window(layer))
@@ -536,6 +502,39 @@ def _latent_attention_shapes(g: Geometry) -> Parts:
     ]
 
 
+def _compressed_attention_shapes(g: Geometry, layer: int) -> Parts:
+    n_q, n_out, period = g.n_heads * g.head_dim, g.n_output_groups * g.output_rank, g.period(layer)
+    parts: Parts = [
+        ("attn_q_a.weight", (g.query_rank, g.hidden_size)),
+        ("attn_q_a_norm.weight", (g.query_rank,)),
+        ("attn_q_b.weight", (n_q, g.query_rank)),
+        ("attn_kv.weight", (g.head_dim, g.hidden_size)),
+        ("attn_kv_a_norm.weight", (g.head_dim,)),
+        ("attn_sinks.weight", (g.n_heads,)),
+        ("attn_output_a.weight", (n_out, n_q // g.n_output_groups)),
+        ("attn_output_b.weight", (g.hidden_size, n_out)),
+    ]
+    if period:
+        parts += _compressor_shapes(g, "attn_compressor", g.head_dim, period)
+    if period == 4:
+        parts += _compressor_shapes(g, "indexer_compressor", g.indexer_dim, period)
+        parts += [
+            ("indexer.attn_q_b.weight", (g.n_indexer_heads * g.indexer_dim, g.query_rank)),
+            ("indexer.proj.weight", (g.n_indexer_heads, g.hidden_size)),
+        ]
+    return parts
+
+
+def _compressor_shapes(g: Geometry, name: str, width: int, period: int) -> Parts:
+    n_values = 2 * width if period == 4 else width  # each token has a part in two keys then
+    return [
+        (f"{name}_kv.weight", (n_values, g.hidden_size)),
+        (f"{name}_gate.weight", (n_values, g.hidden_size)),
+        (f"{name}_ape.weight", (period, n_values)),
+        (f"{name}_norm.weight", (width,)),
+    ]
+
+
 def _kimi_delta_shapes(g: Geometry) -> Parts:
     size = g.n_v_heads * g.delta_head_dim
     parts: Parts = [(f"attn_{part}.weight", (size, g.hidden_size)) for part in "qkv"]
@@ -575,6 +574,8 @@ def _tensor_infos(g: Geometry, recipe: Recipe, *, has_router_biases: bool) -> di
     for name, layer, shape in _shapes(g, has_router_biases=has_router_biases):
         if name.endswith(_FLOAT_PARTS):
             chosen = BY_NAME["F32"]
+        elif name.endswith(_TABLE):
+            chosen = I32
         else:
             is_output = name == "token_embd.weight" and not STYLES[g.architecture].has_output
             role = "output.weight" if is_output else name
@@ -645,7 +646,17 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
     else:
         keys["feed_forward_length"] = g.dense_ffn_size or 3 * g.hidden_size  # of a dense layer, if there is one
         keys["leading_dense_block_count"] = g.n_dense_layers
-    if g.window:
+    if g.n_streams:
+        keys |= {"hyper_connection.count": g.n_streams, "hyper_connection.epsilon": float32(1e-6)}
+    if g.output_rank:
+        keys |= {
+            "attention.sliding_window": g.window,
+            "attention.compress_ratios": np.array([g.period(layer) for layer in range(g.n_layers)], np.int32),
+            "attention.output_group_count": g.n_output_groups,
+            "attention.output_lora_rank": g.output_rank,
+            "hash_layer_count": min(g.n_tables, g.n_layers),
+        }
+    if g.window_head_dim:
         has_window = [g.has_window(layer) for layer in range(g.n_layers)]
         keys |= {
             "attention.head_count_kv": np.where(has_window, g.window_kv_heads, g.n_kv_heads).astype(np.int32),
@@ -668,14 +679,14 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
         }
         if g.delta_head_dim:
             keys |= {"kda.head_dim": g.delta_head_dim, "ssm.conv_kernel": g.conv_kernel}
-        if g.query_rank:
-            keys["attention.q_lora_rank"] = g.query_rank
-        if g.top_k:
-            keys |= {
-                "attention.indexer.head_count": g.n_indexer_heads,
-                "attention.indexer.key_length": g.indexer_dim,
-                "attention.indexer.top_k": g.top_k,
-            }
+    if g.query_rank:
+        keys["attention.q_lora_rank"] = g.query_rank
+    if g.top_k:
+        keys |= {
+            "attention.indexer.head_count": g.n_indexer_heads,
+            "attention.indexer.key_length": g.indexer_dim,
+            "attention.indexer.top_k": g.top_k,
+        }
     return {
         "general.architecture": g.architecture,
         "general.type": "model",
@@ -731,7 +742,9 @@ class SyntheticModel:
         info = self.tensors[name]
         seed = int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest(), "little")
         decay_sign = 1 if STYLES[self.geometry.architecture].has_bounded_decays else -1
-        if not _fill_vector(info, out, seed, decay_sign):
+        if info.format == I32:
+            _fill_table(out.view(np.int32).reshape(info.shape), self.geometry.n_experts, seed)
+        elif not _fill_vector(info, out, seed, decay_sign):
             from engine import _kernels  # noqa: PLC0415
 
             rows = out.reshape(-1, info.format.row_bytes(info.shape[-1]))
@@ -740,6 +753,13 @@ class SyntheticModel:
 
     def close(self) -> None:
         """Do nothing: no file is open."""
+
+
+def _fill_table(experts: npt.NDArray[np.int32], n_experts: int, seed: int) -> None:
+    """Choose different experts for each token id, [n_vocab, n_experts_used]."""
+    n_vocab, n_used = experts.shape
+    first = np.random.default_rng(seed).integers(0, n_experts, (n_vocab, 1))
+    experts[:] = (first + np.arange(n_used) * (n_experts // n_used)) % n_experts
 
 
 def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int, decay_sign: int) -> bool:
@@ -755,7 +775,7 @@ def _fill_vector(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int, decay_
     elif info.name.endswith("ssm_dt.bias"):  # softplus of it is a time step from 0.001 to 0.1
         step = np.exp(random.uniform(np.log(1e-3), np.log(1e-1), info.shape))
         drawn = step + np.log(-np.expm1(-step))
-    elif info.name.endswith("bias"):
+    elif info.name.endswith(("bias", "_base.weight", "_ape.weight", "attn_sinks.weight")):
         drawn = np.zeros(info.shape)
     else:
         return False
