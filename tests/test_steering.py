@@ -87,24 +87,46 @@ def test_what_is_played_is_the_same_if_it_is_found_early() -> None:
     told: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for is_early, seen in told.items():
         program = Told()
-        steering = Steering(program, ["a", "b", "c"], 16, iter(RoutingProcess(3, 16, 4).next_tokens(200)))
+        steering = Steering(program, ["a", "b", "c"], range(3), 16, iter(RoutingProcess(3, 16, 4).next_tokens(200)))
         for n_tokens in (1, 1, 1, 5, 5, 1, 1, 2, 1):
             steering.begin_step(n_tokens)
             seen.append(program.values.copy())
             if is_early:
                 steering.find_next()
             if n_tokens > 1:
-                seen.append(steering.end_of_prompt())
+                seen.append(steering.end_of_prompt(np.zeros((3, n_tokens, 4), np.int32)))
         assert program.n_times == 8  # the second of two prompts needs nothing
     for late, early in zip(told[False], told[True], strict=True):
         np.testing.assert_array_equal(late, early)
+
+
+def test_layers_that_nobody_can_tell_are_seen_as_they_were() -> None:
+    """Such as those that choose experts by token id; a prompt of few tokens counts several times."""
+    expected = RoutingProcess(2, 16, 4).next_tokens(PLAYED_OF_PROMPT)
+    steering = Steering(Told(), ["b", "d"], [1, 3], 16, iter(expected))
+    routing = np.random.default_rng(0).integers(0, 16, (4, 5, 4), np.int32)
+    told = steering.end_of_prompt(routing)
+    np.testing.assert_array_equal(told[[1, 3]], expected.swapaxes(0, 1))
+    np.testing.assert_array_equal(told[[0, 2], -5:], routing[[0, 2]])
+    np.testing.assert_array_equal(told[[0, 2], -10:-5], routing[[0, 2]])
+
+
+def test_routing_is_played_beside_layers_that_choose_by_token_id() -> None:
+    name = "synthetic:deepseek-v4-flash@q8_0:layers=5,experts=16,used=4,vocab=4096"
+    settings = EngineSettings(device="emulated", n_threads=2, context_length=128, max_batch_tokens=64)
+    moe = MoESettings(hot_k=5, routing="made-up", hot_pp_bypass_n_tokens=16)
+    with Engine.open(name, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:
+        session.run(list(range(50)))
+        session.run([50])
+        assert engine.statistics.cache is not None
+        assert engine.statistics.cache.choices.tolist() == [4] * 5
 
 
 def test_guesses_are_right_as_often_as_a_trained_model_s() -> None:
     """Those of the layers that are guessed about; the best rank is still the first."""
     n_tokens, n_right = 500, 0
     program, expected = Told({"b": "b'", "c": "c'"}), RoutingProcess(3, 16, 4).next_tokens(n_tokens)
-    steering = Steering(program, ["a", "b", "c"], 16, iter(expected))
+    steering = Steering(program, ["a", "b", "c"], range(3), 16, iter(expected))
     for ids in expected:
         steering.begin_step(1)
         assert program.names == ["a", "b", "c", "b'", "c'"]

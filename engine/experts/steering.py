@@ -22,7 +22,7 @@ from engine.experts.trace import NOT_RECORDED, Trace, load_trace
 from engine.model_spec import ModelSpec
 
 OWN, MADE_UP = "own", "made-up"
-BIAS_NAME = "exp_probs_b.bias"
+BIAS_NAME, _EXPERTS_NAME = "exp_probs_b.bias", "ffn_down_exps.weight"
 PLAYED_OF_PROMPT = 32  # tokens: made-up routing takes half a millisecond for each
 _MADE_UP_AT_ONCE = 1024  # tokens
 _ABOVE_SCORES = 16.0  # which are probabilities
@@ -34,15 +34,22 @@ RoutingSource: TypeAlias = Iterator[npt.NDArray[np.integer]]
 
 
 class Steering:
-    """Sets the biases of all routers before each step: one token gets the next routing, several their own.
+    """Sets the biases of routers before each step: one token gets the next routing, several their own.
 
-    Nobody may call it from two threads at a time. What is played does not depend on when routing is found, or set.
+    Routers have biases but where experts are chosen by token id; `layers` are those with one among the layers that have
+    experts, `bias_names` theirs. Nobody may call it from two threads at a time. What is played does not depend on when
+    routing is found, or set.
     """
 
     def __init__(
-        self, program: TunableProgram, bias_names: Sequence[str], n_experts: int, tokens: RoutingSource
+        self,
+        program: TunableProgram,
+        bias_names: Sequence[str],
+        layers: Sequence[int],
+        n_experts: int,
+        tokens: RoutingSource,
     ) -> None:
-        self._program, self._tokens = program, tokens
+        self._program, self._layers, self._tokens = program, list(layers), tokens
         guesses = program.guess_biases
         self._guessed = [layer for layer, name in enumerate(bias_names) if name in guesses]  # layers
         self._names = [*bias_names, *(guesses[bias_names[layer]] for layer in self._guessed)]
@@ -54,13 +61,15 @@ class Steering:
         self._is_silent = False  # whether the routers were told to choose for themselves
         self._random = np.random.default_rng(0)
 
-    def end_of_prompt(self) -> npt.NDArray[np.int32]:
+    def end_of_prompt(self, routing: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Return what is played for the last tokens of a prompt, [n_moe_layers, PLAYED_OF_PROMPT, n_experts_used].
 
-        A prompt runs with what its random routers choose, which says nothing about the answer that is played after it.
-        Whoever learns from prompts is to be told this instead.
+        A prompt runs with what its random routers choose, `routing`, which says nothing about the answer that is played
+        after it. Whoever learns from prompts is to be told this instead. Where no router is told, it is as it was.
         """
-        return np.stack([self._take() for _ in range(PLAYED_OF_PROMPT)], axis=1).astype(np.int32)
+        told = routing[:, np.arange(-PLAYED_OF_PROMPT, 0) % routing.shape[1]]
+        told[self._layers] = np.stack([self._take() for _ in range(PLAYED_OF_PROMPT)], axis=1)
+        return told
 
     def begin_step(self, n_tokens: int) -> None:
         """Set the biases for a step of so many tokens."""
@@ -110,8 +119,12 @@ def make_steering(setting: str, program: Program, tensor_names: Sequence[str], s
         )
     n_experts, n_used = spec.moe.n_experts, spec.moe.n_experts_used
     if setting == MADE_UP:
-        return Steering(program, names, n_experts, _made_up(RoutingProcess(len(names), n_experts, n_used)))
-    return Steering(program, names, n_experts, _played(load_trace(setting), setting, len(names), n_experts, n_used))
+        source = _made_up(RoutingProcess(len(names), n_experts, n_used))
+    else:
+        source = _played(load_trace(setting), setting, len(names), n_experts, n_used)
+    blocks = [name.removesuffix(_EXPERTS_NAME) for name in tensor_names if name.endswith(_EXPERTS_NAME)]
+    layers = [blocks.index(name.removesuffix(BIAS_NAME)) for name in names]
+    return Steering(program, names, layers, n_experts, source)
 
 
 def _made_up(process: RoutingProcess) -> RoutingSource:

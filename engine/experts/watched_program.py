@@ -220,7 +220,7 @@ class WatchedProgram:
             self._record(self._recorder, routing, slots)
         if self._steering is not None and self._cache is not None and self._cache.bypasses(len(slots)):
             with self._playing:
-                routing = self._steering.end_of_prompt()
+                routing = self._steering.end_of_prompt(routing)
         if begun.resident is not None:
             self._unseen = _Over(routing, begun.resident, seconds)
         if self._thread is None:
