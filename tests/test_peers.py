@@ -194,6 +194,17 @@ def test_what_states_keep_is_part_of_a_sequence(name: str, n_saved: int, data: P
         assert np.array_equal(other.forward.run(1, tokens[n_saved:], n_saved, "all"), expected[n_saved:])
 
 
+@pytest.mark.parametrize("context_length", [1, 3, 4, 5, 8, 11, 12])
+@pytest.mark.parametrize("name", ["glm5-next", "glm5-next-plain"])
+def test_contexts_of_less_than_a_pool_or_of_no_more_than_are_chosen(name: str, context_length: int, data: Path) -> None:
+    references = np.load(data / "peers" / f"{name}-F32.npz")
+    tokens, exact = references["tokens"][:context_length].tolist(), references["logits_exact"][:context_length]
+    with ModelRunner(data / "peers" / f"{name}-F32.gguf", context_length=context_length) as runner:
+        logits = runner.logits(tokens)
+        assert np.abs(logits - exact).max() < 1e-4
+        assert np.array_equal(runner.logits(tokens, (1,) * (context_length - 1)), logits)
+
+
 def without_keys_of_128_tokens(op: Attention) -> Attention:
     return replace(op, shared_cache=None) if op.shared_cache and not op.selected else op
 

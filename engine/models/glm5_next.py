@@ -30,7 +30,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         raise UnsupportedModelError(
             f"{keys.file_name}: {keys.architecture}.rope.dimension_count is {attention.rope_dim}; this version needs 0"
         )
-    keys.size("expert_feed_forward_length")  # of all layers
+    keys.size("expert_feed_forward_length")  # layers may not differ
     bound = kimi_linear.read_decay_bound(keys) if keys.has(kimi_linear.DECAY_BOUND) else 0.0
     delta_net = kimi_linear.read_delta_net(keys, attention.n_heads, bound)
     moe = keys.limited(keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True))
