@@ -1,5 +1,5 @@
 // Parts of the positions that a token attends to: what is known of each, and how they are merged. Compiled for TOP_K,
-// BLOCK, PERIOD and WINDOW (`attention.cu`).
+// BLOCK, TAIL, PERIOD and WINDOW (`attention.cu`).
 #pragma once
 
 #include "common.cuh"
@@ -19,10 +19,10 @@ DEVICE int shared_rows(int position) {
 
 // The last position, or place, that a token at one looks at.
 DEVICE int last_position(int position) {
-    constexpr int MOST = TOP_K * BLOCK;
     if (PERIOD)
         return shared_rows(position) + (WINDOW && position >= WINDOW ? WINDOW - 1 : position);
-    return TOP_K && position >= MOST ? MOST - BLOCK + position % BLOCK : position;
+    const int n_before = position + TAIL; // positions before the last place of a list
+    return TOP_K && n_before >= TOP_K * BLOCK ? (TOP_K - 1) * BLOCK + n_before % BLOCK - TAIL : position;
 }
 
 // What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values

@@ -136,16 +136,18 @@ class IndexerSpec:
         key_dim: of queries and keys.
         top_k: positions that a token looks at, at most.
         norm_eps: epsilon of the keys' norm.
-        rope: how queries and keys are rotated.
+        rope: how queries and keys are rotated; None: they are not.
         layers: for each layer, whether it chooses; the others look at what the last one before them chose.
+        pool_size: so many tokens from a multiple of it on are chosen together, by a key that is made of theirs.
     """
 
     n_heads: int
     key_dim: int
     top_k: int
     norm_eps: float
-    rope: RopeSpec
+    rope: RopeSpec | None
     layers: tuple[bool, ...]
+    pool_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,8 @@ class LatentAttentionSpec:
         n_heads: query heads.
         query_rank: width of the compressed query; 0 if queries are projected directly.
         latent_dim: width of the compressed key and value, which is what the cache keeps.
-        rope_dim: width of the part of the key that is rotated, if any is, shared by all heads and kept beside it.
+        rope_dim: width of the part of the key that is rotated, if any is, shared by all heads and kept beside it; 0:
+            there is no such part.
         key_dim: of the other part of a head's query and key.
         value_dim: of a head's value.
         scale: of the scores.
@@ -251,7 +254,7 @@ class DeltaNetSpec:
     """Gated delta net, the linear attention of Qwen3-Next, Qwen3.5, Kimi Linear and Ling 3.
 
     Value head h uses key head h // (n_v_heads / n_k_heads) if `grouped`, else h mod n_k_heads. `decay_bound` is that of
-    `graph.DeltaNet`.
+    `graph.DeltaNet`, and `eps` that of queries and keys; 0: it is that of every normalisation.
     """
 
     n_k_heads: int
@@ -260,6 +263,7 @@ class DeltaNetSpec:
     kernel_size: int
     grouped: bool = False
     decay_bound: float = 0.0
+    eps: float = 0.0
 
     @property
     def key_size(self) -> int:
@@ -384,12 +388,14 @@ class HyperConnectionSpec:
         offset: what weights and gates have in addition to a sigmoid.
         magnitude: factor of the gates' sigmoid.
         n_normalizations: of the matrix that mixes streams before something is added; 0: they are not mixed.
+        averages: whether the row before the output norm is their mean, not one with weights that are made of them.
     """
 
     n_streams: int
     offset: float
     magnitude: float
     n_normalizations: int = 0
+    averages: bool = False
 
 
 @dataclass(frozen=True, slots=True)

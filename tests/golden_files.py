@@ -61,6 +61,8 @@ PEERS = (
     "exaone-moe",
     "gemma4",
     "glm-dsa",
+    "glm5-next",
+    "glm5-next-plain",
     "granite_swa",
     "granitehybrid",
     "granitemoe",

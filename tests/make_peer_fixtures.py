@@ -85,6 +85,7 @@ class Peer:
         is_latent: whether attention is multi-head latent attention.
         indexer_layers: the blocks that choose the positions which this looks at.
         n_streams: residual streams with hyper-connections; 0: there is one without them.
+        averages_streams: whether the head takes their mean.
         ratios: of each block, how many tokens share a compressed key, 0 for no such keys; none: attention is another.
         hash_layers: the blocks that choose experts by a table of tokens.
         block_layers: the blocks whose attention looks at blocks of positions that are chosen for each head of its keys.
@@ -141,6 +142,7 @@ class Peer:
     is_latent: bool = False
     indexer_layers: tuple[int, ...] = ()
     n_streams: int = 0
+    averages_streams: bool = False
     ratios: tuple[int, ...] = ()
     hash_layers: tuple[int, ...] = ()
     block_layers: tuple[int, ...] = ()
@@ -259,6 +261,32 @@ HUNYUAN_4_PARTS = {
     "value_dim": GATED_VALUE_DIM,
     "is_latent": True,
     "attention_gate": "value",
+}
+GLM_5_NEXT = MOE | {
+    "attention.kv_lora_rank": LATENT_DIM,
+    "attention.q_lora_rank": QUERY_RANK,
+    "attention.key_length": LATENT_DIM,
+    "attention.value_length": LATENT_DIM,
+    "attention.key_length_mla": KEY_DIM,
+    "attention.value_length_mla": VALUE_DIM,
+    "attention.layer_norm_rms_epsilon": 0.3,
+    "attention.layer_norm_epsilon": 0.3,
+    "rope.dimension_count": 0,
+    "kda.head_dim": KDA_DIM,
+    "ssm.conv_kernel": KDA_KERNEL,
+    "hyper_connection.count": 4,
+    "hyper_connection.epsilon": 0.01,
+    "hyper_connection.sinkhorn_iterations": 3,
+    "leading_dense_block_count": 1,
+    "feed_forward_length": 2 * FFN,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 2.5,
+}
+GLM_5_NEXT_PARTS = {
+    "router_bias": 0.2,
+    "is_latent": True,
+    "n_streams": 4,
+    "averages_streams": True,
 }
 PHI = MOE | {"attention.sliding_window": 8, "rope.scaling.attn_factor": 1.25}
 PHI_PARTS = {"moe_layers": (0, 1), "long_divisors": True, "biases": True}
@@ -918,6 +946,49 @@ PEERS = {
         is_latent=True,
         indexer_layers=(0, 2),
     ),
+    "glm5-next": Peer(
+        "glm5-next",
+        5,
+        GLM_5_NEXT
+        | INDEXER
+        | {
+            "attention.head_count_kv": [0, 1, 0, 1, 1],
+            "attention.indexer.kpool": 4,
+            "attention.indexer.kpool_select_tail": True,
+            "attention.indexer.top_k": 8,
+            "attention.indexer.types": [True, True, True, False, True],
+            "kda.gate_lower_bound": -5.0,
+            "expert_shared_count": 2,
+            "swiglu_clamp_exp": [0.5, 1.0, 0.0, 0.7, 0.5],
+            "swiglu_clamp_shexp": [0.3, 0.0, 0.4, 0.8, 0.6],
+        },
+        moe_layers=(1, 2, 3, 4),
+        embedding_gain=2.0,
+        shared_size=2 * FFN,
+        delta_layers=(0, 2),
+        indexer_layers=(1, 4),
+        **GLM_5_NEXT_PARTS,
+    ),
+    "glm5-next-plain": Peer(
+        "glm5-next",
+        3,
+        GLM_5_NEXT
+        | INDEXER
+        | {
+            "attention.head_count_kv": [0, 1, 0, 1],
+            "attention.indexer.kpool": 5,
+            "attention.indexer.top_k": 10,
+            "nextn_predict_layers": 1,
+            "expert_shared_count": 1,
+        },
+        moe_layers=(1, 2, 3),
+        shared_size=FFN,
+        delta_layers=(0, 2),
+        indexer_layers=(1, 3),
+        n_mtp=1,
+        n_long=N_TOKENS_COMPRESSED,
+        **GLM_5_NEXT_PARTS,
+    ),
     "minimax-m3": Peer(
         "minimax-m3",
         3,
@@ -1103,7 +1174,7 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         divisors = draw.between(1, 8, peer.head_dim // 2)
         divisors[len(divisors) - peer.n_still :] = 1e30
         yield "rope_freqs.weight", divisors
-    if peer.n_streams:
+    if peer.n_streams and not peer.averages_streams:
         yield from hyper_connections("output_hc", peer.n_streams, 1, draw)
     if peer.residual_scores:
         yield "output_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
@@ -1149,10 +1220,11 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
     else:
         yield from latent_attention(peer, layer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer in peer.indexer_layers:
-        yield from indexer(draw)
-    if peer.n_streams:
+        yield from indexer(peer, draw)
+    if peer.n_streams and layer < peer.n_layers:
+        n_scales = 3 if "hyper_connection.sinkhorn_iterations" in peer.keys else 2
         for part in ("attn", "ffn"):
-            yield from hyper_connections(f"hc_{part}", peer.n_streams, 3 if peer.ratios else 2, draw)
+            yield from hyper_connections(f"hc_{part}", peer.n_streams, n_scales, draw)
     if peer.residual_scores:
         for part in ("attn", "ffn"):
             yield f"{part}_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
@@ -1306,14 +1378,15 @@ def latent_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, 
     latent_dim, key_dim, value_dim = LATENT_DIM, KEY_DIM, peer.value_dim or VALUE_DIM
     if layer in peer.window_layers:
         latent_dim, key_dim, value_dim = WINDOW_LATENT_DIM, WINDOW_KEY_DIM, WINDOW_VALUE_DIM
-    query_size = n_heads * (key_dim + ROPE_DIM)
+    rope_dim = peer.keys["rope.dimension_count"]
+    query_size = n_heads * (key_dim + rope_dim)
     if "attention.q_lora_rank" in peer.keys:
         yield "attn_q_a.weight", draw.matrix(QUERY_RANK, HIDDEN)
         yield "attn_q_a_norm.weight", draw.norm(QUERY_RANK)
         yield "attn_q_b.weight", draw.matrix(query_size, QUERY_RANK)
     else:
         yield "attn_q.weight", draw.matrix(query_size, HIDDEN)
-    yield "attn_kv_a_mqa.weight", draw.matrix(latent_dim + ROPE_DIM, HIDDEN)
+    yield "attn_kv_a_mqa.weight", draw.matrix(latent_dim + rope_dim, HIDDEN)
     yield "attn_kv_a_norm.weight", draw.norm(latent_dim)
     yield "attn_k_b.weight", draw.matrix(n_heads, latent_dim, key_dim)
     yield "attn_v_b.weight", draw.matrix(n_heads, value_dim, latent_dim)
@@ -1325,7 +1398,7 @@ def latent_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, 
     if layer in peer.sinks:
         yield "attn_sinks.weight", draw.between(-1, 1, n_heads)
     if peer.head_norm:
-        yield "attn_k_norm.weight", draw.norm(ROPE_DIM)
+        yield "attn_k_norm.weight", draw.norm(rope_dim)
 
 
 def compressed_attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -1361,12 +1434,16 @@ def hyper_connections(name: str, n_streams: int, n_scales: int, draw: Draw) -> I
     yield f"{name}_base.weight", draw.between(-1, 1, n_mixes)
 
 
-def indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+def indexer(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "indexer.attn_q_b.weight", draw.matrix(INDEXER_HEADS * INDEXER_DIM, QUERY_RANK)
     yield "indexer.attn_k.weight", draw.matrix(INDEXER_DIM, HIDDEN)
     yield "indexer.k_norm.weight", draw.norm(INDEXER_DIM)
     yield "indexer.k_norm.bias", draw.between(-0.5, 0.5, INDEXER_DIM)
     yield "indexer.proj.weight", draw.matrix(INDEXER_HEADS, HIDDEN)
+    pool_size = peer.keys.get("attention.indexer.kpool")
+    if pool_size:
+        yield "indexer_compressor_gate.weight", draw.matrix(INDEXER_DIM, HIDDEN, gain=3.0)
+        yield "indexer_compressor_ape.weight", draw.between(-3, 3, pool_size, INDEXER_DIM)
 
 
 def block_indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -1405,7 +1482,7 @@ def kimi_delta_attention(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarr
             yield f"ssm_{part}_a.weight", draw.matrix(KDA_DIM, HIDDEN)
             yield f"ssm_{part}_b.weight", draw.matrix(size, KDA_DIM)
     yield "ssm_dt.bias", draw.between(-4, 1, size)
-    shape = (N_HEADS,) if peer.has_whole_gate else (N_HEADS, 1)
+    shape = (N_HEADS,) if peer.architecture in {"glm5-next", "kimi-k3"} else (N_HEADS, 1)
     yield "ssm_a", draw.between(0.5, 3, *shape) if peer.bounded_decays else draw.between(-2, -0.1, *shape)
     yield "ssm_norm.weight", draw.norm(KDA_DIM)
     yield "attn_output.weight", draw.matrix(HIDDEN, size, gain=0.5)

@@ -157,8 +157,14 @@ class ReferenceProgram:
         scores[np.arange(len(keys)) >= (self.positions[:, None] + 1) // op.cache.period] = -np.inf
         chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : op.top_k]
         is_there = np.take_along_axis(scores, chosen, -1) > -np.inf
-        chosen = np.sort(np.where(is_there, chosen, len(keys)), axis=-1)
-        self[op.out] = np.pad(chosen, ((0, 0), (0, op.top_k - chosen.shape[1])), constant_values=len(keys))
+        nothing = len(keys) + 1  # beyond the block that is not whole
+        chosen = np.sort(np.where(is_there, chosen, nothing), axis=-1)
+        chosen = np.pad(chosen, ((0, 0), (0, op.top_k - chosen.shape[1])), constant_values=nothing)
+        if op.tail:
+            n_before = self.positions[:, None] + 1
+            own = np.where(n_before % op.cache.period, n_before // op.cache.period, nothing)
+            chosen = np.concatenate([chosen, own], axis=-1)
+        self[op.out] = chosen
 
     def select_blocks(self, op: ops.SelectBlocks) -> None:
         keys = np.concatenate([self.keys.get(op.cache, np.zeros((0, op.k.width))), self[op.k]])

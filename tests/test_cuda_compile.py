@@ -26,13 +26,13 @@ def _with_defaults(source: str, defaults: dict[str, str | int], given: dict[str,
 
 def _attention(**definitions: str | int) -> Kernel:
     """Attention that sees all positions, but for what is given."""
-    every = {"SHARED": 0, "CAP": "0.0f", "TOP_K": 0, "BLOCK": 1, "BY_HEAD": 0, "PERIOD": 0, "WINDOW": 0}
+    every = {"SHARED": 0, "CAP": "0.0f", "TOP_K": 0, "BLOCK": 1, "TAIL": 0, "BY_HEAD": 0, "PERIOD": 0, "WINDOW": 0}
     return _with_defaults("attention.cu", every, definitions)
 
 
 def _merge(**definitions: int) -> Kernel:
     """The sum of its parts, without a gate or forms for products."""
-    every = {"TOP_K": 0, "BLOCK": 1, "PERIOD": 0, "WINDOW": 0, "GATE": 0, "PER_HEAD": 0, "FORMS": 0}
+    every = {"TOP_K": 0, "BLOCK": 1, "TAIL": 0, "PERIOD": 0, "WINDOW": 0, "GATE": 0, "PER_HEAD": 0, "FORMS": 0}
     return _with_defaults("merge_parts.cu", every, definitions)
 
 
@@ -95,6 +95,8 @@ KERNELS = [
     _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, GROUP=8),
     _attention(KV_TYPE=0, KEY_DIM=64, VALUE_DIM=64, GROUP=1, CAP="30.0f"),
     _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, SHARED=1, GROUP=64, TOP_K=512, PERIOD=4, WINDOW=128),
+    _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, SHARED=1, GROUP=64, TOP_K=513, BLOCK=4, TAIL=1),
+    _merge(VALUE_DIM=512, TOP_K=513, BLOCK=4, TAIL=1),
     _merge(VALUE_DIM=512, TOP_K=512, PERIOD=4, WINDOW=128),
     _merge(VALUE_DIM=256, GATE=1, FORMS=1),
     _merge(VALUE_DIM=128, TOP_K=16, BLOCK=128, FORMS=1),

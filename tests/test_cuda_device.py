@@ -133,7 +133,9 @@ def test_peers(name: str, data: Path) -> None:
     check_logits(data / "peers" / f"{name}-F32.npz")
 
 
-@pytest.mark.parametrize("name", ["deepseek32", "deepseek4", "dots3note", "glm-dsa", "hy_v4", "minimax-m3"])
+@pytest.mark.parametrize(
+    "name", ["deepseek32", "deepseek4", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3"]
+)
 def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> None:
     """Of more tokens than are chosen; the Q8_0 file's keys are stored in float16."""
     for kind, kv_type in (("F32", KVType.F32), ("Q8_0", KVType.F16)):

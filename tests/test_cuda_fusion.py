@@ -92,6 +92,18 @@ def test_keys_that_tokens_share_are_made_where_they_are_stored(data) -> None:
     assert not any(isinstance(item, ops.Compress | ops.SelectPositions) for item in items)
 
 
+def test_latent_keys_without_a_rotated_part_are_normalised_where_they_are_stored(data) -> None:
+    """In layers that share what they look at, too; pools are made, and looked for, by launches of their own."""
+    items = groups(data / "peers" / "glm5-next-F32.gguf")
+    attentions = [item for item in items if isinstance(item, fusion.Attention)]
+    assert [(item.q_norm is None, item.k_norm is not None) for item in attentions] == [(True, True)] * 3
+    assert [type(item) for item in items if isinstance(item, ops.Compress | ops.SelectPositions)] == [
+        ops.Compress,
+        ops.SelectPositions,
+    ] * 2
+    assert not any(isinstance(item, ops.JoinHeads | ops.SplitHeads) for item in items[4:])  # behind the streams
+
+
 @pytest.mark.parametrize(
     ("name", "n"), [("deepseek32", 2), ("dots3note", 1), ("glm-dsa", 2), ("hy_v4", 2), ("minimax-m3", 2)]
 )
@@ -133,6 +145,6 @@ def test_a_delta_net_layer_is_one(name: str, golden_path) -> None:
     assert_delta_net_layers_are_one(golden_path(f"{name}.gguf"))
 
 
-@pytest.mark.parametrize("name", ["bailingmoe3", "kimi-k3", "kimi-linear"])
+@pytest.mark.parametrize("name", ["bailingmoe3", "glm5-next", "kimi-k3", "kimi-linear"])
 def test_so_is_one_whose_channels_decay_apart(name: str, data: Path) -> None:
     assert_delta_net_layers_are_one(data / "peers" / f"{name}-F32.gguf")

@@ -208,6 +208,32 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
             "types is 2 values; expected one for each of 3",
         ),
         ("glm-dsa", "attention.indexer.types", np.array([False, True, True]), "types is false for the first layer"),
+        ("glm5-next", "attention.indexer.kpool", 1, "indexer.kpool is 1; expected an integer from 2"),
+        ("glm5-next", "attention.indexer.kpool", 3, r"top_k is 8; expected a multiple of .*indexer.kpool \(3\)"),
+        ("glm5-next", "attention.indexer.kpool", 8, r"compressor_ape.weight has the shape \[4, 64\]; .* \[8, 64\]"),
+        ("glm5-next", "attention.indexer.kpool_select_tail", False, "select_tail is false; this version needs true"),
+        ("glm5-next", "attention.indexer.top_k", 1 << 15, "top_k is 32768; this version computes at most 16384"),
+        (
+            "glm5-next",
+            "attention.indexer.types",
+            np.array([True, False, True, False, True]),
+            "types is false for the first layer with attention",
+        ),
+        (
+            "glm5-next",
+            "attention.head_count_kv",
+            np.array([0, 1], np.int32),
+            r"head_count_kv is \[0, 1\]; expected one number for each of 5 layers",
+        ),
+        (
+            "glm5-next",
+            "expert_feed_forward_length",
+            np.array([32, 64], np.int32),
+            r"expert_feed_forward_length differs between layers \(32, 64\)",
+        ),
+        ("glm5-next", "rope.dimension_count", 8, "rope.dimension_count is 8; this version needs 0"),
+        ("glm5-next", "kda.gate_lower_bound", 0.5, "kda.gate_lower_bound is 0.5; expected a number below 0"),
+        ("glm5-next", "hyper_connection.count", 5, "hyper_connection.count is 5; this version computes at most 4"),
         ("dots3note", "attention.sliding_window", 0, "attention.sliding_window is 0; expected an integer from 1"),
         (
             "dots3note",
@@ -303,6 +329,30 @@ def test_residuals_that_are_too_many_are_counted(peer, tmp_path: Path, monkeypat
     message = "block_size is 2, so that 4 rows are mixed in the last of 5 layers; this version mixes at most 3"
     with pytest.raises(UnsupportedModelError, match=message):
         load(peer("kimi-k3"), tmp_path)
+
+
+def test_layers_without_an_indexer_may_have_its_tensors_and_a_file_no_tail(peer, tmp_path: Path) -> None:
+    """The key for the tail says what is always done; a layer that shares a choice leaves its indexer out."""
+    parts = peer("glm5-next")
+    del parts.values["glm5-next.attention.indexer.kpool_select_tail"]
+    n_operations = len(load(parts, tmp_path).graph.operations)
+    for name, shape in (("indexer.proj", (8, 32)), ("indexer_compressor_ape", (4, 64))):
+        parts = with_tensor(parts, f"blk.3.{name}.weight", *shape)
+    assert len(load(parts, tmp_path).graph.operations) == n_operations
+    with pytest.raises(UnsupportedModelError, match=r"has no use for blk\.2\.indexer\.proj\.weight"):
+        load(with_tensor(parts, "blk.2.indexer.proj.weight", 8, 32), tmp_path)
+
+
+def test_pools_take_as_many_times_less_memory(peer, tmp_path: Path) -> None:
+    """Keys of 24 values in three layers, in two 64 of pools of four, in float16; two pools and a tail are seen."""
+    graph = load(peer("glm5-next"), tmp_path).graph
+    found = measure(graph, Limits(16, 2, 4096, KVType.F16), stores_once=True)
+    of_pools = 4 * (2 * 3 * 64)  # what the next ones are made of
+    delta_nets = 4 * 2 * (3 * 3 * 64 + 4 * 16 * 16)
+    assert found.recurrent_bytes == of_pools + delta_nets
+    assert found.state_bytes == 2 * (3 * 4096 * 48 + 2 * 1024 * 128 + found.recurrent_bytes)
+    assert found.position_bytes == 2 * 128 / 4
+    assert found.window_bytes == 3 * 12 * 48
 
 
 def test_what_deepseek4_files_may_leave_out(peer, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from engine import _kernels
 from engine.devices.graph import (
     AddToStreams,
     Attention,
+    Compress,
     DeltaNet,
     Experts,
     Gate,
@@ -29,6 +30,7 @@ from engine.devices.graph import (
     ReduceStreams,
     Rope,
     Router,
+    Scale,
     Scoring,
 )
 
@@ -89,6 +91,8 @@ def test_a_busy_cache_changes_no_bit(peer: GoldenModel) -> None:
         *((name, {"selected": None}, 12) for name in INDEXED),
         ("minimax-m3", {"selected": None}, 16),
         ("deepseek4", {"selected": None}, 15),
+        ("glm5-next", {"selected": None}, 11),  # two pools of four, and three tokens more
+        ("glm5-next-plain", {"selected": None}, 14),  # two of five, and four
         ("deepseek4", {"window": 0}, 8),
         ("deepseek4", {"shared_cache": None, "selected": None}, 3),
         ("dots3note", {"window": 0}, 8),
@@ -139,6 +143,14 @@ def test_other_logits_would_come_of_one_residual_stream(name: str, otherwise: di
         ("deepseek4", Rope, lambda _: {"period": 1}),
         ("deepseek4", Router, lambda _: {"table": None}),
         ("deepseek4", Router, lambda _: {"scoring": Scoring.SIGMOID}),
+        ("glm5-next", Compress, lambda op: {"scores": op.values}),
+        ("glm5-next", Compress, lambda op: {"values": op.scores}),
+        ("glm5-next", DeltaNet, lambda op: {"decay_bound": op.decay_bound / 2}),
+        ("glm5-next", Scale, lambda _: {"factor": 1.0}),  # the sum of streams
+        ("glm5-next", Experts, lambda op: {"limit": 100 * op.limit}),
+        ("glm5-next", Gate, lambda op: {"limit": 100 * op.limit}),
+        ("glm5-next-plain", DeltaNet, lambda _: {"eps": 0.3}),  # that of other norms
+        ("glm5-next-plain", ReduceStreams, lambda _: {"n_normalizations": 1}),
     ],
 )
 def test_other_logits_would_come_of_other_parts(
@@ -168,7 +180,7 @@ def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, 
 
 
 @pytest.mark.parametrize("n_saved", [25, 24, 23])
-@pytest.mark.parametrize("name", ["deepseek4", "jamba"])
+@pytest.mark.parametrize("name", ["deepseek4", "glm5-next", "jamba"])
 def test_what_states_keep_is_part_of_a_sequence(name: str, n_saved: int, data: Path) -> None:
     """It is saved, and comes back to another slot of another program."""
     path = data / "peers" / f"{name}-F32.gguf"
@@ -182,9 +194,33 @@ def test_what_states_keep_is_part_of_a_sequence(name: str, n_saved: int, data: P
         assert np.array_equal(other.forward.run(1, tokens[n_saved:], n_saved, "all"), expected[n_saved:])
 
 
-def test_deepseek4_beyond_two_keys_of_128_tokens(data: Path) -> None:
-    """However the prompt is cut; without these keys logits would be others."""
-    references = data / "peers" / "deepseek4-F32.npz"
+@pytest.mark.parametrize("context_length", [1, 3, 4, 5, 8, 11, 12])
+@pytest.mark.parametrize("name", ["glm5-next", "glm5-next-plain"])
+def test_contexts_of_less_than_a_pool_or_of_no_more_than_are_chosen(name: str, context_length: int, data: Path) -> None:
+    references = np.load(data / "peers" / f"{name}-F32.npz")
+    tokens, exact = references["tokens"][:context_length].tolist(), references["logits_exact"][:context_length]
+    with ModelRunner(data / "peers" / f"{name}-F32.gguf", context_length=context_length) as runner:
+        logits = runner.logits(tokens)
+        assert np.abs(logits - exact).max() < 1e-4
+        assert np.array_equal(runner.logits(tokens, (1,) * (context_length - 1)), logits)
+
+
+def without_keys_of_128_tokens(op: Attention) -> Attention:
+    return replace(op, shared_cache=None) if op.shared_cache and not op.selected else op
+
+
+@pytest.mark.parametrize(
+    ("name", "otherwise"),
+    [
+        ("deepseek4", without_keys_of_128_tokens),  # there are two
+        ("glm5-next-plain", lambda op: replace(op, selected=None)),  # two of sixty pools are seen
+    ],
+)
+def test_what_many_tokens_share_in_a_long_prompt(
+    name: str, otherwise: Callable[[Attention], Attention], data: Path
+) -> None:
+    """However the prompt is cut; without that logits would be others."""
+    references = data / "peers" / f"{name}-F32.npz"
     with np.load(references, allow_pickle=False) as z:
         tokens, exact = z["tokens_long"].tolist(), z["logits_long_exact"]
     n = len(exact)
@@ -193,10 +229,7 @@ def test_deepseek4_beyond_two_keys_of_128_tokens(data: Path) -> None:
         assert np.abs(logits - exact).max() < 1e-4
         assert np.array_equal(runner.logits(tokens, (127, 1, 1, 126, 3))[-n:], logits)
         graph = runner.model.graph
-        graph.operations = [
-            replace(op, shared_cache=None) if isinstance(op, Attention) and op.shared_cache and not op.selected else op
-            for op in graph.operations
-        ]
+        graph.operations = [otherwise(op) if isinstance(op, Attention) else op for op in graph.operations]
         others = ReferenceProgram(graph, runner.weights).run(tokens)[-n:]
     assert (np.abs(others - exact).max(-1) > 0.01).all()
 

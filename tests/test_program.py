@@ -108,6 +108,7 @@ def test_the_lowest_limit_of_all_operations_counts(embedding):
 
 A, B, C = 1 << 20, 2 << 20, 3 << 20  # addresses that are never followed
 SHARED = A, 4, 4, 1, 1, B, 16, C, 4, 4  # what attention is given beside the rest
+TAIL = A, 4, 4, 8, 1, 0, 0, 0, 0, 1, True
 FINE = {
     "embed": (A, 0, 10, 8, B, 8, 1.0),
     "rms_norm": (A, 8, C, 0, B, 8, 2, 4, 0, False, 1e-6, 0),
@@ -123,7 +124,9 @@ FINE = {
     "scale_by_position": (A, 8, 8, 1, 4, 0.1),
     "attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0, 0.0),
     "shared_attention": (*(A, 64, B, 64, B, 64, C, 64, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 4, 0, 0.0), *SHARED),
+    "tail_attention": (A, 32, B, 16, B, 16, C, 32, C, 0, 16, 2, 1, 16, 16, 1.0, 0, 0, 0, 0.0, *TAIL),
     "select_positions": (A, 32, B, 16, C, 2, A, 4, C, 0, 16, 2, 16, 4, 1.0, 4),
+    "selecting_tail": (A, 32, B, 16, C, 2, A, 5, C, 0, 16, 2, 16, 4, 1.0, 4, True),
     "select_blocks": (A, 32, B, 16, A, 8, C, 0, 16, 2, 16, 4, 8, 1),
     "causal_conv": (0, 8, 0, 0, C, B, 8, 8, 4, True),  # 0: real memory, see below
     "rope": (A, 16, 0, 2, 8, 8, 0, 1.0, 4),
@@ -141,7 +144,13 @@ FINE = {
     "mix_residuals": ([(A, 8), (B, 8)], C, C, 8, 8, 1e-6),
     "select_outputs": (A, 8, B, 8, 8),
 }
-ALIASES = {"shared_attention": "attention", "table_router": "router", "mixed_streams": "stream_weights"}
+ALIASES = {
+    "mixed_streams": "stream_weights",
+    "selecting_tail": "select_positions",
+    "shared_attention": "attention",
+    "table_router": "router",
+    "tail_attention": "attention",
+}
 BAD = [
     ("embed", 0, 0, "the address of table is 0"),
     ("embed", 1, 4, "4 is not the ggml type"),
@@ -206,6 +215,9 @@ BAD = [
     ("shared_attention", 14, 20, "value_dim is 20; expected at most 16 with shared rows"),
     ("shared_attention", 12, 2, "n_kv_heads is 2; expected 1 with shared rows"),
     ("select_positions", 15, 0, "period is 0"),
+    ("selecting_tail", 7, 4, "the stride of out is 4; expected at least its width 5"),
+    ("selecting_tail", 15, 1, "period is 1; expected more than 1 with a tail"),
+    ("tail_attention", 22, 1, "top_k is 1; expected at least 2 with a tail"),
     ("causal_conv", 8, 1, "kernel_size is 1; expected 2 to 16"),
     ("causal_conv", 8, 17, "kernel_size is 17"),
     ("causal_conv", 1, 7, "the stride of x is 7"),

@@ -42,6 +42,7 @@ def test_has_the_published_size(name: str) -> None:
         ("deepseek-v4-flash", 284, 13),
         ("glm-4.5-air", 106, 12),
         ("glm-5", 744, 40),
+        ("glm-5.3-flash", 313, 16),  # 18 with the output matrix and the block for multi-token prediction
         ("ling-3.0-flash", 124, 5.1),
         ("minimax-m2", 229, 10),
     ],
@@ -179,6 +180,7 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
         "ling-3.0-flash@q8_0:layers=6,experts=4,used=2,vocab=4096",
         "glm-5@q8_0:layers=4,experts=4,used=2,vocab=4096",
         "deepseek-v4-flash@q8_0:layers=4,experts=8,used=2,vocab=4096",
+        "glm-5.3-flash@q8_0:layers=5,experts=8,used=2,vocab=4096",
     ],
 )
 def test_logits_are_sane(name: str) -> None:

@@ -89,7 +89,8 @@ def _attention(spec: AttentionSpec | LatentAttentionSpec | CompressedAttentionSp
         return f"{spec.n_heads} heads over one key of {spec.head_dim} values, of a token or of some together"
     if isinstance(spec, LatentAttentionSpec):
         in_windows = f"; in windows {_attention(spec.window_attention)}" if spec.window_attention else ""
-        return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim} + {spec.rope_dim} values{in_windows}"
+        rotated = f" + {spec.rope_dim}" if spec.rope_dim else ""
+        return f"{spec.n_heads} heads over one latent vector of {spec.latent_dim}{rotated} values{in_windows}"
     up_to, up_to_kv = ("up to " if heads else "" for heads in (spec.layer_heads, spec.layer_kv_heads))
     values = f" (values {spec.value_dim})" if spec.value_dim else ""
     values += f" ({spec.window_head_dim} in windows)" if spec.window_head_dim else ""

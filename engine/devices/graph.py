@@ -204,11 +204,15 @@ class Selected:
 
     There is one list for all heads, or one for each key head. A token's own block is the last one; of no more blocks
     than `top_k` all are listed, and what is behind them is undefined.
+
+    With a `tail` the last place of a list is for a token's own block while that is not whole: a whole one is listed if
+    it was chosen, like any other, and there is one block less.
     """
 
     blocks: Tensor
     block_size: int = 1
     n_lists: int = 1
+    tail: bool = False
 
     @property
     def top_k(self) -> int:
@@ -417,7 +421,8 @@ class SelectPositions(Operation):
     in rising order; what is behind them is undefined.
 
     Where the cache has a `period` above 1, only the last token of each brings a key, and rows stand for positions: the
-    token chooses among the (p + 1) // `period` that there are.
+    token chooses among the (p + 1) // `period` that there are. With a `tail` they stand for blocks of that many
+    positions, and behind those that are chosen stands the token's own block while it is not whole.
     """
 
     q: Tensor
@@ -427,11 +432,12 @@ class SelectPositions(Operation):
     out: Tensor
     n_heads: int
     scale: float
+    tail: bool
 
     @property
     def top_k(self) -> int:
         """Return how many positions are chosen at most."""
-        return self.out.width
+        return self.out.width - self.tail
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -888,17 +894,29 @@ class Graph:
         return x
 
     def select_positions(
-        self, q: Tensor, k: Tensor, weights: Tensor, n_heads: int, top_k: int, scale: float, period: int = 1
+        self,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
+        n_heads: int,
+        top_k: int,
+        scale: float,
+        period: int = 1,
+        *,
+        tail: bool = False,
     ) -> Selected:
         """Choose what attention looks at, by scores of keys that have a cache of their own, which the graph makes here.
 
-        There is one list for all heads of attention. With a `period` so many tokens share a key.
+        There is one list for all heads of attention. With a `period` so many tokens share a key; with a `tail`, too,
+        attention looks at these tokens, and at those after the last whole period.
         """
         assert q.width == n_heads * k.width
         assert weights.width == n_heads
-        cache, out = self._indexer_cache(k, period), Tensor(Buffer(top_k, Rows.TOKENS, np.int32), 0, top_k)
-        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale))
-        return Selected(out)
+        assert period > 1 or not tail
+        width = top_k + tail
+        cache, out = self._indexer_cache(k, period), Tensor(Buffer(width, Rows.TOKENS, np.int32), 0, width)
+        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale, tail))
+        return Selected(out, period, tail=True) if tail else Selected(out)
 
     def select_blocks(self, q: Tensor, k: Tensor, n_heads: int, top_k: int, block_size: int, n_newest: int) -> Selected:
         """Choose blocks that attention looks at, likewise; there is a list for each of its `n_heads` key heads."""

@@ -40,7 +40,7 @@ class Geometry:
     `dense_ffn_size` is that of the first `n_dense_layers`, which have no experts, or of the networks beside experts.
     `latent_dim` and `value_dim` are 0 where attention is not latent; where it is, `n_rot` values of a head's `head_dim`
     are its rotated part. `query_rank` is 0 where queries are made in one step. `top_k` is 0 where attention looks at
-    all positions; where it is not, an indexer chooses so many.
+    all positions; where it is not, an indexer chooses so many, with a `pool_size` that many at a time.
 
     With a `window` every layer has softmax attention; all but one of every `attention_interval` layers have the window,
     and in it `window_kv_heads` heads for keys and values, `window_head_dim` wide, and a rotation of their own.
@@ -85,6 +85,7 @@ class Geometry:
     output_rank: int = 0
     n_streams: int = 0
     n_tables: int = 0
+    pool_size: int = 0
 
     def is_recurrent(self, layer: int) -> bool:
         """Return whether a layer is a delta net."""
@@ -115,6 +116,8 @@ class Style:
         has_output: whether there is an output matrix; without one the embeddings serve.
         vectors: further ones of each block, as long as the stream is wide, as there are experts, or one value.
         has_bounded_decays: whether the decays of delta nets are bounded; `ssm_a` is positive then.
+        has_low_ranks: whether decays and gates of delta nets are made by way of vectors as wide as a head.
+        averages_streams: whether the mean of residual streams goes to the head.
         keys: hyper-parameters that all its models have.
     """
 
@@ -129,6 +132,8 @@ class Style:
     has_output: bool = True
     vectors: tuple[tuple[str, Literal["stream", "experts", "one"]], ...] = ()
     has_bounded_decays: bool = False
+    has_low_ranks: bool = False
+    averages_streams: bool = False
     keys: tuple[tuple[str, Value], ...] = ()
 
 
@@ -193,6 +198,18 @@ STYLES: dict[str, Style] = {
         ),
     ),
     "glm-dsa": _DEEPSEEK,
+    "glm5-next": replace(
+        _DEEPSEEK,
+        has_bounded_decays=True,
+        has_low_ranks=True,
+        averages_streams=True,
+        keys=(
+            *_DEEPSEEK.keys,
+            ("swiglu_clamp_exp", 10.0),
+            ("kda.gate_lower_bound", -5.0),
+            ("hyper_connection.sinkhorn_iterations", 20),
+        ),
+    ),
     "glm4moe": Style(
         "post_attention_norm.weight",
         head_norm="",
@@ -291,6 +308,37 @@ GEOMETRIES: dict[str, Geometry] = {
         n_indexer_heads=32,
         indexer_dim=128,
         top_k=2048,
+    ),
+    "glm-5.3-flash": Geometry(
+        "glm5-next",
+        45,
+        4096,
+        64,
+        1,
+        256,
+        0,
+        1e4,
+        288,
+        8,
+        2048,
+        2048,
+        154880,
+        1048576,
+        attention_interval=4,
+        n_k_heads=64,
+        n_v_heads=64,
+        delta_head_dim=128,
+        conv_kernel=4,
+        n_dense_layers=3,
+        dense_ffn_size=12288,
+        latent_dim=512,
+        value_dim=256,
+        query_rank=1536,
+        n_indexer_heads=32,
+        indexer_dim=128,
+        top_k=2048,
+        n_streams=4,
+        pool_size=4,
     ),
     "glm-4.5-air": Geometry(
         "glm4moe",
@@ -417,7 +465,7 @@ def _shapes(g: Geometry, *, has_router_biases: bool) -> Iterator[tuple[str, int,
             yield f"blk.{layer}.{part}", layer, shape
     if g.window_head_dim and g.n_layers >= g.attention_interval:  # for layers without a window
         yield "rope_freqs.weight", 0, (g.n_rot // 2,)
-    if g.n_streams:
+    if g.n_streams and not STYLES[g.architecture].averages_streams:
         for name, shape in _stream_shapes(g, "output_hc", 1):
             yield name, 0, shape
     yield "output_norm.weight", 0, (g.hidden_size,)
@@ -490,6 +538,11 @@ def _latent_attention_shapes(g: Geometry) -> Parts:
             ("indexer.k_norm.bias", (g.indexer_dim,)),
             ("indexer.proj.weight", (g.n_indexer_heads, g.hidden_size)),
         ]
+    if g.pool_size:
+        parts += [
+            ("indexer_compressor_gate.weight", (g.indexer_dim, g.hidden_size)),
+            ("indexer_compressor_ape.weight", (g.pool_size, g.indexer_dim)),
+        ]
     if STYLES[g.architecture].has_head_gates:
         parts.append(("attn_gate.weight", (g.n_heads, g.hidden_size)))
     return [
@@ -539,11 +592,15 @@ def _kimi_delta_shapes(g: Geometry) -> Parts:
     size = g.n_v_heads * g.delta_head_dim
     parts: Parts = [(f"attn_{part}.weight", (size, g.hidden_size)) for part in "qkv"]
     parts += [(f"ssm_conv1d_{part}.weight", (size, 1, g.conv_kernel)) for part in "qkv"]
+    for part in "fg":
+        if STYLES[g.architecture].has_low_ranks:
+            parts.append((f"ssm_{part}_a.weight", (g.delta_head_dim, g.hidden_size)))
+            parts.append((f"ssm_{part}_b.weight", (size, g.delta_head_dim)))
+        else:
+            parts.append((f"ssm_{part}_a.weight", (size, g.hidden_size)))
     return [
         *parts,
         ("ssm_beta.weight", (g.n_v_heads, g.hidden_size)),
-        ("ssm_f_a.weight", (size, g.hidden_size)),
-        ("ssm_g_a.weight", (size, g.hidden_size)),
         ("ssm_dt.bias", (size,)),
         ("ssm_a", (g.n_v_heads, 1)),
         ("ssm_norm.weight", (g.delta_head_dim,)),
@@ -687,6 +744,8 @@ def _metadata_values(title: str, g: Geometry, recipe: Recipe) -> dict[str, Value
             "attention.indexer.key_length": g.indexer_dim,
             "attention.indexer.top_k": g.top_k,
         }
+    if g.pool_size:
+        keys["attention.indexer.kpool"] = g.pool_size
     return {
         "general.architecture": g.architecture,
         "general.type": "model",

@@ -22,6 +22,7 @@ from engine.models import (
     dots3note,
     exaone_moe,
     gemma4,
+    glm5_next,
     gpt_oss,
     granite_swa,
     granitemoe,
@@ -77,6 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "exaone-moe": exaone_moe,
     "gemma4": gemma4,
     "glm-dsa": deepseek32,
+    "glm5-next": glm5_next,
     "gpt-oss": gpt_oss,
     "granite_swa": granite_swa,
     "granitehybrid": granitemoe,
@@ -113,6 +115,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 # of another, what NVFP4 files say of activations, and how experts are chosen for parts of images.
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 _UNUSED_SUFFIXES = ".input_scale", ".exp_probs_b_vl.bias"
+_INDEXER = "indexer.", "indexer_compressor_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,4 +178,4 @@ def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
         return name.endswith(_UNUSED_SUFFIXES)
     layer, indexer = int(block[1]), getattr(spec.attention, "indexer", None)
     shares = isinstance(indexer, IndexerSpec) and layer < spec.n_layers and not indexer.layers[layer]
-    return layer >= spec.n_layers or (shares and name.startswith("indexer.", block.end()))
+    return layer >= spec.n_layers or (shares and name.startswith(_INDEXER, block.end()))

@@ -184,6 +184,11 @@ class Keys:
             weights_input,
         )
 
+    def limited(self, moe: MoESpec) -> MoESpec:
+        """Return experts with what their factors are clamped to; other networks have the same limits, or their own."""
+        limits, own = self.floats_of_layers("swiglu_clamp_exp"), "swiglu_clamp_shexp"
+        return replace(moe, limits=limits, shared_limits=self.floats_of_layers(own) if self.has(own) else limits)
+
     def scoring(self, default: Scoring) -> Scoring:
         """Return how the router scores experts."""
         number = self.size("expert_gating_func", 0, minimum=0)

@@ -29,7 +29,7 @@ def read_latent_attention(keys: Keys, suffix: str = "", n_heads: int = 0) -> Lat
     Where layers differ, `suffix` ends the names of the keys for some of them, and `n_heads` are theirs.
     """
     head_key, latent_key = f"attention.key_length_mla{suffix}", f"attention.kv_lora_rank{suffix}"
-    rope_dim, head_dim = keys.size("rope.dimension_count"), keys.size(head_key)
+    rope_dim, head_dim = keys.size("rope.dimension_count", minimum=0), keys.size(head_key)
     if head_dim <= rope_dim:
         raise keys.wrong(head_key, head_dim, f"more than rope.dimension_count ({rope_dim})")
     latent_dim = keys.at_most(latent_key, keys.size(latent_key), LARGEST_HEAD - rope_dim)
@@ -90,7 +90,7 @@ def latent_attention(
 
     Where there are gates, each head's result, or each of its values, is multiplied by the sigmoid of its own. `select`
     gives the positions that layers without a window look at, of the compressed query. The file may have sinks, and a
-    norm for the rotated part of the key.
+    norm for the rotated part of the key, if there is one.
     """
     attention, hidden_size = spec.attention, spec.hidden_size
     assert isinstance(attention, LatentAttentionSpec)
@@ -111,18 +111,21 @@ def latent_attention(
     else:
         query_weight = block.matrix("attn_q.weight", query_size, hidden_size)
         q, latent, *gates = graph.linears(x, (query_weight, *weights))
-    q, q_rope = graph.split_heads(q, n_heads, mla.key_dim)
-    c, k_rope = graph.split_heads(latent, 1, latent_dim)
-    c = graph.rms_norm(c, block.vector("attn_kv_a_norm.weight", latent_dim), spec.norm_eps)
-    k_rope = normalize_heads(graph, k_rope, block, "attn_k_norm.weight", rope_dim, spec.norm_eps)
-    if mla.rope is not None:
-        q_rope, k_rope = rotate(graph, q_rope, n_heads, mla.rope, block), rotate(graph, k_rope, 1, mla.rope, block)
+    q_rope: Tensor | None = None
+    k_rope: Tensor | None = None
+    if rope_dim:
+        q, q_rope = graph.split_heads(q, n_heads, mla.key_dim)
+        latent, k_rope = graph.split_heads(latent, 1, latent_dim)
+        k_rope = normalize_heads(graph, k_rope, block, "attn_k_norm.weight", rope_dim, spec.norm_eps)
+        if mla.rope is not None:
+            q_rope, k_rope = rotate(graph, q_rope, n_heads, mla.rope, block), rotate(graph, k_rope, 1, mla.rope, block)
 
     q = graph.head_linear(q, block.experts("attn_k_b.weight", n_heads, latent_dim, mla.key_dim))
-    q = graph.join_heads(q, q_rope, n_heads)
+    q = graph.join_heads(q, q_rope, n_heads) if q_rope else q
     if mla.temperature_slope:
         q = graph.scale_by_position(q, 0, mla.temperature_period, mla.temperature_slope)
-    k = graph.join_heads(c, k_rope, 1)
+    k = graph.rms_norm(latent, block.vector("attn_kv_a_norm.weight", latent_dim), spec.norm_eps)
+    k = graph.join_heads(k, k_rope, 1) if k_rope else k
     out = graph.attention(
         q,
         k,

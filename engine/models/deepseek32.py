@@ -2,7 +2,8 @@
 
 The indexer has small queries, made of the compressed query of attention, and one small key a token, both rotated in
 their first values, and a weight for each of its heads: see `graph.SelectPositions`. In GLM-5.2 some layers have none
-and look at what the last layer with one chose.
+and look at what the last layer with one chose. Keys of some tokens may become one (`glm5_next.py`): then all of these
+tokens are chosen together.
 
 Others turn queries and keys by a Hadamard matrix before their products, for the sake of caches of few bits. That leaves
 the products what they are, so it is not done here.
@@ -18,8 +19,8 @@ from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import Layer, decoder, rotate
 from engine.models.deepseek2 import latent_attention, read_scaled_attention
 
-_TYPES = "attention.indexer.types"
-_NORM_EPS = 1e-6  # files do not say it
+TYPES = "attention.indexer.types"  # the key for which layers choose
+NORM_EPS = 1e-6  # files do not say it
 _MOST_SELECTED = 1 << 14  # a list for each token is kept
 _SHARING_CONTEXT = 1 << 20  # early files of GLM-5.2 are told from GLM-5 by it: they lack the key for sharing layers
 
@@ -34,14 +35,16 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     return keys.model(tensors, replace(attention, indexer=read_indexer(keys, rope, _layers(keys, is_glm))), moe)
 
 
-def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...], norm_eps: float = _NORM_EPS) -> IndexerSpec:
-    """Read the sizes of what chooses positions in those layers, rotated like that."""
+def read_indexer(
+    keys: Keys, rope: RopeSpec | None, layers: tuple[bool, ...], norm_eps: float = NORM_EPS
+) -> IndexerSpec:
+    """Read the sizes of what chooses positions in those layers, rotated like that, if at all."""
     if not keys.size("attention.q_lora_rank", 0, minimum=0):
         raise keys.wrong("attention.q_lora_rank", 0, "at least 1")
     key_dim, top_k = keys.size("attention.indexer.key_length"), keys.size("attention.indexer.top_k")
     keys.at_most("attention.indexer.key_length", key_dim, LARGEST_HEAD)
     keys.at_most("attention.indexer.top_k", top_k, _MOST_SELECTED)
-    if key_dim < rope.n_rot:
+    if rope and key_dim < rope.n_rot:
         raise keys.wrong("attention.indexer.key_length", key_dim, f"at least rope.dimension_count ({rope.n_rot})")
     return IndexerSpec(
         n_heads=keys.size("attention.indexer.head_count"),
@@ -56,7 +59,7 @@ def read_indexer(keys: Keys, rope: RopeSpec, layers: tuple[bool, ...], norm_eps:
 def _layers(keys: Keys, may_share: bool) -> tuple[bool, ...]:
     """Return which layers choose: all, or as a key says."""
     n_layers = keys.n_layers()
-    if may_share and keys.has(_TYPES):
+    if may_share and keys.has(TYPES):
         return read_choosing_layers(keys)
     if may_share and keys.size("context_length") >= _SHARING_CONTEXT:
         return tuple(layer < 2 or layer % 4 == 2 for layer in range(n_layers))
@@ -65,9 +68,9 @@ def _layers(keys: Keys, may_share: bool) -> tuple[bool, ...]:
 
 def read_choosing_layers(keys: Keys) -> tuple[bool, ...]:
     """Read which layers choose; the others look at what the last one before them chose."""
-    layers = tuple(keys.flags_of_layers(_TYPES))
+    layers = tuple(keys.flags_of_layers(TYPES))
     if not layers[0]:
-        raise keys.wrong(_TYPES, "false for the first layer", "true: there is no layer before it")
+        raise keys.wrong(TYPES, "false for the first layer", "true: there is no layer before it")
     return layers
 
 
@@ -102,15 +105,21 @@ def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: M
     """Choose positions: queries of the compressed query of attention, keys and weights of what attention takes."""
     indexer = _indexer(spec)
     n_heads, key_dim = indexer.n_heads, indexer.key_dim
-    k, weights = graph.linears(
-        x,
-        (
-            block.matrix("indexer.attn_k.weight", key_dim, spec.hidden_size),
-            block.matrix("indexer.proj.weight", n_heads, spec.hidden_size),
-        ),
+    names = [("indexer.attn_k", key_dim), ("indexer.proj", n_heads)]
+    if indexer.pool_size > 1:
+        names.append(("indexer_compressor_gate", key_dim))
+    k, weights, *scores = graph.linears(
+        x, [block.matrix(f"{name}.weight", n_rows, spec.hidden_size) for name, n_rows in names]
     )
     q = graph.linear(compressed, block.matrix("indexer.attn_q_b.weight", n_heads * key_dim, compressed.width))
-    k = graph.rms_norm(k, block.vector("indexer.k_norm.weight", key_dim), indexer.norm_eps, centers=True)
-    k = graph.add(k, block.vector("indexer.k_norm.bias", key_dim))
-    q, k = rotate(graph, q, n_heads, indexer.rope, block), rotate(graph, k, 1, indexer.rope, block)
-    return graph.select_positions(q, k, weights, n_heads, indexer.top_k, (n_heads * key_dim) ** -0.5)
+    norm, bias = (block.vector(f"indexer.k_norm.{part}", key_dim) for part in ("weight", "bias"))
+    k = graph.rms_norm(k, norm, indexer.norm_eps, centers=True, bias=bias)
+    if indexer.rope:
+        q, k = rotate(graph, q, n_heads, indexer.rope, block), rotate(graph, k, 1, indexer.rope, block)
+    scale = (n_heads * key_dim) ** -0.5
+    if not scores:
+        return graph.select_positions(q, k, weights, n_heads, indexer.top_k, scale)
+    pool_size = indexer.pool_size
+    biases = block.vector("indexer_compressor_ape.weight", pool_size, key_dim)
+    k = graph.compress(k, scores[0], biases, key_dim, pool_size)
+    return graph.select_positions(q, k, weights, n_heads, indexer.top_k // pool_size, scale, pool_size, tail=True)

@@ -14,16 +14,13 @@ from dataclasses import replace
 
 from engine.devices.graph import Activation, Graph, Selected, Tensor, Weight
 from engine.errors import UnsupportedModelError
-from engine.model_spec import CompressedAttentionSpec, HyperConnectionSpec, IndexerSpec, ModelSpec, RopeSpec
+from engine.model_spec import CompressedAttentionSpec, IndexerSpec, ModelSpec, RopeSpec
 from engine.models import hyper_connections
 from engine.models.binding import LARGEST_HEAD, Keys, Tensors
 from engine.models.blocks import rotate
 from engine.models.deepseek32 import read_indexer
 
 _SHORT_PERIOD, _LONG_PERIOD = 4, 128
-_MOST_MIXED_STREAMS = 4  # that the kernels of every device can do
-_MOST_NORMALIZATIONS = 100  # 20 in all files
-_MAGNITUDE = 2.0  # of the streams' gates
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -42,12 +39,9 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             "(square root of softplus)"
         )
     _check_tables(keys, tensors, n_layers)
-    limits = keys.floats_of_layers("swiglu_clamp_exp")
-    has_shared_limits = keys.has("swiglu_clamp_shexp")
-    shared_limits = keys.floats_of_layers("swiglu_clamp_shexp") if has_shared_limits else limits
     moe = keys.mixture(tensors, scoring=scoring, normalize=None, scales=True)
-    spec = keys.model(tensors, _read_attention(keys), replace(moe, limits=limits, shared_limits=shared_limits))
-    return replace(spec, hyper_connections=_read_hyper_connections(keys))
+    spec = keys.model(tensors, _read_attention(keys), keys.limited(moe))
+    return replace(spec, hyper_connections=hyper_connections.read_mixed_streams(keys))
 
 
 def _check_tables(keys: Keys, tensors: Tensors, n_layers: int) -> None:
@@ -56,18 +50,6 @@ def _check_tables(keys: Keys, tensors: Tensors, n_layers: int) -> None:
     for layer in range(n_layers):
         if tensors.block(layer).has("ffn_gate_tid2eid.weight") != (layer < n_tables):
             raise keys.wrong("hash_layer_count", n_tables, "as many as leading blocks have ffn_gate_tid2eid.weight")
-
-
-def _read_hyper_connections(keys: Keys) -> HyperConnectionSpec:
-    n_streams = keys.size("hyper_connection.count")
-    n_normalizations = keys.size("hyper_connection.sinkhorn_iterations", minimum=0)
-    keys.at_most("hyper_connection.sinkhorn_iterations", n_normalizations, _MOST_NORMALIZATIONS)
-    return HyperConnectionSpec(
-        n_streams=keys.at_most("hyper_connection.count", n_streams, _MOST_MIXED_STREAMS),
-        offset=keys.number("hyper_connection.epsilon"),
-        magnitude=_MAGNITUDE,
-        n_normalizations=max(1, n_normalizations),  # the first is always done
-    )
 
 
 def _read_attention(keys: Keys) -> CompressedAttentionSpec:
@@ -242,6 +224,7 @@ def _select(
     """Choose shared keys: queries of the compressed query of attention, keys that are made as its own are."""
     assert isinstance(spec.attention, CompressedAttentionSpec)
     indexer = spec.attention.indexer
+    assert indexer.rope is not None
     n_heads, key_dim = indexer.n_heads, indexer.key_dim
     k = _compress(graph, values, scores, block, "indexer_compressor", spec, indexer.rope, period)
     q = graph.linear(compressed, block.matrix("indexer.attn_q_b.weight", n_heads * key_dim, compressed.width))

@@ -3,7 +3,7 @@
 A sub-layer takes one row, a sum of all streams, and what it gives is added to each of them; the weights of that sum,
 and the gates of what is added, are made anew for each token of the streams themselves (`graph.ReduceStreams`). In some
 models streams are mixed before something is added to them (https://arxiv.org/abs/2512.24880). They begin as copies of
-the embeddings, and once more become one row before the output norm.
+the embeddings, and once more become one row before the output norm, in some models their mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from engine.model_spec import HyperConnectionSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
 from engine.models.blocks import Layer, feed_forward, layers, normalize
 
-_MOST_STREAMS = 8  # that the kernels of every device can do
+_MOST_STREAMS, _MOST_MIXED_STREAMS = 8, 4  # that the kernels of every device can do
+_MOST_NORMALIZATIONS = 100  # 20 in all files
+_MIXED_MAGNITUDE = 2.0  # of the gates of streams that are mixed
 
 
 def read_hyper_connections(keys: Keys) -> HyperConnectionSpec:
@@ -23,6 +25,20 @@ def read_hyper_connections(keys: Keys) -> HyperConnectionSpec:
         n_streams=keys.at_most("hyper_connection.count", n_streams, _MOST_STREAMS),
         offset=keys.number("hyper_connection.epsilon"),
         magnitude=keys.number("hyper_connection.magnitude"),
+    )
+
+
+def read_mixed_streams(keys: Keys, *, averages: bool = False) -> HyperConnectionSpec:
+    """Read the same for streams that are mixed."""
+    n_streams = keys.size("hyper_connection.count")
+    n_normalizations = keys.size("hyper_connection.sinkhorn_iterations", minimum=0)
+    keys.at_most("hyper_connection.sinkhorn_iterations", n_normalizations, _MOST_NORMALIZATIONS)
+    return HyperConnectionSpec(
+        n_streams=keys.at_most("hyper_connection.count", n_streams, _MOST_MIXED_STREAMS),
+        offset=keys.number("hyper_connection.epsilon"),
+        magnitude=_MIXED_MAGNITUDE,
+        n_normalizations=max(1, n_normalizations),  # the first is always done
+        averages=averages,
     )
 
 
@@ -45,6 +61,8 @@ def decoder(spec: ModelSpec, tensors: Tensors, mixer: Layer, activation: Activat
         return streams
 
     def leave(graph: Graph, x: Tensor) -> Tensor:
+        if _of(spec).averages:
+            return _mean(graph, x, _of(spec).n_streams)
         (row,) = _reduce(graph, x, tensors, "output_hc", spec, 1)
         return row
 
@@ -66,6 +84,14 @@ def _reduce(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelSpe
         how.n_streams,
         how.n_normalizations if n_scales > 2 else 0,
     )
+
+
+def _mean(graph: Graph, x: Tensor, n_streams: int) -> Tensor:
+    width = x.width // n_streams
+    total = x.columns(0, width)
+    for i in range(1, n_streams):
+        total = graph.add(total, x.columns(i * width, (i + 1) * width))
+    return graph.scale(total, 1 / n_streams)
 
 
 def _of(spec: ModelSpec) -> HyperConnectionSpec:

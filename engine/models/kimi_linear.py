@@ -10,7 +10,7 @@ from dataclasses import replace
 from engine.devices.graph import Gating, Graph, Tensor, Weight
 from engine.model_spec import DeltaNetSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
-from engine.models.blocks import decoder
+from engine.models.blocks import Layer, decoder
 from engine.models.deepseek2 import latent_attention, read_latent_attention
 
 DECAY_BOUND = "kda.gate_lower_bound"
@@ -56,11 +56,13 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
     return decoder(spec, tensors, mix)
 
 
-def mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
+def mix(
+    graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int, attend: Layer = latent_attention
+) -> Tensor:
     """Look back, by a recurrent state or by latent attention."""
     if spec.recurrent_layers[layer]:
         return _delta_attention(graph, x, block, spec)
-    return latent_attention(graph, x, block, spec, layer)
+    return attend(graph, x, block, spec, layer)
 
 
 def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Tensor:
@@ -100,7 +102,7 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
         n_heads,
         n_heads,
         net.grouped,
-        eps=spec.norm_eps,
+        eps=net.eps or spec.norm_eps,
         decay_bound=net.decay_bound,
     )
     out = graph.rms_norm(out, block.vector("ssm_norm.weight", net.head_dim), spec.norm_eps)

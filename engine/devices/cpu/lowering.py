@@ -28,6 +28,7 @@ Value = TypeVar("Value", np.float32, np.int32)
 _LINGER = 4
 
 _NO_LISTS = 0, 0, 0, 1, 1  # of what attention looks at
+_NO_SHARED_ROWS = 0, 0, 0, 0, 1  # that it sees beside that
 
 
 @dataclass(slots=True)
@@ -372,6 +373,7 @@ class Lowering:
                 op.top_k,
                 op.scale,
                 op.cache.period,
+                op.tail,
             )
         )
 
@@ -405,11 +407,12 @@ class Lowering:
         shared, shared_k = op.shared_cache, self._use(op.shared_k) if op.shared_k else None
 
         def record() -> None:
-            lists = (*blocks.at, selected.top_k, selected.block_size, selected.n_lists) if selected and blocks else ()
-            more: tuple[int, ...] = ()
+            lists, shared_rows = _NO_LISTS, _NO_SHARED_ROWS
+            if selected and blocks:
+                lists = *blocks.at, selected.top_k, selected.block_size, selected.n_lists
             if shared and shared_k:
-                more = *shared_k.at, self._state_address[shared], shared.n_rows(limits.context_length), shared.period
-                lists = lists or _NO_LISTS
+                n_rows = shared.n_rows(limits.context_length)
+                shared_rows = *shared_k.at, self._state_address[shared], n_rows, shared.period
             self.program.attention(
                 *q.at,
                 *k.at,
@@ -428,7 +431,8 @@ class Lowering:
                 op.chunk,
                 op.cap,
                 *lists,
-                *more,
+                *shared_rows,
+                selected is not None and selected.tail,
             )
 
         self._calls.append(record)

@@ -441,10 +441,13 @@ def _same_angles(a: ops.Rope, b: ops.Rope) -> bool:
 def _alone(found: Attention, n_users: Counter[ops.Buffer]) -> bool:
     """Return whether nobody else uses what is made on the way, but for one operation that makes what comes in.
 
-    Keys that are normalised come in and stay as they are: values may be made of them, too.
+    Keys that are normalised come in and stay as they are: values may be made of them, too. What was chosen to look at
+    may be looked at by other layers, too.
     """
     own = Counter(buffer for op in found.operations for buffer in {tensor.buffer for tensor in op.tensors()})
     shared = {(found.gate or found.attention).out.buffer, *([found.k_norm.x.buffer] if found.k_norm else ())}
     if found.attention.shared_k:
         shared.add(found.attention.shared_k.buffer)
+    if found.attention.selected:
+        shared.add(found.attention.selected.blocks.buffer)
     return all(n_users[buffer] - n <= 1 for buffer, n in own.items() if buffer not in shared)

@@ -79,6 +79,7 @@ def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.S
             p.rows(scores).address,
             attention.Place(p.base + p.step.positions, p.base + p.step.slots),
             count,
+            tail=op.tail,
         )
 
     recorder.record(launches)
@@ -186,8 +187,12 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
     to, finish = recorder.use(out), recorder.finish(out)
     selected, listed = recorder.use(op.selected.blocks) if op.selected else None, attention.Sight()
     if op.selected:
-        by_head = op.selected.n_lists > 1
-        listed = attention.Sight(top_k=op.selected.top_k, block_size=op.selected.block_size, by_head=by_head)
+        listed = attention.Sight(
+            top_k=op.selected.top_k,
+            block_size=op.selected.block_size,
+            by_head=op.selected.n_lists > 1,
+            tail=op.selected.tail,
+        )
     listed = listed._replace(window=op.window)
     shared, store = op.shared_cache, _stored_keys(recorder, item)
     if shared:

@@ -158,11 +158,13 @@ static inline int chunks_of(attention_view view) {
     return attention_chunks(view.n_shared) + view.end_chunk - view.chunk;
 }
 
-// How many positions the blocks have that a token at `position` looks at: all are whole but the newest, which is always
-// chosen.
+// How many positions the blocks have that a token at `position` looks at: all before the last place of a full list are
+// whole. In that place is the token's own block, or with a tail, once this is whole, nothing.
 static inline int selected_positions(const attention_args *a, int position) {
-    const int most = a->top_k * a->block_size;
-    return position < most ? position + 1 : most - a->block_size + position % a->block_size + 1;
+    const int n_before = position + a->tail,
+              n_blocks = n_before / a->block_size; // positions and blocks before that place
+    const int n_listed = n_blocks < a->top_k ? n_blocks : a->top_k - 1;
+    return n_listed * a->block_size + n_before % a->block_size + !a->tail;
 }
 
 // Writes the positions at n places of a list from `first` on.
