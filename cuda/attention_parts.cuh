@@ -21,8 +21,8 @@ DEVICE int shared_rows(int position) {
 DEVICE int last_position(int position) {
     if (PERIOD)
         return shared_rows(position) + (WINDOW && position >= WINDOW ? WINDOW - 1 : position);
-    const int n_before = position + TAIL; // positions before the last place of a list
-    return TOP_K && n_before >= TOP_K * BLOCK ? (TOP_K - 1) * BLOCK + n_before % BLOCK - TAIL : position;
+    const int n = position + TAIL; // positions of the blocks that may stand before the last place of a list
+    return TOP_K && n >= TOP_K * BLOCK ? (TOP_K - 1) * BLOCK + n % BLOCK - TAIL : position;
 }
 
 // What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values

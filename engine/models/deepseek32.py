@@ -104,9 +104,9 @@ def _indexer(spec: ModelSpec) -> IndexerSpec:
 def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: ModelSpec) -> Selected:
     """Choose positions: queries of the compressed query of attention, keys and weights of what attention takes."""
     indexer = _indexer(spec)
-    n_heads, key_dim = indexer.n_heads, indexer.key_dim
+    n_heads, key_dim, pool_size = indexer.n_heads, indexer.key_dim, indexer.pool_size
     names = [("indexer.attn_k", key_dim), ("indexer.proj", n_heads)]
-    if indexer.pool_size > 1:
+    if pool_size > 1:
         names.append(("indexer_compressor_gate", key_dim))
     k, weights, *scores = graph.linears(
         x, [block.matrix(f"{name}.weight", n_rows, spec.hidden_size) for name, n_rows in names]
@@ -116,10 +116,8 @@ def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: M
     k = graph.rms_norm(k, norm, indexer.norm_eps, centers=True, bias=bias)
     if indexer.rope:
         q, k = rotate(graph, q, n_heads, indexer.rope, block), rotate(graph, k, 1, indexer.rope, block)
-    scale = (n_heads * key_dim) ** -0.5
-    if not scores:
-        return graph.select_positions(q, k, weights, n_heads, indexer.top_k, scale)
-    pool_size = indexer.pool_size
-    biases = block.vector("indexer_compressor_ape.weight", pool_size, key_dim)
-    k = graph.compress(k, scores[0], biases, key_dim, pool_size)
-    return graph.select_positions(q, k, weights, n_heads, indexer.top_k // pool_size, scale, pool_size, tail=True)
+    if scores:
+        biases = block.vector("indexer_compressor_ape.weight", pool_size, key_dim)
+        k = graph.compress(k, scores[0], biases, key_dim, pool_size)
+    how = indexer.top_k // pool_size, (n_heads * key_dim) ** -0.5, pool_size
+    return graph.select_positions(q, k, weights, n_heads, *how, tail=pool_size > 1)
