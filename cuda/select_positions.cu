@@ -6,7 +6,7 @@
 // one token after the other, with scores in a row of its own.
 //
 // A token at position p < top_k chooses all positions, without scores. Where tokens share rows of the cache, these stand for
-// positions, or with a `tail` for blocks of them: behind those that are chosen stands the one that is not whole.
+// positions, or with `has_tail` for blocks of them: behind those that are chosen stands the one that is not whole.
 #include "indexer.cuh"
 
 struct Shared {
@@ -24,7 +24,7 @@ struct Inputs {
     Cache cache;
     const int *positions, *slots;
     float scale;
-    int top_k, tail;
+    int top_k, has_tail;
 };
 
 // A lane's share of its warp's heads, and their weights.
@@ -73,12 +73,12 @@ DEVICE void score_tile(Shared &s, const Weighted &heads, const Side<KEY_DIM> &si
 }
 
 // Writes which of n a token chooses, by their scores if there are more than top_k; whole block of threads.
-DEVICE void choose_rows(Shared &s, const float *scores, int n, int top_k, int tail, int *out) {
+DEVICE void choose_rows(Shared &s, const float *scores, int n, int top_k, int has_tail, int *out) {
     if (n > top_k) {
         choose(s.choice, scores, n, top_k, out);
-        choose_all(n, n + tail, out + top_k);
+        choose_all(n, n + has_tail, out + top_k);
     } else
-        choose_all(0, n + tail, out);
+        choose_all(0, n + has_tail, out);
 }
 
 // scores: float [tokens, scores_stride]. Grid: (blocks, tokens); a block takes every n-th tile.
@@ -99,14 +99,14 @@ score_positions(Inputs in, float *scores, int64_t scores_stride, const int *n_to
 
 // out: int32 [tokens, out_stride], top_k of them and perhaps a tail. Grid: tokens.
 KERNEL(THREADS)
-choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int tail, int *out,
+choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int has_tail, int *out,
                  int64_t out_stride, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
     const int token = blockIdx.x;
     if (token < *n_tokens)
-        choose_rows(s, scores + token * scores_stride, cache.rows_up_to(positions[token]), top_k, tail, out + token * out_stride);
+        choose_rows(s, scores + token * scores_stride, cache.rows_up_to(positions[token]), top_k, has_tail, out + token * out_stride);
 }
 
 // Both, for many tokens, the last ones first: they have most to do. scores: a row for each block. Grid: blocks.
@@ -125,6 +125,6 @@ select_positions(Inputs in, float *scores, int64_t scores_stride, int *out, int6
             for (int first = 0; first < n; first += TILE)
                 score_tile(s, heads, side, first, n, scores);
         }
-        choose_rows(s, scores, n, in.top_k, in.tail, out + token * out_stride);
+        choose_rows(s, scores, n, in.top_k, in.has_tail, out + token * out_stride);
     }
 }

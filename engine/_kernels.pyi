@@ -345,7 +345,7 @@ class Program:
         shared: int = 0,
         n_shared_rows: int = 0,
         period: int = 1,
-        tail: bool = False,
+        has_tail: bool = False,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
@@ -355,7 +355,7 @@ class Program:
         on; 0 sets no limit. `sinks` (or 0) is float32 [n_heads]: a score for each head that has no value.
         With a `cap` above 0 the other scores become cap * tanh(score / cap). With `selected`, int32 rows, it sees the
         blocks of `block_size` positions that its row lists in rising order: all up to its own, or `top_k`, the last of
-        which is its own. A row is one list, or `n_lists` behind one another, one for each key head. With a `tail` the last
+        which is its own. A row is one list, or `n_lists` behind one another, one for each key head. With `has_tail` the last
         of `top_k` places is for its own block while that is not whole, and a list has one block less otherwise.
 
         With `shared_k` there is a cache `shared` of `n_shared_rows` keys, the first values of which are values: that row
@@ -381,13 +381,13 @@ class Program:
         top_k: int,
         scale: float,
         period: int = 1,
-        tail: bool = False,
+        has_tail: bool = False,
     ) -> None:
         """Store k at each token's position in its slot's cache, then choose the positions that attention looks at.
 
         Formula: `graph.SelectPositions`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
         the min(p + 1, top_k) positions that a token at p chooses, in rising order. Where `period` tokens share a row the
-        last of them brings it, and `context_length` counts rows. With a `tail` rows stand for blocks of so many positions,
+        last of them brings it, and `context_length` counts rows. With `has_tail` rows stand for blocks of so many positions,
         and `out` has one place more, for the block that is not whole.
         """
 

@@ -211,14 +211,14 @@ cdef extern from "kernels/ops.h":
         const int32_t *selected
         int64_t selected_stride
         int top_k, block_size, n_lists
-        bint tail
+        bint has_tail
     ctypedef struct select_positions_args:
         matrix q, weights
         kv_cache cache
         int32_t *out
         int64_t out_stride
         int n_heads, top_k
-        bint tail
+        bint has_tail
         float scale
     ctypedef struct select_blocks_args:
         matrix q
@@ -1023,7 +1023,7 @@ cdef class Program:
         uintptr_t shared=0,
         int n_shared_rows=0,
         int period=1,
-        bint tail=False,
+        bint has_tail=False,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         cdef attention_args args
@@ -1051,12 +1051,12 @@ cdef class Program:
         args.top_k = top_k
         args.block_size = block_size
         args.n_lists = n_lists
-        args.tail = tail
+        args.has_tail = has_tail
         if selected:
             need_blocks(top_k, block_size)
             need(n_lists == 1 or n_lists == n_kv_heads, f"n_lists is {n_lists}; expected 1 or {n_kv_heads}")
             need(block_size == 1 or not shared_k, f"block_size is {block_size}; expected 1 for a list of shared rows")
-            need(top_k > 1 or not tail, f"top_k is {top_k}; expected at least 2 with a tail")
+            need(top_k > 1 or not has_tail, f"top_k is {top_k}; expected at least 2 with a tail")
             args.selected = <const int32_t *> need_matrix(
                 "selected", selected, selected_stride, n_lists * <int64_t> top_k
             ).at
@@ -1090,7 +1090,7 @@ cdef class Program:
         int top_k,
         float scale,
         int period=1,
-        bint tail=False,
+        bint has_tail=False,
     ):
         cdef select_positions_args args
         args.cache = cache_at("cache", cache, cache_type, self._n_slots, context_length, 1, head_dim, 0, period)
@@ -1098,12 +1098,12 @@ cdef class Program:
         need_at_least("top_k", top_k, 1)
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
         args.weights = need_matrix("weights", weights, weights_stride, n_heads)
-        need(period > 1 or not tail, f"period is {period}; expected more than 1 with a tail")
-        args.out = <int32_t *> need_matrix("out", out, out_stride, top_k + <int64_t> tail).at
+        need(period > 1 or not has_tail, f"period is {period}; expected more than 1 with a tail")
+        args.out = <int32_t *> need_matrix("out", out, out_stride, top_k + <int64_t> has_tail).at
         args.out_stride = out_stride
         args.n_heads = n_heads
         args.top_k = top_k
-        args.tail = tail
+        args.has_tail = has_tail
         args.scale = scale
         recorded(program_select_positions(self._program, args, need_matrix("k", k, k_stride, head_dim)))
 

@@ -160,7 +160,7 @@ class ReferenceProgram:
         nothing = len(keys) + 1  # beyond the block that is not whole
         chosen = np.sort(np.where(is_there, chosen, nothing), axis=-1)
         chosen = np.pad(chosen, ((0, 0), (0, op.top_k - chosen.shape[1])), constant_values=nothing)
-        if op.tail:
+        if op.has_tail:
             n_before = self.positions[:, None] + 1
             own = np.where(n_before % op.cache.period, n_before // op.cache.period, nothing)
             chosen = np.concatenate([chosen, own], axis=-1)

@@ -1108,7 +1108,7 @@ def indexer_cache(
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "period", "tail", "mode"),
+    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "period", "has_tail", "mode"),
     [
         (KVType.F32, 5, 40, 20, 200, False, 1, False, "fast"),
         (KVType.F16, 64, 128, 37, 200, False, 1, False, "fast"),
@@ -1132,7 +1132,7 @@ def test_positions_are_selected(
     context_length: int,
     equal: bool,
     period: int,
-    tail: bool,
+    has_tail: bool,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1147,18 +1147,18 @@ def test_positions_are_selected(
     n_tokens = len(positions)
     q = rng.integers(-most, most + 1, (n_tokens, n_heads * key_dim)).astype(F32)
     weights = rng.integers(-most, most + 1, (n_tokens, n_heads)).astype(F32)
-    expected = np.full((n_tokens, top_k + tail), -7, np.int32)
+    expected = np.full((n_tokens, top_k + has_tail), -7, np.int32)
     for token, position in enumerate(positions):
         seen = keys[: position + 1][period - 1 :: period]
         by_head = np.maximum(q[token].reshape(n_heads, key_dim).astype(np.float64) @ seen.T, 0)
         chosen = np.argsort(-(weights[token] / 4 @ by_head), kind="stable")[:top_k]
-        listed = [*np.sort(chosen), *[len(seen)] * tail]
+        listed = [*np.sort(chosen), *[len(seen)] * has_tail]
         expected[token, : len(listed)] = listed
     scores = np.full(selection.scores_bytes(cache.context_length, n_tokens) // 4, np.nan, F32)
     place = Place(emulator.at(positions), emulator.at(slots))
     for order, seed in SCHEDULES:
         for n in (n_tokens, 5):  # one block for each; many blocks
-            out = np.full((n, top_k + tail), -7, np.int32)
+            out = np.full((n, top_k + has_tail), -7, np.int32)
             launches = selection.select_positions(
                 emulator.rows(q),
                 emulator.rows(weights),
@@ -1170,7 +1170,7 @@ def test_positions_are_selected(
                 emulator.at(scores),
                 place,
                 emulator.count(n, n),
-                tail=tail,
+                has_tail=has_tail,
             )
             assert len(launches) == (1 if n > selection.FEW_TOKENS else 2)
             emulator.run([store, *launches], order, seed)
@@ -1320,7 +1320,7 @@ def test_attention_looks_at_selected_positions(
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "dims", "group", "block_size", "top_k", "tail", "mode"),
+    ("kv_type", "dims", "group", "block_size", "top_k", "has_tail", "mode"),
     [
         (KVType.F16, (128, 128), 16, 16, 4, False, "fast"),
         (KVType.Q8_0, (40, 32), 18, 5, 7, False, "race"),
@@ -1332,7 +1332,7 @@ def test_attention_looks_at_selected_positions(
     ],
 )
 def test_attention_looks_at_the_blocks_of_each_key_head(
-    kv_type: KVType, dims: tuple[int, int], group: int, block_size: int, top_k: int, tail: bool, mode: str
+    kv_type: KVType, dims: tuple[int, int], group: int, block_size: int, top_k: int, has_tail: bool, mode: str
 ) -> None:
     """As at lists of their positions; where all are selected with the bits of plain attention.
 
@@ -1346,8 +1346,8 @@ def test_attention_looks_at_the_blocks_of_each_key_head(
     k, v = (rng.standard_normal((n_kept, n_kv_heads * dim)).astype(F32) for dim in dims)
     selected = np.full((n_tokens, n_kv_heads, top_k), 1 << 20, np.int32)
     for token, head in np.ndindex(n_tokens, n_kv_heads):
-        own, rest = divmod(int(positions[token]) + tail, block_size)  # whole blocks before the last place
-        chosen = [*np.sort(rng.permutation(own)[: top_k - 1]), *[own] * (rest > 0 or not tail)]
+        own, rest = divmod(int(positions[token]) + has_tail, block_size)  # whole blocks before the last place
+        chosen = [*np.sort(rng.permutation(own)[: top_k - 1]), *[own] * (rest > 0 or not has_tail)]
         selected[token, head, : len(chosen)] = chosen
     cache = Cache(0, kv_type, 1, context_length, n_kv_heads, key_dim, value_dim)
     memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
@@ -1367,7 +1367,7 @@ def test_attention_looks_at_the_blocks_of_each_key_head(
         return out
 
     lists = emulator.rows(selected.reshape(n_tokens, -1))
-    sight = Sight(selected=lists, top_k=top_k, block_size=block_size, by_head=True, tail=tail)
+    sight = Sight(selected=lists, top_k=top_k, block_size=block_size, by_head=True, has_tail=has_tail)
     for order, seed in SCHEDULES:
         found = attend(n_tokens, sight, order, seed)
         assert same_bits(attend(4, sight, order, seed), found[:4])

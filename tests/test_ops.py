@@ -921,7 +921,7 @@ def test_attention_with_values_in_the_keys(seed: int, n: int, n_heads: int) -> N
 
 
 def selection_case(
-    seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False, period=1, tail=False
+    seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False, period=1, has_tail=False
 ) -> tuple[Case, np.ndarray]:
     """The choice of positions, or rows that some share, over whole sequences and what is chosen; -77 is never written.
 
@@ -937,18 +937,18 @@ def selection_case(
     )
 
     def record(program: k.Program, at) -> None:
-        sizes = context, n_heads, dim, top_k, 0.5, period, tail
+        sizes = context, n_heads, dim, top_k, 0.5, period, has_tail
         program.select_positions(*at.q, *at.k, *at.weights, *at.out, at.cache, kind, *sizes)
 
     case = Case(
         record,
         {"q": q, "k": keys, "weights": weights},
-        {"out": (top_k + tail, np.int32)},
+        {"out": (top_k + has_tail, np.int32)},
         state={"cache": k.kv_cache_bytes(kind, n_slots, context, 1, dim, 0)},
         slots=slots,
         n_slots=n_slots,
     )
-    chosen = np.full((n, top_k + tail), UNTOUCHED[np.int32])
+    chosen = np.full((n, top_k + has_tail), UNTOUCHED[np.int32])
     all_keys = stored(keys[:, None], kind)[:, 0]
     for slot in range(n_slots):
         rows = np.flatnonzero(slots == slot)
@@ -956,7 +956,7 @@ def selection_case(
             seen = rows[: i + 1][period - 1 :: period]
             by_head = np.maximum(f64(q[row]).reshape(n_heads, dim) @ all_keys[seen].T, 0)
             order = np.argsort(-(weights[row] / 2 @ by_head), kind="stable")[:top_k]
-            listed = [*np.sort(order), *[len(seen)] * tail]
+            listed = [*np.sort(order), *[len(seen)] * has_tail]
             chosen[row, : len(listed)] = listed
     return case, chosen
 
@@ -973,15 +973,15 @@ def selection_case(
     st.sampled_from([(1, False), (1, False), (3, False), (3, True)]),
 )
 def test_select_positions(seed, lengths, n_heads, dim, top_k, kind, equal, shared) -> None:
-    slots, (period, tail) = [slot for slot, length in enumerate(lengths) for _ in range(length)], shared
-    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, equal=equal, period=period, tail=tail)
+    slots, (period, has_tail) = [slot for slot, length in enumerate(lengths) for _ in range(length)], shared
+    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, equal=equal, period=period, has_tail=has_tail)
     case.check({"out": chosen}, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("equal", [False, True])
-@pytest.mark.parametrize(("period", "tail"), [(1, False), (2, False), (2, True)])
-def test_select_positions_over_several_blocks_of_them(period: int, tail: bool, equal: bool) -> None:
-    case, chosen = selection_case(5, [0] * 640, 5, 16, 100, equal=equal, period=period, tail=tail)
+@pytest.mark.parametrize(("period", "has_tail"), [(1, False), (2, False), (2, True)])
+def test_select_positions_over_several_blocks_of_them(period: int, has_tail: bool, equal: bool) -> None:
+    case, chosen = selection_case(5, [0] * 640, 5, 16, 100, equal=equal, period=period, has_tail=has_tail)
     for cuts in ((), (639,), (256, 257, 600, 603), (255, 512)):
         for isa, n_threads in ((k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)):
             assert np.array_equal(case.run(isa, n_threads, cuts)["out"], chosen), (cuts, isa, n_threads)
@@ -1086,7 +1086,7 @@ def test_select_blocks_takes_the_newest_whatever_the_scores(bad: float) -> None:
 
 @pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
 @pytest.mark.parametrize(
-    ("n", "block_size", "top_k", "tail"),
+    ("n", "block_size", "top_k", "has_tail"),
     [
         (60, 4, 5, False),
         (700, 60, 6, False),
@@ -1096,7 +1096,7 @@ def test_select_blocks_takes_the_newest_whatever_the_scores(bad: float) -> None:
         (60, 7, 2, True),
     ],
 )
-def test_attention_to_selected_blocks(n: int, block_size: int, top_k: int, tail: bool, kind: int) -> None:
+def test_attention_to_selected_blocks(n: int, block_size: int, top_k: int, has_tail: bool, kind: int) -> None:
     """Each key head has a list; where all blocks are chosen the bits are those of plain attention.
 
     With a tail a token's own block is one like others once it is whole.
@@ -1106,15 +1106,15 @@ def test_attention_to_selected_blocks(n: int, block_size: int, top_k: int, tail:
     q, keys, values = (normal(i, n, width) for i, width in enumerate(widths))
     rng, selected = np.random.default_rng(3), np.full((n, n_kv_heads, top_k), 1 << 20, np.int32)
     for p, head in itertools.product(range(n), range(n_kv_heads)):
-        own, rest = divmod(p + tail, block_size)  # whole blocks before the last place
-        chosen = [*np.sort(rng.permutation(own)[: top_k - 1]), *[own] * (rest > 0 or not tail)]
+        own, rest = divmod(p + has_tail, block_size)  # whole blocks before the last place
+        chosen = [*np.sort(rng.permutation(own)[: top_k - 1]), *[own] * (rest > 0 or not has_tail)]
         selected[p, head, : len(chosen)] = chosen
 
     def record(program: k.Program, at, selects: bool = True) -> None:
         places = (*at.q, *at.k, *at.v, *at.out, at.cache, kind, context)
         sizes = (n_heads, n_kv_heads, head_dim, value_dim, scale, 0, 0, 0, 0.0)
         lists = (*at.selected, top_k, block_size, n_kv_heads) if selects else ()
-        program.attention(*places, *sizes, *lists, tail=tail and selects)
+        program.attention(*places, *sizes, *lists, has_tail=has_tail and selects)
 
     def case_of(record) -> Case:
         inputs = {"q": q, "k": keys, "v": values, "selected": selected.reshape(n, -1)}
@@ -1132,7 +1132,7 @@ def test_attention_to_selected_blocks(n: int, block_size: int, top_k: int, tail:
         exact[p, head] = weights @ all_values[seen, kv_head]
     case.check({"out": exact.reshape(n, -1)}, rtol=1e-4, atol=1e-5)
     plain = case_of(lambda program, at: record(program, at, selects=False)).run()["out"]
-    found, n_whole = case.run()["out"], top_k * block_size - tail
+    found, n_whole = case.run()["out"], top_k * block_size - has_tail
     assert found[:n_whole].tobytes() == plain[:n_whole].tobytes()
     assert n <= n_whole or not np.array_equal(found, plain)
 

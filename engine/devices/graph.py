@@ -205,14 +205,14 @@ class Selected:
     There is one list for all heads, or one for each key head. A token's own block is the last one; of no more blocks
     than `top_k` all are listed, and what is behind them is undefined.
 
-    With a `tail` the last place of a list is for a token's own block while that is not whole: a whole one is listed if
+    With `has_tail` the last place of a list is for a token's own block while that is not whole: a whole one is listed if
     it was chosen, like any other, and there is one block less.
     """
 
     blocks: Tensor
     block_size: int = 1
     n_lists: int = 1
-    tail: bool = False
+    has_tail: bool = False
 
     @property
     def top_k(self) -> int:
@@ -421,7 +421,7 @@ class SelectPositions(Operation):
     in rising order; what is behind them is undefined.
 
     Where the cache has a `period` above 1, only the last token of each brings a key, and rows stand for positions: the
-    token chooses among the (p + 1) // `period` that there are. With a `tail` they stand for blocks of that many
+    token chooses among the (p + 1) // `period` that there are. With `has_tail` they stand for blocks of that many
     positions, and behind those that are chosen stands the token's own block while it is not whole.
     """
 
@@ -432,12 +432,12 @@ class SelectPositions(Operation):
     out: Tensor
     n_heads: int
     scale: float
-    tail: bool
+    has_tail: bool
 
     @property
     def top_k(self) -> int:
         """Return how many positions are chosen at most."""
-        return self.out.width - self.tail
+        return self.out.width - self.has_tail
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -903,20 +903,20 @@ class Graph:
         scale: float,
         period: int = 1,
         *,
-        tail: bool = False,
+        has_tail: bool = False,
     ) -> Selected:
         """Choose what attention looks at, by scores of keys that have a cache of their own, which the graph makes here.
 
-        There is one list for all heads of attention. With a `period` so many tokens share a key; with a `tail`, too,
+        There is one list for all heads of attention. With a `period` so many tokens share a key; with `has_tail`, too,
         attention looks at these tokens, and at those after the last whole period.
         """
         assert q.width == n_heads * k.width
         assert weights.width == n_heads
-        assert period > 1 or not tail
-        width = top_k + tail
+        assert period > 1 or not has_tail
+        width = top_k + has_tail
         cache, out = self._indexer_cache(k, period), Tensor(Buffer(width, Rows.TOKENS, np.int32), 0, width)
-        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale, tail))
-        return Selected(out, period, tail=True) if tail else Selected(out)
+        self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale, has_tail))
+        return Selected(out, period, has_tail=True) if has_tail else Selected(out)
 
     def select_blocks(self, q: Tensor, k: Tensor, n_heads: int, top_k: int, block_size: int, n_newest: int) -> Selected:
         """Choose blocks that attention looks at, likewise; there is a list for each of its `n_heads` key heads."""

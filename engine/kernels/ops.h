@@ -265,7 +265,7 @@ typedef struct {
                                 // shared rows, one list
     int64_t selected_stride;
     int top_k, block_size, n_lists; // blocks of a list at most, positions of a block; one list, or n_kv_heads
-    bool tail;                      // whether the last place of a list is for a block that is not whole
+    bool has_tail;                  // whether the last place of a list is for a block that is not whole
     float *partials;                // [SPLIT_ATTENTION_TOKENS, n_heads, chunks of both caches, partial result]
     padded_counter *n_done;         // [SPLIT_ATTENTION_TOKENS, n_kv_heads, tiles of a group], all zero between steps
 } attention_args;
@@ -276,7 +276,7 @@ typedef struct {
     int32_t *out;   // [max_tokens, top_k and, with a tail, one more], rows `out_stride` apart
     int64_t out_stride;
     int n_heads, top_k;
-    bool tail; // whether rows are blocks of positions, and the one that is not whole comes last
+    bool has_tail; // whether rows are blocks of positions, and the one that is not whole comes last
     float scale;
     float *scores;          // [the larger of SPLIT_ATTENTION_TOKENS and n_threads, context rounded up to 16]
     padded_counter *n_done; // [SPLIT_ATTENTION_TOKENS], all zero between steps

@@ -553,7 +553,7 @@ int program_select_positions(program *p, select_positions_args args, matrix k) {
         .name = "select_positions", .args.select_positions = args, .tasks = &p->kernels->ops->select_positions};
     touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
     touch_whole(p, &op, READS, args.weights, args.n_heads);
-    touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.top_k + (int64_t)args.tail);
+    touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.top_k + (int64_t)args.has_tail);
     touch_block(&op, READS, cache.keys, 1);
     touch_block(&op, WRITES, args.scores, 1);
     return record(p, op);

@@ -120,4 +120,4 @@ def _select(graph: Graph, x: Tensor, compressed: Tensor, block: Tensors, spec: M
         biases = block.vector("indexer_compressor_ape.weight", pool_size, key_dim)
         k = graph.compress(k, scores[0], biases, key_dim, pool_size)
     how = indexer.top_k // pool_size, (n_heads * key_dim) ** -0.5, pool_size
-    return graph.select_positions(q, k, weights, n_heads, *how, tail=pool_size > 1)
+    return graph.select_positions(q, k, weights, n_heads, *how, has_tail=pool_size > 1)

@@ -373,7 +373,7 @@ class Lowering:
                 op.top_k,
                 op.scale,
                 op.cache.period,
-                op.tail,
+                op.has_tail,
             )
         )
 
@@ -432,7 +432,7 @@ class Lowering:
                 op.cap,
                 *lists,
                 *shared_rows,
-                selected is not None and selected.tail,
+                selected is not None and selected.has_tail,
             )
 
         self._calls.append(record)

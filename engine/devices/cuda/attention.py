@@ -107,7 +107,7 @@ class Sight(NamedTuple):
     """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0.
 
     With `top_k`, `selected` are int32 rows of one list, or `by_head` of one for each key head: so many blocks of
-    `block_size` positions at most, the last of which may be there only while it is not whole (`tail`). With a cache of
+    `block_size` positions at most, the last of which may be there only while it is not whole (`has_tail`). With a cache of
     `shared` rows a token sees these beside the positions, or those that the list names.
     """
 
@@ -119,7 +119,7 @@ class Sight(NamedTuple):
     top_k: int = 0
     block_size: int = 1
     by_head: bool = False
-    tail: bool = False
+    has_tail: bool = False
     shared: Cache | None = None
 
     def most_seen(self, context_length: int) -> int:
@@ -135,7 +135,7 @@ class Sight(NamedTuple):
     def definitions(self) -> tuple[str, ...]:
         """Return what kernels that know what tokens see are compiled for."""
         period, window = (self.shared.period, self.window) if self.shared is not None else (0, 0)
-        lists = f"TOP_K={self.top_k}", f"BLOCK={self.block_size}", f"TAIL={int(self.tail)}"
+        lists = f"TOP_K={self.top_k}", f"BLOCK={self.block_size}", f"TAIL={int(self.has_tail)}"
         return *lists, f"PERIOD={period}", f"WINDOW={window}"
 
 

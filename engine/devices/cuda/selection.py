@@ -30,7 +30,7 @@ class _Inputs(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("top_k", ctypes.c_int32),
-        ("tail", ctypes.c_int32),
+        ("has_tail", ctypes.c_int32),
     ]
 
 
@@ -86,11 +86,11 @@ def select_positions(
     place: Place,
     count: Count,
     *,
-    tail: bool = False,
+    has_tail: bool = False,
 ) -> list[Launch]:
     """Score all positions and choose: by many blocks for few tokens, by one for each of many, with the same result.
 
-    `out` has int32 rows, `scores` is the address of `scores_bytes` bytes. With a `tail` rows of the cache are blocks of
+    `out` has int32 rows, `scores` is the address of `scores_bytes` bytes. With `has_tail` rows of the cache are blocks of
     positions, and behind those that are chosen comes the one that is not whole.
     """
     check_indexer(cache, n_heads)
@@ -99,10 +99,10 @@ def select_positions(
     assert q.stride >= n_heads * cache.key_dim
     assert q.address % 8 == q.stride % 2 == 0
     assert weights.stride >= n_heads
-    assert out.stride >= top_k + tail
-    assert cache.period > 1 or not tail
+    assert out.stride >= top_k + has_tail
+    assert cache.period > 1 or not has_tail
     definitions = (*cache.definitions, f"N_HEADS={n_heads}")
-    inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k, tail)
+    inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k, has_tail)
     kept = (pointer(scores), int64(cache.context_length))
     shared, n = _shared_bytes(cache, n_heads, apart=False), pointer(count.address)
 
@@ -112,7 +112,7 @@ def select_positions(
     if count.most > FEW_TOKENS:
         return [launch("select_positions", (min(count.most, _BLOCKS), 1, 1), inputs, *kept, *at(out))]
     blocks = min(ceil_div(cache.context_length, _TILE), _BLOCKS)
-    chosen = (*kept, cache.argument, pointer(place.positions), int32(top_k), int32(tail), *at(out))
+    chosen = (*kept, cache.argument, pointer(place.positions), int32(top_k), int32(has_tail), *at(out))
     return [
         launch("score_positions", (blocks, count.most, 1), inputs, *kept),
         launch("choose_positions", (count.most, 1, 1), *chosen),

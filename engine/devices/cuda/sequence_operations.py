@@ -79,7 +79,7 @@ def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.S
             p.rows(scores).address,
             attention.Place(p.base + p.step.positions, p.base + p.step.slots),
             count,
-            tail=op.tail,
+            has_tail=op.has_tail,
         )
 
     recorder.record(launches)
@@ -191,7 +191,7 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
             top_k=op.selected.top_k,
             block_size=op.selected.block_size,
             by_head=op.selected.n_lists > 1,
-            tail=op.selected.tail,
+            has_tail=op.selected.has_tail,
         )
     listed = listed._replace(window=op.window)
     shared, store = op.shared_cache, _stored_keys(recorder, item)

@@ -161,9 +161,9 @@ static inline int chunks_of(attention_view view) {
 // How many positions the blocks have that a token at `position` looks at: all before the last place of a full list are
 // whole. In that place is the token's own block, or with a tail, once this is whole, nothing.
 static inline int selected_positions(const attention_args *a, int position) {
-    const int n = position + a->tail, n_blocks = n / a->block_size; // blocks that may stand before that place
+    const int n = position + a->has_tail, n_blocks = n / a->block_size; // blocks that may stand before that place
     const int n_listed = n_blocks < a->top_k ? n_blocks : a->top_k - 1;
-    return n_listed * a->block_size + n % a->block_size + !a->tail;
+    return n_listed * a->block_size + n % a->block_size + !a->has_tail;
 }
 
 // Writes the positions at n places of a list from `first` on.

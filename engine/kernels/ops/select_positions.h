@@ -105,7 +105,7 @@ static void select_positions_run(const op_args *args, const worker *w, int task)
     int32_t *out = a->out + token * a->out_stride;
     const int n = rows_up_to(&a->cache, step->positions[token]), n_chunks = attention_chunks(n);
     if (n <= a->top_k) {
-        for (int i = 0; i < n + a->tail; i++)
+        for (int i = 0; i < n + a->has_tail; i++)
             out[i] = i;
         return;
     }
@@ -120,7 +120,7 @@ static void select_positions_run(const op_args *args, const worker *w, int task)
     } else
         score_positions(a, token, step->slots[token], 0, n, scores);
     highest_scores(scores, n, a->top_k, out);
-    if (a->tail)
+    if (a->has_tail)
         out[a->top_k] = n;
 }
 
