@@ -2,12 +2,12 @@
 // over parts of the positions, which are then merged (`merge_parts.cu`).
 //
 // Compiled as `kv_cache.cuh` says, and for GROUP (query heads that share a key head), CAP (that scores are brought to within;
-// 0.0f: they are not), TOP_K, BLOCK, BY_HEAD, PERIOD and WINDOW (see below).
+// 0.0f: they are not), TOP_K, BLOCK, TAIL, BY_HEAD, PERIOD and WINDOW (see below).
 //
 // A token at position p sees positions from max(0, p - window + 1), and from p rounded down to a multiple of `chunk`, to p;
 // 0 sets no limit. With a TOP_K above 0 it sees those of them that are in the blocks of BLOCK positions which a list names in
-// rising order (`select_positions.cu`, `select_blocks.cu`): all blocks, or TOP_K of them, its own always. A row of `selected`
-// is one list, or BY_HEAD one for each key head. What is called a position below is then a place in the list's blocks.
+// rising order (`select_positions.cu`, `select_blocks.cu`): all blocks, or TOP_K of them, its own always, or with a TAIL until
+// it is whole; whole ones are then one fewer at most. A row of `selected` is one list, or BY_HEAD one for each key head. What is called a position below is then a place in the list's blocks.
 //
 // With a PERIOD above 0 there are, beside the last WINDOW positions (0: all), rows of another cache that so many tokens share,
 // all that are whole or those in the list; `window` is 0 then. Places are those of these rows, and behind them positions.

@@ -1,5 +1,5 @@
 // Parts of the positions that a token attends to: what is known of each, and how they are merged. Compiled for TOP_K,
-// BLOCK, PERIOD and WINDOW (`attention.cu`).
+// BLOCK, TAIL, PERIOD and WINDOW (`attention.cu`).
 #pragma once
 
 #include "common.cuh"
@@ -19,10 +19,11 @@ DEVICE int shared_rows(int position) {
 
 // The last position, or place, that a token at one looks at.
 DEVICE int last_position(int position) {
-    constexpr int MOST = TOP_K * BLOCK;
     if (PERIOD)
         return shared_rows(position) + (WINDOW && position >= WINDOW ? WINDOW - 1 : position);
-    return TOP_K && position >= MOST ? MOST - BLOCK + position % BLOCK : position;
+    const int of_newest = TAIL ? (position + 1) % BLOCK : position % BLOCK + 1; // all others are whole
+    const int most = (TOP_K - 1) * BLOCK + of_newest;
+    return TOP_K && position >= most ? most - 1 : position;
 }
 
 // What is known of a softmax after some parts: the largest score, the sum of the exponentials, and by what the values

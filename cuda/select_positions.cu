@@ -6,7 +6,7 @@
 // one token after the other, with scores in a row of its own.
 //
 // A token at position p < top_k chooses all positions, without scores. Where tokens share rows of the cache, these stand for
-// positions.
+// positions; with a tail the row of a token's own follows those that are chosen, if it is not there yet.
 #include "indexer.cuh"
 
 struct Shared {
@@ -19,13 +19,19 @@ struct Shared {
 struct Inputs {
     const float *q;
     int64_t q_stride;
-    const float *weights;
+    const float *weights; // null: all 1
     int64_t weights_stride;
     Cache cache;
     const int *positions, *slots;
     float scale;
     int top_k;
 };
+
+// Behind n rows of a list, the one of a token at a position if it is not there yet and the list has a tail.
+DEVICE void add_tail(int has_tail, int position, int period, int n, int *out) {
+    if (has_tail && threadIdx.x == 0 && (position + 1) % period)
+        out[n] = position / period;
+}
 
 // A lane's share of its warp's heads, and their weights.
 struct Weighted {
@@ -37,7 +43,7 @@ struct Weighted {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int head = first_head() + threadIdx.x % WARP / 4 + r * 8;
-            weights[r] = head < N_HEADS ? w[head] * in.scale : 0.0f;
+            weights[r] = head < N_HEADS ? (in.weights ? w[head] : 1.0f) * in.scale : 0.0f;
         }
     }
 };
@@ -88,10 +94,10 @@ score_positions(Inputs in, float *scores, int64_t scores_stride, const int *n_to
         score_tile(s, heads, side, first, n, scores + token * scores_stride);
 }
 
-// out: int32 [tokens, out_stride], top_k of them. Grid: tokens.
+// out: int32 [tokens, out_stride], top_k of them, with a tail one more. Grid: tokens.
 KERNEL(THREADS)
-choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int *out,
-                 int64_t out_stride, const int *n_tokens) {
+choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int has_tail,
+                 int *out, int64_t out_stride, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
@@ -103,11 +109,13 @@ choose_positions(const float *scores, int64_t scores_stride, Cache cache, const 
         choose_all(0, n, out + token * out_stride);
     else
         choose(s.choice, scores + token * scores_stride, n, top_k, out + token * out_stride);
+    add_tail(has_tail, positions[token], cache.period, min(n, top_k), out + token * out_stride);
 }
 
 // Both, for many tokens, the last ones first: they have most to do. scores: a row for each block. Grid: blocks.
 KERNEL(THREADS)
-select_positions(Inputs in, float *scores, int64_t scores_stride, int *out, int64_t out_stride, const int *n_tokens) {
+select_positions(Inputs in, float *scores, int64_t scores_stride, int has_tail, int *out, int64_t out_stride,
+                 const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
@@ -115,6 +123,7 @@ select_positions(Inputs in, float *scores, int64_t scores_stride, int *out, int6
     scores += blockIdx.x * scores_stride;
     for (int token = *n_tokens - 1 - (int)blockIdx.x; token >= 0; token -= gridDim.x) {
         const int n = in.cache.rows_up_to(in.positions[token]);
+        add_tail(has_tail, in.positions[token], in.cache.period, min(n, in.top_k), out + token * out_stride);
         if (n <= in.top_k) {
             choose_all(0, n, out + token * out_stride);
             continue;

@@ -107,8 +107,8 @@ class Sight(NamedTuple):
     """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0.
 
     With `top_k`, `selected` are int32 rows of one list, or `by_head` of one for each key head: so many blocks of
-    `block_size` positions at most. With a cache of `shared` rows a token sees these beside the positions, or those that
-    the list names.
+    `block_size` positions at most, perhaps with a tail (`graph.Selected`). With a cache of `shared` rows a token sees
+    these beside the positions, or those that the list names.
     """
 
     sinks: int = 0
@@ -119,6 +119,7 @@ class Sight(NamedTuple):
     top_k: int = 0
     block_size: int = 1
     by_head: bool = False
+    has_tail: bool = False
     shared: Cache | None = None
 
     def most_seen(self, context_length: int) -> int:
@@ -134,7 +135,8 @@ class Sight(NamedTuple):
     def definitions(self) -> tuple[str, ...]:
         """Return what kernels that know what tokens see are compiled for."""
         period, window = (self.shared.period, self.window) if self.shared is not None else (0, 0)
-        return f"TOP_K={self.top_k}", f"BLOCK={self.block_size}", f"PERIOD={period}", f"WINDOW={window}"
+        lists = f"TOP_K={self.top_k}", f"BLOCK={self.block_size}", f"TAIL={int(self.has_tail)}"
+        return *lists, f"PERIOD={period}", f"WINDOW={window}"
 
 
 class Heads(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from engine.devices.cuda.attention import Cache, CacheArgument, Place, check_heads
-from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
+from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
 from engine.devices.graph import KVType
 from engine.errors import DeviceError
 
@@ -75,7 +75,7 @@ def check_indexer(cache: Cache, n_heads: int, *, apart: bool = False) -> None:
 
 def select_positions(
     q: Rows,
-    weights: Rows,
+    weights: Rows | None,
     out: Rows,
     cache: Cache,
     n_heads: int,
@@ -84,6 +84,8 @@ def select_positions(
     scores: int,
     place: Place,
     count: Count,
+    *,
+    has_tail: bool = False,
 ) -> list[Launch]:
     """Score all positions and choose: by many blocks for few tokens, by one for each of many, with the same result.
 
@@ -94,10 +96,10 @@ def select_positions(
     assert (cache.n_kv_heads, cache.value_dim) == (1, 0)
     assert q.stride >= n_heads * cache.key_dim
     assert q.address % 8 == q.stride % 2 == 0
-    assert weights.stride >= n_heads
-    assert out.stride >= top_k
+    assert weights is None or weights.stride >= n_heads
+    assert out.stride >= top_k + has_tail
     definitions = (*cache.definitions, f"N_HEADS={n_heads}")
-    inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k)
+    inputs = _Inputs(*q, *(weights or NOTHING), cache.argument, place.positions, place.slots, scale, top_k)
     kept = (pointer(scores), int64(cache.context_length))
     shared, n = _shared_bytes(cache, n_heads, apart=False), pointer(count.address)
 
@@ -105,9 +107,9 @@ def select_positions(
         return Launch("select_positions.cu", kernel, definitions, grid, _WARPS * WARP, (*arguments, n), shared)
 
     if count.most > FEW_TOKENS:
-        return [launch("select_positions", (min(count.most, _BLOCKS), 1, 1), inputs, *kept, *at(out))]
+        return [launch("select_positions", (min(count.most, _BLOCKS), 1, 1), inputs, *kept, int32(has_tail), *at(out))]
     blocks = min(ceil_div(cache.context_length, _TILE), _BLOCKS)
-    chosen = (*kept, cache.argument, pointer(place.positions), int32(top_k), *at(out))
+    chosen = (*kept, cache.argument, pointer(place.positions), int32(top_k), int32(has_tail), *at(out))
     return [
         launch("score_positions", (blocks, count.most, 1), inputs, *kept),
         launch("choose_positions", (count.most, 1, 1), *chosen),

@@ -159,10 +159,11 @@ static inline int chunks_of(attention_view view) {
 }
 
 // How many positions the blocks have that a token at `position` looks at: all are whole but the newest, which is always
-// chosen.
+// chosen; with a tail, unless it is whole.
 static inline int selected_positions(const attention_args *a, int position) {
-    const int most = a->top_k * a->block_size;
-    return position < most ? position + 1 : most - a->block_size + position % a->block_size + 1;
+    const int size = a->block_size, n_whole = (a->top_k - 1) * size;
+    const int of_newest = a->has_tail ? (position + 1) % size : position % size + 1;
+    return position < n_whole + of_newest ? position + 1 : n_whole + of_newest;
 }
 
 // Writes the positions at n places of a list from `first` on.

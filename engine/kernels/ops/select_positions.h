@@ -15,14 +15,15 @@ static inline __attribute__((always_inline)) v16 add_head_scores(const select_po
     float scores[ATTENTION_TILE * KV_LANES];
     score_group(q + head * a->cache.head_dim, n_q, keys, type, a->cache.head_dim, 1.0f, scores, KV_LANES);
     for (int i = 0; i < n_q; i++)
-        sum = v16_fma(v16_set(weights[head + i] * a->scale), v16_max(v16_load(scores + i * KV_LANES), v16_set(0.0f)),
-                      sum);
+        sum = v16_fma(v16_set((weights ? weights[head + i] : 1.0f) * a->scale),
+                      v16_max(v16_load(scores + i * KV_LANES), v16_set(0.0f)), sum);
     return sum;
 }
 
 static inline __attribute__((always_inline)) void
 score_positions_of(const select_positions_args *a, int token, int slot, int first, int end, int type, float *scores) {
-    const float *q = a->q.at + token * a->q.stride, *weights = a->weights.at + token * a->weights.stride;
+    const float *q = a->q.at + token * a->q.stride;
+    const float *weights = a->weights.at ? a->weights.at + token * a->weights.stride : NULL;
     for (int position = first; position < end; position += KV_LANES) {
         const uint8_t *keys = kv_keys(&a->cache, slot, 0, position);
         v16 sum = v16_set(0.0f);
@@ -79,6 +80,12 @@ static void highest_scores(const float *scores, int n, int n_wanted, int32_t *pl
     }
 }
 
+// Behind what is chosen of rows that are there, the one of a token at that position if it is not.
+static inline void add_tail(const select_positions_args *a, int position, int32_t *out) {
+    if (a->has_tail && (position + 1) % a->cache.period)
+        *out = position / a->cache.period;
+}
+
 static int select_tasks_of_token(const select_positions_args *a, const step_view *step, int token) {
     const int n = rows_up_to(&a->cache, step->positions[token]);
     return n <= a->top_k ? 1 : attention_chunks(n);
@@ -107,6 +114,7 @@ static void select_positions_run(const op_args *args, const worker *w, int task)
     if (n <= a->top_k) {
         for (int i = 0; i < n; i++)
             out[i] = i;
+        add_tail(a, step->positions[token], out + n);
         return;
     }
     float *scores = a->scores + (splits ? token : w->thread) * (int64_t)kv_padded(a->cache.context_length);
@@ -120,6 +128,7 @@ static void select_positions_run(const op_args *args, const worker *w, int task)
     } else
         score_positions(a, token, step->slots[token], 0, n, scores);
     highest_scores(scores, n, a->top_k, out);
+    add_tail(a, step->positions[token], out + a->top_k);
 }
 
 #endif
