@@ -1,6 +1,6 @@
 // Depthwise causal convolution over time, token after token.
 //
-// weight [n_channels, KERNEL_SIZE], bias [n_channels] or null; state [n_slots, KERNEL_SIZE - 1, n_channels], oldest first. Tokens of one sequence
+// weight [n_channels, KERNEL_SIZE], bias [n_channels] or null; state [n_slots, BEFORE, n_channels], oldest first. Tokens of one sequence
 // stand together and in order; one at position 0 starts its sequence with a zero state. The state of a sequence is read
 // once and written once for all its tokens in the step.
 //

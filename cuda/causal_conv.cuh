@@ -1,17 +1,18 @@
-// One channel of a causal convolution over time. Compiled for KERNEL_SIZE, and for ACTIVATES: whether SiLU follows.
+// One channel of a causal convolution over time, of tokens that are DILATION apart. Compiled for that, for KERNEL_SIZE, and
+// for ACTIVATES: whether SiLU follows.
 #pragma once
 
 #include "common.cuh"
 
-constexpr int BEFORE = KERNEL_SIZE - 1;
+constexpr int BEFORE = (KERNEL_SIZE - 1) * DILATION; // tokens that it goes back
 
 // The new output; `past` are the inputs before `now`, oldest first.
 DEVICE float convolved(const float (&past)[BEFORE], float now, const float (&w)[KERNEL_SIZE], float bias = 0.0f) {
     float acc = 0.0f;
 #pragma unroll
-    for (int j = 0; j < BEFORE; j++)
-        acc = __fmaf_rn(past[j], w[j], acc);
-    acc = __fmaf_rn(now, w[BEFORE], acc) + bias;
+    for (int j = 0; j < KERNEL_SIZE - 1; j++)
+        acc = __fmaf_rn(past[j * DILATION], w[j], acc);
+    acc = __fmaf_rn(now, w[KERNEL_SIZE - 1], acc) + bias;
     return ACTIVATES ? silu(acc) : acc;
 }
 

@@ -7,7 +7,7 @@
 // of one sequence stand together and in order. What a state holds where a period begins does not matter, but for the second
 // part.
 //
-// Compiled for N_PARTS. biases [period, N_PARTS * n_channels]. Grid: (ceil(n_channels / 64)); a thread takes a channel, and
+// Compiled for N_PARTS. biases [period, N_PARTS * n_channels]; without scores (null) these and biases are 0. Grid: (ceil(n_channels / 64)); a thread takes a channel, and
 // loads some tokens ahead.
 #include "common.cuh"
 
@@ -56,8 +56,9 @@ compress(const float *values, int64_t values_stride, const float *scores, int64_
             for (int half = 0; half < N_PARTS; half++) {
                 const int t = min(first + i, n - 1), at = half * n_channels + channel;
                 value[i][half] = values[t * values_stride + at];
-                score[i][half] =
-                    scores[t * scores_stride + at] + biases[(int64_t)(positions[t] % period) * width + at];
+                score[i][half] = scores ? scores[t * scores_stride + at] +
+                                              biases[(int64_t)(positions[t] % period) * width + at]
+                                        : 0.0f;
             }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {

@@ -1,8 +1,8 @@
 // Eight columns a lane: out = x * f(gate), where x may first be normalised head by head, and out in the forms that integer
 // formats take.
 //
-// Compiled for GATING, LIMIT, OWN_LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD and FORMS (`quantize.cuh`). The gate has
-// `gate_width` values for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed.
+// Compiled for GATING, LIMIT, OWN_LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD, FORMS (`quantize.cuh`) and N_STREAMS: with more
+// than one of them, of n_cols side by side in x, out is their sum. The gate has `gate_width` values for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed.
 // Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
 #include "gate.cuh"
 #include "quantize.cuh"
@@ -15,12 +15,20 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, i
     if (row >= n || at - threadIdx.x % WARP * 8 >= n_cols)
         return;
     const bool exists = at < n_cols;
-    float v[8] = {}, g[8] = {};
-    if (exists) {
-        load_floats(x + row * x_stride + at, v);
-        load_gate<PER_HEAD>(gate + row * gate_stride, at, gate_width, gate_step, g);
+    float v[8] = {};
+#pragma unroll
+    for (int stream = 0; stream < N_STREAMS; stream++) {
+        const int from = stream * n_cols + at;
+        float own[8] = {}, g[8] = {};
+        if (exists) {
+            load_floats(x + row * x_stride + from, own);
+            load_gate<PER_HEAD>(gate + row * gate_stride, from, gate_width, gate_step, g);
+        }
+        normalize_and_gate<HEAD_SIZE, GATING>(own, g, at, weight, eps, LIMIT, OWN_LIMIT);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            v[i] = stream ? v[i] + own[i] : own[i];
     }
-    normalize_and_gate<HEAD_SIZE, GATING>(v, g, at, weight, eps, LIMIT, OWN_LIMIT);
     if (exists)
         store_floats(out + row * out_stride + at, v);
     forms.store<FORMS>(v, row, at, n_cols);

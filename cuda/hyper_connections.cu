@@ -1,7 +1,8 @@
 // The residual streams of hyper-connections, between two sub-layers: what one gave is added to each stream, times the stream's
 // gate; of the streams then come the weights that they are reduced by for the next one, and the gates of what that will give.
 //
-//     x[i] = streams[i] + gates[i] * added                         for each stream i; without `added` (null) x = streams
+//     x[i] = streams[i] + gates[i] * added                         for each stream i; without `added` (null) x = streams;
+//                                                                  with a magnitude of gates, that * sigmoid(gates[i])
 //     mixes = matrix . x / sqrt(mean(x^2) + eps)                   the mean is that of all streams
 //     weights = sigmoid(scale[0] * mixes[:N_STREAMS] + base[:N_STREAMS]) + offset
 //     gates = magnitude * sigmoid(scale[1] * mixes[N_STREAMS:] + base[N_STREAMS:]) + offset
@@ -91,8 +92,8 @@ DEVICE void finish_row(const Mixing &m, int row, int n_cols, float *totals) {
 
 KERNEL(THREADS)
 hyper_connections(const float *streams, int64_t streams_stride, const float *added, int64_t added_stride, const float *gates,
-                  int64_t gates_stride, const float *mixed, int64_t mixed_stride, float *out, int64_t out_stride, int n_cols,
-                  Mixing mixing, const int *n_rows) {
+                  int64_t gates_stride, float gate_magnitude, const float *mixed, int64_t mixed_stride, float *out,
+                  int64_t out_stride, int n_cols, Mixing mixing, const int *n_rows) {
     __shared__ float sums_of_warps[THREADS / WARP][N_SUMS], totals[N_SUMS];
     const int width = N_STREAMS * n_cols, at = (blockIdx.x * THREADS + threadIdx.x) * COLUMNS;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, stream = at / n_cols, n = *n_rows;
@@ -122,7 +123,8 @@ hyper_connections(const float *streams, int64_t streams_stride, const float *add
         if (exists && added) {
             float y[COLUMNS];
             load_floats(added + row * added_stride + at - stream * n_cols, y);
-            const float gate = gates[row * gates_stride + stream];
+            const float own = gates[row * gates_stride + stream];
+            const float gate = gate_magnitude > 0.0f ? gate_magnitude * sigmoid(own) : own;
 #pragma unroll
             for (int i = 0; i < COLUMNS; i++)
                 x[i] = __fmaf_rn(gate, y[i], x[i]);

@@ -19,7 +19,7 @@ struct Shared {
 struct Inputs {
     const float *q;
     int64_t q_stride;
-    const float *weights;
+    const float *weights; // null: all 1
     int64_t weights_stride;
     Cache cache;
     const int *positions, *slots;
@@ -37,7 +37,7 @@ struct Weighted {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int head = first_head() + threadIdx.x % WARP / 4 + r * 8;
-            weights[r] = head < N_HEADS ? w[head] * in.scale : 0.0f;
+            weights[r] = head < N_HEADS ? (in.weights ? w[head] : 1.0f) * in.scale : 0.0f;
         }
     }
 };
@@ -99,14 +99,15 @@ score_positions(Inputs in, float *scores, int64_t scores_stride, const int *n_to
 
 // out: int32 [tokens, out_stride], top_k of them and perhaps a tail. Grid: tokens.
 KERNEL(THREADS)
-choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int has_tail, int *out,
-                 int64_t out_stride, const int *n_tokens) {
+choose_positions(const float *scores, int64_t scores_stride, Cache cache, const int *positions, int top_k, int has_tail,
+                 int *out, int64_t out_stride, const int *n_tokens) {
     extern __shared__ __align__(16) uint8_t dynamic[];
     Shared &s = *(Shared *)dynamic;
     begin_kernel();
     const int token = blockIdx.x;
+    scores += token * scores_stride, out += token * out_stride;
     if (token < *n_tokens)
-        choose_rows(s, scores + token * scores_stride, cache.rows_up_to(positions[token]), top_k, has_tail, out + token * out_stride);
+        choose_rows(s, scores, cache.rows_up_to(positions[token]), top_k, has_tail, out);
 }
 
 // Both, for many tokens, the last ones first: they have most to do. scores: a row for each block. Grid: blocks.

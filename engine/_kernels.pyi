@@ -174,9 +174,40 @@ class Program:
         """
 
     def embed(
-        self, table: int, ggml_type: int, n_vocab: int, n_cols: int, out: int, out_stride: int, scale: float
+        self,
+        table: int,
+        ggml_type: int,
+        n_vocab: int,
+        n_cols: int,
+        out: int,
+        out_stride: int,
+        scale: float,
+        ids: int = 0,
+        ids_stride: int = 0,
+        n_ids: int = 1,
     ) -> None:
-        """out[t] = dequantised row token_ids[t] of the table, times `scale`."""
+        """out[t] = dequantised row token_ids[t] of the table, times `scale`; or `n_ids` rows ids[t], side by side.
+
+        `ids` are int32 rows of numbers below `n_vocab`, which is not checked; 0: the ids of the tokens.
+        """
+
+    def hash_tokens(
+        self,
+        state: int,
+        out: int,
+        out_stride: int,
+        multipliers: int,
+        sizes: int,
+        offsets: int,
+        n_hashed: int,
+        n_heads: int,
+        end_id: int,
+    ) -> None:
+        """Choose rows of a table by hashes of each token and those before it. Formula: `graph.HashTokens`.
+
+        state int32 [n_slots, n_hashed - 1]; `out` int32 rows of `n_heads`; multipliers uint64 [n_hashed]; sizes and
+        offsets uint32 [n_heads], no size 0.
+        """
 
     def rms_norm(
         self,
@@ -235,12 +266,30 @@ class Program:
         limit: float,
         own_limit: float,
         rows: int,
+        n_streams: int = 1,
     ) -> None:
         """out = x * f(gate), f by `kind`, with n_gates values for as many equal parts of x; in place allowed.
 
         With a limit above 0, f(gate) is at most that, and x is clamped to within it on both sides. GATE_SITU has one for the
-        gate, and `own_limit` for x.
+        gate, and `own_limit` for x. With more than one stream in the `n_cols` columns of x, each with gates for all of its
+        values, out is their sum.
         """
+
+    def gate_by_agreement(
+        self,
+        a: int,
+        a_stride: int,
+        b: int,
+        b_stride: int,
+        x: int,
+        x_stride: int,
+        out: int,
+        out_stride: int,
+        n_streams: int,
+        n_cols: int,
+        floor: float,
+    ) -> None:
+        """Multiply x by a gate for each stream of `n_cols` that a and b have. Formula: `graph.GateByAgreement`."""
 
     def split_heads(
         self,
@@ -388,7 +437,7 @@ class Program:
         Formula: `graph.SelectPositions`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
         the min(p + 1, top_k) positions that a token at p chooses, in rising order. Where `period` tokens share a row the
         last of them brings it, and `context_length` counts rows. With `has_tail` rows stand for blocks of so many positions,
-        and `out` has one place more, for the block that is not whole.
+        and `out` has one place more, for the block that is not whole. Without weights (0) these are 1.
         """
 
     def select_blocks(
@@ -426,8 +475,13 @@ class Program:
         n_channels: int,
         kernel_size: int,
         activates: bool,
+        dilation: int = 1,
     ) -> None:
-        """Depthwise causal convolution, and SiLU if it `activates`. weight float32 [n_channels, kernel_size], bias [n_channels] or 0; state float32 [n_slots, kernel_size - 1, n_channels], oldest first."""
+        """Depthwise causal convolution over tokens that are `dilation` apart, and SiLU if it `activates`.
+
+        weight float32 [n_channels, kernel_size], bias [n_channels] or 0; state float32
+        [n_slots, (kernel_size - 1) * dilation, n_channels], oldest first.
+        """
 
     def delta_net(
         self,
@@ -509,7 +563,8 @@ class Program:
         """Make one row of the tokens of a period so far. Formula: `graph.Compress`.
 
         values and scores have n_parts * n_channels columns, `biases` float32 [period, n_parts * n_channels]: with two
-        parts a row is made of two periods. state float32 [n_slots, n_parts, 3, n_channels].
+        parts a row is made of two periods. state float32 [n_slots, n_parts, 3, n_channels]. Without scores (0) these and
+        biases are 0.
         """
 
     def router(
@@ -646,10 +701,12 @@ class Program:
         n_cols: int,
         mixing: int = 0,
         mixing_stride: int = 0,
+        magnitude: float = 0.0,
     ) -> None:
         """Add a row to streams of n_cols that lie side by side: out[i] = x[i] + gates[i] * added.
 
-        With mixing, the sum over j of mixing[j, i] * x[j] stands in the place of x[i].
+        With mixing, the sum over j of mixing[j, i] * x[j] stands in the place of x[i]. With a magnitude above 0,
+        magnitude * sigmoid(gates) stands in the place of the gates.
         """
 
     def mix_residuals(

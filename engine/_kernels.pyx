@@ -76,6 +76,8 @@ cdef extern from "kernels/ops.h":
         MAX_EXPERTS
         MAX_HEAD_DIM
         MAX_CONV_KERNEL
+        MAX_CONVOLVED
+        MAX_HASHED
         MAX_SCAN_STATE
         MAX_STREAMS
         MAX_RESIDUALS
@@ -89,8 +91,18 @@ cdef extern from "kernels/ops.h":
     ctypedef struct embed_args:
         const uint8_t *table
         int n_cols
+        const int32_t *ids
+        int64_t ids_stride
         matrix out
         float scale
+    ctypedef struct hash_tokens_args:
+        int32_t *state
+        int32_t *out
+        int64_t out_stride
+        const uint64_t *multipliers
+        const uint32_t *sizes
+        const uint32_t *offsets
+        int n_hashed, n_heads, end_id
     ctypedef struct rms_norm_args:
         matrix x, out
         const float *weight
@@ -106,8 +118,12 @@ cdef extern from "kernels/ops.h":
         matrix a, b, out
     ctypedef struct gate_args:
         matrix x, gate, out
-        int kind, span
+        int kind, span, n_streams, n_cols
         float limit, own_limit
+    ctypedef struct gate_by_agreement_args:
+        matrix a, b, x, out
+        int n_cols
+        float floor
     ctypedef struct scale_args:
         matrix x, out, by
         float factor
@@ -145,6 +161,7 @@ cdef extern from "kernels/ops.h":
     ctypedef struct add_to_streams_args:
         matrix x, added, gates, mixing, out
         int n_streams, n_cols
+        float magnitude
     ctypedef struct mix_residuals_args:
         matrix *residuals
         matrix out
@@ -156,7 +173,7 @@ cdef extern from "kernels/ops.h":
         const float *weight
         const float *bias
         float *state
-        int n_channels, kernel_size
+        int n_channels, kernel_size, dilation
         c_bool activates
     ctypedef struct delta_net_args:
         const float *q
@@ -211,14 +228,14 @@ cdef extern from "kernels/ops.h":
         const int32_t *selected
         int64_t selected_stride
         int top_k, block_size, n_lists
-        bint has_tail
+        c_bool has_tail
     ctypedef struct select_positions_args:
         matrix q, weights
         kv_cache cache
         int32_t *out
         int64_t out_stride
         int n_heads, top_k
-        bint has_tail
+        c_bool has_tail
         float scale
     ctypedef struct select_blocks_args:
         matrix q
@@ -280,12 +297,14 @@ cdef extern from "kernels/program.h" nogil:
     program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads)
     void program_free(program *p)
     int program_length(const program *p)
-    int program_embed(program *p, int ggml_type, embed_args args, int n_vocab)
+    int program_embed(program *p, int ggml_type, embed_args args, int n_vocab, int n_ids)
+    int program_hash_tokens(program *p, hash_tokens_args args)
     int program_rms_norm(program *p, rms_norm_args args, int n_groups, int rows)
     int program_quantize(program *p, quantize_args args, int rows)
     int program_linear(program *p, linear_args args)
     int program_add(program *p, add_args args, int n_cols, int rows)
-    int program_gate(program *p, gate_args args, int n_cols, int rows)
+    int program_gate(program *p, gate_args args, int rows)
+    int program_gate_by_agreement(program *p, gate_by_agreement_args args, int n_streams)
     int program_scale(program *p, scale_args args, int n_cols, int rows)
     int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows)
     int program_clamp(program *p, clamp_args args, int n_cols, int rows)
@@ -744,16 +763,61 @@ cdef class Program:
         return result
 
     def embed(
-        self, uintptr_t table, int ggml_type, int n_vocab, int n_cols, uintptr_t out, int64_t out_stride, float scale
+        self,
+        uintptr_t table,
+        int ggml_type,
+        int n_vocab,
+        int n_cols,
+        uintptr_t out,
+        int64_t out_stride,
+        float scale,
+        uintptr_t ids=0,
+        int64_t ids_stride=0,
+        int n_ids=1,
     ):
         need_row_bytes(ggml_type, n_cols)
         need_at_least("n_vocab", n_vocab, 1)
+        need_at_least("n_ids", n_ids, 1)
+        need(ids or n_ids == 1, f"n_ids is {n_ids}; expected 1 for the ids of tokens")
         cdef embed_args args
         args.table = <const uint8_t *> need_address("table", table)
         args.n_cols = n_cols
-        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.ids = NULL
+        args.ids_stride = ids_stride
+        if ids:
+            args.ids = <const int32_t *> need_matrix("ids", ids, ids_stride, n_ids).at
+        args.out = need_matrix("out", out, out_stride, n_ids * <int64_t> n_cols)
         args.scale = scale
-        recorded(program_embed(self._program, ggml_type, args, n_vocab))
+        recorded(program_embed(self._program, ggml_type, args, n_vocab, n_ids))
+
+    def hash_tokens(
+        self,
+        uintptr_t state,
+        uintptr_t out,
+        int64_t out_stride,
+        uintptr_t multipliers,
+        uintptr_t sizes,
+        uintptr_t offsets,
+        int n_hashed,
+        int n_heads,
+        int end_id,
+    ):
+        need(2 <= n_hashed <= MAX_HASHED, f"n_hashed is {n_hashed}; expected 2 to {MAX_HASHED}")
+        need(
+            n_heads > 0 and n_heads % (n_hashed - 1) == 0,
+            f"n_heads is {n_heads}; expected a multiple of {n_hashed - 1}",
+        )
+        cdef hash_tokens_args args
+        args.state = <int32_t *> need_address("state", state)
+        args.out = <int32_t *> need_matrix("out", out, out_stride, n_heads).at
+        args.out_stride = out_stride
+        args.multipliers = <const uint64_t *> need_address("multipliers", multipliers)
+        args.sizes = <const uint32_t *> need_address("sizes", sizes)
+        args.offsets = <const uint32_t *> need_address("offsets", offsets)
+        args.n_hashed = n_hashed
+        args.n_heads = n_heads
+        args.end_id = end_id
+        recorded(program_hash_tokens(self._program, args))
 
     def rms_norm(
         self,
@@ -858,9 +922,13 @@ cdef class Program:
         float limit,
         float own_limit,
         int rows,
+        int n_streams=1,
     ):
         need_one_of("rows", rows, 2)
         need_one_of("kind", kind, 9)
+        need_at_least("n_streams", n_streams, 1)
+        need(n_cols % n_streams == 0, f"{n_streams} streams cannot share {n_cols} columns evenly")
+        need(n_streams == 1 or n_gates == n_cols, f"{n_gates} gates; expected {n_cols} where streams are added up")
         need(
             limit > 0 or kind not in (_GATE_SITU, _GATE_CLAMPED_SILU), f"limit is {limit}; expected a number above 0"
         )
@@ -872,9 +940,37 @@ cdef class Program:
         args.span = n_cols // n_gates
         args.limit = limit
         args.own_limit = own_limit
-        args.out = need_matrix("out", out, out_stride, n_cols)
+        args.n_streams = n_streams
+        args.n_cols = n_cols // n_streams
+        args.out = need_matrix("out", out, out_stride, args.n_cols)
         args.kind = kind
-        recorded(program_gate(self._program, args, n_cols, rows))
+        recorded(program_gate(self._program, args, rows))
+
+    def gate_by_agreement(
+        self,
+        uintptr_t a,
+        int64_t a_stride,
+        uintptr_t b,
+        int64_t b_stride,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_streams,
+        int n_cols,
+        float floor,
+    ):
+        need_at_least("n_streams", n_streams, 1)
+        need_at_least("n_cols", n_cols, 1)
+        need(floor >= 0, f"floor is {floor}; expected 0, or a number above")
+        cdef gate_by_agreement_args args
+        args.a = need_matrix("a", a, a_stride, n_streams * <int64_t> n_cols)
+        args.b = need_matrix("b", b, b_stride, n_streams * <int64_t> n_cols)
+        args.x = need_matrix("x", x, x_stride, n_cols)
+        args.out = need_matrix("out", out, out_stride, n_streams * <int64_t> n_cols)
+        args.n_cols = n_cols
+        args.floor = floor
+        recorded(program_gate_by_agreement(self._program, args, n_streams))
 
     def split_heads(
         self,
@@ -1023,7 +1119,7 @@ cdef class Program:
         uintptr_t shared=0,
         int n_shared_rows=0,
         int period=1,
-        bint has_tail=False,
+        c_bool has_tail=False,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         cdef attention_args args
@@ -1090,15 +1186,14 @@ cdef class Program:
         int top_k,
         float scale,
         int period=1,
-        bint has_tail=False,
+        c_bool has_tail=False,
     ):
         cdef select_positions_args args
         args.cache = cache_at("cache", cache, cache_type, self._n_slots, context_length, 1, head_dim, 0, period)
         need_at_least("n_heads", n_heads, 1)
         need_at_least("top_k", top_k, 1)
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
-        args.weights = need_matrix("weights", weights, weights_stride, n_heads)
-        need(period > 1 or not has_tail, f"period is {period}; expected more than 1 with a tail")
+        args.weights = need_matrix("weights", weights, weights_stride, n_heads) if weights else matrix(NULL, 0)
         args.out = <int32_t *> need_matrix("out", out, out_stride, top_k + <int64_t> has_tail).at
         args.out_stride = out_stride
         args.n_heads = n_heads
@@ -1150,9 +1245,14 @@ cdef class Program:
         int n_channels,
         int kernel_size,
         bint activates,
+        int dilation=1,
     ):
         need(
             2 <= kernel_size <= MAX_CONV_KERNEL, f"kernel_size is {kernel_size}; expected 2 to {MAX_CONV_KERNEL}"
+        )
+        need(
+            0 < dilation <= MAX_CONVOLVED // (kernel_size - 1),
+            f"dilation is {dilation}; expected 1 to {MAX_CONVOLVED // (kernel_size - 1)}",
         )
         cdef causal_conv_args args
         args.x = need_matrix("x", x, x_stride, n_channels)
@@ -1162,6 +1262,7 @@ cdef class Program:
         args.state = <float *> need_address("state", state)
         args.n_channels = n_channels
         args.kernel_size = kernel_size
+        args.dilation = dilation
         args.activates = activates
         recorded(program_causal_conv(self._program, args))
 
@@ -1285,9 +1386,12 @@ cdef class Program:
         need_at_least("period", period, 1)
         cdef compress_args args
         args.values = need_matrix("values", values, values_stride, n_parts * <int64_t> n_channels)
-        args.scores = need_matrix("scores", scores, scores_stride, n_parts * <int64_t> n_channels)
+        args.scores = matrix(NULL, 0)
+        if scores:
+            args.scores = need_matrix("scores", scores, scores_stride, n_parts * <int64_t> n_channels)
+            need_address("biases", biases)
         args.out = need_matrix("out", out, out_stride, n_channels)
-        args.biases = <const float *> need_address("biases", biases)
+        args.biases = <const float *> biases
         args.state = <float *> need_address("state", state)
         args.n_channels = n_channels
         args.n_parts = n_parts
@@ -1505,9 +1609,11 @@ cdef class Program:
         int n_cols,
         uintptr_t mixing=0,
         int64_t mixing_stride=0,
+        float magnitude=0.0,
     ):
         need_streams(n_streams)
         need_at_least("n_cols", n_cols, 1)
+        need(magnitude >= 0, f"magnitude is {magnitude}; expected 0, or a number above")
         cdef add_to_streams_args args
         args.mixing = matrix(NULL, 0)
         if mixing:
@@ -1518,6 +1624,7 @@ cdef class Program:
         args.gates = need_matrix("gates", gates, gates_stride, n_streams)
         args.out = need_matrix("out", out, out_stride, n_streams * <int64_t> n_cols)
         args.n_cols = n_cols
+        args.magnitude = magnitude
         recorded(program_add_to_streams(self._program, args))
 
     def mix_residuals(self, residuals, uintptr_t scorer, uintptr_t out, int64_t out_stride, int n_cols, float eps):

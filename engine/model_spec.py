@@ -63,6 +63,28 @@ class BlockIndexerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledIndexerSpec:
+    """What chooses whole blocks of positions by keys that are means of their tokens' (`graph.SelectPositions`).
+
+    Attributes:
+        n_heads: of its queries; they share one key.
+        key_dim: of queries and keys.
+        top_k: positions that a token looks at, at most, beside those of its own block while that is not whole.
+        periods: for each layer, the positions of a block; 0: it looks at all positions.
+    """
+
+    n_heads: int
+    key_dim: int
+    top_k: int
+    periods: tuple[int, ...]
+
+    @property
+    def layers(self) -> tuple[bool, ...]:
+        """Return for each layer whether it chooses."""
+        return tuple(period > 0 for period in self.periods)
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Softmax attention; `n_heads / n_kv_heads` query heads share one key and value head.
 
@@ -99,7 +121,7 @@ class AttentionSpec:
     window_head_dim: int = 0
     cap: float = 0.0
     qkv_limit: float = 0.0
-    indexer: BlockIndexerSpec | None = None
+    indexer: BlockIndexerSpec | PooledIndexerSpec | None = None
 
     @property
     def cached_dims(self) -> tuple[int, ...]:
@@ -389,6 +411,7 @@ class HyperConnectionSpec:
         magnitude: factor of the gates' sigmoid.
         n_normalizations: of the matrix that mixes streams before something is added; 0: they are not mixed.
         averages: whether the row before the output norm is their mean, not one with weights that are made of them.
+        rank: of what gates every value of the streams before their mean is taken; 0: they are weighted as a whole.
     """
 
     n_streams: int
@@ -396,6 +419,34 @@ class HyperConnectionSpec:
     magnitude: float
     n_normalizations: int = 0
     averages: bool = False
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NgramSpec:
+    """Embeddings of the last tokens, which hashes choose from a table (`graph.HashTokens`).
+
+    Attributes:
+        layer: before which they are added to the residual streams.
+        multipliers: of the ids of a token and of those before it, which are as many as the longest n-gram.
+        sizes, offsets: of each head: how many rows it chooses from, and where these begin.
+        end_id: the token that n-grams do not go beyond.
+        head_dim: values of a row.
+        kernel_size: tokens of the convolution behind it, which are as far apart as an n-gram is long.
+    """
+
+    layer: int
+    multipliers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    end_id: int
+    head_dim: int
+    kernel_size: int
+
+    @property
+    def n_rows(self) -> int:
+        """Return how many rows the table has at least."""
+        return max(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +471,7 @@ class ModelSpec:
         embedding_scale, residual_scale, logit_scale: factors of the embeddings, of what every sub-block adds to the
             residual stream, and of the logits.
         hyper_connections: how residual streams are read and added to, if there are several.
+        ngrams: embeddings of the last tokens in one layer, if there are any.
         residual_period: of how many layers the first keeps the residual stream, for sub-layers to mix with what it
             becomes; 0: none does.
         stream_scale: factor of the residual stream itself, wherever something is added to it.
@@ -441,6 +493,7 @@ class ModelSpec:
     selective_scan: SelectiveScanSpec | None = None
     short_conv_kernel: int = 0
     hyper_connections: HyperConnectionSpec | None = None
+    ngrams: NgramSpec | None = None
     residual_period: int = 0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

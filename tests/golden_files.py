@@ -96,6 +96,8 @@ PEERS = (
     "qwen3",
     "qwen35",
     "qwen3vlmoe",
+    "qwen4exp",
+    "qwen4exp-single",
     "smallthinker",
     "step35",
 )

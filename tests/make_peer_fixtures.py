@@ -12,6 +12,12 @@ GELU is the one function that llama.cpp looks up, in a table of float16 numbers.
 build without the table: ggml-cpu with the line `#define GGML_GELU_FP16` taken out of `vec.h`, in a folder that
 `LLAMA_CPP_LIB_PATH` names.
 
+Of blocks of n tokens (`qwen4exp`) llama.cpp lets a token look at a budget of positions in whole ones, and at n - 1
+more. Those of the token's own block, while it is not whole, are among these; any that are left fall to one block more,
+where it is not defined to which positions. So the budget is made smaller by as many as are left, which depends on the
+place of a token in its block: logits are those of several runs. Only the last layer may have blocks of more than one
+token then.
+
 Where experts are chosen by a hair, two right programs choose differently. Models are therefore drawn until the logits
 stay close to the float32 ones in 8 bits, and also when the embeddings are disturbed a little, in several ways.
 """
@@ -32,11 +38,39 @@ import numpy as np
 OUT = Path(__file__).resolve().parent / "data" / "peers"
 N_VOCAB, HIDDEN, N_TOKENS = 128, 32, 32
 N_TOKENS_LONG, N_TOKENS_WINDOW = 8260, 4130  # more than a chunk of Llama 4, than the window of SmallThinker
-N_TOKENS_COMPRESSED = 300  # two compressed keys of 128 tokens
+N_TOKENS_COMPRESSED = 300  # two compressed keys of 128 tokens, many of 4
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 8
 N_EXPERTS, FFN = 8, 32
 CLOSE = 6e-3  # divergence at one position that is no sign of another expert
 N_DISTURBED, DISTURBANCE = 12, 0.008  # runs, and how much of itself an embedding is changed by; 8 bits do about as much
+
+
+@dataclass
+class Ngrams:
+    """Embeddings of n-grams in one layer: of up to `n` tokens, so many heads of each length."""
+
+    layer: int
+    n: int
+    n_heads: int
+    head_dim: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return N_ROWS_OF_HEADS[: (self.n - 1) * self.n_heads]
+
+    @property
+    def keys(self) -> dict[str, object]:
+        return {
+            "ple.layers": [self.layer],
+            "ple.ngram_size": self.n,
+            "ple.heads_per_ngram": self.n_heads,
+            "ple.conv_kernel": NGRAM_KERNEL,
+            "ple.eos_token_id": END_ID,
+            "ple.layer_multipliers": np.array(MULTIPLIERS[: self.n], np.uint64),
+            "ple.head_offsets": np.cumsum([0, *self.sizes[:-1]]).astype(np.uint64),
+            "ple.head_vocab_sizes": np.array(self.sizes, np.uint64),
+            "embedding_length_per_layer_input": self.head_dim,
+        }
 
 
 @dataclass
@@ -86,6 +120,10 @@ class Peer:
         indexer_layers: the blocks that choose the positions which this looks at.
         n_streams: residual streams with hyper-connections; 0: there is one without them.
         averages_streams: whether the head takes their mean.
+        stream_rank: of the matrices that gate each value of these streams; 0: they are weighted as a whole.
+        ngrams: embeddings of n-grams, if there are any.
+        pooled_layers: the blocks whose attention has an indexer with keys that are means.
+        pooled: how many tokens have one in the last of them; 1, or the others look at all positions.
         ratios: of each block, how many tokens share a compressed key, 0 for no such keys; none: attention is another.
         hash_layers: the blocks that choose experts by a table of tokens.
         block_layers: the blocks whose attention looks at blocks of positions that are chosen for each head of its keys.
@@ -143,6 +181,10 @@ class Peer:
     indexer_layers: tuple[int, ...] = ()
     n_streams: int = 0
     averages_streams: bool = False
+    stream_rank: int = 0
+    ngrams: Ngrams | None = None
+    pooled_layers: tuple[int, ...] = ()
+    pooled: int = 1
     ratios: tuple[int, ...] = ()
     hash_layers: tuple[int, ...] = ()
     block_layers: tuple[int, ...] = ()
@@ -219,6 +261,24 @@ BLOCKS = {
     "attention.indexer.top_k": 4,
     "attention.indexer.block_size": 4,
     "attention.indexer.local_blocks": 2,
+}
+MULTIPLIERS = 0x1F3A5C7B9D21, 0x12B9B0A1D6E3, 0x1D8A7F04C2B5
+N_ROWS_OF_HEADS, N_ROWS_MORE = (61, 67, 71, 73), 8
+NGRAM_KERNEL, END_ID = 4, 7
+STREAM_RANK = 32
+QWEN_4 = MOE | {
+    "expert_shared_feed_forward_length": FFN,
+    "attention.indexer.head_count": INDEXER_HEADS,
+    "attention.indexer.key_length": BLOCK_DIM,
+    "attention.indexer.top_k": TOP_K,
+    "hyper_connection.low_rank": STREAM_RANK,
+}
+QWEN_4_PARTS = {
+    "shared_size": FFN,
+    "head_norm": "head",
+    "head_dim": 16,
+    "recurrent": True,
+    "stream_rank": STREAM_RANK,
 }
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 4096}
 LING_3 = MOE | {
@@ -1084,6 +1144,47 @@ PEERS = {
         head_norm="head",
         head_dim=16,
     ),
+    # Blocks of 4 tokens in the last layer, after one that looks at everything; n-grams of 2 and of 3 tokens.
+    "qwen4exp": Peer(
+        "qwen4exp",
+        4,
+        QWEN_4
+        | DELTA_NET
+        | Ngrams(2, 3, 2, HIDDEN // 4).keys
+        | {
+            "attention.compress_ratios": [0, 0, 0, 4],
+            "hyper_connection.count": 4,
+        },
+        **QWEN_4_PARTS,
+        moe_layers=(0, 1, 2, 3),
+        n_streams=4,
+        ngrams=Ngrams(2, 3, 2, HIDDEN // 4),
+        pooled_layers=(1, 3),
+        pooled=4,
+        n_long=N_TOKENS_COMPRESSED,
+    ),
+    # Blocks of one token, in two layers; n-grams of 2 tokens; a fourth axis, on which only keys of blocks turn.
+    "qwen4exp-single": Peer(
+        "qwen4exp",
+        4,
+        QWEN_4
+        | DELTA_NET
+        | Ngrams(0, 2, 1, HIDDEN).keys
+        | {
+            "attention.compress_ratios": 1,
+            "attention.recurrent_layers": [True, False, True, False],
+            "full_attention_interval": None,
+            "rope.dimension_sections": [2, 2, 2, 2],
+            "hyper_connection.count": 3,
+        },
+        **QWEN_4_PARTS,
+        moe_layers=(0, 1, 2, 3),
+        fused_experts=True,
+        tied=True,
+        n_streams=3,
+        ngrams=Ngrams(0, 2, 1, HIDDEN),
+        pooled_layers=(1, 3),
+    ),
     "smallthinker": Peer(
         "smallthinker",
         2,
@@ -1160,7 +1261,8 @@ class Draw:
 
 def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd.weight", draw.matrix(N_VOCAB, HIDDEN, gain=peer.embedding_gain * np.sqrt(HIDDEN))
-    yield f"{peer.output_norm}.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
+    if not peer.stream_rank:
+        yield f"{peer.output_norm}.weight", draw.norm(HIDDEN) * np.float32(0.5 if peer.tied else 1.0)
     if peer.biases:
         yield f"{peer.output_norm}.bias", draw.between(-0.3, 0.3, HIDDEN)
     if not peer.tied:
@@ -1174,8 +1276,13 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         divisors = draw.between(1, 8, peer.head_dim // 2)
         divisors[len(divisors) - peer.n_still :] = 1e30
         yield "rope_freqs.weight", divisors
-    if peer.n_streams and not peer.averages_streams:
+    if peer.stream_rank:
+        yield from low_rank_streams("output_hc", peer, draw)
+    elif peer.n_streams and not peer.averages_streams:
         yield from hyper_connections("output_hc", peer.n_streams, 1, draw)
+    if peer.ngrams:
+        n_rows, width = sum(peer.ngrams.sizes) + N_ROWS_MORE, peer.ngrams.head_dim
+        yield "per_layer_token_embd.weight", draw.matrix(n_rows, width, gain=np.sqrt(width))
     if peer.residual_scores:
         yield "output_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
     for layer in range(peer.n_layers + peer.n_mtp):
@@ -1188,13 +1295,14 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    yield "attn_norm.weight", draw.norm(HIDDEN)
+    if not peer.stream_rank:
+        yield "attn_norm.weight", draw.norm(HIDDEN)
     if peer.biases:
         yield "attn_norm.bias", draw.between(-0.3, 0.3, HIDDEN)
     if peer.kinds:
         yield from one_kind(peer, layer, draw)
         return
-    if peer.ffn_norm:
+    if peer.ffn_norm and not peer.stream_rank:
         yield f"{peer.ffn_norm}.weight", draw.norm(HIDDEN)
         if peer.biases:
             yield f"{peer.ffn_norm}.bias", draw.between(-0.3, 0.3, HIDDEN)
@@ -1221,10 +1329,17 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield from latent_attention(peer, layer, draw) if peer.is_latent else attention(peer, layer, draw)
     if layer in peer.indexer_layers:
         yield from indexer(peer, draw)
-    if peer.n_streams and layer < peer.n_layers:
-        n_scales = 3 if "hyper_connection.sinkhorn_iterations" in peer.keys else 2
-        for part in ("attn", "ffn"):
+    for part in ("attn", "ffn") if peer.n_streams and layer < peer.n_layers else ():
+        if peer.stream_rank:
+            yield from low_rank_streams(f"hc_{part}", peer, draw)
+            yield f"hc_{part}_inject.weight", draw.matrix(peer.n_streams, peer.n_streams * HIDDEN, gain=2.0)
+        else:
+            n_scales = 3 if "hyper_connection.sinkhorn_iterations" in peer.keys else 2
             yield from hyper_connections(f"hc_{part}", peer.n_streams, n_scales, draw)
+    if peer.ngrams and layer == peer.ngrams.layer:
+        yield from ngrams(peer, draw)
+    if layer in peer.pooled_layers:
+        yield from block_indexer(draw, INDEXER_HEADS)
     if peer.residual_scores:
         for part in ("attn", "ffn"):
             yield f"{part}_res_score.weight", draw.matrix(HIDDEN, gain=0.6)
@@ -1256,7 +1371,9 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
             yield f"ffn_{part}_chexps.weight", draw.matrix(N_EXPERTS // 2, peer.group_width, HIDDEN)
         yield "ffn_down_chexps.weight", draw.matrix(N_EXPERTS // 2, HIDDEN, peer.group_width)
     if peer.shared_size:
-        yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts)
+        yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts and not peer.stream_rank)
+        if peer.stream_rank:
+            yield "ffn_gate_inp_shexp.weight", draw.matrix(HIDDEN)
     if peer.dense_size:
         yield from feed_forward("", peer.dense_size, draw)
 
@@ -1360,7 +1477,7 @@ def attention(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndar
             if peer.biases:
                 yield f"attn_{part}.bias", draw.between(-0.5, 0.5, size)
     # Beside layers that choose blocks llama.cpp makes keys and values float16 numbers: there they must count little.
-    gain = 0.25 if layer in peer.block_layers else 0.005 if peer.block_layers else 1.0
+    gain = 0.25 if layer in peer.block_layers + peer.pooled_layers else 0.005 if peer.block_layers else 1.0
     yield "attn_output.weight", draw.matrix(HIDDEN, n_heads * value_dim, gain=gain)
     if peer.biases:
         yield "attn_output.bias", draw.between(-0.5, 0.5, HIDDEN)
@@ -1434,6 +1551,22 @@ def hyper_connections(name: str, n_streams: int, n_scales: int, draw: Draw) -> I
     yield f"{name}_base.weight", draw.between(-1, 1, n_mixes)
 
 
+def low_rank_streams(name: str, peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    width = peer.n_streams * HIDDEN
+    yield f"{name}_norm.weight", draw.norm(width)
+    yield f"{name}_down.weight", draw.matrix(peer.stream_rank, width, gain=2.0)
+    yield f"{name}_up.weight", draw.matrix(width, peer.stream_rank, gain=4.0)
+
+
+def ngrams(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+    width = peer.n_streams * HIDDEN
+    yield "ple_key.weight", draw.matrix(width, HIDDEN)
+    yield "ple_value.weight", draw.matrix(HIDDEN, HIDDEN)
+    for part in ("key", "query", "conv"):
+        yield f"ple_norm_{part}.weight", draw.norm(width)
+    yield "ple_conv1d.weight", draw.matrix(width, NGRAM_KERNEL, gain=2.0)
+
+
 def indexer(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "indexer.attn_q_b.weight", draw.matrix(INDEXER_HEADS * INDEXER_DIM, QUERY_RANK)
     yield "indexer.attn_k.weight", draw.matrix(INDEXER_DIM, HIDDEN)
@@ -1446,8 +1579,8 @@ def indexer(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         yield "indexer_compressor_ape.weight", draw.between(-3, 3, pool_size, INDEXER_DIM)
 
 
-def block_indexer(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    yield "indexer.q_proj.weight", draw.matrix(N_KV_HEADS * BLOCK_DIM, HIDDEN)
+def block_indexer(draw: Draw, n_heads: int = N_KV_HEADS) -> Iterator[tuple[str, np.ndarray]]:
+    yield "indexer.q_proj.weight", draw.matrix(n_heads * BLOCK_DIM, HIDDEN)
     yield "indexer.k_proj.weight", draw.matrix(BLOCK_DIM, HIDDEN)
     yield "indexer.q_norm.weight", draw.norm(BLOCK_DIM)
     yield "indexer.k_norm.weight", draw.norm(BLOCK_DIM)
@@ -1514,6 +1647,10 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
     }
     if peer.moe_layers:
         keys["expert_used_count"] = peer.n_experts_used
+
+    def add_unsigned(key: str, values: np.ndarray) -> None:
+        writer.add_key_value(key, values.tolist(), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64)
+
     for key, value in (keys | peer.keys).items():
         if value is None:
             continue
@@ -1523,6 +1660,7 @@ def write_model(path: Path, peer: Peer, seed: int, disturbance: int = 0) -> None
             float: writer.add_float32,
             str: writer.add_string,
             list: writer.add_array,
+            np.ndarray: add_unsigned,
         }
         add[type(value)](f"{peer.architecture}.{key}", value)
     writer.add_string("general.name", f"tiny random {peer.architecture}")
@@ -1551,12 +1689,32 @@ def quantize(source: Path, target: Path, file_type: int) -> None:
 
 
 def llama_logits(path: Path, peer: Peer, tokens: np.ndarray, n_wanted: int) -> np.ndarray:
-    """Logits of the last tokens: one thread, keys and values in float32, weights as they are.
+    """Logits of the last tokens, of several runs where llama.cpp's budget of positions is another at each place."""
+    if peer.pooled == 1:
+        return logits_of_a_run(path, peer, tokens, n_wanted)
+    runs = [
+        logits_of_a_run(path, peer, tokens, n_wanted, {"attention.indexer.top_k": TOP_K - peer.pooled + 1 + n_own})
+        for n_own in range(peer.pooled)
+    ]
+    n_own = np.arange(len(tokens) - n_wanted + 1, len(tokens) + 1) % peer.pooled
+    return np.stack(runs)[n_own, np.arange(n_wanted)]
+
+
+def logits_of_a_run(
+    path: Path, peer: Peer, tokens: np.ndarray, n_wanted: int, instead: dict[str, int] | None = None
+) -> np.ndarray:
+    """Logits of the last tokens: one thread, keys and values in float32, weights as they are, some keys replaced.
 
     Without flash attention, but where blocks are chosen: llama.cpp looks at all positions then.
     """
     model_parameters = llama_cpp.llama_model_default_params()
     model_parameters.use_extra_bufts = False
+    overrides = (llama_cpp.llama_model_kv_override * (len(instead or {}) + 1))()  # an empty one is the last
+    for override, (key, number) in zip(overrides, (instead or {}).items(), strict=False):
+        override.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+        override.key = f"{peer.architecture}.{key}".encode()
+        override.value.val_i64 = number
+    model_parameters.kv_overrides = ctypes.cast(overrides, type(model_parameters.kv_overrides))
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
     assert model, path
     parameters = llama_cpp.llama_context_default_params()
@@ -1603,6 +1761,8 @@ def make(name: str, peer: Peer, folder: Path) -> None:
     model, quantized, back = OUT / f"{name}-F32.gguf", OUT / f"{name}-Q8_0.gguf", folder / "back.gguf"
     for seed in range(peer.seed, peer.seed + 1000):
         tokens = np.random.default_rng(1000 + seed).integers(N_VOCAB, size=peer.n_long or N_TOKENS).astype(np.int32)
+        if peer.ngrams:
+            tokens[[5, 17, 18]] = END_ID
         short = tokens[:N_TOKENS]
         write_model(model, peer, seed)
         quantize(model, quantized, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)

@@ -5,7 +5,9 @@ One sequence, nothing fast: each operation is the formula in the docstring of it
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -67,7 +69,28 @@ class ReferenceProgram:
     # -- operations --------------------------------------------------------------------------------------------------
 
     def embed(self, op: ops.Embed) -> None:
-        self[op.out] = self.matrices(op.table)[0][self.token_ids] * op.scale
+        ids = self.token_ids if op.ids is None else self[op.ids].astype(int)
+        self[op.out] = self.matrices(op.table)[0][ids].reshape(len(ids), -1) * op.scale
+
+    def hash_tokens(self, op: ops.HashTokens) -> None:
+        n_hashed, n_heads = len(op.multipliers), len(op.sizes) // (len(op.multipliers) - 1)
+        before = self.states.get(op.state, np.zeros(0, int))
+        tokens = np.concatenate([before, self.token_ids])
+        self.states[op.state] = tokens
+        rows = []
+        for end in range(len(before) + 1, len(tokens) + 1):
+            ids = [int(tokens[end - 1])]
+            earlier = tokens[: end - 1][::-1][: n_hashed - 1].tolist()
+            earlier = earlier[: earlier.index(op.end_id)] if op.end_id in earlier else earlier
+            ids += earlier + [op.end_id] * (n_hashed - 1 - len(earlier))
+            products = [i * int(m) % 2**64 for i, m in zip(ids, op.multipliers, strict=True)]
+            row = []
+            for n in range(2, n_hashed + 1):
+                mixed = functools.reduce(operator.xor, products[:n])
+                heads = slice((n - 2) * n_heads, (n - 1) * n_heads)
+                row += [mixed % int(m) + int(at) for m, at in zip(op.sizes[heads], op.offsets[heads], strict=True)]
+            rows.append(row)
+        self[op.out] = np.array(rows)
 
     def rms_norm(self, op: ops.RMSNorm) -> None:
         x = self[op.x].reshape(len(self.token_ids), -1, op.group_size)
@@ -107,6 +130,9 @@ class ReferenceProgram:
 
     def gate(self, op: ops.Gate) -> None:
         x, gate = self[op.x], self[op.gate]
+        if op.n_streams > 1:
+            self[op.out] = (x * _GATINGS[op.gating](gate)).reshape(len(x), op.n_streams, -1).sum(1)
+            return
         if op.gating == Gating.SITU:
             self[op.out] = _situ(gate, x, op.limit, op.own_limit)
             return
@@ -115,6 +141,12 @@ class ReferenceProgram:
             x = np.clip(x, -7, 7) + 1
         factor = _GATINGS[op.gating](gate).repeat(op.x.width // op.gate.width, 1)
         self[op.out] = np.minimum(factor, op.limit) * np.clip(x, -op.limit, op.limit) if op.limit else x * factor
+
+    def gate_by_agreement(self, op: ops.GateByAgreement) -> None:
+        a, b = (self[t].reshape(len(self.token_ids), op.n_streams, -1) for t in (op.a, op.b))
+        agreement = (a * b).sum(-1, keepdims=True) / math.sqrt(op.x.width)
+        gate = _sigmoid(np.sign(agreement) * np.sqrt(np.maximum(np.abs(agreement), op.floor)))
+        self[op.out] = (self[op.x][:, None] * gate).reshape(len(a), -1)
 
     def split_heads(self, op: ops.SplitHeads) -> None:
         x = self[op.x].reshape(len(self.token_ids), op.n_heads, -1)
@@ -153,7 +185,8 @@ class ReferenceProgram:
         keys = self.shared_keys(op.k, op.cache)
         q = self[op.q].reshape(len(self.token_ids), op.n_heads, -1)
         by_head = np.maximum(np.einsum("qhd,kd->qhk", q, keys), 0)
-        scores = np.einsum("qhk,qh->qk", by_head, self[op.weights] * op.scale)
+        weights = np.ones(q.shape[:2]) if op.weights is None else self[op.weights]
+        scores = np.einsum("qhk,qh->qk", by_head, weights * op.scale)
         scores[np.arange(len(keys)) >= (self.positions[:, None] + 1) // op.cache.period] = -np.inf
         chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : op.top_k]
         is_there = np.take_along_axis(scores, chosen, -1) > -np.inf
@@ -221,8 +254,9 @@ class ReferenceProgram:
 
     def compress(self, op: ops.Compress) -> None:
         period, width = op.period, op.out.width
-        biases = self.vector(op.biases).reshape(period, -1)
-        values, scores = self[op.values], self[op.scores] + biases[self.positions % period]
+        values, scores = self[op.values], np.zeros((len(self.token_ids), op.values.width))
+        if op.scores is not None:
+            scores = self[op.scores] + self.vector(op.biases).reshape(period, -1)[self.positions % period]
         if op.state in self.states:
             values, scores = (
                 np.concatenate(pair) for pair in zip(self.states[op.state], (values, scores), strict=True)
@@ -240,11 +274,11 @@ class ReferenceProgram:
 
     def causal_conv(self, op: ops.CausalConv) -> None:
         kernel = np.concatenate([self.vector(weight) for weight in op.weights]).reshape(op.x.width, op.kernel_size)
-        before = self.states.get(op.state, np.zeros((op.kernel_size - 1, op.x.width)))
+        before = self.states.get(op.state, np.zeros((op.n_before, op.x.width)))
         x = np.concatenate([before, self[op.x]])
-        self.states[op.state] = x[len(x) - op.kernel_size + 1 :]
-        n = len(self.token_ids)
-        sums = sum(x[j : j + n] * kernel[:, j] for j in range(op.kernel_size))
+        self.states[op.state] = x[len(x) - op.n_before :]
+        n, step = len(self.token_ids), op.dilation
+        sums = sum(x[j * step : j * step + n] * kernel[:, j] for j in range(op.kernel_size))
         sums = sums + (0 if op.bias is None else self.vector(op.bias))
         self[op.out] = _silu(sums) if op.activates else sums
 
@@ -351,7 +385,9 @@ class ReferenceProgram:
             self[op.mixing] = kept.reshape(-1, n * n)
 
     def add_to_streams(self, op: ops.AddToStreams) -> None:
-        added, x = self[op.gates][:, :, None] * self[op.added][:, None], self[op.x]
+        gates, x = self[op.gates], self[op.x]
+        gates = op.magnitude * _sigmoid(gates) if op.magnitude else gates
+        added = gates[:, :, None] * self[op.added][:, None]
         if op.mixing is not None:
             n = op.gates.width
             x = np.einsum("tih,tij->tjh", x.reshape(len(x), n, -1), self[op.mixing].reshape(-1, n, n)).reshape(x.shape)
@@ -427,6 +463,7 @@ _SCORINGS = {
 
 _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None]] = {
     ops.Embed: ReferenceProgram.embed,
+    ops.HashTokens: ReferenceProgram.hash_tokens,
     ops.RMSNorm: ReferenceProgram.rms_norm,
     ops.Linear: ReferenceProgram.linear,
     ops.HeadLinear: ReferenceProgram.head_linear,
@@ -436,6 +473,7 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.Clamp: ReferenceProgram.clamp,
     ops.ScaleByPosition: ReferenceProgram.scale_by_position,
     ops.Gate: ReferenceProgram.gate,
+    ops.GateByAgreement: ReferenceProgram.gate_by_agreement,
     ops.SplitHeads: ReferenceProgram.split_heads,
     ops.JoinHeads: ReferenceProgram.join_heads,
     ops.Rope: ReferenceProgram.rope,

@@ -134,7 +134,18 @@ def test_peers(name: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["deepseek32", "deepseek4", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3"]
+    "name",
+    [
+        "deepseek32",
+        "deepseek4",
+        "dots3note",
+        "glm-dsa",
+        "glm5-next",
+        "hy_v4",
+        "minimax-m3",
+        "qwen4exp",
+        "qwen4exp-single",
+    ],
 )
 def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> None:
     """Of more tokens than are chosen; the Q8_0 file's keys are stored in float16."""
@@ -439,10 +450,10 @@ def end(program: CUDAProgram, then: Step | None = None) -> tuple[np.ndarray, np.
     return program.collect()
 
 
-@pytest.fixture(scope="module", params=[SMALL, "qwen35moe/qwen35moe-micro-F32.gguf"])
-def either(request, golden_path) -> Iterator[Model]:
-    """With recurrent states and without."""
-    model = Model(golden_path(request.param))
+@pytest.fixture(scope="module", params=[SMALL, "qwen35moe/qwen35moe-micro-F32.gguf", "qwen4exp-F32.gguf"])
+def either(request, golden_path, data: Path) -> Iterator[Model]:
+    """With recurrent states and without, one of which is made of the tokens themselves."""
+    model = Model(golden_path(request.param) if "/" in request.param else data / "peers" / request.param)
     yield model
     model.close()
 

@@ -104,6 +104,21 @@ def test_latent_keys_without_a_rotated_part_are_normalised_where_they_are_stored
     assert not any(isinstance(item, ops.JoinHeads | ops.SplitHeads) for item in items[4:])  # behind the streams
 
 
+def test_means_of_keys_are_made_where_they_are_stored(data) -> None:
+    """A convolution of tokens that are apart, and gates whose streams are added up, belong to nothing else."""
+    items = groups(data / "peers" / "qwen4exp-F32.gguf")
+    (keys,) = (item for item in items if isinstance(item, fusion.SharedKeys))
+    (selection,) = (item for item in items if isinstance(item, fusion.Selection))
+    assert selection.shared_keys == keys
+    assert selection.q_rope is not None
+    assert [len(item.operations) for item in items if isinstance(item, fusion.Attention)] == [7, 7]
+    assert sum(isinstance(item, fusion.DeltaNetLayer) for item in items) == 2
+    (conv,) = (item for item in items if isinstance(item, ops.CausalConv))
+    assert conv.dilation == 3
+    assert sum(isinstance(item, ops.Gate) and item.n_streams == 4 for item in items) == 9
+    assert not any(isinstance(item, fusion.NormAndGate | ops.Compress | ops.SelectPositions) for item in items)
+
+
 @pytest.mark.parametrize(
     ("name", "n"), [("deepseek32", 2), ("dots3note", 1), ("glm-dsa", 2), ("hy_v4", 2), ("minimax-m3", 2)]
 )

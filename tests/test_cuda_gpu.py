@@ -31,6 +31,7 @@ from test_cuda_draw import (  # noqa: F401 - collected here
     test_what_takes_all_logits_is_left_to_the_cpu,
 )
 from test_cuda_kernels import (  # noqa: F401 - collected here
+    test_a_convolution_of_tokens_that_are_apart,
     test_a_shared_expert_is_one_more_choice,
     test_activations_have_the_bits_of_the_cpu,
     test_attention,
@@ -47,6 +48,8 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_few_tokens_break_no_rule,
     test_few_tokens_have_the_bits_of_the_cpu,
     test_gate,
+    test_gate_by_agreement,
+    test_gates_of_streams_that_are_added_up,
     test_group_router,
     test_heads_have_matrices_of_their_own,
     test_hyper_connections,
@@ -66,6 +69,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_the_norm_of_a_sum_comes_in_all_forms,
     test_tiles_have_the_bits_of_the_cpu,
     test_tiles_take_any_number_of_tokens,
+    test_tokens_are_hashed_as_the_cpu_hashes_them,
     test_words_of_the_host_are_fetched,
 )
 from test_cuda_prompts import (  # noqa: F401 - collected here

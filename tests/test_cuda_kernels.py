@@ -16,6 +16,7 @@ from engine.devices.cuda import (
     elementwise,
     hyper_connections,
     kernels,
+    ngrams,
     recurrent,
     residuals,
     selection,
@@ -358,21 +359,25 @@ def test_embedding_is_the_dequantised_row(name: str) -> None:
     emulator, weight_format = Emulator(), BY_NAME[name]
     n_cols = max(96, weight_format.block_size * 2)
     table, grid = random_weights(weight_format, 9, n_cols), grid_of(weight_format)
-    ids, out = np.array([8, 0, 5], np.int32), np.zeros((3, n_cols), F32)
-    emulator.run(
-        elementwise.embed(
-            emulator.at(aligned(table)),
-            weight_format,
-            emulator.at(ids),
-            9,
-            n_cols,
-            emulator.at(grid) if grid is not None else 0,
-            emulator.rows(out),
-            1.0,
-            emulator.count(3),
+    ids = np.array([[8, 2], [0, 7], [5, 5]], np.int32)
+    for n_ids in (1, 2):
+        out = np.zeros((3, n_ids * n_cols), F32)
+        emulator.run(
+            elementwise.embed(
+                emulator.at(aligned(table)),
+                weight_format,
+                emulator.rows(ids),
+                n_ids,
+                9,
+                n_cols,
+                emulator.at(grid) if grid is not None else 0,
+                emulator.rows(out),
+                1.0,
+                emulator.count(3),
+            )
         )
-    )
-    assert same_bits(out, _kernels.dequantize(weight_format.ggml_type, table, n_cols)[ids])
+        rows = _kernels.dequantize(weight_format.ggml_type, table, n_cols)[ids[:, :n_ids]]
+        assert same_bits(out, rows.reshape(3, -1))
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
@@ -569,6 +574,75 @@ def test_gate(mode: str, gating: Gating, head_size: int, gated_together: int, li
         emulator.run(launch, order, seed)
         assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
         check_forms(out, made)
+
+
+@pytest.mark.parametrize(("n_cols", "n_streams", "mode"), [(1280, 4, "fast"), (96, 3, "race"), (40, 8, "asan")])
+def test_gates_of_streams_that_are_added_up(n_cols: int, n_streams: int, mode: str) -> None:
+    rng, emulator, n_rows = np.random.default_rng(3), Emulator(mode), 3
+    x, by = (rng.standard_normal((n_rows, n_streams * n_cols)).astype(F32) for _ in range(2))
+    expected = gated(Gating.SIGMOID, x.astype(np.float64), by).reshape(n_rows, n_streams, n_cols).sum(1)
+    wanted = [form for form, size in ((Activation.Q8_256, 256), (Activation.Q8_32, 32)) if n_cols % size == 0]
+    for order, seed in SCHEDULES:
+        out = np.zeros((n_rows, n_cols), F32)
+        forms, made = make_forms(emulator, n_rows, n_cols, *wanted)
+        gate = GateOf(Gating.SIGMOID, emulator.rows(by), n_streams * n_cols, n_streams * n_cols)
+        what = emulator.rows(x), gate, emulator.rows(out), n_cols, emulator.count(n_rows), forms
+        emulator.run(kernels.gate(*what, n_streams=n_streams), order, seed)
+        assert out == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        check_forms(out, made)
+
+
+@pytest.mark.parametrize(("n_cols", "n_streams", "mode"), [(1300, 4, "fast"), (70, 3, "race"), (5, 2, "asan")])
+def test_gate_by_agreement(n_cols: int, n_streams: int, mode: str) -> None:
+    rng, emulator, n_rows = np.random.default_rng(3), Emulator(mode), 4
+    a, b = (rng.standard_normal((n_rows, n_streams * n_cols)).astype(F32) for _ in range(2))
+    x = rng.standard_normal((n_rows, n_cols)).astype(F32)
+    a[0], a[1] = 0, a[1] * 1e-4  # no agreement, and less than the floor
+    agreement = (a.astype(np.float64) * b).reshape(n_rows, n_streams, n_cols).sum(-1) / np.sqrt(n_cols)
+    gate = sigmoid(np.sign(agreement) * np.sqrt(np.maximum(np.abs(agreement), 1e-4)))
+    for order, seed in SCHEDULES:
+        out = np.zeros_like(a)
+        rows = (emulator.rows(array) for array in (a, b, x, out))
+        emulator.run(ngrams.gate_by_agreement(*rows, n_streams, n_cols, 1e-4, emulator.count(n_rows)), order, seed)
+        assert out == pytest.approx((gate[..., None] * x[:, None]).reshape(n_rows, -1), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_hashed", "n_heads", "n", "mode"), [(3, 4, 290, "fast"), (8, 7, 23, "race"), (2, 1, 19, "asan")]
+)
+def test_tokens_are_hashed_as_the_cpu_hashes_them(n_hashed: int, n_heads: int, n: int, mode: str) -> None:
+    """Of two sequences, however their tokens are cut into steps; one in five is where n-grams end."""
+    rng, emulator, end_id = np.random.default_rng(3), Emulator(mode), 2
+    tokens = rng.integers(0, 5, (2, n)).astype(np.int32)
+    multipliers = rng.integers(0, 2**64, n_hashed, np.uint64)
+    sizes, offsets = (rng.integers(1, 2**30, n_heads).astype(np.uint32) for _ in range(2))
+    hashes = multipliers, sizes, offsets
+
+    def cpu() -> np.ndarray:
+        out, state = np.zeros((2 * n, n_heads), np.int32), np.zeros(2 * (n_hashed - 1), np.int32)
+        program, step = _kernels.Program(2 * n, 2, 1), _kernels.Step(2 * n)
+        places = state.ctypes.data, out.ctypes.data, n_heads, *(x.ctypes.data for x in hashes)
+        program.hash_tokens(*places, n_hashed, n_heads, end_id)
+        step.token_ids[:], step.slots[:] = tokens.ravel(), np.repeat([0, 1], n)
+        step.positions[:], step.n_tokens = np.tile(np.arange(n), 2), 2 * n
+        program.run(step)
+        return out.reshape(2, n, n_heads)
+
+    expected = cpu()
+    for cuts in ([0, n], [0, 1, 2, 9, n]):
+        state = np.full((3, n_hashed - 1), -1, np.int32)
+        for begin, end in pairwise(cuts):
+            m = end - begin
+            found = np.zeros((2 * m, n_heads), np.int32)
+            ids, positions, slots = (
+                np.array(x, np.int32)
+                for x in (tokens[:, begin:end].ravel(), [*range(begin, end)] * 2, np.repeat([2, 0], m))
+            )
+            how = ngrams.Hashes(*map(emulator.at, hashes), n_hashed, n_heads, end_id)
+            place = Place(emulator.at(positions), emulator.at(slots))
+            what = emulator.rows(found), how, emulator.at(ids), place, emulator.count(2 * m)
+            emulator.run(ngrams.hash_tokens(emulator.at(state), *what))
+            assert (found.reshape(2, m, n_heads) == expected[:, begin:end]).all()
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
@@ -778,7 +852,10 @@ def test_group_router(mode: str, n_groups: int, group_size: int, n_used: int) ->
         (3, 36, 2, False, 3, "asan"),
     ],
 )
-def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool, n_scales: int, mode: str) -> None:
+@pytest.mark.parametrize("gate_magnitude", [0.0, 2.0])
+def test_hyper_connections(
+    n_streams: int, n_cols: int, n_rows: int, adds: bool, n_scales: int, mode: str, gate_magnitude: float
+) -> None:
     rng, emulator, width, mixes = np.random.default_rng(4), Emulator(mode), n_streams * n_cols, n_scales == 3
     n_mixes, n_kept = n_streams * (2 + n_streams if mixes else n_scales), n_streams**2
     streams, row, gates, kept, matrix, base, scale = (
@@ -799,7 +876,8 @@ def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool,
         by_stream = x.reshape(n_rows, n_streams, n_cols), kept.reshape(n_rows, n_streams, n_streams)
         x = np.einsum("tih,tij->tjh", *by_stream).reshape(n_rows, -1)
     if adds:
-        x += (gates[:, :, None] * row.astype(np.float64)[:, None]).reshape(n_rows, -1)
+        by = gate_magnitude * sigmoid(gates) if gate_magnitude else gates
+        x += (by[:, :, None] * row.astype(np.float64)[:, None]).reshape(n_rows, -1)
     found = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) @ matrix.T
     of_mixes = np.concatenate([np.repeat(scale[:2], n_streams), np.repeat(scale[2], n_kept)])[: max(1, n_mixes)]
     found = of_mixes * found + base
@@ -818,7 +896,7 @@ def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool,
         if adds:
             mixing_before = emulator.rows(kept) if mixes else NOTHING
             added = hyper_connections.Added(
-                emulator.rows(row), emulator.rows(gates), emulator.rows(sums), mixing_before
+                emulator.rows(row), emulator.rows(gates), emulator.rows(sums), mixing_before, gate_magnitude
             )
         if n_scales:
             places = (emulator.at(array) for array in (matrix, scale, base, partial, n_done, weights))
@@ -832,7 +910,7 @@ def test_hyper_connections(n_streams: int, n_cols: int, n_rows: int, adds: bool,
         if n_scales:
             assert weights == pytest.approx(expected[0], rel=1e-5)
         if n_scales > 1:
-            assert new_gates == pytest.approx(expected[1], rel=1e-5)
+            assert new_gates == pytest.approx(expected[1], rel=1e-5, abs=1e-6)
         if expected_kept is not None:
             assert new_kept == pytest.approx(expected_kept.reshape(n_rows, -1), rel=1e-4)
         assert not n_done.any()
@@ -850,14 +928,15 @@ def normalized(mixes: np.ndarray, offset: float, n_normalizations: int) -> np.nd
 
 
 @pytest.mark.parametrize(
-    ("n_channels", "n_parts", "period", "mode"), [(150, 2, 4, "race"), (64, 1, 5, "fast"), (30, 2, 3, "asan")]
+    ("n_channels", "n_parts", "period", "has_scores", "mode"),
+    [(150, 2, 4, True, "race"), (64, 1, 5, True, "fast"), (30, 2, 3, True, "asan"), (70, 1, 4, False, "race")],
 )
-def test_compress(n_channels: int, n_parts: int, period: int, mode: str) -> None:
+def test_compress(n_channels: int, n_parts: int, period: int, has_scores: bool, mode: str) -> None:
     """Of two sequences, however their tokens are cut into steps."""
     rng, emulator, n, width = np.random.default_rng(2), Emulator(mode), 23, n_parts * n_channels
     values, scores = (rng.standard_normal((2, n, width)).astype(F32) * size for size in (1, 3))
     biases = rng.standard_normal((period, width)).astype(F32)
-    weighed = scores.astype(np.float64) + biases[np.arange(n) % period]
+    weighed = has_scores * (scores.astype(np.float64) + biases[np.arange(n) % period])
     expected = np.zeros((2, n, n_channels))
     for t in range(n):
         first = t // period * period
@@ -874,7 +953,8 @@ def test_compress(n_channels: int, n_parts: int, period: int, mode: str) -> None
         for begin, end in pairwise(cuts):
             step = slice(begin, end)
             made = np.full((2 * (end - begin), n_channels), np.nan, F32)
-            rows = [emulator.rows(x[:, step].reshape(-1, width).copy()) for x in (values, scores)]
+            rows = [emulator.rows(x[:, step].reshape(-1, width).copy()) for x in (values, scores)[: 1 + has_scores]]
+            rows += [None] * (2 - len(rows))
             positions, slots = (
                 np.array(x, np.int32) for x in ([*range(begin, end)] * 2, np.repeat([2, 0], end - begin))
             )
@@ -1120,8 +1200,9 @@ def indexer_cache(
         (KVType.F16, 5, 40, 20, 200, False, 4, False, "fast"),  # rows that tokens share
         (KVType.F32, 2, 8, 9, 202, True, 4, False, "asan"),
         (KVType.F16, 17, 16, 30, 200, True, 3, False, "race"),
-        (KVType.F16, 5, 40, 20, 200, False, 4, True, "fast"),  # and the one that is not whole
+        (KVType.F16, 5, 40, 20, 200, False, 4, True, "fast"),  # and the one that is not whole, without weights
         (KVType.F32, 2, 8, 9, 202, True, 4, True, "asan"),
+        (KVType.F32, 17, 16, 30, 203, True, 3, True, "race"),
     ],
 )
 def test_positions_are_selected(
@@ -1143,10 +1224,11 @@ def test_positions_are_selected(
     keys = rng.integers(-most, most + 1, (n_kept, key_dim)).astype(F32)
     slots = np.ones(n_kept, np.int32)
     cache, store = indexer_cache(emulator, kv_type, context_length // period, keys, slots, period)
-    positions = np.array([n_kept - 1, top_k - 1, top_k, 3, *range(90, 96)], np.int32)
+    positions = np.array([n_kept - 1, top_k - 1, top_k, 1, *range(90, 96)], np.int32)
     n_tokens = len(positions)
     q = rng.integers(-most, most + 1, (n_tokens, n_heads * key_dim)).astype(F32)
     weights = rng.integers(-most, most + 1, (n_tokens, n_heads)).astype(F32)
+    weights = np.ones_like(weights) if has_tail else weights
     expected = np.full((n_tokens, top_k + has_tail), -7, np.int32)
     for token, position in enumerate(positions):
         seen = keys[: position + 1][period - 1 :: period]
@@ -1161,7 +1243,7 @@ def test_positions_are_selected(
             out = np.full((n, top_k + has_tail), -7, np.int32)
             launches = selection.select_positions(
                 emulator.rows(q),
-                emulator.rows(weights),
+                None if has_tail else emulator.rows(weights),
                 emulator.rows(out),
                 cache,
                 n_heads,
@@ -1328,6 +1410,7 @@ def test_attention_looks_at_selected_positions(
         (KVType.F16, (64, 64), 4, 16, 10, False, "fast"),  # all of them
         (KVType.F16, (128, 128), 16, 16, 4, True, "fast"),
         (KVType.F32, (24, 16), 2, 4, 9, True, "asan"),
+        (KVType.F32, (24, 16), 2, 3, 12, True, "race"),
         (KVType.F16, (64, 64), 4, 16, 10, True, "fast"),  # all of them
     ],
 )
@@ -1381,7 +1464,7 @@ def test_attention_looks_at_the_blocks_of_each_key_head(
         weights = np.exp(keys @ q[token].reshape(n_heads, key_dim)[head] * scale)
         expected = weights @ values / weights.sum()
         assert found[token].reshape(n_heads, value_dim)[head] == pytest.approx(expected, abs=tolerance)
-    if top_k * block_size >= n_kept:
+    if (top_k - has_tail) * block_size >= n_kept:
         assert same_bits(attend(n_tokens, Sight()), found)
 
 
@@ -1687,6 +1770,36 @@ def test_recurrent_layers(
         emulator.run(launch, order, seed)
         assert out == pytest.approx(np.stack(expected), rel=1e-4, abs=1e-5)
         assert state == pytest.approx(new_state, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "kernel_size", "dilation", "mode"), [(300, 4, 3, "fast"), (40, 2, 8, "race"), (7, 3, 2, "asan")]
+)
+def test_a_convolution_of_tokens_that_are_apart(n_channels: int, kernel_size: int, dilation: int, mode: str) -> None:
+    """Of two sequences, however their tokens are cut into steps, with few tokens and with many."""
+    rng, emulator, n, n_before = np.random.default_rng(2), Emulator(mode), 43, (kernel_size - 1) * dilation
+    x = rng.standard_normal((2, n, n_channels)).astype(F32)
+    weight = rng.standard_normal((n_channels, kernel_size)).astype(F32)
+    padded = np.concatenate([np.zeros((2, n_before, n_channels)), x], 1)
+    expected = sum(padded[:, j * dilation :][:, :n] * weight[:, j] for j in range(kernel_size))
+    bits = set()
+    for cuts in ([0, 43], [0, 1, 2, 9, 12, 43], [0, 20, 25, 26, 43]):
+        state, out = np.full((3, n_before, n_channels), np.nan, F32), np.zeros_like(x)
+        for begin, end in pairwise(cuts):
+            made = np.full((2 * (end - begin), n_channels), np.nan, F32)
+            now = x[:, begin:end].reshape(-1, n_channels).copy()
+            positions, slots = (
+                np.array(x, np.int32) for x in ([*range(begin, end)] * 2, np.repeat([2, 0], end - begin))
+            )
+            rows = emulator.rows(now), emulator.at(weight), 0, emulator.at(state), emulator.rows(made)
+            places = emulator.at(positions), emulator.at(slots), emulator.count(2 * (end - begin))
+            what = n_channels, kernel_size, False, *places, dilation
+            emulator.run(recurrent.causal_conv(*rows, *what))
+            out[:, begin:end] = made.reshape(2, -1, n_channels)
+        assert out == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert same_bits(state[[2, 0]], x[:, n - n_before :])
+        bits.add(out.tobytes())
+    assert len(bits) == 1
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_long_steps_have_the_bits_of_single_tokens(
         "minimax-01",
         "nemotron_h_moe",
         "phimoe-long",
+        "qwen4exp",
         "smallthinker",
         "step35",
     ],

@@ -50,13 +50,14 @@ def attention_path(golden_path) -> Path:
     return golden_path("qwen3moe/qwen3moe-micro-Q8_0.gguf")
 
 
-@pytest.fixture(scope="module")
-def shared_keys_path(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[("deepseek4", "deepseek-v3"), ("qwen4exp", "qwen35")], ids=lambda kind: kind[0])
+def shared_keys_path(request, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of which some tokens share a key, with a tokenizer."""
-    path = tmp_path_factory.mktemp("deepseek4") / "model.gguf"
-    with GGUFFile.open(data / "peers" / "deepseek4-F32.gguf") as file:
+    name, pre = request.param
+    path = tmp_path_factory.mktemp(name) / "model.gguf"
+    with GGUFFile.open(data / "peers" / f"{name}-F32.gguf") as file:
         values = {key: file.metadata.value(key) for key in file.metadata}
-        texts = {"model": "gpt2", "pre": "deepseek-v3", "tokens": [f"t{i}" for i in range(128)], "merges": []}
+        texts = {"model": "gpt2", "pre": pre, "tokens": [f"t{i}" for i in range(128)], "merges": []}
         values |= {f"tokenizer.ggml.{key}": value for key, value in texts.items()}
         values["tokenizer.ggml.token_type"] = np.ones(128, np.int32)
         parts = [encode_head(values, file.tensors.values())]

@@ -305,6 +305,48 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("grok", "rope.scaling.yarn_ext_factor", 0.5, "yarn_ext_factor is 0.5; this version needs 1"),
         ("grok", "rope.scaling.yarn_attn_factor", 1.2, "yarn_attn_factor is 1.2; this version needs 1"),
         ("grok", "rope.scaling.yarn_beta_slow", 0.0, "yarn_beta_slow is 0.0; expected a number above 0, at most"),
+        ("qwen4exp", "hyper_connection.count", 1, "hyper_connection.count is 1; expected an integer from 2"),
+        ("qwen4exp", "hyper_connection.count", 9, "hyper_connection.count is 9; this version computes at most 8"),
+        ("qwen4exp", "hyper_connection.low_rank", 0, "low_rank is 0; expected an integer from 1"),
+        ("qwen4exp", "hyper_connection.low_rank", 16, r"hc_attn_down.weight has the shape \[32, 128\]"),
+        ("qwen4exp", "attention.value_length", 8, r"value_length is 8; expected attention.key_length \(16\)"),
+        ("qwen4exp", "attention.indexer.head_count", 0, "head_count is 0; expected an integer from 1"),
+        ("qwen4exp", "attention.indexer.key_length", 8, r"is 8; expected at least rope.dimension_count \(16\)"),
+        ("qwen4exp", "attention.indexer.key_length", 640, "key_length is 640; this version computes at most 576"),
+        ("qwen4exp", "attention.indexer.top_k", 1 << 15, "top_k is 32768; this version computes at most 16384"),
+        ("qwen4exp", "attention.indexer.top_k", 10, r"has a 4; this version needs divisors of .*top_k \(10\)"),
+        (
+            "qwen4exp",
+            "attention.compress_ratios",
+            np.array([0, 0, 4], np.int32),
+            "3 numbers; expected one for each of 4",
+        ),
+        ("qwen4exp", "attention.compress_ratios", np.array([0, 5, 0, 4], np.int32), "has a 5; this version needs"),
+        ("qwen4exp", "ple.layers", np.array([0, 2], np.int32), "ple.layers has 2 layers; this version needs one"),
+        ("qwen4exp", "ple.layers", np.array([1], np.int32), "ple.layers is 1; expected a layer with a delta net"),
+        ("qwen4exp", "ple.layers", np.array([4], np.int32), "ple.layers is 4; expected a layer with a delta net"),
+        ("qwen4exp", "ple.ngram_size", 1, "ngram_size is 1; expected an integer from 2"),
+        ("qwen4exp", "ple.ngram_size", 9, "ngram_size is 9; this version computes at most 8"),
+        ("qwen4exp", "ple.heads_per_ngram", 33, "heads_per_ngram is 33; this version computes at most 32"),
+        ("qwen4exp", "ple.heads_per_ngram", 3, r"per_layer_input is 8; expected embedding_length \(32\) over 6 heads"),
+        ("qwen4exp", "ple.conv_kernel", 1, "conv_kernel is 1; expected an integer from 2"),
+        ("qwen4exp", "ple.conv_kernel", 12, "conv_kernel is 12; this version computes at most 11"),
+        ("qwen4exp", "ple.eos_token_id", -1, "eos_token_id is -1; expected an integer from 0"),
+        (
+            "qwen4exp",
+            "ple.layer_multipliers",
+            np.ones(2, np.uint64),
+            "layer_multipliers is 2 numbers; expected at least 3",
+        ),
+        ("qwen4exp", "ple.head_offsets", np.ones(3, np.uint64), "head_offsets is 3 numbers; expected at least 4"),
+        ("qwen4exp", "ple.head_vocab_sizes", np.zeros(4, np.uint64), "vocab_sizes is 0 from 0 on; expected sizes of"),
+        ("qwen4exp", "ple.head_offsets", np.full(4, 1 << 31, np.uint64), "61 from 2147483648 on; expected sizes of"),
+        (
+            "qwen4exp",
+            "ple.head_offsets",
+            np.full(4, 220, np.uint64),
+            "vocab_sizes is 293 rows; expected at most the 280",
+        ),
         ("llama4", "expert_used_count", 2, "expert_used_count is 2; this version needs 1"),
         ("llama4", "embedding_length", 64, r"token_embd.weight has the shape \[128, 32\]; .* must be \[128, 64\]"),
     ],
@@ -365,6 +407,29 @@ def test_what_deepseek4_files_may_leave_out(peer, tmp_path: Path) -> None:
     first = next(info for info in parts.tensors if info.name == "blk.2.exp_probs_b.bias")
     parts.tensors.append(replace(first, name="blk.2.exp_probs_b_vl.bias"))  # for images
     load(parts, tmp_path)
+
+
+def test_what_qwen4_files_may_leave_out(peer, tmp_path: Path) -> None:
+    """Blocks, and n-grams; an indexer that is not asked may be there."""
+    parts = peer("qwen4exp")
+    spec = load(parts, tmp_path).spec
+    assert spec.attention.indexer.periods == (0, 0, 0, 4)
+    assert (spec.ngrams.layer, spec.ngrams.n_rows) == (2, 272)
+    del parts.values["qwen4exp.attention.compress_ratios"], parts.values["qwen4exp.ple.layers"]
+    parts.tensors[:] = [info for info in parts.tensors if ".ple_" not in info.name and "per_layer" not in info.name]
+    model = load(parts, tmp_path)
+    assert model.spec.ngrams is None
+    assert not any(isinstance(op, ops.SelectPositions | ops.HashTokens) for op in model.graph.operations)
+
+
+def test_a_table_of_ngrams_is_held_but_not_read(peer, tmp_path: Path) -> None:
+    """A token reads four of its 280 rows."""
+    model = load(peer("qwen4exp"), tmp_path)
+    found = measure(model.graph, Limits(16, 2, 4096, KVType.F16), stores_once=True)
+    weights = [weight for op in model.graph.operations if isinstance(op, ops.Linear) for weight in op.weights]
+    assert found.idle_bytes == 276 * 8 * 4
+    assert found.dense_bytes == sum(weight.n_bytes for weight in weights) + 280 * 8 * 4
+    assert count_weights(model.graph).dense_bytes == found.read_bytes + 32 * 4  # and a token's own embedding
 
 
 def test_rows_that_tokens_share_take_as_many_times_less_memory(peer, tmp_path: Path) -> None:

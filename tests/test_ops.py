@@ -107,6 +107,66 @@ def test_embed(seed: int, n: int, table: tuple[str, int], scale: float) -> None:
 
 
 @few
+@given(seeds, token_counts, st.sampled_from([("F32", 37), ("Q8_0", 96), ("Q4_K", 256)]), st.integers(1, 5))
+def test_embed_rows_with_ids_of_their_own(seed: int, n: int, table: tuple[str, int], n_ids: int) -> None:
+    format_name, n_cols = table
+    raw = blocks(format_name, seed, 50, n_cols)
+    ids = np.random.default_rng(seed).integers(0, 50, (n, n_ids), np.int32)
+
+    def record(program: k.Program, at) -> None:
+        what = BY_NAME[format_name].ggml_type, 50, n_cols
+        program.embed(at.table, *what, *at.out, 2.0, *at.ids, n_ids)
+
+    case = Case(record, {"ids": ids}, {"out": (n_ids * n_cols, np.float32)}, {"table": raw})
+    case.check({"out": dequantized(format_name, raw, n_cols)[ids].reshape(n, -1) * 2}, rtol=1e-7)
+
+
+@more
+@given(
+    seeds,
+    st.lists(st.integers(1, 15), min_size=1, max_size=3),
+    st.integers(2, 8),
+    st.integers(1, 3),
+    st.sampled_from([2, 5, 1000]),
+)
+def test_hash_tokens(seed: int, lengths: list[int], n_hashed: int, n_heads: int, n_ids: int) -> None:
+    """Of few ids one in two, or five, is where n-grams end."""
+    slots, rng, end_id = np.repeat(np.arange(len(lengths)), lengths), np.random.default_rng(seed), 1
+    tokens, width = rng.integers(0, n_ids, len(slots)), n_heads * (n_hashed - 1)
+    multipliers = rng.integers(0, 2**64, n_hashed, np.uint64)
+    sizes = rng.integers(1, 2**31, width).astype(np.uint32)
+    offsets = rng.integers(0, 2**31 - sizes.astype(np.int64)).astype(np.uint32)
+
+    def record(program: k.Program, at) -> None:
+        program.hash_tokens(at.state, *at.out, at.multipliers, at.sizes, at.offsets, n_hashed, width, end_id)
+
+    exact = np.empty((len(slots), width), np.int32)
+    for slot in range(len(lengths)):
+        rows = np.flatnonzero(slots == slot)
+        for i, row in enumerate(rows):
+            ids = [int(tokens[row])]
+            for back in range(1, n_hashed):
+                is_over = back > i or end_id in [int(tokens[rows[i - b]]) for b in range(1, back + 1)]
+                ids.append(end_id if is_over else int(tokens[rows[i - back]]))
+            for head in range(width):
+                mixed = 0
+                for id, multiplier in zip(ids[: 2 + head // n_heads], multipliers, strict=False):
+                    mixed ^= id * int(multiplier) % 2**64
+                exact[row, head] = mixed % int(sizes[head]) + int(offsets[head])
+    case = Case(
+        record,
+        {},
+        {"out": (width, np.int32)},
+        {"multipliers": multipliers, "sizes": sizes, "offsets": offsets},
+        {"state": 4 * len(lengths) * (n_hashed - 1)},
+        slots=slots,
+        n_slots=len(lengths),
+        token_ids=tokens,
+    )
+    case.check({"out": exact}, rtol=0, atol=0)
+
+
+@few
 @given(seeds, token_counts, st.integers(1, 5), st.integers(1, 80), *[st.booleans()] * 4)
 def test_rms_norm(
     seed: int, n: int, n_groups: int, size: int, of_columns: bool, in_place: bool, centers: bool, has_bias: bool
@@ -159,6 +219,45 @@ def test_gate(seed: int, n: int, n_gates: int, kind: int, span: int, limit: floa
     if kind == k.GATE_CLAMPED_SWISH:
         x = f64(x).clip(-7, 7) + 1
     case.check({"out": np.minimum(factor, limit) * x.clip(-limit, limit) if limit else x * factor})
+
+
+@few
+@given(seeds, token_counts, widths, st.sampled_from(sorted(GATINGS)), st.integers(2, 5))
+def test_gate_adds_streams_up(seed: int, n: int, width: int, kind: int, n_streams: int) -> None:
+    x, gate = (normal(seed + i, n, n_streams * width) for i in range(2))
+    limit = 0.5 if kind == k.GATE_CLAMPED_SILU else 0.0
+
+    def record(program: k.Program, at) -> None:
+        sizes = n_streams * width, n_streams * width, kind, limit, 0.0, k.ROWS_TOKENS, n_streams
+        program.gate(*at.x, *at.gate, *at.out, *sizes)
+
+    whole = Case(
+        lambda program, at: record_gate(program, at, n_streams * width, kind, limit),
+        {"x": x, "gate": gate},
+        {"out": (n_streams * width, np.float32)},
+    ).run()["out"]
+    case = Case(record, {"x": x, "gate": gate}, {"out": (width, np.float32)})
+    case.check({"out": f64(whole).reshape(n, n_streams, width).sum(1)})
+
+
+def record_gate(program: k.Program, at, width: int, kind: int, limit: float) -> None:
+    program.gate(*at.x, *at.gate, *at.out, width, width, kind, limit, 0.0, k.ROWS_TOKENS)
+
+
+@few
+@given(seeds, token_counts, widths, st.integers(1, 5), st.sampled_from([0.01, 3.0]))
+def test_gate_by_agreement(seed: int, n: int, width: int, n_streams: int, size: float) -> None:
+    a, b = (normal(seed + i, n, n_streams * width) * size for i in range(2))
+    x, floor = normal(seed + 2, n, width), 1e-6
+    a[0] = 0  # no agreement: half of x
+
+    def record(program: k.Program, at) -> None:
+        program.gate_by_agreement(*at.a, *at.b, *at.x, *at.out, n_streams, width, floor)
+
+    agreement = (f64(a) * b).reshape(n, n_streams, width).sum(-1) / math.sqrt(width)
+    gate = sigmoid(np.sign(agreement) * np.sqrt(np.maximum(np.abs(agreement), floor)))
+    case = Case(record, {"a": a, "b": b, "x": x}, {"out": (n_streams * width, np.float32)})
+    case.check({"out": (gate[..., None] * x[:, None]).reshape(n, -1)}, rtol=1e-4, atol=1e-4)
 
 
 @few
@@ -692,8 +791,8 @@ def test_stream_weights_with_mixing(seed: int, n: int, n_streams: int, n_normali
 
 
 @more
-@given(seeds, token_counts, widths, st.integers(1, 8), st.booleans())
-def test_add_to_streams(seed: int, n: int, width: int, n_streams: int, mixes: bool) -> None:
+@given(seeds, token_counts, widths, st.integers(1, 8), st.booleans(), st.sampled_from([0.0, 2.0]))
+def test_add_to_streams(seed: int, n: int, width: int, n_streams: int, mixes: bool, magnitude: float) -> None:
     inputs = {
         "x": normal(seed, n, n_streams * width),
         "added": normal(seed + 1, n, width),
@@ -702,10 +801,12 @@ def test_add_to_streams(seed: int, n: int, width: int, n_streams: int, mixes: bo
     }
 
     def record(program: k.Program, at) -> None:
-        mixing = at.mixing if mixes else ()
-        program.add_to_streams(*at.x, *at.added, *at.gates, *at.out, n_streams, width, *mixing)
+        mixing = at.mixing if mixes else (0, 0)
+        program.add_to_streams(*at.x, *at.added, *at.gates, *at.out, n_streams, width, *mixing, magnitude)
 
-    added, x = f64(inputs["gates"])[:, :, None] * inputs["added"][:, None], f64(inputs["x"])
+    gates, x = f64(inputs["gates"]), f64(inputs["x"])
+    gates = magnitude * sigmoid(gates) if magnitude else gates
+    added = gates[:, :, None] * inputs["added"][:, None]
     if mixes:
         kept = inputs["mixing"].reshape(n, n_streams, n_streams)
         x = np.einsum("tih,tij->tjh", x.reshape(n, n_streams, width), kept).reshape(n, -1)
@@ -921,7 +1022,7 @@ def test_attention_with_values_in_the_keys(seed: int, n: int, n_heads: int) -> N
 
 
 def selection_case(
-    seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False, period=1, has_tail=False
+    seed, slots, n_heads, dim, top_k, kind=k.KV_F32, *, equal=False, period=1, has_weights=True, has_tail=False
 ) -> tuple[Case, np.ndarray]:
     """The choice of positions, or rows that some share, over whole sequences and what is chosen; -77 is never written.
 
@@ -938,7 +1039,8 @@ def selection_case(
 
     def record(program: k.Program, at) -> None:
         sizes = context, n_heads, dim, top_k, 0.5, period, has_tail
-        program.select_positions(*at.q, *at.k, *at.weights, *at.out, at.cache, kind, *sizes)
+        weights = at.weights if has_weights else (0, 0)
+        program.select_positions(*at.q, *at.k, *weights, *at.out, at.cache, kind, *sizes)
 
     case = Case(
         record,
@@ -949,6 +1051,7 @@ def selection_case(
         n_slots=n_slots,
     )
     chosen = np.full((n, top_k + has_tail), UNTOUCHED[np.int32])
+    weights = weights if has_weights else np.ones_like(weights)
     all_keys = stored(keys[:, None], kind)[:, 0]
     for slot in range(n_slots):
         rows = np.flatnonzero(slots == slot)
@@ -970,11 +1073,14 @@ def selection_case(
     st.integers(1, 20),
     st.sampled_from([k.KV_F32, k.KV_F16]),
     st.booleans(),
-    st.sampled_from([(1, False), (1, False), (3, False), (3, True)]),
+    st.sampled_from([1, 1, 3]),
+    st.booleans(),
+    st.booleans(),
 )
-def test_select_positions(seed, lengths, n_heads, dim, top_k, kind, equal, shared) -> None:
-    slots, (period, has_tail) = [slot for slot, length in enumerate(lengths) for _ in range(length)], shared
-    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, equal=equal, period=period, has_tail=has_tail)
+def test_select_positions(seed, lengths, n_heads, dim, top_k, kind, equal, period, has_weights, has_tail) -> None:
+    slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
+    how = {"equal": equal, "period": period, "has_weights": has_weights, "has_tail": has_tail}
+    case, chosen = selection_case(seed, slots, n_heads, dim, top_k, kind, **how)
     case.check({"out": chosen}, rtol=0, atol=0)
 
 
@@ -1256,31 +1362,33 @@ def test_a_sequence_that_starts_afresh_sees_nothing_of_the_one_before() -> None:
     st.integers(2, 5),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([1, 1, 2, 3, 8]),
 )
 def test_causal_conv(
-    seed: int, lengths: list[int], n_channels: int, kernel_size: int, has_bias: bool, activates: bool
+    seed: int, lengths: list[int], n_channels: int, kernel_size: int, has_bias: bool, activates: bool, dilation: int
 ) -> None:
+    n_before = (kernel_size - 1) * dilation
     slots = [slot for slot, length in enumerate(lengths) for _ in range(length)]
     x, weight = normal(seed, len(slots), n_channels), normal(seed + 1, n_channels, kernel_size)
     bias = normal(seed + 2, n_channels)
 
     def record(program: k.Program, at) -> None:
         vectors = at.weight, at.bias if has_bias else 0
-        program.causal_conv(*at.x, *vectors, at.state, *at.out, n_channels, kernel_size, activates)
+        program.causal_conv(*at.x, *vectors, at.state, *at.out, n_channels, kernel_size, activates, dilation)
 
     case = Case(
         record,
         {"x": x},
         {"out": (n_channels, np.float32)},
         {"weight": weight, "bias": bias},
-        {"state": 4 * len(lengths) * (kernel_size - 1) * n_channels},
+        {"state": 4 * len(lengths) * n_before * n_channels},
         slots=slots,
         n_slots=len(lengths),
     )
     parts = []
     for slot, length in enumerate(lengths):
-        padded = np.concatenate([np.zeros((kernel_size - 1, n_channels)), f64(x[np.equal(slots, slot)])])
-        sums = sum(padded[j : j + length] * weight[:, j] for j in range(kernel_size))
+        padded = np.concatenate([np.zeros((n_before, n_channels)), f64(x[np.equal(slots, slot)])])
+        sums = sum(padded[j * dilation :][:length] * weight[:, j] for j in range(kernel_size))
         sums = sums + has_bias * bias
         parts.append(silu(sums) if activates else sums)
     case.check({"out": np.concatenate(parts)}, rtol=1e-5, atol=1e-6)
@@ -1293,15 +1401,16 @@ def test_causal_conv(
     st.integers(1, 70),
     st.integers(1, 2),
     st.integers(1, 6),
+    st.booleans(),
 )
-def test_compress(seed: int, lengths: list[int], n_channels: int, n_parts: int, period: int) -> None:
+def test_compress(seed: int, lengths: list[int], n_channels: int, n_parts: int, period: int, has_scores: bool) -> None:
     width, slots = n_parts * n_channels, np.repeat(np.arange(len(lengths)), lengths)
     n, biases = len(slots), normal(seed + 2, period, width)
     inputs = {"values": normal(seed, n, width), "scores": normal(seed + 1, n, width) * 10}
 
     def record(program: k.Program, at) -> None:
-        places = at.biases, at.state, *at.out
-        program.compress(*at.values, *at.scores, *places, n_channels, n_parts, period)
+        scores = (*at.scores, at.biases) if has_scores else (0, 0, 0)
+        program.compress(*at.values, *scores, at.state, *at.out, n_channels, n_parts, period)
 
     state = {"state": 4 * len(lengths) * 3 * width}
     outputs = {"out": (n_channels, np.float32)}
@@ -1310,6 +1419,7 @@ def test_compress(seed: int, lengths: list[int], n_channels: int, n_parts: int, 
     for slot, length in enumerate(lengths):
         rows = np.flatnonzero(slots == slot)
         values, scores = f64(inputs["values"][rows]), f64(inputs["scores"][rows]) + biases[np.arange(length) % period]
+        scores = scores * has_scores  # or a mean
         for t in range(length):
             first = t // period * period
             parts = [x[first : t + 1, -n_channels:] for x in (values, scores)]

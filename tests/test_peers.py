@@ -20,18 +20,24 @@ from engine import _kernels
 from engine.devices.graph import (
     AddToStreams,
     Attention,
+    CausalConv,
     Compress,
     DeltaNet,
     Experts,
     Gate,
+    GateByAgreement,
+    Gating,
+    HashTokens,
     KVType,
     MixResiduals,
     Operation,
     ReduceStreams,
+    RMSNorm,
     Rope,
     Router,
     Scale,
     Scoring,
+    SelectPositions,
 )
 
 N_REFERENCE_TOKENS = 20
@@ -85,6 +91,17 @@ def test_a_busy_cache_changes_no_bit(peer: GoldenModel) -> None:
         assert peer.check_with_a_cache().n_loads > 0
 
 
+def deviations(
+    data: Path, name: str, kind: type[Operation], otherwise: Callable[[Operation], dict[str, object]]
+) -> np.ndarray:
+    """How far logits are from those of llama.cpp if operations of a kind are others, for each position."""
+    with open_golden(data / "peers" / f"{name}-F32.npz") as peer:
+        graph = peer.runner.model.graph
+        graph.operations = [replace(op, **otherwise(op)) if isinstance(op, kind) else op for op in graph.operations]
+        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
+        return np.abs(logits - peer.reference["logits_exact"]).max(-1)
+
+
 @pytest.mark.parametrize(
     ("name", "unlimited", "n_seen"),
     [
@@ -96,16 +113,14 @@ def test_a_busy_cache_changes_no_bit(peer: GoldenModel) -> None:
         ("deepseek4", {"window": 0}, 8),
         ("deepseek4", {"shared_cache": None, "selected": None}, 3),
         ("dots3note", {"window": 0}, 8),
+        ("qwen4exp", {"selected": None}, 15),  # three blocks of four, and three of a token's own
+        ("qwen4exp-single", {"selected": None}, 12),
     ],
 )
 def test_other_logits_would_come_of_looking_at_all_positions(
     name: str, unlimited: dict[str, object], n_seen: int, data: Path
 ) -> None:
-    with open_golden(data / "peers" / f"{name}-F32.npz") as peer:
-        graph = peer.runner.model.graph
-        graph.operations = [replace(op, **unlimited) if isinstance(op, Attention) else op for op in graph.operations]
-        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
-        differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
+    differences = deviations(data, name, Attention, lambda _: unlimited)
     assert (differences[:n_seen] < 1e-4).all()
     assert (differences[n_seen:] > 0.01).all(), differences.min()
 
@@ -114,13 +129,7 @@ def test_other_logits_would_come_of_looking_at_all_positions(
 @pytest.mark.parametrize("otherwise", [{"magnitude": 0.0, "offset": 1.0}, {"magnitude": 1.0}, {"offset": 0.0}], ids=str)
 def test_other_logits_would_come_of_one_residual_stream(name: str, otherwise: dict[str, float], data: Path) -> None:
     """With gates of 1 the streams stay alike, and whatever they weigh, their norm is that of one. Others count, too."""
-    with open_golden(data / "peers" / f"{name}-F32.npz") as peer:
-        graph = peer.runner.model.graph
-        graph.operations = [
-            replace(op, **otherwise) if isinstance(op, ReduceStreams) else op for op in graph.operations
-        ]
-        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
-        differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
+    differences = deviations(data, name, ReduceStreams, lambda _: otherwise)
     assert (differences > 0.01).all(), differences.min()
 
 
@@ -151,16 +160,31 @@ def test_other_logits_would_come_of_one_residual_stream(name: str, otherwise: di
         ("glm5-next", Gate, lambda op: {"limit": 100 * op.limit}),
         ("glm5-next-plain", DeltaNet, lambda _: {"eps": 0.3}),  # that of other norms
         ("glm5-next-plain", ReduceStreams, lambda _: {"n_normalizations": 1}),
+        ("qwen4exp", AddToStreams, lambda _: {"magnitude": 0.0}),
+        ("qwen4exp", AddToStreams, lambda _: {"magnitude": 1.0}),
+        ("qwen4exp", Scale, lambda _: {"factor": 1.0}),  # of what streams are made of
+        ("qwen4exp", Gate, lambda op: {"gating": Gating.SILU} if op.n_streams > 1 else {}),
+        (
+            "qwen4exp",
+            Gate,
+            lambda op: {"gating": Gating.SILU} if op.x.width == 64 else {},
+        ),  # of delta nets and attention
+        ("qwen4exp", RMSNorm, lambda op: {"group_size": op.x.width} if op.x.width == 128 else {}),  # of all streams
+        ("qwen4exp", HashTokens, lambda _: {"end_id": 127}),
+        ("qwen4exp", HashTokens, lambda op: {"multipliers": op.multipliers[::-1]}),
+        ("qwen4exp", HashTokens, lambda op: {"sizes": op.sizes - 1}),
+        ("qwen4exp", HashTokens, lambda op: {"offsets": op.offsets[::-1]}),
+        ("qwen4exp", GateByAgreement, lambda _: {"floor": 4.0}),
+        ("qwen4exp", GateByAgreement, lambda op: {"b": op.a}),
+        ("qwen4exp", CausalConv, lambda _: {"dilation": 1}),
+        ("qwen4exp-single", CausalConv, lambda op: {"activates": op.dilation == 1}),
+        ("qwen4exp-single", HashTokens, lambda _: {"end_id": 127}),
     ],
 )
 def test_other_logits_would_come_of_other_parts(
     name: str, kind: type[Operation], otherwise: Callable[[Operation], dict[str, object]], data: Path
 ) -> None:
-    with open_golden(data / "peers" / f"{name}-F32.npz") as peer:
-        graph = peer.runner.model.graph
-        graph.operations = [replace(op, **otherwise(op)) if isinstance(op, kind) else op for op in graph.operations]
-        logits = ReferenceProgram(graph, peer.runner.weights).run(peer.prompt)
-        differences = np.abs(logits - peer.reference["logits_exact"]).max(-1)
+    differences = deviations(data, name, kind, otherwise)
     assert np.median(differences) > 0.01, differences
 
 
@@ -179,8 +203,8 @@ def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, 
             assert np.array_equal(other.forward.run(1, tokens[start:], start, "all"), expected[start:])
 
 
-@pytest.mark.parametrize("n_saved", [25, 24, 23])
-@pytest.mark.parametrize("name", ["deepseek4", "glm5-next", "jamba"])
+@pytest.mark.parametrize("n_saved", [25, 24, 23, 18])
+@pytest.mark.parametrize("name", ["deepseek4", "glm5-next", "jamba", "qwen4exp", "qwen4exp-single"])
 def test_what_states_keep_is_part_of_a_sequence(name: str, n_saved: int, data: Path) -> None:
     """It is saved, and comes back to another slot of another program."""
     path = data / "peers" / f"{name}-F32.gguf"
@@ -192,6 +216,35 @@ def test_what_states_keep_is_part_of_a_sequence(name: str, n_saved: int, data: P
         other.forward.run(1, tokens[::-1], 0)  # what lay there before must not matter
         other.program.load_sequence(1, n_saved, saved)
         assert np.array_equal(other.forward.run(1, tokens[n_saved:], n_saved, "all"), expected[n_saved:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "otherwise"),
+    [
+        (SelectPositions, lambda _: {"has_tail": False}),  # a fourth block in the place of a token's own
+        (Compress, lambda _: {"period": 1}),  # the key of the last token
+        (Rope, lambda _: {"period": 1}),  # by the position of the last token
+    ],
+)
+def test_blocks_would_be_chosen_otherwise(kind: type[Operation], otherwise: Callable, data: Path) -> None:
+    """Which tokens look at other blocks then is left to chance; all logits stay where all blocks are chosen."""
+    with np.errstate(invalid="ignore"):  # the first tokens may find nothing at all
+        differences = deviations(data, "qwen4exp", kind, otherwise)
+    assert np.count_nonzero(differences[15:] > 0.001) >= 4, differences
+    assert kind == SelectPositions or (differences[:15] < 1e-4).all()
+
+
+def test_many_blocks_are_chosen_among_however_a_prompt_is_cut(data: Path) -> None:
+    """Steps end within blocks, n-grams, and what the convolution goes back to; then each is one token."""
+    references = data / "peers" / "qwen4exp-F32.npz"
+    with np.load(references, allow_pickle=False) as z:
+        tokens, exact = z["tokens_long"].tolist(), z["logits_long_exact"]
+    n = len(exact)
+    with ModelRunner(references.with_suffix(".gguf")) as runner:
+        logits = runner.logits(tokens)[-n:]
+        assert np.abs(logits - exact).max() < 1e-4
+        for cuts in ((1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (63, 64, 1, 65, 3), (290, *[1] * 9)):
+            assert np.array_equal(runner.logits(tokens, cuts)[-n:], logits)
 
 
 @pytest.mark.parametrize("context_length", [1, 3, 4, 5, 8, 11, 12])

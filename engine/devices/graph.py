@@ -19,6 +19,8 @@ import numpy.typing as npt
 from engine.quants.formats import QuantFormat
 
 MOST_RESIDUALS = 16  # that one row is made of
+MOST_HASHED = 8  # tokens that choose a row together
+MOST_CONVOLVED = 32  # tokens that a convolution goes back
 
 
 class Rows(enum.IntEnum):
@@ -205,8 +207,8 @@ class Selected:
     There is one list for all heads, or one for each key head. A token's own block is the last one; of no more blocks
     than `top_k` all are listed, and what is behind them is undefined.
 
-    With `has_tail` the last place of a list is for a token's own block while that is not whole: a whole one is listed if
-    it was chosen, like any other, and there is one block less.
+    With `has_tail` the last place of a list is for a token's own block while that is not whole: a whole one is listed
+    if it was chosen, like any other, and there is one block less.
     """
 
     blocks: Tensor
@@ -256,11 +258,35 @@ class Operation:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Embed(Operation):
-    """out[t] = row token_ids[t] of the table, times `scale`."""
+    """out[t] = row token_ids[t] of the table, times `scale`; or the rows ids[t], side by side."""
 
     table: Weight
+    ids: Tensor | None
     out: Tensor
     scale: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class HashTokens(Operation):
+    """Choose rows of a table by hashes of a token and of those before it: out, int32 [tokens, n_heads].
+
+    The heads are those of n-grams of two tokens, then of as many of three, and so on. With ids[0] that of the token
+    itself, ids[1] that of the one before it, and so on up to n - 1, a head has the row
+
+    (ids[0] * multipliers[0] xor ... xor ids[n - 1] * multipliers[n - 1]) modulo sizes[head] + offsets[head]
+
+    of unsigned numbers of 64 bits. What lies before the sequence counts as `end_id`, and so does everything from the
+    newest `end_id` before the token on, back to the beginning.
+
+    The state has the ids of the last tokens, as int32: that of position p at p modulo their number.
+    """
+
+    state: State
+    out: Tensor
+    multipliers: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.uint32]
+    end_id: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -353,6 +379,9 @@ class Gate(Operation):
     The gate is as wide as x, or has one value for each of so many equal parts of it (heads). With a `limit` above 0, f
     is at most that (of the clamped SiLU, which needs one, the gate), and x is clamped to within it on both sides. The
     clamped swish has its own limit; SiTU has one for the gate and `own_limit` for x.
+
+    Where x is wider than out, it holds some streams side by side, with a gate for each value, and out is their sum, in
+    order.
     """
 
     x: Tensor
@@ -361,6 +390,30 @@ class Gate(Operation):
     gating: Gating
     limit: float
     own_limit: float
+
+    @property
+    def n_streams(self) -> int:
+        """Return how many streams are added up."""
+        return self.x.width // self.out.width
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GateByAgreement(Operation):
+    """out[i] = x * sigmoid(sign(s) * sqrt(max(|s|, floor))) for each stream i, with s = a[i] . b[i] / sqrt(width of x).
+
+    Streams lie side by side. The sign of 0 is 0.
+    """
+
+    a: Tensor
+    b: Tensor
+    x: Tensor
+    out: Tensor
+    floor: float
+
+    @property
+    def n_streams(self) -> int:
+        """Return how many streams there are."""
+        return self.out.width // self.x.width
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -423,11 +476,13 @@ class SelectPositions(Operation):
     Where the cache has a `period` above 1, only the last token of each brings a key, and rows stand for positions: the
     token chooses among the (p + 1) // `period` that there are. With `has_tail` they stand for blocks of that many
     positions, and behind those that are chosen stands the token's own block while it is not whole.
+
+    Without weights these are 1.
     """
 
     q: Tensor
     k: Tensor
-    weights: Tensor
+    weights: Tensor | None
     cache: KVCache
     out: Tensor
     n_heads: int
@@ -511,11 +566,13 @@ class Compress(Operation):
     That is the row of all of them for the last one, for the others that of those so far. Where values and scores are
     twice as wide as out, a row is made of two periods' tokens: of the first half of the period before, if there is one,
     and of the second half of its own. biases [period, width of scores].
+
+    Without scores and biases these are 0, and a row is the mean of its tokens.
     """
 
     values: Tensor
-    scores: Tensor
-    biases: Vector
+    scores: Tensor | None
+    biases: Vector | None
     state: State
     out: Tensor
     period: int
@@ -530,7 +587,8 @@ class Compress(Operation):
 class CausalConv(Operation):
     """Depthwise causal convolution over time. bias [n_channels]. If it `activates`, SiLU of that.
 
-    Weights are [n_channels, kernel_size], each of as many channels as it has, which follow one another.
+    Weights are [n_channels, kernel_size], each of as many channels as it has, which follow one another. The last is
+    that of the token itself, the one before that of the token `dilation` before it, and so on.
     """
 
     x: Tensor
@@ -540,6 +598,12 @@ class CausalConv(Operation):
     out: Tensor
     kernel_size: int
     activates: bool
+    dilation: int
+
+    @property
+    def n_before(self) -> int:
+        """Return how many tokens before its own it goes back."""
+        return (self.kernel_size - 1) * self.dilation
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -725,7 +789,8 @@ class ReduceStreams(Operation):
 class AddToStreams(Operation):
     """Hyper-connections, after a sub-layer: out[i] = x[i] + gates[i] * added for each stream i, side by side.
 
-    With `mixing` it is out[i] = gates[i] * added + sum over streams j, in order, of mixing[j, i] * x[j].
+    With `mixing` it is out[i] = gates[i] * added + sum over streams j, in order, of mixing[j, i] * x[j]. With a
+    `magnitude` above 0 the gates are magnitude * sigmoid(gates).
     """
 
     x: Tensor
@@ -733,6 +798,7 @@ class AddToStreams(Operation):
     gates: Tensor
     mixing: Tensor | None
     out: Tensor
+    magnitude: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -773,10 +839,27 @@ class Graph:
     def _new(self, width: int, rows: Rows = Rows.TOKENS) -> Tensor:
         return Tensor(Buffer(width, rows), 0, width)
 
-    def embed(self, table: Weight, scale: float = 1.0) -> Tensor:
-        """Look up the embedding of each token."""
-        out = self._new(table.n_cols)
-        self.operations.append(Embed(table, out, scale))
+    def embed(self, table: Weight, scale: float = 1.0, ids: Tensor | None = None) -> Tensor:
+        """Look up the embedding of each token, or the rows with some ids of its own."""
+        out = self._new(table.n_cols * (ids.width if ids else 1))
+        self.operations.append(Embed(table, ids, out, scale))
+        return out
+
+    def hash_tokens(
+        self,
+        multipliers: npt.NDArray[np.uint64],
+        sizes: npt.NDArray[np.uint32],
+        offsets: npt.NDArray[np.uint32],
+        end_id: int,
+    ) -> Tensor:
+        """Choose rows by hashes of the last tokens, by a state of these which the graph makes here."""
+        assert 2 <= len(multipliers) <= MOST_HASHED
+        assert len(sizes) == len(offsets)
+        assert len(sizes) % (len(multipliers) - 1) == 0
+        assert sizes.all()
+        state, out = State(len(multipliers) - 1), Tensor(Buffer(len(sizes), Rows.TOKENS, np.int32), 0, len(sizes))
+        self.states.append(state)
+        self.operations.append(HashTokens(state, out, multipliers, sizes, offsets, end_id))
         return out
 
     def rms_norm(
@@ -853,14 +936,35 @@ class Graph:
         self.operations.append(Add(a, b, out))
         return out
 
-    def gate(self, x: Tensor, gate: Tensor, gating: Gating, limit: float = 0.0, own_limit: float = 0.0) -> Tensor:
-        """Multiply by a function of a gate, which has as many values as x, or one for each of so many parts of x."""
+    def gate(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        gating: Gating,
+        limit: float = 0.0,
+        own_limit: float = 0.0,
+        n_streams: int = 1,
+    ) -> Tensor:
+        """Multiply by a function of a gate, which has as many values as x, or one for each of so many parts of x.
+
+        With more than one stream in x they are added up.
+        """
         assert x.width % gate.width == 0
+        assert x.width % n_streams == 0
+        assert n_streams == 1 or gate.width == x.width
         assert limit == 0.0 or gating != Gating.CLAMPED_SWISH
         assert limit > 0.0 or gating not in {Gating.SITU, Gating.CLAMPED_SILU}
         assert own_limit == 0.0 or gating == Gating.SITU
-        out = self._new(x.width, x.rows)
+        out = self._new(x.width // n_streams, x.rows)
         self.operations.append(Gate(x, gate, out, gating, limit, own_limit))
+        return out
+
+    def gate_by_agreement(self, a: Tensor, b: Tensor, x: Tensor, floor: float) -> Tensor:
+        """Multiply x by a gate for each stream of two tensors, which are as large as the two agree there."""
+        assert a.width == b.width
+        assert a.width % x.width == 0
+        out = self._new(a.width)
+        self.operations.append(GateByAgreement(a, b, x, out, floor))
         return out
 
     def split_heads(self, x: Tensor, n_heads: int, first_dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -897,7 +1001,7 @@ class Graph:
         self,
         q: Tensor,
         k: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
         n_heads: int,
         top_k: int,
         scale: float,
@@ -911,8 +1015,7 @@ class Graph:
         attention looks at these tokens, and at those after the last whole period.
         """
         assert q.width == n_heads * k.width
-        assert weights.width == n_heads
-        assert period > 1 or not has_tail
+        assert weights is None or weights.width == n_heads
         width = top_k + has_tail
         cache, out = self._indexer_cache(k, period), Tensor(Buffer(width, Rows.TOKENS, np.int32), 0, width)
         self.operations.append(SelectPositions(q, k, weights, cache, out, n_heads, scale, has_tail))
@@ -972,11 +1075,11 @@ class Graph:
         self.operations.append(Attention(*what))
         return out
 
-    def compress(self, values: Tensor, scores: Tensor, biases: Vector, width: int, period: int) -> Tensor:
+    def compress(self, values: Tensor, scores: Tensor | None, biases: Vector | None, width: int, period: int) -> Tensor:
         """Make one row of so many channels of each `period` tokens, by a state which the graph makes here."""
-        assert values.width == scores.width
+        assert scores is None or values.width == scores.width
         assert values.width in {width, 2 * width}
-        assert biases.size == period * values.width
+        assert biases is None or biases.size == period * values.width
         state, out = State(3 * values.width), self._new(width)
         self.states.append(state)
         self.operations.append(Compress(values, scores, biases, state, out, period))
@@ -990,13 +1093,18 @@ class Graph:
         bias: Vector | None = None,
         *,
         activates: bool = True,
+        dilation: int = 1,
     ) -> Tensor:
-        """Convolve over the last `kernel_size` tokens, channel by channel, add the bias, then SiLU or nothing."""
+        """Convolve over the last `kernel_size` tokens, channel by channel, add the bias, then SiLU or nothing.
+
+        With a `dilation` these are so far apart.
+        """
         assert sum(weight.size for weight in weights) == x.width * kernel_size
-        state = State((kernel_size - 1) * x.width)
+        assert (kernel_size - 1) * dilation <= MOST_CONVOLVED
+        state = State((kernel_size - 1) * dilation * x.width)
         self.states.append(state)
         out = self._new(x.width)
-        self.operations.append(CausalConv(x, tuple(weights), bias, state, out, kernel_size, activates))
+        self.operations.append(CausalConv(x, tuple(weights), bias, state, out, kernel_size, activates, dilation))
         return out
 
     def delta_net(
@@ -1144,12 +1252,14 @@ class Graph:
         self.operations.append(ReduceStreams(x, matrix, scale, base, out, gates, mixing, *how))
         return tuple(tensor for tensor in (out, gates, mixing) if tensor)
 
-    def add_to_streams(self, x: Tensor, added: Tensor, gates: Tensor, mixing: Tensor | None = None) -> Tensor:
+    def add_to_streams(
+        self, x: Tensor, added: Tensor, gates: Tensor, mixing: Tensor | None = None, *, magnitude: float = 0.0
+    ) -> Tensor:
         """Add a row to every residual stream, times the stream's gate; before that the streams may be mixed."""
         assert x.width == added.width * gates.width
         assert mixing is None or mixing.width == gates.width**2
         out = self._new(x.width)
-        self.operations.append(AddToStreams(x, added, gates, mixing, out))
+        self.operations.append(AddToStreams(x, added, gates, mixing, out, magnitude))
         return out
 
     def mix_residuals(self, residuals: Sequence[Tensor], scorer: Vector, eps: float) -> Tensor:

@@ -57,7 +57,8 @@ def count_weights(graph: Graph) -> WeightTraffic:
             chosen += n_bytes * operation.routing.ids.width / operation.routing.n_experts
             _add(by_format, seen, stacks)
         elif isinstance(operation, ops.Embed):
-            dense += operation.table.format.row_bytes(operation.table.n_cols)
+            n_rows = operation.out.width // operation.table.n_cols
+            dense += n_rows * operation.table.format.row_bytes(operation.table.n_cols)
             _add(by_format, seen, (operation.table,))
     return WeightTraffic(dense, experts, int(chosen), layers, dict(by_format.most_common()))
 

@@ -33,6 +33,8 @@ enum {
     MAX_EXPERTS = 1024,
     MAX_HEAD_DIM = 576,
     MAX_CONV_KERNEL = 16,
+    MAX_CONVOLVED = 32, // tokens that a convolution goes back
+    MAX_HASHED = 8,     // tokens that choose a row together
     MAX_SCAN_STATE = 256,
     MAX_STREAMS = 8, // of hyper-connections
     MAX_MIXED_STREAMS = 4,
@@ -78,9 +80,20 @@ typedef struct {
     int64_t row_bytes;
     dequantize_fn dequantize_row;
     int n_cols;
+    const int32_t *ids; // [max_tokens, n_ids], rows `ids_stride` apart; NULL: those of the tokens
+    int64_t ids_stride;
     matrix out;
     float scale;
 } embed_args;
+
+typedef struct {
+    int32_t *state; // [n_slots, n_hashed - 1]: the id at a position p is at p % (n_hashed - 1)
+    int32_t *out;   // [max_tokens, n_heads], rows `out_stride` apart
+    int64_t out_stride;
+    const uint64_t *multipliers;     // [n_hashed]
+    const uint32_t *sizes, *offsets; // [n_heads]
+    int n_hashed, n_heads, end_id;
+} hash_tokens_args;
 
 typedef struct {
     matrix x, out;
@@ -105,8 +118,15 @@ typedef struct {
 typedef struct {
     matrix x, gate, out;
     int kind, span;         // span: columns of x that share a value of the gate
+    int n_streams, n_cols;  // n_cols: of a stream; their sum is taken
     float limit, own_limit; // 0: none; own_limit: of x, where it has one of its own
 } gate_args;
+
+typedef struct {
+    matrix a, b, x, out;
+    int n_cols; // of a stream
+    float floor;
+} gate_by_agreement_args;
 
 typedef struct {
     matrix x, out, by; // by.at may be NULL: one factor for each row, or with a stride of 0 one for all
@@ -173,6 +193,7 @@ typedef struct {
 typedef struct {
     matrix x, added, gates, mixing, out; // mixing.at may be NULL
     int n_streams, n_cols;               // n_cols: of a stream
+    float magnitude;                     // of the sigmoid of gates; 0: they are gates already
 } add_to_streams_args;
 
 typedef struct {
@@ -186,8 +207,8 @@ typedef struct {
     matrix x, out;
     const float *weight; // [kernel_size, n_channels]: transposed when it was recorded
     const float *bias;   // [n_channels], or NULL
-    float *state;        // [n_slots, kernel_size - 1, n_channels]
-    int n_channels, kernel_size;
+    float *state;        // [n_slots, (kernel_size - 1) * dilation, n_channels], oldest first
+    int n_channels, kernel_size, dilation;
     bool activates;
 } causal_conv_args;
 
@@ -213,7 +234,7 @@ typedef struct {
 } selective_scan_args;
 
 typedef struct {
-    matrix values, scores, out;
+    matrix values, scores, out;      // scores.at may be NULL: all 0, and no biases
     const float *biases;             // [period, parts * n_channels]
     float *state;                    // [n_slots, parts, 3, n_channels]: of each part the largest score, and two sums
     int n_channels, n_parts, period; // n_parts: 1, or 2 where a row is made of two periods' tokens
@@ -271,9 +292,9 @@ typedef struct {
 } attention_args;
 
 typedef struct {
-    matrix q, weights;
-    kv_cache cache; // of keys alone, of one head
-    int32_t *out;   // [max_tokens, top_k and, with a tail, one more], rows `out_stride` apart
+    matrix q, weights; // weights.at may be NULL: all 1
+    kv_cache cache;    // of keys alone, of one head
+    int32_t *out;      // [max_tokens, top_k and, with a tail, one more], rows `out_stride` apart
     int64_t out_stride;
     int n_heads, top_k;
     bool has_tail; // whether rows are blocks of positions, and the one that is not whole comes last
@@ -338,10 +359,12 @@ static inline int expert_parts(int ffn_size) { return (ffn_size + QUANTIZED_TOGE
 
 typedef union {
     embed_args embed;
+    hash_tokens_args hash_tokens;
     rms_norm_args rms_norm;
     quantize_args quantize;
     add_args add;
     gate_args gate;
+    gate_by_agreement_args gate_by_agreement;
     scale_args scale;
     soft_cap_args soft_cap;
     clamp_args clamp;
@@ -393,9 +416,9 @@ typedef struct {
 } task_fns;
 
 typedef struct ops_table {
-    tile_fn embed, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate, split_heads, join_heads,
-        rope_table, rope, select_outputs, combine, stream_weights, add_to_streams, mix_residuals, causal_conv,
-        delta_net, selective_scan, compress, router, group_router, kv_store;
+    tile_fn embed, hash_tokens, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate,
+        gate_by_agreement, split_heads, join_heads, rope_table, rope, select_outputs, combine, stream_weights,
+        add_to_streams, mix_residuals, causal_conv, delta_net, selective_scan, compress, router, group_router, kv_store;
     task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

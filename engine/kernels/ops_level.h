@@ -11,6 +11,7 @@
 #include "ops/hyper_connections.h"
 #include "ops/kv_cache.h"
 #include "ops/linear.h"
+#include "ops/ngrams.h"
 #include "ops/residuals.h"
 #include "ops/rope.h"
 #include "ops/router.h"
@@ -57,6 +58,7 @@ static float largest_of(const float *x, int n) {
 
 static const ops_table level_ops = {
     .embed = op_embed,
+    .hash_tokens = op_hash_tokens,
     .rms_norm = op_rms_norm,
     .quantize = op_quantize,
     .add = op_add,
@@ -65,6 +67,7 @@ static const ops_table level_ops = {
     .clamp = op_clamp,
     .scale_by_position = op_scale_by_position,
     .gate = op_gate,
+    .gate_by_agreement = op_gate_by_agreement,
     .split_heads = op_split_heads,
     .join_heads = op_join_heads,
     .rope_table = op_rope_table,

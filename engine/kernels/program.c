@@ -278,14 +278,31 @@ static void touch_block(operation *op, int mode, const void *address, int64_t n_
 
 enum { FLOATS_OF_LINE = CACHE_LINE / 4 };
 
-int program_embed(program *p, int ggml_type, embed_args args, int n_vocab) {
-    operation op = {.name = "embed", .run_tile = p->kernels->ops->embed, .width = args.n_cols, .unit = args.n_cols};
+int program_embed(program *p, int ggml_type, embed_args args, int n_vocab, int n_ids) {
+    operation op = {
+        .name = "embed", .run_tile = p->kernels->ops->embed, .width = n_ids * args.n_cols, .unit = args.n_cols};
     args.dequantize_row = p->kernels->quant->dequantize_row[ggml_type];
     args.row_bytes =
         (int64_t)args.n_cols / engine_formats[ggml_type].block_size * engine_formats[ggml_type].block_bytes;
     op.args.embed = args;
-    p->n_vocab = p->n_vocab ? smaller(p->n_vocab, n_vocab) : n_vocab;
+    if (args.ids)
+        touch_rows(p, &op, READS, args.ids, args.ids_stride * (int64_t)sizeof(int32_t),
+                   n_ids * (int64_t)sizeof(int32_t), 0);
+    else
+        p->n_vocab = p->n_vocab ? smaller(p->n_vocab, n_vocab) : n_vocab;
     touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_hash_tokens(program *p, hash_tokens_args args) {
+    operation op = {.name = "hash_tokens",
+                    .args.hash_tokens = args,
+                    .run_tile = p->kernels->ops->hash_tokens,
+                    .width = args.n_heads,
+                    .unit = args.n_heads,
+                    .in_order = true};
+    touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.n_heads);
+    touch_block(&op, WRITES, args.state, p->n_slots * (args.n_hashed - 1) * (int64_t)sizeof(int32_t));
     return record(p, op);
 }
 
@@ -341,18 +358,35 @@ int program_add(program *p, add_args args, int n_cols, int rows) {
     return record(p, op);
 }
 
-int program_gate(program *p, gate_args args, int n_cols, int rows) {
+int program_gate(program *p, gate_args args, int rows) {
     operation op = {.name = "gate",
                     .args.gate = args,
                     .run_tile = p->kernels->ops->gate,
                     .rows = rows,
-                    .width = n_cols,
+                    .width = args.n_cols,
                     .unit = FLOATS_OF_LINE};
-    touch(p, &op, READS, args.x);
-    if (args.span == 1)
+    const int64_t n_cols = args.n_streams * (int64_t)args.n_cols;
+    if (args.n_streams == 1)
+        touch(p, &op, READS, args.x);
+    else
+        touch_whole(p, &op, READS, args.x, n_cols);
+    if (args.n_streams == 1 && args.span == 1)
         touch(p, &op, READS, args.gate);
     else
         touch_whole(p, &op, READS, args.gate, n_cols / args.span);
+    touch(p, &op, WRITES, args.out);
+    return record(p, op);
+}
+
+int program_gate_by_agreement(program *p, gate_by_agreement_args args, int n_streams) {
+    operation op = {.name = "gate_by_agreement",
+                    .args.gate_by_agreement = args,
+                    .run_tile = p->kernels->ops->gate_by_agreement,
+                    .width = n_streams * args.n_cols,
+                    .unit = args.n_cols};
+    touch(p, &op, READS, args.a);
+    touch(p, &op, READS, args.b);
+    touch_whole(p, &op, READS, args.x, args.n_cols);
     touch(p, &op, WRITES, args.out);
     return record(p, op);
 }
@@ -552,7 +586,8 @@ int program_select_positions(program *p, select_positions_args args, matrix k) {
     operation op = {
         .name = "select_positions", .args.select_positions = args, .tasks = &p->kernels->ops->select_positions};
     touch_whole(p, &op, READS, args.q, args.n_heads * (int64_t)cache.head_dim);
-    touch_whole(p, &op, READS, args.weights, args.n_heads);
+    if (args.weights.at)
+        touch_whole(p, &op, READS, args.weights, args.n_heads);
     touch_whole(p, &op, WRITES, (matrix){(float *)args.out, args.out_stride}, args.top_k + (int64_t)args.has_tail);
     touch_block(&op, READS, cache.keys, 1);
     touch_block(&op, WRITES, args.scores, 1);
@@ -600,7 +635,7 @@ int program_causal_conv(program *p, causal_conv_args args) {
                     .in_order = true};
     touch(p, &op, READS, args.x);
     touch(p, &op, WRITES, args.out);
-    touch_channel_states(p, &op, args.state, args.kernel_size - 1, args.n_channels);
+    touch_channel_states(p, &op, args.state, (args.kernel_size - 1) * args.dilation, args.n_channels);
     return record(p, op);
 }
 
@@ -651,7 +686,8 @@ int program_compress(program *p, compress_args args) {
                     .unit = FLOATS_OF_LINE,
                     .in_order = true};
     touch_whole(p, &op, READS, args.values, args.n_parts * (int64_t)args.n_channels);
-    touch_whole(p, &op, READS, args.scores, args.n_parts * (int64_t)args.n_channels);
+    if (args.scores.at)
+        touch_whole(p, &op, READS, args.scores, args.n_parts * (int64_t)args.n_channels);
     touch(p, &op, WRITES, args.out);
     touch_channel_states(p, &op, args.state, 3 * args.n_parts, args.n_channels);
     return record(p, op);

@@ -20,12 +20,14 @@ void program_free(program *p);
 int program_length(const program *p); // operations recorded
 
 // Each records one operation. They return 0, or -1 without memory; arguments are checked by the caller.
-int program_embed(program *p, int ggml_type, embed_args args, int n_vocab);
+int program_embed(program *p, int ggml_type, embed_args args, int n_vocab, int n_ids);
+int program_hash_tokens(program *p, hash_tokens_args args);
 int program_rms_norm(program *p, rms_norm_args args, int n_groups, int rows);
 int program_quantize(program *p, quantize_args args, int rows);
 int program_linear(program *p, linear_args args);
 int program_add(program *p, add_args args, int n_cols, int rows);
-int program_gate(program *p, gate_args args, int n_cols, int rows);
+int program_gate(program *p, gate_args args, int rows);
+int program_gate_by_agreement(program *p, gate_by_agreement_args args, int n_streams);
 int program_scale(program *p, scale_args args, int n_cols, int rows);
 int program_soft_cap(program *p, soft_cap_args args, int n_cols, int rows);
 int program_clamp(program *p, clamp_args args, int n_cols, int rows);

@@ -9,7 +9,7 @@ from typing import Protocol
 from engine.devices.graph import Graph, Table, Vector, Weight
 from engine.errors import UnsupportedModelError
 from engine.gguf.model_file import ModelFile
-from engine.model_spec import IndexerSpec, ModelSpec
+from engine.model_spec import IndexerSpec, ModelSpec, PooledIndexerSpec
 from engine.models import (
     afmoe,
     arctic,
@@ -44,6 +44,7 @@ from engine.models import (
     minimax_m3,
     nemotron_h,
     qwen3next,
+    qwen4exp,
     qwen35moe,
     smallthinker,
     step35,
@@ -106,13 +107,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": qwen35moe,
     "qwen35moe": qwen35moe,
     "qwen3next": qwen3next,
+    "qwen4exp": qwen4exp,
     "smallthinker": smallthinker,
     "step35": step35,
 }
 
 
 # Tensors that a forward pass may leave out: blocks for multi-token prediction, indexers of layers that share the choice
-# of another, what NVFP4 files say of activations, and how experts are chosen for parts of images.
+# of another or look at all positions, what NVFP4 files say of activations, and how experts are chosen for parts of
+# images.
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 _UNUSED_SUFFIXES = ".input_scale", ".exp_probs_b_vl.bias"
 _INDEXER = "indexer.", "indexer_compressor_"
@@ -177,5 +180,7 @@ def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
     if name.endswith(_UNUSED_SUFFIXES) or block is None:
         return name.endswith(_UNUSED_SUFFIXES)
     layer, indexer = int(block[1]), getattr(spec.attention, "indexer", None)
-    shares = isinstance(indexer, IndexerSpec) and layer < spec.n_layers and not indexer.layers[layer]
-    return layer >= spec.n_layers or (shares and name.startswith(_INDEXER, block.end()))
+    if layer >= spec.n_layers:
+        return True
+    needs_none = isinstance(indexer, IndexerSpec | PooledIndexerSpec) and not indexer.layers[layer]
+    return needs_none and name.startswith(_INDEXER, block.end())

@@ -65,15 +65,18 @@ class Keys:
 
     def sizes(self, key: str, default: int | None = None, *, minimum: int = 0) -> list[int]:
         """Return one size, or one for each layer, as a list."""
-        name = f"{self.architecture}.{key}"
-        if name in self._metadata and self._metadata.is_array(name):
-            values = self._metadata.integers(name)
-        else:
-            values = [self._metadata.integer(name, default)]
+        values = self.integers(key, default)
         for value in values:
             if not minimum <= value < _LARGEST:
                 raise self.wrong(key, value, f"an integer from {minimum} to {_LARGEST - 1}")
         return values
+
+    def integers(self, key: str, default: int | None = None) -> list[int]:
+        """Return one integer of any size, or an array of them, as a list."""
+        name = f"{self.architecture}.{key}"
+        if name in self._metadata and self._metadata.is_array(name):
+            return self._metadata.integers(name)
+        return [self._metadata.integer(name, default)]
 
     def at_most(self, key: str, value: int, most: int) -> int:
         """Return a key's value if the kernels can work with it."""

@@ -55,7 +55,7 @@ def layers(
     spec: ModelSpec,
     tensors: Tensors,
     layer: Layer,
-    output_norm: str = "output_norm.weight",
+    output_norm: str | None = "output_norm.weight",
     *,
     enter: Callable[[Graph, Tensor], Tensor] | None = None,
     leave: Callable[[Graph, Tensor], Tensor] | None = None,
@@ -63,7 +63,7 @@ def layers(
     """Record the embeddings, what each layer makes of the residual stream, and the output head.
 
     `enter` makes what the layers work on of the embeddings, and `leave` what the head takes of that, where these are
-    not the residual stream itself.
+    not the residual stream itself. With None for the norm that is normalised already.
     """
     graph = Graph()
     x = graph.embed(tensors.matrix("token_embd.weight", spec.n_vocab, spec.hidden_size), spec.embedding_scale)
@@ -112,10 +112,10 @@ def normalize(graph: Graph, x: Tensor, tensors: Tensors, name: str, spec: ModelS
     return graph.rms_norm(x, weight, spec.norm_eps, centers=spec.centers_norms, bias=bias)
 
 
-def _output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str = "output_norm.weight") -> None:
+def _output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, norm: str | None) -> None:
     """Turn the residual stream into logits, for the wanted rows; without `output.weight` the embeddings serve."""
     x = graph.select_outputs(x)
-    x = normalize(graph, x, tensors, norm, spec)
+    x = normalize(graph, x, tensors, norm, spec) if norm else x
     name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
     bias = tensors.optional_vector("output.bias", spec.n_vocab)
     logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size), bias)

@@ -62,7 +62,7 @@ def _attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: 
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
     indexer = attention.indexer
-    assert indexer is not None
+    assert isinstance(indexer, BlockIndexerSpec)
     if layer < indexer.first_layer:
         return self_attention(graph, x, block, spec, layer)
     *sizes, _ = attention.widths(layer)

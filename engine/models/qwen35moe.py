@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from engine.devices.graph import Gating, Graph, Tensor
+from engine.devices.graph import Gating, Graph, Selected, Tensor, Weight
 from engine.errors import UnsupportedModelError
 from engine.model_spec import AttentionSpec, DeltaNetSpec, ModelSpec
 from engine.models.binding import Keys, Tensors
@@ -73,25 +74,40 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
     if spec.recurrent_layers[layer]:
-        return gated_delta_net(graph, *_project(graph, x, block, spec), block, spec)
+        return gated_delta_net(graph, *project_delta_net(graph, x, block, spec), block, spec)
     return gated_attention(graph, x, block, spec, layer)
 
 
-def gated_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    """Attend, then gate every value: the query projection gives each head its query and, after it, its gate."""
+def gated_attention(
+    graph: Graph,
+    x: Tensor,
+    block: Tensors,
+    spec: ModelSpec,
+    layer: int,
+    more: Sequence[Weight] = (),
+    select: Callable[..., Selected] | None = None,
+) -> Tensor:
+    """Attend, then gate every value: the query projection gives each head its query and, after it, its gate.
+
+    What `more` matrices give chooses what is looked at.
+    """
     attention = spec.attention
     assert isinstance(attention, AttentionSpec)
     (n_heads, _), head_dim = attention.heads(layer), attention.head_dim
     q_size, k_size, v_size, _ = attention.widths(layer)
-    qg, k, v = project_qkv(graph, x, block, spec.hidden_size, (2 * q_size, k_size, v_size))
+    qg, k, v, *others = project_qkv(graph, x, block, spec.hidden_size, (2 * q_size, k_size, v_size), more)
+    selected = select(*others) if select else None
     q, gate = graph.split_heads(qg, n_heads)
     q = normalize_heads(graph, q, block, "attn_q_norm.weight", head_dim, spec.norm_eps)
     k = normalize_heads(graph, k, block, "attn_k_norm.weight", head_dim, spec.norm_eps)
     q, k = rotate_heads(graph, q, k, block, attention, layer)
-    return attend(graph, q, k, v, block, spec, layer, gate)
+    return attend(graph, q, k, v, block, spec, layer, gate, selected=selected)
 
 
-def _project(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def project_delta_net(
+    graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Project to what a delta net takes: queries, keys and values side by side, the gate z, beta and alpha."""
     net = spec.delta_net
     assert net is not None
     qkv, z, beta, alpha = graph.linears(
@@ -107,13 +123,21 @@ def _project(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> tuple[
 
 
 def gated_delta_net(
-    graph: Graph, qkv: Tensor, z: Tensor, beta: Tensor, alpha: Tensor, block: Tensors, spec: ModelSpec
+    graph: Graph,
+    qkv: Tensor,
+    z: Tensor,
+    beta: Tensor,
+    alpha: Tensor,
+    block: Tensors,
+    spec: ModelSpec,
+    gating: Gating = Gating.SILU,
 ) -> Tensor:
     """Linear attention with a decaying state S, for each value head: https://arxiv.org/abs/2412.06464.
 
     S = exp(a softplus(alpha + dt_bias)) S;  S += k (sigmoid(beta) (v - S^T k))^T;  out = S^T q
 
-    The file holds a = -exp(A_log). Which key head a value head is paired with: `DeltaNetSpec.grouped`.
+    The file holds a = -exp(A_log). Which key head a value head is paired with: `DeltaNetSpec.grouped`. What is found is
+    gated by z.
     """
     net = spec.delta_net
     assert net is not None
@@ -134,5 +158,5 @@ def gated_delta_net(
         eps=spec.norm_eps,
     )
     out = graph.rms_norm(out, block.vector("ssm_norm.weight", net.head_dim), spec.norm_eps)
-    out = graph.gate(out, z, Gating.SILU)
+    out = graph.gate(out, z, gating)
     return graph.linear(out, block.matrix("ssm_out.weight", spec.hidden_size, net.value_size))

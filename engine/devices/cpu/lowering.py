@@ -197,11 +197,29 @@ class Lowering:
     # -- operations --------------------------------------------------------------------------------------------------
 
     def _embed(self, op: ops.Embed) -> None:
-        out = self._use(op.out)
+        out, ids = self._use(op.out), self._use(op.ids) if op.ids else None
         table, ggml_type = op.table, op.table.format.ggml_type
         address, _ = self._matrix(table)
         self._calls.append(
-            lambda: self.program.embed(address, ggml_type, table.n_rows, table.n_cols, *out.at, op.scale)
+            lambda: self.program.embed(
+                address,
+                ggml_type,
+                table.n_rows,
+                table.n_cols,
+                *out.at,
+                op.scale,
+                *((*ids.at, op.ids.width) if ids and op.ids else ()),
+            )
+        )
+
+    def _hash_tokens(self, op: ops.HashTokens) -> None:
+        out, constants = self._use(op.out), (op.multipliers, op.sizes, op.offsets)
+        self._keep += constants
+        multipliers, sizes, offsets = (int(values.ctypes.data) for values in constants)
+        state = self._state_address[op.state]
+        n_hashed, n_heads = len(op.multipliers), op.out.width
+        self._calls.append(
+            lambda: self.program.hash_tokens(state, *out.at, multipliers, sizes, offsets, n_hashed, n_heads, op.end_id)
         )
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
@@ -307,7 +325,14 @@ class Lowering:
                 op.limit,
                 op.own_limit,
                 op.x.rows,
+                op.n_streams,
             )
+        )
+
+    def _gate_by_agreement(self, op: ops.GateByAgreement) -> None:
+        a, b, x, out = (self._use(tensor) for tensor in (op.a, op.b, op.x, op.out))
+        self._calls.append(
+            lambda: self.program.gate_by_agreement(*a.at, *b.at, *x.at, *out.at, op.n_streams, op.x.width, op.floor)
         )
 
     def _split_heads(self, op: ops.SplitHeads) -> None:
@@ -358,12 +383,13 @@ class Lowering:
         )
 
     def _select_positions(self, op: ops.SelectPositions) -> None:
-        q, k, weights, out = self._use(op.q), self._use(op.k), self._use(op.weights), self._use(op.out)
+        q, k, out = self._use(op.q), self._use(op.k), self._use(op.out)
+        weights = self._use(op.weights) if op.weights else None
         self._calls.append(
             lambda: self.program.select_positions(
                 *q.at,
                 *k.at,
-                *weights.at,
+                *(weights.at if weights else (0, 0)),
                 *out.at,
                 self._state_address[op.cache],
                 self.limits.kv_type,
@@ -449,6 +475,7 @@ class Lowering:
                 op.x.width,
                 op.kernel_size,
                 op.activates,
+                op.dilation,
             )
         )
 
@@ -503,17 +530,13 @@ class Lowering:
         )
 
     def _compress(self, op: ops.Compress) -> None:
-        values, scores, out, biases = (
-            self._use(op.values),
-            self._use(op.scores),
-            self._use(op.out),
-            self._vector(op.biases),
-        )
+        values, out, biases = self._use(op.values), self._use(op.out), self._vector(op.biases)
+        scores = self._use(op.scores) if op.scores else None
         width = op.out.width
         self._calls.append(
             lambda: self.program.compress(
                 *values.at,
-                *scores.at,
+                *(scores.at if scores else (0, 0)),
                 biases,
                 self._state_address[op.state],
                 *out.at,
@@ -641,7 +664,8 @@ class Lowering:
                 *out.at,
                 op.gates.width,
                 op.added.width,
-                *(mixing.at if mixing else ()),
+                *(mixing.at if mixing else (0, 0)),
+                op.magnitude,
             )
         )
 
@@ -658,6 +682,7 @@ class Lowering:
 
 _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Embed: Lowering._embed,
+    ops.HashTokens: Lowering._hash_tokens,
     ops.RMSNorm: Lowering._rms_norm,
     ops.Linear: Lowering._linear,
     ops.HeadLinear: Lowering._head_linear,
@@ -667,6 +692,7 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.Clamp: Lowering._clamp,
     ops.ScaleByPosition: Lowering._scale_by_position,
     ops.Gate: Lowering._gate,
+    ops.GateByAgreement: Lowering._gate_by_agreement,
     ops.SplitHeads: Lowering._split_heads,
     ops.JoinHeads: Lowering._join_heads,
     ops.Rope: Lowering._rope,

@@ -107,8 +107,8 @@ class Sight(NamedTuple):
     """What a token sees of what lies before it, see `graph.Attention`; `sinks` is float32 [n_heads] or 0.
 
     With `top_k`, `selected` are int32 rows of one list, or `by_head` of one for each key head: so many blocks of
-    `block_size` positions at most, the last of which may be there only while it is not whole (`has_tail`). With a cache of
-    `shared` rows a token sees these beside the positions, or those that the list names.
+    `block_size` positions at most, perhaps with a tail (`graph.Selected`). With a cache of `shared` rows a token sees
+    these beside the positions, or those that the list names.
     """
 
     sinks: int = 0

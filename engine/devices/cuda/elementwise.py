@@ -69,7 +69,8 @@ def _elementwise(kernel: str, n_cols: int, count: Count, *arguments: Any) -> Lau
 def embed(
     table: int,
     weight_format: QuantFormat,
-    token_ids: int,
+    ids: Rows,
+    n_ids: int,
     n_vocab: int,
     n_cols: int,
     grid: int,
@@ -77,18 +78,20 @@ def embed(
     scale: float,
     count: Count,
 ) -> Launch:
-    """Look up rows of the embedding table."""
+    """Look up rows of a table, `n_ids` side by side; int32 rows of ids."""
     assert table % alignment(weight_format) == 0
+    assert ids.stride >= n_ids
     return Launch(
         "embed.cu",
         "embed",
         (f"FORMAT={weight_format.name}",),
-        (ceil_div(n_cols, _COLUMNS), count.most, 1),
+        (ceil_div(n_ids * n_cols, _COLUMNS), count.most, 1),
         _COLUMNS,
         (
             pointer(table),
             int64(weight_format.row_bytes(n_cols)),
-            pointer(token_ids),
+            *at(ids),
+            int32(n_ids),
             int32(n_vocab),
             int32(n_cols),
             pointer(grid),

@@ -237,6 +237,7 @@ def _pair(
         isinstance(op, ops.RMSNorm)
         and isinstance(following, ops.Gate)
         and following.x == op.out
+        and following.n_streams == 1
         and n_users[op.out.buffer] == 2  # nobody else reads the norm
         and kernels.can_gate_heads(op.group_size)
         and (op.weight is None or op.weight.size == op.group_size)
@@ -340,7 +341,7 @@ def _residuals(mix: ops.MixResiduals, before: ops.Operation, following: ops.Oper
 
 
 def _is_plain(conv: ops.CausalConv) -> bool:
-    return conv.activates and not conv.bias
+    return conv.activates and not conv.bias and conv.dilation == 1
 
 
 def _shared_expert(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, int32, pointer
+from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, float32, int32, pointer
 
 _THREADS, _COLUMNS = 256, 4  # of a block, of a thread
 _ROWS = 64  # at a time; a block goes on with others
@@ -61,13 +61,15 @@ class Mixing(NamedTuple):
 class Added(NamedTuple):
     """What is added to the streams: a row, the gates that it is multiplied by, and where the sums go.
 
-    `mixing` is how the streams are mixed before; `NOTHING`: they are not.
+    `mixing` is how the streams are mixed before; `NOTHING`: they are not. With a `magnitude` above 0 the row is
+    multiplied by that and the sigmoid of the gates.
     """
 
     row: Rows
     gates: Rows
     out: Rows
     mixing: Rows = NOTHING
+    magnitude: float = 0.0
 
 
 def n_partial(n_rows: int, width: int, n_mixes: int) -> int:
@@ -101,6 +103,7 @@ def hyper_connections(
             *at(streams),
             *at(added.row),
             *at(added.gates),
+            float32(added.magnitude),
             *at(added.mixing),
             *at(added.out),
             int32(n_cols),

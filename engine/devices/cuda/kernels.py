@@ -540,14 +540,19 @@ def gate(
     head_size: int = 0,
     weight: int = 0,
     eps: float = 0.0,
+    n_streams: int = 1,
 ) -> Launch:
-    """Multiply by a function of a gate; with a `head_size`, x is normalised head by head before that."""
+    """Multiply by a function of a gate; with a `head_size`, x is normalised head by head before that.
+
+    With more than one stream of `n_cols` in x they are added up.
+    """
     for width in (n_cols, by.width):
         check_width(width)
     assert by.per_head or by.step % 4 == 0
     assert all(r.address % 16 == 0 and r.stride % 4 == 0 for r in ((x, out) if by.per_head else (x, by.x, out)))
     assert weight % 16 == 0
     assert head_size == 0 or (can_gate_heads(head_size) and n_cols % head_size == 0)
+    assert n_streams == 1 or (head_size == 0 and by.width == n_streams * n_cols)
     return Launch(
         "gate.cu",
         "gate",
@@ -557,6 +562,7 @@ def gate(
             f"OWN_LIMIT={by.own_limit}f",
             f"PER_HEAD={int(by.per_head)}",
             f"HEAD_SIZE={head_size}",
+            f"N_STREAMS={n_streams}",
             forms.definition,
         ),
         (ceil_div(n_cols, 4 * WARP * LANE), count.most, 1),

@@ -193,6 +193,7 @@ def _selection(recorder: Recorder, item: fusion.Selection) -> None:
 
 _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Embed: operations.embed,
+    ops.HashTokens: sequence_operations.hash_tokens,
     ops.SelectOutputs: operations.select_outputs,
     ops.RMSNorm: operations.rms_norm,
     ops.Add: operations.add,
@@ -202,6 +203,7 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.SoftCap: operations.soft_cap,
     ops.Clamp: operations.clamp,
     ops.Gate: operations.gate,
+    ops.GateByAgreement: operations.gate_by_agreement,
     ops.SplitHeads: operations.split_heads,
     ops.JoinHeads: operations.join_heads,
     ops.AddToStreams: operations.add_to_streams,

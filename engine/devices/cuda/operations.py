@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from engine.devices import graph as ops
-from engine.devices.cuda import elementwise, fusion, kernels, residuals
+from engine.devices.cuda import elementwise, fusion, kernels, ngrams, residuals
 from engine.devices.cuda.hyper_connections import Added, Mixing, hyper_connections, n_partial
 from engine.devices.cuda.kernels import Combined, GateOf, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
@@ -26,14 +26,16 @@ Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]
 
 
 def embed(recorder: Recorder, op: ops.Embed) -> None:
-    """Record the rows of a table that the tokens name."""
+    """Record the rows of a table that the tokens, or ids of their own, name."""
     out, table, matrix, grid = recorder.use(op.out), op.table, recorder.matrix(op.table), recorder.grid(op.table.format)
+    ids = recorder.use(op.ids) if op.ids else None
     recorder.record(
         lambda p: [
             elementwise.embed(
                 p.base + matrix,
                 table.format,
-                p.base + p.step.token_ids,
+                p.rows(ids) if ids else Rows(p.base + p.step.token_ids, 1),
+                op.out.width // table.n_cols,
                 table.n_rows,
                 table.n_cols,
                 p.at(grid),
@@ -128,7 +130,9 @@ def add_to_streams(recorder: Recorder, op: ops.AddToStreams) -> None:
 def _added_to_streams(recorder: Recorder, op: ops.AddToStreams) -> Callable[[Pass], Added]:
     added, gates, out = recorder.use(op.added), recorder.use(op.gates), recorder.use(op.out)
     mixing = recorder.use(op.mixing) if op.mixing else None
-    return lambda p: Added(p.rows(added), p.rows(gates), p.rows(out), p.rows(mixing) if mixing else NOTHING)
+    return lambda p: Added(
+        p.rows(added), p.rows(gates), p.rows(out), p.rows(mixing) if mixing else NOTHING, op.magnitude
+    )
 
 
 def reduce_streams(recorder: Recorder, item: fusion.StreamsAndNorm) -> None:
@@ -314,14 +318,24 @@ def gate(recorder: Recorder, op: ops.Gate, norm: ops.RMSNorm | None = None) -> N
                 p.rows(x),
                 gate_of(op, p.rows(by), head_dim),
                 p.rows(out),
-                op.x.width,
+                op.out.width,
                 p.count(op.x.rows),
                 finish.at(p),
                 norm.group_size if norm else 0,
                 p.at(weight),
                 norm.eps if norm else 0.0,
+                op.n_streams,
             )
         ]
+    )
+
+
+def gate_by_agreement(recorder: Recorder, op: ops.GateByAgreement) -> None:
+    """Record a gate for each of some streams."""
+    a, b, x, out = (recorder.use(tensor) for tensor in (op.a, op.b, op.x, op.out))
+    how = op.n_streams, op.x.width, op.floor
+    recorder.record(
+        lambda p: [ngrams.gate_by_agreement(p.rows(a), p.rows(b), p.rows(x), p.rows(out), *how, p.count(op.x.rows))]
     )
 
 

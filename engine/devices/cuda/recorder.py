@@ -178,6 +178,10 @@ class Recorder:
             self.uploads.append((self._offsets[key], values))
         return self._offsets[key]
 
+    def numbers(self, values: npt.NDArray[np.generic]) -> int:
+        """Return the offset of numbers that are none of the file's."""
+        return self.constant((str(values.dtype), values.tobytes()), lambda: values)
+
     def counters_of_rows(self) -> int:
         """Return the offset of a word for each row of a step that kernels may count their blocks with; 0 when idle."""
         n_rows = self._limits.max_tokens

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from engine.devices.cuda.kernels import NO_FORMS, Forms, can_gate_heads
 from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, float32, int32, int64, pointer
-from engine.devices.graph import Gating
+from engine.devices.graph import MOST_CONVOLVED, Gating
 
 _CHANNELS = 256  # of a block
 _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
@@ -55,11 +55,13 @@ def causal_conv(
     positions: int,
     slots: int,
     count: Count,
+    dilation: int = 1,
 ) -> list[Launch]:
     """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
     assert kernel_size >= 2
+    assert 1 <= dilation * (kernel_size - 1) <= MOST_CONVOLVED
     n_blocks = ceil_div(n_channels, _CHANNELS)
-    definitions = (f"KERNEL_SIZE={kernel_size}", f"ACTIVATES={int(activates)}")
+    definitions = (f"KERNEL_SIZE={kernel_size}", f"DILATION={dilation}", f"ACTIVATES={int(activates)}")
     places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
     what = (*at(x), pointer(weight), pointer(bias), pointer(state), *at(out), *places)
     if count.most <= _CONVOLVED_AT_ONCE:
@@ -179,7 +181,7 @@ def selective_scan(
 
 def compress(
     values: Rows,
-    scores: Rows,
+    scores: Rows | None,
     biases: int,
     state: int,
     out: Rows,
@@ -192,7 +194,8 @@ def compress(
 ) -> Launch:
     """Make rows that the tokens of a period share, channel by channel."""
     assert n_parts in {1, 2}
-    assert min(values.stride, scores.stride) >= n_parts * n_channels
+    assert all(rows.stride >= n_parts * n_channels for rows in (values, scores) if rows)
+    assert scores is None or biases
     return Launch(
         "compress.cu",
         "compress",
@@ -201,7 +204,7 @@ def compress(
         _COMPRESSED,
         (
             *at(values),
-            *at(scores),
+            *at(scores or NOTHING),
             pointer(biases),
             pointer(state),
             *at(out),
@@ -290,6 +293,7 @@ def delta_net_step(
             f"V_DIM={net.v_dim}",
             f"BY_CHANNEL={int(net.decay_dim > 1)}",
             f"KERNEL_SIZE={net.kernel_size}",
+            "DILATION=1",
             "ACTIVATES=1",
             f"GATING={int(net.gating)}",
             forms.definition,

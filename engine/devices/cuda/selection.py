@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from engine.devices.cuda.attention import Cache, CacheArgument, Place, check_heads
-from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
+from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
 from engine.devices.graph import KVType
 from engine.errors import DeviceError
 
@@ -76,7 +76,7 @@ def check_indexer(cache: Cache, n_heads: int, *, apart: bool = False) -> None:
 
 def select_positions(
     q: Rows,
-    weights: Rows,
+    weights: Rows | None,
     out: Rows,
     cache: Cache,
     n_heads: int,
@@ -90,19 +90,19 @@ def select_positions(
 ) -> list[Launch]:
     """Score all positions and choose: by many blocks for few tokens, by one for each of many, with the same result.
 
-    `out` has int32 rows, `scores` is the address of `scores_bytes` bytes. With `has_tail` rows of the cache are blocks of
-    positions, and behind those that are chosen comes the one that is not whole.
+    `out` has int32 rows, `scores` is the address of `scores_bytes` bytes. With `has_tail` rows of the cache are blocks
+    of positions, and behind those that are chosen comes the one that is not whole.
     """
     check_indexer(cache, n_heads)
     assert cache.values_in_keys
     assert (cache.n_kv_heads, cache.value_dim) == (1, 0)
     assert q.stride >= n_heads * cache.key_dim
     assert q.address % 8 == q.stride % 2 == 0
-    assert weights.stride >= n_heads
+    assert weights is None or weights.stride >= n_heads
     assert out.stride >= top_k + has_tail
-    assert cache.period > 1 or not has_tail
     definitions = (*cache.definitions, f"N_HEADS={n_heads}")
-    inputs = _Inputs(*q, *weights, cache.argument, place.positions, place.slots, scale, top_k, has_tail)
+    of_heads = weights or NOTHING
+    inputs = _Inputs(*q, *of_heads, cache.argument, place.positions, place.slots, scale, top_k, has_tail)
     kept = (pointer(scores), int64(cache.context_length))
     shared, n = _shared_bytes(cache, n_heads, apart=False), pointer(count.address)
 

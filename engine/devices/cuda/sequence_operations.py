@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from engine.devices import graph as ops
-from engine.devices.cuda import attention, elementwise, fusion, kernels, operations, recurrent, selection
+from engine.devices.cuda import attention, elementwise, fusion, kernels, ngrams, operations, recurrent, selection
 from engine.devices.cuda.expert_layers import Streamed
 from engine.devices.cuda.kernels import GateOf
 from engine.devices.cuda.launch import Launch, Rows
@@ -54,14 +54,14 @@ def _frequencies(recorder: Recorder, op: ops.Rope) -> tuple[int, int]:
     with np.errstate(all="ignore"):  # a damaged file may hold zeros; its text is then as damaged
         divided = op.frequencies if divisors is None else op.frequencies / recorder.values(divisors)
     values = np.ascontiguousarray(divided, np.float32)
-    return recorder.constant(("frequencies", values.tobytes()), lambda: values), 2 * len(values)
+    return recorder.numbers(values), 2 * len(values)
 
 
 def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.Selection | None = None) -> None:
     """Record the choice of what attention looks at, perhaps with what makes its queries and keys ready."""
     cache = recorder.cache(op.cache)
     selection.check_indexer(cache, op.n_heads)
-    q, weights, out = (recorder.use(tensor) for tensor in (op.q, op.weights, op.out))
+    q, out, weights = recorder.use(op.q), recorder.use(op.out), recorder.use(op.weights) if op.weights else None
     store = _indexer_inputs(recorder, op, item)
     scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
 
@@ -70,7 +70,7 @@ def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.S
         yield store(p)
         yield from selection.select_positions(
             p.rows(q),
-            p.rows(weights),
+            p.rows(weights) if weights else None,
             p.rows(out),
             own,
             op.n_heads,
@@ -187,11 +187,9 @@ def attention_layer(recorder: Recorder, item: fusion.Attention) -> None:
     to, finish = recorder.use(out), recorder.finish(out)
     selected, listed = recorder.use(op.selected.blocks) if op.selected else None, attention.Sight()
     if op.selected:
+        lists = op.selected
         listed = attention.Sight(
-            top_k=op.selected.top_k,
-            block_size=op.selected.block_size,
-            by_head=op.selected.n_lists > 1,
-            has_tail=op.selected.has_tail,
+            top_k=lists.top_k, block_size=lists.block_size, by_head=lists.n_lists > 1, has_tail=lists.has_tail
         )
     listed = listed._replace(window=op.window)
     shared, store = op.shared_cache, _stored_keys(recorder, item)
@@ -278,6 +276,25 @@ def _stored_keys(
     return launch
 
 
+def hash_tokens(recorder: Recorder, op: ops.HashTokens) -> None:
+    """Record the rows that hashes of the last tokens choose."""
+    out, n_hashed, n_heads = recorder.use(op.out), len(op.multipliers), op.out.width
+    multipliers, sizes, offsets = (recorder.numbers(values) for values in (op.multipliers, op.sizes, op.offsets))
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        addresses = p.base + multipliers, p.base + sizes, p.base + offsets
+        yield ngrams.hash_tokens(
+            p.base + recorder.state(op.state),
+            p.rows(out),
+            ngrams.Hashes(*addresses, n_hashed, n_heads, op.end_id),
+            p.base + p.step.token_ids,
+            attention.Place(p.base + p.step.positions, p.base + p.step.slots),
+            p.count(op.out.rows),
+        )
+
+    recorder.record(launches)
+
+
 def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
     """Record a convolution with the tokens before."""
     x, out, weight, bias = (
@@ -299,6 +316,7 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
             p.base + p.step.positions,
             p.base + p.step.slots,
             p.count(op.x.rows),
+            op.dilation,
         )
     )
 
@@ -309,8 +327,7 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
     beta, alpha = (recorder.use(tensor) if tensor else None for tensor in (op.beta, op.alpha))
     a, dt_bias, skip = (recorder.vector(vector) for vector in (op.a, op.dt_bias, op.skip))
     if op.decays is not None:
-        decays = op.decays
-        a = recorder.constant(("decays", decays.tobytes()), lambda: decays)
+        a = recorder.numbers(op.decays)
     assert q.stride == k.stride == v.stride
     recorder.record(
         lambda p: [
@@ -369,13 +386,13 @@ def selective_scan(recorder: Recorder, op: ops.SelectiveScan) -> None:
 
 def compress(recorder: Recorder, op: ops.Compress) -> None:
     """Record rows that the tokens of a period share."""
-    values, scores, out = recorder.use(op.values), recorder.use(op.scores), recorder.use(op.out)
-    biases = recorder.vector(op.biases)
+    values, out, biases = recorder.use(op.values), recorder.use(op.out), recorder.vector(op.biases)
+    scores = recorder.use(op.scores) if op.scores else None
     recorder.record(
         lambda p: [
             recurrent.compress(
                 p.rows(values),
-                p.rows(scores),
+                p.rows(scores) if scores else None,
                 p.at(biases),
                 p.base + recorder.state(op.state),
                 p.rows(out),

@@ -34,6 +34,14 @@ static inline void store_sum(float *state, int n_channels, int n, weighted_sum s
     v16_store_first(state + 2 * (int64_t)n_channels, sum.o, n);
 }
 
+// The scores of n (1..16) columns from `col` on of a token at a place of its period; 0 where there are none.
+static inline v16 scores_at(const compress_args *a, int row, int place, int col, int n) {
+    if (!a->scores.at)
+        return v16_set(0.0f);
+    const float *biases = a->biases + place * (int64_t)(a->n_parts * a->n_channels);
+    return v16_add(v16_load_first(a->scores.at + row * a->scores.stride + col, n), v16_load_first(biases + col, n));
+}
+
 // n (1..16) channels from `col` of one run of tokens.
 static inline __attribute__((always_inline)) void compress_channels(const compress_args *a, const step_view *step,
                                                                     const token_run *run, int col, int n) {
@@ -46,15 +54,14 @@ static inline __attribute__((always_inline)) void compress_channels(const compre
         next = load_sum(next_state, n_channels, n);
     for (int row = run->first; row < run->end; row++) {
         const int position = step->positions[row], place = position % a->period;
-        const float *values = a->values.at + row * a->values.stride, *scores = a->scores.at + row * a->scores.stride;
-        const float *biases = a->biases + place * (int64_t)width;
-        const v16 score = v16_add(v16_load_first(scores + own, n), v16_load_first(biases + own, n));
+        const float *values = a->values.at + row * a->values.stride;
+        const v16 score = scores_at(a, row, place, own, n);
         const v16 value = v16_load_first(values + own, n);
         if (place == 0 && overlaps && position > 0)
             sum = next;
         sum = place == 0 && !(overlaps && position > 0) ? first_of_sum(score, value) : add_to_sum(sum, score, value);
         if (overlaps) {
-            const v16 next_score = v16_add(v16_load_first(scores + col, n), v16_load_first(biases + col, n));
+            const v16 next_score = scores_at(a, row, place, col, n);
             const v16 next_value = v16_load_first(values + col, n);
             next = place == 0 ? first_of_sum(next_score, next_value) : add_to_sum(next, next_score, next_value);
         }

@@ -8,23 +8,23 @@
 
 // -- causal convolution ----------------------------------------------------------------------------------------------
 
-// n (1..16) channels from `c` of one run of tokens. `window` holds the kernel_size - 1 inputs before the token at hand.
+// n (1..16) channels from `c` of one run of tokens. `window` holds the inputs before the token at hand.
 static inline __attribute__((always_inline)) void convolve(const causal_conv_args *a, const step_view *step,
                                                            const token_run *run, int c, int n) {
-    v16 window[MAX_CONV_KERNEL], weights[MAX_CONV_KERNEL];
+    v16 window[MAX_CONVOLVED], weights[MAX_CONV_KERNEL];
     const v16 bias = a->bias ? v16_load_first(a->bias + c, n) : v16_set(0.0f);
-    const int n_before = a->kernel_size - 1;
+    const int last = a->kernel_size - 1, dilation = a->dilation, n_before = last * dilation;
     float *state = a->state + (int64_t)run->slot * n_before * a->n_channels + c;
     for (int j = 0; j < n_before; j++)
         window[j] = starts_afresh(step, run) ? v16_set(0.0f) : v16_load_first(state + (int64_t)j * a->n_channels, n);
-    for (int j = 0; j <= n_before; j++)
+    for (int j = 0; j <= last; j++)
         weights[j] = v16_load_first(a->weight + (int64_t)j * a->n_channels + c, n);
     for (int row = run->first; row < run->end; row++) {
         const v16 x = v16_load_first(a->x.at + row * a->x.stride + c, n);
         v16 sum = v16_set(0.0f);
-        for (int j = 0; j < n_before; j++)
-            sum = v16_fma(window[j], weights[j], sum);
-        sum = v16_add(v16_fma(x, weights[n_before], sum), bias);
+        for (int j = 0; j < last; j++)
+            sum = v16_fma(window[j * dilation], weights[j], sum);
+        sum = v16_add(v16_fma(x, weights[last], sum), bias);
         v16_store_first(a->out.at + row * a->out.stride + c, a->activates ? v16_silu(sum) : sum, n);
         for (int j = 0; j + 1 < n_before; j++)
             window[j] = window[j + 1];

@@ -22,10 +22,12 @@ static inline float *row_of(matrix m, int row) { return m.at + row * m.stride; }
 static void op_embed(const op_args *args, const step_view *step, tile t) {
     const embed_args *a = &args->embed;
     for (int row = t.row; row < t.row_end; row++) {
+        const int32_t *ids = a->ids ? a->ids + row * a->ids_stride : &step->token_ids[row];
         float *out = row_of(a->out, row);
-        a->dequantize_row(a->table + step->token_ids[row] * a->row_bytes, out, a->n_cols);
+        for (int col = t.col; col < t.col_end; col += a->n_cols)
+            a->dequantize_row(a->table + ids[col / a->n_cols] * a->row_bytes, out + col, a->n_cols);
         if (a->scale != 1.0f)
-            for (int c = 0; c < a->n_cols; c++)
+            for (int c = t.col; c < t.col_end; c++)
                 out[c] *= a->scale;
     }
 }
@@ -86,15 +88,24 @@ static inline v16 load_gate(const float *gate, int c, int n, int span) {
     return v16_load(values);
 }
 
+// n columns from c on, at most 16, of x with its gate; of several streams their sum.
+static inline __attribute__((always_inline)) v16 gated_columns(const gate_args *a, const float *x, const float *gate,
+                                                               int c, int n) {
+    v16 sum = gated(a, n == 16 ? v16_load(x + c) : v16_load_first(x + c, n), load_gate(gate, c, n, a->span));
+    for (int i = 1, at = c + a->n_cols; i < a->n_streams; i++, at += a->n_cols)
+        sum = v16_add(
+            sum, gated(a, n == 16 ? v16_load(x + at) : v16_load_first(x + at, n), load_gate(gate, at, n, a->span)));
+    return sum;
+}
+
 static void op_gate(const op_args *args, const step_view *step, tile t) {
     const gate_args *a = &args->gate;
     (void)step;
     for (int row = t.row; row < t.row_end; row++) {
         const float *x = row_of(a->x, row), *gate = row_of(a->gate, row);
         float *out = row_of(a->out, row);
-        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, gated(a, v16_load(x + c), load_gate(gate, c, 16, a->span))),
-                    v16_store_first(
-                        out + c, gated(a, v16_load_first(x + c, n_left), load_gate(gate, c, n_left, a->span)), n_left));
+        FOR_COLUMNS(c, t.col, t.col_end, v16_store(out + c, gated_columns(a, x, gate, c, 16)),
+                    v16_store_first(out + c, gated_columns(a, x, gate, c, n_left), n_left));
     }
 }
 

@@ -81,7 +81,8 @@ static void op_add_to_streams(const op_args *args, const step_view *step, tile t
             const int stream = col / a->n_cols, first = stream * a->n_cols;
             end = t.col_end < first + a->n_cols ? t.col_end : first + a->n_cols;
             const float *added = row_of(a->added, row) - first;
-            const v16 gate = v16_set(row_of(a->gates, row)[stream]);
+            const v16 own = v16_set(row_of(a->gates, row)[stream]);
+            const v16 gate = a->magnitude > 0.0f ? v16_mul(v16_set(a->magnitude), v16_sigmoid(own)) : own;
             float *out = row_of(a->out, row);
             FOR_COLUMNS(
                 c, col, end, v16_store(out + c, v16_fma(gate, v16_load(added + c), load_mixed(a, row, stream, c, 16))),

@@ -15,14 +15,15 @@ static inline __attribute__((always_inline)) v16 add_head_scores(const select_po
     float scores[ATTENTION_TILE * KV_LANES];
     score_group(q + head * a->cache.head_dim, n_q, keys, type, a->cache.head_dim, 1.0f, scores, KV_LANES);
     for (int i = 0; i < n_q; i++)
-        sum = v16_fma(v16_set(weights[head + i] * a->scale), v16_max(v16_load(scores + i * KV_LANES), v16_set(0.0f)),
-                      sum);
+        sum = v16_fma(v16_set((weights ? weights[head + i] : 1.0f) * a->scale),
+                      v16_max(v16_load(scores + i * KV_LANES), v16_set(0.0f)), sum);
     return sum;
 }
 
 static inline __attribute__((always_inline)) void
 score_positions_of(const select_positions_args *a, int token, int slot, int first, int end, int type, float *scores) {
-    const float *q = a->q.at + token * a->q.stride, *weights = a->weights.at + token * a->weights.stride;
+    const float *q = a->q.at + token * a->q.stride;
+    const float *weights = a->weights.at ? a->weights.at + token * a->weights.stride : NULL;
     for (int position = first; position < end; position += KV_LANES) {
         const uint8_t *keys = kv_keys(&a->cache, slot, 0, position);
         v16 sum = v16_set(0.0f);
