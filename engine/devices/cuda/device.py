@@ -13,6 +13,7 @@ from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.expert_layers import Staging
 from engine.devices.cuda.jit import Compiler, Progress
+from engine.devices.cuda.launch import MOST_BLOCKS
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import reserved_bytes
 from engine.devices.cuda.program import CUDAProgram
@@ -165,7 +166,8 @@ class CUDADevice:
     def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
         """Return limits with as many tokens in a step as asked for, or halved until `n_bytes` more scratch suffice."""
         limits = bare.limits
-        n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length)
+        most = MOST_BLOCKS // (bare.experts.n_used + 1)  # a block for each choice, and for a shared expert
+        n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length, most)
         if not bare.can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
         max_outputs = max(limits.max_tokens, limits.n_slots)

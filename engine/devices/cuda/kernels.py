@@ -201,7 +201,7 @@ def quantize(x: Rows, n_cols: int, activation: Activation, out: Rows, rows_per_t
         "quantize.cu",
         "quantize",
         (f"GROUP={group}",),
-        (ceil_div(n_cols, 1024), count.most * rows_per_token, 1),
+        (count.most * rows_per_token, ceil_div(n_cols, 1024), 1),
         4 * WARP,
         (*at(x), int32(n_cols), *at(out), int32(rows_per_token), pointer(count.address)),
     )

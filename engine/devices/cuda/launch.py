@@ -15,6 +15,7 @@ from engine.quants.formats import QuantFormat
 
 WARP = 32
 MAX_MATRICES = 8  # of a launch; `matrices.cuh`
+MOST_BLOCKS = (1 << 16) - 1  # of a grid in its second and third direction, on every GPU
 PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`
 WITH_MINIMUM = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}  # formats; `formats.cuh`
 WITH_CODES = {"IQ4_NL", "IQ4_XS", "MXFP4"}  # likewise: HAS_CODES
