@@ -8,12 +8,13 @@
 
 // -- causal convolution ----------------------------------------------------------------------------------------------
 
-// n (1..16) channels from `c` of one run of tokens. `window` holds the inputs before the token at hand.
+// n (1..16) channels from `c` of one run of tokens. `window` holds the inputs before the token at hand. The dilation is
+// given, for it is 1 as a rule.
 static inline __attribute__((always_inline)) void convolve(const causal_conv_args *a, const step_view *step,
-                                                           const token_run *run, int c, int n) {
+                                                           const token_run *run, int dilation, int c, int n) {
     v16 window[MAX_CONVOLVED], weights[MAX_CONV_KERNEL];
     const v16 bias = a->bias ? v16_load_first(a->bias + c, n) : v16_set(0.0f);
-    const int last = a->kernel_size - 1, dilation = a->dilation, n_before = last * dilation;
+    const int last = a->kernel_size - 1, n_before = last * dilation;
     float *state = a->state + (int64_t)run->slot * n_before * a->n_channels + c;
     for (int j = 0; j < n_before; j++)
         window[j] = starts_afresh(step, run) ? v16_set(0.0f) : v16_load_first(state + (int64_t)j * a->n_channels, n);
@@ -34,14 +35,23 @@ static inline __attribute__((always_inline)) void convolve(const causal_conv_arg
         v16_store_first(state + (int64_t)j * a->n_channels, window[j], n);
 }
 
-static void op_causal_conv(const op_args *args, const step_view *step, tile t) {
+static inline __attribute__((always_inline)) void convolve_runs(const causal_conv_args *a, const step_view *step,
+                                                                tile t, int dilation) {
     for (int i = 0; i < step->n_runs; i++) {
         int c = t.col;
         for (; c + 16 <= t.col_end; c += 16)
-            convolve(&args->causal_conv, step, &step->runs[i], c, 16);
+            convolve(a, step, &step->runs[i], dilation, c, 16);
         if (c < t.col_end)
-            convolve(&args->causal_conv, step, &step->runs[i], c, t.col_end - c);
+            convolve(a, step, &step->runs[i], dilation, c, t.col_end - c);
     }
+}
+
+static void op_causal_conv(const op_args *args, const step_view *step, tile t) {
+    const causal_conv_args *a = &args->causal_conv;
+    if (a->dilation == 1)
+        convolve_runs(a, step, t, 1);
+    else
+        convolve_runs(a, step, t, a->dilation);
 }
 
 // -- gated delta rule ------------------------------------------------------------------------------------------------
