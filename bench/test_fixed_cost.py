@@ -25,6 +25,7 @@ from engine.devices.program import Limits
 from engine.gguf.synthetic import SyntheticModel
 from engine.models import load_model
 from engine.quants.formats import BY_NAME, BY_TYPE
+from tests.zero_weights import ZeroWeights
 
 ROWS, COLUMNS = 8, 256  # what is left of every product
 EXPERT_SIZE, EXPERT_TYPE = 32, BY_NAME["Q8_0"].ggml_type  # the same for the experts
@@ -58,17 +59,6 @@ class WithoutWeights:
         quantized = np.zeros(_kernels.activation_bytes(form, n_values), np.uint8)
         self.hidden += [hidden, quantized]
         self.program.quantize(hidden.ctypes.data, n_values, n_values, form, quantized.ctypes.data, _kernels.ROWS_TOKENS)
-
-
-class ZeroWeights:
-    """Every tensor as the same stretch of zeros."""
-
-    def __init__(self, model_file: SyntheticModel) -> None:
-        self.sizes = {name: info.n_bytes for name, info in model_file.tensors.items()}
-        self.zeros = np.zeros(max(self.sizes.values()), np.uint8)
-
-    def array(self, name: str) -> np.ndarray:
-        return self.zeros[: self.sizes[name]]
 
 
 @pytest.fixture

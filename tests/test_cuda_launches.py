@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from engine.devices.cuda.device import CUDADevice
@@ -19,20 +18,10 @@ from engine.devices.program import Limits
 from engine.gguf import SyntheticModel
 from engine.gguf.synthetic import GEOMETRIES
 from engine.models import load_model
+from tests.zero_weights import ZeroWeights
 
 N_LAYERS = 7  # in which each kind of layer is there
 MOST_THREADS, MOST_SHARED = 1024, 99 << 10  # of a block
-
-
-class ZeroWeights:
-    """Every tensor as the same stretch of zeros."""
-
-    def __init__(self, model_file: SyntheticModel) -> None:
-        self.sizes = {name: info.n_bytes for name, info in model_file.tensors.items()}
-        self.zeros = np.zeros(max(self.sizes.values()), np.uint8)
-
-    def array(self, name: str) -> np.ndarray:
-        return self.zeros[: self.sizes[name]]
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

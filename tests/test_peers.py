@@ -234,17 +234,26 @@ def test_blocks_would_be_chosen_otherwise(kind: type[Operation], otherwise: Call
     assert kind == SelectPositions or (differences[:15] < 1e-4).all()
 
 
-def test_many_blocks_are_chosen_among_however_a_prompt_is_cut(data: Path) -> None:
-    """Steps end within blocks, n-grams, and what the convolution goes back to; then each is one token."""
-    references = data / "peers" / "qwen4exp-F32.npz"
+def check_cuts_of_a_long_prompt(
+    runner: ModelRunner, references: Path, *all_cuts: tuple[int, ...]
+) -> tuple[list[int], np.ndarray]:
+    """Return the prompt and its last logits, which are llama.cpp's and the same bits whatever its steps."""
     with np.load(references, allow_pickle=False) as z:
         tokens, exact = z["tokens_long"].tolist(), z["logits_long_exact"]
     n = len(exact)
+    logits = runner.logits(tokens)[-n:]
+    assert np.abs(logits - exact).max() < 1e-4
+    for cuts in all_cuts:
+        assert np.array_equal(runner.logits(tokens, cuts)[-n:], logits)
+    return tokens, exact
+
+
+def test_many_blocks_are_chosen_among_however_a_prompt_is_cut(data: Path) -> None:
+    """Steps end within blocks, n-grams, and what the convolution goes back to; then each is one token."""
+    references = data / "peers" / "qwen4exp-F32.npz"
+    pieces = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (63, 64, 1, 65, 3), (290, *[1] * 9)
     with ModelRunner(references.with_suffix(".gguf")) as runner:
-        logits = runner.logits(tokens)[-n:]
-        assert np.abs(logits - exact).max() < 1e-4
-        for cuts in ((1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (63, 64, 1, 65, 3), (290, *[1] * 9)):
-            assert np.array_equal(runner.logits(tokens, cuts)[-n:], logits)
+        check_cuts_of_a_long_prompt(runner, references, *pieces)
 
 
 @pytest.mark.parametrize("context_length", [1, 3, 4, 5, 8, 11, 12])
@@ -274,16 +283,11 @@ def test_what_many_tokens_share_in_a_long_prompt(
 ) -> None:
     """However the prompt is cut; without that logits would be others."""
     references = data / "peers" / f"{name}-F32.npz"
-    with np.load(references, allow_pickle=False) as z:
-        tokens, exact = z["tokens_long"].tolist(), z["logits_long_exact"]
-    n = len(exact)
     with ModelRunner(references.with_suffix(".gguf")) as runner:
-        logits = runner.logits(tokens)[-n:]
-        assert np.abs(logits - exact).max() < 1e-4
-        assert np.array_equal(runner.logits(tokens, (127, 1, 1, 126, 3))[-n:], logits)
+        tokens, exact = check_cuts_of_a_long_prompt(runner, references, (127, 1, 1, 126, 3))
         graph = runner.model.graph
         graph.operations = [otherwise(op) if isinstance(op, Attention) else op for op in graph.operations]
-        others = ReferenceProgram(graph, runner.weights).run(tokens)[-n:]
+        others = ReferenceProgram(graph, runner.weights).run(tokens)[-len(exact) :]
     assert (np.abs(others - exact).max(-1) > 0.01).all()
 
 
