@@ -7,8 +7,8 @@
 // of one sequence stand together and in order. What a state holds where a period begins does not matter, but for the second
 // part.
 //
-// Compiled for N_PARTS. biases [period, N_PARTS * n_channels]; without scores (null) these and biases are 0. Grid: (ceil(n_channels / 64)); a thread takes a channel, and
-// loads some tokens ahead.
+// Compiled for N_PARTS. biases [period, N_PARTS * n_channels]; without scores (null) these and biases are 0.
+// Grid: (ceil(n_channels / 64)); a thread takes a channel, and loads some tokens ahead.
 #include "common.cuh"
 
 constexpr int THREADS = 64;

@@ -2,7 +2,8 @@
 // formats take.
 //
 // Compiled for GATING, LIMIT, OWN_LIMIT and HEAD_SIZE (`gate.cuh`), PER_HEAD, FORMS (`quantize.cuh`) and N_STREAMS: with more
-// than one of them, of n_cols side by side in x, out is their sum. The gate has `gate_width` values for each head, `gate_step` apart; with PER_HEAD it is one value for so many columns. In place allowed.
+// than one of them, of n_cols side by side in x, out is their sum. The gate has `gate_width` values for each head, `gate_step`
+// apart; with PER_HEAD it is one value for so many columns. In place allowed.
 // Grid: (ceil(n_cols / 1024), rows); n_cols is a multiple of 8, and of HEAD_SIZE.
 #include "gate.cuh"
 #include "quantize.cuh"

@@ -1,7 +1,7 @@
 // Merges the parts of attention over few tokens (`attention.cu`), and gates what comes of them.
 //
-// Compiled for VALUE_DIM (of a head), TOP_K, BLOCK, TAIL, PERIOD and WINDOW (`attention.cu`), GATE (0 none, 1 sigmoid, 2 SiLU), PER_HEAD
-// (`gate.cuh`) and FORMS (`quantize.cuh`).
+// Compiled for VALUE_DIM (of a head), TOP_K, BLOCK, TAIL, PERIOD and WINDOW (`attention.cu`), GATE (0 none, 1 sigmoid, 2 SiLU),
+// PER_HEAD (`gate.cuh`) and FORMS (`quantize.cuh`).
 #include "attention_parts.cuh"
 #include "gate.cuh"
 #include "quantize.cuh"
