@@ -34,6 +34,9 @@ def test_every_launch_is_within_what_gpus_take(name: str) -> None:
     assert larger.max_tokens > 3000
     lowering = Lowering(graph, weights, larger, staging=Staging(2, 1, 32))
     steps = [lowering.launches(0, n, None) for n in (1, 8, 512)]
+    longest = Lowering(graph, weights, replace(limits, max_tokens=1 << 16))  # which are not streamed
+    assert 3000 < longest.limits.max_tokens <= MOST_BLOCKS
+    steps.append(longest.launches(0, longest.limits.max_tokens, None))
     for step in (*steps, lowering.streaming_launches(0, larger.max_tokens)):
         for one in step:
             for launch in one.launches if isinstance(one, Streamed) else (one,):

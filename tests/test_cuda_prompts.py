@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,19 +160,38 @@ def test_swaps_between_long_steps_never_change_a_bit(
                     program.publish(layer, expert, slot)
 
 
-def test_where_memory_cannot_be_pinned_experts_go_through_buffers(
+@pytest.mark.parametrize("nth", [1, 3], ids=["embeddings", "experts"])
+def test_where_memory_cannot_be_pinned_the_device_gets_copies(
+    nth: int,
     prompt_model: Model,
     single_tokens: np.ndarray,
     driver,
+    caplog,
 ) -> None:
-    driver.fail("cuMemHostRegister", 2, "CUDA_ERROR_UNKNOWN")
-    with prompt_model.open(hot_k=2, **SETTINGS) as opened:
-        pinned = opened.program._pinned
-        assert pinned is not None
-        assert not pinned.is_pinned
-        reason = "cuMemHostRegister failed" if prompt_model.weights.is_own_memory else 'load = "mmap"'
-        assert reason in pinned.describe()
-        assert_same(prompt(opened), single_tokens)
+    """Of the table of embeddings one that stays, of experts some that go through buffers."""
+    caplog.set_level(logging.INFO, logger="engine")
+    dense_bytes = []
+    for fails in (False, True):
+        caplog.clear()
+        if fails:
+            driver.fail("cuMemHostRegister", nth, "CUDA_ERROR_UNKNOWN")
+        with prompt_model.open(hot_k=2, **SETTINGS) as opened:
+            assert_same(prompt(opened), single_tokens)
+            dense_bytes.append(opened.program._lowering.layout.n_bytes)
+        if not prompt_model.weights.is_own_memory:
+            reason = 'the weights are mapped from the file ([model] load = "mmap")'
+            assert f"MB of VRAM: {reason}" in caplog.text
+            assert f"through pinned buffers: {reason}" in caplog.text
+        else:
+            embeddings, experts = fails and nth == 1, fails and nth == 3
+            failed = "cuMemHostRegister failed: CUDA_ERROR_UNKNOWN"
+            assert (f"MB of VRAM: {failed}" in caplog.text) == embeddings
+            assert ("embeddings are read from RAM, row by row" in caplog.text) == (not embeddings)
+            assert (f"experts are copied to the GPU through pinned buffers: {failed}" in caplog.text) == experts
+            assert ("straight from where they lie" in caplog.text) == (not experts)
+    table = prompt_model.weights.array("token_embd.weight").nbytes
+    copied = prompt_model.weights.is_own_memory and nth == 1
+    assert (dense_bytes[1] - dense_bytes[0] >= table) == copied
 
 
 @pytest.mark.parametrize("after", [0, 3, 30, 60])

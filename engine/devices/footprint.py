@@ -32,10 +32,9 @@ class Footprint:
         n_experts_used: of them by one token.
         expert_bytes: int64 [n_moe_layers], one expert of each layer.
         expert_macs: int64 [n_moe_layers], multiply-adds of one token with one expert.
-        dense_bytes: all other matrices that the device reads for a token. A table of embeddings of which a token reads
-            one row is not among them: it stays in RAM. One that hashes of tokens choose rows of is: it may be large.
-        idle_bytes: of these, what one token does not read: shared by groups of experts that it does not go to, and all
-            other rows of such a table.
+        dense_bytes: all other matrices that the device reads for a token; not tables of embeddings, of which a token
+            reads some rows: they stay in RAM.
+        idle_bytes: of these, what one token does not read: shared by groups of experts that it does not go to.
         dense_macs: multiply-adds of one token with them.
         position_bytes: keys and values of one position, in all layers that see the whole context.
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
@@ -117,8 +116,6 @@ def measure(
     dense = _dense_weights(graph)
     without_slots = [op for op in graph.operations if isinstance(op, ops.Experts) and not graph.has_slots(op)]
     used = [(op.routing.ids.width, weight) for op in without_slots for weight in op.stacks]
-    looked_up = [op for op in graph.operations if isinstance(op, ops.Embed) and op.ids]
-    unread = [op.table.n_bytes - op.out.width // op.table.n_cols * _row_bytes(op.table) for op in looked_up]
     whole, window = _cache_bytes(graph, limits, stores_once)
     recurrent = sum(4 * state.width for state in graph.states)
     all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, stores_once) for cache in graph.kv_caches)
@@ -128,8 +125,8 @@ def measure(
         n_experts_used=layers[0].routing.ids.width if layers else 0,
         expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),
         expert_macs=np.array([sum(w.n_rows * w.n_cols for w in stack) for stack in stacks], np.int64),
-        dense_bytes=sum(w.n_bytes for w in (*dense, *[weight for _, weight in used], *[op.table for op in looked_up])),
-        idle_bytes=sum(weight.n_bytes // weight.n_experts * (weight.n_experts - n) for n, weight in used) + sum(unread),
+        dense_bytes=sum(w.n_bytes for w in (*dense, *[weight for _, weight in used])),
+        idle_bytes=sum(weight.n_bytes // weight.n_experts * (weight.n_experts - n) for n, weight in used),
         dense_macs=sum(n * weight.n_rows * weight.n_cols for n, weight in (*[(w.n_experts, w) for w in dense], *used)),
         position_bytes=whole,
         window_bytes=window,
@@ -149,8 +146,11 @@ def measure(
     )
 
 
-def _row_bytes(table: Weight) -> int:
-    return table.format.row_bytes(table.n_cols)
+def row_tables(graph: Graph) -> list[Weight]:
+    """Return the tables of which a token reads some rows: matrices that nothing is multiplied with."""
+    multiplied = {weight.name for weight in _dense_weights(graph)}
+    tables = {op.table.name: op.table for op in graph.operations if isinstance(op, ops.Embed)}
+    return [table for name, table in tables.items() if name not in multiplied]
 
 
 def _dense_weights(graph: Graph) -> list[Weight]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,8 +13,8 @@ from engine import _kernels
 from engine.devices.cuda import tiles
 from engine.devices.cuda.driver import probe
 from engine.devices.cuda.expert_layers import Staging
+from engine.devices.cuda.host_memory import pinned_tables
 from engine.devices.cuda.jit import Compiler, Progress
-from engine.devices.cuda.launch import MOST_BLOCKS
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import reserved_bytes
 from engine.devices.cuda.program import CUDAProgram
@@ -96,17 +97,23 @@ class CUDADevice:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
         speeds = self.bandwidths or self._measure_speeds()
-        lowering, plan = self._fit(graph, weights, limits, speeds)
-        return CUDAProgram(
-            self.context,
-            lowering,
-            plan.usable,
-            weights,
-            speeds,
-            n_threads=self.n_threads,
-            isa=self.isa,
-            progress=self.progress,
-        )
+        tables = pinned_tables(graph, weights)
+        try:
+            lowering, plan = self._fit(graph, weights, limits, speeds, tables.addresses)
+            return CUDAProgram(
+                self.context,
+                lowering,
+                plan.usable,
+                weights,
+                tables,
+                speeds,
+                n_threads=self.n_threads,
+                isa=self.isa,
+                progress=self.progress,
+            )
+        except BaseException:
+            tables.close()
+            raise
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
@@ -125,17 +132,22 @@ class CUDADevice:
         return min(measure(graph, limits).streaming_pays_from(speeds, cpu_macs), limits.max_tokens)
 
     def _fit(
-        self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, speeds: Bandwidths
+        self,
+        graph: ForwardGraph,
+        weights: WeightAccess,
+        limits: Limits,
+        speeds: Bandwidths,
+        tables: Mapping[str, int],
     ) -> tuple[Lowering, MemoryPlan]:
         """Plan the memory, with as many expert slots as asked for or as fit."""
         allowed = self.context.free_bytes() - MARGIN_BYTES
         if self.vram_budget is not None:
             allowed = min(allowed, self.vram_budget)
-        bare = self._bare(graph, weights, limits)
+        bare = self._bare(graph, weights, limits, tables)
         threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
         threshold = max(threshold, tiles.MIN_TOKENS)
         limits = self._larger_steps(bare, int((allowed - bare.layout.n_bytes) * _PROMPT_SHARE), threshold)
-        bare = self._bare(graph, weights, limits)
+        bare = self._bare(graph, weights, limits, tables)
         staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)
         scratch_bytes = reserved_bytes(bare.scratch.n_bytes)
         footprint = replace(
@@ -153,21 +165,21 @@ class CUDADevice:
             footprint = replace(footprint, scratch_bytes=behind_slots, long_scratch_bytes=scratch_bytes)
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_kept < bare.experts.n_experts).any())
-        lowering = Lowering(graph, weights, limits, plan, staging if streams else None, guesses=self.guesses)
+        ring = staging if streams else None
+        lowering = Lowering(graph, weights, limits, plan, ring, tables=tables, guesses=self.guesses)
         assert lowering.layout.n_bytes <= allowed
         return lowering, plan
 
-    def _bare(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> Lowering:
+    def _bare(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits, tables: Mapping[str, int]) -> Lowering:
         """Return what is needed without any expert."""
-        bare = Lowering(graph, weights, limits, guesses=self.guesses)
+        bare = Lowering(graph, weights, limits, tables=tables, guesses=self.guesses)
         bare.recorder.uploads.clear()  # they hold the weights, and a recorder refers to itself: it may live on for long
         return bare
 
     def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
         """Return limits with as many tokens in a step as asked for, or halved until `n_bytes` more scratch suffice."""
         limits = bare.limits
-        most = MOST_BLOCKS // (bare.experts.n_used + 1)  # a block for each choice, and for a shared expert
-        n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length, most)
+        n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length, bare.most_tokens)
         if not bare.can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
         max_outputs = max(limits.max_tokens, limits.n_slots)

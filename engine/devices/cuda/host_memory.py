@@ -1,13 +1,19 @@
-"""The experts where they lie in RAM: pinned, if possible, so that the copy engine reads them without the CPU."""
+"""Weights where they lie in RAM: pinned, if possible, so that the device reads them without the CPU."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.devices.cuda.driver import DriverCallError
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedPages, close_all
+from engine.devices.footprint import row_tables
+from engine.devices.graph import Graph
 from engine.devices.program import WeightAccess
+
+_log = logging.getLogger("engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,41 +35,57 @@ class ExpertPaths:
     is_pinned: bool
 
 
-class PinnedExperts:
-    """The expert tensors, each pinned as one piece, or none of them.
+class PinnedTensors:
+    """Tensors of the weights, each pinned as one piece, or none of them.
 
     Attributes:
-        is_pinned: whether they are; a copy to the device then runs beside everything else.
-        reason: why they are not.
+        addresses: that the device has for them, by name.
+        reason: why they are not pinned; empty if they are.
     """
 
-    def __init__(self, lowering: Lowering, weights: WeightAccess) -> None:
+    def __init__(self, weights: WeightAccess, names: Iterable[str]) -> None:
         """Pin what can be: memory of our own, not pages of a file, which pinning failed for or took minutes."""
         self._pages: list[PinnedPages] = []
-        self.is_pinned = False
+        self.addresses: dict[str, int] = {}
+        self.reason = ""
         if not weights.is_own_memory:
             self.reason = 'the weights are mapped from the file ([model] load = "mmap")'
             return
-        layers = [layer for layer in lowering.experts.layers if not layer.is_resident]
-        names = dict.fromkeys(weight.name for layer in layers for weight in layer.weights)
         try:
             for name in names:
                 array = weights.array(name)
                 self._pages.append(PinnedPages(int(array.ctypes.data), array.nbytes))
+                self.addresses[name] = self._pages[-1].device_address
         except DriverCallError as error:
             self.close()
             self.reason = str(error)
-        else:
-            self.is_pinned, self.reason = True, ""
-
-    def describe(self) -> str:
-        """Return one line: how experts get to the device."""
-        if self.is_pinned:
-            return "experts are copied to the GPU straight from where they lie"
-        return f"experts are copied to the GPU through pinned buffers: {self.reason}"
 
     def close(self) -> None:
-        """Unpin; no copy may be under way."""
+        """Unpin; the device must not be reading."""
         pages, self._pages = self._pages, []
-        self.is_pinned = False
+        self.addresses.clear()
         close_all(pages)
+
+
+def pinned_tables(graph: Graph, weights: WeightAccess) -> PinnedTensors:
+    """Pin the tables of which the device then reads rows where they lie; they take no memory from the experts."""
+    names = [table.name for table in row_tables(graph)]
+    tables, size = PinnedTensors(weights, names), sum(weights.array(name).nbytes for name in names) / 1e6
+    if names and tables.reason:
+        _log.info("embeddings take %.3g MB of VRAM: %s", size, tables.reason)
+    elif names:
+        _log.info("embeddings are read from RAM, row by row: %.3g MB that take no VRAM", size)
+    return tables
+
+
+def pinned_experts(lowering: Lowering, weights: WeightAccess) -> PinnedTensors:
+    """Pin the experts that come to the device while it works."""
+    layers = [layer for layer in lowering.experts.layers if not layer.is_resident]
+    return PinnedTensors(weights, dict.fromkeys(weight.name for layer in layers for weight in layer.weights))
+
+
+def how_experts_come(pinned: PinnedTensors) -> str:
+    """Return one line about the way of experts to the device."""
+    if not pinned.reason:
+        return "experts are copied to the GPU straight from where they lie"
+    return f"experts are copied to the GPU through pinned buffers: {pinned.reason}"

@@ -8,8 +8,9 @@ program has such a list for each of some sizes of steps, over the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.devices.cuda import expert_operations, fusion, operations, sequence_
 from engine.devices.cuda.drawing import Drawing
 from engine.devices.cuda.expert_layers import ExpertLayer, ExpertTables, Staging, Streamed, place_slots
 from engine.devices.cuda.kernels import Exchange
-from engine.devices.cuda.launch import Count, Launch, Rows
+from engine.devices.cuda.launch import MOST_BLOCKS, Count, Launch, Rows
 from engine.devices.cuda.places import Layout, Pass, StepLayout, aligned, reserved_bytes
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.cuda.scratch import Scratch
@@ -35,6 +36,7 @@ class Lowering:
 
     Attributes:
         limits: of a step.
+        most_tokens: of a step, for which a launch has blocks.
         staging: the ring of long steps, or None.
         layout: of the device allocation.
         step: the inputs of a step in it.
@@ -56,6 +58,7 @@ class Lowering:
         plan: MemoryPlan | None = None,
         staging: Staging | None = None,
         *,
+        tables: Mapping[str, int] = MappingProxyType({}),
         guesses: bool = False,
     ) -> None:
         """Plan the memory.
@@ -63,19 +66,22 @@ class Lowering:
         Args:
             graph: the forward pass.
             weights: of the model.
-            limits: of a step.
+            limits: of a step; of fewer tokens where launches have no blocks for as many.
             plan: of the memory, with the expert slots; None for none anywhere.
             staging: the ring for long steps, without which there are none.
+            tables: addresses of those that the device reads rows of in RAM, by name; all others get a copy.
             guesses: whether the CPU is told what the next layer's router would choose of a layer's activations.
         """
-        self.limits = limits
+        layers = _expert_layers(graph, plan)
+        n_used = max((op.routing.ids.width for op in graph.operations if isinstance(op, ops.Experts)), default=0)
+        self.most_tokens = MOST_BLOCKS // (n_used + 1)  # a block for each choice, and for a shared expert
+        self.limits = limits = limits.up_to(self.most_tokens)
         self.staging = staging
         self.layout = Layout()
         n_draws = min(limits.n_slots, limits.most(ops.Rows.OUTPUTS))
         self.step = StepLayout(self.layout, limits.max_tokens, n_draws)
-        layers = _expert_layers(graph, plan)
         self.experts = ExpertTables(layers, self.layout, limits.max_tokens, staging.at_once if staging else 1)
-        self.recorder = Recorder(weights, limits, self.layout, self.experts)
+        self.recorder = Recorder(weights, limits, self.layout, self.experts, tables)
 
         state_start = self.layout.n_bytes
         self.recorder.reserve_states(graph)

@@ -27,12 +27,12 @@ Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]
 
 def embed(recorder: Recorder, op: ops.Embed) -> None:
     """Record the rows of a table that the tokens, or ids of their own, name."""
-    out, table, matrix, grid = recorder.use(op.out), op.table, recorder.matrix(op.table), recorder.grid(op.table.format)
+    out, table, rows, grid = recorder.use(op.out), op.table, recorder.table(op.table), recorder.grid(op.table.format)
     ids = recorder.use(op.ids) if op.ids else None
     recorder.record(
         lambda p: [
             elementwise.embed(
-                p.base + matrix,
+                rows(p),
                 table.format,
                 p.rows(ids) if ids else Rows(p.base + p.step.token_ids, 1),
                 op.out.width // table.n_cols,

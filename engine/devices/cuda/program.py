@@ -14,7 +14,7 @@ import numpy.typing as npt
 from engine.devices.context_slots import SequenceLengths, UsableSlots
 from engine.devices.cuda import drawing
 from engine.devices.cuda.elementwise import transfer
-from engine.devices.cuda.host_memory import ExpertPaths, PinnedExperts
+from engine.devices.cuda.host_memory import ExpertPaths, PinnedTensors, how_experts_come, pinned_experts
 from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
@@ -86,6 +86,7 @@ class CUDAProgram:
         lowering: Lowering,
         usable: UsableSlots,
         weights: WeightAccess,
+        tables: PinnedTensors,
         bandwidths: Bandwidths,
         *,
         n_threads: int,
@@ -99,6 +100,7 @@ class CUDAProgram:
             lowering: says what lies where, and which launches a step has.
             usable: which slots which steps leave alone.
             weights: must outlive the program.
+            tables: of them that the device reads in RAM; the program closes them.
             bandwidths: of the machine.
             n_threads: CPU threads for the experts without a slot.
             isa: instruction-set level that they may use; None for the best.
@@ -113,7 +115,7 @@ class CUDAProgram:
         self._vector_writes: dict[tuple[str | int, ...], list[tuple[PinnedMemory, Graph]]] = {}  # by names and size
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
-        self._pinned: PinnedExperts | None = None
+        self._pinned = [tables]  # and the experts
         self._expert_stream: ExpertStream | None = None
         self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
         self._n_begun = self._n_over = 0  # steps
@@ -133,20 +135,21 @@ class CUDAProgram:
             self._upload_constants()
             exchange = None
             if lowering.needs_cpu:
-                self._pinned = PinnedExperts(lowering, weights)
-                is_pinned = self._pinned.is_pinned
+                experts = pinned_experts(lowering, weights)
+                self._pinned.append(experts)
+                is_pinned = not experts.reason
                 paths = ExpertPaths(lowering, weights, self._memory.address, n_threads, is_pinned)
                 self._copies = ExpertCopies(context, paths)
                 if lowering.staging is not None:
                     self._expert_stream = ExpertStream(context, paths)
                     self._stream_n_tokens = lowering.staging.from_n_tokens
                 most = min(limits.max_tokens, self._stream_n_tokens - 1)
-                if self._pinned.is_pinned:  # else the threads must fill buffers, too
+                if is_pinned:  # else the threads must fill buffers, too
                     self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
                     n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
                 self._misses = MissServer(lowering, weights, most, n_threads, isa, look=self._look)
                 exchange = self._misses.exchange(self._memory.address)
-                _log.info("%s", self._describe_streaming(self._pinned))
+                _log.info("%s", self._describe_streaming(how_experts_come(experts)))
             self.runs_ahead = self.leaves_a_cpu or not lowering.needs_cpu
             self._steps = self._own(
                 Steps(
@@ -422,9 +425,9 @@ class CUDAProgram:
         misses, self._misses = self._misses, None
         copies, self._copies = self._copies, None
         expert_stream, self._expert_stream = self._expert_stream, None
-        pinned, self._pinned = self._pinned, None
+        pinned, self._pinned = self._pinned, []
         owned, self._owned = self._owned, []
-        close_all([*owned[::-1], *(c for c in (copies, expert_stream, misses, pinned) if c is not None)])
+        close_all([*owned[::-1], *(c for c in (copies, expert_stream, misses) if c is not None), *pinned])
 
     # -- slots -------------------------------------------------------------------------------------------------------
 
@@ -532,15 +535,15 @@ class CUDAProgram:
         stream.synchronize()
         lowering.recorder.uploads.clear()
 
-    def _describe_streaming(self, pinned: PinnedExperts) -> str:
+    def _describe_streaming(self, how: str) -> str:
         """Return one line: how experts without a slot get to the device."""
         staging, lowering = self._lowering.staging, self._lowering
         if staging is None:
-            return f"{pinned.describe()}; the CPU computes those without a slot in steps of any length"
+            return f"{how}; the CPU computes those without a slot in steps of any length"
         size = staging.n_buffers * lowering.staging_buffer_bytes
         n_lent = sum(layer.n_lent for layer in lowering.experts.layers)
         return (
-            f"{pinned.describe()}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
+            f"{how}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
             f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "
             f"in memory that holds {n_lent} experts in between"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -37,7 +37,14 @@ class Recorder:
         index: of the operation at hand, set by whoever walks them.
     """
 
-    def __init__(self, weights: WeightAccess, limits: Limits, layout: Layout, experts: ExpertTables) -> None:
+    def __init__(
+        self,
+        weights: WeightAccess,
+        limits: Limits,
+        layout: Layout,
+        experts: ExpertTables,
+        tables: Mapping[str, int],
+    ) -> None:
         """Begin with nothing.
 
         Args:
@@ -45,12 +52,14 @@ class Recorder:
             limits: of a step.
             layout: where weights, caches and states get their places.
             experts: of all layers.
+            tables: addresses of those that stay in RAM, by name.
         """
         self.experts = experts
         self.states: Owners = []
         self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []
         self.index = 0
         self._weights = weights
+        self._tables = tables
         self.context_length = limits.context_length
         self._limits = limits
         self._layout = layout
@@ -226,6 +235,15 @@ class Recorder:
         """Return the offset of a matrix that always stays on the device."""
         first = self.constant(weight.name, lambda: self._weights.array(weight.name))
         return first + weight.first_row * weight.format.row_bytes(weight.n_cols)
+
+    def table(self, weight: Weight) -> Callable[[Pass], int]:
+        """Return what gives the address of a matrix that rows are looked up in, on the device or in RAM."""
+        address = self._tables.get(weight.name)
+        if address is not None:
+            first = address + weight.first_row * weight.format.row_bytes(weight.n_cols)
+            return lambda _: first
+        offset = self.matrix(weight)
+        return lambda p: p.base + offset
 
     def grid(self, weight_format: QuantFormat) -> int | None:
         """Return the offset of an IQ format's code book."""

@@ -59,8 +59,10 @@ class PinnedPages:
     def __init__(self, address: int, n_bytes: int) -> None:
         self._address: int | None = None
         n_bytes = -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        call("cuMemHostRegister", address, n_bytes, bindings().CU_MEMHOSTREGISTER_PORTABLE)
+        flags = bindings().CU_MEMHOSTREGISTER_DEVICEMAP | bindings().CU_MEMHOSTREGISTER_PORTABLE
+        call("cuMemHostRegister", address, n_bytes, flags)
         self._address = address
+        self.device_address = int(call("cuMemHostGetDevicePointer", address, 0))
 
     def close(self) -> None:
         """Unpin; no copy may be under way."""
