@@ -77,21 +77,22 @@ template <int DIM> struct Pieces {
     static constexpr int ROW = DIM / VECTOR, ALL = TILE * ROW, N = (ALL + THREADS - 1) / THREADS;
     Piece list[N];
 
-    // Of the tile that begins at position `first`; rows outside of [begin, end) become zeros. With PERIOD the first n_shared
-    // places are rows of `shared`, and behind them lies position `oldest`.
+    // Of the tile that begins at position `first`; those outside of [begin, end) become zeros. With PERIOD the first n_shared
+    // places are rows of `shared`, and behind them lies position `oldest`. A tile lies in one piece, in a ring, too.
     __device__ __forceinline__ void load(const Side<DIM> &side, const Side<DIM> &shared, const int *selected, int n_shared,
                                          int oldest, int first, int begin, int end) {
+        const int first_row = TOP_K || PERIOD ? first : side.row_of(first);
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int at = i * THREADS + threadIdx.x, p = at / ROW;
             const bool exists = p >= begin && p < end;
             const int place = first + p;
             if (PERIOD && place >= n_shared) {
-                list[i] = exists ? side.load(oldest + place - n_shared, at % ROW * VECTOR) : Piece{};
+                list[i] = exists ? side.load(side.row_of(oldest + place - n_shared), at % ROW * VECTOR) : Piece{};
                 continue;
             }
-            const int position = TOP_K && exists ? selected[place / BLOCK] * BLOCK + place % BLOCK : place;
-            list[i] = exists ? (PERIOD ? shared : side).load(position, at % ROW * VECTOR) : Piece{};
+            const int row = TOP_K && exists ? selected[place / BLOCK] * BLOCK + place % BLOCK : first_row + p;
+            list[i] = exists ? (PERIOD ? shared : side).load(row, at % ROW * VECTOR) : Piece{};
         }
     }
     template <int STRIDE> __device__ __forceinline__ void put(uint16_t (*planes)[TILE][STRIDE]) const {

@@ -77,9 +77,12 @@ attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, 
             q_out[token * q_out_stride + head * KEY_DIM + i] = x[i];
     else if ((position + 1) % cache.period == 0) {
         const int row = position / cache.period;
-        if (kind == 1)
-            keys_of(cache, slot, head).store(row, x);
-        else
-            values_of(cache, slot, head).store(row, x);
+        if (kind == 1) {
+            const Side<KEY_DIM> keys = keys_of(cache, slot, head);
+            keys.store(keys.row_of(row), x);
+        } else {
+            const Side<VALUE_DIM> values = values_of(cache, slot, head);
+            values.store(values.row_of(row), x);
+        }
     }
 }

@@ -2,8 +2,8 @@
 //
 // Compiled for KV_TYPE (0 float32, 1 float16, 2 int8 with a float16 scale for each 32 values), KEY_DIM and VALUE_DIM (of
 // a head) and SHARED (1: there are no values of their own, a head's value is the first VALUE_DIM values of its key). A cache
-// holds K and then V, each [n_slots, context_length, n_kv_heads, KEY_DIM or VALUE_DIM] of its type, and for int8 then the
-// scales of K and of V, [n_slots, context_length, n_kv_heads, ceil(dim / 32)].
+// holds K and then V, each [n_slots, n_rows, n_kv_heads, KEY_DIM or VALUE_DIM] of its type, and for int8 then the
+// scales of K and of V, [n_slots, n_rows, n_kv_heads, ceil(dim / 32)].
 #pragma once
 
 #include "common.cuh"
@@ -68,42 +68,44 @@ struct Piece {
 // Keys or values, of DIM values each, of all positions of one sequence and one head.
 template <int DIM> struct Side {
     static constexpr int N_SCALES = (DIM + 31) / 32;
-    uint8_t *values;  // of position 0
+    uint8_t *values;  // of row 0
     uint16_t *scales; // likewise
-    int n_kv_heads;
+    int n_kv_heads, n_rows;
 
-    // Values i to i + VECTOR - 1; i is a multiple of VECTOR.
-    __device__ __forceinline__ Piece load(int position, int i) const {
-        const int64_t row = (int64_t)position * n_kv_heads;
+    __device__ __forceinline__ int row_of(int position) const { return position < n_rows ? position : position % n_rows; }
+
+    // Values i to i + VECTOR - 1 of a row; i is a multiple of VECTOR.
+    __device__ __forceinline__ Piece load(int row, int i) const {
+        const int64_t head = (int64_t)row * n_kv_heads;
 #if KV_TYPE == 0
-        const float4 *from = (const float4 *)((const float *)values + row * DIM + i);
+        const float4 *from = (const float4 *)((const float *)values + head * DIM + i);
         return {from[0], from[1]};
 #elif KV_TYPE == 1
-        return {*(const uint4 *)((const uint16_t *)values + row * DIM + i)};
+        return {*(const uint4 *)((const uint16_t *)values + head * DIM + i)};
 #else
-        return {*(const uint2 *)(values + row * DIM + i), scales[row * N_SCALES + i / 32]};
+        return {*(const uint2 *)(values + head * DIM + i), scales[head * N_SCALES + i / 32]};
 #endif
     }
 
-    // Writes what is in shared memory, by a warp.
-    __device__ __forceinline__ void store(int position, const float *x) const {
-        const int64_t row = (int64_t)position * n_kv_heads;
+    // Writes what is in shared memory to a row, by a warp.
+    __device__ __forceinline__ void store(int row, const float *x) const {
+        const int64_t head = (int64_t)row * n_kv_heads;
         for (int first = 0; first < DIM; first += WARP) {
             const int i = first + threadIdx.x % WARP;
             const float value = i < DIM ? x[i] : 0.0f; // those beyond the head help with the scales
 #if KV_TYPE == 0
             if (i < DIM)
-                ((float *)values)[row * DIM + i] = value;
+                ((float *)values)[head * DIM + i] = value;
 #elif KV_TYPE == 1
             if (i < DIM)
-                ((uint16_t *)values)[row * DIM + i] = f32_to_f16(value);
+                ((uint16_t *)values)[head * DIM + i] = f32_to_f16(value);
 #else
             const uint16_t stored = f32_to_f16(__fdiv_rn(warp_max(fabsf(value)), 127.0f));
             const float d = f16_to_f32(stored), q = d > 0.0f ? rintf(__fdiv_rn(value, d)) : 0.0f;
             if (i < DIM) { // a NaN becomes -127
-                ((int8_t *)values)[row * DIM + i] = (int8_t)__float2int_rn(fminf(fmaxf(q, -127.0f), 127.0f));
+                ((int8_t *)values)[head * DIM + i] = (int8_t)__float2int_rn(fminf(fmaxf(q, -127.0f), 127.0f));
                 if (i % 32 == 0)
-                    scales[row * N_SCALES + i / 32] = stored;
+                    scales[head * N_SCALES + i / 32] = stored;
             }
 #endif
         }
@@ -111,10 +113,10 @@ template <int DIM> struct Side {
 };
 
 // The cache of one layer: rows for positions, or with a `period` above 1 rows that so many tokens share, which the last of
-// them brings; context_length counts rows.
+// them brings. Where nobody sees more than a window of them, positions that are n_rows apart may share one.
 struct Cache {
     uint8_t *address;
-    int n_slots, context_length, n_kv_heads, period;
+    int n_slots, n_rows, n_kv_heads, period;
 
     // Rows that there are for a token at a position.
     __device__ __forceinline__ int rows_up_to(int position) const { return (position + 1) / period; }
@@ -123,11 +125,11 @@ struct Cache {
 // `before` and `scales_before`: values and scales of one head that lie before this side of the cache, for each head.
 template <int DIM> DEVICE Side<DIM> side_of(const Cache &c, int before, int scales_before, int slot, int head) {
     constexpr int BYTES = KV_TYPE == 0 ? 4 : KV_TYPE == 1 ? 2 : 1;
-    const int64_t n = (int64_t)c.n_slots * c.context_length * c.n_kv_heads; // heads
-    const int64_t first = (int64_t)slot * c.context_length * c.n_kv_heads + head;
+    const int64_t n = (int64_t)c.n_slots * c.n_rows * c.n_kv_heads; // heads
+    const int64_t first = (int64_t)slot * c.n_rows * c.n_kv_heads + head;
     uint16_t *scales = (uint16_t *)(c.address + n * (KEY_DIM + (SHARED ? 0 : VALUE_DIM)) * BYTES);
     return {c.address + (n * before + first * DIM) * BYTES,
-            scales + n * scales_before + first * Side<DIM>::N_SCALES, c.n_kv_heads};
+            scales + n * scales_before + first * Side<DIM>::N_SCALES, c.n_kv_heads, c.n_rows};
 }
 DEVICE Side<KEY_DIM> keys_of(const Cache &cache, int slot, int head) {
     return side_of<KEY_DIM>(cache, 0, 0, slot, head);

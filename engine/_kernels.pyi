@@ -374,7 +374,7 @@ class Program:
         out_stride: int,
         cache: int,
         cache_type: int,
-        context_length: int,
+        n_rows: int,
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
@@ -395,6 +395,7 @@ class Program:
         n_shared_rows: int = 0,
         period: int = 1,
         has_tail: bool = False,
+        is_ring: bool = False,
     ) -> None:
         """Store k and v at each token's position in its slot's cache, then causal grouped-query attention over that cache.
 
@@ -410,6 +411,9 @@ class Program:
         With `shared_k` there is a cache `shared` of `n_shared_rows` keys, the first values of which are values: that row
         p // `period` which the last token of each period brings. A token at p also sees (p + 1) // `period` of them, or
         those that `selected` lists.
+
+        A sequence has `n_rows` in the cache, one for each position. In a ring positions that are `n_rows` apart share one:
+        a multiple of 256, at least what a token sees of a window or chunk and one less than a step has tokens.
         """
 
     def select_positions(
@@ -424,7 +428,7 @@ class Program:
         out_stride: int,
         cache: int,
         cache_type: int,
-        context_length: int,
+        n_rows: int,
         n_heads: int,
         head_dim: int,
         top_k: int,
@@ -436,7 +440,7 @@ class Program:
 
         Formula: `graph.SelectPositions`. `cache` has `kv_cache_bytes` bytes for one head without values. `out` is int32:
         the min(p + 1, top_k) positions that a token at p chooses, in rising order. Where `period` tokens share a row the
-        last of them brings it, and `context_length` counts rows. With `has_tail` rows stand for blocks of so many positions,
+        last of them brings it, and `n_rows` counts these. With `has_tail` rows stand for blocks of so many positions,
         and `out` has one place more, for the block that is not whole. Without weights (0) these are 1.
         """
 
@@ -450,7 +454,7 @@ class Program:
         out_stride: int,
         cache: int,
         cache_type: int,
-        context_length: int,
+        n_rows: int,
         n_heads: int,
         head_dim: int,
         top_k: int,
@@ -761,9 +765,7 @@ class RequestServer:
         come, and `ValueError` for a step that does not fit the programs.
         """
 
-def kv_cache_bytes(
-    cache_type: int, n_slots: int, context_length: int, n_kv_heads: int, head_dim: int, value_dim: int
-) -> int:
+def kv_cache_bytes(cache_type: int, n_slots: int, n_rows: int, n_kv_heads: int, head_dim: int, value_dim: int) -> int:
     """Return the bytes of one layer's K and V cache."""
 
 def kv_strides(cache_type: int, head_dim: int, value_dim: int) -> tuple[int, int]:

@@ -75,6 +75,7 @@ cdef extern from "kernels/ops.h":
         _KV_Q8_0 "KV_Q8_0"
         MAX_EXPERTS
         MAX_HEAD_DIM
+        ATTENTION_CHUNK
         MAX_CONV_KERNEL
         MAX_CONVOLVED
         MAX_HASHED
@@ -218,7 +219,8 @@ cdef extern from "kernels/ops.h":
     ctypedef struct kv_cache:
         uint8_t *keys
         uint8_t *values
-        int type, context_length, n_kv_heads, head_dim, value_dim, period
+        int type, n_rows, n_kv_heads, head_dim, value_dim, period
+        c_bool is_ring
     ctypedef struct attention_args:
         matrix q, out
         kv_cache cache, shared
@@ -272,8 +274,8 @@ cdef extern from "kernels/ops.h":
         expert_matrix gate, up, down
         matrix out
 
-    int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim)
-    int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int value_dim)
+    int64_t kv_key_bytes(int type, int n_slots, int n_rows, int n_kv_heads, int head_dim)
+    int64_t kv_value_bytes(int type, int n_slots, int n_rows, int n_kv_heads, int value_dim)
 
 
 cdef extern from "kernels/program.h" nogil:
@@ -1099,7 +1101,7 @@ cdef class Program:
         int64_t out_stride,
         uintptr_t cache,
         int cache_type,
-        int context_length,
+        int n_rows,
         int n_heads,
         int n_kv_heads,
         int head_dim,
@@ -1120,12 +1122,14 @@ cdef class Program:
         int n_shared_rows=0,
         int period=1,
         c_bool has_tail=False,
+        c_bool is_ring=False,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         cdef attention_args args
         args.cache = cache_at(
-            "cache", cache, cache_type, self._n_slots, context_length, n_kv_heads, head_dim, value_dim
+            "cache", cache, cache_type, self._n_slots, n_rows, n_kv_heads, head_dim, value_dim
         )
+        args.cache.is_ring = is_ring
         need_at_least("window", window, 0)
         need_at_least("chunk", chunk, 0)
         need(cap >= 0, f"cap is {cap}; expected 0, or a number above")
@@ -1156,6 +1160,14 @@ cdef class Program:
             args.selected = <const int32_t *> need_matrix(
                 "selected", selected, selected_stride, n_lists * <int64_t> top_k
             ).at
+        cdef int64_t most_seen = window or chunk
+        if is_ring:
+            need(most_seen > 0 and not (selected and not shared_k), "a ring needs a window or a chunk, and no list")
+            need(
+                n_rows % ATTENTION_CHUNK == 0 and n_rows >= most_seen + self._max_tokens - 1,
+                f"a ring has {n_rows} rows; expected a multiple of {ATTENTION_CHUNK}, at least what a token sees and "
+                f"{self._max_tokens - 1} more",
+            )
         cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
         cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
         cdef matrix shared_keys = matrix(NULL, 0)
@@ -1180,7 +1192,7 @@ cdef class Program:
         int64_t out_stride,
         uintptr_t cache,
         int cache_type,
-        int context_length,
+        int n_rows,
         int n_heads,
         int head_dim,
         int top_k,
@@ -1189,7 +1201,7 @@ cdef class Program:
         c_bool has_tail=False,
     ):
         cdef select_positions_args args
-        args.cache = cache_at("cache", cache, cache_type, self._n_slots, context_length, 1, head_dim, 0, period)
+        args.cache = cache_at("cache", cache, cache_type, self._n_slots, n_rows, 1, head_dim, 0, period)
         need_at_least("n_heads", n_heads, 1)
         need_at_least("top_k", top_k, 1)
         args.q = need_matrix("q", q, q_stride, n_heads * <int64_t> head_dim)
@@ -1212,7 +1224,7 @@ cdef class Program:
         int64_t out_stride,
         uintptr_t cache,
         int cache_type,
-        int context_length,
+        int n_rows,
         int n_heads,
         int head_dim,
         int top_k,
@@ -1220,7 +1232,7 @@ cdef class Program:
         int n_newest,
     ):
         cdef select_blocks_args args
-        args.cache = cache_at("cache", cache, cache_type, self._n_slots, context_length, 1, head_dim, 0)
+        args.cache = cache_at("cache", cache, cache_type, self._n_slots, n_rows, 1, head_dim, 0)
         need_at_least("n_heads", n_heads, 1)
         need_blocks(top_k, block_size)
         need(0 < n_newest <= top_k, f"n_newest is {n_newest}; expected 1 to {top_k}")
@@ -1689,11 +1701,11 @@ cdef heads_args need_heads(
 
 
 cdef int need_cache(
-    int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim
+    int cache_type, int n_slots, int n_rows, int n_kv_heads, int head_dim, int value_dim
 ) except -1:
     need_one_of("cache_type", cache_type, 3)
     need_at_least("n_slots", n_slots, 1)
-    need_at_least("context_length", context_length, 1)
+    need_at_least("n_rows", n_rows, 1)
     need_at_least("n_kv_heads", n_kv_heads, 1)
     need(0 <= value_dim <= MAX_HEAD_DIM, f"value_dim is {value_dim}; expected 0 to {MAX_HEAD_DIM}")
     return need(0 < head_dim <= MAX_HEAD_DIM, f"head_dim is {head_dim}; expected 1 to {MAX_HEAD_DIM}")
@@ -1716,7 +1728,7 @@ cdef kv_cache cache_at(
     cdef uint8_t *values = NULL
     if value_dim:
         values = keys + kv_key_bytes(type, n_slots, n_rows, n_kv_heads, head_dim)
-    return kv_cache(keys, values, type, n_rows, n_kv_heads, head_dim, value_dim, period)
+    return kv_cache(keys, values, type, n_rows, n_kv_heads, head_dim, value_dim, period, False)
 
 
 cdef int need_blocks(int top_k, int block_size) except -1:
@@ -1789,10 +1801,10 @@ cdef class RequestServer:
         return result == SERVE_DONE
 
 
-def kv_cache_bytes(int cache_type, int n_slots, int context_length, int n_kv_heads, int head_dim, int value_dim):
-    need_cache(cache_type, n_slots, context_length, n_kv_heads, head_dim, value_dim)
-    return kv_key_bytes(cache_type, n_slots, context_length, n_kv_heads, head_dim) + kv_value_bytes(
-        cache_type, n_slots, context_length, n_kv_heads, value_dim
+def kv_cache_bytes(int cache_type, int n_slots, int n_rows, int n_kv_heads, int head_dim, int value_dim):
+    need_cache(cache_type, n_slots, n_rows, n_kv_heads, head_dim, value_dim)
+    return kv_key_bytes(cache_type, n_slots, n_rows, n_kv_heads, head_dim) + kv_value_bytes(
+        cache_type, n_slots, n_rows, n_kv_heads, value_dim
     )
 
 

@@ -66,8 +66,9 @@ class EngineSettings(Table):
         max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt;
             fewer if its memory is small.
         n_sequences: sequences whose keys, values and states are kept at the same time.
-        n_snapshots: copies of the states of recurrent layers that are kept, of all sequences together, at the ends of
-            messages, so that a chat which goes on a little differently need not be run again; 0 = none.
+        n_snapshots: copies of the states of recurrent layers, and of the last keys and values of layers with a window,
+            that are kept, of all sequences together, at the ends of messages, so that a chat which goes on a little
+            differently need not be run again; 0 = none.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
     """

@@ -169,6 +169,36 @@ def test_peers_that_choose_what_attention_looks_at(name: str, data: Path) -> Non
         model.close()
 
 
+@pytest.mark.parametrize("name", ["gemma4", "deepseek4"])
+def test_rings_have_the_bits_of_a_whole_context(name: str, data: Path) -> None:
+    """In steps of many tokens and of few; a sequence that is saved comes back to either, and so do states."""
+    model, n_saved, n_tokens = Model(data / "peers" / f"{name}-F32.gguf"), 270, 276
+    tokens = np.random.default_rng(3).integers(0, model.n_vocab, n_tokens).tolist()
+    found, saved = [], []
+    for max_tokens in (300, 54):
+        limits = Limits(max_tokens, 2, 300, KVType.F16)
+        with model.open(limits=limits, hot_k=3, prompt_tokens=max_tokens) as opened:
+            caches = [cache for cache in model.model.graph.kv_caches if cache.window]
+            assert {opened.program.limits.is_ring(cache) for cache in caches} == {max_tokens == 54}
+            opened.forward.run(1, tokens[:n_saved], 0, "none")
+            saved.append(opened.program.save_sequence(1, n_saved))
+            states = opened.program.save_states(1, n_saved)
+
+            def rest(slot: int, cuts: tuple[int, ...], opened: Opened = opened) -> np.ndarray:
+                ends = [n_saved, *cuts, n_tokens]
+                parts = [opened.forward.run(slot, tokens[i:j], i, "all").copy() for i, j in pairwise(ends)]
+                return np.concatenate(parts)
+
+            found += [rest(1, (271, 274))]
+            opened.program.load_states(1, n_saved, states)
+            found += [rest(1, ())]
+            opened.program.load_sequence(0, n_saved, saved[0])
+            found += [rest(0, (272,))]
+    model.close()
+    assert np.array_equal(*saved)
+    assert all((logits.view(np.uint32) == found[0].view(np.uint32)).all() for logits in found)
+
+
 @pytest.mark.parametrize(("name", "kinds"), [("hy_v4", AddToStreams), ("kimi-k3", Add | MixResiduals)])
 def test_residuals_that_are_added_to_by_a_launch_of_its_own_have_the_same_bits(
     name: str, kinds: type | UnionType, data: Path

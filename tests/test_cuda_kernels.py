@@ -1073,19 +1073,33 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "dims", "group", "n_kv_heads", "window", "chunk", "cap", "mode", "tolerance"),
+    ("kv_type", "dims", "group", "n_kv_heads", "window", "chunk", "cap", "n_rows", "mode", "tolerance"),
     [
-        (KVType.F32, (64, 64), 4, 2, 0, 0, 0.0, "fast", 1e-5),
-        (KVType.F32, (64, 64), 4, 2, 50, 0, 1.25, "fast", 1e-5),
-        (KVType.F16, (128, 128), 1, 2, 50, 0, 0.0, "fast", 2e-3),
-        (KVType.Q8_0, (256, 256), 8, 1, 0, 40, 0.0, "fast", 3e-2),
-        (KVType.Q8_0, (40, 24), 3, 2, 7, 0, 0.75, "race", 3e-2),
-        (KVType.F32, (16, 16), 2, 1, 0, 0, 0.0, "asan", 1e-5),
-        (KVType.F32, (16, 16), 1, 130, 0, 0, 0.0, "fast", 1e-5),  # parts of several tiles
-        (KVType.F16, (576, 512), 11, 1, 0, 0, 0.0, "fast", 2e-3),  # latent attention: values are parts of their keys
-        (KVType.F16, (512, 512), 8, 2, 0, 0, 0.0, "fast", 2e-3),
-        (KVType.F32, (512, 512), 3, 1, 60, 0, 0.0, "fast", 1e-5),
-        (KVType.F16, (576, 512), 3, 1, 60, 0, 0.0, "fast", 2e-3),
+        (KVType.F32, (64, 64), 4, 2, 0, 0, 0.0, 200, "fast", 1e-5),
+        (KVType.F32, (64, 64), 4, 2, 50, 0, 1.25, 200, "fast", 1e-5),
+        (KVType.F16, (128, 128), 1, 2, 50, 0, 0.0, 200, "fast", 2e-3),
+        (KVType.Q8_0, (256, 256), 8, 1, 0, 40, 0.0, 200, "fast", 3e-2),
+        (KVType.Q8_0, (40, 24), 3, 2, 7, 0, 0.75, 200, "race", 3e-2),
+        (KVType.F32, (16, 16), 2, 1, 0, 0, 0.0, 200, "asan", 1e-5),
+        (KVType.F32, (16, 16), 1, 130, 0, 0, 0.0, 200, "fast", 1e-5),  # parts of several tiles
+        (
+            KVType.F16,
+            (576, 512),
+            11,
+            1,
+            0,
+            0,
+            0.0,
+            200,
+            "fast",
+            2e-3,
+        ),  # latent attention: values are parts of their keys
+        (KVType.F16, (512, 512), 8, 2, 0, 0, 0.0, 200, "fast", 2e-3),
+        (KVType.F32, (512, 512), 3, 1, 60, 0, 0.0, 200, "fast", 1e-5),
+        (KVType.F16, (576, 512), 3, 1, 60, 0, 0.0, 200, "fast", 2e-3),
+        (KVType.F32, (64, 64), 4, 2, 50, 0, 0.0, 64, "fast", 1e-5),  # positions that share rows
+        (KVType.Q8_0, (40, 24), 3, 2, 7, 0, 0.75, 32, "race", 3e-2),
+        (KVType.F16, (16, 16), 2, 1, 0, 40, 0.0, 96, "asan", 2e-3),
     ],
 )
 def test_attention(
@@ -1096,22 +1110,24 @@ def test_attention(
     window: int,
     chunk: int,
     cap: float,
+    n_rows: int,
     mode: str,
     tolerance: float,
 ) -> None:
     """Of tokens at several positions, one of them early, in a cache that holds NaN where nothing was stored."""
     rng, emulator, (key_dim, value_dim) = np.random.default_rng(7), Emulator(mode), dims
-    n_slots, context_length, n_kept, is_latent = 2, 200, 150, key_dim == 576
+    n_slots, n_kept, is_latent = 2, 150, key_dim == 576
     n_heads, scale = n_kv_heads * group, key_dim**-0.5
-    cache = Cache(0, kv_type, n_slots, context_length, n_kv_heads, key_dim, value_dim, is_latent)
+    cache = Cache(0, kv_type, n_slots, n_rows, n_kv_heads, key_dim, value_dim, is_latent)
     memory = aligned(np.full(cache.n_bytes, 0xFF, np.uint8))
     cache = cache._replace(address=emulator.at(memory))
     k, v = (rng.standard_normal((n_kept, n_kv_heads * dim)).astype(F32) for dim in dims)
     if is_latent:
         v = k[:, :value_dim]
     sinks = rng.standard_normal(n_heads).astype(F32) if window else None
-    all_positions, slots = np.arange(n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
-    positions = np.array([149, 33, *range(60, 68)], np.int32)
+    n_stored = min(n_kept, n_rows)  # in a ring the last ones
+    all_positions, slots = np.arange(n_kept - n_stored, n_kept, dtype=np.int32), np.ones(n_kept, np.int32)
+    positions = np.array([149, 33, *range(60, 68)] if n_stored == n_kept else [149, *range(138, 147)], np.int32)
     n_tokens = len(positions)
     q = rng.standard_normal((n_tokens, n_heads * key_dim)).astype(F32)
     values, parts = (
@@ -1120,13 +1136,13 @@ def test_attention(
     store = attention.inputs(
         None,
         emulator.rows(q),
-        Heads(emulator.rows(k), n_kv_heads, key_dim),
-        None if is_latent else Heads(emulator.rows(v), n_kv_heads, value_dim),
+        Heads(emulator.rows(k[-n_stored:]), n_kv_heads, key_dim),
+        None if is_latent else Heads(emulator.rows(v[-n_stored:]), n_kv_heads, value_dim),
         0.0,
         Rotation(),
         cache,
         Place(emulator.at(all_positions), emulator.at(slots)),
-        emulator.count(n_kept, n_kept),
+        emulator.count(n_stored, n_stored),
     )
 
     def attend(out: np.ndarray, gate: GateOf | None = None, forms: Forms = kernels.NO_FORMS) -> list[Launch]:
@@ -1236,7 +1252,7 @@ def test_positions_are_selected(
         chosen = np.argsort(-(weights[token] / 4 @ by_head), kind="stable")[:top_k]
         listed = [*np.sort(chosen), *[len(seen)] * has_tail]
         expected[token, : len(listed)] = listed
-    scores = np.full(selection.scores_bytes(cache.context_length, n_tokens) // 4, np.nan, F32)
+    scores = np.full(selection.scores_bytes(cache.n_rows, n_tokens) // 4, np.nan, F32)
     place = Place(emulator.at(positions), emulator.at(slots))
     for order, seed in SCHEDULES:
         for n in (n_tokens, 5):  # one block for each; many blocks

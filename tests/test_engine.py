@@ -293,7 +293,7 @@ def test_a_step_that_is_interrupted_goes_back_to_the_last_message(monkeypatch: p
 
 
 def test_without_memory_for_a_snapshot_answers_go_on(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    def full(slot: int) -> None:
+    def full(slot: int, n_tokens: int) -> None:
         raise MemoryError
 
     with Engine.open(config=config()) as engine:
@@ -303,7 +303,7 @@ def test_without_memory_for_a_snapshot_answers_go_on(monkeypatch: pytest.MonkeyP
             found = engine.generate(prompt, GREEDY)
         assert found.token_ids == expected.token_ids
     assert [r.message for r in caplog.records if "n_snapshots" in r.message] == [
-        "no memory for more than 0 copies of recurrent states: set n_snapshots = 0"
+        "no memory for more than 0 copies of states: set n_snapshots = 0"
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def run(table: SlotTable, forward: FakeForward, tokens: list[int]) -> tuple[int,
 
 
 def test_keys_and_values_are_cut_back_to_the_common_prefix() -> None:
-    table, forward = SlotTable(1, can_cut_back=True), FakeForward()
+    table, forward = SlotTable(1, cuts_back=None), FakeForward()
     assert run(table, forward, [1, 2, 3, 4]) == (0, 0)
     assert run(table, forward, [1, 2, 9]) == (0, 2)
     assert run(table, forward, [1, 2, 9]) == (0, 2)  # the last token is run again, for its logits
@@ -49,7 +49,7 @@ def test_keys_and_values_are_cut_back_to_the_common_prefix() -> None:
 
 
 def test_a_recurrent_state_is_only_continued() -> None:
-    table, forward = SlotTable(1, can_cut_back=False), FakeForward()
+    table, forward = SlotTable(1, cuts_back=0), FakeForward()
     run(table, forward, [1, 2, 3])
     assert run(table, forward, [1, 2, 3, 4]) == (0, 3)
     assert run(table, forward, [1, 2, 3, 4]) == (0, 0)  # nothing new: the state is one token too far
@@ -58,40 +58,40 @@ def test_a_recurrent_state_is_only_continued() -> None:
 
 
 def test_the_best_slot_is_chosen_then_the_oldest() -> None:
-    table, forward = SlotTable(3, can_cut_back=True), FakeForward()
+    table, forward = SlotTable(3, cuts_back=None), FakeForward()
     assert [run(table, forward, [i, i, i])[0] for i in (1, 2, 3)] == [0, 1, 2]
     assert run(table, forward, [2, 2, 2, 5]) == (1, 3)
     assert run(table, forward, [9]) == (0, 0)  # unused for longest
 
 
-@pytest.mark.parametrize("can_cut_back", [True, False])
-def test_a_step_that_was_stopped_leaves_nothing_false(can_cut_back: bool) -> None:
-    table, forward = SlotTable(1, can_cut_back=can_cut_back), FakeForward()
+@pytest.mark.parametrize("cuts_back", [None, 0, 1, 2])
+def test_a_step_that_was_stopped_leaves_nothing_false(cuts_back: int | None) -> None:
+    table, forward = SlotTable(1, cuts_back=cuts_back), FakeForward()
     run(table, forward, [1, 2, 3])
     forward.fails = True
     with pytest.raises(KeyboardInterrupt):
         run(table, forward, [1, 2, 3, 4, 5])
     forward.fails = False
-    # Keys and values of the first three tokens are untouched; a state may have seen the fourth.
-    assert run(table, forward, [1, 2, 3, 4, 5]) == (0, 3 if can_cut_back else 0)
+    # Keys and values of the first three tokens are untouched; a state, or the row of one of them, may be another's.
+    assert run(table, forward, [1, 2, 3, 4, 5]) == (0, 3 if cuts_back in {None, 2} else 0)
 
 
 def test_reuse_can_be_turned_off() -> None:
-    table, forward = SlotTable(1, can_cut_back=True), FakeForward()
+    table, forward = SlotTable(1, cuts_back=None), FakeForward()
     run(table, forward, [1, 2, 3])
     with table.borrow([1, 2, 3, 4], reuse=False) as lease:
         assert lease.n_held == 0
 
 
 def test_waiting_for_oneself_is_an_error() -> None:
-    table = SlotTable(2, can_cut_back=True)
+    table = SlotTable(2, cuts_back=None)
     with table.borrow([1]), table.borrow([2]), pytest.raises(RequestError, match=r"all 2 sequences.*n_sequences"):
         table.borrow([3])
     table.borrow([3]).close()
 
 
 def test_another_thread_is_waited_for() -> None:
-    table = SlotTable(1, can_cut_back=True)
+    table = SlotTable(1, cuts_back=None)
     lease, got = table.borrow([1]), threading.Event()
 
     def borrow() -> None:
@@ -113,10 +113,10 @@ class FakeStates:
     def __init__(self, n_slots: int) -> None:
         self.states: list[list[int]] = [[] for _ in range(n_slots)]
 
-    def save_states(self, slot: int) -> np.ndarray:
+    def save_states(self, slot: int, n_tokens: int) -> np.ndarray:
         return np.array(self.states[slot], np.uint8)
 
-    def load_states(self, slot: int, saved: np.ndarray) -> None:
+    def load_states(self, slot: int, n_tokens: int, saved: np.ndarray) -> None:
         self.states[slot] = saved.tolist()
 
     def run(self, slot, token_ids, position, outputs, progress):
@@ -137,7 +137,7 @@ def test_a_state_is_always_that_of_what_the_slot_holds(
 ) -> None:
     device = FakeStates(n_slots)
     snapshots = Snapshots(device, nullcontext, max_snapshots)
-    table = SlotTable(n_slots, can_cut_back=False, snapshots=snapshots)
+    table = SlotTable(n_slots, cuts_back=0, snapshots=snapshots)
     for tokens, place in sequences:
         with table.borrow(tokens) as lease:
             assert list(lease.token_ids) == tokens[: lease.n_held]
@@ -153,7 +153,7 @@ def test_a_state_is_always_that_of_what_the_slot_holds(
 def test_the_snapshot_unused_for_longest_makes_room() -> None:
     device = FakeStates(1)
     snapshots = Snapshots(device, nullcontext, 2)
-    table = SlotTable(1, can_cut_back=False, snapshots=snapshots)
+    table = SlotTable(1, cuts_back=0, snapshots=snapshots)
     with table.borrow([1, 2, 3, 4]) as lease:
         for token in (1, 2, 3):
             lease.extend(device, [token])
@@ -169,15 +169,15 @@ def test_the_snapshot_unused_for_longest_makes_room() -> None:
 
 def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
     device = FakeStates(1)
-    table = SlotTable(1, can_cut_back=False, snapshots=Snapshots(device, nullcontext, 2))
+    table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext, 2))
     with table.borrow([1, 2, 3]) as lease:
         lease.extend(device, [1, 2])
         lease.remember()
         lease.extend(device, [3])
         lent = lease.lend([1, 2, 3, 4])
-        lent.begin()
+        lent.begin(1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(device, "load_states", lambda slot, saved: (_ for _ in ()).throw(DeviceError("it is gone")))
+            patch.setattr(device, "load_states", lambda *_: (_ for _ in ()).throw(DeviceError("it is gone")))
             lent.close()
             assert lease.n_held == 0
     with table.borrow([1, 2, 3]) as lease:
@@ -192,13 +192,93 @@ def test_where_the_next_prompt_may_leave_this_one(prompt: list[int], end: int) -
     assert likely_end(prompt, {9}) == end
 
 
+class FakeRings:
+    """Keys of a device whose only layer has a window of three tokens; positions six apart share a row."""
+
+    WINDOW, N_ROWS, MAX_TOKENS = 3, 6, 3
+    CUTS_BACK = N_ROWS - WINDOW + 1
+
+    def __init__(self, n_slots: int) -> None:
+        self.rows = np.full((n_slots, self.N_ROWS), -1)
+        self.tokens: list[list[int]] = [[] for _ in range(n_slots)]
+        self.steps_to_go = 0
+
+    def seen(self, n_tokens: int) -> np.ndarray:
+        return np.arange(max(0, n_tokens - self.WINDOW), n_tokens)
+
+    def save_states(self, slot: int, n_tokens: int) -> np.ndarray:
+        return self.rows[slot, self.seen(n_tokens) % self.N_ROWS].astype(np.uint8)
+
+    def load_states(self, slot: int, n_tokens: int, saved: np.ndarray) -> None:
+        self.rows[slot, self.seen(n_tokens) % self.N_ROWS] = saved
+
+    def run(self, slot, token_ids, position, outputs, progress):
+        self.tokens[slot][position:] = token_ids
+        for start in range(position, position + len(token_ids), self.MAX_TOKENS):
+            new = self.tokens[slot][start : start + self.MAX_TOKENS]
+            self.rows[slot, np.arange(start, start + len(new)) % self.N_ROWS] = new
+            if self.steps_to_go == 0:
+                raise KeyboardInterrupt
+            self.steps_to_go -= 1
+            for n in range(start + 1, start + len(new) + 1):
+                seen = self.seen(n)
+                assert self.rows[slot, seen % self.N_ROWS].tolist() == [self.tokens[slot][i] for i in seen]
+        return np.zeros((1, 1), np.float32)
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.lists(
+        st.tuples(st.integers(0, 12), st.integers(1, 6), st.integers(0, 16), st.integers(0, 8)),
+        min_size=1,
+        max_size=25,
+    ),
+)
+def test_a_token_always_sees_the_rows_of_its_window(
+    max_snapshots: int, n_slots: int, sequences: list[tuple[int, int, int, int]]
+) -> None:
+    """Zeros, then ones; each stops to be remembered somewhere, and in the middle of a step if it has so many."""
+    device = FakeRings(n_slots)
+    snapshots = Snapshots(device, nullcontext, max_snapshots)
+    table = SlotTable(n_slots, cuts_back=device.CUTS_BACK, snapshots=snapshots)
+    for n_zeros, n_ones, place, device.steps_to_go in sequences:
+        tokens = [0] * n_zeros + [1] * n_ones
+        with suppress(KeyboardInterrupt), table.borrow(tokens) as lease:
+            held = list(lease.token_ids)
+            assert held == tokens[: len(held)]
+            if lease.n_held < place < len(tokens):
+                lease.extend(device, tokens[lease.n_held : place])
+                lease.remember()
+            lease.extend(device, tokens[lease.n_held :])
+
+
+def test_a_sequence_in_rings_is_cut_back_by_some_tokens() -> None:
+    table, device = SlotTable(1, cuts_back=FakeRings.CUTS_BACK), FakeRings(1)
+    device.steps_to_go = 100
+    assert run(table, device, [0] * 9) == (0, 0)
+    assert run(table, device, [*[0] * 5, 1, 1]) == (0, 5)
+    assert run(table, device, [*[0] * 5, 1, 2]) == (0, 6)
+    assert run(table, device, [*[0] * 4, 2]) == (0, 0)  # of the nine tokens that there were, five are sure
+
+
+def test_a_sequence_from_a_file_is_not_cut_back() -> None:
+    for cuts_back, n_usable in ((None, 2), (4, 0), (0, 0)):
+        table = SlotTable(1, cuts_back=cuts_back)
+        with table.borrow(()) as lease:
+            lease.begin(3)
+            lease.commit([1, 2, 3], is_whole=False)
+        assert table.usable(0, [1, 2, 3, 4]) == 3
+        assert table.usable(0, [1, 2, 4]) == n_usable
+
+
 @given(
     st.booleans(),
     st.integers(1, 3),
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=25),
 )
 def test_what_a_slot_holds_is_always_what_was_run(can_cut_back: bool, n_slots: int, sequences: list[list[int]]) -> None:
-    table, forward = SlotTable(n_slots, can_cut_back=can_cut_back), FakeForward()
+    table, forward = SlotTable(n_slots, cuts_back=None if can_cut_back else 0), FakeForward()
     for tokens in sequences:
         run(table, forward, tokens)
     contents: list[list[int]] = [[] for _ in range(n_slots)]  # what a device would hold

@@ -191,7 +191,7 @@ def test_other_logits_would_come_of_other_parts(
 @pytest.mark.parametrize("kv_type", KVType)
 @pytest.mark.parametrize("name", [*INDEXED, "minimax-m3"])
 def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, data: Path) -> None:
-    """It is saved, comes back to another slot of another program, and goes on from an earlier position."""
+    """It is saved, comes back to another slot of another program, and goes on, from an earlier position, too."""
     path = data / "peers" / f"{name}-F32.gguf"
     tokens = np.load(path.with_suffix(".npz"))["tokens"].tolist()
     with ModelRunner(path, kv_type=kv_type) as one, ModelRunner(path, kv_type=kv_type, n_slots=2) as other:
@@ -199,7 +199,8 @@ def test_what_is_chosen_among_is_part_of_a_sequence(name: str, kv_type: KVType, 
         saved = one.program.save_sequence(0, 25)
         other.forward.run(1, tokens[::-1], 0)  # what lay there before must not matter
         other.program.load_sequence(1, 25, saved)
-        for start in (25, 20):
+        has_windows = any(cache.window for cache in one.model.graph.kv_caches)  # of which no more than one is saved
+        for start in (25,) if has_windows else (25, 20):
             assert np.array_equal(other.forward.run(1, tokens[start:], start, "all"), expected[start:])
 
 

@@ -231,7 +231,7 @@ BAD = [
     ("rope", 6, 2, "style is 2"),
     ("rope", 8, 0, "period is 0"),
     ("attention", 9, 3, "cache_type is 3"),
-    ("attention", 10, 0, "context_length is 0"),
+    ("attention", 10, 0, "n_rows is 0"),
     ("attention", 12, 3, "2 heads cannot share 3 key/value heads evenly"),
     ("attention", 13, 577, "head_dim is 577"),
     ("attention", 14, 0, "value_dim is 0"),
@@ -242,7 +242,7 @@ BAD = [
     ("shared_attention", 23, 2, "block_size is 2; expected 1 for a list of shared rows"),
     ("shared_attention", 26, 15, "the stride of shared_k is 15"),
     ("shared_attention", 27, 0, "the address of shared is 0"),
-    ("shared_attention", 28, 0, "context_length is 0"),
+    ("shared_attention", 28, 0, "n_rows is 0"),
     ("shared_attention", 29, 0, "period is 0"),
     ("shared_attention", 14, 20, "value_dim is 20; expected at most 16 with shared rows"),
     ("shared_attention", 12, 2, "n_kv_heads is 2; expected 1 with shared rows"),
@@ -581,5 +581,5 @@ def test_the_size_of_a_cache(kind):
     bytes_of = {k.KV_F32: 4, k.KV_F16: 2, k.KV_Q8_0: 1 + 2 / 32}[kind]
     assert k.kv_cache_bytes(kind, 3, 160, 2, 64, 32) == 3 * 160 * 2 * (64 + 32) * bytes_of
     assert k.kv_cache_bytes(kind, 1, 1, 1, 16, 16) >= 32 * bytes_of
-    with pytest.raises(ValueError, match="context_length is 0"):
+    with pytest.raises(ValueError, match="n_rows is 0"):
         k.kv_cache_bytes(kind, 1, 0, 1, 16, 16)

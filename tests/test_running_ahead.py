@@ -101,7 +101,7 @@ def test_texts_that_end_an_answer(engine: Engine, program: EagerProgram, alone: 
     found = engine.generate(PROMPTS[3], stop)
     assert found.finish_reason == "stop"
     assert text.startswith(found.text)
-    assert (program.n_ahead > before) == engine._slots.can_cut_back
+    assert (program.n_ahead > before) == (engine._slots.cuts_back != 0)
     check(engine, alone)
 
 

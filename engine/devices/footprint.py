@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,7 +137,7 @@ def measure(
         stretches=tuple(
             n_bytes
             for cache in graph.kv_caches
-            if cache.period == 1  # others fill up more slowly
+            if has_stretches(cache, limits)
             for n_bytes in position_rows(cache, limits.kv_type)
             for _ in range(limits.n_slots)
         ),
@@ -163,6 +164,11 @@ def _dense_weights(graph: Graph) -> list[Weight]:
     return list(found.values())
 
 
+def has_stretches(cache: ops.KVCache, limits: Limits) -> bool:
+    """Return whether the memory of a cache fills up as sequences grow: not in a ring, and more slowly with a period."""
+    return cache.period == 1 and not limits.is_ring(cache)
+
+
 def position_rows(cache: ops.KVCache, kv_type: KVType) -> tuple[int, ...]:
     """Return the bytes of the keys of one position, and of its values if there are any; without scales."""
     dims = (cache.head_dim,) if cache.values_in_keys else (cache.head_dim, cache.value_dim)
@@ -173,30 +179,30 @@ def position_rows(cache: ops.KVCache, kv_type: KVType) -> tuple[int, ...]:
 def _kv_bytes(cache: ops.KVCache, limits: Limits, n_slots: int, stores_once: bool) -> int:
     value_dim = 0 if stores_once and cache.values_in_keys else cache.value_dim
     sizes = cache.n_kv_heads, cache.head_dim, value_dim
-    return _kernels.kv_cache_bytes(limits.kv_type, n_slots, cache.n_rows(limits.context_length), *sizes)
+    return _kernels.kv_cache_bytes(limits.kv_type, n_slots, limits.n_rows(cache), *sizes)
 
 
 def _cache_bytes(graph: Graph, limits: Limits, stores_once: bool) -> tuple[float, float]:
     """Return the bytes of one position in layers that see all of them, and of what the other layers see."""
     whole = window = 0.0
     for op in graph.operations:
-        if isinstance(op, ops.Attention | ops.SelectPositions | ops.SelectBlocks):
-            position = _kv_bytes(op.cache, limits, 1, stores_once) / limits.context_length
-            seen = op.most_positions if isinstance(op, ops.Attention) else 0
-            if seen:
-                window += position * min(seen, limits.context_length)
-            else:
-                whole += position
-        if isinstance(op, ops.Attention) and op.shared_cache:
-            n_bytes, n_rows = (
-                _kv_bytes(op.shared_cache, limits, 1, stores_once),
-                op.shared_cache.n_rows(limits.context_length),
-            )
-            if op.selected:
-                window += n_bytes / n_rows * min(op.selected.top_k, n_rows)
+        for cache, n_seen in _caches_of(op):
+            n_bytes, n_rows = _kv_bytes(cache, limits, 1, stores_once), limits.n_rows(cache)
+            if n_seen:
+                window += n_bytes / n_rows * min(n_seen, n_rows)
             else:
                 whole += n_bytes / limits.context_length
     return whole, window
+
+
+def _caches_of(op: ops.Operation) -> Iterator[tuple[ops.KVCache, int]]:
+    """Yield the caches that an operation reads, with the rows that a token sees at most; 0: all that there are."""
+    if isinstance(op, ops.SelectPositions | ops.SelectBlocks):
+        yield op.cache, 0
+    elif isinstance(op, ops.Attention):
+        yield op.cache, op.most_positions
+        if op.shared_cache:
+            yield op.shared_cache, op.selected.top_k if op.selected else 0
 
 
 def _scratch_bytes(graph: Graph, limits: Limits) -> int:

@@ -177,7 +177,7 @@ class KVCache:
     With a `value_dim` of 0 as well there are none at all.
 
     A row is a position's own, or with a `period` above 1 one that so many tokens share, from a multiple of it on: the
-    last of them brings it.
+    last of them brings it. With a `window` nobody looks back at more positions than so many, oneself included.
     """
 
     n_kv_heads: int
@@ -185,10 +185,7 @@ class KVCache:
     value_dim: int
     values_in_keys: bool = False
     period: int = 1
-
-    def n_rows(self, context_length: int) -> int:
-        """Return the rows of a sequence, at least one."""
-        return max(1, context_length // self.period)
+    window: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -1064,7 +1061,8 @@ class Graph:
         assert (period > 1) == (shared_k is not None)
         if v is not None:
             value_dim = v.width // n_kv_heads
-        cache = KVCache(n_kv_heads, k.width // n_kv_heads, value_dim, values_in_keys=v is None)
+        head_dim, seen = k.width // n_kv_heads, window or chunk
+        cache = KVCache(n_kv_heads, head_dim, value_dim, values_in_keys=v is None, window=seen)
         self.kv_caches.append(cache)
         shared_cache = None
         if shared_k is not None:

@@ -6,14 +6,17 @@ single token and a whole chunk of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.graph import Graph, KVType, Rows
+from engine.devices.graph import Graph, KVCache, KVType, Rows
+
+_RING_ROWS = 256  # a ring has a multiple of them: attention takes so many at once, or a part (`ops.h`, `attention.cu`)
+_SPARE_ROWS = 16  # of a ring at least, so that a sequence can be cut back by as many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,42 @@ class Limits:
         """Return the limits of those steps that have at most so many tokens."""
         most = min(self.max_tokens, n_tokens)
         return replace(self, max_tokens=most, max_outputs=min(self.max_outputs, most))
+
+    def n_rows(self, cache: KVCache) -> int:
+        """Return the rows of a sequence in a cache, at least one.
+
+        With a window there are as many as positions that the tokens of a step see, if these are fewer than a context
+        has: then position p has row p % n_rows, and takes it from one that nobody will look at any more.
+        """
+        if not cache.window:
+            return max(1, self.context_length // cache.period)
+        n_needed = cache.window + self.max_tokens + _SPARE_ROWS
+        return min(self.context_length, -(-n_needed // _RING_ROWS) * _RING_ROWS)
+
+    def is_ring(self, cache: KVCache) -> bool:
+        """Return whether positions of a sequence share rows of a cache."""
+        return cache.window > 0 and self.n_rows(cache) < self.context_length
+
+
+def ring_pieces(first: int, end: int, n_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield the rows of a ring, or of a cache that is none, in which positions from `first` to `end` lie, in order."""
+    while first < end:
+        row = first % n_rows
+        n = min(end - first, n_rows - row)
+        yield row, row + n
+        first += n
+
+
+def cuts_back(graph: Graph, limits: Limits) -> int | None:
+    """Return by how many tokens, of all that it ever had, a sequence can be cut back without being run again.
+
+    None says to any place: so it is where every layer keeps keys and values of all positions.
+    """
+    if graph.states:
+        return 0
+    windows = [cache for cache in graph.kv_caches if cache.window]
+    rings = [limits.n_rows(cache) - cache.window + 1 for cache in windows if limits.is_ring(cache)]
+    return min(rings, default=limits.context_length) if windows else None
 
 
 class WeightAccess(Protocol):
@@ -272,13 +311,16 @@ class SavingProgram(Protocol):
 
 @runtime_checkable
 class RecurrentProgram(Protocol):
-    """A program whose recurrent states can be taken out and put back, without the keys and values beside them."""
+    """A program of which that can be taken out and put back which a sequence overwrites as it goes on.
 
-    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
-        """Return a copy of the recurrent states of the sequence in a slot, flat."""
+    These are recurrent states, and keys and values in a window; all other keys and values stay where they are.
+    """
+
+    def save_states(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of this for the sequence of `n_tokens` in a slot, flat."""
         ...
 
-    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+    def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
         ...
 

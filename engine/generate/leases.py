@@ -18,17 +18,19 @@ from engine.generate.snapshots import Snapshots
 class SlotTable:
     """All slots of a program. Safe to use from several threads; what runs in a slot is its borrower's business.
 
-    A prefix is reused only where that changes no bit: keys and values can be cut back to any position, a recurrent
-    state can be continued, or gone back to where there is a snapshot of it.
+    A prefix is reused only where that changes no bit: keys and values of all positions can be cut back to any, those in
+    a ring by some tokens; a recurrent state can be continued, or gone back to where there is a snapshot of it.
 
     Attributes:
-        snapshots: of recurrent states; None if there are none or none are taken.
+        cuts_back: by how many tokens of all that it ever had a sequence can be cut back; None: to any place.
+        snapshots: of what a sequence overwrites; None if that is nothing, or none are taken.
     """
 
-    def __init__(self, n_slots: int, *, can_cut_back: bool, snapshots: Snapshots | None = None) -> None:
-        """Start with all slots free and empty; `can_cut_back` says that no layer is recurrent."""
-        self.can_cut_back, self.snapshots = can_cut_back, snapshots
+    def __init__(self, n_slots: int, *, cuts_back: int | None, snapshots: Snapshots | None = None) -> None:
+        """Start with all slots free and empty; see `program.cuts_back`."""
+        self.cuts_back, self.snapshots = cuts_back, snapshots
         self._held: list[list[int]] = [[] for _ in range(n_slots)]
+        self._floor = [0] * n_slots  # tokens below which nothing is known of a sequence but that it begins empty
         self._last_use = [0] * n_slots
         self._owner: list[int | None] = [None] * n_slots  # thread
         self._clock = 0
@@ -75,7 +77,7 @@ class SlotTable:
         try:
             self.go_back(slot, n_usable)
         except BaseException:
-            self.give_back(slot, is_torn=False)
+            self.give_back(slot)
             raise
         return Lease(self, slot, self._held[slot], is_owner=True)
 
@@ -85,29 +87,42 @@ class SlotTable:
         pairs = zip(held, token_ids, strict=False)
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(token_ids)))
         longest = min(common, len(token_ids) - 1)
-        if self.can_cut_back or longest == len(held):
+        if longest >= self._floor[slot]:
             return longest
         return self.snapshots.best(slot, longest) if self.snapshots is not None else 0
 
-    def go_back(self, slot: int, n_tokens: int, *, is_torn: bool = False) -> None:
+    def note(self, slot: int, n_tokens: int, *, is_whole: bool = True) -> None:
+        """Note that a sequence gets so many tokens; one that is not whole has no more than its next token needs."""
+        if self.cuts_back is not None:
+            floor = n_tokens - self.cuts_back if is_whole else n_tokens
+            self._floor[slot] = max(self._floor[slot], floor)
+
+    def has(self, slot: int, n_tokens: int) -> bool:
+        """Return whether what a slot holds can be cut back to so many tokens."""
+        return n_tokens >= self._floor[slot]
+
+    def go_back(self, slot: int, n_tokens: int) -> None:
         """Cut what a slot holds back to its first tokens, as many as `usable` named.
 
-        `is_torn` says that the state is not that of all it holds. Whatever happens, the slot then holds what it says.
+        Whatever happens, the slot then holds what it says.
         """
         held = self._held[slot]
-        kept, is_state_there = held[:n_tokens], n_tokens == len(held) and not is_torn
+        kept, is_there = held[:n_tokens], self.has(slot, n_tokens)
         held.clear()
         if self.snapshots is not None:
             self.snapshots.forget(slot, n_tokens)
-            if kept and not is_state_there:
+            if kept and not is_there:
                 self.snapshots.restore(slot, n_tokens)
+        if not kept or not is_there:
+            self._floor[slot] = len(kept)
         held += kept
 
-    def give_back(self, slot: int, *, is_torn: bool) -> None:
-        """Take a slot back; a torn one was stopped in the middle of a step."""
+    def give_back(self, slot: int) -> None:
+        """Take a slot back; one that was stopped in the middle of a step may hold nothing any more."""
         with self._changed:
-            if is_torn and not self.can_cut_back:
+            if not self.has(slot, len(self._held[slot])):
                 self._held[slot].clear()
+                self._floor[slot] = 0
             self._owner[slot] = None
             self._changed.notify_all()
 
@@ -120,7 +135,6 @@ class Lease:
         self._is_owner = is_owner
         self.slot = slot
         self._held = held
-        self._is_torn = False
         self._is_open = True
 
     @property
@@ -135,8 +149,8 @@ class Lease:
 
     @property
     def can_cut_back(self) -> bool:
-        """Return whether the sequence can be cut back to any place."""
-        return self._table.can_cut_back
+        """Return whether the sequence can be cut back by a few tokens from anywhere."""
+        return self._table.cuts_back != 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -163,19 +177,19 @@ class Lease:
     ) -> npt.NDArray[np.float32]:
         """Run tokens after those the slot holds; see `ForwardPass.run`."""
         assert self._is_open
-        self.begin()
+        self.begin(len(token_ids))
         logits = forward.run(self.slot, token_ids, len(self._held), outputs, progress)
         self.commit(token_ids)
         return logits
 
-    def begin(self) -> None:
-        """Note that a step on the slot begins; until `commit`, what a recurrent state holds is not known."""
-        self._is_torn = True
+    def begin(self, n_tokens: int) -> None:
+        """Note that so many tokens more are about to be run; until `commit` they may be there, or a part of them."""
+        self._table.note(self.slot, len(self._held) + n_tokens)
 
-    def commit(self, token_ids: Sequence[int]) -> None:
-        """Note that the slot holds these tokens too."""
+    def commit(self, token_ids: Sequence[int], *, is_whole: bool = True) -> None:
+        """Note that the slot holds these tokens too; from a file, not `is_whole`, what the token after them needs."""
         self._held.extend(token_ids)
-        self._is_torn = False
+        self._table.note(self.slot, len(self._held), is_whole=is_whole)
 
     def remember(self) -> None:
         """Make it possible to cut the sequence back to where it is now."""
@@ -184,22 +198,21 @@ class Lease:
 
     def recover(self, n_wanted: int) -> None:
         """Go back to what the slot surely holds, at most `n_wanted` tokens, after a step that was stopped."""
-        is_torn, self._is_torn = self._is_torn, False
-        if not is_torn and len(self._held) <= n_wanted:
-            return
         n, table = min(n_wanted, len(self._held)), self._table
-        if not table.can_cut_back:
+        if not table.has(self.slot, n):
             n = 0 if table.snapshots is None else table.snapshots.best(self.slot, n)
+        elif n == len(self._held):
+            return
         with contextlib.suppress(EngineError):  # a device that fails here, too, leaves the slot empty
-            table.go_back(self.slot, n, is_torn=is_torn)
+            table.go_back(self.slot, n)
 
     def close(self) -> None:
         """Give the slot back; what it holds stays for a sequence that begins the same."""
         if self._is_open:
             self._is_open = False
             if self._is_owner:
-                self._table.give_back(self.slot, is_torn=self._is_torn)
-            elif self._is_torn:
+                self._table.give_back(self.slot)
+            else:
                 self.recover(len(self._held))
 
     def __enter__(self) -> Lease:

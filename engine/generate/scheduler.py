@@ -205,8 +205,6 @@ class Scheduler:
         except BaseException:  # Ctrl-C: the reader at hand gets it, all others go on
             self._drop()
             for answer in step.answers:
-                if following is not None:
-                    answer.lease.begin()  # it may have been stopped anywhere
                 if answer.is_over:
                     answer.lease.close()
                 else:
@@ -241,7 +239,7 @@ class Scheduler:
             ids = [-1 - i] if step.is_ahead else answer.pending(n)
             draw = answer.draw(int(step.is_ahead)) if wants else None
             parts.append(Part(answer.lease.slot, ids, answer.lease.n_held + step.is_ahead, wants, draw))
-            answer.lease.begin()
+            answer.lease.begin(step.is_ahead + n)
         return parts
 
     def _run(self, step: _Step, following: _Step | None) -> None:
@@ -268,9 +266,7 @@ class Scheduler:
                     self._append(answer, n, found, step_s)
             except Exception as error:  # one answer's trouble, such as a progress callback's, is no other's
                 answer.fail(error)
-            if following is not None:
-                answer.lease.begin()
-            elif answer.is_over:
+            if following is None and answer.is_over:
                 answer.lease.close()
         self._ended_at = now()
         spent, share = self._ended_at - start, n_prompt / max(1, n_prompt + n_decode)

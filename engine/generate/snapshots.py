@@ -1,9 +1,9 @@
-"""Recurrent states as they were earlier in a sequence, so that it can be cut back without being run again.
+"""States as they were earlier in a sequence, so that it can be cut back without being run again.
 
-Keys and values of a position stay where they are while a sequence goes on; a recurrent state is overwritten by every
-token. A chat often goes on from a little before its end: an answer was cut, its thinking is left out, a question asked
-differently. So the states are copied at the places where that is likely, a few of all sequences together, and the one
-that was not used for longest makes room.
+Most keys and values stay where they are while a sequence goes on; a recurrent state is overwritten by every token, and
+what lies before a window by one that comes later. A chat often goes on from a little before its end: an answer was cut,
+its thinking is left out, a question asked differently. So the states are copied at the places where that is likely, a
+few of all sequences together, and the one that was not used for longest makes room.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """Copies of the recurrent states of sequences, by slot and position. Safe to use from several threads."""
+    """Copies of what sequences overwrite, by slot and position. Safe to use from several threads."""
 
     def __init__(
         self, program: RecurrentProgram, turn: Callable[[], AbstractContextManager[None]], max_snapshots: int
@@ -48,10 +48,10 @@ class Snapshots:
                 while len(self._kept) >= self._max:
                     self._kept.pop(next(iter(self._kept)))
             try:
-                state = self._program.save_states(slot)
+                state = self._program.save_states(slot, position)
             except MemoryError:
                 self._max = len(self._kept)
-                log.warning("no memory for more than %d copies of recurrent states: set n_snapshots = 0", self._max)
+                log.warning("no memory for more than %d copies of states: set n_snapshots = 0", self._max)
                 return
             with self._lock:
                 self._kept[slot, position] = state
@@ -66,7 +66,7 @@ class Snapshots:
         with self._turn():
             with self._lock:
                 state = self._kept[slot, position] = self._kept.pop((slot, position))
-            self._program.load_states(slot, state)
+            self._program.load_states(slot, position, state)
 
     def forget(self, slot: int, beyond: int) -> None:
         """Drop the copies of a slot that were taken after more than `beyond` tokens: others come there now."""

@@ -262,8 +262,9 @@ typedef struct {
 // One layer's keys or values; layout in ops/kv_cache.h.
 typedef struct {
     uint8_t *keys, *values;
-    int type, context_length, n_kv_heads, head_dim, value_dim; // context_length: rows of a sequence
-    int period; // tokens that share a row, which the last of them brings; 1: each has its own
+    int type, n_rows, n_kv_heads, head_dim, value_dim; // n_rows: of a sequence
+    int period;   // tokens that share a row, which the last of them brings; 1: each has its own
+    bool is_ring; // whether positions that are n_rows apart share one, of which nobody sees more than the last
 } kv_cache;
 
 // How many rows of a cache there are for a token at a position.
@@ -427,8 +428,8 @@ typedef struct ops_table {
 
 // kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of
 // one token over a whole context.
-int64_t kv_key_bytes(int type, int n_slots, int context_length, int n_kv_heads, int head_dim);
-int64_t kv_value_bytes(int type, int n_slots, int context_length, int n_kv_heads, int value_dim);
+int64_t kv_key_bytes(int type, int n_slots, int n_rows, int n_kv_heads, int head_dim);
+int64_t kv_value_bytes(int type, int n_slots, int n_rows, int n_kv_heads, int value_dim);
 int64_t attention_partial_bytes(const attention_args *args);
 
 #endif

@@ -529,10 +529,10 @@ static int record_kv_store(program *p, kv_cache cache, matrix x, bool is_value) 
     return record(p, op);
 }
 
-// A position beyond this many has no row in a cache.
+// A position beyond this many has no row in a cache, unless that is a ring.
 static void limit_context(program *p, kv_cache cache) {
-    const int64_t n_positions = (int64_t)cache.context_length * cache.period + cache.period - 1;
-    if (n_positions < p->context_length)
+    const int64_t n_positions = (int64_t)cache.n_rows * cache.period + cache.period - 1;
+    if (!cache.is_ring && n_positions < p->context_length)
         p->context_length = (int)n_positions;
 }
 
@@ -579,8 +579,7 @@ static int reserve_scores(program *p, int64_t n_scores, float **scores, padded_c
 
 int program_select_positions(program *p, select_positions_args args, matrix k) {
     const kv_cache cache = args.cache;
-    if (record_kv_store(p, cache, k, false) ||
-        reserve_scores(p, kv_padded(cache.context_length), &args.scores, &args.n_done))
+    if (record_kv_store(p, cache, k, false) || reserve_scores(p, kv_padded(cache.n_rows), &args.scores, &args.n_done))
         return -1;
     limit_context(p, cache);
     operation op = {
@@ -596,7 +595,7 @@ int program_select_positions(program *p, select_positions_args args, matrix k) {
 
 int program_select_blocks(program *p, select_blocks_args args, matrix k) {
     const kv_cache cache = args.cache;
-    const int64_t n_blocks = (cache.context_length + (int64_t)args.block_size - 1) / args.block_size;
+    const int64_t n_blocks = (cache.n_rows + (int64_t)args.block_size - 1) / args.block_size;
     if (record_kv_store(p, cache, k, false) || reserve_scores(p, args.n_heads * n_blocks, &args.scores, &args.n_done))
         return -1;
     limit_context(p, cache);

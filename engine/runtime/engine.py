@@ -21,7 +21,14 @@ from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Rope
-from engine.devices.program import DrawingProgram, ProfiledProgram, Program, RecurrentProgram, SavingProgram
+from engine.devices.program import (
+    DrawingProgram,
+    ProfiledProgram,
+    Program,
+    RecurrentProgram,
+    SavingProgram,
+    cuts_back,
+)
 from engine.devices.slots import ClockedProgram, MeteredProgram, SlotProgram, TimedProgram
 from engine.devices.traffic import count_weights
 from engine.errors import DeviceError, EngineError, RequestError
@@ -110,11 +117,12 @@ class Engine(Answering):
         self._forward = ForwardPass(
             program, self._limits, self.spec.n_vocab, draws=draws, runs_ahead=program.runs_ahead
         )
-        is_recurrent = bool(model.graph.states)
         self._snapshots: Snapshots | None = None
-        if is_recurrent and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
+        most = cuts_back(model.graph, self._limits)
+        overwrites = most is not None and most < self._limits.context_length
+        if overwrites and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
             self._snapshots = Snapshots(self._program, self._turn, settings.n_snapshots)
-        self._slots = SlotTable(settings.n_sequences, can_cut_back=not is_recurrent, snapshots=self._snapshots)
+        self._slots = SlotTable(settings.n_sequences, cuts_back=most, snapshots=self._snapshots)
         self._scheduler = Scheduler(self._forward, self._turn, self._record)
         self._lock = threading.RLock()
         self._is_open = True
@@ -356,9 +364,9 @@ class Engine(Answering):
         lease = self._slots.borrow((), reuse=False)
         try:
             with self._alone():
-                lease.begin()
+                lease.begin(len(saved.token_ids))
                 self._caching.program.load_sequence(lease.slot, len(saved.token_ids), saved.state)
-                lease.commit(saved.token_ids)
+                lease.commit(saved.token_ids, is_whole=False)
         except BaseException:
             lease.close()
             raise

@@ -24,7 +24,8 @@ class Session(Answering):
     """A sequence of one's own: what it holds stays until it is closed, and can be saved. A context manager.
 
     Use it from one thread at a time. What was run is reused where that is exact: up to the first token that differs;
-    with recurrent layers up to the end of what the session holds or of a message before ([engine] n_snapshots).
+    with recurrent layers, or windows if that token is far back, up to the end of what the session holds or of a message
+    before ([engine] n_snapshots).
 
     >>> from engine import Engine, SamplingParams
     >>> with Engine.open() as engine, engine.new_session() as session:

@@ -21,7 +21,7 @@ class EngineStatistics(TokenSpeeds):
         file_bytes: all tensors that are used, in the file's form.
         state_bytes: keys, values and recurrent states of all sequences.
         scratch_bytes: intermediate results.
-        snapshot_bytes: copies of recurrent states, from which sequences can be taken up again.
+        snapshot_bytes: copies of states, from which sequences can be taken up again.
         device_bytes: memory of the GPU in use; 0 without one.
         cache_line: what the hot-expert cache holds and earns, or why there is none, for people.
         cache: what it did; None if there is none.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
-from engine.devices.cpu.sequence_state import recurrent_parts, used_parts
+from engine.devices.cpu.sequence_state import passing_parts, used_parts
 from engine.devices.graph import Graph
 from engine.devices.program import Limits, WeightAccess
 from engine.errors import DeviceError, RequestError
@@ -155,13 +155,14 @@ class CPUProgram:
             raise RequestError(f"the saved state has {saved.size} bytes; {n_tokens} tokens of this model have {needed}")
         _fill(parts, saved)
 
-    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
-        """Return a copy of the recurrent states of the sequence in a slot, flat."""
-        return np.concatenate(list(recurrent_parts(self._lowered.states, slot)))
+    def save_states(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what the sequence of `n_tokens` in a slot overwrites as it goes on, flat."""
+        parts = passing_parts(self._lowered.states, self._limits, slot, n_tokens)
+        return np.concatenate([part.reshape(-1) for part in parts])
 
-    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+    def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
-        _fill(recurrent_parts(self._lowered.states, slot), saved)
+        _fill(passing_parts(self._lowered.states, self._limits, slot, n_tokens), saved)
 
     def close(self) -> None:
         """Forget the program; its memory is freed with the last array that refers to it."""

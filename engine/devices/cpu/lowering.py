@@ -106,7 +106,7 @@ class Lowering:
         offsets: list[tuple[ops.KVCache | ops.State, int]] = []
         for cache in graph.kv_caches:
             offsets.append((cache, offset))
-            n_rows = cache.n_rows(limits.context_length)
+            n_rows = limits.n_rows(cache)
             offset += _kernels.kv_cache_bytes(
                 limits.kv_type, limits.n_slots, n_rows, cache.n_kv_heads, cache.head_dim, cache.value_dim
             )
@@ -393,7 +393,7 @@ class Lowering:
                 *out.at,
                 self._state_address[op.cache],
                 self.limits.kv_type,
-                op.cache.n_rows(self.limits.context_length),
+                self.limits.n_rows(op.cache),
                 op.n_heads,
                 op.cache.head_dim,
                 op.top_k,
@@ -412,7 +412,7 @@ class Lowering:
                 *out.at,
                 self._state_address[op.cache],
                 self.limits.kv_type,
-                self.limits.context_length,
+                self.limits.n_rows(op.cache),
                 op.n_heads,
                 op.cache.head_dim,
                 op.top_k,
@@ -437,8 +437,7 @@ class Lowering:
             if selected and blocks:
                 lists = *blocks.at, selected.top_k, selected.block_size, selected.n_lists
             if shared and shared_k:
-                n_rows = shared.n_rows(limits.context_length)
-                shared_rows = *shared_k.at, self._state_address[shared], n_rows, shared.period
+                shared_rows = *shared_k.at, self._state_address[shared], limits.n_rows(shared), shared.period
             self.program.attention(
                 *q.at,
                 *k.at,
@@ -446,7 +445,7 @@ class Lowering:
                 *out.at,
                 self._state_address[cache],
                 limits.kv_type,
-                limits.context_length,
+                limits.n_rows(cache),
                 op.n_heads,
                 cache.n_kv_heads,
                 cache.head_dim,
@@ -459,6 +458,7 @@ class Lowering:
                 *lists,
                 *shared_rows,
                 selected is not None and selected.has_tail,
+                limits.is_ring(cache),
             )
 
         self._calls.append(record)

@@ -40,7 +40,7 @@ class CacheArgument(ctypes.Structure):
     _fields_ = [
         ("address", ctypes.c_void_p),
         ("n_slots", ctypes.c_int32),
-        ("context_length", ctypes.c_int32),
+        ("n_rows", ctypes.c_int32),
         ("n_kv_heads", ctypes.c_int32),
         ("period", ctypes.c_int32),
     ]
@@ -59,12 +59,12 @@ class _Heads(ctypes.Structure):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer; layout in `kv_cache.cuh`. `context_length` counts rows."""
+    """Keys and values of one layer; layout in `kv_cache.cuh`. A sequence has `n_rows`."""
 
     address: int
     type: KVType
     n_slots: int
-    context_length: int
+    n_rows: int
     n_kv_heads: int
     key_dim: int
     value_dim: int
@@ -75,7 +75,7 @@ class Cache(NamedTuple):
     def n_bytes(self) -> int:
         """Return its size."""
         dims = (self.key_dim,) if self.values_in_keys else (self.key_dim, self.value_dim)
-        n_heads = self.n_slots * self.context_length * self.n_kv_heads
+        n_heads = self.n_slots * self.n_rows * self.n_kv_heads
         if self.type == KVType.Q8_0:
             return n_heads * sum(dim + 2 * ceil_div(dim, 32) for dim in dims)
         return n_heads * sum(dims) * (4 if self.type == KVType.F32 else 2)
@@ -93,7 +93,7 @@ class Cache(NamedTuple):
     @property
     def argument(self) -> CacheArgument:
         """Return the kernels' argument."""
-        return CacheArgument(self.address, self.n_slots, self.context_length, self.n_kv_heads, self.period)
+        return CacheArgument(self.address, self.n_slots, self.n_rows, self.n_kv_heads, self.period)
 
 
 class Place(NamedTuple):
@@ -122,14 +122,16 @@ class Sight(NamedTuple):
     has_tail: bool = False
     shared: Cache | None = None
 
-    def most_seen(self, context_length: int) -> int:
-        """Return how many positions a token goes through at most, or places of them."""
+    def most_seen(self, n_rows: int) -> int:
+        """Return how many positions a token goes through at most, or places of them, in a cache of so many rows.
+
+        Of a ring that is the same whatever else its rows make room for.
+        """
         if self.shared is not None:
-            n_shared = self.shared.context_length
-            return (min(n_shared, self.top_k) if self.top_k else n_shared) + min(
-                self.window or context_length, context_length
-            )
-        return min(context_length, self.top_k * self.block_size or context_length)
+            n_shared = self.shared.n_rows
+            return (min(n_shared, self.top_k) if self.top_k else n_shared) + min(self.window or n_rows, n_rows)
+        in_window = self.window or self.chunk
+        return min(n_rows, in_window + _TILE if in_window else self.top_k * self.block_size or n_rows)
 
     @property
     def definitions(self) -> tuple[str, ...]:
@@ -193,7 +195,7 @@ def _n_head_tiles(cache: Cache, n_heads: int) -> int:
 
 def n_parts(cache: Cache, n_heads: int, sight: Sight | None = None) -> int:
     """Return into how many parts the positions are split: enough blocks to fill a GPU, but no more parts than tiles."""
-    n_positions = (sight or Sight()).most_seen(cache.context_length)
+    n_positions = (sight or Sight()).most_seen(cache.n_rows)
     return min(ceil_div(_BLOCKS, _n_head_tiles(cache, n_heads)), ceil_div(n_positions, _TILE))
 
 

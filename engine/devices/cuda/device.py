@@ -177,15 +177,16 @@ class CUDADevice:
         return bare
 
     def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
-        """Return limits with as many tokens in a step as asked for, or halved until `n_bytes` more scratch suffice."""
+        """Return limits with as many tokens in a step as asked for, or halved until `n_bytes` more suffice."""
         limits = bare.limits
         n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length, bare.most_tokens)
         if not bare.can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
         max_outputs = max(limits.max_tokens, limits.n_slots)
+        n_bytes += bare.scratch.n_bytes + bare.recorder.state_bytes(limits)
         while n_tokens > limits.max_tokens:
             larger = replace(limits, max_tokens=n_tokens, max_outputs=min(max_outputs, n_tokens))
-            if bare.recorder.scratch_for(larger).n_bytes <= n_bytes + bare.scratch.n_bytes:
+            if bare.recorder.scratch_for(larger).n_bytes + bare.recorder.state_bytes(larger) <= n_bytes:
                 return larger
             n_tokens //= 2
         return limits

@@ -19,7 +19,7 @@ from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
-from engine.devices.cuda.sequence_state import Part, recurrent_parts, used_parts
+from engine.devices.cuda.sequence_state import Part, passing_parts, used_parts
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.steps import Steps
 from engine.devices.cuda.streaming import ExpertStream
@@ -387,13 +387,13 @@ class CUDAProgram:
             self._take_memory(1, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
         self._upload(parts, saved)
 
-    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
-        """Return a copy of the recurrent states of the sequence in a slot, flat."""
-        return self._download(recurrent_parts(self._lowering.recorder.states, slot))
+    def save_states(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what the sequence of `n_tokens` in a slot overwrites as it goes on, flat."""
+        return self._download(passing_parts(self._lowering.recorder.states, self._limits, slot, n_tokens))
 
-    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+    def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
-        self._upload(recurrent_parts(self._lowering.recorder.states, slot), saved)
+        self._upload(passing_parts(self._lowering.recorder.states, self._limits, slot, n_tokens), saved)
 
     def _download(self, parts: list[Part]) -> npt.NDArray[np.uint8]:
         self._context.make_current()

@@ -152,11 +152,14 @@ class Recorder:
 
     def reserve_states(self, graph: Graph) -> None:
         """Give the caches and states of all sequences their places."""
-        owners: list[tuple[KVCache | State, int]] = [(cache, self.cache(cache).n_bytes) for cache in graph.kv_caches]
-        owners += [(state, state.width * 4 * self._limits.n_slots) for state in graph.states]
-        for owner, n_bytes in owners:
-            self._offsets[owner] = self._layout.reserve(n_bytes)
+        owners: list[KVCache | State] = [*graph.kv_caches, *graph.states]
+        for owner in owners:
+            self._offsets[owner] = self._layout.reserve(_owned_bytes(owner, self._limits))
             self.states.append((owner, self._offsets[owner]))
+
+    def state_bytes(self, limits: Limits) -> int:
+        """Return what caches and states would take with other limits."""
+        return sum(_owned_bytes(owner, limits) for owner, _ in self.states)
 
     def state(self, owner: KVCache | State) -> int:
         """Return the offset of a cache or state."""
@@ -164,18 +167,7 @@ class Recorder:
 
     def cache(self, cache: KVCache) -> Cache:
         """Return the shape of a cache, without its address."""
-        limits = self._limits
-        return Cache(
-            0,
-            limits.kv_type,
-            limits.n_slots,
-            cache.n_rows(limits.context_length),
-            cache.n_kv_heads,
-            cache.head_dim,
-            cache.value_dim,
-            cache.values_in_keys,
-            cache.period,
-        )
+        return _shape(cache, self._limits)
 
     # -- constants ---------------------------------------------------------------------------------------------------
 
@@ -249,3 +241,22 @@ class Recorder:
         """Return the offset of an IQ format's code book."""
         name = "IQ1_S" if weight_format.name == "IQ1_M" else weight_format.name
         return self.constant(("grid", name), lambda: load_grid(name)) if name in GRID_NAMES else None
+
+
+def _shape(cache: KVCache, limits: Limits) -> Cache:
+    """Return the shape of a cache, without its address."""
+    return Cache(
+        0,
+        limits.kv_type,
+        limits.n_slots,
+        limits.n_rows(cache),
+        cache.n_kv_heads,
+        cache.head_dim,
+        cache.value_dim,
+        cache.values_in_keys,
+        cache.period,
+    )
+
+
+def _owned_bytes(owner: KVCache | State, limits: Limits) -> int:
+    return owner.width * 4 * limits.n_slots if isinstance(owner, State) else _shape(owner, limits).n_bytes

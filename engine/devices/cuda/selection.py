@@ -46,14 +46,14 @@ class _BlockInputs(ctypes.Structure):
     ]
 
 
-def scores_bytes(context_length: int, n_tokens: int) -> int:
+def scores_bytes(n_rows: int, n_tokens: int) -> int:
     """Return the bytes of the scores that are kept for steps of so many tokens."""
-    return 4 * context_length * min(n_tokens, _BLOCKS)
+    return 4 * n_rows * min(n_tokens, _BLOCKS)
 
 
-def block_scores_bytes(context_length: int, n_heads: int, block_size: int, n_tokens: int) -> int:
+def block_scores_bytes(n_rows: int, n_heads: int, block_size: int, n_tokens: int) -> int:
     """Return the bytes of the scores of blocks that are kept for steps of so many tokens."""
-    return 4 * n_heads * ceil_div(context_length, block_size) * min(n_tokens, _BLOCKS)
+    return 4 * n_heads * ceil_div(n_rows, block_size) * min(n_tokens, _BLOCKS)
 
 
 def _shared_bytes(cache: Cache, n_heads: int, apart: bool) -> int:
@@ -103,7 +103,7 @@ def select_positions(
     definitions = (*cache.definitions, f"N_HEADS={n_heads}")
     of_heads = weights or NOTHING
     inputs = _Inputs(*q, *of_heads, cache.argument, place.positions, place.slots, scale, top_k, has_tail)
-    kept = (pointer(scores), int64(cache.context_length))
+    kept = (pointer(scores), int64(cache.n_rows))
     shared, n = _shared_bytes(cache, n_heads, apart=False), pointer(count.address)
 
     def launch(kernel: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
@@ -111,7 +111,7 @@ def select_positions(
 
     if count.most > FEW_TOKENS:
         return [launch("select_positions", (min(count.most, _BLOCKS), 1, 1), inputs, *kept, *at(out))]
-    blocks = min(ceil_div(cache.context_length, _TILE), _BLOCKS)
+    blocks = min(ceil_div(cache.n_rows, _TILE), _BLOCKS)
     chosen = (*kept, cache.argument, pointer(place.positions), int32(top_k), int32(has_tail), *at(out))
     return [
         launch("score_positions", (blocks, count.most, 1), inputs, *kept),
@@ -144,7 +144,7 @@ def select_blocks(
     assert 1 <= n_newest <= top_k
     definitions = (*cache.definitions, f"N_HEADS={n_heads}", f"BLOCK={block_size}")
     inputs = _BlockInputs(*q, cache.argument, place.positions, place.slots, top_k, n_newest)
-    kept = (pointer(scores), int64(ceil_div(cache.context_length, block_size)))
+    kept = (pointer(scores), int64(ceil_div(cache.n_rows, block_size)))
     shared, n = _shared_bytes(cache, n_heads, apart=True), pointer(count.address)
 
     def launch(kernel: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
@@ -154,7 +154,7 @@ def select_blocks(
     if count.most > FEW_TOKENS:
         return [launch("select_blocks", (min(count.most, _BLOCKS), 1, 1), *at(out))]
     scored_together = max(1, _TILE // block_size) * block_size
-    blocks = min(ceil_div(cache.context_length, scored_together), _BLOCKS)
+    blocks = min(ceil_div(cache.n_rows, scored_together), _BLOCKS)
     return [
         launch("score_blocks", (blocks, count.most, 1)),
         launch("choose_blocks_of_heads", (n_heads, count.most, 1), *at(out)),

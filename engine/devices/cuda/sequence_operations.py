@@ -63,7 +63,7 @@ def select_positions(recorder: Recorder, op: ops.SelectPositions, item: fusion.S
     selection.check_indexer(cache, op.n_heads)
     q, out, weights = recorder.use(op.q), recorder.use(op.out), recorder.use(op.weights) if op.weights else None
     store = _indexer_inputs(recorder, op, item)
-    scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.context_length, n_tokens))
+    scores = recorder.temporary(lambda n_tokens: selection.scores_bytes(cache.n_rows, n_tokens))
 
     def launches(p: Pass) -> Iterable[Launch]:
         count, own = p.count(op.q.rows), cache._replace(address=p.base + recorder.state(op.cache))
@@ -91,7 +91,7 @@ def select_blocks(recorder: Recorder, op: ops.SelectBlocks, item: fusion.Selecti
     selection.check_indexer(cache, op.n_heads, apart=True)
     q, out, store = recorder.use(op.q), recorder.use(op.out), _indexer_inputs(recorder, op, item)
     scores = recorder.temporary(
-        lambda n_tokens: selection.block_scores_bytes(cache.context_length, op.n_heads, op.block_size, n_tokens)
+        lambda n_tokens: selection.block_scores_bytes(cache.n_rows, op.n_heads, op.block_size, n_tokens)
     )
 
     def launches(p: Pass) -> Iterable[Launch]:

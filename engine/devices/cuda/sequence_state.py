@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from engine.devices.footprint import position_rows
+from engine.devices.footprint import has_stretches, position_rows
 from engine.devices.graph import KVCache, KVType, State
-from engine.devices.program import Limits
+from engine.devices.program import Limits, ring_pieces
 
 Owners: TypeAlias = list[tuple[KVCache | State, int]]
 """Caches and states, each with the offset of the memory of all its sequences."""
@@ -17,20 +17,23 @@ Part: TypeAlias = tuple[int, int]
 
 
 def used_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> Iterator[Part]:
-    """Yield the memory that the first `n_tokens` of a sequence fill, which no context's length changes."""
+    """Yield the memory that the next token of a sequence of `n_tokens` may read, in parts that no limits change."""
     for owner, offset in owners:
         if isinstance(owner, State):
             yield _state_of(owner, offset, slot)
             continue
-        start, n_rows = offset, owner.n_rows(limits.context_length)
+        start, n_rows, n_used = offset, limits.n_rows(owner), n_tokens // owner.period
+        first = max(0, n_used - owner.window) if owner.window else 0
         for row_bytes in _rows(owner, limits.kv_type):
-            yield start + slot * n_rows * row_bytes, n_tokens // owner.period * row_bytes
+            for begin, end in ring_pieces(first, n_used, n_rows):
+                yield start + (slot * n_rows + begin) * row_bytes, (end - begin) * row_bytes
             start += limits.n_slots * n_rows * row_bytes
 
 
-def recurrent_parts(owners: Owners, slot: int) -> list[Part]:
-    """Return the memory of the recurrent states of a sequence."""
-    return [_state_of(owner, offset, slot) for owner, offset in owners if isinstance(owner, State)]
+def passing_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> list[Part]:
+    """Return the memory of that which a sequence overwrites as it goes on: recurrent states, and rows in a window."""
+    passing = [(owner, offset) for owner, offset in owners if isinstance(owner, State) or owner.window]
+    return list(used_parts(passing, limits, slot, n_tokens))
 
 
 def _state_of(state: State, offset: int, slot: int) -> Part:
@@ -42,7 +45,7 @@ def context_stretches(owners: Owners, limits: Limits) -> list[Part]:
     """Return the memory of the keys or values of each sequence in each layer, in the order of `Footprint.stretches`."""
     stretches: list[Part] = []
     for cache, offset in owners:
-        if isinstance(cache, State) or cache.period > 1:
+        if isinstance(cache, State) or not has_stretches(cache, limits):
             continue
         start = offset
         for position_bytes in position_rows(cache, limits.kv_type):

@@ -265,13 +265,13 @@ class EmulatedProgram:
             self._lend(1, np.array([n_tokens - 1], np.int32), np.array([slot], np.int32))
         self._program.load_sequence(slot, n_tokens, saved)
 
-    def save_states(self, slot: int) -> npt.NDArray[np.uint8]:
-        """Return a copy of the recurrent states of the sequence in a slot, flat."""
-        return self._program.save_states(slot)
+    def save_states(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of what the sequence of `n_tokens` in a slot overwrites as it goes on, flat."""
+        return self._program.save_states(slot, n_tokens)
 
-    def load_states(self, slot: int, saved: npt.NDArray[np.uint8]) -> None:
+    def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
-        self._program.load_states(slot, saved)
+        self._program.load_states(slot, n_tokens, saved)
 
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""

@@ -25,7 +25,7 @@ static inline int block_tasks_of_token(const select_blocks_args *a, const step_v
 }
 
 static inline int64_t blocks_of_context(const select_blocks_args *a) {
-    return (a->cache.context_length + (int64_t)a->block_size - 1) / a->block_size;
+    return (a->cache.n_rows + (int64_t)a->block_size - 1) / a->block_size;
 }
 
 // scores[head][block] for blocks from `block` up to `end`, for n_q heads from `head` on.

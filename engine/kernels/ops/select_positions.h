@@ -110,7 +110,7 @@ static void select_positions_run(const op_args *args, const worker *w, int task)
             out[i] = i;
         return;
     }
-    float *scores = a->scores + (splits ? token : w->thread) * (int64_t)kv_padded(a->cache.context_length);
+    float *scores = a->scores + (splits ? token : w->thread) * (int64_t)kv_padded(a->cache.n_rows);
     if (splits) {
         const int first = task * ATTENTION_CHUNK, end = first + ATTENTION_CHUNK < n ? first + ATTENTION_CHUNK : n;
         score_positions(a, token, step->slots[token], first, end, scores);
