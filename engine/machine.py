@@ -46,6 +46,24 @@ def ram_bytes() -> int:
     return _kilobytes(Path("/proc/meminfo"), "MemTotal")
 
 
+def available_memory() -> int | None:
+    """Return the bytes of RAM free for us in the system and in our control group (a container); None if unknown."""
+    found = [n for n in (_kilobytes(Path("/proc/meminfo"), "MemAvailable") or None, _left_of_limit()) if n is not None]
+    return min(found, default=None)
+
+
+def _left_of_limit() -> int | None:
+    """Return what is left of the limit of a container (control groups version 2); file cache counts as free."""
+    try:
+        group = next(line[3:] for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::"))
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        limit, used = int(_read(folder / "memory.max")), int(_read(folder / "memory.current"))
+        stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+        return max(0, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    except (StopIteration, ValueError, KeyError):  # another version, not mounted, or "max": no limit that we can see
+        return None
+
+
 def resident_bytes() -> int:
     """Return the memory this process holds at the moment, mapped file pages included; 0 if it is not known."""
     return _kilobytes(Path("/proc/self/status"), "VmRSS")

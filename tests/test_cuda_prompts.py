@@ -179,19 +179,34 @@ def test_where_memory_cannot_be_pinned_the_device_gets_copies(
             assert_same(prompt(opened), single_tokens)
             dense_bytes.append(opened.program._lowering.layout.n_bytes)
         if not prompt_model.weights.is_own_memory:
-            reason = 'the weights are mapped from the file ([model] load = "mmap")'
-            assert f"MB of VRAM: {reason}" in caplog.text
-            assert f"through pinned buffers: {reason}" in caplog.text
+            assert "embeddings are read from RAM, row by row of a copy:" in caplog.text
+            told = 'through pinned buffers: the weights are mapped from the file ([model] load = "mmap")'
+            assert told in caplog.text
         else:
             embeddings, experts = fails and nth == 1, fails and nth == 3
             failed = "cuMemHostRegister failed: CUDA_ERROR_UNKNOWN"
             assert (f"MB of VRAM: {failed}" in caplog.text) == embeddings
-            assert ("embeddings are read from RAM, row by row" in caplog.text) == (not embeddings)
+            assert ("embeddings are read from RAM, row by row:" in caplog.text) == (not embeddings)
             assert (f"experts are copied to the GPU through pinned buffers: {failed}" in caplog.text) == experts
             assert ("straight from where they lie" in caplog.text) == (not experts)
     table = prompt_model.weights.array("token_embd.weight").nbytes
     copied = prompt_model.weights.is_own_memory and nth == 1
     assert (dense_bytes[1] - dense_bytes[0] >= table) == copied
+
+
+def test_a_table_in_a_file_is_not_copied_where_memory_is_short(
+    prompt_model: Model, single_tokens: np.ndarray, caplog, monkeypatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="engine")
+    table = prompt_model.weights.array("token_embd.weight").nbytes
+    for free, is_copied in ((4 * table + 4, True), (4 * table - 4, False)):
+        caplog.clear()
+        monkeypatch.setattr("engine.devices.cuda.host_memory.available_memory", lambda free=free: free)
+        with prompt_model.open(hot_k=2, **SETTINGS) as opened:
+            assert_same(prompt(opened), single_tokens)
+        in_ram = is_copied or prompt_model.weights.is_own_memory
+        assert ("embeddings are read from RAM" in caplog.text) == in_ram
+        assert ("MB of VRAM: the weights are mapped from the file" in caplog.text) == (not in_ram)
 
 
 @pytest.mark.parametrize("after", [0, 3, 30, 60])

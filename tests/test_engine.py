@@ -492,7 +492,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.runtime.placing.available_memory", lambda: 10_000)
+    monkeypatch.setattr("engine.runtime.placing.machine.available_memory", lambda: 10_000)
     monkeypatch.setattr("engine.runtime.engine.WeightMemory.load", None)
     with pytest.raises(
         DeviceError, match=r"1 x 128 tokens.* need .* GB of RAM, and .*; lower \[engine\] context_length"

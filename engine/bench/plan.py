@@ -263,7 +263,8 @@ def measure_on_gpu(
     while n_tokens > limits.max_tokens >= threshold:
         larger = replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens)
         longer = measure(graph, larger, threshold, stores_once=True)
-        if longer.long_scratch_bytes - bare.scratch_bytes <= left * LONG_STEP_SHARE:
+        grown = longer.long_scratch_bytes - bare.scratch_bytes + longer.state_bytes - bare.state_bytes
+        if grown <= left * LONG_STEP_SHARE:
             return longer
         n_tokens //= 2
     return measure(graph, limits, threshold, stores_once=True)

@@ -9,7 +9,7 @@ from engine.gguf.model_file import ModelFile, TensorInfo
 from engine.gguf.older_forms import in_current_form
 from engine.gguf.reader import GGUFFile
 from engine.gguf.synthetic import PREFIX, SyntheticModel
-from engine.gguf.weights import WeightMemory, available_memory
+from engine.gguf.weights import WeightMemory
 from engine.gguf.writer import write_gguf
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "SyntheticModel",
     "TensorInfo",
     "WeightMemory",
-    "available_memory",
     "open_model_file",
     "write_gguf",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from engine.errors import DeviceError
 from engine.gguf.model_file import ModelFile
+from engine.machine import available_memory
 
 Mode = Literal["mmap", "memory"]
 Progress = Callable[[int, int], None]
@@ -135,36 +135,3 @@ def _allocate(name: str, n_bytes: int) -> npt.NDArray[np.uint8]:
     if n_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, n_bytes)
-
-
-def available_memory() -> int | None:
-    """Return the bytes of RAM free for us in the system and in our control group (a container); None if unknown."""
-    found = [n for n in (_system_memory(), _control_group_memory()) if n is not None]
-    return min(found, default=None)
-
-
-def _system_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _control_group_memory() -> int | None:
-    """Return what is left of the limit of a container (control groups version 2); file cache counts as free."""
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-        path = next(line[3:] for line in groups if line.startswith("0::"))
-        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
-        limit = (folder / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"]))
-    except (OSError, StopIteration, ValueError, KeyError):  # another version, or not mounted: no limit that we can see
-        return None

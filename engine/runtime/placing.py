@@ -18,7 +18,6 @@ from engine.devices.placement import Wish
 from engine.devices.program import Device, Limits
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
-from engine.gguf import available_memory
 from engine.model_spec import ModelSpec
 
 _log = logging.getLogger("engine")
@@ -65,7 +64,7 @@ def limits_of(settings: EngineSettings) -> Limits:
 
 def check_memory(footprint: Footprint, settings: EngineSettings) -> None:
     """Raise `DeviceError` if what must be in RAM beside the weights does not fit what is free."""
-    needed, available = footprint.state_bytes + footprint.scratch_bytes, available_memory()
+    needed, available = footprint.state_bytes + footprint.scratch_bytes, machine.available_memory()
     if available is None or needed <= available:
         return
     raise DeviceError(

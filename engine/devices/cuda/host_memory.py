@@ -6,14 +6,19 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.devices.cuda.driver import DriverCallError
 from engine.devices.cuda.lowering import Lowering
-from engine.devices.cuda.runtime import PinnedPages, close_all
+from engine.devices.cuda.runtime import PinnedMemory, PinnedPages, close_all
 from engine.devices.footprint import row_tables
 from engine.devices.graph import Graph
 from engine.devices.program import WeightAccess
+from engine.machine import available_memory
 
 _log = logging.getLogger("engine")
+_COPIED_SHARE = 0.25  # of free RAM, for tables that lie in pages of a file: these can be taken back, copies cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +48,23 @@ class PinnedTensors:
         reason: why they are not pinned; empty if they are.
     """
 
-    def __init__(self, weights: WeightAccess, names: Iterable[str]) -> None:
-        """Pin what can be: memory of our own, not pages of a file, which pinning failed for or took minutes."""
-        self._pages: list[PinnedPages] = []
+    def __init__(self, weights: WeightAccess, names: Iterable[str], most_copied: int = 0) -> None:
+        """Pin what can be: memory of our own, not pages of a file, which pinning failed for or took minutes.
+
+        Of pages of a file copies are made instead if these have `most_copied` bytes together at most.
+        """
+        self._pages: list[PinnedPages | PinnedMemory] = []
         self.addresses: dict[str, int] = {}
         self.reason = ""
-        if not weights.is_own_memory:
+        arrays = {name: weights.array(name) for name in names}
+        if not weights.is_own_memory and sum(array.nbytes for array in arrays.values()) > most_copied:
             self.reason = 'the weights are mapped from the file ([model] load = "mmap")'
             return
         try:
-            for name in names:
-                array = weights.array(name)
-                self._pages.append(PinnedPages(int(array.ctypes.data), array.nbytes))
-                self.addresses[name] = self._pages[-1].device_address
+            for name, array in arrays.items():
+                pages = _pinned(array) if weights.is_own_memory else _pinned_copy(array)
+                self._pages.append(pages)
+                self.addresses[name] = pages.device_address
         except DriverCallError as error:
             self.close()
             self.reason = str(error)
@@ -67,14 +76,26 @@ class PinnedTensors:
         close_all(pages)
 
 
+def _pinned(array: npt.NDArray[np.uint8]) -> PinnedPages:
+    return PinnedPages(int(array.ctypes.data), array.nbytes)
+
+
+def _pinned_copy(array: npt.NDArray[np.uint8]) -> PinnedMemory:
+    memory = PinnedMemory(array.nbytes)
+    memory.bytes[:] = array
+    return memory
+
+
 def pinned_tables(graph: Graph, weights: WeightAccess) -> PinnedTensors:
     """Pin the tables of which the device then reads rows where they lie; they take no memory from the experts."""
     names = [table.name for table in row_tables(graph)]
-    tables, size = PinnedTensors(weights, names), sum(weights.array(name).nbytes for name in names) / 1e6
+    most_copied = int(_COPIED_SHARE * (available_memory() or 0))
+    tables, size = PinnedTensors(weights, names, most_copied), sum(weights.array(name).nbytes for name in names) / 1e6
     if names and tables.reason:
         _log.info("embeddings take %.3g MB of VRAM: %s", size, tables.reason)
     elif names:
-        _log.info("embeddings are read from RAM, row by row: %.3g MB that take no VRAM", size)
+        copied = "" if weights.is_own_memory else " of a copy"
+        _log.info("embeddings are read from RAM, row by row%s: %.3g MB that take no VRAM", copied, size)
     return tables
 
 

@@ -31,7 +31,7 @@ from engine.devices.timing import (
     traffic_of,
 )
 from engine.errors import DeviceError
-from engine.gguf import available_memory
+from engine.machine import available_memory
 
 Routing: TypeAlias = npt.NDArray[np.int32]
 
