@@ -28,7 +28,7 @@ from engine.quants.formats import BY_NAME, BY_TYPE
 from tests.zero_weights import ZeroWeights
 
 ROWS, COLUMNS = 8, 256  # what is left of every product
-EXPERT_SIZE, EXPERT_TYPE = 32, BY_NAME["Q8_0"].ggml_type  # the same for the experts
+EXPERT_SIZE, EXPERT_TYPE = 8, BY_NAME["F32"].ggml_type  # the same for the experts
 N_LAYERS = 8
 
 
