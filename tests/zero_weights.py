@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.gguf import SyntheticModel
+from engine.synthetic import SyntheticModel
 
 
 class ZeroWeights:
