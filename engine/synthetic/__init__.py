@@ -14,7 +14,8 @@ import os
 
 from engine.errors import ConfigError
 from engine.gguf import ModelFile, open_gguf
-from engine.synthetic.model import PREFIX, SyntheticModel
+from engine.synthetic.model import SyntheticModel
+from engine.synthetic.names import PREFIX
 from engine.synthetic.published import PUBLISHED
 
 __all__ = ["PREFIX", "PUBLISHED", "SyntheticModel", "open_model_file"]

@@ -8,18 +8,20 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.gguf.model_file import TensorInfo
 from engine.quants.formats import I32
+from engine.synthetic.published import Published
 
 _NORMS = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "_scale.weight")  # around 1
 _ZEROS = ("bias", "_base.weight", "_ape.weight", "attn_sinks.weight")
 
 
-def fill(
-    info: TensorInfo, out: npt.NDArray[np.uint8], seed: int, n_experts: int, *, bounds_decays: bool, n_threads: int
-) -> None:
-    """Fill `out`, the bytes of a tensor. Where decays of delta nets are bounded, files have their rates as they are."""
+def fill(info: TensorInfo, out: npt.NDArray[np.uint8], seed: int, published: Published, n_threads: int) -> None:
+    """Fill `out`, the bytes of a tensor of a model."""
     if info.format == I32:
-        _fill_table(out.view(np.int32).reshape(info.shape), n_experts, seed)
-    elif (drawn := _draw(info, np.random.default_rng(seed), 1 if bounds_decays else -1)) is not None:
+        _fill_table(out.view(np.int32).reshape(info.shape), published.size("expert_count"), seed)
+        return
+    bounds_decays = "kda.gate_lower_bound" in published.keys  # files have the rates as they are, else their negatives
+    drawn = _draw(info, np.random.default_rng(seed), 1 if bounds_decays else -1)
+    if drawn is not None:
         out.view(np.float32).reshape(info.shape)[:] = drawn
     else:
         rows = out.reshape(-1, info.format.row_bytes(info.shape[-1]))
