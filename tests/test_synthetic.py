@@ -50,8 +50,12 @@ def share_of_experts(name: str) -> float:
         ("glm-4.5-air", 106, 12),
         ("glm-5", 744, 40),
         ("glm-5.3-flash", 313, 16),  # 18 with the output matrix and the block for multi-token prediction
+        ("gpt-oss-120b", 117, 4.6),  # 5.1 with the output matrix
+        ("kimi-k3", 2779, 103),  # 104 with the output matrix
         ("ling-3.0-flash", 124, 5.1),
         ("minimax-m2", 229, 10),
+        ("minimax-m3", 426, 23.5),  # 428 with its eyes
+        ("qwen3.8-flash-next", 125 + 51, 6 + 51),  # with the table of n-grams
     ],
 )
 def test_has_about_the_published_size(name: str, billions: int, active: int) -> None:
@@ -226,6 +230,8 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
         "glm-5@q8_0:layers=4,experts=4,used=2,vocab=4096",
         "deepseek-v4-flash@q8_0:layers=4,experts=8,used=2,vocab=4096",
         "glm-5.3-flash@q8_0:layers=5,experts=8,used=2,vocab=4096",
+        "gpt-oss-120b@q8_0:layers=2,experts=8,used=2,vocab=4096",
+        "hy4-preview@q8_0:layers=4,experts=8,used=2,vocab=4096",
     ],
 )
 def test_logits_are_sane(name: str) -> None:

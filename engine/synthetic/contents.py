@@ -10,7 +10,10 @@ from engine.gguf.model_file import TensorInfo
 from engine.quants.formats import I32
 from engine.synthetic.published import Published
 
-_NORMS = ("norm.weight", "norm_1.weight", "norm_2.weight", ".scale", "_scale.weight")  # around 1
+_NORMS = (  # around 1
+    *("norm.weight", "norm_1.weight", "norm_2.weight", "norm_key.weight", "norm_query.weight", "norm_conv.weight"),
+    *(".scale", "_scale.weight"),
+)
 _ZEROS = ("bias", "_base.weight", "_ape.weight", "attn_sinks.weight")
 
 

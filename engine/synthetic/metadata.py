@@ -32,7 +32,9 @@ def _stored(value: Key, n_layers: int) -> Value:
     if isinstance(value, PerLayer):
         value = tuple(value[layer] for layer in range(n_layers))
     if isinstance(value, tuple):
-        return np.array(value, np.bool_ if isinstance(value[0], bool) else np.int32)
+        array = np.array(value)
+        is_small = array.dtype.kind == "i" and array.max() <= np.iinfo(np.int32).max
+        return array.astype(np.int32) if is_small else array
     return float(np.float32(value)) if isinstance(value, float) else value
 
 

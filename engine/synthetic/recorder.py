@@ -12,7 +12,8 @@ from engine.models.binding import Keys, Tensors, Use
 from engine.quants.formats import BY_NAME, I32, QuantFormat
 from engine.synthetic.published import Published
 
-_ROUTERS = "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"  # F32 in every recipe, as all that is no matrix
+_ROUTERS = "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"  # F32 in every recipe, as all that is not a matrix
+# Of the blocks behind the leading dense ones: what they all have, and what they have if there is a shared expert.
 _ROUTED = "ffn_gate_inp.weight", "ffn_down_exps.weight"
 _SHARED = "ffn_gate_shexp.weight", "ffn_down_shexp.weight"
 # Where a forward pass goes by the size of a tensor, the key that files have for it.
@@ -42,7 +43,7 @@ class _Recorder(Tensors):
         self._recipe = recipe
 
     def __len__(self) -> int:
-        return self._published.size("block_count")  # no fewer
+        return self._published.size("block_count")  # there are no fewer
 
     def has(self, name: str) -> bool:
         """Return whether the model has the tensor."""
