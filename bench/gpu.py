@@ -42,11 +42,12 @@ from engine.devices.program import DRAW, Limits
 from engine.devices.timing import Bandwidths
 from engine.errors import EngineError
 from engine.generate.forward import ForwardPass
-from engine.gguf import WeightMemory, open_model_file
+from engine.gguf import WeightMemory
 from engine.models import Model, load_model
 from engine.quants import install_grids
 from engine.quants.formats import BY_NAME, Activation, QuantFormat
 from engine.quants.grids import GRID_NAMES, load_grid
+from engine.synthetic import open_model_file
 
 MODEL = "synthetic:qwen3.5-122b-a10b:layers=8"
 LINEAR_FORMATS = [

@@ -22,9 +22,9 @@ from engine.devices.cpu import CPUDevice, lowering
 from engine.devices.cpu.device import CPUProgram
 from engine.devices.graph import KVType
 from engine.devices.program import Limits
-from engine.gguf.synthetic import SyntheticModel
 from engine.models import load_model
 from engine.quants.formats import BY_NAME, BY_TYPE
+from engine.synthetic import SyntheticModel
 from tests.zero_weights import ZeroWeights
 
 ROWS, COLUMNS = 8, 256  # what is left of every product

@@ -21,14 +21,42 @@ from engine.gguf.metadata import Metadata, Value
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile
 from engine.gguf.recipes import RECIPES
-from engine.gguf.synthetic import Geometry, SyntheticModel
 from engine.gguf.weights import WeightMemory
 from engine.gguf.writer import encode_head
 from engine.models import Model, load_model
 from engine.quants.formats import FORMATS
+from engine.synthetic import SyntheticModel
+from engine.synthetic.published import Published
 
-_QWEN3MOE = Geometry("qwen3moe", 1, 32, 2, 1, 16, 16, 1e4, 2, 1, 32, 0, 40, 64)
-_QWEN35MOE = Geometry("qwen35moe", 4, 32, 2, 1, 16, 8, 1e4, 2, 1, 32, 32, 40, 64, 4, 1, 2, 16, 4)
+_KEYS = {
+    "context_length": 64,
+    "embedding_length": 32,
+    "attention.head_count": 2,
+    "attention.head_count_kv": 1,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "rope.freq_base": 1e4,
+    "expert_count": 2,
+    "expert_used_count": 1,
+    "expert_feed_forward_length": 32,
+}
+_QWEN_3 = _KEYS | {"block_count": 1, "feed_forward_length": 96, "rope.dimension_count": 16}
+_QWEN_35 = _KEYS | {
+    "block_count": 4,
+    "full_attention_interval": 4,
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": (2, 1, 1, 0),
+    "expert_shared_feed_forward_length": 32,
+    "ssm.conv_kernel": 4,
+    "ssm.group_count": 1,
+    "ssm.inner_size": 32,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 2,
+}
+_TENSORS = "output.weight", "attn_q_norm.weight", "attn_k_norm.weight"
+_QWEN3MOE = Published("qwen3moe", 40, _QWEN_3, _TENSORS)
+_QWEN35MOE = Published("qwen35moe", 40, _QWEN_35, (*_TENSORS, "ffn_gate_inp_shexp.weight"))
 
 INTERESTING = tuple(
     n + d
@@ -65,8 +93,8 @@ class Parts:
 def small_models() -> list[Parts]:
     """One of each architecture and some mixtures of formats, with a few tokens instead of a vocabulary."""
     models = []
-    for geometry, recipe in ((_QWEN3MOE, "f16"), (_QWEN35MOE, "q8_0"), (_QWEN3MOE, "q4_k_m"), (_QWEN35MOE, "mxfp4")):
-        model = SyntheticModel("small", geometry, RECIPES[recipe], 0)
+    for published, recipe in ((_QWEN3MOE, "f16"), (_QWEN35MOE, "q8_0"), (_QWEN3MOE, "q4_k_m"), (_QWEN35MOE, "mxfp4")):
+        model = SyntheticModel("small", published, RECIPES[recipe], 0)
         values = {key: model.metadata.value(key) for key in model.metadata}
         values["tokenizer.ggml.tokens"] = [f"t{i}" for i in range(40)]
         values["tokenizer.ggml.token_type"] = np.ones(40, np.int32)

@@ -10,8 +10,9 @@ from engine.devices.cpu import CPUDevice
 from engine.devices.graph import KVType
 from engine.devices.program import Limits
 from engine.generate.forward import ForwardPass
-from engine.gguf import WeightMemory, open_model_file
+from engine.gguf import WeightMemory
 from engine.models import load_model
+from engine.synthetic import open_model_file
 
 
 class ModelRunner:

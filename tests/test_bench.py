@@ -30,9 +30,9 @@ from engine.devices.timing import StepTime
 from engine.devices.traffic import count_weights
 from engine.errors import RequestError
 from engine.experts.hot_cache import CacheStatistics
-from engine.gguf import open_model_file
 from engine.models import load_model
 from engine.runtime import Engine, EngineStatistics
+from engine.synthetic import open_model_file
 
 QUICK = ["-q", "-t", "1", "--gen-tokens", "2", "--reps", "2", "--set", "bench.bandwidth_mb=16"]
 ROWS = [

@@ -20,8 +20,8 @@ from engine.bench.info import advice
 from engine.cli.options import read_overrides
 from engine.cli.terminal import Bars, error_console
 from engine.data import tiny_model_path
-from engine.gguf import open_model_file
 from engine.models import load_model
+from engine.synthetic import open_model_file
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ["-c", "128", "-t", "1", "--set", "engine.max_batch_tokens=32"]

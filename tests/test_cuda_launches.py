@@ -15,18 +15,18 @@ from engine.devices.cuda.launch import MOST_BLOCKS, Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.graph import KVType
 from engine.devices.program import Limits
-from engine.gguf import SyntheticModel
-from engine.gguf.synthetic import GEOMETRIES
 from engine.models import load_model
+from engine.synthetic import PUBLISHED, SyntheticModel
 from tests.zero_weights import ZeroWeights
 
 N_LAYERS = 7  # in which each kind of layer is there
 MOST_THREADS, MOST_SHARED = 1024, 99 << 10  # of a block
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_launch_is_within_what_gpus_take(name: str) -> None:
-    model_file = SyntheticModel.open(f"synthetic:{name}:layers={min(N_LAYERS, GEOMETRIES[name].n_layers)},vocab=4096")
+    n_layers = min(N_LAYERS, PUBLISHED[name].size("block_count"))
+    model_file = SyntheticModel.open(f"synthetic:{name}:layers={n_layers},vocab=4096")
     graph, weights = load_model(model_file).graph, ZeroWeights(model_file)
     device = CUDADevice.__new__(CUDADevice)  # no GPU is asked for anything
     device.prompt_tokens, limits = 1 << 16, Limits(512, 1, 1 << 17, KVType.Q8_0)

@@ -18,11 +18,11 @@ from engine.data import tiny_model_path
 from engine.devices.graph import KVType
 from engine.devices.traffic import count_weights
 from engine.errors import ConfigError, DeviceError, GGUFError, RequestError, TokenizerError
-from engine.gguf import open_model_file
 from engine.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile
 from engine.gguf.writer import encode_head
 from engine.models import load_model
 from engine.runtime import resolve
+from engine.synthetic import open_model_file
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 PROMPT = "def main():"

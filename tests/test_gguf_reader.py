@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.errors import GGUFError, UnsupportedModelError
-from engine.gguf import GGUFFile, open_model_file
+from engine.gguf import GGUFFile, open_gguf
 from engine.gguf.reader import MAX_KEYS, MAX_TENSORS
 
 GOLDEN = (
@@ -232,7 +232,7 @@ def test_says_what_is_wrong(tmp_path: Path, case: str) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(kind, match=message) as caught:
-        open_model_file(path)
+        open_gguf(path)
     assert str(path) in str(caught.value)
 
 
@@ -256,16 +256,16 @@ def test_the_alignment_of_the_file_is_used(tmp_path: Path) -> None:
 
 def test_things_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(GGUFError, match="cannot be read: No such file"):
-        open_model_file(tmp_path / "absent.gguf")
+        open_gguf(tmp_path / "absent.gguf")
     with pytest.raises(GGUFError, match="is a directory"):
-        open_model_file(tmp_path)
+        open_gguf(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(GGUFError, match="not a regular file"):
-        open_model_file(tmp_path / "pipe")
+        open_gguf(tmp_path / "pipe")
     with pytest.raises(GGUFError, match="cannot be read"):
-        open_model_file("a\0b")
+        open_gguf("a\0b")
     with pytest.raises(GGUFError, match="cannot be read: File name too long"):
-        open_model_file("x" * 5000)
+        open_gguf("x" * 5000)
 
 
 def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,4 +277,4 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "open", refuse)  # the mode bits would not stop a test run by root
     with pytest.raises(GGUFError, match="cannot be read: Permission denied"):
-        open_model_file(path)
+        open_gguf(path)

@@ -20,7 +20,7 @@ from engine.devices.program import Limits
 from engine.devices.tables import expert_table
 from engine.devices.traffic import count_weights
 from engine.errors import GGUFError, UnsupportedModelError
-from engine.gguf import SyntheticModel, WeightMemory
+from engine.gguf import WeightMemory
 from engine.gguf.metadata import Metadata
 from engine.gguf.model_file import TensorInfo
 from engine.gguf.older_forms import in_current_form
@@ -30,6 +30,7 @@ from engine.model_spec import MoESpec
 from engine.models import ARCHITECTURES, Model, load_model
 from engine.quants.formats import BY_NAME, I32, QuantFormat
 from engine.quants.reference import dequantize
+from engine.synthetic import SyntheticModel
 
 
 def load(parts: Parts, folder: Path) -> Model:

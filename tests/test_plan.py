@@ -21,10 +21,10 @@ from engine.experts.policy import make_policy
 from engine.experts.replay import Clairvoyant, replay
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.twins import Twins
-from engine.gguf import open_model_file
 from engine.gguf.reader import GGUFFile
 from engine.models import load_model
 from engine.runtime import Engine
+from engine.synthetic import open_model_file
 
 MACHINE = Machine(Bandwidths(60e9, 25e9, 900e9), 24 * 10**9)
 

@@ -13,13 +13,15 @@ from model_runner import ModelRunner
 
 from engine.data import tiny_model_path
 from engine.errors import ConfigError
-from engine.gguf import GGUFFile, SyntheticModel, WeightMemory, open_model_file, write_gguf
+from engine.gguf import GGUFFile, WeightMemory, write_gguf
 from engine.gguf.recipes import RECIPES, choose_format
-from engine.gguf.synthetic import GEOMETRIES
 from engine.models import load_model
+from engine.synthetic import PUBLISHED, SyntheticModel, open_model_file
+from engine.synthetic.published import PerLayer, Published
+from engine.synthetic.recorder import record_tensors
 
 # parameters in billions, tensors, F32 tensors: as published, or read off published files
-PUBLISHED = {
+SIZES = {
     "qwen3.5-122b-a10b": (122.1, 879, 361),
     "qwen3.5-35b-a3b": (34.7, 733, 301),
     "qwen3-235b-a22b": (235.1, 1131, 471),
@@ -27,12 +29,17 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SIZES)
 def test_has_the_published_size(name: str) -> None:
     model = open_model_file(f"synthetic:{name}")
     n_weights = sum(math.prod(t.shape) for t in model.tensors.values())
     n_float = sum(t.format.name == "F32" for t in model.tensors.values())
-    assert (round(n_weights / 1e9, 1), len(model.tensors), n_float) == PUBLISHED[name]
+    assert (round(n_weights / 1e9, 1), len(model.tensors), n_float) == SIZES[name]
+
+
+def share_of_experts(name: str) -> float:
+    """How many of the experts a token takes."""
+    return PUBLISHED[name].size("expert_used_count") / PUBLISHED[name].size("expert_count")
 
 
 @pytest.mark.parametrize(
@@ -43,16 +50,19 @@ def test_has_the_published_size(name: str) -> None:
         ("glm-4.5-air", 106, 12),
         ("glm-5", 744, 40),
         ("glm-5.3-flash", 313, 16),  # 18 with the output matrix and the block for multi-token prediction
+        ("gpt-oss-120b", 117, 4.6),  # 5.1 with the output matrix
+        ("kimi-k3", 2779, 103),  # 104 with the output matrix
         ("ling-3.0-flash", 124, 5.1),
         ("minimax-m2", 229, 10),
+        ("minimax-m3", 426, 23.5),  # 428 with its eyes
+        ("qwen3.8-flash-next", 125 + 51, 6 + 51),  # with the table of n-grams
     ],
 )
 def test_has_about_the_published_size(name: str, billions: int, active: int) -> None:
     model = open_model_file(f"synthetic:{name}@q8_0")
     sizes = {tensor.name: math.prod(tensor.shape) / 1e9 for tensor in model.tensors.values()}
     experts = sum(size for tensor, size in sizes.items() if tensor.endswith("_exps.weight"))
-    geometry = GEOMETRIES[name]
-    chosen = experts * geometry.n_experts_used / geometry.n_experts
+    chosen = experts * share_of_experts(name)
     tables = sizes["token_embd.weight"] + sizes["output.weight"]
     assert sum(sizes.values()) == pytest.approx(billions, abs=1.5)
     assert sum(sizes.values()) - tables - experts + chosen == pytest.approx(active, abs=0.5)
@@ -60,10 +70,10 @@ def test_has_about_the_published_size(name: str, billions: int, active: int) -> 
 
 def test_gemma4_has_the_published_size() -> None:
     """25.2 billion, of which a token takes 3.8: embeddings count once, and are the output matrix, too."""
-    model, geometry = open_model_file("synthetic:gemma4-26b-a4b"), GEOMETRIES["gemma4-26b-a4b"]
+    model = open_model_file("synthetic:gemma4-26b-a4b")
     sizes = {tensor.name: math.prod(tensor.shape) / 1e9 for tensor in model.tensors.values()}
     experts = sum(size for tensor, size in sizes.items() if tensor.endswith("_exps.weight"))
-    chosen = experts * geometry.n_experts_used / geometry.n_experts
+    chosen = experts * share_of_experts("gemma4-26b-a4b")
     assert round(sum(sizes.values()), 1) == 25.2
     assert round(sum(sizes.values()) - experts + chosen, 1) == 3.8
     few = open_model_file("synthetic:gemma4-26b-a4b:layers=2")
@@ -77,16 +87,55 @@ def test_the_first_target_weighs_what_its_file_does() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_forward_pass_binds_every_tensor(name: str, recipe: str) -> None:
     model = open_model_file(f"synthetic:{name}@{recipe}")
     loaded = load_model(model)
-    geometry = GEOMETRIES[name]
     assert set(loaded.tensor_names) == set(model.tensors)
-    assert loaded.spec.n_layers == geometry.n_layers
-    assert loaded.spec.moe.n_experts == geometry.n_experts
-    recurrent = tuple(geometry.is_recurrent(i) for i in range(geometry.n_layers))
-    assert loaded.spec.recurrent_layers == (recurrent if any(recurrent) else ())
+    assert loaded.spec.n_layers == PUBLISHED[name].size("block_count")
+    assert loaded.spec.moe.n_experts == PUBLISHED[name].size("expert_count")
+
+
+PEERS = sorted(path.stem.removesuffix("-F32") for path in (Path(__file__).parent / "data/peers").glob("*-F32.gguf"))
+NOT_BY_KEYS = {
+    "dots3note": "gates differ in size",
+    "grok-1": "files of then had no key for the size of experts",
+    "laguna": "gates differ in size",
+    "llama4": "its shared expert is in no key",
+    "nemotron_h": "the only size of its networks is one for each block",
+    "qwen4exp": "has indexers that are left out",
+    "step35": "gates differ in size",
+}
+BY_RULE = {f"ffn_{part}.weight" for part in ("gate_inp", "down_exps", "gate_shexp", "down_shexp")}
+SHAPES = {f"{part}.weight" for part in ("attn_gate", "attn_q_norm", "attn_k_norm", "ffn_up_shexp")}
+SHAPES |= {"ssm_a", "per_layer_token_embd.weight"}
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in NOT_BY_KEYS])
+def test_keys_tell_the_tensors_of_any_architecture(data: Path, name: str) -> None:
+    """Names and shapes of files that llama.cpp reads, too."""
+    with GGUFFile.open(data / "peers" / f"{name}-F32.gguf") as file:
+        metadata, shapes = file.metadata, {tensor: info.shape for tensor, info in file.tensors.items()}
+    architecture = metadata.text("general.architecture")
+    prefix = f"{architecture}."
+    keys = {key.removeprefix(prefix): metadata.value(key) for key in metadata if key.startswith(prefix)}
+    n_blocks, of_parts = keys["block_count"], {}  # shapes of each part, by block
+    for tensor, shape in shapes.items():
+        if tensor.startswith("blk."):
+            _, block, part = tensor.split(".", 2)
+            of_parts.setdefault(part, {})[int(block)] = shape
+    layers = {
+        part: PerLayer(tuple(block in of_parts.get(part, ()) for block in range(n_blocks)))
+        for part in {*of_parts, *BY_RULE}
+    }
+    same = {part: {*found.values()}.pop() for part, found in of_parts.items() if len({*found.values()}) == 1}
+    said = {part: shape for part, shape in {**shapes, **same}.items() if part in SHAPES}
+    published = Published(architecture, shapes["token_embd.weight"][0], keys, tuple(shapes), layers, said)
+    infos = record_tensors(name, published, metadata, RECIPES["f16"])
+    left_out = tuple(f"blk.{block}." for block in range(n_blocks - keys.get("nextn_predict_layers", 0), n_blocks))
+    assert {tensor: info.shape for tensor, info in infos.items()} == {
+        tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(left_out)
+    }
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------
@@ -181,6 +230,8 @@ def test_is_made_in_memory_whatever_the_mode() -> None:
         "glm-5@q8_0:layers=4,experts=4,used=2,vocab=4096",
         "deepseek-v4-flash@q8_0:layers=4,experts=8,used=2,vocab=4096",
         "glm-5.3-flash@q8_0:layers=5,experts=8,used=2,vocab=4096",
+        "gpt-oss-120b@q8_0:layers=2,experts=8,used=2,vocab=4096",
+        "hy4-preview@q8_0:layers=4,experts=8,used=2,vocab=4096",
     ],
 )
 def test_logits_are_sane(name: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizer_data import TINY, MetadataDict, load_made, load_tiny, small
 
 from engine.errors import TokenizerError
-from engine.gguf import open_model_file
+from engine.gguf import open_gguf
 from engine.tokenizer import Tokenizer
 from engine.tokenizer.merging import build, byte_of_character
 from engine.tokenizer.pre_tokenizers import PRE_TOKENIZERS
@@ -33,7 +33,7 @@ def tiny(name: str) -> Tokenizer:
 
 @functools.cache
 def full(path: Path) -> Tokenizer:
-    return Tokenizer.from_metadata(open_model_file(path).metadata)
+    return Tokenizer.from_metadata(open_gguf(path).metadata)
 
 
 def check_cases(tokenizer: Tokenizer, golden: dict) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
-from engine.gguf import SyntheticModel
+from engine.synthetic import SyntheticModel
+
+MAP_NORESERVE = 0x4000  # of Linux: a table may be larger than all memory
 
 
 class ZeroWeights:
@@ -12,7 +16,8 @@ class ZeroWeights:
 
     def __init__(self, model_file: SyntheticModel) -> None:
         self.sizes = {name: info.n_bytes for name, info in model_file.tensors.items()}
-        self.zeros = np.zeros(max(self.sizes.values()), np.uint8)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self.zeros = np.frombuffer(mmap.mmap(-1, max(self.sizes.values()), flags), np.uint8)
 
     def array(self, name: str) -> np.ndarray:
         return self.zeros[: self.sizes[name]]

@@ -19,10 +19,9 @@ from engine.data import tiny_model_path
 from engine.errors import ConfigError, EngineError
 from engine.experts.steering import MADE_UP, OWN
 from engine.generate.answer import Completion
-from engine.gguf import open_model_file
-from engine.gguf.synthetic import PREFIX
 from engine.models import load_model
 from engine.runtime import Engine, check_files, read_chat_template, resolve
+from engine.synthetic import PREFIX, open_model_file
 from engine.tables import read_tables
 
 

@@ -22,10 +22,10 @@ from engine.config import EngineConfig
 from engine.data import tiny_model_path
 from engine.errors import ConfigError, RequestError
 from engine.files import check_target
-from engine.gguf.synthetic import PREFIX
 from engine.machine import last_level_cache_bytes, n_physical_cores
 from engine.quants.formats import QuantFormat
 from engine.runtime import Engine, EngineStatistics
+from engine.synthetic import PREFIX
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
 the same run. Prompts are random tokens, answers what the model draws after them, read token by token."""

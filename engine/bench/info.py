@@ -23,12 +23,12 @@ from engine.devices.placement import MemoryPlan, plan_memory
 from engine.devices.timing import Machine
 from engine.devices.traffic import WeightTraffic, count_weights
 from engine.errors import DeviceError
-from engine.gguf import ModelFile, open_model_file
-from engine.gguf.synthetic import PREFIX
+from engine.gguf import ModelFile
 from engine.machine import available_memory, ram_bytes
 from engine.model_spec import AttentionSpec, CompressedAttentionSpec, LatentAttentionSpec
 from engine.models import Model, load_model
 from engine.runtime import limits_of, memory_wish, resolve, stream_n_tokens, survey_machine
+from engine.synthetic import PREFIX, open_model_file
 
 Facts = dict[str, str | int | float]
 

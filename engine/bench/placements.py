@@ -11,8 +11,8 @@ from engine.devices.footprint import Footprint
 from engine.devices.placement import least_cpu_layers
 from engine.errors import DeviceError
 from engine.experts.steering import GUESSED, MADE_UP, OWN
-from engine.gguf.synthetic import PREFIX
 from engine.runtime import Engine, EngineStatistics
+from engine.synthetic import PREFIX
 
 SMALL_VOCABULARY = 256
 SHORT_TEXT = 16  # random tokens that a model goes on after, to make text

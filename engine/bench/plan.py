@@ -31,8 +31,8 @@ from engine.experts.policy import make_policy
 from engine.experts.replay import replay
 from engine.experts.routing_process import RoutingProcess
 from engine.experts.trace import Trace, load_trace
-from engine.gguf import open_model_file
 from engine.models import load_model
+from engine.synthetic import open_model_file
 from engine.tables import parse_bytes
 
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing

@@ -12,7 +12,8 @@ from engine.cli.completion import SHELLS, completion_script
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_output, add_settings, read_settings
 from engine.cli.terminal import Bars
 from engine.errors import RequestError
-from engine.gguf import open_model_file, write_gguf
+from engine.gguf import write_gguf
+from engine.synthetic import open_model_file
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

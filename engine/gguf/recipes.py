@@ -93,7 +93,7 @@ _FALLBACK = {
 def choose_format(recipe: Recipe, name: str, layer: int, n_layers: int, n_cols: int) -> QuantFormat:
     """Return the format of a weight with rows of `n_cols`, in a layer of `n_layers` (0 for tensors of no layer)."""
     part = name.rsplit(".", 2)[-2]
-    if part == "token_embd":
+    if part in {"token_embd", "per_layer_token_embd"}:
         chosen = recipe.embedding
     elif part == "output":
         chosen = recipe.output

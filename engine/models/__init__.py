@@ -156,8 +156,8 @@ def load_model(model_file: ModelFile) -> Model:
             f"{model_file.name}: there is no forward pass for models of the architecture {name!r} "
             f"(general.architecture); this version runs {', '.join(sorted(ARCHITECTURES))}"
         )
-    tensors = Tensors(model_file)
-    spec = architecture.read_spec(Keys(model_file, name), tensors)
+    tensors = Tensors(model_file.name, model_file.tensors)
+    spec = architecture.read_spec(Keys(model_file.metadata, tensors, name), tensors)
     model = Model(spec, architecture.forward(spec, tensors))
     _check_all_used(model, model_file)
     return model

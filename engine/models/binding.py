@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from engine.devices.graph import Table, Vector, Weight
 from engine.errors import GGUFError, UnsupportedModelError
-from engine.gguf.model_file import ModelFile, TensorInfo
+from engine.gguf.metadata import Metadata
+from engine.gguf.model_file import TensorInfo
 from engine.model_spec import AttentionSpec, CompressedAttentionSpec, LatentAttentionSpec, ModelSpec, MoESpec, RopeSpec
-from engine.quants.formats import I32, QuantFormat
+from engine.quants.formats import I32
 
 RopeStyle: TypeAlias = Literal["neox", "norm"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen", "sqrt_softplus"]
+Use: TypeAlias = Literal["values", "weights", "integers"]
+"""What becomes of a tensor: float32 values, a matrix or some of them, or a table of integers."""
 
 _GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrt_softplus"}
 _LARGEST_CAP = 1e6  # of logits and scores; 30 or 50 in all files
@@ -25,10 +30,10 @@ LARGEST_HEAD, LARGEST_STATE, _LARGEST_KERNEL, _MOST_EXPERTS = 576, 256, 16, 1024
 class Keys:
     """Hyper-parameters of one architecture: keys without their `<architecture>.` prefix."""
 
-    def __init__(self, model_file: ModelFile, architecture: str) -> None:
-        self._metadata = model_file.metadata
-        self._n_tensors = len(model_file.tensors)
-        self.file_name = model_file.name
+    def __init__(self, metadata: Metadata, tensors: Tensors, architecture: str) -> None:
+        self._metadata = metadata
+        self._n_tensors = len(tensors)
+        self.file_name = tensors.file_name
         self.architecture = architecture
 
     def has(self, key: str) -> bool:
@@ -351,23 +356,31 @@ class Keys:
 class Tensors:
     """Tensors of a file by name, below an optional prefix. Only shapes are looked at; no weight is read."""
 
-    def __init__(self, model_file: ModelFile, prefix: str = "") -> None:
-        self._file = model_file
-        self.file_name = model_file.name
-        self.prefix = prefix
+    def __init__(self, file_name: str, infos: Mapping[str, TensorInfo]) -> None:
+        self.file_name = file_name
+        self._infos = infos
+        self.prefix = ""
+
+    def __len__(self) -> int:
+        return len(self._infos)
 
     def block(self, layer: int) -> Tensors:
         """Return the tensors of one block, by their names inside it."""
-        return Tensors(self._file, f"blk.{layer}.")
+        return self._below(f"blk.{layer}.")
 
     @property
     def whole(self) -> Tensors:
         """Return all tensors, by their full names."""
-        return Tensors(self._file)
+        return self._below("")
+
+    def _below(self, prefix: str) -> Tensors:
+        tensors = copy(self)
+        tensors.prefix = prefix
+        return tensors
 
     def has(self, name: str) -> bool:
         """Return whether the file has the tensor."""
-        return self.prefix + name in self._file.tensors
+        return self.prefix + name in self._infos
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, slowest dimension first."""
@@ -380,7 +393,7 @@ class Tensors:
 
     def vector(self, name: str, *shape: int) -> Vector:
         """Return a tensor that is used as float32 values."""
-        info = self._checked(name, shape)
+        info = self._checked(name, shape, "values")
         return Vector(info.name, info.format, math.prod(shape))
 
     def optional_vector(self, name: str, *shape: int) -> Vector | None:
@@ -401,17 +414,17 @@ class Tensors:
 
         Without `scaled` the tensor that is named like one is something else.
         """
-        info = self._checked(name, (n_rows, n_cols))
+        info = self._checked(name, (n_rows, n_cols), "weights")
         return Weight(info.name, info.format, n_rows, n_cols, scale=self._scale(name, 1) if scaled else None)
 
     def experts(self, name: str, n_experts: int, n_rows: int, n_cols: int) -> Weight:
         """Return one such matrix for each expert."""
-        info = self._checked(name, (n_experts, n_rows, n_cols))
+        info = self._checked(name, (n_experts, n_rows, n_cols), "weights")
         return Weight(info.name, info.format, n_rows, n_cols, n_experts, scale=self._scale(name, n_experts))
 
     def table(self, name: str, n_rows: int, n_cols: int) -> Table:
         """Return integers for each token id."""
-        info = self._checked(name, (n_rows, n_cols), I32)
+        info = self._checked(name, (n_rows, n_cols), "integers")
         return Table(info.name, n_rows, n_cols)
 
     def _scale(self, name: str, size: int) -> Vector | None:
@@ -420,21 +433,21 @@ class Tensors:
         return self.vector(scale, size) if self.has(scale) else None
 
     def _find(self, name: str) -> TensorInfo:
-        info = self._file.tensors.get(self.prefix + name)
+        info = self._infos.get(self.prefix + name)
         if info is None:
-            raise GGUFError(f"{self._file.name}: tensor {self.prefix + name} is missing")
+            raise GGUFError(f"{self.file_name}: tensor {self.prefix + name} is missing")
         return info
 
-    def _checked(self, name: str, shape: tuple[int, ...], wanted: QuantFormat | None = None) -> TensorInfo:
+    def _checked(self, name: str, shape: tuple[int, ...], use: Use) -> TensorInfo:
         info = self._find(name)
-        if (info.format == I32) != (wanted == I32):
-            expected = "integers (I32)" if wanted else "weights"
+        if (info.format == I32) != (use == "integers"):
+            expected = "integers (I32)" if use == "integers" else "weights"
             raise GGUFError(
-                f"{self._file.name}: tensor {info.name} has the type {info.format.name}; expected {expected}"
+                f"{self.file_name}: tensor {info.name} has the type {info.format.name}; expected {expected}"
             )
         if _without_ones(info.shape) != _without_ones(shape):
             raise GGUFError(
-                f"{self._file.name}: tensor {info.name} has the shape {list(info.shape)}; "
+                f"{self.file_name}: tensor {info.name} has the shape {list(info.shape)}; "
                 f"by the file's metadata it must be {list(shape)}"
             )
         return info

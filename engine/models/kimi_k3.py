@@ -1,4 +1,4 @@
-"""Kimi K3 (2.8T-A50B), its text: Kimi Linear with attention residuals, SiTU, and experts in a space of their own.
+"""Kimi K3 (2.8T-A104B), its text: Kimi Linear with attention residuals, SiTU, and experts in a space of their own.
 
 With attention residuals (https://arxiv.org/abs/2603.15031, there in blocks) a sub-layer takes a mean of the residual
 stream and of what it was at the beginnings of some layers before: see `graph.MixResiduals`. In each of these layers the

@@ -89,7 +89,7 @@ def _delta_attention(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -
         alpha = graph.linear(alpha, weight)
     for weight in gate_factor:
         gate = graph.linear(gate, weight)
-    kernels = [block.vector(f"ssm_conv1d_{part}.weight", size, net.kernel_size) for part in "qkv"]
+    kernels = [block.vector(f"ssm_conv1d_{part}.weight", size, 1, net.kernel_size) for part in "qkv"]
     qkv = graph.causal_conv(qkv, kernels, net.kernel_size)
     out = graph.delta_net(
         qkv.columns(0, size),

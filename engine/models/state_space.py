@@ -47,13 +47,13 @@ def state_space(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec) -> Ten
         channels.columns(0, net.inner_size),
         None,
         dt,
-        block.vector("ssm_a", net.n_heads),
+        block.vector("ssm_a", net.n_heads, 1),
         block.vector("ssm_dt.bias", net.n_heads),
         net.n_groups,
         net.n_heads,
         grouped=True,
         eps=0.0,
-        skip=block.vector("ssm_d", net.n_heads),
+        skip=block.vector("ssm_d", net.n_heads, 1),
     )
     out = graph.gate(out, z, Gating.SILU)
     group_size = net.inner_size // net.n_groups

@@ -41,7 +41,7 @@ from engine.generate.scheduler import Scheduler, StepCount
 from engine.generate.sequence import Sequence as TextSequence
 from engine.generate.session_file import SavedSession, load_session, save_session
 from engine.generate.snapshots import Snapshots
-from engine.gguf import ModelFile, WeightMemory, open_model_file
+from engine.gguf import ModelFile, WeightMemory
 from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
@@ -49,6 +49,7 @@ from engine.runtime.files import check_files, read_chat_template
 from engine.runtime.placing import OpenProgress, check_memory, limits_of, open_device, resolve
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
+from engine.synthetic import open_model_file
 from engine.tokenizer import ChatTemplate, Tokenizer
 
 _log = logging.getLogger("engine")
