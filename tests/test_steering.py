@@ -18,6 +18,7 @@ from engine.experts.routing_process import RoutingProcess
 from engine.experts.steering import GUESSED, PLAYED_OF_PROMPT, Steering
 from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
 from engine.experts.tracker import count_choices
+from engine.gguf.synthetic import GEOMETRIES
 from engine.runtime import Engine
 from tests.cusim import needs_emulator
 
@@ -111,8 +112,11 @@ def test_layers_that_nobody_can_tell_are_seen_as_they_were() -> None:
     np.testing.assert_array_equal(told[[0, 2], -10:-5], routing[[0, 2]])
 
 
-def test_routing_is_played_beside_layers_that_choose_by_token_id() -> None:
-    name = "synthetic:deepseek-v4-flash@q8_0:layers=5,experts=16,used=4,vocab=4096"
+def test_routing_is_played_beside_layers_that_choose_by_token_id(monkeypatch) -> None:
+    narrow = {"hidden_size": 256, "n_heads": 8, "expert_ffn_size": 256, "shared_ffn_size": 256, "n_indexer_heads": 8}
+    ranks = {"query_rank": 256, "n_output_groups": 2, "output_rank": 256}
+    monkeypatch.setitem(GEOMETRIES, "narrow", replace(GEOMETRIES["deepseek-v4-flash"], **narrow, **ranks))
+    name = "synthetic:narrow@q8_0:layers=5,experts=16,used=4,vocab=4096"
     settings = EngineSettings(device="emulated", n_threads=2, context_length=128, max_batch_tokens=64)
     moe = MoESettings(hot_k=5, routing="made-up", hot_pp_bypass_n_tokens=16)
     with Engine.open(name, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:
