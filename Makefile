@@ -80,7 +80,7 @@ docs: $(VENV)/.installed-dev ## make the API reference in build/docs
 
 build: $(VENV)/.installed-dev ## make the source package and a wheel, and smoke-test the wheel in an environment of its own
 	rm -rf dist
-	$(PY) -m build
+	$(PY) -m build --no-isolation
 	tests/check_wheel.sh $(PYTHON) dist/*.whl
 
 clean: ## delete everything that was built

@@ -23,6 +23,10 @@ CFLAGS = ["-std=gnu11", "-O3", "-g1", "-fno-math-errno", "-ffp-contract=off", "-
 LDFLAGS = ["-fopenmp"]
 if SANITIZE:  # warnings are the plain build's, and nothing goes on after a failed check: that is compiled sooner
     CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-w"]
+    # Most of the time goes into passes over the registers of long functions, which tests are quick enough without.
+    passes = ("forward-propagate", "cprop-registers", "dse", "move-loop-invariants", "if-conversion", "if-conversion2")
+    passes += ("split-wide-types", "combine-stack-adjustments", "shrink-wrap")
+    CFLAGS += ["-fira-algorithm=priority", "-fira-region=one", *(f"-fno-{name}" for name in passes)]
     CFLAGS += ["-fno-wrapv"]  # with Python's -fwrapv no signed overflow would be found
     LDFLAGS += [f"-fsanitize={SANITIZE}"]
 

@@ -66,6 +66,7 @@ LINEAR_FORMATS = [
     "BF16",
 ]
 POOL_BYTES = 1 << 30  # weights that a kernel cycles through: far more than the L2 cache
+RAM_BYTES = 1 << 30  # that threads read: far more than the CPU's caches
 # Threads, words under way of each, and blocks on a multiprocessor: the best on an H200 for launches of some size.
 READ_SHAPES = ((128, 2, 16), (128, 8, 16), (256, 8, 8), (512, 1, 4), (512, 4, 2), (512, 8, 4))
 SPEEDS = Bandwidths(100e9, 25e9, 1000e9)
@@ -194,7 +195,7 @@ def facts(bench: Bench) -> None:
     bench.note("facts", "cores", machine.n_physical_cores())
     bench.note("facts", "isa", str(_kernels.isa_levels()))
     bench.note("facts", "threads", bench.n_threads)
-    data = np.empty(1 << 30, np.uint8)
+    data = np.empty(RAM_BYTES, np.uint8)
     for n in (1, 4, 8, bench.n_threads):
         bench.note("facts", f"RAM read, {n} threads", _kernels.read_bandwidth(data, n, 3) / 1e9, "GB/s")
 

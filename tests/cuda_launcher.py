@@ -113,3 +113,12 @@ def aligned(array: np.ndarray) -> np.ndarray:
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two float32 arrays are equal bit by bit."""
     return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
+
+
+def assert_near(found: np.ndarray, expected: np.ndarray, rel: float = 0.0, abs: float = 1e-12) -> None:
+    """Each value is within the larger of its tolerances: `pytest.approx`, which looks at one after the other."""
+    assert found.shape == expected.shape
+    is_near = np.abs(found - expected) <= np.maximum(rel * np.abs(expected), abs)
+    is_near |= found == expected  # infinities
+    worst = [*zip(found[~is_near][:4], expected[~is_near][:4], strict=True)]
+    assert is_near.all(), f"{(~is_near).sum()} of {is_near.size} values differ, the first (found, expected): {worst}"

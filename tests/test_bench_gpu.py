@@ -14,20 +14,23 @@ from tests.cusim import StandInCompiler, needs_emulator
 pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
 MODELS = ("handshake", "prompt", "model", "swaps", "guesses", "operations", "prompt_operations")
-SIZES = {"model": "synthetic:tiny:layers=2", "threads": 2, "prompt": 8, "longest": 33, "tokens": 2}
+SIZES = {"threads": 2, "prompt": 8, "longest": 33, "tokens": 2}
 
 
 @pytest.mark.parametrize("section", gpu.SECTIONS)
-def test_sections_run(section: str, tmp_path: Path, driver, monkeypatch) -> None:
+def test_sections_run(section: str, data: Path, tmp_path: Path, driver, monkeypatch) -> None:
     """Kernels at the sizes of big models are not launched, and nothing is kept of what was timed."""
     monkeypatch.setattr(StandInCompiler, "_version", (0, 0), raising=False)
     monkeypatch.setattr(gpu, "NVRTCCompiler", lambda arch: StandInCompiler())
+    monkeypatch.setattr(gpu, "RAM_BYTES", 16 << 20)
     driver.set(device_bytes=8 << 30)
     if section not in MODELS:
         for owner, name in ((runtime.Context, "prepare"), (runtime.Context, "function"), (runtime.Stream, "launch")):
             monkeypatch.setattr(owner, name, lambda *_: None)
         monkeypatch.setattr(runtime.Stream, "fill", lambda *_: None)  # gigabytes
-    gpu.main([f"--{name}={value}" for name, value in (SIZES | {"sections": section, "out": tmp_path}).items()])
+    model = data / "golden" / "qwen3moe" / "qwen3moe-micro-Q8_0.gguf"
+    arguments = SIZES | {"model": model, "sections": section, "out": tmp_path}
+    gpu.main([f"--{name}={value}" for name, value in arguments.items()])
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert "errors" not in found
     assert sum(len(values) for values in found.values()) > 1

@@ -74,7 +74,10 @@ def opened_models() -> Iterator[dict[tuple[str, KVType], Borrowing]]:
         model.close()
 
 
-@pytest.fixture(params=[(NAMES[0], KVType.F16), (NAMES[0], KVType.Q8_0), (NAMES[1], KVType.F16)], ids=str)
+KINDS = [(NAMES[0], KVType.F16), (NAMES[0], KVType.Q8_0), (NAMES[1], KVType.F16)]
+
+
+@pytest.fixture(params=KINDS, ids=str)
 def borrowing(request, golden_path, driver, least, opened_models) -> Borrowing:
     """A model, opened by the first test that has the driver."""
     name, kv_type = request.param
@@ -101,7 +104,15 @@ def one_by_one(program, model: Model, sequence: int) -> np.ndarray:
     return np.concatenate([step(program, model, at, sequence) for at in range(N_TOKENS)])
 
 
-@pytest.mark.parametrize("driver_settings", [{}, {"copy_us": 300, "jitter_us": 200}, {"order": "random"}], ids=str)
+@pytest.mark.parametrize(
+    ("borrowing", "driver_settings"),
+    [
+        *((KINDS[0], settings) for settings in ({}, {"copy_us": 300, "jitter_us": 200}, {"order": "random"})),
+        *((kind, {"order": "random", "copy_us": 300, "jitter_us": 200}) for kind in KINDS[1:]),
+    ],
+    indirect=["borrowing"],
+    ids=str,
+)
 def test_sequences_grow_and_begin_anew_with_the_same_bits(borrowing: Borrowing, driver, driver_settings: dict) -> None:
     """Experts lie where keys and values will be, are gone when these come, and come back with the next sequence."""
     driver.set(**driver_settings)

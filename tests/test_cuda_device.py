@@ -480,7 +480,7 @@ def end(program: CUDAProgram, then: Step | None = None) -> tuple[np.ndarray, np.
     return program.collect()
 
 
-@pytest.fixture(scope="module", params=[SMALL, "qwen35moe/qwen35moe-micro-F32.gguf", "qwen4exp-F32.gguf"])
+@pytest.fixture(scope="module", params=[SMALL, "qwen35moe/qwen35moe-fusedgu-Q8_0.gguf", "qwen4exp-F32.gguf"])
 def either(request, golden_path, data: Path) -> Iterator[Model]:
     """With recurrent states and without, one of which is made of the tokens themselves."""
     model = Model(golden_path(request.param) if "/" in request.param else data / "peers" / request.param)
@@ -489,38 +489,37 @@ def either(request, golden_path, data: Path) -> Iterator[Model]:
 
 
 @pytest.mark.parametrize("hot_k", [None, 3, 0])
-@pytest.mark.parametrize("first", [[5], [5, 9]])
+@pytest.mark.parametrize(("first", "order"), [([5], "reverse"), ([5, 9], "random")])
 def test_steps_that_are_begun_ahead_give_the_same_bits(
-    first: list[int], hot_k: int | None, either: Model, driver
+    first: list[int], order: str, hot_k: int | None, either: Model, driver
 ) -> None:
     """With tokens that the host has not seen; slots change hands meanwhile."""
     rng = np.random.default_rng(0)
-    for order in ("random", "reverse"):
-        driver.set(order=order, copy_us=100)
-        with either.open(hot_k=hot_k, stream_n_tokens=8) as opened:
-            program, tokens, draws = (
-                opened.program,
-                [first],
-                [GREEDY, SAMPLED, GREEDY, GREEDY, SAMPLED, SAMPLED, GREEDY],
-            )
-            for position, draw in enumerate(draws):
-                step = a_step(tokens[-1], position, draw)
-                found, logits = program.run_and_draw(*step.inputs, step.draws)
-                assert logits is None
-                tokens.append(found.tolist())
-            expected = program.run(*a_step(tokens[-1], len(draws), None).inputs).copy()
+    driver.set(order=order, copy_us=100)
+    with either.open(hot_k=hot_k, stream_n_tokens=8) as opened:
+        program, tokens, draws = (
+            opened.program,
+            [first],
+            [GREEDY, SAMPLED, GREEDY, GREEDY, SAMPLED, SAMPLED, GREEDY],
+        )
+        for position, draw in enumerate(draws):
+            step = a_step(tokens[-1], position, draw)
+            found, logits = program.run_and_draw(*step.inputs, step.draws)
+            assert logits is None
+            tokens.append(found.tolist())
+        expected = program.run(*a_step(tokens[-1], len(draws), None).inputs).copy()
 
-            unknown = [-1 - i for i in range(len(first))]
-            begin(program, a_step(first, 0, draws[0]))
-            for position, draw in enumerate([*draws[1:], None], 1):
-                found, _ = end(program, a_step(unknown, position, draw))
-                assert found.tolist() == tokens[position]
-                if 0 < program.n_slots[0] < program.n_experts and rng.random() < 0.7:
-                    layer, expert = rng.integers(len(program.n_slots)), rng.integers(program.n_experts)
-                    program.publish(layer, int(expert), -1)
-            _, logits = end(program)
-            assert logits is not None
-            assert (logits.view(np.uint32) == expected.view(np.uint32)).all()
+        unknown = [-1 - i for i in range(len(first))]
+        begin(program, a_step(first, 0, draws[0]))
+        for position, draw in enumerate([*draws[1:], None], 1):
+            found, _ = end(program, a_step(unknown, position, draw))
+            assert found.tolist() == tokens[position]
+            if 0 < program.n_slots[0] < program.n_experts and rng.random() < 0.7:
+                layer, expert = rng.integers(len(program.n_slots)), rng.integers(program.n_experts)
+                program.publish(layer, int(expert), -1)
+        _, logits = end(program)
+        assert logits is not None
+        assert (logits.view(np.uint32) == expected.view(np.uint32)).all()
 
 
 def test_a_token_that_could_not_be_drawn_is_told_with_the_step_behind_it(small: Model) -> None:

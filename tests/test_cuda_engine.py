@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tests.cusim import needs_emulator
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
+SMALL = "qwen35moe/qwen35moe-fusedgu-Q8_0.gguf"  # recurrent layers, too; a fraction of the work of the bundled model
 PROMPT = "def add(a, b):\n    return"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
@@ -41,6 +43,19 @@ def config(device: str = "cuda", **moe) -> EngineConfig:
 def expected() -> tuple[int, ...]:
     """The answer of the CPU device."""
     with Engine.open(config=config("cpu")) as engine:
+        return engine.generate(PROMPT, GREEDY).token_ids
+
+
+@pytest.fixture(scope="module")
+def small(golden_path: Callable[[str], Path]) -> Path:
+    """A model for what is asked of the engine around the device."""
+    return golden_path(SMALL)
+
+
+@pytest.fixture(scope="module")
+def expected_of_small(small: Path) -> tuple[int, ...]:
+    """Its answer on the CPU device."""
+    with Engine.open(small, config("cpu")) as engine:
         return engine.generate(PROMPT, GREEDY).token_ids
 
 
@@ -77,7 +92,7 @@ def test_the_text_is_the_same_with_every_setting(moe: dict, expected, driver) ->
     ],
     ids=str,
 )
-def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, monkeypatch) -> None:
+def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, small: Path, monkeypatch) -> None:
     """The GPU, or the CPU from the same logits; and logits are fetched only if somebody looks at them."""
     n_fetched = 0
     download = Steps.download_logits
@@ -89,7 +104,7 @@ def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, monkeypa
 
     monkeypatch.setattr(Steps, "download_logits", count)
     sampling = SamplingParams(**({"max_tokens": 8, "ignore_eos": True, "seed": 3} | params))
-    with Engine.open(config=config(hot_k=9)) as engine:
+    with Engine.open(small, config(hot_k=3)) as engine:
         assert isinstance(engine._program, CUDAProgram)
         drawn = engine.generate(PROMPT, sampling)
         n_while_drawing = n_fetched
@@ -100,16 +115,16 @@ def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, monkeypa
     assert n_while_drawing == (0 if draws else 8)
 
 
-def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:
+def test_the_cache_works_while_steps_run(small: Path, expected_of_small, driver, monkeypatch) -> None:
     """Where memory is pinned and a CPU is left; swaps, counts and text as in the thread that runs the steps."""
     driver.set(order="random", copy_us=300)
     found = {}
     for n_logical in (1, 64):
         monkeypatch.setattr("engine.devices.cuda.program.n_logical_cpus", lambda n=n_logical: n)
-        loaded = replace(config(hot_k=9, policy="lru"), model=ModelSettings(load="memory"))
-        with Engine.open(config=loaded) as engine:
+        loaded = replace(config(hot_k=3, policy="lru"), model=ModelSettings(load="memory"))
+        with Engine.open(small, loaded) as engine:
             assert engine._program.leaves_a_cpu == (n_logical > 2)
-            assert engine.generate(PROMPT, GREEDY).token_ids == expected
+            assert engine.generate(PROMPT, GREEDY).token_ids == expected_of_small
             statistics = engine.statistics.cache
             assert statistics is not None
             assert statistics.n_tokens == len(engine.prompt_ids(PROMPT)) + GREEDY.max_tokens - 1
@@ -123,11 +138,13 @@ def test_the_cache_works_while_steps_run(expected, driver, monkeypatch) -> None:
 def in_background(monkeypatch) -> EngineConfig:
     """Settings with which a thread moves experts while steps run, and steps are begun ahead."""
     monkeypatch.setattr("engine.devices.cuda.program.n_logical_cpus", lambda: 64)
-    return replace(config(hot_k=9, policy="lru"), model=ModelSettings(load="memory"))
+    return replace(config(hot_k=3, policy="lru"), model=ModelSettings(load="memory"))
 
 
-@pytest.mark.parametrize("hot_k", ["auto", 9])
-def test_steps_that_decode_are_begun_ahead(hot_k: str | int, expected, in_background, driver, monkeypatch) -> None:
+@pytest.mark.parametrize("hot_k", ["auto", 3])
+def test_steps_that_decode_are_begun_ahead(
+    hot_k: str | int, small: Path, expected_of_small, in_background, driver, monkeypatch
+) -> None:
     """All but the first and those that might not be needed; one answer or several, whatever else there is to do."""
     driver.set(order="random", copy_us=300)
     launch, n_behind = Steps.launch, 0
@@ -140,15 +157,15 @@ def test_steps_that_decode_are_begun_ahead(hot_k: str | int, expected, in_backgr
     monkeypatch.setattr(Steps, "launch", count)
     settings = replace(in_background, moe=replace(in_background.moe, hot_k=hot_k))
     settings = replace(settings, engine=replace(settings.engine, n_sequences=2))
-    with Engine.open(config=settings) as engine:
-        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+    with Engine.open(small, settings) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected_of_small
         assert n_behind == GREEDY.max_tokens - 2
         answers = dict(engine.generate_many([PROMPT, PROMPT[:7], PROMPT], GREEDY))
-        assert answers[0].token_ids == answers[2].token_ids == expected
+        assert answers[0].token_ids == answers[2].token_ids == expected_of_small
         stream = engine.generate(PROMPT, GREEDY, stream=True)
-        assert [next(stream).token_id for _ in range(3)] == list(expected[:3])
+        assert [next(stream).token_id for _ in range(3)] == list(expected_of_small[:3])
         assert engine.generate(PROMPT[:7], GREEDY).token_ids == answers[1].token_ids
-        assert list(stream)[-1].completion.token_ids == expected
+        assert list(stream)[-1].completion.token_ids == expected_of_small
         stream = engine.generate(PROMPT, GREEDY, stream=True)
         for _ in range(3):
             next(stream)
@@ -157,11 +174,11 @@ def test_steps_that_decode_are_begun_ahead(hot_k: str | int, expected, in_backgr
     assert n_behind > 3 * (GREEDY.max_tokens - 2)
 
 
-def test_ctrl_c_while_steps_are_under_way(in_background, driver) -> None:
+def test_ctrl_c_while_steps_are_under_way(small: Path, in_background, driver) -> None:
     """At any line of what begins them and waits for them: the same engine then gives the same text."""
     driver.set(order="random", copy_us=100)
     modules, but_for = [cuda_program, misses], {"drop", "abandon", "copy_expert", "fence", "is_done", "publish"}
-    with Engine.open(config=in_background) as engine:
+    with Engine.open(small, in_background) as engine:
         request = PROMPT[:3], replace(GREEDY, max_tokens=4)
         expected = engine.generate(*request).token_ids
         at_line, n_raised = 20, 0
@@ -178,8 +195,8 @@ def test_ctrl_c_while_steps_are_under_way(in_background, driver) -> None:
     assert n_raised > 5
 
 
-def test_the_bench_says_where_the_time_of_a_token_goes() -> None:
-    with Engine.open(config=config(hot_k=9)) as engine:
+def test_the_bench_says_where_the_time_of_a_token_goes(small: Path) -> None:
+    with Engine.open(small, config(hot_k=3)) as engine:
         (row,) = measure(engine, "hot experts", [3], 4, 1, lambda *_: None)
     placed = row.placed
     assert placed is not None
@@ -188,8 +205,8 @@ def test_the_bench_says_where_the_time_of_a_token_goes() -> None:
     assert sum(parts) == pytest.approx(1 / row.decode_tok_s.median)
 
 
-def test_it_is_measured_how_gpu_and_cpu_share_the_time() -> None:
-    with Engine.open(config=config(hot_k=9)) as engine:
+def test_it_is_measured_how_gpu_and_cpu_share_the_time(small: Path) -> None:
+    with Engine.open(small, config(hot_k=3)) as engine:
         engine.generate(PROMPT, GREEDY)
         before = engine.statistics
         engine.generate(PROMPT[::-1], replace(GREEDY, max_tokens=3))
@@ -219,9 +236,9 @@ def test_the_cpu_guesses_what_it_will_be_asked_for(moe: dict, expected) -> None:
 
 
 @pytest.mark.parametrize("moe", [{"fetch_ahead": False}, {"hot_k": "auto"}], ids=str)
-def test_nobody_guesses_unless_the_cpu_takes_part_and_may(moe: dict, expected) -> None:
-    with Engine.open(config=config(**{"hot_k": 9, **moe})) as engine:
-        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+def test_nobody_guesses_unless_the_cpu_takes_part_and_may(moe: dict, small: Path, expected_of_small) -> None:
+    with Engine.open(small, config(**{"hot_k": 3, **moe})) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected_of_small
         times = engine.statistics.layer_times
     assert times is not None
     assert times.guesses.tolist() == [0, 0]

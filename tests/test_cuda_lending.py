@@ -116,10 +116,9 @@ def cached(opened: Opened, policy: str = "lru") -> HotCache:
     )
 
 
-@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize(
-    ("driver_settings", "short_step"),
-    [({}, 64), ({"copy_us": 300, "jitter_us": 200}, 5), ({"order": "random"}, 64)],
+    ("driver_settings", "short_step", "in_background"),
+    [({}, 64, True), ({"copy_us": 300, "jitter_us": 200}, 5, True), ({"order": "random"}, 64, False)],
     ids=str,
 )
 def test_long_and_short_steps_in_any_order_have_the_same_bits(
@@ -213,7 +212,11 @@ def test_slots_are_places_of_their_own(lending: Lending) -> None:
         assert not stretches[-1][2]
 
 
-@pytest.mark.parametrize("at_line", [30, 200, 400, 700, 1100, 2000])
+@pytest.mark.parametrize(
+    ("lending", "at_line"),
+    [*((NAMES[0], at_line) for at_line in (30, 200, 400, 700, 1100, 2000)), (NAMES[1], 400)],
+    indirect=["lending"],
+)
 def test_an_interrupt_while_slots_are_lent_or_come_back_changes_no_bit(lending: Lending, at_line: int) -> None:
     interrupter = Interrupter(at_line, (hot_cache_module, slots_module, swapper_module))
     with lending.open() as opened:

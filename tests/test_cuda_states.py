@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
-from engine.data import tiny_model_path
 from engine.errors import DeviceError, RequestError
 from engine.runtime import Engine
 from tests.cusim import needs_emulator
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
 
+RECURRENT = "qwen35moe/qwen35moe-fusedgu-Q8_0"
 PARAMS = SamplingParams(temperature=0.0, max_tokens=3, logprobs=3, ignore_eos=True)
 
 
@@ -25,11 +25,11 @@ def open_engine(path: Path, device: str = "cuda", **settings) -> Engine:
 
 @pytest.mark.parametrize(
     ("name", "kv_type"),
-    [("", "f16"), ("qwen3moe/qwen3moe-micro-Q8_0", "q8_0"), ("deepseek2/deepseek2-v2lite-micro-Q8_0", "f32")],
+    [(RECURRENT, "f16"), ("qwen3moe/qwen3moe-micro-Q8_0", "q8_0"), ("deepseek2/deepseek2-v2lite-micro-Q8_0", "f32")],
 )
 def test_a_session_goes_on_with_the_same_bits(name: str, kv_type: str, golden_path, tmp_path: Path, driver) -> None:
     driver.set(order="random", copy_us=200)
-    path, file, prompt = golden_path(f"{name}.gguf") if name else tiny_model_path(), tmp_path / "talk", list(range(9))
+    path, file, prompt = golden_path(f"{name}.gguf"), tmp_path / "talk", list(range(9))
     with open_engine(path, kv_type=kv_type) as engine, engine.new_session() as _, engine.new_session() as session:
         first = session.generate(prompt, PARAMS)
         session.save(file)
@@ -49,12 +49,10 @@ def test_a_session_goes_on_with_the_same_bits(name: str, kv_type: str, golden_pa
         engine.load_session(file)
 
 
-def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(driver) -> None:
+def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(golden_path, driver) -> None:
     driver.set(order="random", copy_us=200)
-    with (
-        open_engine(tiny_model_path(), n_sequences=1) as warm,
-        open_engine(tiny_model_path(), n_sequences=1, n_snapshots=0) as cold,
-    ):
+    path = golden_path(f"{RECURRENT}.gguf")
+    with open_engine(path, n_sequences=1) as warm, open_engine(path, n_sequences=1, n_snapshots=0) as cold:
         (end,) = warm.tokenize("<|im_end|>", parse_special=True)
         first = [*range(40, 52), end]
         for prompt, n_reused in (([*first, 7, 8], 0), ([*first, 9, 10, end, 7], len(first))):

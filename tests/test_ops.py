@@ -1174,9 +1174,14 @@ def test_select_blocks(seed, lengths, n_heads, dim, chosen, block_size, kind, eq
 @pytest.mark.parametrize("block_size", [3, 32, 300])
 def test_select_blocks_over_several_chunks_of_positions(block_size: int, equal: bool) -> None:
     case, lists = block_case(5, [0] * 1300, 5, 16, 3, block_size, 1, equal=equal)
-    for cuts in ((), (1299,), (256, 257, 600, 603, 1294), (255, 512)):
-        for isa, n_threads in ((k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)):
-            assert np.array_equal(case.run(isa, n_threads, cuts)["out"], lists), (cuts, isa, n_threads)
+    first, best = (k.isa_levels()[0], 1), (k.isa_levels()[-1], 3)
+    for (isa, n_threads), cuts in (
+        (first, ()),
+        (best, (1299,)),
+        (first, (255, 512)),
+        (best, (256, 257, 600, 603, 1294)),
+    ):
+        assert np.array_equal(case.run(isa, n_threads, cuts)["out"], lists), (cuts, isa, n_threads)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -1190,16 +1195,16 @@ def test_select_blocks_takes_the_newest_whatever_the_scores(bad: float) -> None:
     assert ((found[..., 0] >= 0) & (found[..., 0] < own - 1)).all()
 
 
-@pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
 @pytest.mark.parametrize(
-    ("n", "block_size", "top_k", "has_tail"),
+    ("n", "block_size", "top_k", "has_tail", "kind"),
     [
-        (60, 4, 5, False),
-        (700, 60, 6, False),
-        (60, 16, 4, False),
-        (60, 4, 5, True),
-        (700, 60, 6, True),
-        (60, 7, 2, True),
+        *(
+            (60, *sizes, kind)
+            for sizes in ((4, 5, False), (16, 4, False), (4, 5, True), (7, 2, True))
+            for kind in (k.KV_F32, k.KV_F16, k.KV_Q8_0)
+        ),
+        (700, 60, 6, False, k.KV_F16),  # several blocks of positions; plain attention has them of every kind
+        (700, 60, 6, True, k.KV_Q8_0),
     ],
 )
 def test_attention_to_selected_blocks(n: int, block_size: int, top_k: int, has_tail: bool, kind: int) -> None:
@@ -1278,10 +1283,17 @@ def test_attention_to_selected_positions(n: int, top_k: int, kind: int) -> None:
     assert n <= top_k or not np.array_equal(found, plain)
 
 
-@pytest.mark.parametrize("kind", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
 @pytest.mark.parametrize(
-    ("lengths", "period", "top_k", "window"),
-    [((40, 23), 4, 3, 8), ((40,), 4, 0, 8), ((3,), 4, 0, 2), ((700,), 2, 0, 300), ((700,), 2, 290, 0)],
+    ("lengths", "period", "top_k", "window", "kind"),
+    [
+        *(
+            (*sizes, kind)
+            for sizes in (((40, 23), 4, 3, 8), ((40,), 4, 0, 8), ((3,), 4, 0, 2))
+            for kind in (k.KV_F32, k.KV_F16, k.KV_Q8_0)
+        ),
+        ((700,), 2, 0, 300, k.KV_F16),  # several blocks of positions; plain attention has them of every kind
+        ((700,), 2, 290, 0, k.KV_Q8_0),
+    ],
 )
 def test_attention_to_shared_rows(lengths: tuple[int, ...], period: int, top_k: int, window: int, kind: int) -> None:
     """Beside the window a token sees the rows of all periods before, or those that a list names."""

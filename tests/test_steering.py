@@ -19,6 +19,7 @@ from engine.experts.steering import GUESSED, PLAYED_OF_PROMPT, Steering
 from engine.experts.trace import ANSWER, PROMPT, Trace, load_trace, save_trace
 from engine.experts.tracker import count_choices
 from engine.runtime import Engine
+from engine.synthetic import PUBLISHED
 from tests.cusim import needs_emulator
 
 NAME = "synthetic:tiny:layers=3"  # 16 experts, 4 of them used
@@ -111,8 +112,13 @@ def test_layers_that_nobody_can_tell_are_seen_as_they_were() -> None:
     np.testing.assert_array_equal(told[[0, 2], -10:-5], routing[[0, 2]])
 
 
-def test_routing_is_played_beside_layers_that_choose_by_token_id() -> None:
-    name = "synthetic:deepseek-v4-flash@q8_0:layers=5,experts=16,used=4,vocab=4096"
+def test_routing_is_played_beside_layers_that_choose_by_token_id(monkeypatch) -> None:
+    published = PUBLISHED["deepseek-v4-flash"]
+    sizes = {"embedding_length": 256, "expert_feed_forward_length": 256, "attention.head_count": 8}
+    sizes |= {"attention.indexer.head_count": 8, "attention.q_lora_rank": 256}
+    sizes |= {"attention.output_group_count": 2, "attention.output_lora_rank": 256}
+    monkeypatch.setitem(PUBLISHED, "narrow", replace(published, keys={**published.keys, **sizes}))
+    name = "synthetic:narrow@q8_0:layers=5,experts=16,used=4,vocab=4096"
     settings = EngineSettings(device="emulated", n_threads=2, context_length=128, max_batch_tokens=64)
     moe = MoESettings(hot_k=5, routing="made-up", hot_pp_bypass_n_tokens=16)
     with Engine.open(name, EngineConfig(engine=settings, moe=moe)) as engine, engine.new_session() as session:

@@ -139,10 +139,11 @@ def driver_library() -> Path:
     return link
 
 
-def include_closure(source: Path, folders: Sequence[Path]) -> dict[Path, str]:
-    """Return the text of a source and of every file that it includes in quotes, directly or not."""
+@functools.cache  # a process asks for the same kernels all the time; reading takes longer than most launches
+def digest_with_includes(source: Path, folders: tuple[Path, ...]) -> str:
+    """Return a digest of a source and of every file that it includes in quotes, directly or not."""
     found: dict[Path, str] = {}
-    waiting = [source.resolve()]
+    waiting = [source]
     while waiting:
         path = waiting.pop()
         if path in found:
@@ -151,7 +152,7 @@ def include_closure(source: Path, folders: Sequence[Path]) -> dict[Path, str]:
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', found[path], re.MULTILINE):
             candidates = [folder / name for folder in (path.parent, *folders)]
             waiting += [c.resolve() for c in candidates if c.is_file()][:1]
-    return found
+    return hashlib.sha256(repr(sorted((str(p), text) for p, text in found.items())).encode()).hexdigest()
 
 
 KERNEL = re.compile(
@@ -200,8 +201,8 @@ def kernel_library(
     `defines` are NAME or NAME=VALUE; `expressions` name template instances, for example "router<4>", which are then
     called by this expression; `include` are folders beside that of the source and `cuda/`.
     """
-    folders = [source.resolve().parent, *include, KERNEL_SOURCES, HERE / "include"]
-    closure = include_closure(source, folders)
+    source = source.resolve()
+    folders = (source.parent, *include, KERNEL_SOURCES, HERE / "include")
     # A process would have unique symbols once: kernels of one name in two files would share what is known of the first.
     flags = ["-std=c++17", "-g1", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
     flags += [*machine_flags(), *KERNEL_FLAGS[mode]]
@@ -209,7 +210,7 @@ def kernel_library(
 
     def build(target: Path) -> None:
         options = [*flags, *(f"-D{d}" for d in defines), *(f"-I{folder}" for folder in folders)]
-        text = run(["g++", "-E", "-x", "c++", *options, "-include", HERE / "include" / "cusim.h", source.resolve()])
+        text = run(["g++", "-E", "-x", "c++", *options, "-include", HERE / "include" / "cusim.h", source])
         translated = target.with_suffix(".ii")
         translated.write_text(translate(text, mode, expressions))
         product = target.with_suffix(".o")
@@ -217,7 +218,7 @@ def kernel_library(
         sanitizers = [f for f in flags if f.startswith("-fsanitize=") and mode == "asan"]
         run(["g++", "-shared", *sanitizers, product, runtime, "-Wl,-rpath,$ORIGIN", "-o", target])
 
-    key = (mode, flags, tuple(defines), tuple(expressions), sorted((str(p), t) for p, t in closure.items()))
+    key = (mode, flags, tuple(defines), tuple(expressions), digest_with_includes(source, folders))
     return cached(f"{source.stem}-{mode}", ".so", key, build)
 
 

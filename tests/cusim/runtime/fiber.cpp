@@ -13,6 +13,7 @@ static const size_t STACK_BYTES = 256 << 10; // red zones take room
 static const size_t STACK_BYTES = 64 << 10;
 #endif
 static const size_t GUARD_BYTES = 4096;
+static const size_t COLOR_BYTES = 320, STACK_COLORS = 12;
 
 #ifndef __x86_64__
 #error "cusim_switch saves the registers of x86-64; other machines need their own"
@@ -50,7 +51,9 @@ void context_allocate(Context *context) {
     if (p == MAP_FAILED || mprotect(p, GUARD_BYTES, PROT_NONE))
         abort(); // no memory for 1024 small stacks
     context->stack = (char *)p + GUARD_BYTES;
-    context->stack_bytes = STACK_BYTES - GUARD_BYTES;
+    // Stacks that all began at the start of a page would share a few lines of the CPU's first-level cache.
+    static unsigned n_allocated = 0;
+    context->stack_bytes = STACK_BYTES - GUARD_BYTES - n_allocated++ % STACK_COLORS * COLOR_BYTES;
 }
 
 void context_prepare(Context *context, void (*entry)()) {

@@ -76,8 +76,9 @@ struct Scheduler {
     // the block
     int n_threads, n_alive, n_at_barrier;
     std::vector<Warp> warps;
+    const Fiber *first_at_barrier;
     Fiber *running = nullptr;
-    std::vector<unsigned> ready; // fibers, first at `ready_head`
+    std::vector<Fiber *> ready; // first at `ready_head`
     size_t ready_head;
     uint32_t epoch = 0; // never goes back, so marks of former blocks and launches are always old
 } s;
@@ -97,7 +98,7 @@ uint64_t random_number() {
 
 void make_ready(Fiber &fiber) {
     fiber.state = State::Ready;
-    s.ready.push_back(fiber.linear);
+    s.ready.push_back(&fiber);
 }
 
 // Takes a fiber out of the ready ones, the oldest or a random one; null if there is none.
@@ -105,7 +106,7 @@ Fiber *next_ready() {
     size_t n = s.ready.size() - s.ready_head;
     if (!n)
         return nullptr;
-    unsigned chosen;
+    Fiber *chosen;
     if (s.order == CUSIM_RANDOM) {
         size_t i = s.ready_head + random_number() % n;
         chosen = s.ready[i];
@@ -117,7 +118,7 @@ Fiber *next_ready() {
         s.ready.clear();
         s.ready_head = 0;
     }
-    return s.fibers[chosen].get();
+    return chosen;
 }
 
 void run(Context *from, Fiber *fiber) {
@@ -410,14 +411,12 @@ bool race_moment(Moment *moment) {
 
 API int cusim_barrier(cusim_barrier_kind kind, int predicate, cusim_site site) {
     Fiber &self = *s.running;
-    for (int i = 0; s.n_at_barrier && i < s.n_threads; i++) {
-        const Fiber &other = *s.fibers[i];
-        if (other.state == State::AtBarrier && !is_same_site(other.site, site))
-            cusim_fail("divergent barrier: thread %d waits at %s (%s:%d), this one at %s (%s:%d)", i,
-                       other.site.intrinsic, other.site.file, other.site.line, site.intrinsic, site.file, site.line);
-        if (other.state == State::AtBarrier)
-            break; // those that came before have all been compared
-    }
+    if (!s.n_at_barrier)
+        s.first_at_barrier = &self;
+    const Fiber &first = *s.first_at_barrier; // with which all that came before have been compared
+    if (s.n_at_barrier && !is_same_site(first.site, site))
+        cusim_fail("divergent barrier: thread %d waits at %s (%s:%d), this one at %s (%s:%d)", first.linear,
+                   first.site.intrinsic, first.site.file, first.site.line, site.intrinsic, site.file, site.line);
     self.kind = kind;
     self.predicate = predicate != 0;
     self.site = site;
