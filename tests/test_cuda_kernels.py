@@ -1210,21 +1210,21 @@ def indexer_cache(
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "period", "has_tail", "mode"),
+    ("kv_type", "n_heads", "key_dim", "top_k", "context_length", "equal", "period", "has_tail", "weighted", "mode"),
     [
-        (KVType.F32, 5, 40, 20, 200, False, 1, False, "fast"),
-        (KVType.F16, 64, 128, 37, 200, False, 1, False, "fast"),
-        (KVType.F16, 3, 64, 64, 1500, True, 1, False, "fast"),  # more positions than threads, many of them alike
-        (KVType.Q8_0, 32, 64, 50, 200, False, 1, False, "fast"),
-        (KVType.F16, 17, 16, 20, 200, True, 1, False, "race"),
-        (KVType.Q8_0, 5, 40, 20, 200, False, 1, False, "race"),
-        (KVType.F32, 2, 8, 20, 200, True, 1, False, "asan"),
-        (KVType.F16, 5, 40, 20, 200, False, 4, False, "fast"),  # rows that tokens share
-        (KVType.F32, 2, 8, 9, 202, True, 4, False, "asan"),
-        (KVType.F16, 17, 16, 30, 200, True, 3, False, "race"),
-        (KVType.F16, 5, 40, 20, 200, False, 4, True, "fast"),  # and the one that is not whole, without weights
-        (KVType.F32, 2, 8, 9, 202, True, 4, True, "asan"),
-        (KVType.F32, 17, 16, 30, 203, True, 3, True, "race"),
+        (KVType.F32, 5, 40, 20, 200, False, 1, False, True, "fast"),
+        (KVType.F16, 64, 128, 37, 200, False, 1, False, True, "fast"),
+        (KVType.F16, 3, 64, 64, 1500, True, 1, False, True, "fast"),  # more positions than threads, many of them alike
+        (KVType.Q8_0, 32, 64, 50, 200, False, 1, False, True, "fast"),
+        (KVType.F16, 17, 16, 20, 200, True, 1, False, True, "race"),
+        (KVType.Q8_0, 5, 40, 20, 200, False, 1, False, True, "race"),
+        (KVType.F32, 2, 8, 20, 200, True, 1, False, False, "asan"),
+        (KVType.F16, 5, 40, 20, 200, False, 4, False, True, "fast"),  # rows that tokens share
+        (KVType.F32, 2, 8, 9, 202, True, 4, False, True, "asan"),
+        (KVType.F16, 17, 16, 30, 200, True, 3, False, True, "race"),
+        (KVType.F16, 5, 40, 20, 200, False, 4, True, True, "fast"),  # and the one that is not whole
+        (KVType.F32, 2, 8, 9, 202, True, 4, True, False, "asan"),
+        (KVType.F32, 17, 16, 30, 203, True, 3, True, False, "race"),
     ],
 )
 def test_positions_are_selected(
@@ -1236,6 +1236,7 @@ def test_positions_are_selected(
     equal: bool,
     period: int,
     has_tail: bool,
+    weighted: bool,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1250,7 +1251,7 @@ def test_positions_are_selected(
     n_tokens = len(positions)
     q = rng.integers(-most, most + 1, (n_tokens, n_heads * key_dim)).astype(F32)
     weights = rng.integers(-most, most + 1, (n_tokens, n_heads)).astype(F32)
-    weights = np.ones_like(weights) if has_tail else weights
+    weights = weights if weighted else np.ones_like(weights)
     expected = np.full((n_tokens, top_k + has_tail), -7, np.int32)
     for token, position in enumerate(positions):
         seen = keys[: position + 1][period - 1 :: period]
@@ -1265,7 +1266,7 @@ def test_positions_are_selected(
             out = np.full((n, top_k + has_tail), -7, np.int32)
             launches = selection.select_positions(
                 emulator.rows(q),
-                None if has_tail else emulator.rows(weights),
+                emulator.rows(weights) if weighted else None,
                 emulator.rows(out),
                 cache,
                 n_heads,

@@ -181,10 +181,12 @@ def test_rms_norm(
 
     grouped = f64(x).reshape(n, n_groups, size)
     grouped -= centers * grouped.mean(-1, keepdims=True)
-    exact = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5) * weight + has_bias * bias
+    spread = np.sqrt((grouped**2).mean(-1, keepdims=True) + 1e-5)
+    exact = grouped / spread * weight + has_bias * bias
+    lost = float((np.abs(x).reshape(grouped.shape) / spread).max())  # of the digits, where values are near their mean
     name, vectors = "x" if in_place else "out", {"weight": weight, "bias": bias}
     case = Case(record, {"x": x}, {"out": (n_groups * size, np.float32)}, vectors, results=(name,))
-    case.check({name: exact.reshape(n, -1)})
+    case.check({name: exact.reshape(n, -1)}, atol=max(2e-6, 2e-7 * lost * centers))
 
 
 @few
