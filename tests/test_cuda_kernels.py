@@ -1088,18 +1088,8 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
         (KVType.Q8_0, (40, 24), 3, 2, 7, 0, 0.75, 200, "race", 3e-2),
         (KVType.F32, (16, 16), 2, 1, 0, 0, 0.0, 200, "asan", 1e-5),
         (KVType.F32, (16, 16), 1, 130, 0, 0, 0.0, 200, "fast", 1e-5),  # parts of several tiles
-        (
-            KVType.F16,
-            (576, 512),
-            11,
-            1,
-            0,
-            0,
-            0.0,
-            200,
-            "fast",
-            2e-3,
-        ),  # latent attention: values are parts of their keys
+        # Latent attention: values are parts of their keys.
+        (KVType.F16, (576, 512), 11, 1, 0, 0, 0.0, 200, "fast", 2e-3),
         (KVType.F16, (512, 512), 8, 2, 0, 0, 0.0, 200, "fast", 2e-3),
         (KVType.F32, (512, 512), 3, 1, 60, 0, 0.0, 200, "fast", 1e-5),
         (KVType.F16, (576, 512), 3, 1, 60, 0, 0.0, 200, "fast", 2e-3),

@@ -252,6 +252,16 @@ def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(devi
         assert cold.statistics.snapshot_bytes == 0
 
 
+def test_what_prompts_begin_with_is_run_twice_and_no_more() -> None:
+    """The same instructions, then a question each: the second prompt tells that there are such."""
+    params = SamplingParams(temperature=0.0, max_tokens=7, logprobs=5, ignore_eos=True)
+    with Engine.open(config=config()) as warm, Engine.open(config=config(n_snapshots=0)) as cold:
+        instructions = (warm.tokenize("def read_config(path):\n    return") * 20)[:70]
+        questions = [warm.tokenize(text) for text in ("1 + 1", "x = None", "import os", "0")]
+        found = [reused_and_fresh(warm, cold, [*instructions, *question], params) for question in questions]
+    assert found == [0, 0, 70, 70]
+
+
 def test_a_session_goes_back_and_is_saved_there(tmp_path: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=5, ignore_eos=True)
     with Engine.open(config=config(n_sequences=2)) as engine, engine.new_session() as session:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.errors import DeviceError, RequestError
 from engine.generate.leases import SlotTable
-from engine.generate.snapshots import Snapshots, likely_end
+from engine.generate.snapshots import Snapshots, likely_places
 
 
 class FakeForward:
@@ -189,7 +189,29 @@ def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
     [([9, 1, 2], 1), ([1, 9, 2, 3], 2), ([1, 9, 2, 9], 2), ([1, 9, 9, 2, 2], 3), ([1, 2], 0), ([1], 0), ([9], 0)],
 )
 def test_where_the_next_prompt_may_leave_this_one(prompt: list[int], end: int) -> None:
-    assert likely_end(prompt, {9}) == end
+    assert likely_places(prompt, {9}, 0, 0) == [end] * (end > 0)
+    assert likely_places(prompt, {9}, 2, 0) == [end] * (end > 2)
+
+
+@pytest.mark.parametrize(
+    ("n_held", "n_common", "places"),
+    [(0, 63, [98]), (0, 64, [98, 64]), (33, 96, [98]), (32, 96, [98, 96]), (0, 98, [98]), (98, 99, [])],
+)
+def test_where_a_prompt_left_the_one_before_others_may_too(n_held: int, n_common: int, places: list[int]) -> None:
+    assert likely_places([1] * 100, {9}, n_held, n_common) == places
+
+
+def test_a_lease_tells_what_is_common_even_if_it_is_of_no_use() -> None:
+    table, forward = SlotTable(1, cuts_back=0), FakeForward()
+    with table.borrow([1, 2, 3, 4]) as lease:
+        assert (lease.n_held, lease.n_common) == (0, 0)
+        lease.extend(forward, [1, 2, 3, 4])
+        with lease.lend([1, 2, 3, 5]) as lent:
+            assert (lent.n_held, lent.n_common) == (0, 3)
+            lent.extend(forward, [1, 2, 3, 5])
+    with table.borrow([1, 2, 3, 5]) as lease:
+        assert (lease.n_held, lease.n_common) == (0, 3)
+    assert table.common(0, ()) == 0
 
 
 class FakeRings:

@@ -15,7 +15,7 @@ from engine.generate.forward import Progress
 from engine.generate.leases import Lease
 from engine.generate.sampling import Sampler
 from engine.generate.sequence import Sequence
-from engine.generate.snapshots import likely_end
+from engine.generate.snapshots import likely_places
 from engine.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -149,9 +149,9 @@ class Answer:
         self._sampler = Sampler(sequence.params, tokenizer)
         self._progress = progress
         self._n_reused = lease.n_held
-        self._remember_at = 0
+        self._remember_at: list[int] = []  # the next place last
         if lease.takes_snapshots:
-            self._remember_at = likely_end(sequence.prompt_ids, tokenizer.eog_ids)
+            self._remember_at = likely_places(sequence.prompt_ids, tokenizer.eog_ids, lease.n_held, lease.n_common)
         # After a text that is cut off, a recurrent state beyond the last token but one would be of no use.
         self._may_run_ahead = sequence.params.logprobs < 0 and self._sampler.is_sure
         self._may_run_ahead &= lease.can_cut_back or not sequence.params.stop
@@ -181,8 +181,8 @@ class Answer:
     def pending(self, n: int) -> list[int]:
         """Return the first `n` of those, or fewer, up to where the state is to be remembered."""
         prompt, made, start = self._sequence.prompt_ids, self._sequence.token_ids, self.lease.n_held
-        if start < self._remember_at:
-            n = min(n, self._remember_at - start)
+        if self._remember_at:
+            n = min(n, self._remember_at[-1] - start)
         ids = prompt[start : start + n]
         at = max(0, start - len(prompt))
         return ids + made[at : at + n - len(ids)]
@@ -190,7 +190,8 @@ class Answer:
     def note_run(self, token_ids: list[int]) -> None:
         """Note that the slot holds these tokens too, and remember the state if this is the place to."""
         self.lease.commit(token_ids)
-        if self.lease.n_held == self._remember_at:
+        if self._remember_at and self.lease.n_held == self._remember_at[-1]:
+            self._remember_at.pop()
             self.lease.remember()
 
     def note_prompt(self, seconds: float) -> None:

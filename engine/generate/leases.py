@@ -41,8 +41,8 @@ class SlotTable:
         with self._changed:
             if all(owner is not None for owner in self._owner):
                 return None
-            slot, n_usable = self._take(token_ids, reuse=True)
-        return self._lease(slot, n_usable)
+            slot = self._take(token_ids, reuse=True)
+        return self._lease(slot, token_ids, reuse=True)
 
     def borrow(self, token_ids: Sequence[int], *, reuse: bool = True) -> Lease:
         """Return the free slot that holds the longest usable prefix of a sequence, else the one unused for longest.
@@ -59,34 +59,38 @@ class SlotTable:
                         "or raise [engine] n_sequences"
                     )
                 self._changed.wait()
-            slot, n_usable = self._take(token_ids, reuse=reuse)
-        return self._lease(slot, n_usable)
+            slot = self._take(token_ids, reuse=reuse)
+        return self._lease(slot, token_ids, reuse=reuse)
 
-    def _take(self, token_ids: Sequence[int], *, reuse: bool) -> tuple[int, int]:
-        """Make a free slot this thread's; return it and the tokens it holds that can be used."""
+    def _take(self, token_ids: Sequence[int], *, reuse: bool) -> int:
+        """Make a free slot this thread's: the one that holds most that can be used."""
         free = [slot for slot, owner in enumerate(self._owner) if owner is None]
         usable = {slot: self.usable(slot, token_ids) if reuse else 0 for slot in free}
         slot = max(free, key=lambda s: (usable[s], -self._last_use[s]))
         self._owner[slot] = threading.get_ident()
         self._clock += 1
         self._last_use[slot] = self._clock
-        return slot, usable[slot]
+        return slot
 
-    def _lease(self, slot: int, n_usable: int) -> Lease:
+    def _lease(self, slot: int, token_ids: Sequence[int], *, reuse: bool) -> Lease:
         """Return a slot of this thread's as a lease; not while others wait for the table, as this may wait for them."""
+        n_common = self.common(slot, token_ids)
         try:
-            self.go_back(slot, n_usable)
+            self.go_back(slot, self.usable(slot, token_ids) if reuse else 0)
         except BaseException:
             self.give_back(slot)
             raise
-        return Lease(self, slot, self._held[slot], is_owner=True)
+        return Lease(self, slot, self._held[slot], n_common, is_owner=True)
+
+    def common(self, slot: int, token_ids: Sequence[int]) -> int:
+        """Return with how many of its tokens a new sequence begins like what a slot holds, but for its last one."""
+        held = self._held[slot]
+        n = next((i for i, (a, b) in enumerate(zip(held, token_ids, strict=False)) if a != b), len(held))
+        return max(0, min(n, len(token_ids) - 1))
 
     def usable(self, slot: int, token_ids: Sequence[int]) -> int:
         """Return the tokens of a new sequence that need not be run; the last one always must, for its logits."""
-        held = self._held[slot]
-        pairs = zip(held, token_ids, strict=False)
-        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(token_ids)))
-        longest = min(common, len(token_ids) - 1)
+        longest = self.common(slot, token_ids)
         if longest >= self._floor[slot]:
             return longest
         return self.snapshots.best(slot, longest) if self.snapshots is not None else 0
@@ -128,12 +132,17 @@ class SlotTable:
 
 
 class Lease:
-    """A slot on loan: the tokens it holds, and the way to add more. A context manager that gives the slot back."""
+    """A slot on loan: the tokens it holds, and the way to add more. A context manager that gives the slot back.
 
-    def __init__(self, table: SlotTable, slot: int, held: list[int], *, is_owner: bool) -> None:
+    Attributes:
+        slot: its number.
+        n_common: tokens that the sequence has in common with the one before, whether they could be used or not.
+    """
+
+    def __init__(self, table: SlotTable, slot: int, held: list[int], n_common: int, *, is_owner: bool) -> None:
         self._table = table
         self._is_owner = is_owner
-        self.slot = slot
+        self.slot, self.n_common = slot, n_common
         self._held = held
         self._is_open = True
 
@@ -165,8 +174,9 @@ class Lease:
     def lend(self, token_ids: Sequence[int]) -> Lease:
         """Return a lease for an answer in this slot, cut back to what that can use; closing it keeps the slot here."""
         assert self._is_open
+        n_common = self._table.common(self.slot, token_ids)
         self._table.go_back(self.slot, self._table.usable(self.slot, token_ids))
-        return Lease(self._table, self.slot, self._held, is_owner=False)
+        return Lease(self._table, self.slot, self._held, n_common, is_owner=False)
 
     def extend(
         self,

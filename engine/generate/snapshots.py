@@ -19,6 +19,7 @@ import numpy.typing as npt
 from engine.devices.program import RecurrentProgram
 
 log = logging.getLogger(__name__)
+_LEAST_SAVED = 64  # tokens that a copy is worth beside the one at the end of a prompt
 
 
 class Snapshots:
@@ -75,12 +76,19 @@ class Snapshots:
                 del self._kept[key]
 
 
-def likely_end(prompt_ids: Sequence[int], turn_ends: Collection[int]) -> int:
-    """Return how many tokens of a prompt the next one is likely to begin with.
+def likely_places(prompt_ids: Sequence[int], turn_ends: Collection[int], n_held: int, n_common: int) -> list[int]:
+    """Return after how many tokens of a prompt the next one is likely to differ, beyond the first `n_held`; last first.
 
-    That is all to the end of the last message. What follows it, the head of the answer, may be written differently when
-    the answer is a message itself. A prompt without messages may be asked again: then all but its last two tokens. One
-    must be run for its logits, and one alone would look like a token of an answer to the expert cache.
+    That is at the end of the last message. What follows it, the head of the answer, may be written differently when the
+    answer is a message itself. A prompt without messages may be asked again: then all but its last two tokens. One must
+    be run for its logits, and one alone would look like a token of an answer to the expert cache.
+
+    It is also where this prompt differs from the one before, after `n_common` tokens: many may begin with the same
+    instructions.
     """
     ends = (i + 1 for i in range(len(prompt_ids) - 2, 0, -1) if prompt_ids[i] in turn_ends)
-    return next(ends, max(len(prompt_ids) - 2, 0))
+    last = next(ends, max(len(prompt_ids) - 2, 0))
+    places = [last] if last > n_held else []
+    if n_held + _LEAST_SAVED <= n_common < last:
+        places.append(n_common)
+    return places
