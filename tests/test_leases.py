@@ -167,6 +167,29 @@ def test_the_snapshot_unused_for_longest_makes_room() -> None:
     assert snapshots.best(0, 9) == 2
 
 
+def test_a_copy_that_is_gone_meanwhile_means_to_begin_anew(monkeypatch) -> None:
+    device = FakeStates(1)
+    snapshots = Snapshots(device, nullcontext, 1)
+    table = SlotTable(1, cuts_back=0, snapshots=snapshots)
+    with table.borrow([1, 2, 3]) as lease:
+        lease.extend(device, [1, 2])
+        lease.remember()
+        lease.extend(device, [3])
+    best = snapshots.best
+
+    def and_drop(slot: int, longest: int) -> int:
+        """As if another thread made room right after this one had looked."""
+        found = best(slot, longest)
+        snapshots._kept.clear()
+        return found or 2
+
+    monkeypatch.setattr(snapshots, "best", and_drop)
+    with table.borrow([1, 2, 4]) as lease:
+        assert lease.n_held == 0
+        lease.extend(device, [1, 2, 4])
+        assert device.states[0] == [1, 2, 4]
+
+
 def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
     device = FakeStates(1)
     table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext, 2))

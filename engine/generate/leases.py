@@ -106,7 +106,7 @@ class SlotTable:
         return n_tokens >= self._floor[slot]
 
     def go_back(self, slot: int, n_tokens: int) -> None:
-        """Cut what a slot holds back to its first tokens, as many as `usable` named.
+        """Cut what a slot holds back to its first tokens, as many as `usable` named; to none if a copy is gone since.
 
         Whatever happens, the slot then holds what it says.
         """
@@ -115,8 +115,8 @@ class SlotTable:
         held.clear()
         if self.snapshots is not None:
             self.snapshots.forget(slot, n_tokens)
-            if kept and not is_there:
-                self.snapshots.restore(slot, n_tokens)
+            if kept and not is_there and not self.snapshots.restore(slot, n_tokens):
+                kept = []
         if not kept or not is_there:
             self._floor[slot] = len(kept)
         held += kept

@@ -62,12 +62,16 @@ class Snapshots:
         with self._lock:
             return max((position for s, position in self._kept if s == slot and position <= longest), default=0)
 
-    def restore(self, slot: int, position: int) -> None:
-        """Put a state back that `best` named."""
+    def restore(self, slot: int, position: int) -> bool:
+        """Put a state back that `best` named; False if another thread has made room since and it is gone."""
         with self._turn():
             with self._lock:
-                state = self._kept[slot, position] = self._kept.pop((slot, position))
+                state = self._kept.pop((slot, position), None)
+                if state is None:
+                    return False
+                self._kept[slot, position] = state
             self._program.load_states(slot, position, state)
+            return True
 
     def forget(self, slot: int, beyond: int) -> None:
         """Drop the copies of a slot that were taken after more than `beyond` tokens: others come there now."""
