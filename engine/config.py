@@ -68,8 +68,7 @@ class EngineSettings(Table):
         n_sequences: sequences whose keys, values and states are kept at the same time.
         n_snapshots: copies of the states of recurrent layers, and of the last keys and values of layers with a window,
             that are kept, of all sequences together, at the ends of messages and where prompts differ, so that neither
-            a chat which goes on a little differently nor what many prompts begin with need be run again; 0 = none, two
-            for each sequence are enough for a batch.
+            a chat which goes on a little differently nor what many prompts begin with need be run again; 0 = none.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
     """

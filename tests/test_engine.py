@@ -211,9 +211,28 @@ def test_recurrent_layers_reuse_a_conversation_that_goes_on(engine: Engine) -> N
     fresh = engine.generate(longer, params)
     assert fresh.usage.n_reused_tokens == 0
     assert (fresh.token_ids, fresh.logprobs) == (second.token_ids, second.logprobs)
-    # Shorter: a state goes back to where it was remembered, two tokens before the end, and not further.
+    # Shorter: a state goes back to where it was remembered, two tokens before the end of a prompt, and to nothing else.
     assert engine.generate(longer[:-1], params).usage.n_reused_tokens == len(longer) - 2
-    assert engine.generate(longer[:-2], params).usage.n_reused_tokens == 0
+    assert engine.generate(longer[:-2], params).usage.n_reused_tokens == len(ids) - 2
+    assert engine.generate(ids[:-2], params).usage.n_reused_tokens == 0
+
+
+def test_sequences_with_the_same_tokens_share_a_copy(engine: Engine) -> None:
+    ids = engine.tokenize("import os\n\ndef read(path):", add_special=True)
+    longer = [*ids[:-2], *engine.tokenize("name):")]
+    expected = engine.generate(longer, GREEDY)
+    with (
+        Engine.open(config=config(n_sequences=2, n_snapshots=1)) as warm,
+        warm.new_session() as one,
+        warm.new_session() as other,
+    ):
+        sessions = (one, other)
+        for session in sessions:
+            session.generate(ids, GREEDY)
+        for session in sessions:
+            answer = session.generate(longer, GREEDY)
+            assert answer.usage.n_reused_tokens == len(ids) - 2
+            assert answer.token_ids == expected.token_ids
 
 
 def reused_and_fresh(warm: Engine, cold: Engine, prompt: list[int], params: SamplingParams) -> int:
@@ -302,15 +321,17 @@ def test_a_step_that_is_interrupted_goes_back_to_the_last_message(monkeypatch: p
         assert again.token_ids == expected.token_ids
 
 
-def test_without_memory_for_a_snapshot_answers_go_on(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_without_memory_for_a_snapshot_answers_go_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(slot: int, n_tokens: int) -> None:
         raise MemoryError
 
-    with Engine.open(config=config()) as engine:
-        expected = engine.generate(PROMPT, GREEDY)
-        monkeypatch.setattr(engine._program, "save_states", full)
+    expected = engine.generate(PROMPT, GREEDY)
+    with Engine.open(config=config()) as without:
+        monkeypatch.setattr(without._program, "save_states", full)
         for prompt in ("import re", "class A:", PROMPT):
-            found = engine.generate(prompt, GREEDY)
+            found = without.generate(prompt, GREEDY)
         assert found.token_ids == expected.token_ids
     assert [r.message for r in caplog.records if "n_snapshots" in r.message] == [
         "no memory for more than 0 copies of states: set n_snapshots = 0"
@@ -421,7 +442,8 @@ def test_statistics_add_up(engine: Engine) -> None:
     assert weights.expert_layers == 8
     assert weights.token_bytes < weights.dense_bytes + weights.expert_bytes
     assert sum(weights.by_format.values()) == pytest.approx(statistics.file_bytes, rel=0.02)  # vectors left out
-    assert statistics.ram_bytes == statistics.file_bytes + statistics.state_bytes + statistics.scratch_bytes
+    parts = (statistics.file_bytes, statistics.state_bytes, statistics.scratch_bytes, statistics.snapshot_bytes)
+    assert statistics.ram_bytes == sum(parts)
     assert statistics.state_bytes > 0
     assert "tiny-moe" in statistics.model
     assert "2 threads" in statistics.device

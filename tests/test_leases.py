@@ -158,36 +158,46 @@ def test_the_snapshot_unused_for_longest_makes_room() -> None:
         for token in (1, 2, 3):
             lease.extend(device, [token])
             lease.remember()
-    assert [snapshots.best(0, n) for n in (1, 2, 3, 9)] == [0, 2, 3, 3]
+    assert [snapshots.best([1, 2, 3, 4][:n]) for n in range(5)] == [0, 0, 2, 3, 3]
+    assert [snapshots.best(tokens) for tokens in ([1, 2, 9], [2, 3], [1, 258])] == [2, 0, 0]
     assert snapshots.n_bytes == 2 + 3
-    snapshots.restore(0, 2)
-    snapshots.take(0, 9)
-    assert [snapshots.best(0, n) for n in (3, 9)] == [2, 9]
-    snapshots.forget(0, 2)
-    assert snapshots.best(0, 9) == 2
+    assert snapshots.restore(0, [1, 2])
+    snapshots.take(0, [1, 2, 9])
+    assert [snapshots.best(tokens) for tokens in ([1, 2, 3], [1, 2, 9])] == [2, 3]
+    assert not snapshots.restore(0, [1, 2, 3])
+    assert snapshots.restore(0, [1, 2])
+    snapshots.take(0, [1, 2, 9])  # is there: no other copy, and the last that makes room
+    snapshots.take(0, [1])
+    assert [snapshots.best(tokens) for tokens in ([1, 2, 3], [1, 2, 9])] == [1, 3]
+
+
+def test_a_copy_serves_every_slot_that_holds_its_tokens() -> None:
+    device = FakeStates(2)
+    table = SlotTable(2, cuts_back=0, snapshots=Snapshots(device, nullcontext, 1))
+    with table.borrow([1, 2, 3, 4]) as one, table.borrow([1, 2, 5, 6]) as other:
+        one.extend(device, [1, 2])
+        one.remember()
+        one.extend(device, [3, 4])
+        other.extend(device, [1, 2, 5, 6])
+    for end in (7, 8):
+        with table.borrow([1, 2, end]) as one, table.borrow([1, 2, end]) as other:
+            assert one.n_held == other.n_held == 2
+            for lease in (one, other):
+                lease.extend(device, [end])
+                assert device.states[lease.slot] == [1, 2, end]
 
 
 def test_a_copy_that_is_gone_meanwhile_means_to_begin_anew(monkeypatch) -> None:
     device = FakeStates(1)
-    snapshots = Snapshots(device, nullcontext, 1)
-    table = SlotTable(1, cuts_back=0, snapshots=snapshots)
+    table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext, 1))
     with table.borrow([1, 2, 3]) as lease:
         lease.extend(device, [1, 2])
         lease.remember()
         lease.extend(device, [3])
-    best = snapshots.best
-
-    def and_drop(slot: int, longest: int) -> int:
-        """As if another thread made room right after this one had looked."""
-        found = best(slot, longest)
-        snapshots._kept.clear()
-        return found or 2
-
-    monkeypatch.setattr(snapshots, "best", and_drop)
+    monkeypatch.setattr(table.snapshots, "best", lambda _: 1)  # as another thread made room after it had looked
     with table.borrow([1, 2, 4]) as lease:
         assert lease.n_held == 0
         lease.extend(device, [1, 2, 4])
-        assert device.states[0] == [1, 2, 4]
 
 
 def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:

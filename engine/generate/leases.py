@@ -93,7 +93,7 @@ class SlotTable:
         longest = self.common(slot, token_ids)
         if longest >= self._floor[slot]:
             return longest
-        return self.snapshots.best(slot, longest) if self.snapshots is not None else 0
+        return self.snapshots.best(token_ids[:longest]) if self.snapshots is not None else 0
 
     def note(self, slot: int, n_tokens: int, *, is_whole: bool = True) -> None:
         """Note that a sequence gets so many tokens; one that is not whole has no more than its next token needs."""
@@ -113,10 +113,8 @@ class SlotTable:
         held = self._held[slot]
         kept, is_there = held[:n_tokens], self.has(slot, n_tokens)
         held.clear()
-        if self.snapshots is not None:
-            self.snapshots.forget(slot, n_tokens)
-            if kept and not is_there and not self.snapshots.restore(slot, n_tokens):
-                kept = []
+        if kept and not is_there and not (self.snapshots is not None and self.snapshots.restore(slot, kept)):
+            kept = []
         if not kept or not is_there:
             self._floor[slot] = len(kept)
         held += kept
@@ -204,13 +202,13 @@ class Lease:
     def remember(self) -> None:
         """Make it possible to cut the sequence back to where it is now."""
         if self._table.snapshots is not None:
-            self._table.snapshots.take(self.slot, len(self._held))
+            self._table.snapshots.take(self.slot, self._held)
 
     def recover(self, n_wanted: int) -> None:
         """Go back to what the slot surely holds, at most `n_wanted` tokens, after a step that was stopped."""
         n, table = min(n_wanted, len(self._held)), self._table
         if not table.has(self.slot, n):
-            n = 0 if table.snapshots is None else table.snapshots.best(self.slot, n)
+            n = 0 if table.snapshots is None else table.snapshots.best(self._held[:n])
         elif n == len(self._held):
             return
         with contextlib.suppress(EngineError):  # a device that fails here, too, leaves the slot empty

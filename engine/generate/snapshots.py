@@ -19,18 +19,22 @@ import numpy.typing as npt
 from engine.devices.program import RecurrentProgram
 
 log = logging.getLogger(__name__)
+_ID_BYTES = 4
 _LEAST_SAVED = 64  # tokens that a copy is worth beside the one at the end of a prompt
 
 
 class Snapshots:
-    """Copies of what sequences overwrite, by slot and position. Safe to use from several threads."""
+    """Copies of what sequences overwrite, by the tokens that led there. Safe to use from several threads.
+
+    A copy fits any slot that holds these tokens: the same tokens leave the same bits.
+    """
 
     def __init__(
         self, program: RecurrentProgram, turn: Callable[[], AbstractContextManager[None]], max_snapshots: int
     ) -> None:
         """Keep at most `max_snapshots`; the program is used inside `turn()` only."""
         self._program, self._turn, self._max = program, turn, max_snapshots
-        self._kept: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}  # least recently used first
+        self._kept: dict[bytes, npt.NDArray[np.uint8]] = {}  # by int32 token ids; least recently used first
         self._lock = threading.Lock()  # of `_kept`; never held while waiting for a turn
 
     @property
@@ -39,45 +43,52 @@ class Snapshots:
         with self._lock:
             return sum(state.size for state in self._kept.values())
 
-    def take(self, slot: int, position: int) -> None:
-        """Copy the state of a slot that holds `position` tokens; out of memory costs a warning and the older copies."""
+    def take(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Copy the state of a slot that holds these tokens; out of memory costs a warning and the older copies."""
         if not self._max:
             return
+        key = _key(token_ids)
         with self._turn():
             with self._lock:
-                self._kept.pop((slot, position), None)
+                if self._touch(key) is not None:
+                    return
                 while len(self._kept) >= self._max:
                     self._kept.pop(next(iter(self._kept)))
             try:
-                state = self._program.save_states(slot, position)
+                state = self._program.save_states(slot, len(token_ids))
             except MemoryError:
                 self._max = len(self._kept)
                 log.warning("no memory for more than %d copies of states: set n_snapshots = 0", self._max)
                 return
             with self._lock:
-                self._kept[slot, position] = state
+                self._kept[key] = state
 
-    def best(self, slot: int, longest: int) -> int:
-        """Return the last position of a slot, up to `longest`, that it can go back to; 0 if only its beginning."""
+    def best(self, token_ids: Sequence[int]) -> int:
+        """Return the most of the first of these tokens that there is a copy of; 0 for none."""
+        wanted = _key(token_ids)
         with self._lock:
-            return max((position for s, position in self._kept if s == slot and position <= longest), default=0)
+            return max((len(key) for key in self._kept if wanted.startswith(key)), default=0) // _ID_BYTES
 
-    def restore(self, slot: int, position: int) -> bool:
-        """Put a state back that `best` named; False if another thread has made room since and it is gone."""
+    def restore(self, slot: int, token_ids: Sequence[int]) -> bool:
+        """Put the state of a slot that holds these tokens back; False if there is no copy of it any more."""
         with self._turn():
             with self._lock:
-                state = self._kept.pop((slot, position), None)
-                if state is None:
-                    return False
-                self._kept[slot, position] = state
-            self._program.load_states(slot, position, state)
+                state = self._touch(_key(token_ids))
+            if state is None:
+                return False
+            self._program.load_states(slot, len(token_ids), state)
             return True
 
-    def forget(self, slot: int, beyond: int) -> None:
-        """Drop the copies of a slot that were taken after more than `beyond` tokens: others come there now."""
-        with self._lock:
-            for key in [key for key in self._kept if key[0] == slot and key[1] > beyond]:
-                del self._kept[key]
+    def _touch(self, key: bytes) -> npt.NDArray[np.uint8] | None:
+        """Return the copy, if it is there, as the one that was used last."""
+        state = self._kept.pop(key, None)
+        if state is not None:
+            self._kept[key] = state
+        return state
+
+
+def _key(token_ids: Sequence[int]) -> bytes:
+    return np.asarray(token_ids, np.int32).tobytes()
 
 
 def likely_places(prompt_ids: Sequence[int], turn_ends: Collection[int], n_held: int, n_common: int) -> list[int]:
