@@ -12,8 +12,10 @@ import pytest
 from golden_files import model_path
 from test_cuda_device import Model, Opened
 
+from engine.devices.cuda import host_memory
 from engine.devices.cuda.expert_layers import Staging
-from engine.devices.cuda.launch import Launch
+from engine.devices.cuda.host_memory import PinnedTensors
+from engine.devices.cuda.launch import PADDING, Launch
 from engine.devices.cuda.runtime import Stream
 from engine.devices.graph import KVType, Rows
 from engine.devices.program import Limits
@@ -192,6 +194,24 @@ def test_where_memory_cannot_be_pinned_the_device_gets_copies(
     table = prompt_model.weights.array("token_embd.weight").nbytes
     copied = prompt_model.weights.is_own_memory and nth == 1
     assert (dense_bytes[1] - dense_bytes[0] >= table) == copied
+
+
+def test_what_is_pinned_has_the_bytes_behind_it_that_kernels_read(prompt_model: Model, monkeypatch) -> None:
+    """The last row of a table is read in whole words, too; beyond pinned pages that would end the process."""
+    pinned: list[int] = []
+
+    class Pinned:
+        device_address = 0
+
+        def __init__(self, *what: int) -> None:
+            pinned.append(what[-1])
+            self.bytes = np.zeros(what[-1], np.uint8)
+
+    for name in ("PinnedPages", "PinnedMemory"):
+        monkeypatch.setattr(host_memory, name, Pinned)
+    names = ["token_embd.weight", "blk.0.ffn_down_exps.weight"]
+    assert PinnedTensors(prompt_model.weights, names, most_copied=1 << 30).addresses.keys() == set(names)
+    assert pinned == [prompt_model.weights.array(name).nbytes + PADDING for name in names]
 
 
 def test_a_table_in_a_file_is_not_copied_where_memory_is_short(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.data import tiny_model_path
 from engine.errors import DeviceError, GGUFError
 from engine.gguf import GGUFFile, WeightMemory, reader, weights
 
@@ -36,6 +38,16 @@ def test_both_modes_hold_the_same_bytes(
             assert not a.flags.writeable
             assert not b.flags.writeable
             assert b.ctypes.data % 4096 == 0
+
+
+def test_tensors_in_memory_have_pages_of_their_own_with_some_bytes_behind_them() -> None:
+    """Also where they would fill their pages exactly: a GPU that reads a row there reads whole words."""
+    with GGUFFile.open(tiny_model_path()) as file, WeightMemory.load(file, file.tensors, "memory") as memory:
+        ends = sorted((a.ctypes.data, a.nbytes) for a in map(memory.array, file.tensors))
+        last = np.asarray(memory.array(next(iter(file.tensors))).base)
+        assert any(n_bytes % 4096 == 0 for _, n_bytes in ends)
+        for (start, n_bytes), (following, _) in pairwise([*ends, (last.ctypes.data + last.nbytes, 0)]):
+            assert -(-(start + n_bytes + 16) // 4096) * 4096 <= following
 
 
 def test_holds_the_tensors_asked_for_once(file: GGUFFile) -> None:

@@ -88,7 +88,7 @@ class WeightAccess(Protocol):
 
     @property
     def is_own_memory(self) -> bool:
-        """Return whether each tensor has whole pages of anonymous memory, rather than pages of a file."""
+        """Return whether each tensor has own pages of anonymous memory, 16 bytes behind it included, not of a file."""
         ...
 
     def array(self, name: str) -> npt.NDArray[np.uint8]:

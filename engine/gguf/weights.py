@@ -20,6 +20,7 @@ Progress = Callable[[int, int], None]
 
 # Tensors begin at pages: a part of one can then be pinned for a GPU, or given back, without touching its neighbours.
 _ALIGNMENT = 4096
+_SPARE_BYTES = 16  # behind each of them in its last page, for kernels read whole words
 _HUGE_PAGE = 2 << 20
 
 
@@ -81,7 +82,7 @@ class WeightMemory:
         offsets, needed = [], 0
         for info in infos:
             offsets.append(needed)
-            needed += -(-info.n_bytes // _ALIGNMENT) * _ALIGNMENT
+            needed += -(-(info.n_bytes + _SPARE_BYTES) // _ALIGNMENT) * _ALIGNMENT
         memory = _allocate(model_file.name, needed)
         n_threads = n_threads or min(os.cpu_count() or 1, 16)
         for info, offset in zip(infos, offsets, strict=True):
@@ -98,7 +99,7 @@ class WeightMemory:
 
     @property
     def is_own_memory(self) -> bool:
-        """Return whether each tensor has whole pages of anonymous memory, rather than pages of a file."""
+        """Return whether each tensor has own pages of anonymous memory, 16 bytes behind it included, not of a file."""
         return self.mode == "memory"
 
     def array(self, name: str) -> npt.NDArray[np.uint8]:

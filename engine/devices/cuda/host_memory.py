@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.devices.cuda.driver import DriverCallError
+from engine.devices.cuda.launch import PADDING
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import PinnedMemory, PinnedPages, close_all
 from engine.devices.footprint import row_tables
@@ -41,7 +42,7 @@ class ExpertPaths:
 
 
 class PinnedTensors:
-    """Tensors of the weights, each pinned as one piece, or none of them.
+    """Tensors of the weights, each pinned as one piece with the bytes behind it that kernels read, or none of them.
 
     Attributes:
         addresses: that the device has for them, by name.
@@ -77,12 +78,12 @@ class PinnedTensors:
 
 
 def _pinned(array: npt.NDArray[np.uint8]) -> PinnedPages:
-    return PinnedPages(int(array.ctypes.data), array.nbytes)
+    return PinnedPages(int(array.ctypes.data), array.nbytes + PADDING)
 
 
 def _pinned_copy(array: npt.NDArray[np.uint8]) -> PinnedMemory:
-    memory = PinnedMemory(array.nbytes)
-    memory.bytes[:] = array
+    memory = PinnedMemory(array.nbytes + PADDING)
+    memory.bytes[: array.nbytes] = array
     return memory
 
 
