@@ -63,8 +63,8 @@ class EngineSettings(Table):
             best this CPU runs.
         context_length: tokens in a sequence at most; 0 = what the model was trained for, up to 8192.
         max_batch_tokens: tokens of a prompt that are run together.
-        max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt;
-            fewer if its memory is small.
+        max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt:
+            the longer, the faster long prompts are; fewer if its memory is small.
         n_sequences: sequences whose keys, values and states are kept at the same time.
         n_snapshots: copies of the states of recurrent layers, and of the last keys and values of layers with a window,
             that are kept, of all sequences together, at the ends of messages and where prompts differ, so that neither
@@ -80,7 +80,7 @@ class EngineSettings(Table):
     isa: Literal["", "scalar", "avx2", "avx512", "avx512_vbmi"] = setting("", env="ENGINE_ISA")
     context_length: int = setting(0, low=0, high=1 << 24)
     max_batch_tokens: int = setting(512, low=1, high=1 << 16)
-    max_prompt_tokens: int = setting(4096, low=1, high=1 << 16)
+    max_prompt_tokens: int = setting(16384, low=1, high=1 << 16)
     n_sequences: int = setting(1, low=1, high=1024)
     n_snapshots: int = setting(4, low=0, high=1 << 16)
     kv_type: Literal["f32", "f16", "q8_0"] = "f16"

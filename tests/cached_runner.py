@@ -49,6 +49,7 @@ class Setup:
     n_threads: int = 1
     swapper: type[Swapper] = Swapper
     n_lent: tuple[int, ...] = (0,)  # of the slots of each layer, to steps that stream experts
+    lends_one_up_to: int = 0  # tokens of such steps that take one of them only
     outlast: tuple[int, ...] = ()  # positions beyond which one more of the slots of every layer is lent to the context
 
 
@@ -56,6 +57,7 @@ SETUPS = st.builds(
     Setup,
     n_slots=st.lists(st.integers(0, 64), min_size=1, max_size=8).map(tuple),
     n_lent=st.lists(st.integers(0, 12), min_size=1, max_size=3).map(tuple),
+    lends_one_up_to=st.integers(0, 20),
     outlast=st.lists(st.integers(0, 50), max_size=5).map(tuple),
     policy=st.sampled_from(POLICIES),
     seed=st.integers(0, 2**32 - 1),
@@ -90,7 +92,10 @@ class Model:
         in_contexts = [ContextSlot(la, 0, 0, n) for la in range(self.n_layers) for n in longest_first[: n_slots[la]]]
         n_kept = np.maximum(n_kept - len(longest_first), 0)
         lowered = Lowering(self.loaded.graph, self.weights, LIMITS, setup.n_threads, device.cpu.isa)
-        plan = replace(plan, n_slots=n_slots, n_kept=n_kept, context_slots=tuple(in_contexts))
+        size = int(plan.expert_bytes.sum())  # a slot of each layer
+        long_steps = (setup.bypass_n_tokens - 1, 0), (setup.lends_one_up_to, size), (LIMITS.max_tokens, 1 << 60)
+        context_slots = tuple(in_contexts)
+        plan = replace(plan, n_slots=n_slots, n_kept=n_kept, context_slots=context_slots, long_steps=long_steps)
         program = EmulatedProgram(device, lowered, self.footprint, plan, setup.bypass_n_tokens)
         cache = HotCache(
             program,

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data import tiny_model_path
-from engine.devices.context_slots import ALIGNMENT, ContextSlot, SequenceLengths, UsableSlots, place_in_context
+from engine.devices.context_slots import ALIGNMENT, ContextSlot, SequenceLengths, place_in_context
 from engine.devices.emulated import HazardError
 from engine.devices.footprint import measure
 from engine.devices.graph import KVType
+from engine.devices.lending import LentSlot, UsableSlots, place_lent
 from engine.devices.placement import Wish, plan_memory
 from engine.devices.program import Limits
 
@@ -66,24 +67,41 @@ def test_layers_with_fewer_slots_get_those_that_stay_longest(least) -> None:
 
 @given(
     in_contexts=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 20)), max_size=12),
+    lent=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=6),
     n_positions=st.integers(0, 22),
+    n_tokens=st.integers(0, 10),
 )
-def test_a_slot_is_usable_while_no_sequence_is_longer(in_contexts, n_positions) -> None:
-    slots = [ContextSlot(layer, 0, 0, end) for layer, end in in_contexts]
-    n_kept, n_own = np.array([1, 0, 2]), np.array([3, 0, 2])
-    n_slots = n_own + np.bincount([slot.layer for slot in slots], minlength=3)
-    usable, short, long = UsableSlots(n_kept, n_slots, slots), [], []
+def test_a_slot_is_usable_while_no_sequence_and_no_step_is_longer(in_contexts, lent, n_positions, n_tokens) -> None:
+    n_kept = np.array([1, 0, 2])
+    context_slots = [ContextSlot(layer, 0, 0, end) for layer, end in in_contexts]
+    lent_slots = [LentSlot(layer, 0, end) for layer, end in lent]
+    usable, expected = UsableSlots(n_kept, context_slots, lent_slots), []
     for layer in range(3):
-        there = [slot.n_positions >= n_positions for slot in slots if slot.layer == layer]
-        kept, none = [True] * n_kept[layer], [False] * int(n_slots.max() - n_slots[layer])
-        n_lent = int(n_own[layer] - n_kept[layer])
-        short.append([*kept, *there, *[True] * n_lent, *none])
-        long.append([*kept, *there, *[False] * n_lent, *none])
-    assert usable.of(False, n_positions).tolist() == short
-    assert usable.of(True, n_positions).tolist() == long
-    for is_long in (False, True):
-        assert usable.of(is_long, n_positions) is usable.of(is_long, n_positions)
-    assert usable.of(False, 0).sum(1).tolist() == n_slots.tolist()
+        there = [end >= n_positions for la, end in in_contexts if la == layer]
+        stay = [end >= n_tokens for la, end in lent if la == layer]
+        expected.append([True] * n_kept[layer] + there + stay)
+    longest = max(map(len, expected))
+    assert usable.of(n_tokens, n_positions).tolist() == [row + [False] * (longest - len(row)) for row in expected]
+    assert usable.of(n_tokens, n_positions) is usable.of(n_tokens, n_positions)
+    assert usable.of(0, 0).sum(1).tolist() == [len(row) for row in expected]
+
+
+def test_each_step_leaves_the_lent_slots_alone_that_lie_behind_its_memory() -> None:
+    slots = place_lent(np.array([3, 0, 1]), np.array([10, 7, 20]), ((5, 0), (8, 15), (64, 30), (512, 45)))
+    assert [(slot.layer, slot.offset, slot.n_tokens) for slot in slots] == [
+        (0, 0, 5),
+        (2, 10, 5),
+        (0, 30, 64),
+        (0, 40, 64),
+    ]
+    usable = UsableSlots(np.array([1, 0, 0]), [], slots)
+    assert [usable.of(n, 0).sum(1).tolist() for n in (1, 5, 6, 64, 65)] == [
+        [4, 0, 1],
+        [4, 0, 1],
+        [3, 0, 0],
+        [3, 0, 0],
+        [1, 0, 0],
+    ]
 
 
 def test_sequences_are_as_long_as_their_last_step_left_them() -> None:
@@ -113,7 +131,7 @@ def test_a_plan_puts_slots_into_contexts_only_where_there_is_something_to_choose
     assert "more of slots where no context has come yet" in some.describe()
     own = some.n_slots - np.bincount([slot.layer for slot in some.context_slots], minlength=len(some.n_slots))
     assert (some.n_kept <= own).all()
-    assert some.usable.of(False, 4096).sum(1).tolist() == own.tolist()
+    assert some.usable.of(1, 4096).sum(1).tolist() == own.tolist()
     assert some.slot_bytes - some.context_bytes == (own * some.expert_bytes).sum()
     assert (plan_memory(footprint, room, Wish(hot_k=int(own.min()) + 1)).n_slots <= own.min() + 1).all()
     for wish in (Wish(hot_k=0), Wish(n_cpu_moe=len(some.n_slots) - 1)):

@@ -14,6 +14,7 @@ from engine.devices.cuda.expert_layers import Staging, Streamed
 from engine.devices.cuda.launch import MOST_BLOCKS, Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.graph import KVType
+from engine.devices.placement import Wish
 from engine.devices.program import Limits
 from engine.models import load_model
 from engine.synthetic import PUBLISHED, SyntheticModel
@@ -29,7 +30,7 @@ def test_every_launch_is_within_what_gpus_take(name: str) -> None:
     model_file = SyntheticModel.open(f"synthetic:{name}:layers={n_layers},vocab=4096")
     graph, weights = load_model(model_file).graph, ZeroWeights(model_file)
     device = CUDADevice.__new__(CUDADevice)  # no GPU is asked for anything
-    device.prompt_tokens, limits = 1 << 16, Limits(512, 1, 1 << 17, KVType.Q8_0)
+    device.prompt_tokens, device.wish, limits = 1 << 16, Wish(), Limits(512, 1, 1 << 17, KVType.Q8_0)
     larger = device._larger_steps(Lowering(graph, weights, limits), 1 << 60, 32)
     assert larger.max_tokens > 3000
     lowering = Lowering(graph, weights, larger, staging=Staging(2, 1, 32))

@@ -54,10 +54,10 @@ class Lending:
             return bool((n_kept > 0).all() and (n_kept < n_slots).all() and (n_slots < opened.program.n_experts).all())
         return False
 
-    def open(self, budget: int = 0) -> Opened:
+    def open(self, budget: int = 0, **settings) -> Opened:
         """Open it, with no expert in any slot."""
         budget = budget or self.budget
-        opened = self.model.open(vram_budget=budget, **SETTINGS)
+        opened = self.model.open(**{**SETTINGS, "vram_budget": budget, **settings})
         assert opened.program.device_bytes <= budget
         opened.program._places[:] = opened.program._expert_in[:] = -1
         return opened
@@ -117,18 +117,27 @@ def cached(opened: Opened, policy: str = "lru") -> HotCache:
 
 
 @pytest.mark.parametrize(
-    ("driver_settings", "short_step", "in_background"),
-    [({}, 64, True), ({"copy_us": 300, "jitter_us": 200}, 5, True), ({"order": "random"}, 64, False)],
+    ("driver_settings", "short_step", "streaming_step", "in_background"),
+    [({}, 64, 512, True), ({"copy_us": 300, "jitter_us": 200}, 5, 4, True), ({"order": "random"}, 64, 4, False)],
     ids=str,
 )
 def test_long_and_short_steps_in_any_order_have_the_same_bits(
-    lending: Lending, driver, driver_settings: dict, short_step: int, in_background: bool, monkeypatch
+    lending: Lending,
+    driver,
+    driver_settings: dict,
+    short_step: int,
+    streaming_step: int,
+    in_background: bool,
+    monkeypatch,
 ) -> None:
-    """Also where steps that ask the CPU are long ones."""
+    """Also where steps that ask the CPU are long ones, and where long ones take less memory than the longest."""
     driver.set(**driver_settings)
     monkeypatch.setattr("engine.devices.footprint.SHORT_STEP", short_step)
+    monkeypatch.setattr("engine.devices.footprint.STREAMING_STEP", streaming_step)
     rng, seen_lent = np.random.default_rng(5), 0
     with lending.open() as opened:
+        n_left = [int(opened.program.usable_slots(n, 0).sum()) for n in (1, 10, 16, 17, 24)]
+        assert n_left[0] > n_left[1] == n_left[2] >= n_left[3] == n_left[4]
         cache = cached(opened)
         watched = WatchedProgram(opened.program, cache, in_background=in_background)
         one_by_one = list(pairwise(range(13)))  # each when all copies are there, however slow they are
@@ -193,6 +202,21 @@ def test_what_is_kept_stays_and_what_is_lent_is_overwritten(lending: Lending) ->
         assert not same_bits(believed, expected)
 
 
+def test_a_shorter_one_of_the_long_steps_leaves_more_slots_alone(lending: Lending, monkeypatch) -> None:
+    monkeypatch.setattr("engine.devices.footprint.STREAMING_STEP", 16)
+    with lending.open(prompt_tokens=LIMITS.context_length) as opened:
+        program, model, expected = opened.program, lending.model, lending.expected
+        left, least = (program.usable_slots(n, N_TOKENS) for n in (12, LIMITS.context_length))
+        assert left.sum() > least.sum() > 0
+        assert (left >= least).all()
+        for layer, slot in np.argwhere(left).tolist():
+            opened.copy(layer, slot, slot)
+        for start, end in ((0, 12), (12, 24)):
+            assert same_bits(step(program, model, start, end), expected[end - 1 : end])
+        for at in range(N_TOKENS):
+            assert same_bits(step(program, model, at, at + 1), expected[at : at + 1])
+
+
 def test_slots_are_places_of_their_own(lending: Lending) -> None:
     """No two slots overlap; kept ones lie before all that long steps use, lent ones before the results of others."""
     with lending.open() as opened:
@@ -206,9 +230,12 @@ def test_slots_are_places_of_their_own(lending: Lending) -> None:
                 stretches.append((start, start + layer.expert_bytes, slot < layer.n_kept))
         stretches.sort()
         assert all(end <= start for (_, end, _), (start, _, _) in pairwise(stretches))
-        assert max(end for _, end, is_kept in stretches if is_kept) <= lowering.long_scratch.offset
-        assert stretches[-1][1] < lowering.scratch.offset
-        assert lowering.scratch.offset + lowering.scratch.n_bytes <= lowering.layout.n_bytes
+        short, *longer = (lowering.scratch_of(n) for n in lowering.sizes)
+        ring_end = lowering.staging_offset + lowering.staging.n_buffers * lowering.staging_buffer_bytes
+        assert max(end for _, end, is_kept in stretches if is_kept) <= lowering.staging_offset
+        assert stretches[-1][1] < short.offset
+        assert all(ring_end <= scratch.offset for scratch in longer)
+        assert max(scratch.offset + scratch.n_bytes for scratch in (short, *longer)) <= lowering.layout.n_bytes
         assert not stretches[-1][2]
 
 

@@ -278,6 +278,24 @@ def test_a_long_step_borrows_slots_and_leaves_the_others_as_they_are(models) -> 
     program.close()
 
 
+def test_a_longer_step_borrows_more_slots(models) -> None:
+    model = models("tiny")
+    setup = Setup((6,), "lru", bypass_n_tokens=8, n_lent=(2, 0, 6), lends_one_up_to=9)
+    forward, cache, program = model.open(setup)
+    cache.fill(np.random.default_rng(0).random((model.n_layers, model.n_experts), np.float32), wait=True)
+    counts = [program.usable_slots(n, 0).sum(1) for n in (7, 8, 9, 10)]
+    assert (counts[0] == 6).all()
+    assert (counts[1] == counts[2]).all()
+    assert counts[0].sum() > counts[1].sum() > counts[3].sum()
+    assert (counts[3] == program.plan.n_kept).all()
+    for start, end in ((0, 8), (8, 18)):
+        forward.run(0, TOKENS[start:end], start, "none")
+        published = [len(experts) for experts in program._memory.published()]
+        assert published == program.usable_slots(end - start, 0).sum(1).tolist()
+    cache.close()
+    program.close()
+
+
 def test_the_tables_point_into_an_area_while_a_layer_is_computed(models, monkeypatch) -> None:
     """Else the arithmetic would read from RAM, and prove nothing about the copies."""
     forward, cache, program = models("tiny").open(Setup((3,), "lru", bypass_n_tokens=8))
@@ -578,12 +596,12 @@ def test_a_device_that_is_too_small_says_so_before_it_allocates(models) -> None:
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     room=st.integers(0, 20_000),
-    long_scratch=st.integers(0, 900),
+    more=st.integers(0, 900),  # for longer steps
     staging=st.integers(0, 900),
     most=st.one_of(st.none(), st.integers(0, 12)),
 )
 def test_lent_slots_fit_beside_the_kept_ones_and_what_prompts_need_likewise(
-    models, sizes, room, long_scratch, staging, most
+    models, sizes, room, more, staging, most
 ) -> None:
     footprint = replace(
         models("tiny").footprint,
@@ -591,8 +609,7 @@ def test_lent_slots_fit_beside_the_kept_ones_and_what_prompts_need_likewise(
         n_experts=10,
         dense_bytes=500,
         state_bytes=70,
-        scratch_bytes=100,
-        long_scratch_bytes=long_scratch,
+        scratch=((64, 100), (512, 100 + more // 2), (4096, 100 + more))[: 3 if more else 1],
     )
     try:
         plan = plan_memory(footprint, room, Wish(most), staging)
@@ -604,14 +621,17 @@ def test_lent_slots_fit_beside_the_kept_ones_and_what_prompts_need_likewise(
     assert (plan.n_kept <= plan.n_slots).all()
     assert plan.n_slots.max() <= 10
     if (plan.n_kept == 10).all():
-        assert 500 + 70 + max(100, long_scratch) + kept == plan.n_bytes
+        assert 500 + 70 + 100 + more + kept == plan.n_bytes
         return
-    if not long_scratch:
+    if not more:
         assert plan.streaming_bytes == lent == 0
         return
-    assert 500 + 70 + kept + long_scratch + staging <= plan.n_bytes  # in prompts
+    in_long_steps = [(n, n_bytes + staging) for n, n_bytes in footprint.scratch[1:]]
+    assert 500 + 70 + kept + in_long_steps[-1][1] <= plan.n_bytes
     assert 500 + 70 + kept + 100 + lent <= plan.n_bytes  # in decode
-    without = slots_that_fit(room - 570 - max(100, long_scratch + staging), footprint.expert_bytes, 10, most)
+    for slot in plan.lent_slots:
+        assert all(n_bytes <= slot.offset or n > slot.n_tokens for n, n_bytes in in_long_steps)
+    without = slots_that_fit(room - 570 - max(100, in_long_steps[-1][1]), footprint.expert_bytes, 10, most)
     assert plan.slot_bytes >= (without * footprint.expert_bytes).sum() - max(sizes)  # lending never costs slots
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from engine.__main__ import main
-from engine.bench.plan import measure_on_gpu, predict
+from engine.bench.plan import measure_on_gpu, predict, predict_wish
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.footprint import measure
 from engine.devices.graph import KVType
+from engine.devices.placement import Wish, longest_step
 from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine, StepWork, streaming_pays_from, time_step
 from engine.experts.policy import make_policy
@@ -98,7 +99,7 @@ def footprint():
 
 
 def test_the_cache_beats_whole_layers_and_these_the_cpu(footprint, trace) -> None:
-    cpu, layers, hot = predict(MACHINE, footprint, 8 * 10**9, trace, 1000)
+    cpu, layers, hot = predict(MACHINE, lambda _: footprint, 8 * 10**9, trace, 1000)
     assert cpu.decode_tok_s < layers.decode_tok_s < hot.decode_tok_s
     assert cpu.hit_rate == 0
     assert 0.2 < layers.hit_rate < 0.5 < hot.hit_rate < 1
@@ -111,20 +112,35 @@ def test_prompts_are_run_in_steps_as_long_as_the_memory_allows(trace) -> None:
     try:
         graph, limits = load_model(model_file).graph, Limits(512, 1, 8192, KVType.F16)
         little, much = (replace(MACHINE, vram_bytes=megabytes * 10**6) for megabytes in (2000, 12_000))
-        small, large = (measure_on_gpu(graph, limits, machine) for machine in (little, much))
-        assert measure_on_gpu(graph, replace(limits, context_length=1500), much).max_tokens == 1500
+        small, large = (measure_on_gpu(graph, limits, machine, Wish()) for machine in (little, much))
+        assert measure_on_gpu(graph, replace(limits, context_length=1500), much, Wish()).max_tokens == 1500
     finally:
         model_file.close()
-    assert (small.max_tokens, large.max_tokens) == (2048, 4096)
+    assert (small.max_tokens, large.max_tokens) == (4096, 8192)
     assert small.long_scratch_bytes < large.long_scratch_bytes < 10**9  # logits are kept for 512 tokens only
     assert small.scratch_bytes == large.scratch_bytes < small.long_scratch_bytes
-    slow, fast = (predict(MACHINE, footprint, 12 * 10**9, trace, 1000)[0] for footprint in (small, large))
+    slow, fast = [predict_wish(MACHINE, size, 12 * 10**9, Wish(hot_k=0), trace, 1000) for size in (small, large)]
     assert slow.decode_tok_s == fast.decode_tok_s
     assert 1.5 * slow.prompt_tok_s < fast.prompt_tok_s < 2 * slow.prompt_tok_s  # one pass for twice as many
 
 
+def test_long_steps_take_what_slots_get_back_and_leave_experts_that_stay() -> None:
+    layers = np.full(10, 100)
+
+    def longest(left: int, wish: Wish = Wish(), taken: int = 0) -> int:  # noqa: B008, it is never changed
+        return longest_step(800, 100, left, layers, wish, lambda n: (n - 100, taken))
+
+    assert [longest(left) for left in (150, 300, 700, 950)] == [100, 200, 400, 400]  # half of it
+    assert [longest(left) for left in (1000, 1100, 1300, 1700)] == [100, 200, 400, 800]  # beside all experts
+    assert longest(1700, Wish(hot_k=4)) == 800
+    assert [longest(950, taken=n) for n in (20, 25)] == [400, 400 // 2]  # eight times as dear
+    whole = [longest(left, Wish(n_cpu_moe=4)) for left in (600, 700, 900, 1600, 3200)]
+    assert whole == [100, 200, 400, 800, 800]  # what is beside six layers, or a sixteenth
+    assert longest(1600, Wish(n_cpu_moe=0)) == longest(1600)
+
+
 def test_with_room_for_everything_both_are_the_same(footprint, trace) -> None:
-    _, layers, hot = predict(MACHINE, footprint, 24 * 10**9, trace, 1000)
+    _, layers, hot = predict(MACHINE, lambda _: footprint, 24 * 10**9, trace, 1000)
     assert layers.hit_rate == hot.hit_rate == 1
     assert layers.decode_tok_s == hot.decode_tok_s
     assert layers.setting == "n_cpu_moe = 0"
@@ -132,7 +148,7 @@ def test_with_room_for_everything_both_are_the_same(footprint, trace) -> None:
 
 def test_more_memory_or_bandwidth_is_faster(footprint, trace) -> None:
     def speed(machine: Machine, gigabytes: int) -> float:
-        return predict(machine, footprint, gigabytes * 10**9, trace, 1000)[2].decode_tok_s
+        return predict(machine, lambda _: footprint, gigabytes * 10**9, trace, 1000)[2].decode_tok_s
 
     base = speed(MACHINE, 6)
     assert speed(MACHINE, 9) > base
@@ -156,7 +172,7 @@ def test_the_prediction_is_what_the_emulated_device_then_does() -> None:
         model_file.close()
     trace = RoutingProcess(8, 56, 4).trace(8, 8)
     machine = Machine(Bandwidths(60e9, 25e9, 900e9), 24 * 10**9)
-    assert predict(machine, footprint, 10**9, trace, 110)[0].decode_tok_s == pytest.approx(measured, rel=1e-3)
+    assert predict(machine, lambda _: footprint, 10**9, trace, 110)[0].decode_tok_s == pytest.approx(measured, rel=1e-3)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_se
 from engine.config import EngineConfig
 from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint, measure
-from engine.devices.placement import MemoryPlan, plan_memory
+from engine.devices.placement import MemoryPlan, Wish, plan_memory
 from engine.devices.timing import Machine
 from engine.devices.traffic import WeightTraffic, count_weights
 from engine.errors import DeviceError
@@ -130,15 +130,19 @@ def machine_facts(model: Model, config: EngineConfig) -> tuple[Facts, list[Predi
     """
     config = resolve(config, model.spec)
     limits, weights = limits_of(config.engine), count_weights(model.graph)
-    footprint, threshold = measure(model.graph, limits), stream_n_tokens(config)
+    bare, threshold = measure(model.graph, limits), stream_n_tokens(config)
     name, machine = survey_machine(config)
-    if machine is not None and config.engine.device == "emulated":
-        pays = footprint.streaming_pays_from(machine.bandwidths, machine.cpu_macs)
-        footprint = measure(model.graph, limits, threshold or pays)
-    elif machine is not None:
-        footprint = measure_on_gpu(model.graph, limits, machine, config.engine.max_prompt_tokens, threshold)
     if machine is None:
-        return _facts_without_gpu(config, footprint, weights) | {"GPU": f"none is used: {name}"}, []
+        return _facts_without_gpu(config, bare, weights) | {"GPU": f"none is used: {name}"}, []
+    is_emulated = config.engine.device == "emulated"
+    pays = bare.streaming_pays_from(machine.bandwidths, machine.cpu_macs)
+
+    def footprint_for(wish: Wish) -> Footprint:
+        if is_emulated:
+            return measure(model.graph, limits, threshold or pays)
+        return measure_on_gpu(model.graph, limits, machine, wish, config.engine.max_prompt_tokens, threshold)
+
+    footprint = footprint_for(memory_wish(config))
     try:
         plan = plan_memory(footprint, machine.vram_bytes, memory_wish(config))
     except DeviceError as error:
@@ -149,7 +153,7 @@ def machine_facts(model: Model, config: EngineConfig) -> tuple[Facts, list[Predi
     )
     others = []
     if footprint.n_experts:
-        others = predict(machine, footprint, plan.allowed_bytes, trace, position, policy=config.moe.policy)
+        others = predict(machine, footprint_for, plan.allowed_bytes, trace, position, policy=config.moe.policy)
     return _facts_with_gpu(config, footprint, name, machine, plan, chosen), others
 
 
@@ -207,7 +211,7 @@ def _ram_facts(weight_bytes: int, state_bytes: int, scratch_bytes: int) -> Facts
 def _slots(plan: MemoryPlan, context_length: int) -> str:
     text = f"{_range(plan.n_slots)} of {plan.n_experts}"
     if plan.context_slots:
-        text += f", {_range(plan.usable.of(False, context_length).sum(1))} in a full context"
+        text += f", {_range(plan.usable.of(1, context_length).sum(1))} in a full context"
     return f"{text}, {_range(plan.n_kept)} while a long prompt runs" if plan.lent_bytes else text
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,11 @@ from rich.table import Table
 
 from engine.bench.units import format_bytes, parse_rate
 from engine.cli.options import add_output
+from engine.config import EngineSettings
 from engine.data import tiny_model_path
 from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Graph, KVType
-from engine.devices.placement import MemoryPlan, Wish, least_cpu_layers, plan_memory
+from engine.devices.placement import MemoryPlan, Wish, least_cpu_layers, longest_step, plan_memory
 from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
 from engine.errors import ConfigError
@@ -37,8 +39,7 @@ from engine.tables import parse_bytes
 
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing
 BATCH_TOKENS = 512  # of a step
-LONG_STEP = 4096  # tokens of a prompt that a GPU runs together at most, through which all experts pass once
-LONG_STEP_SHARE = 1 / 8  # of the memory that is left for experts, which the intermediate results of it may take
+LONG_STEP = EngineSettings().max_prompt_tokens
 SWAP_SHARE = 0.2  # of a token's time
 SWAP_LAG = 1  # tokens by which a swap is late: its cause is looked at during the next step, and it arrives in that
 
@@ -81,7 +82,7 @@ class Prediction:
 
 def predict(
     machine: Machine,
-    footprint: Footprint,
+    footprint_for: Callable[[Wish], Footprint],
     allowed_bytes: int,
     trace: Trace,
     position: int,
@@ -91,12 +92,14 @@ def predict(
 ) -> list[Prediction]:
     """Return the three ways: all experts on the CPU, whole layers on the GPU, hot experts on the GPU.
 
-    Arguments and errors are those of `predict_wish`.
+    `footprint_for` gives the model's needs with each; other arguments and errors are those of `predict_wish`.
     """
-    ways = (Wish(hot_k=0), Wish(n_cpu_moe=least_cpu_layers(footprint, allowed_bytes)), Wish())
+    n_cpu_moe = least_cpu_layers(footprint_for(Wish(n_cpu_moe=0)), allowed_bytes)
     return [
-        predict_wish(machine, footprint, allowed_bytes, wish, trace, position, policy=policy, progress=progress)
-        for wish in ways
+        predict_wish(
+            machine, footprint_for(wish), allowed_bytes, wish, trace, position, policy=policy, progress=progress
+        )
+        for wish in (Wish(hot_k=0), Wish(n_cpu_moe=n_cpu_moe), Wish())
     ]
 
 
@@ -126,7 +129,7 @@ def predict_wish(
     Raises `DeviceError` if the model does not fit.
     """
     plan = plan_memory(footprint, allowed_bytes, wish)
-    n_slots = plan.usable.of(False, position + 1).sum(1)
+    n_slots = plan.usable.of(1, position + 1).sum(1)
     is_whole = n_slots >= plan.n_experts
     if (is_whole | (n_slots == 0)).all():  # there is nothing to swap
         rates, loads = is_whole.astype(np.float64), np.zeros(len(is_whole))
@@ -244,7 +247,12 @@ def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, posi
 
 
 def measure_on_gpu(
-    graph: Graph, limits: Limits, machine: Machine, most: int = LONG_STEP, stream_n_tokens: int | None = None
+    graph: Graph,
+    limits: Limits,
+    machine: Machine,
+    wish: Wish,
+    most: int = LONG_STEP,
+    stream_n_tokens: int | None = None,
 ) -> Footprint:
     """Return what a forward pass needs where a GPU runs as much of a prompt together as its memory allows.
 
@@ -252,6 +260,7 @@ def measure_on_gpu(
         graph: the forward pass.
         limits: asked for; its steps are those of a GPU that is too small for longer ones.
         machine: with the GPU.
+        wish: for the experts.
         most: tokens of a step.
         stream_n_tokens: of a step that streams the experts without a slot, at least; None for where that pays.
     """
@@ -259,15 +268,20 @@ def measure_on_gpu(
     pays = bare.streaming_pays_from(machine.bandwidths, machine.cpu_macs)
     threshold = stream_n_tokens or min(pays, limits.max_tokens)
     left = machine.vram_bytes - bare.dense_bytes - bare.state_bytes - bare.scratch_bytes
-    n_tokens = min(most, limits.n_slots * limits.context_length)
-    while n_tokens > limits.max_tokens >= threshold:
+    if threshold > limits.max_tokens:
+        return bare
+
+    def longer(n_tokens: int, stream_n_tokens: int | None = None) -> Footprint:
         larger = replace(limits, max_tokens=n_tokens, max_outputs=limits.max_tokens)
-        longer = measure(graph, larger, threshold, stores_once=True)
-        grown = longer.long_scratch_bytes - bare.scratch_bytes + longer.state_bytes - bare.state_bytes
-        if grown <= left * LONG_STEP_SHARE:
-            return longer
-        n_tokens //= 2
-    return measure(graph, limits, threshold, stores_once=True)
+        return measure(graph, larger, stream_n_tokens, stores_once=True)
+
+    def needs(n_tokens: int) -> tuple[int, int]:
+        found = longer(n_tokens)
+        return found.scratch_bytes - bare.scratch_bytes, found.state_bytes - bare.state_bytes
+
+    wanted = min(most, limits.n_slots * limits.context_length)
+    layer_bytes = bare.expert_bytes * bare.n_experts
+    return longer(longest_step(wanted, limits.max_tokens, left, layer_bytes, wish, needs), threshold)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -309,7 +323,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         model = load_model(model_file)
         n_weight_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
         limits = Limits(min(BATCH_TOKENS, args.context), 1, args.context, KVType[args.kv_type.upper()])
-        footprint = measure_on_gpu(model.graph, limits, machine)
+        footprint_for = partial(measure_on_gpu, model.graph, limits, machine)
+        footprint = footprint_for(Wish())
         if not footprint.n_experts:
             raise ConfigError(
                 f"{model_file.name} has no experts, so there is nothing to place; `python -m engine info` says how a "
@@ -321,7 +336,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             task = bar.add_task("replaying routing", total=trace.n_tokens - trace.n_prompt)
             found = predict(
                 machine,
-                footprint,
+                footprint_for,
                 machine.vram_bytes,
                 trace,
                 args.context // 2,

@@ -7,7 +7,6 @@ experts. A slot is there while no sequence is longer than some number of tokens,
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,37 +68,6 @@ def place_in_context(
         if n + 1 < most:
             heapq.heappush(layers, (n + 1, minus_layer))
     return tuple(sorted(slots, key=lambda slot: (slot.layer, -slot.n_positions)))
-
-
-class UsableSlots:
-    """Which slots a step leaves alone; each layer has kept ones, then those in contexts, then those of long steps."""
-
-    def __init__(
-        self, n_kept: npt.NDArray[np.intp], n_slots: npt.NDArray[np.intp], context_slots: Sequence[ContextSlot]
-    ) -> None:
-        """Note which there are; context_slots: of each layer in the order of their numbers."""
-        numbers = np.arange(n_slots.max(initial=0))
-        n_in_contexts = np.bincount([slot.layer for slot in context_slots], minlength=len(n_slots))
-        self._exists = numbers < n_slots[:, None]
-        self._stays = numbers < (n_kept + n_in_contexts)[:, None]  # in long steps
-        self._outlasts = np.full(self._exists.shape, np.iinfo(np.int64).max)
-        used = n_kept.copy()
-        for slot in context_slots:
-            self._outlasts[slot.layer, used[slot.layer]] = slot.n_positions
-            used[slot.layer] += 1
-        self._ends = sorted({slot.n_positions for slot in context_slots})
-        self._found: dict[tuple[bool, int], npt.NDArray[np.bool_]] = {}
-
-    def of(self, is_long: bool, n_positions: int) -> npt.NDArray[np.bool_]:
-        """Return them for a step after which the longest sequence has so many tokens, bool [n_layers, most slots].
-
-        For the same slots it is the same array, which is not to be changed.
-        """
-        key = is_long, bisect_left(self._ends, n_positions)
-        if key not in self._found:
-            there = self._exists & (self._outlasts >= n_positions)
-            self._found[key] = there & self._stays if is_long else there
-        return self._found[key]
 
 
 class SequenceLengths:

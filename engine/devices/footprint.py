@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,24 @@ from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, streaming_pays_from
 
 SHORT_STEP = 64  # tokens of a step that takes no memory from expert slots
+STREAMING_STEP = 512  # tokens that the least of the steps which stream experts are made for
 
 
-def lends_from(stream_n_tokens: int) -> int:
-    """Return the tokens of a step from which on slots lend it memory, if those from `stream_n_tokens` on stream."""
-    return min(stream_n_tokens, SHORT_STEP + 1)
+def step_sizes(max_tokens: int, stream_n_tokens: int | None) -> list[int]:
+    """Return the numbers of tokens that have memory planned for them; a step takes that of the next size.
+
+    Short steps come first (0 if there are none): all others take memory that slots lend them, the more the longer they
+    are. Then come those that the CPU helps with, and those that stream experts, each twice as long as the one before.
+
+    Args:
+        max_tokens: of a step.
+        stream_n_tokens: steps of so many tokens or more stream the experts without a slot; None if none does.
+    """
+    if stream_n_tokens is None or stream_n_tokens > max_tokens:
+        return [max_tokens]
+    doublings = takewhile(lambda n: n < max_tokens, (STREAMING_STEP << i for i in count()))
+    helped = stream_n_tokens - 1
+    return sorted({min(SHORT_STEP, helped), helped, max_tokens, *(n for n in doublings if n > helped)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +58,7 @@ class Footprint:
         context_length: positions that a sequence may have.
         stretches: of memory that fill up as sequences grow: the bytes of a position's keys or values (without scales),
             for each layer, keys first, and each sequence.
-        scratch_bytes: intermediate results of steps that take no memory from slots: of short ones, or if none streams
-            experts, of all.
-        long_scratch_bytes: those of steps of any length, if some stream experts; else 0.
-        max_tokens: of a step.
+        scratch: intermediate results, as (tokens, bytes) of each of `step_sizes`, the least first.
     """
 
     n_layers: int
@@ -64,9 +75,22 @@ class Footprint:
     state_bytes: int
     context_length: int
     stretches: tuple[int, ...]
-    scratch_bytes: int
-    long_scratch_bytes: int
-    max_tokens: int
+    scratch: tuple[tuple[int, int], ...]
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the tokens of a step."""
+        return self.scratch[-1][0]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the intermediate results of short steps, or if none streams experts, of all."""
+        return self.scratch[0][1]
+
+    @property
+    def long_scratch_bytes(self) -> int:
+        """Return those of the longest steps."""
+        return self.scratch[-1][1]
 
     @property
     def read_bytes(self) -> int:
@@ -107,10 +131,6 @@ def measure(
         stores_once: values that are part of keys are not stored once more, as the CPU does, for its values lie in
             another order than its keys.
     """
-    streams = stream_n_tokens is not None and stream_n_tokens <= limits.max_tokens
-    others = (
-        limits.up_to(max(1, lends_from(stream_n_tokens) - 1)) if stream_n_tokens is not None and streams else limits
-    )
     experts = {op.routing.ids.buffer: op for op in graph.operations if isinstance(op, ops.Experts)}
     layers = [experts[routing.ids.buffer] for routing in graph.routings]
     stacks = [op.stacks for op in layers]
@@ -141,9 +161,9 @@ def measure(
             for n_bytes in position_rows(cache, limits.kv_type)
             for _ in range(limits.n_slots)
         ),
-        scratch_bytes=_scratch_bytes(graph, others),
-        long_scratch_bytes=_scratch_bytes(graph, limits) if streams else 0,
-        max_tokens=limits.max_tokens,
+        scratch=tuple(
+            (n, _scratch_bytes(graph, limits.up_to(max(1, n)))) for n in step_sizes(limits.max_tokens, stream_n_tokens)
+        ),
     )
 
 

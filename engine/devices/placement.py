@@ -1,8 +1,8 @@
 """Plans the memory of a device before anything is allocated: what must be there first, expert slots from the rest.
 
 Steps of many tokens need room for their intermediate results, and staging buffers for the experts without a slot, all
-others do not: their own results, of few tokens, and slots that are lent lie in the same memory. More slots are in that
-of keys and values which no sequence has reached (`context_slots`).
+others do not: their own results, of few tokens, and slots that are lent lie in the same memory (`lending`). More slots
+are in that of keys and values which no sequence has reached (`context_slots`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.context_slots import ContextSlot, UsableSlots, place_in_context
+from engine.devices.context_slots import ContextSlot, place_in_context
 from engine.devices.footprint import Footprint
+from engine.devices.lending import LentSlot, StepBytes, UsableSlots, place_lent
 from engine.errors import DeviceError
 
 STAGED_EXPERTS = 8  # in each of the buffers that long prompts stream their experts through
+_LENT_SHARE = 2  # part of the memory left for experts that long steps may take from slots, which get it back
+_TAKEN_SHARE = 16  # likewise from whole layers, which do not
+_TAKEN_WEIGHT = 8  # of a byte that long steps take for good, beside one that they take while they run
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,8 @@ class MemoryPlan:
         dense_bytes: weights that every token reads.
         state_bytes: keys, values and recurrent states.
         scratch_bytes: intermediate results of short steps; of all if none streams experts.
-        streaming_bytes: those of long steps, and the buffers that experts pass through; 0 if none do.
+        long_steps: what steps of up to so many tokens need of the memory that slots lend: nothing if they are short,
+            else theirs, and the buffers that experts pass through; empty if none do.
         n_slots: expert slots of each MoE layer: those that are kept, those in the memory of contexts, and those that
             share the memory of long steps.
         n_kept: the first of them, that are there in any step.
@@ -55,7 +60,7 @@ class MemoryPlan:
     dense_bytes: int
     state_bytes: int
     scratch_bytes: int
-    streaming_bytes: int
+    long_steps: StepBytes
     n_slots: npt.NDArray[np.intp]
     n_kept: npt.NDArray[np.intp]
     expert_bytes: npt.NDArray[np.int64]
@@ -74,9 +79,20 @@ class MemoryPlan:
         return sum(int(self.expert_bytes[slot.layer]) for slot in self.context_slots)
 
     @property
+    def lent_slots(self) -> list[LentSlot]:
+        """Return the slots in the memory of long steps."""
+        n_in_contexts = np.bincount([slot.layer for slot in self.context_slots], minlength=len(self.n_slots))
+        return place_lent(self.n_slots - self.n_kept - n_in_contexts, self.expert_bytes, self.long_steps)
+
+    @property
     def lent_bytes(self) -> int:
-        """Return the bytes of the slots in the memory of long steps."""
+        """Return their bytes."""
         return int(((self.n_slots - self.n_kept) * self.expert_bytes).sum()) - self.context_bytes
+
+    @property
+    def streaming_bytes(self) -> int:
+        """Return what the longest steps need of this memory; 0 if none do."""
+        return self.long_steps[-1][1] if self.long_steps else 0
 
     @property
     def shared_bytes(self) -> int:
@@ -92,7 +108,7 @@ class MemoryPlan:
     @property
     def usable(self) -> UsableSlots:
         """Return which slots steps leave alone."""
-        return UsableSlots(self.n_kept, self.n_slots, self.context_slots)
+        return UsableSlots(self.n_kept, self.context_slots, self.lent_slots)
 
     def describe(self) -> str:
         """Return one line: who gets how much."""
@@ -111,6 +127,43 @@ class MemoryPlan:
 
 
 Planner: TypeAlias = Callable[..., MemoryPlan]
+
+
+def longest_step(
+    wanted: int,
+    least: int,
+    left: int,
+    layer_bytes: npt.NDArray[np.int64],
+    wish: Wish,
+    needs: Callable[[int], tuple[int, int]],
+) -> int:
+    """Return the tokens of the longest steps: as many as wanted, or halved until the memory allows.
+
+    All experts without a slot cross PCIe once in such a step, so twice as long ones take half as much time for that.
+    Slots lend them their memory, and get it back. Where every expert has a slot these stay, and so do whole layers.
+
+    Args:
+        wanted: tokens.
+        least: of steps that there is memory for in any case.
+        left: bytes for experts, and for what longer steps need more.
+        layer_bytes: int64 [n_moe_layers], all experts of a layer.
+        wish: for the experts.
+        needs: bytes that steps of so many tokens need more than the least ones, while they run and for good.
+    """
+    total, stay = int(layer_bytes.sum()), int(layer_bytes[wish.n_cpu_moe or 0 :].sum())
+    if wish.hot_k is None and stay == total <= left:
+        room = left - total
+    elif wish.n_cpu_moe is not None:
+        room = max(left - stay, left // _TAKEN_SHARE)
+    else:
+        room = left // _LENT_SHARE
+    n_tokens = wanted
+    while n_tokens > least:
+        lent, taken = needs(n_tokens)
+        if lent + _TAKEN_WEIGHT * taken <= room:
+            return n_tokens
+        n_tokens //= 2
+    return least
 
 
 def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_bytes: int | None = None) -> MemoryPlan:
@@ -132,12 +185,12 @@ def plan_memory(footprint: Footprint, allowed_bytes: int, wish: Wish, staging_by
     def plan(n_slots: npt.NDArray[np.intp], n_kept: npt.NDArray[np.intp] | None = None) -> MemoryPlan:
         kept = n_slots if n_kept is None else n_kept
         streams = bool((kept < n_experts).any())
-        scratch, long_scratch = footprint.scratch_bytes, footprint.long_scratch_bytes
+        (short, scratch), *longer = footprint.scratch
         return MemoryPlan(
             footprint.dense_bytes,
             footprint.state_bytes,
-            scratch if streams else max(scratch, long_scratch),
-            long_scratch + staging if streams and long_scratch else 0,
+            scratch if streams else footprint.long_scratch_bytes,
+            ((short, 0), *((n, n_bytes + staging) for n, n_bytes in longer)) if streams and longer else (),
             n_slots,
             kept,
             sizes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -18,27 +17,19 @@ from engine.devices.cuda.jit import Compiler, Progress
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import reserved_bytes
 from engine.devices.cuda.program import CUDAProgram
-from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
+from engine.devices.cuda.runtime import Context, Stream
 from engine.devices.cuda.speeds import measure_speeds
-from engine.devices.cuda.swaps import Copy
-from engine.devices.footprint import lends_from, measure
+from engine.devices.footprint import measure, step_sizes
 from engine.devices.graph import Graph as ForwardGraph
-from engine.devices.placement import STAGED_EXPERTS, MemoryPlan, Wish, plan_memory
+from engine.devices.placement import STAGED_EXPERTS, MemoryPlan, Wish, longest_step, plan_memory
 from engine.devices.program import Limits, WeightAccess
 from engine.devices.timing import CPU_MACS, Bandwidths
 from engine.quants import install_grids
 
 _log = logging.getLogger("engine")
-_DONE = Copy(-1, -1, -1, is_done=True)
-_THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
-T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph)
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
-_SIZES = (1, 4, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
-_LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
-_PROMPT_SHARE = 1 / 8  # of the memory left for experts that larger steps of a prompt may take
-_STAGING_SHARE = 1 / 16  # likewise the ring that experts pass through
+_STAGING_SHARE = 1 / 16  # of the memory left for experts: the ring that experts pass through
 _MOST_BUFFERS = 32  # of the ring
-_LEAST_PROMPT_TOKENS = 64
 
 
 class CUDADevice:
@@ -146,23 +137,24 @@ class CUDADevice:
         bare = self._bare(graph, weights, limits, tables)
         threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
         threshold = max(threshold, tiles.MIN_TOKENS)
-        limits = self._larger_steps(bare, int((allowed - bare.layout.n_bytes) * _PROMPT_SHARE), threshold)
+        limits = self._larger_steps(bare, allowed - bare.layout.n_bytes, threshold)
         bare = self._bare(graph, weights, limits, tables)
         staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)
-        scratch_bytes = reserved_bytes(bare.scratch.n_bytes)
+        scratch_bytes = reserved_bytes(bare.scratch_bytes)
         footprint = replace(
             measure(graph, limits),
             dense_bytes=bare.layout.n_bytes - bare.state[1] - scratch_bytes,
             state_bytes=bare.state[1],
-            scratch_bytes=scratch_bytes,
+            scratch=((limits.max_tokens, scratch_bytes),),
             expert_bytes=np.array([layer.expert_bytes for layer in bare.experts.layers], np.int64),
         )
         staging_bytes = 0
         if staging is not None:
             staging_bytes = reserved_bytes(staging.n_buffers * _batch_bytes(bare, staging.at_once))
-            shorter = bare.recorder.scratch_for(limits.up_to(lends_from(threshold) - 1))
-            behind_slots = reserved_bytes(0) + reserved_bytes(shorter.n_bytes)
-            footprint = replace(footprint, scratch_bytes=behind_slots, long_scratch_bytes=scratch_bytes)
+            sizes = step_sizes(limits.max_tokens, staging.from_n_tokens)
+            scratch = [reserved_bytes(bare.recorder.scratch_for(limits.up_to(n)).n_bytes) for n in sizes]
+            scratch[0] += reserved_bytes(0)  # between slots and the results of short steps
+            footprint = replace(footprint, scratch=tuple(zip(sizes, scratch, strict=True)))
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_kept < bare.experts.n_experts).any())
         ring = staging if streams else None
@@ -176,20 +168,24 @@ class CUDADevice:
         bare.recorder.uploads.clear()  # they hold the weights, and a recorder refers to itself: it may live on for long
         return bare
 
-    def _larger_steps(self, bare: Lowering, n_bytes: int, threshold: int) -> Limits:
-        """Return limits with as many tokens in a step as asked for, or halved until `n_bytes` more suffice."""
-        limits = bare.limits
-        n_tokens = min(self.prompt_tokens, limits.n_slots * limits.context_length, bare.most_tokens)
+    def _larger_steps(self, bare: Lowering, left: int, threshold: int) -> Limits:
+        """Return limits with as many tokens in a step as asked for, or as memory allows; left: bytes for experts."""
+        limits, recorder = bare.limits, bare.recorder
         if not bare.can_stream or threshold > limits.max_tokens:
             return limits  # they would have to go through the CPU
-        max_outputs = max(limits.max_tokens, limits.n_slots)
-        n_bytes += bare.scratch.n_bytes + bare.recorder.state_bytes(limits)
-        while n_tokens > limits.max_tokens:
-            larger = replace(limits, max_tokens=n_tokens, max_outputs=min(max_outputs, n_tokens))
-            if bare.recorder.scratch_for(larger).n_bytes + bare.recorder.state_bytes(larger) <= n_bytes:
-                return larger
-            n_tokens //= 2
-        return limits
+
+        def larger(n_tokens: int) -> Limits:
+            return replace(limits, max_tokens=n_tokens, max_outputs=max(limits.max_tokens, limits.n_slots))
+
+        def needs(n_tokens: int) -> tuple[int, int]:
+            scratch = recorder.scratch_for(larger(n_tokens)).n_bytes - bare.scratch_bytes
+            return scratch, recorder.state_bytes(larger(n_tokens)) - recorder.state_bytes(limits)
+
+        wanted = min(self.prompt_tokens, limits.n_slots * limits.context_length, bare.most_tokens)
+        layers = bare.experts.layers
+        layer_bytes = np.array([layer.n_experts * layer.expert_bytes for layer in layers], np.int64)
+        n_tokens = longest_step(wanted, limits.max_tokens, left, layer_bytes, self.wish, needs)
+        return limits if n_tokens == limits.max_tokens else larger(n_tokens)
 
     @staticmethod
     def _staging(bare: Lowering, n_bytes: int, threshold: int) -> Staging | None:

@@ -13,7 +13,6 @@ from engine.devices import graph as ops
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import ALIGNMENT, Layout, Pass, aligned
-from engine.devices.footprint import lends_from
 from engine.devices.graph import Routing, Tensor, Vector, Weight
 
 PLACE_BYTES = ALIGNMENT  # so an int32 reaches half a terabyte far
@@ -180,9 +179,9 @@ class ExpertTables:
 
 
 def place_slots(layers: Sequence[ExpertLayer], start: int, n_slots: Callable[[ExpertLayer], int]) -> int:
-    """Give the slots of each layer up to so many a place from an offset on, those without one; return the end."""
+    """Give the slots of each layer up to so many a place from an offset on; return the end."""
     for layer in layers:
-        for _ in range(len(layer.offsets), n_slots(layer)):
+        for _ in range(n_slots(layer)):
             layer.offsets.append(start)
             start += layer.expert_bytes
     return start
@@ -201,11 +200,6 @@ class Staging:
     n_buffers: int
     at_once: int
     from_n_tokens: int
-
-    @property
-    def lends_from(self) -> int:
-        """Return from how many tokens on a step uses the memory of lent slots."""
-        return lends_from(self.from_n_tokens)
 
 
 @dataclass(frozen=True, slots=True)

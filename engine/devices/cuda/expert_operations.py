@@ -83,6 +83,11 @@ def experts(recorder: Recorder, op: ops.Experts, shared: _Shared | None = None) 
         recorder.record(_DenseExperts(recorder, op).launches)
 
 
+def can_group(op: ops.Experts) -> bool:
+    """Return whether many tokens can be computed expert by expert, so that no choice needs blocks of its own."""
+    return all(tiles.has_integer_form(weight.format) for weight in op.stacks)
+
+
 class _Experts:
     """The routed experts of one layer: what their launches need, and the launches."""
 
@@ -129,8 +134,8 @@ class _Experts:
             # before our share, so that both work at the same time
             ids, count = self._ids(p), p.count(self.op.x.rows)
             yield kernels.publish_misses(ids, self.n_used, asked, count)
-        can_group = all(tiles.has_integer_form(f) for f in self.formats)
-        groups = (p.streams and not self.layer.is_resident) or (can_group and tiles.pays_to_group(self.sizes, p.most))
+        pays_to_group = can_group(self.op) and tiles.pays_to_group(self.sizes, p.most)
+        groups = (p.streams and not self.layer.is_resident) or pays_to_group
         if self.shared is not None and (groups or not self.layer.n_slots):
             yield from self.shared.plain(p)
         if self.layer.n_slots or p.streams:
@@ -182,7 +187,7 @@ class _Experts:
         ids, slots = self._ids(p), self._slots(p)
         count, most = p.count(self.op.x.rows), tiles.n_tiles(self.sizes, p.most)
         streams = p.streams and not self.layer.is_resident
-        has_slots = self.layer.n_slots > (self.layer.n_lent if p.streams else 0)
+        has_slots = self.layer.n_slots > 0
         groups, first = self._groups(p), ctypes.c_int32(0)
         gate, up, down = self._in_slots(p)
         yield from tiles.group_choices(ids, slots, self.sizes, groups, count)

@@ -26,6 +26,7 @@ from engine.devices.cuda.places import Layout, Pass, StepLayout, aligned, reserv
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.cuda.scratch import Scratch
 from engine.devices.cuda.sequence_state import context_stretches
+from engine.devices.footprint import step_sizes
 from engine.devices.graph import Graph
 from engine.devices.placement import MemoryPlan
 from engine.devices.program import Limits, WeightAccess
@@ -44,7 +45,8 @@ class Lowering:
         experts: of all layers.
         recorder: what the operations need.
         state: offset and bytes of all caches and states.
-        scratch, long_scratch: the intermediate results of short steps, and of those that use the memory of lent slots.
+        sizes: numbers of tokens for which there is a plan of the intermediate results of steps, the least first; all
+            but those of the first use the memory of lent slots.
         staging_offset, staging_buffer_bytes: where the ring begins, and what each of its buffers takes.
         n_vocab: logits of a row.
         n_embeddings: token ids that there are.
@@ -74,9 +76,11 @@ class Lowering:
         """
         layers = _expert_layers(graph, plan)
         n_used = max((op.routing.ids.width for op in graph.operations if isinstance(op, ops.Experts)), default=0)
-        self.most_tokens = MOST_BLOCKS // (n_used + 1)  # a block for each choice, and for a shared expert
+        by_choice = any(not expert_operations.can_group(op) for op in graph.operations if isinstance(op, ops.Experts))
+        self.most_tokens = MOST_BLOCKS // (n_used + 1 if by_choice else 1)  # each choice, and a shared expert
         self.limits = limits = limits.up_to(self.most_tokens)
         self.staging = staging
+        self.sizes = step_sizes(limits.max_tokens, staging.from_n_tokens if staging else None)
         self.layout = Layout()
         n_draws = min(limits.n_slots, limits.most(ops.Rows.OUTPUTS))
         self.step = StepLayout(self.layout, limits.max_tokens, n_draws)
@@ -102,7 +106,7 @@ class Lowering:
         self._logits = self.recorder.use(graph.logits).need
         self.n_vocab = graph.logits.width
         self.drawing = Drawing(self.recorder, n_draws, self.n_vocab)
-        self._place_scratch_and_slots(() if plan is None else plan.context_slots)
+        self._place_scratch_and_slots(plan)
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
     @property
@@ -118,7 +122,12 @@ class Lowering:
 
     def scratch_of(self, most: int) -> Scratch:
         """Return where the results of a step of at most so many tokens lie."""
-        return self.scratch if self.staging is None or most < self.staging.lends_from else self.long_scratch
+        return next(scratch for n_tokens, scratch in zip(self.sizes, self._scratches, strict=True) if most <= n_tokens)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return the bytes of the intermediate results of the longest steps."""
+        return self._scratches[-1].n_bytes
 
     def logits(self, most: int) -> int:
         """Return where a step of at most so many tokens leaves its logits."""
@@ -144,31 +153,40 @@ class Lowering:
         made = Pass(self.limits, self.step, self.scratch_of(most), most, base, staging=buffers)
         return self.recorder.launches(made)
 
-    def _place_scratch_and_slots(self, context_slots: Sequence[ContextSlot]) -> None:
+    def _place_scratch_and_slots(self, plan: MemoryPlan | None) -> None:
         """Lay out what comes after weights and states, and the slots in the memory of contexts.
 
-        Behind the kept slots lies memory that is used in two ways: by lent slots, and the intermediate results of short
-        steps; or by those of long steps, and their ring.
+        Behind the kept slots lies memory that is used in two ways: by the ring, and behind it the intermediate results
+        of a long step; or by lent slots, and the intermediate results of short steps.
         """
         layout, layers, staging = self.layout, self.experts.layers, self.staging
         layout.n_bytes = shared = place_slots(layers, layout.n_bytes, lambda layer: layer.n_kept)
-        stretches = context_stretches(self.recorder.states, self.limits)
+        self._place_in_contexts(() if plan is None else plan.context_slots)
+        self.staging_offset = self.staging_buffer_bytes = 0
+        self._scratches = [self.recorder.scratch_for(self.limits.up_to(n)) for n in self.sizes]
+        short, *longer = self._scratches
+        if staging is not None:
+            self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
+            self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
+        behind_ring = layout.n_bytes
+        for scratch in longer:
+            scratch.offset = behind_ring
+            layout.n_bytes = max(layout.n_bytes, behind_ring + reserved_bytes(scratch.n_bytes))
+        for slot in () if plan is None else plan.lent_slots:
+            layers[slot.layer].offsets.append(shared + slot.offset)
+        ends = [layer.offsets[-1] + layer.expert_bytes for layer in layers if layer.n_lent]
+        n_bytes = reserved_bytes(short.n_bytes)
+        short.offset = max(*[end + reserved_bytes(0) for end in ends], shared, layout.n_bytes - n_bytes)
+        layout.n_bytes = max(layout.n_bytes, short.offset + n_bytes)
+        assert all(len(layer.offsets) == layer.n_slots for layer in layers)
+
+    def _place_in_contexts(self, context_slots: Sequence[ContextSlot]) -> None:
+        """Lay out the slots in the memory of contexts."""
+        layers, stretches = self.experts.layers, context_stretches(self.recorder.states, self.limits)
         for slot in context_slots:
             layer, (start, n_bytes) = layers[slot.layer], stretches[slot.stretch]
             layer.offsets.append(aligned(start + slot.offset))
             assert layer.offsets[-1] + layer.expert_bytes <= start + n_bytes
-        self.staging_offset = self.staging_buffer_bytes = 0
-        self.scratch = self.long_scratch = self.recorder.scratch_for(self.limits)
-        self.long_scratch.offset = layout.reserve(self.long_scratch.n_bytes)
-        if staging is not None:
-            self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
-            self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
-            self.scratch = self.recorder.scratch_for(self.limits.up_to(staging.lends_from - 1))
-            n_bytes = reserved_bytes(self.scratch.n_bytes)
-            lent_end = place_slots(layers, shared, lambda layer: layer.n_slots)
-            self.scratch.offset = max(lent_end + reserved_bytes(0), layout.n_bytes - n_bytes)
-            layout.n_bytes = self.scratch.offset + n_bytes
-        assert all(len(layer.offsets) == layer.n_slots for layer in layers)
 
 
 def _expert_layers(graph: Graph, plan: MemoryPlan | None) -> list[ExpertLayer]:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.context_slots import SequenceLengths, UsableSlots
+from engine.devices.context_slots import SequenceLengths
 from engine.devices.cuda import drawing
 from engine.devices.cuda.elementwise import transfer
 from engine.devices.cuda.host_memory import ExpertPaths, PinnedTensors, how_experts_come, pinned_experts
@@ -25,6 +25,7 @@ from engine.devices.cuda.steps import Steps
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
 from engine.devices.graph import Rows
+from engine.devices.lending import UsableSlots
 from engine.devices.program import Drawn, Limits, Step, WeightAccess
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
@@ -124,7 +125,7 @@ class CUDAProgram:
         self._prepared: tuple[Step, _UnderWay] | None = None
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
         self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
-        self._all_slots = usable.of(False, 0)
+        self._all_slots = usable.of(0, 0)
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
             self._stream = self._own(Stream(context))
@@ -180,7 +181,7 @@ class CUDAProgram:
     @property
     def scratch_bytes(self) -> int:
         """Return the bytes of all intermediate results."""
-        return self._lowering.long_scratch.n_bytes
+        return self._lowering.scratch_bytes
 
     def run(
         self,
@@ -438,8 +439,7 @@ class CUDAProgram:
 
     def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.bool_]:
         """Return which slots a step leaves alone."""
-        staging = self._lowering.staging
-        return self._usable.of(staging is not None and n_tokens >= staging.lends_from, n_positions)
+        return self._usable.of(n_tokens, n_positions)
 
     def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
         """Return how many tokens the longest sequence has after a step with tokens there."""

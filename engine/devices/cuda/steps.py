@@ -17,7 +17,7 @@ from engine.devices.cuda.runtime import Context, Event, Graph, PinnedMemory, Str
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.streaming import ExpertStream
 
-_SIZES = (1, 4, 8, 64, 512)  # steps of up to so many tokens have launches made for that size
+_SIZES = (1, 4, 8, 64)  # steps of up to so many tokens have launches made for that size, too
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
 
 
@@ -59,16 +59,16 @@ class Steps:
         self._passed = Event()  # after the last but one step
         staging, max_tokens = lowering.staging, lowering.limits.max_tokens
         largest = max_tokens if staging is None else min(staging.from_n_tokens - 1, max_tokens)  # that streams nothing
-        short = largest if staging is None else staging.lends_from - 1  # no larger step may take a short one's launches
+        all_sizes = {*_SIZES, *lowering.sizes}
         recorded: dict[tuple[int, int], list[Launch | Streamed]] = {}
-        sizes = sorted({min(size, largest) for size in (*_SIZES, short, largest)})
+        sizes = sorted({min(size, largest) for size in all_sizes})
         decoding = next((size for size in sizes if size >= lowering.limits.n_slots), 0)
         for size in sizes:
             launches = lowering.launches(base, size, exchange)
             for buffer in range(2 if size <= decoding else 1):
                 recorded[size, buffer] = self._whole(launches, size, buffer, memory.table)
         if expert_stream is not None:
-            for size in sorted({min(size, max_tokens) for size in (*_SIZES, max_tokens) if size > largest}):
+            for size in sorted({min(size, max_tokens) for size in all_sizes if size > largest}):
                 recorded[size, 0] = self._whole(lowering.streaming_launches(base, size), size, 0, expert_stream.table)
         kernels = [kernel for whole in recorded.values() for step in whole for kernel in _kernels_of(step)]
         context.prepare(kernels, progress)

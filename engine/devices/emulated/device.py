@@ -15,7 +15,7 @@ from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated.clock import Event, Timetable, VirtualClock
 from engine.devices.emulated.slot_memory import Copy, SlotMemory, check_ticket
 from engine.devices.emulated.staging import StagingAreas
-from engine.devices.footprint import Footprint, lends_from, measure
+from engine.devices.footprint import Footprint, measure
 from engine.devices.graph import Graph
 from engine.devices.placement import MemoryPlan, Wish, plan_memory
 from engine.devices.program import Limits, WeightAccess
@@ -287,7 +287,7 @@ class EmulatedProgram:
 
     def usable_slots(self, n_tokens: int, n_positions: int) -> npt.NDArray[np.bool_]:
         """Return which slots a step leaves alone."""
-        return self._usable.of(n_tokens >= lends_from(self._stream_n_tokens), n_positions)
+        return self._usable.of(n_tokens, n_positions)
 
     def longest_after(self, positions: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> int:
         """Return how many tokens the longest sequence has after a step with tokens there."""
