@@ -28,7 +28,7 @@ from engine.quants import install_grids
 
 _log = logging.getLogger("engine")
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
-_STAGING_SHARE = 1 / 16  # of the memory left for experts: the ring that experts pass through
+_STAGING_SHARE = 1 / 8  # of the memory left for experts: the ring that experts pass through
 _MOST_BUFFERS = 32  # of the ring
 
 
