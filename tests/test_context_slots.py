@@ -29,7 +29,7 @@ def least(monkeypatch: pytest.MonkeyPatch) -> int:
     return 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     stretches=st.lists(st.sampled_from([64, 96, 256]), max_size=6),
     context_length=st.integers(1, 200),

@@ -100,7 +100,7 @@ def run(models: Models, name: str, setup: Setup, n_prompt: int = 20, seed: int =
 # -- the promise -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     setup=SETUPS,
@@ -186,14 +186,14 @@ def run_interrupted(models, setup: Setup, at_line: int, steps: Sequence[Sequence
     assert interrupter.raised == (interrupter.n_lines >= at_line)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 4000), adversarial=st.booleans())
 def test_an_interrupt_at_any_line_changes_no_bit_afterwards(models, seed, at_line, adversarial) -> None:
     setup = Setup((3,), "lru", seed=seed, adversarial=adversarial, bypass_n_tokens=64)
     run_interrupted(models, setup, at_line, [[token] for token in TOKENS[:24]])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     at_line=st.integers(1, 4000),
@@ -238,7 +238,7 @@ def test_a_long_step_streams_what_has_no_slot_and_leaves_the_slots_alone(models,
     program.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     setup=SETUPS,

@@ -224,7 +224,7 @@ def test_a_profile_of_another_model_or_a_damaged_one_is_refused(tmp_path) -> Non
         load_profile(path, MODEL)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans(), is_trace=st.booleans())
 def test_a_damaged_file_is_refused_whatever_is_damaged(tmp_path_factory, at, value, cut, is_trace) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.npz"

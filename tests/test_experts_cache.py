@@ -62,7 +62,7 @@ def check(cache: HotCache, device: FakeSlots) -> None:
 many_slots = st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     slots=many_slots,
     seed=st.integers(0, 2**32 - 1),
@@ -107,7 +107,7 @@ def test_no_slot_is_read_too_early_or_overwritten_too_soon(
     assert lent or found.n_loads + found.n_failures >= device.n_copies
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(slots=many_slots, lent=st.integers(0, 4), seed=st.integers(0, 2**32 - 1), at_line=st.integers(1, 3000))
 def test_an_interrupt_at_any_line_leaves_a_cache_that_goes_on(slots, lent, seed, at_line) -> None:
     cache, device = make_cache(slots, seed, "lru", kept=[max(n - lent, 0) for n in slots], bypass_n_tokens=LONG)

@@ -26,7 +26,7 @@ def routing(seed: int, n_tokens: int, n_layers: int = N_LAYERS, n_experts: int =
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), slots=st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS))
 def test_swaps_can_always_be_made_and_are_the_same_again(name: str, seed: int, slots: list[int]) -> None:
     n_slots = np.array(slots)

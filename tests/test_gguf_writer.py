@@ -60,7 +60,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(names, values, max_size=8))
 def test_metadata_comes_back(tmp_path_factory: pytest.TempPathFactory, written: dict) -> None:
     path = tmp_path_factory.mktemp("written") / "m.gguf"

@@ -106,7 +106,7 @@ def test_a_busy_cache_changes_no_bit(golden: GoldenModel) -> None:
     assert found.hits.sum() > 0
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(setup=SETUPS, n_prompt=st.integers(1, 64), chunk=st.integers(1, 16))
 def test_whatever_the_cache_and_the_cuts_are_changes_no_bit(
     golden: GoldenModel, setup: Setup, n_prompt: int, chunk: int

@@ -21,7 +21,7 @@ LEVELS = _kernels.isa_levels()
 INTEGER = [f for f in FORMATS if f.activation != Activation.F32]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 each_level = pytest.mark.parametrize("isa", LEVELS)
-few = settings(max_examples=8, deadline=None)
+few = settings(max_examples=8)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -154,7 +154,7 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-38, 1e-30, 0.5, -1.5, 63.5, 127.0, 3e38, np.inf
 
 @each_level
 @pytest.mark.parametrize("form", list(canonical.GROUP), ids=lambda f: f.name)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_activations_of_any_bits(isa: str, form: Activation, data: st.DataObject) -> None:
     """A NaN counts as nothing in the largest magnitude and becomes -127, as does 0 times an infinite factor."""

@@ -14,8 +14,8 @@ from op_case import UNTOUCHED, Case, blocks, normal
 from engine import _kernels as k
 from engine.quants.formats import BY_NAME
 
-few = settings(max_examples=12, deadline=None)
-more = settings(max_examples=25, deadline=None)
+few = settings(max_examples=12)
+more = settings(max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
 widths = st.integers(1, 90)
 token_counts = st.integers(1, 21)

@@ -75,7 +75,7 @@ def test_routing_has_a_row_for_each_layer_with_experts(peer: GoldenModel) -> Non
     assert peer.runner.experts(peer.prompt).shape == (n_layers, len(peer.prompt), moe.n_experts_used)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(setup=SETUPS, n_prompt=st.integers(1, 64), chunk=st.integers(1, 16))
 def test_whatever_the_cache_and_the_cuts_are_changes_no_bit(
     peer: GoldenModel, setup: Setup, n_prompt: int, chunk: int

@@ -468,7 +468,7 @@ def run_in_steps(memory: Memory, programs: Sequence[k.Program], lengths: Sequenc
     return b"".join(seen)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(operations, min_size=1, max_size=14), st.lists(st.integers(1, MAX_TOKENS - 1), min_size=1, max_size=3))
 def test_operations_that_are_fused_and_shared_equal_single_ones_in_order(drawn, lengths):
     memory, single = Memory.fresh(), []

@@ -50,7 +50,7 @@ def survivors(logits: np.ndarray, temperature: float, top_k: int, top_p: float, 
     return order[kept].tolist(), np.cumsum(weights[kept]).tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(0, 2**32 - 1),
     st.one_of(st.integers(1, 200), st.integers(500, 1500)),  # less than a block of 256, and several
