@@ -65,7 +65,8 @@ struct Tile {
     }
 
   private:
-    template <int FIRST, int STRIDE> static __device__ __forceinline__ void clear_columns(uint16_t (&planes)[PLANES][TILE][STRIDE]) {
+    template <int FIRST, int STRIDE>
+    static __device__ __forceinline__ void clear_columns(uint16_t (&planes)[PLANES][TILE][STRIDE]) {
         constexpr int N = STRIDE - FIRST;
         for (int i = threadIdx.x; i < PLANES * TILE * N; i += THREADS)
             planes[i / (TILE * N)][i / N % TILE][FIRST + i % N] = 0;

@@ -1,19 +1,19 @@
 // Depthwise causal convolution over time, token after token.
 //
-// weight [n_channels, KERNEL_SIZE], bias [n_channels] or null; state [n_slots, BEFORE, n_channels], oldest first. Tokens of one sequence
-// stand together and in order; one at position 0 starts its sequence with a zero state. The state of a sequence is read
-// once and written once for all its tokens in the step.
+// weight [n_channels, KERNEL_SIZE], bias [n_channels] or null; state [n_slots, BEFORE, n_channels], oldest first. Tokens of
+// one sequence stand together and in order; one at position 0 starts its sequence with a zero state. The state of a sequence
+// is read once and written once for all its tokens in the step.
 //
-// Compiled as `causal_conv.cuh` says. For few tokens one kernel goes through them; for many, `convolve` takes all at the same time
-// and `keep_inputs` then brings the states up to date. A thread takes a channel.
+// Compiled as `causal_conv.cuh` says. For few tokens one kernel goes through them; for many, `convolve` takes all at the same
+// time and `keep_inputs` then brings the states up to date. A thread takes a channel.
 #include "causal_conv.cuh"
 
 constexpr int AT_ONCE = 16; // tokens of a thread of `convolve`
 
 // Grid: (ceil(n_channels / 256)).
 KERNEL(256)
-causal_conv(const float *x, int64_t x_stride, const float *weight, const float *bias, float *state, float *out, int64_t out_stride,
-            int n_channels, const int *positions, const int *slots, const int *n_tokens) {
+causal_conv(const float *x, int64_t x_stride, const float *weight, const float *bias, float *state, float *out,
+            int64_t out_stride, int n_channels, const int *positions, const int *slots, const int *n_tokens) {
     const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
     float w[KERNEL_SIZE], past[BEFORE], b = 0.0f;
     auto state_of = [&](int t) { return state + (int64_t)slots[t] * BEFORE * n_channels + channel; };
@@ -45,8 +45,8 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, const float *
 
 // Grid: (ceil(n_channels / 256), ceil(tokens / AT_ONCE)). Not in place.
 KERNEL(256)
-convolve(const float *x, int64_t x_stride, const float *weight, const float *bias, const float *state, float *out, int64_t out_stride,
-         int n_channels, const int *positions, const int *slots, const int *n_tokens) {
+convolve(const float *x, int64_t x_stride, const float *weight, const float *bias, const float *state, float *out,
+         int64_t out_stride, int n_channels, const int *positions, const int *slots, const int *n_tokens) {
     begin_kernel();
     const int channel = blockIdx.x * 256 + threadIdx.x, first = blockIdx.y * AT_ONCE, end = min(first + AT_ONCE, *n_tokens);
     if (channel >= n_channels || first >= end)

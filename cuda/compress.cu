@@ -2,10 +2,10 @@
 // scores, which grows from token to token. out[t] is that of the period's tokens up to t.
 //
 // state [n_slots, N_PARTS, 3, n_channels]: of a sum that goes on its largest score m, the sum l of exp(score - m), and the
-// sum o of exp(score - m) * value. With two parts a row is made of two periods: the first is the sum of this period's row, which
-// takes the second halves of values and scores, the other that of the next one's, which begins with the first halves. Tokens
-// of one sequence stand together and in order. What a state holds where a period begins does not matter, but for the second
-// part.
+// sum o of exp(score - m) * value. With two parts a row is made of two periods: the first is the sum of this period's row,
+// which takes the second halves of values and scores, the other that of the next one's, which begins with the first halves.
+// Tokens of one sequence stand together and in order. What a state holds where a period begins does not matter, but for the
+// second part.
 //
 // Compiled for N_PARTS. biases [period, N_PARTS * n_channels]; without scores (null) these and biases are 0.
 // Grid: (ceil(n_channels / 64)); a thread takes a channel, and loads some tokens ahead.

@@ -103,8 +103,8 @@ struct Candidates {
     float maxima[MOST / WARP];
 };
 
-// Collects and sorts k candidates or some more, by the whole block; returns whether they are all that can be drawn. `largest`: of
-// the thread's hand. More than MOST are counted, but not kept.
+// Collects and sorts k candidates or some more, by the whole block; returns whether they are all that can be drawn.
+// `largest`: of the thread's hand. More than MOST are counted, but not kept.
 DEVICE bool collect(const Logits &logits, int row, int k, float largest, Candidates &c) {
     constexpr int AT_ONCE = 8; // logits of a lane that are on the way together
     const int thread = threadIdx.x;

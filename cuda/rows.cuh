@@ -197,6 +197,11 @@ template <class Format> class RowDots<Format, 1, true> {
     // Whether the minimums of four parts meet their sums together.
     static constexpr bool PART_MINS = Format::HAS_MIN && Format::BLOCK == 256 && Format::PER_SCALE == 32;
 
+    // Sixteen weights times as many activations, four to a word.
+    static __device__ __forceinline__ int dot_16(const int *q, int4 x) {
+        return __dp4a(q[3], x.w, __dp4a(q[2], x.z, __dp4a(q[1], x.y, __dp4a(q[0], x.x, 0))));
+    }
+
     // The term of one block; d_x: the activations' scale.
     static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, float d_x, const int8_t *grid,
                                                     const unsigned (&table)[4]) {
@@ -216,8 +221,7 @@ template <class Format> class RowDots<Format, 1, true> {
             } else {
                 Part w;
                 Format::unpack(block, part, grid, w);
-                const int low = __dp4a(w.q[3], first.w, __dp4a(w.q[2], first.z, __dp4a(w.q[1], first.y, __dp4a(w.q[0], first.x, 0))));
-                const int high = __dp4a(w.q[7], second.w, __dp4a(w.q[6], second.z, __dp4a(w.q[5], second.y, __dp4a(w.q[4], second.x, 0))));
+                const int low = dot_16(w.q, first), high = dot_16(w.q + 4, second);
                 if (Format::PER_SCALE == 32)
                     isum += (low + high) * w.scale[0];
                 else

@@ -2,8 +2,8 @@
 // would do so in its turn: after experts that are on their way into slots.
 //
 // Grid: (ceil(words of the longest piece / 256), pieces), 256 threads, a word each. The host memory is pinned, and the
-// host leaves it alone while the kernel runs. A step that was begun before the host knew its tokens has numbers below 0 for them: -1
-// - i is what row i of the step before drew, in the same memory.
+// host leaves it alone while the kernel runs. A step that was begun before the host knew its tokens has numbers below 0 for
+// them: -1 - i is what row i of the step before drew, in the same memory.
 #include "common.cuh"
 
 constexpr int MAX_PIECES = 128;

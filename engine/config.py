@@ -64,7 +64,8 @@ class EngineSettings(Table):
         context_length: tokens in a sequence at most; 0 = what the model was trained for, up to 8192.
         max_batch_tokens: tokens of a prompt that are run together.
         max_prompt_tokens: the same where a GPU streams experts, all of which pass once for each such part of a prompt:
-            the longer, the faster long prompts are; fewer if its memory is small.
+            the longer, the faster long prompts are, and the longer other answers wait for one; fewer if its memory is
+            small.
         n_sequences: sequences whose keys, values and states are kept at the same time.
         n_snapshots: copies of the states of recurrent layers, and of the last keys and values of layers with a window,
             that are kept, of all sequences together, at the ends of messages and where prompts differ, so that neither

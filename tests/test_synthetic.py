@@ -290,6 +290,7 @@ def test_options_change_the_shape() -> None:
         ("synthetic:tiny:layers=²", "option layers is '²'; expected a number"),
         ("synthetic:tiny:layers=1,layers=2", "option layers is given twice"),
         ("synthetic:tiny:layers=0", "layers is 0; expected 1 to 1000"),
+        ("synthetic:qwen3.8-flash-next:layers=1", "layers is 1; expected 2 to 1000"),
         ("synthetic:tiny:experts=2", "used is 4; expected 1 to 2"),
         ("synthetic:tiny:vocab=10", "vocab is 10; expected 4096 to 1000000"),
     ],

@@ -68,7 +68,7 @@ def _changed(name: str, published: Published, options: dict[str, int]) -> Publis
     n_vocab = options.get("vocab", published.n_vocab)
     published = replace(published, n_vocab=n_vocab, keys={**published.keys, **keys})
     for option, value, low, high in (
-        ("layers", published.size("block_count"), 1, 1000),
+        ("layers", published.size("block_count"), published.least_layers, 1000),
         ("experts", published.size("expert_count"), 1, 4096),
         ("used", published.size("expert_used_count"), 1, published.size("expert_count")),
         ("vocab", n_vocab, smallest_vocab(), 1_000_000),

@@ -50,6 +50,13 @@ class Published:
         assert isinstance(value, int)
         return value
 
+    @property
+    def least_layers(self) -> int:
+        """Return how many layers it must have for those that its keys name to be there."""
+        named = self.keys.get("ple.layers", ())
+        assert isinstance(named, tuple)
+        return 1 + max((int(layer) for layer in named), default=0)
+
 
 _SIGMOID, _SQRT_SOFTPLUS = 2, 4  # of `expert_gating_func`
 _OUTPUT, _ROUTER_BIAS = "output.weight", "exp_probs_b.bias"  # without an output matrix the embeddings serve
