@@ -117,6 +117,7 @@ program *program_create(const kernel_table *kernels, int max_tokens, int n_slots
     p->n_threads = n_threads;
     p->context_length = INT32_MAX;
     p->first_round = 1;
+    p->barrier.n_spins = spins_before_yield();
     p->taken = allocate(p, n_threads * (int64_t)sizeof *p->taken);
     p->scratch = allocate(p, n_threads * (int64_t)sizeof *p->scratch);
     p->runs = allocate(p, max_tokens * (int64_t)sizeof *p->runs);
@@ -1002,6 +1003,7 @@ static bool is_abandoned(const exchange *e) { return __atomic_load_n(e->abandone
 static errand await_errand(program *const *layers, int n_layers, const exchange *e, const errand *before,
                            serve_result *result) {
     const double start = seconds_now();
+    const uint32_t polls_per_clock = (uint32_t)smaller(POLLS_PER_CLOCK, layers[0]->barrier.n_spins);
     double waited = 0.0;
     const uint32_t last = before->answered;
     for (uint32_t polls = 1;; polls++) {
@@ -1013,7 +1015,7 @@ static errand await_errand(program *const *layers, int n_layers, const exchange 
         const int guessed = e->guessed ? take_guess(layers, n_layers, e, before->layer) : -1;
         if (guessed >= 0)
             return (errand){guessed, true, last};
-        if (waited > PATIENCE_S || polls % POLLS_PER_CLOCK == 0) {
+        if (waited > PATIENCE_S || polls % polls_per_clock == 0) {
             waited = seconds_now() - start;
             *result = is_abandoned(e) ? SERVE_ABANDONED : waited > e->timeout_s ? SERVE_TIMED_OUT : SERVE_DONE;
             if (*result != SERVE_DONE)

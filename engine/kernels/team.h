@@ -6,6 +6,8 @@
 
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
+#include <strings.h>
 #include <time.h>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -14,7 +16,7 @@
 #define CPU_PAUSE() atomic_signal_fence(memory_order_seq_cst)
 #endif
 
-enum { CACHE_LINE = 64, SPINS_BEFORE_YIELD = 2000, NAP_NS = 50000 };
+enum { CACHE_LINE = 64, SPINS_BEFORE_YIELD = 2000, PASSIVE_SPINS = 20, NAP_NS = 50000 };
 
 #define PATIENCE_S 0.003 // several layers of a large model on a GPU, or its output head
 
@@ -32,6 +34,13 @@ static inline void give_core_away(double waited_s) {
         nanosleep(&(struct timespec){0, NAP_NS}, NULL);
 }
 
+// How often a waiting thread looks before it gives its core away: hardly ever where OpenMP's own threads are told to
+// wait passively, because other processes need the cores.
+static inline int spins_before_yield(void) {
+    const char *policy = getenv("OMP_WAIT_POLICY");
+    return policy && !strcasecmp(policy, "passive") ? PASSIVE_SPINS : SPINS_BEFORE_YIELD;
+}
+
 // A counter with two cache lines of its own (prefetchers fetch lines in pairs).
 typedef struct {
     _Alignas(2 * CACHE_LINE) atomic_int value;
@@ -39,6 +48,7 @@ typedef struct {
 
 typedef struct {
     padded_counter arrived, generation;
+    int n_spins; // see spins_before_yield
 } team_barrier;
 
 // Returns when all n_threads have called it; what they wrote before is visible after.
@@ -53,11 +63,11 @@ static inline void team_meet(team_barrier *barrier, int n_threads) {
     }
     double since = 0.0;
     for (int spins = 0; atomic_load_explicit(&barrier->generation.value, memory_order_acquire) == generation; spins++)
-        if (spins < SPINS_BEFORE_YIELD) {
+        if (spins < barrier->n_spins) {
             CPU_PAUSE();
         } else {
             const double now = seconds_now();
-            since = spins == SPINS_BEFORE_YIELD ? now : since;
+            since = spins == barrier->n_spins ? now : since;
             give_core_away(now - since);
         }
 }
