@@ -6,17 +6,16 @@
 #define CUSIM 1
 #define __CUDA_ARCH__ 900 // as the stand-in driver says
 
+// The C library's own headers, and of them what is standard: to read more takes longer than to compile most kernels.
+#undef _GNU_SOURCE
 #include <float.h>
 #include <limits.h>
-// The C library's own: to read C++'s takes longer than to compile most kernels.
 #define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <math.h>
 #undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <type_traits>
-#include <utility>
 
 #include "cusim/vector_types.h"
 

@@ -136,6 +136,10 @@ static inline float __int2float_rn(int a) { return (float)a; }
 static inline float __uint2float_rn(unsigned a) { return (float)a; }
 
 // --- approximations on a GPU, exact to a rounding here ---
+extern "C" {
+float exp10f(float) noexcept; // not of the standard
+void sincosf(float, float *, float *) noexcept;
+}
 static inline float rsqrtf(float a) { return __frsqrt_rn(a); }
 static inline float __fdividef(float a, float b) { return a / b; }
 // macros, because glibc declares functions of these names

@@ -42,7 +42,7 @@ static inline void cusim_exchange_shuffle(void **payloads, unsigned lanes) {
 }
 
 template <class T> static inline T cusim_shuffle(unsigned mask, T value, int source, cusim_site site) {
-    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "a shuffle moves up to 8 bytes");
+    static_assert(sizeof(T) <= 8 && __is_trivially_copyable(T), "a shuffle moves up to 8 bytes");
     cusim_shuffled own = {0, 0, source};
     memcpy(&own.value, &value, sizeof(T));
     cusim_collective(mask, cusim_exchange_shuffle, &own, false, site);
