@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from ctypes.util import find_library
@@ -22,6 +23,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A test asserts and does not time: on a busy machine any example may take long.
 settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are there to the end: to look through them again and again for garbage takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
