@@ -418,6 +418,22 @@ def test_two_sequences_in_one_step(small: Model) -> None:
         assert (pair.view(np.uint32) == np.concatenate(ends).view(np.uint32)).all()
 
 
+def test_the_last_row_of_a_table_that_fills_its_pages_is_read_in_ram(golden_path, monkeypatch) -> None:
+    """Kernels read whole words, which reach beyond it: on a GPU what lies there must be pinned, too."""
+    model = Model(golden_path("qwen35moe/qwen35moe-fusedgu-Q8_0.gguf"))
+    assert model.weights.array("token_embd.weight").nbytes % 4096 == 0
+    last, found = model.n_vocab - 1, []
+    for mode, free in (("mmap", 0), ("memory", 0), ("mmap", 1 << 30)):  # in VRAM, in our own memory, in a copy
+        monkeypatch.setattr("engine.devices.cuda.host_memory.available_memory", lambda free=free: free)
+        model.weights.close()
+        model.weights = WeightMemory.load(model.file, model.model.tensor_names, mode)
+        with model.open(hot_k=2) as opened:
+            found.append(opened.forward.run(0, [last, 0, last], 0, "all").copy())
+    model.close()
+    for other in found[1:]:
+        assert (other.view(np.uint32) == found[0].view(np.uint32)).all()
+
+
 @pytest.mark.parametrize("stream_n_tokens", [32, 4])
 def test_tokens_are_drawn_as_the_cpu_draws_them(stream_n_tokens: int, small: Model) -> None:
     """One row and two, of short and long steps; where one cannot be drawn all logits come along."""

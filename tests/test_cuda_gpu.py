@@ -20,6 +20,7 @@ from test_cuda_device import (  # noqa: F401 - collected here
     test_peers_that_choose_what_attention_looks_at,
     test_slots_and_cuts_never_change_a_bit,
     test_steps_that_do_not_fit_are_refused,
+    test_the_last_row_of_a_table_that_fills_its_pages_is_read_in_ram,
     test_tokens_are_drawn_as_the_cpu_draws_them,
     test_two_sequences_in_one_step,
 )
