@@ -222,8 +222,28 @@ def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
     [([9, 1, 2], 1), ([1, 9, 2, 3], 2), ([1, 9, 2, 9], 2), ([1, 9, 9, 2, 2], 3), ([1, 2], 0), ([1], 0), ([9], 0)],
 )
 def test_where_the_next_prompt_may_leave_this_one(prompt: list[int], end: int) -> None:
-    assert likely_places(prompt, {9}, 0, 0) == [end] * (end > 0)
-    assert likely_places(prompt, {9}, 2, 0) == [end] * (end > 2)
+    assert likely_places(prompt, {9}, 0, 0, 512) == [end] * (end > 0)
+    assert likely_places(prompt, {9}, 2, 0, 512) == [end] * (end > 2)
+
+
+@pytest.mark.parametrize(
+    ("n_before", "n_after", "n_held", "at_once", "end"),
+    [
+        (100, 64, 0, 512, 100),  # the head of an answer
+        (100, 65, 0, 512, 163),  # one step more, in which all experts are read
+        (500, 100, 0, 512, 500),  # two steps, wherever they are cut
+        (500, 600, 0, 512, 500),
+        (400, 600, 0, 512, 998),  # three instead of two
+        (600, 400, 0, 512, 998),
+        (600, 400, 89, 512, 600),
+        (400, 600, 400, 512, None),  # is there
+    ],
+)
+def test_a_long_rest_of_a_prompt_is_not_worth_a_step_more(
+    n_before: int, n_after: int, n_held: int, at_once: int, end: int | None
+) -> None:
+    prompt = [*[1] * (n_before - 1), 9, *[2] * n_after]
+    assert likely_places(prompt, {9}, n_held, 0, at_once) == [end] * (end is not None)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +251,7 @@ def test_where_the_next_prompt_may_leave_this_one(prompt: list[int], end: int) -
     [(0, 63, [98]), (0, 64, [98, 64]), (33, 96, [98]), (32, 96, [98, 96]), (0, 98, [98]), (98, 99, [])],
 )
 def test_where_a_prompt_left_the_one_before_others_may_too(n_held: int, n_common: int, places: list[int]) -> None:
-    assert likely_places([1] * 100, {9}, n_held, n_common) == places
+    assert likely_places([1] * 100, {9}, n_held, n_common, 512) == places
 
 
 def test_a_lease_tells_what_is_common_even_if_it_is_of_no_use() -> None:

@@ -134,10 +134,11 @@ class Answer:
         tokenizer: Tokenizer,
         sequence: Sequence,
         *,
+        at_once: int,
         is_streamed: bool,
         progress: Progress | None = None,
     ) -> None:
-        """Begin; the lease is the answer's from now on."""
+        """Begin; the lease is the answer's from now on. A step has `at_once` tokens at most."""
         self.lease = lease
         self.is_streamed = is_streamed
         self.chunks: deque[Chunk] = deque()
@@ -151,7 +152,8 @@ class Answer:
         self._n_reused = lease.n_held
         self._remember_at: list[int] = []  # the next place last
         if lease.takes_snapshots:
-            self._remember_at = likely_places(sequence.prompt_ids, tokenizer.eog_ids, lease.n_held, lease.n_common)
+            prompt, turn_ends = sequence.prompt_ids, tokenizer.eog_ids
+            self._remember_at = likely_places(prompt, turn_ends, lease.n_held, lease.n_common, at_once)
         # After a text that is cut off, a recurrent state beyond the last token but one would be of no use.
         self._may_run_ahead = sequence.params.logprobs < 0 and self._sampler.is_sure
         self._may_run_ahead &= lease.can_cut_back or not sequence.params.stop

@@ -21,6 +21,7 @@ from engine.devices.program import RecurrentProgram
 log = logging.getLogger(__name__)
 _ID_BYTES = 4
 _LEAST_SAVED = 64  # tokens that a copy is worth beside the one at the end of a prompt
+_SHORT_STEP = 64  # tokens that may be run by themselves at the end of a prompt
 
 
 class Snapshots:
@@ -91,19 +92,31 @@ def _key(token_ids: Sequence[int]) -> bytes:
     return np.asarray(token_ids, np.int32).tobytes()
 
 
-def likely_places(prompt_ids: Sequence[int], turn_ends: Collection[int], n_held: int, n_common: int) -> list[int]:
+def likely_places(
+    prompt_ids: Sequence[int], turn_ends: Collection[int], n_held: int, n_common: int, at_once: int
+) -> list[int]:
     """Return after how many tokens of a prompt the next one is likely to differ, beyond the first `n_held`; last first.
 
     That is at the end of the last message. What follows it, the head of the answer, may be written differently when the
     answer is a message itself. A prompt without messages may be asked again: then all but its last two tokens. One must
-    be run for its logits, and one alone would look like a token of an answer to the expert cache.
+    be run for its logits, and one alone would look like a token of an answer to the expert cache. So it is, too, where
+    much follows the last message, and would take a step more, which reads all experts once more: a step has `at_once`
+    tokens at most.
 
     It is also where this prompt differs from the one before, after `n_common` tokens: many may begin with the same
     instructions.
     """
-    ends = (i + 1 for i in range(len(prompt_ids) - 2, 0, -1) if prompt_ids[i] in turn_ends)
-    last = next(ends, max(len(prompt_ids) - 2, 0))
+    n, almost = len(prompt_ids), max(len(prompt_ids) - 2, 0)
+    last = next((i + 1 for i in range(n - 2, 0, -1) if prompt_ids[i] in turn_ends), almost)
+    if n_held < last < n - _SHORT_STEP:
+        cut, whole = _n_steps(at_once, last - n_held, n - last), _n_steps(at_once, n - n_held)
+        last = almost if cut > whole else last
     places = [last] if last > n_held else []
     if n_held + _LEAST_SAVED <= n_common < last:
         places.append(n_common)
     return places
+
+
+def _n_steps(at_once: int, *n_tokens: int) -> int:
+    """Return how many steps stretches of a prompt take, one after the other."""
+    return sum(-(-n // at_once) for n in n_tokens)

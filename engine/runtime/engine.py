@@ -335,7 +335,8 @@ class Engine(Answering):
     ) -> Answer:
         """Begin an answer in a borrowed slot, and count it."""
         try:
-            answer = Answer(lease, self.tokenizer, sequence, is_streamed=is_streamed, progress=progress)
+            most = self._limits.max_tokens
+            answer = Answer(lease, self.tokenizer, sequence, at_once=most, is_streamed=is_streamed, progress=progress)
             with self._turn():
                 s = self._statistics
                 self._statistics = replace(
