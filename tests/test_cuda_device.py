@@ -418,6 +418,16 @@ def test_two_sequences_in_one_step(small: Model) -> None:
         assert (pair.view(np.uint32) == np.concatenate(ends).view(np.uint32)).all()
 
 
+@pytest.mark.parametrize("hot_k", [None, 2])
+def test_steps_are_launched_for_hardly_more_tokens_than_they_have(small: Model, monkeypatch, hot_k) -> None:
+    """Also where all experts have a slot: blocks of tokens that are not there take their time."""
+    monkeypatch.setattr("engine.devices.footprint.LEAST_LONG_STEP", 8)
+    limits = replace(LIMITS, max_tokens=20, context_length=48, n_slots=1)
+    with small.open(limits=limits, hot_k=hot_k, prompt_tokens=100, stream_n_tokens=18) as opened:
+        assert opened.program.limits.max_tokens == 48
+        assert all(opened.program._steps.size_for(n) <= 2 * n for n in range(1, 49))
+
+
 def test_the_last_row_of_a_table_that_fills_its_pages_is_read_in_ram(golden_path, monkeypatch) -> None:
     """Kernels read whole words, which reach beyond it: on a GPU what lies there must be pinned, too."""
     model = Model(golden_path("qwen35moe/qwen35moe-fusedgu-Q8_0.gguf"))

@@ -117,7 +117,7 @@ def cached(opened: Opened, policy: str = "lru") -> HotCache:
 
 
 @pytest.mark.parametrize(
-    ("driver_settings", "short_step", "streaming_step", "in_background"),
+    ("driver_settings", "short_step", "long_step", "in_background"),
     [({}, 64, 512, True), ({"copy_us": 300, "jitter_us": 200}, 5, 4, True), ({"order": "random"}, 64, 4, False)],
     ids=str,
 )
@@ -126,14 +126,14 @@ def test_long_and_short_steps_in_any_order_have_the_same_bits(
     driver,
     driver_settings: dict,
     short_step: int,
-    streaming_step: int,
+    long_step: int,
     in_background: bool,
     monkeypatch,
 ) -> None:
     """Also where steps that ask the CPU are long ones, and where long ones take less memory than the longest."""
     driver.set(**driver_settings)
     monkeypatch.setattr("engine.devices.footprint.SHORT_STEP", short_step)
-    monkeypatch.setattr("engine.devices.footprint.STREAMING_STEP", streaming_step)
+    monkeypatch.setattr("engine.devices.footprint.LEAST_LONG_STEP", long_step)
     rng, seen_lent = np.random.default_rng(5), 0
     with lending.open() as opened:
         n_left = [int(opened.program.usable_slots(n, 0).sum()) for n in (1, 10, 16, 17, 24)]
@@ -203,7 +203,7 @@ def test_what_is_kept_stays_and_what_is_lent_is_overwritten(lending: Lending) ->
 
 
 def test_a_shorter_one_of_the_long_steps_leaves_more_slots_alone(lending: Lending, monkeypatch) -> None:
-    monkeypatch.setattr("engine.devices.footprint.STREAMING_STEP", 16)
+    monkeypatch.setattr("engine.devices.footprint.LEAST_LONG_STEP", 16)
     with lending.open(prompt_tokens=LIMITS.context_length) as opened:
         program, model, expected = opened.program, lending.model, lending.expected
         left, least = (program.usable_slots(n, N_TOKENS) for n in (12, LIMITS.context_length))

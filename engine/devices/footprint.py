@@ -17,7 +17,12 @@ from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, streaming_pays_from
 
 SHORT_STEP = 64  # tokens of a step that takes no memory from expert slots
-STREAMING_STEP = 512  # tokens that the least of the steps which stream experts are made for
+LEAST_LONG_STEP = 512  # tokens that the least of the long steps are made for
+
+
+def long_sizes(max_tokens: int) -> list[int]:
+    """Return the numbers of tokens that long steps are made for beside the longest, each twice the one before."""
+    return list(takewhile(lambda n: n < max_tokens, (LEAST_LONG_STEP << i for i in count())))
 
 
 def step_sizes(max_tokens: int, stream_n_tokens: int | None) -> list[int]:
@@ -32,9 +37,9 @@ def step_sizes(max_tokens: int, stream_n_tokens: int | None) -> list[int]:
     """
     if stream_n_tokens is None or stream_n_tokens > max_tokens:
         return [max_tokens]
-    doublings = takewhile(lambda n: n < max_tokens, (STREAMING_STEP << i for i in count()))
     helped = stream_n_tokens - 1
-    return sorted({min(SHORT_STEP, helped), helped, max_tokens, *(n for n in doublings if n > helped)})
+    streaming = [n for n in long_sizes(max_tokens) if n > helped]
+    return sorted({min(SHORT_STEP, helped), helped, max_tokens, *streaming})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.runtime import Context, Event, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.streaming import ExpertStream
+from engine.devices.footprint import long_sizes
 
 _SIZES = (1, 4, 8, 64)  # steps of up to so many tokens have launches made for that size, too
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
@@ -59,7 +60,7 @@ class Steps:
         self._passed = Event()  # after the last but one step
         staging, max_tokens = lowering.staging, lowering.limits.max_tokens
         largest = max_tokens if staging is None else min(staging.from_n_tokens - 1, max_tokens)  # that streams nothing
-        all_sizes = {*_SIZES, *lowering.sizes}
+        all_sizes = {*_SIZES, *long_sizes(max_tokens), *lowering.sizes}
         recorded: dict[tuple[int, int], list[Launch | Streamed]] = {}
         sizes = sorted({min(size, largest) for size in all_sizes})
         decoding = next((size for size in sizes if size >= lowering.limits.n_slots), 0)
