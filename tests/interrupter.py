@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Collection, Sequence
 from types import ModuleType
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line that is run in some modules, but for some functions, once."""
+    """Raises KeyboardInterrupt at the n-th line that is run in some modules, but for some functions, once.
+
+    Never at `with`: the interpreter comes there once more before it leaves the block, and handles no signal between
+    that and the end of `__exit__`; an exception of a trace function would leave a lock taken.
+    """
 
     def __init__(self, at_line: int, modules: Sequence[ModuleType], but_for: Collection[str] = ()) -> None:
         self.at_line, self.n_lines, self.raised = at_line, 0, False
@@ -18,7 +23,8 @@ class Interrupter:
     def __call__(self, frame, event, _):
         if frame.f_code.co_filename not in self._files or frame.f_code.co_name in self._but_for:
             return None
-        if event == "line":
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not line.lstrip().startswith("with "):
             self.n_lines += 1
             if self.n_lines == self.at_line:
                 self.raised = True
