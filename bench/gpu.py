@@ -283,7 +283,7 @@ def linear(bench: Bench) -> None:
             stride = -(-n_bytes // 256) * 256 + 256
             n = max(1, min(64 if n_tokens <= 8 else 4, POOL_BYTES // stride))
             row_bytes = kernels.activation_bytes(weight_format.activation, n_cols)
-            product = tiles.linear_for(weight_format, n_tokens)
+            product = tiles.linear_for(n_tokens)
             launches = [
                 product(
                     Rows(x, row_bytes),

@@ -33,7 +33,7 @@ expert_down(const int *ids, const int *slots, int n_used, ExpertMatrix down, Exp
     __syncthreads();
     float *rows = choice.is_shared ? shared_out + choice.token * shared_out_stride
                                    : out + choice.token * out_stride + (int64_t)choice.rank * hidden_size;
-    dots.run(shared, grid, [&](int i, int, float value) {
+    dots.run(shared, grid, 1, [&](int i, int, float value) {
         rows[first_row + i] = projected(value, matrix, choice.expert(ids), hidden_size, first_row + i);
     });
 }

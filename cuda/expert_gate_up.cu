@@ -24,7 +24,7 @@ DEVICE void project(const ExpertMatrix &matrix, const Share &own, const uint8_t 
     const uint8_t *first = matrix.slots + own.slot * matrix.slot_bytes + own.first_row * matrix.row_bytes;
     Dots dots(first, matrix.row_bytes, own.n_rows, own.hidden_size, own.most_rows, scratch);
     __syncthreads(); // the activations are there
-    dots.run(records, grid, [&](int i, int, float value) {
+    dots.run(records, grid, 1, [&](int i, int, float value) {
         values[i] = projected(value, matrix, own.expert, own.ffn_size, own.first_row + i);
     });
 }

@@ -36,7 +36,7 @@ DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_w
     const Tokens<N_TOKENS> tokens(x + head * head_x_bytes, x_row_bytes, first_token, N_TOKENS == 1 ? first_token + 1 : n);
     Dots::stage(shared, tokens, n_cols);
     __syncthreads();
-    dots.run(shared, grid, [&](int i, int t, float value) {
+    dots.run(shared, grid, N_TOKENS == 1 ? 1 : n - first_token, [&](int i, int t, float value) {
         const int row = first_row + i, token = first_token + t;
         if (token >= n)
             return;

@@ -1,4 +1,4 @@
-// Rows of a weight matrix times an activation row, for float formats up to N, by one warp, in the canonical arithmetic.
+// Rows of a weight matrix times up to N activation rows, by one warp, in the canonical arithmetic.
 //
 // Integer formats. The blocks of a warp's rows lie one behind the other in memory. They are brought to shared memory in
 // 16-byte pieces, chunks ahead of the arithmetic (cp.async), so any block size and alignment is read at full width and
@@ -52,28 +52,29 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
         return *(const int2 *)(record + PART_SUMS + 2 * s);
     }
 
-    // By the whole block; the others see it after a barrier.
-    static __device__ __forceinline__ void stage(uint8_t *records, const uint8_t *row, int n_cols) {
-        constexpr int AT_ONCE = 2; // parts of a thread that are on the way together
-        const Activation x = activation_view((uint8_t *)row, BLOCK, n_cols);
-        for (int first = 32 * threadIdx.x; first < n_cols; first += AT_ONCE * 32 * blockDim.x) {
+    // Of N tokens, whose records follow one another. By the whole block; the others see it after a barrier.
+    template <int N> static __device__ __forceinline__ void stage(uint8_t *staged, const Tokens<N> &tokens, int n_cols) {
+        constexpr int AT_ONCE = N == 1 ? 2 : N; // parts of a thread that are on the way together
+        constexpr int STEPS = AT_ONCE / N;      // of each token
+        for (int first = 32 * threadIdx.x; first < n_cols; first += STEPS * 32 * blockDim.x) {
             uint4 low[AT_ONCE], high[AT_ONCE];
             int sums[AT_ONCE];
             float d[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int at = first + i * 32 * blockDim.x;
+                const int at = first + i / N * 32 * blockDim.x;
                 if (at < n_cols) {
+                    const Activation x = activation_view((uint8_t *)tokens.row[i % N], BLOCK, n_cols);
                     low[i] = *(const uint4 *)(x.q + at), high[i] = *(const uint4 *)(x.q + at + 16);
                     sums[i] = *(const int *)(x.sums + at / 16), d[i] = x.d[at / BLOCK];
                 }
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int at = first + i * 32 * blockDim.x;
+                const int at = first + i / N * 32 * blockDim.x;
                 if (at >= n_cols)
                     break;
-                uint8_t *record = records + at / BLOCK * BYTES;
+                uint8_t *records = staged + i % N * staged_bytes(n_cols), *record = records + at / BLOCK * BYTES;
                 uint4 *to = (uint4 *)(record + at % BLOCK);
                 if (INTERLEAVED)
                     interleave(low[i], high[i], to[0], to[1]);
@@ -145,17 +146,20 @@ template <> struct __align__(8) BlockTerm<false> {
 
 template <class Format, int N, bool INTEGER = Format::INTEGER> class RowDots;
 
-template <class Format> class RowDots<Format, 1, true> {
+template <class Format, int N> class RowDots<Format, N, true> {
     using X = Record<Format::BLOCK, Format::HAS_CODES>;
 
     static constexpr int PER_LANE = Format::BLOCK == 256 ? 1 : 4, CHUNK = WARP * PER_LANE; // blocks
     static constexpr int STAGES = 2; // chunks on the way or in use; more of them would leave a multiprocessor fewer warps
     static constexpr int CHUNK_BYTES = CHUNK * Format::BYTES, STAGE_BYTES = round_up_128(CHUNK_BYTES + 16);
-    static constexpr int CHUNKS_KEPT = Format::BLOCK == 256 ? 4 : 6; // before the chains go on
+    static constexpr int CHUNKS_KEPT = ((Format::BLOCK == 256 ? 4 : 6) + N / 2) / N; // before the chains go on
+    static constexpr int ROWS_AT_ONCE = WARP / N; // whose chains go on together
+    static constexpr int MOST_ROWS = N == 1 ? WARP : 16;
 
     using Term = BlockTerm<Format::HAS_MIN>;
 
     int n_rows, n_columns, n_blocks, n_items, n_chunks; // items: blocks of all rows
+    int token_terms;                                    // from the terms of one token to those of the next
     uint8_t *stages;
     Term *terms;
     const uint8_t *to_fetch;
@@ -167,6 +171,9 @@ template <class Format> class RowDots<Format, 1, true> {
     static __device__ __forceinline__ int chunks_of(int rows, int n_cols) {
         return (rows * (n_cols / Format::BLOCK) + CHUNK - 1) / CHUNK;
     }
+
+    // Terms of a token that are kept, of so many rows and chunks.
+    static __device__ __forceinline__ int terms_of(int rows, int n) { return min(CHUNKS_KEPT, n) * CHUNK + rows; }
 
     // Where the terms are in the scratch of a warp that has so many chunks.
     static __device__ __forceinline__ int terms_at(int n) { return min(STAGES, n) * STAGE_BYTES; }
@@ -202,62 +209,77 @@ template <class Format> class RowDots<Format, 1, true> {
         return __dp4a(q[3], x.w, __dp4a(q[2], x.z, __dp4a(q[1], x.y, __dp4a(q[0], x.x, 0))));
     }
 
-    // The term of one block; d_x: the activations' scale.
-    static __device__ __forceinline__ Term multiply(const uint8_t *block, const uint8_t *record, float d_x, const int8_t *grid,
-                                                    const unsigned (&table)[4]) {
+    // The terms of one block with the first M tokens. `record` is its first token's, and `d_x` the scale of that; those of the
+    // next token lie `token_bytes` behind.
+    template <int M>
+    static __device__ __forceinline__ void multiply(const uint8_t *block, const uint8_t *record, const uint8_t *d_x,
+                                                    int token_bytes, const int8_t *grid, const unsigned (&table)[4],
+                                                    Term (&terms)[N]) {
         constexpr int N_PARTS = Format::BLOCK / 32;
-        int isum = 0, imin = 0, offsets = 0;
+        int isum[M] = {}, imin[M] = {}, offsets[M] = {};
 #pragma unroll
         for (int part = 0; part < N_PARTS; part++) {
-            const int4 first = *(const int4 *)(record + 32 * part), second = *(const int4 *)(record + 32 * part + 16);
-            if constexpr (Format::HAS_CODES) {
-                unsigned codes[4];
+            unsigned codes[4];
+            Part w;
+            if constexpr (Format::HAS_CODES)
                 Format::codes(block, part, codes);
-                int low = Format::dot(codes[0], table, first.x, first.y, 0);
-                low = Format::dot(codes[1], table, first.z, first.w, low);
-                int high = Format::dot(codes[2], table, second.x, second.y, 0);
-                high = Format::dot(codes[3], table, second.z, second.w, high);
-                isum += (low + high) * Format::scale(block, part);
-            } else {
-                Part w;
+            else
                 Format::unpack(block, part, grid, w);
-                const int low = dot_16(w.q, first), high = dot_16(w.q + 4, second);
-                if (Format::PER_SCALE == 32)
-                    isum += (low + high) * w.scale[0];
-                else
-                    isum += low * w.scale[0] + high * w.scale[1];
-                if (Format::HAS_MIN && !PART_MINS)
-                    imin = __dp2a_lo(X::sums(record, part), w.min[0] | w.min[1] << 8, imin);
-                if (Format::OFFSET)
-                    offsets = __dp2a_lo(X::sums(record, part), w.scale[0] & 255 | w.scale[1] << 8, offsets);
+#pragma unroll
+            for (int t = 0; t < M; t++) {
+                const uint8_t *of_token = record + t * token_bytes, *x = of_token + 32 * part;
+                const int4 first = *(const int4 *)x, second = *(const int4 *)(x + 16);
+                if constexpr (Format::HAS_CODES) {
+                    int low = Format::dot(codes[0], table, first.x, first.y, 0);
+                    low = Format::dot(codes[1], table, first.z, first.w, low);
+                    int high = Format::dot(codes[2], table, second.x, second.y, 0);
+                    high = Format::dot(codes[3], table, second.z, second.w, high);
+                    isum[t] += (low + high) * Format::scale(block, part);
+                } else {
+                    const int low = dot_16(w.q, first), high = dot_16(w.q + 4, second);
+                    if (Format::PER_SCALE == 32)
+                        isum[t] += (low + high) * w.scale[0];
+                    else
+                        isum[t] += low * w.scale[0] + high * w.scale[1];
+                    if (Format::HAS_MIN && !PART_MINS)
+                        imin[t] = __dp2a_lo(X::sums(of_token, part), w.min[0] | w.min[1] << 8, imin[t]);
+                    if (Format::OFFSET)
+                        offsets[t] = __dp2a_lo(X::sums(of_token, part), w.scale[0] & 255 | w.scale[1] * 256, offsets[t]);
+                }
             }
         }
         if constexpr (PART_MINS) {
 #pragma unroll
             for (int part = 0; part < N_PARTS; part += 4) {
-                const int2 sums = X::part_sums(record, part);
                 const int mins = (int)Format::mins(block, part);
-                imin = __dp2a_hi(sums.y, mins, __dp2a_lo(sums.x, mins, imin));
+#pragma unroll
+                for (int t = 0; t < M; t++) {
+                    const int2 sums = X::part_sums(record + t * token_bytes, part);
+                    imin[t] = __dp2a_hi(sums.y, mins, __dp2a_lo(sums.x, mins, imin[t]));
+                }
             }
         }
-        Term term;
-        term.d = Format::d(block) * d_x, term.isum = (float)(isum - Format::OFFSET * offsets);
-        if constexpr (Format::HAS_MIN)
-            term.min_d = Format::min_d(block) * d_x, term.imin = (float)imin;
-        return term;
+#pragma unroll
+        for (int t = 0; t < M; t++) {
+            const float scale = *(const float *)(d_x + t * token_bytes);
+            terms[t].d = Format::d(block) * scale, terms[t].isum = (float)(isum[t] - Format::OFFSET * offsets[t]);
+            if constexpr (Format::HAS_MIN)
+                terms[t].min_d = Format::min_d(block) * scale, terms[t].imin = (float)imin[t];
+        }
     }
 
   public:
     // Shared memory of a warp of so many rows.
     static __device__ __forceinline__ int scratch_bytes(int rows, int n_cols) {
         const int n = chunks_of(rows, n_cols);
-        return round_up_128(terms_at(n) + (min(CHUNKS_KEPT, n) * CHUNK + rows) * (int)sizeof(Term));
+        return round_up_128(terms_at(n) + N * terms_of(rows, n) * (int)sizeof(Term));
     }
 
     // A warp's rows, one behind the other from `first` on, perhaps none; `most_rows` is what its scratch is for.
     __device__ __forceinline__ RowDots(const uint8_t *first, int64_t, int rows, int n_cols, int most_rows, uint8_t *scratch)
         : n_rows(rows), n_columns(n_cols), n_blocks(n_cols / Format::BLOCK), n_items(rows * n_blocks),
-          n_chunks(chunks_of(rows, n_cols)), stages(scratch), terms((Term *)(scratch + terms_at(chunks_of(most_rows, n_cols)))),
+          n_chunks(chunks_of(rows, n_cols)), token_terms(terms_of(most_rows, chunks_of(most_rows, n_cols))), stages(scratch),
+          terms((Term *)(scratch + terms_at(chunks_of(most_rows, n_cols)))),
           to_fetch(first), n_to_fetch(n_items) {
         for (int i = 0; i < STAGES; i++)
             fetch_next();
@@ -267,23 +289,29 @@ template <class Format> class RowDots<Format, 1, true> {
     static constexpr int FORM = Format::BLOCK + Format::HAS_CODES;
 
     // Bytes of the activations in shared memory.
-    static __device__ __forceinline__ int staged_bytes(int n_cols) { return X::staged_bytes(n_cols); }
-    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<1> &tokens, int n_cols) {
-        X::stage(shared, tokens.row[0], n_cols);
+    static __device__ __forceinline__ int staged_bytes(int n_cols) { return N * X::staged_bytes(n_cols); }
+    static __device__ __forceinline__ void stage(uint8_t *shared, const Tokens<N> &tokens, int n_cols) {
+        X::stage(shared, tokens, n_cols);
     }
     // From float32 values.
     static __device__ __forceinline__ void stage_values(uint8_t *shared, const float *x, int n_cols) {
         X::quantize(shared, x, n_cols);
     }
 
-    // Calls emit(row, token, value) once for each, from some lane. `records` is what `stage` made. Whole warps only.
+    // Calls emit(row, token, value) once for each, from some lane. `records` is what `stage` made, of n_tokens that exist.
+    // Whole warps only.
     template <class Emit>
-    __device__ __forceinline__ void run(const uint8_t *records, const int8_t *grid, Emit emit) {
+    __device__ __forceinline__ void run(const uint8_t *records, const int8_t *grid, int n_tokens, Emit emit) {
         const int lane = threadIdx.x % WARP, misalignment = (int)((uint64_t)to_fetch & 15);
-        const float *d_x = (const float *)(records + X::scales_at(n_columns));
+        const int token_bytes = X::staged_bytes(n_columns);
+        const uint8_t *d_x = records + X::scales_at(n_columns);
         const int rows_on = quotient(WARP, n_blocks), columns_on = WARP - rows_on * n_blocks; // from a lane's block to its next
         int row = quotient(lane, n_blocks), column = lane - row * n_blocks;                   // of the lane's block
-        float acc = 0.0f;
+        constexpr int N_CHAINS = MOST_ROWS / ROWS_AT_ONCE; // of a lane
+        float acc[N_CHAINS];
+#pragma unroll
+        for (int i = 0; i < N_CHAINS; i++)
+            acc[i] = 0.0f;
         unsigned table[4];
         if constexpr (Format::HAS_CODES)
             load_table<Format>(table, n_columns);
@@ -300,9 +328,18 @@ template <class Format> class RowDots<Format, 1, true> {
                 // Behind the last block lie no weights: what comes of them is left alone. Terms have a gap after each row, so
                 // that the chains find theirs in different banks.
                 const uint8_t *block = blocks + in_chunk * Format::BYTES;
-                const Term term = multiply(block, records + column * X::BYTES, d_x[column], grid, table);
+                const uint8_t *record = records + column * X::BYTES, *scale = d_x + column * 4;
+                const bool are_few = N > 2 && n_tokens <= N / 2;
+                Term found[N];
+                if (are_few)
+                    multiply<(N + 1) / 2>(block, record, scale, token_bytes, grid, table, found);
+                else
+                    multiply<N>(block, record, scale, token_bytes, grid, table, found);
                 if (item < n_items)
-                    terms[item - kept + row - kept_row] = term;
+#pragma unroll
+                    for (int t = 0; t < N; t++)
+                        if (!are_few || t < N / 2)
+                            terms[t * token_terms + item - kept + row - kept_row] = found[t];
                 row += rows_on, column += columns_on;
                 if (column >= n_blocks)
                     column -= n_blocks, row++;
@@ -311,20 +348,26 @@ template <class Format> class RowDots<Format, 1, true> {
             fetch_next();
             if ((chunk + 1) % CHUNKS_KEPT && chunk + 1 < n_chunks)
                 continue;
-            const int first = max(kept, lane * n_blocks), end = min(min((chunk + 1) * CHUNK, n_items), (lane + 1) * n_blocks);
-            const Term *own = terms + first - kept + lane - kept_row; // a lane goes on with the chain of a row
+#pragma unroll
+            for (int i = 0; i < N_CHAINS; i++) { // a lane goes on with the chain of a row and token
+                const int own_row = i * ROWS_AT_ONCE + lane / N, first = max(kept, own_row * n_blocks);
+                const int end = min(min((chunk + 1) * CHUNK, n_items), (own_row + 1) * n_blocks);
+                const Term *own = terms + lane % N * token_terms + first - kept + own_row - kept_row;
 #pragma unroll 8
-            for (int item = first; item < end; item++, own++) {
-                const Term term = *own;
-                acc = __fmaf_rn(term.d, term.isum, acc);
-                if constexpr (Format::HAS_MIN)
-                    acc = __fmaf_rn(term.min_d, term.imin, acc);
+                for (int item = first; item < end; item++, own++) {
+                    const Term term = *own;
+                    acc[i] = __fmaf_rn(term.d, term.isum, acc[i]);
+                    if constexpr (Format::HAS_MIN)
+                        acc[i] = __fmaf_rn(term.min_d, term.imin, acc[i]);
+                }
             }
             kept += CHUNKS_KEPT * CHUNK, kept_row = __shfl_sync(ALL_LANES, row, 0); // of the first block of the next chunk
             __syncwarp();
         }
-        if (lane < n_rows)
-            emit(lane, 0, acc);
+#pragma unroll
+        for (int i = 0; i < N_CHAINS; i++)
+            if (i * ROWS_AT_ONCE + lane / N < n_rows)
+                emit(i * ROWS_AT_ONCE + lane / N, lane % N, acc[i]);
         cp_async_wait<0>();
     }
 };
@@ -404,7 +447,7 @@ template <class Format, int N> class RowDots<Format, N, false> {
     }
 
     template <class Emit>
-    __device__ __forceinline__ void run(const uint8_t *staged, const int8_t *, Emit emit) {
+    __device__ __forceinline__ void run(const uint8_t *staged, const int8_t *, int, Emit emit) {
         const float *x = (const float *)staged;
         const int chain = threadIdx.x % 16, half = threadIdx.x % WARP / 16;
         float acc[N];

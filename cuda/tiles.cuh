@@ -197,11 +197,10 @@ template <class Format> struct TileDots {
     }
 
     // The fragments of eight tokens for parts 2 * pair and the next: b[2 * i] and b[2 * i + 1] are those of the i-th. x: the
-    // first token's 256 values in shared memory, STRIDE_X bytes from one token to the next.
-    template <int STRIDE_X>
+    // first token's 256 values in shared memory, STRIDE bytes from one token to the next.
     static __device__ __forceinline__ void load_x(const int8_t *x, int pair, unsigned (&b)[4]) {
         const int lane = threadIdx.x % WARP;
-        ldmatrix_x4(b, x + lane % 8 * STRIDE_X + 64 * pair + lane / 8 * 16);
+        ldmatrix_x4(b, x + lane % 8 * STRIDE + 64 * pair + lane / 8 * 16);
     }
 
     // The scales of the lane's two rows of one block of 256, and the words of the minimums that it multiplies.
@@ -223,7 +222,6 @@ template <class Format> struct TileDots {
     };
 
     // isum of one block of 256 with eight tokens.
-    template <int STRIDE_X>
     static __device__ __forceinline__ void multiply_large(const int8_t *x, const BlockScales &scales,
                                                           const unsigned (&a)[PARTS][4], int (&isum)[4]) {
 #pragma unroll
@@ -232,7 +230,7 @@ template <class Format> struct TileDots {
 #pragma unroll
         for (int pair = 0; pair < PARTS / 2; pair++) {
             unsigned b[4];
-            load_x<STRIDE_X>(x, pair, b);
+            load_x(x, pair, b);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const unsigned(&w)[4] = a[2 * pair + h];
@@ -283,7 +281,7 @@ template <class Format> struct TileDots {
             if (j >= n_eights)
                 break;
             int isum[4];
-            multiply_large<STRIDE>(shared.x[buffer][8 * j], own, a, isum);
+            multiply_large(shared.x[buffer][8 * j], own, a, isum);
             const float d_x[2] = {shared.d_x[buffer][tile_token(j, 0)][0], shared.d_x[buffer][tile_token(j, 1)][0]};
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -319,7 +317,7 @@ template <class Format> struct TileDots {
                     if (2 * pair >= n_parts)
                         break;
                     unsigned b[4];
-                    load_x<STRIDE>(shared.x[buffer][8 * j], pair, b);
+                    load_x(shared.x[buffer][8 * j], pair, b);
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const int part = 2 * pair + h;

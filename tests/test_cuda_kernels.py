@@ -119,15 +119,15 @@ def test_tiles_have_the_bits_of_the_cpu(weight_format: QuantFormat) -> None:
 
 @pytest.mark.parametrize("weight_format", [f for f in FORMATS if tiles.has_integer_form(f)], ids=lambda f: f.name)
 def test_few_tokens_have_the_bits_of_the_cpu(weight_format: QuantFormat) -> None:
-    check_linear(weight_format, 5, "fast", tiles.few)
+    check_linear(weight_format, 5, "fast")
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "n_tokens"),
-    [("Q4_K", "race", 8), ("Q6_K", "asan", 2), ("Q5_1", "race", 3), ("Q8_0", "asan", 8), ("Q3_K", "race", 11)],
+    [("Q4_K", "race", 8), ("Q6_K", "asan", 2), ("Q5_1", "race", 3), ("Q8_0", "asan", 7), ("Q3_K", "race", 6)],
 )
 def test_few_tokens_break_no_rule(name: str, mode: str, n_tokens: int) -> None:
-    check_linear(BY_NAME[name], n_tokens, mode, tiles.few)
+    check_linear(BY_NAME[name], n_tokens, mode)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,9 @@ def check_linear(
     weight_format: QuantFormat, n_tokens: int, mode: str, linear: Callable[..., Launch] = kernels.linear
 ) -> None:
     rng, emulator, n_cols = np.random.default_rng(1), Emulator(mode), awkward_columns(weight_format)
-    sizes = (37, 5) if linear is kernels.linear else (75, 5)  # of which the sanitizer sees the last byte
+    sizes = (
+        (37, 5) if linear is kernels.linear and mode != "asan" else (75, 5)
+    )  # of which the sanitizer sees the last byte
     weights = aligned(random_weights(weight_format, sum(sizes), n_cols))
     x = rng.standard_normal((n_tokens, n_cols)).astype(F32)
     bias, scale = rng.standard_normal(sizes[1]).astype(F32), np.array([0.37], F32)

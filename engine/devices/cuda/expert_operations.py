@@ -60,9 +60,7 @@ def linear_and_router(recorder: Recorder, item: fusion.LinearAndRouter) -> None:
 
     def routed(p: Pass) -> Routed | None:
         count = p.count(op.x.rows)
-        if p.linear(weight_format) is not kernels.linear or not kernels.can_route(
-            weight_format, op.x.width, count.most
-        ):
+        if p.linear is not kernels.linear or not kernels.can_route(weight_format, op.x.width, count.most):
             return None
         return Routed(routing(p), p.base + n_done, _asked(recorder, item.experts, forms, p) if sends_x else None)
 

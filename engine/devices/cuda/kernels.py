@@ -36,7 +36,6 @@ from engine.errors import DeviceError
 from engine.quants.formats import Activation, QuantFormat
 
 N_WARPS = 4  # of a block that multiplies rows; `linear.cu`, `expert_*.cu`
-MAX_TOKENS_AT_ONCE = 8  # that share one reading of the weights
 
 LANE = 8  # columns that a lane takes; `residual.cu`, `gate.cu`
 _EXPERT_COLUMNS = 4  # of the experts' sum that a thread takes; `residual.cu`
@@ -50,6 +49,7 @@ _FLOAT_WARPS_WANTED = 2112
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
 _SHARED_BYTES = 99 << 10  # that every GPU has for a block
+_THIRD_BYTES = 75 << 10  # for a block where there are three
 
 
 class _Forms(ctypes.Structure):
@@ -120,9 +120,9 @@ class _Experts(ctypes.Structure):
 
 def rows_per_warp(weight_format: QuantFormat, n_cols: int, n_rows: int, n_tokens: int = 1) -> int:
     """Return how many rows a warp takes: as many as leave enough warps for the whole GPU."""
-    most = _MAX_ROWS_PER_WARP // n_tokens
+    most = _MAX_ROWS_PER_WARP
     if weight_format.activation == Activation.F32:
-        return max(_FLOAT_ROWS, min(ceil_div(n_rows, _FLOAT_WARPS_WANTED), most))
+        return max(_FLOAT_ROWS, min(ceil_div(n_rows, _FLOAT_WARPS_WANTED), most // n_tokens))
     wanted = ceil_div(n_rows, _WARPS_WANTED)
     n_blocks = n_cols // weight_format.block_size
 
@@ -152,15 +152,16 @@ def _chunk(weight_format: QuantFormat) -> int:
     return WARP * (1 if weight_format.block_size == 256 else 4)
 
 
-def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int) -> int:
+def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int, n_tokens: int = 1) -> int:
     """Return the shared memory of a warp of so many rows; `RowDots::scratch_bytes`."""
     size, n_bytes = weight_format.block_size, weight_format.block_bytes
     if weight_format.activation == Activation.F32:
         return _FLOAT_STAGES * _FLOAT_ROWS * ((_FLOAT_COLUMNS // size * n_bytes + 45) // 16 * 16)
     chunk, term = _chunk(weight_format), 16 if weight_format.name in WITH_MINIMUM else 8
     n_chunks = ceil_div(rows * (n_cols // size), chunk)
-    n_kept = min(4 if size == 256 else 6, n_chunks)  # chunks whose terms are kept, `CHUNKS_KEPT`
-    return _round_up_128(min(_STAGES, n_chunks) * _round_up_128(chunk * n_bytes + 16) + (n_kept * chunk + rows) * term)
+    most_kept = ((4 if size == 256 else 6) + n_tokens // 2) // n_tokens  # `CHUNKS_KEPT`
+    terms = n_tokens * (min(most_kept, n_chunks) * chunk + rows) * term
+    return _round_up_128(min(_STAGES, n_chunks) * _round_up_128(chunk * n_bytes + 16) + terms)
 
 
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
@@ -171,11 +172,23 @@ def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     return n_tokens * _round_up_128(n_cols // size * (record + 4))
 
 
-def _tokens_at_once(activation: Activation, n_cols: int, most: int) -> int:
-    """Return how many tokens share a reading of the weights: with float weights as many as fit into shared memory."""
-    if activation != Activation.F32:
-        return 1
-    fitting = [1, *(n for n in (2, 4, MAX_TOKENS_AT_ONCE) if _records_bytes(activation, n_cols, n) <= _RECORDS_BYTES)]
+def _tokens_at_once(weight_format: QuantFormat, n_cols: int, most: int) -> int:
+    """Return how many tokens share a reading of the weights: as many as shared memory has room for, of float weights.
+
+    Of integers there are at most four: of eight, what is read from shared memory takes as long as twice four. And it is
+    two, if four would leave a multiprocessor of the GPUs that have most shared memory less than three blocks.
+    """
+    activation = weight_format.activation
+
+    def fits(n: int) -> bool:
+        records = _records_bytes(activation, n_cols, n)
+        if activation == Activation.F32:
+            return records <= _RECORDS_BYTES
+        needed = records + N_WARPS * _warp_bytes(weight_format, _MAX_ROWS_PER_WARP, n_cols, n)
+        return needed <= (_SHARED_BYTES if n == 2 else _THIRD_BYTES)
+
+    sizes = (2, 4, 8) if activation == Activation.F32 else (2, 4)
+    fitting = [1, *filter(fits, sizes)]
     return next((n for n in fitting if n >= most), fitting[-1])
 
 
@@ -223,11 +236,11 @@ def linear(
     what some matrix gives, see `can_route`.
     """
     assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
-    n_tokens = _tokens_at_once(weight_format.activation, n_cols, count.most)
+    n_tokens = _tokens_at_once(weight_format, n_cols, count.most)
     row_bytes = weight_format.row_bytes(n_cols)
     per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
     records = _records_bytes(weight_format.activation, n_cols, n_tokens)
-    of_warp = _warp_bytes(weight_format, per_warp, n_cols)
+    of_warp = _warp_bytes(weight_format, per_warp, n_cols, n_tokens)
     n_wanted = ceil_div(sum(m.n_rows for m in matrices), per_warp)
     row_warps = _row_warps(weight_format, n_wanted, (_SHARED_BYTES - records) // of_warp)
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
@@ -266,7 +279,7 @@ def linear(
 
 def can_route(weight_format: QuantFormat, n_cols: int, most: int) -> bool:
     """Return whether `linear` can choose experts for so many tokens: they must share one reading of the weights."""
-    return most <= _tokens_at_once(weight_format.activation, n_cols, most)
+    return most <= _tokens_at_once(weight_format, n_cols, most)
 
 
 def _no_expert(like: ExpertMatrix) -> ExpertMatrix:

@@ -234,7 +234,7 @@ def _linear_launch(
         ]
         what = (p.rows(x), op.x.width, weight_format, matrices, p.at(grid), p.count(op.x.rows))
         choice = routed[1](p) if routed is not None else None
-        yield p.linear(weight_format)(*what) if choice is None else kernels.linear(*what, routed=choice)
+        yield p.linear(*what) if choice is None else kernels.linear(*what, routed=choice)
 
     recorder.record(launches)
 
@@ -262,7 +262,7 @@ def head_linear(recorder: Recorder, op: ops.HeadLinear) -> None:
         if activation != Activation.F32:
             heads, to = Rows(p.rows(x).address, weight.n_cols), Rows(p.rows(converted).address, x_bytes)
             yield kernels.quantize(heads, weight.n_cols, activation, to, n, p.count(rows))
-        yield p.linear(weight.format)(
+        yield p.linear(
             p.rows(converted),
             weight.n_cols,
             weight.format,

@@ -11,7 +11,7 @@ from engine.devices.cuda.kernels import Exchange, Forms
 from engine.devices.cuda.launch import PADDING, Count, Launch, Rows
 from engine.devices.cuda.scratch import Need, Scratch
 from engine.devices.program import DRAW, Limits
-from engine.quants.formats import Activation, QuantFormat
+from engine.quants.formats import Activation
 
 ALIGNMENT = 256
 DRAW_WORDS = DRAW.itemsize // 4
@@ -100,9 +100,10 @@ class Pass:
         """Return how many rows an operation has."""
         return Count(self.base + self.step.n_rows[rows], min(self.most, self.limits.most(rows)))
 
-    def linear(self, weight_format: QuantFormat) -> Callable[..., Launch]:
-        """Return what multiplies matrices of a format with the rows of a step."""
-        return tiles.linear_for(weight_format, self.most)
+    @property
+    def linear(self) -> Callable[..., Launch]:
+        """Return what multiplies matrices with the rows of a step."""
+        return tiles.linear_for(self.most)
 
     def rows(self, place: Place) -> Rows:
         """Return the rows of a tensor."""

@@ -33,13 +33,11 @@ from engine.devices.cuda.launch import (
 from engine.quants.formats import Activation, QuantFormat
 
 MIN_TOKENS = 4  # of steps whose experts may be computed by tiles
-_FEW_TOKENS = 8  # that one reading of the weights serves in `linear_few.cu`; more are computed by tiles
-_MIN_FLOAT_TOKENS = 9  # that are computed by tiles with float weights
+_MIN_LINEAR_TOKENS = 9  # whose dense products are computed by tiles
 _CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights is faster where each choice has its own
 
 _WARPS, _ROWS, _TOKENS, _STEP = 4, 64, 64, 256  # of a tile; `tiles.cuh`
 _FLOAT_ROWS, _FLOAT_TOKENS = 32, 16  # `linear_float_tiles.cu`
-_FEW_ROWS = 16  # of a block; `linear_few.cu`
 _MANY_BLOCKS = 2048
 
 
@@ -48,11 +46,9 @@ def has_integer_form(weight_format: QuantFormat) -> bool:
     return weight_format.activation != Activation.F32
 
 
-def linear_for(weight_format: QuantFormat, max_tokens: int) -> Callable[..., Launch]:
-    """Return what multiplies matrices of a format with the activations of steps of so many tokens fastest."""
-    if has_integer_form(weight_format):
-        return kernels.linear if max_tokens == 1 else few if max_tokens <= _FEW_TOKENS else linear
-    return kernels.linear if max_tokens < _MIN_FLOAT_TOKENS else linear
+def linear_for(max_tokens: int) -> Callable[..., Launch]:
+    """Return what multiplies matrices with the activations of steps of so many tokens fastest."""
+    return kernels.linear if max_tokens < _MIN_LINEAR_TOKENS else linear
 
 
 def _raw_stride(weight_format: QuantFormat) -> int:
@@ -108,43 +104,6 @@ def _arguments(
         int32(n_cols),
         pointer(grid),
         pointer(count.address),
-    )
-
-
-def _few_bytes(weight_format: QuantFormat) -> int:
-    """Return the size of `linear_few.cu`'s `Shared`."""
-    n_warps, size = _WARPS, weight_format.block_size
-    n_blocks, has_min, is_large = n_warps * _STEP // size, weight_format.name in WITH_MINIMUM, size == _STEP
-    raw, stride = _raw_stride(weight_format), _STEP + 16
-    x = 2 * _FEW_TOKENS * (n_warps * _STEP + 16 + 4 * n_blocks)
-    sums = (2 * _FEW_TOKENS if has_min else 1) * 2 * (n_warps * _STEP // 16)
-    results = 4 * _FEW_ROWS * _FEW_TOKENS * (n_blocks + (n_blocks if has_min and is_large else 1))
-    factors = 4 * _FEW_ROWS * (n_blocks + (n_blocks if has_min else 1))
-    scales = 2 * (_FEW_ROWS if is_large else 1) * (_STEP // 16)
-    return ceil_div(x + sums + results + factors, 16) * 16 + n_warps * (_FEW_ROWS * (2 * raw + stride) + scales)
-
-
-def few(
-    x: Rows,
-    n_cols: int,
-    weight_format: QuantFormat,
-    matrices: Sequence[Matrix],
-    grid: int,
-    count: Count,
-    heads: Heads = ONE_HEAD,
-) -> Launch:
-    """Do what `kernels.linear` does, for two to eight tokens at once and integer formats, with the same bits."""
-    assert has_integer_form(weight_format)
-    assert x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
-    packed, n_blocks = pack_matrices(matrices, weight_format, heads, _FEW_ROWS)
-    return Launch(
-        "linear_few.cu",
-        "linear_few",
-        (f"FORMAT={weight_format.name}",),
-        (n_blocks, ceil_div(count.most, _FEW_TOKENS), heads.n),
-        _WARPS * WARP,
-        (packed, *_arguments(x, n_cols, weight_format, grid, count, heads)),
-        _few_bytes(weight_format),
     )
 
 
