@@ -29,7 +29,7 @@ def alone(small_model: Path | None) -> list:
 
 
 @pytest.fixture
-def shared(small_model: Path | None) -> Iterator[Engine]:
+def three(small_model: Path | None) -> Iterator[Engine]:
     with open_engine(small_model) as engine:
         yield engine
 
@@ -52,16 +52,16 @@ def record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[i
     return steps
 
 
-def test_many_together_are_as_each_alone(shared: Engine, alone: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = record_steps(shared, monkeypatch)
-    found = dict(shared.generate_many(PROMPTS, PARAMS))
+def test_many_together_are_as_each_alone(three: Engine, alone: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = record_steps(three, monkeypatch)
+    found = dict(three.generate_many(PROMPTS, PARAMS))
     assert [outcome(found[i]) for i in range(len(PROMPTS))] == alone
     assert max(len(step) for step in steps) == 3
     assert len(steps) < 35  # one by one would be over fifty
-    assert shared.statistics.n_requests == 5
-    assert shared.statistics.n_decode_tokens == sum(len(answer[0]) - 1 for answer in alone)
-    assert shared.statistics.n_prompt_tokens == sum(answer.usage.n_prompt_tokens for answer in found.values()) - (
-        shared.statistics.n_reused_tokens
+    assert three.statistics.n_requests == 5
+    assert three.statistics.n_decode_tokens == sum(len(answer[0]) - 1 for answer in alone)
+    assert three.statistics.n_prompt_tokens == sum(answer.usage.n_prompt_tokens for answer in found.values()) - (
+        three.statistics.n_reused_tokens
     )
 
 
@@ -72,14 +72,14 @@ def test_the_cut_of_steps_changes_nothing(small_model: Path | None, alone: list,
     assert [outcome(found[i]) for i in range(len(PROMPTS))] == alone
 
 
-def test_threads_share_steps(shared: Engine, alone: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = record_steps(shared, monkeypatch)
+def test_threads_share_steps(three: Engine, alone: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = record_steps(three, monkeypatch)
     found: dict[int, tuple] = {}
     barrier = threading.Barrier(len(PROMPTS))
 
     def work(i: int) -> None:
         barrier.wait(30)
-        *_, last = shared.generate(PROMPTS[i], PARAMS, stream=True)
+        *_, last = three.generate(PROMPTS[i], PARAMS, stream=True)
         found[i] = outcome(last.completion)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(PROMPTS))]
@@ -91,64 +91,64 @@ def test_threads_share_steps(shared: Engine, alone: list, monkeypatch: pytest.Mo
     assert max(len(step) for step in steps) > 1
 
 
-def test_a_new_prompt_joins_a_running_answer(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = record_steps(shared, monkeypatch)
-    with closing(shared.generate(PROMPTS[0], PARAMS, stream=True)) as first:
+def test_a_new_prompt_joins_a_running_answer(three: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = record_steps(three, monkeypatch)
+    with closing(three.generate(PROMPTS[0], PARAMS, stream=True)) as first:
         next(first)
-        long = shared.generate([5] * 100, SamplingParams(max_tokens=1, temperature=0.0))
+        long = three.generate([5] * 100, SamplingParams(max_tokens=1, temperature=0.0))
         assert long.usage.n_prompt_tokens == 100
         together = [step for step in steps if len(step) == 2]
         assert [sum(step) for step in together[:3]] == [32, 32, 32]  # full steps, the answer's token in each of them
         assert all(1 in step for step in together)
 
 
-def test_a_reader_who_does_not_read_is_not_worked_for(shared: Engine, alone: list) -> None:
+def test_a_reader_who_does_not_read_is_not_worked_for(three: Engine, alone: list) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
-    with closing(shared.generate(PROMPTS[0], params, stream=True)) as unread:
+    with closing(three.generate(PROMPTS[0], params, stream=True)) as unread:
         next(unread)
-        before = shared.statistics.n_decode_tokens
-        shared.generate(PROMPTS[1], params)
-        assert shared.statistics.n_decode_tokens - before == 59 + MAX_UNREAD
+        before = three.statistics.n_decode_tokens
+        three.generate(PROMPTS[1], params)
+        assert three.statistics.n_decode_tokens - before == 59 + MAX_UNREAD
         rest = list(unread)
-    assert rest[-1].completion.token_ids == shared.generate(PROMPTS[0], params).token_ids
+    assert rest[-1].completion.token_ids == three.generate(PROMPTS[0], params).token_ids
 
 
-def test_errors_of_one_are_not_those_of_others(shared: Engine, alone: list) -> None:
+def test_errors_of_one_are_not_those_of_others(three: Engine, alone: list) -> None:
     def fail(done: int, total: int) -> None:
         raise RuntimeError("the caller's own")
 
-    found = dict(shared.generate_many([PROMPTS[0], "", [10**6], "x " * 500, PROMPTS[1]], PARAMS))
+    found = dict(three.generate_many([PROMPTS[0], "", [10**6], "x " * 500, PROMPTS[1]], PARAMS))
     assert outcome(found[0]) == alone[0]
     assert outcome(found[4]) == alone[1]
     for i, message in ((1, "empty"), (2, "not in the vocabulary"), (3, "context")):
         assert isinstance(found[i], RequestError)
         assert message in str(found[i])
-    with closing(shared.generate(PROMPTS[1], PARAMS, stream=True)) as other:
+    with closing(three.generate(PROMPTS[1], PARAMS, stream=True)) as other:
         next(other)
         with pytest.raises(RuntimeError, match="own"):
-            shared.generate(PROMPTS[0], PARAMS, progress=fail)
+            three.generate(PROMPTS[0], PARAMS, progress=fail)
         assert list(other)[-1].completion.token_ids == alone[1][0]
 
 
 def test_a_device_that_fails_ends_all_answers_and_no_more(
-    shared: Engine, alone: list, monkeypatch: pytest.MonkeyPatch
+    three: Engine, alone: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*step):
         raise DeviceError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared._forward.program, "run", fail)
-        assert all(isinstance(answer, DeviceError) for _, answer in shared.generate_many(PROMPTS, PARAMS))
-    assert outcome(shared.generate(PROMPTS[0], PARAMS)) == alone[0]
+        patch.setattr(three._forward.program, "run", fail)
+        assert all(isinstance(answer, DeviceError) for _, answer in three.generate_many(PROMPTS, PARAMS))
+    assert outcome(three.generate(PROMPTS[0], PARAMS)) == alone[0]
 
 
 @pytest.mark.parametrize("at_step", [1, 4, 7])
 def test_ctrl_c_in_one_reader_does_not_hurt_the_others(
-    shared: Engine, alone: list, at_step: int, monkeypatch: pytest.MonkeyPatch
+    three: Engine, alone: list, at_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams = [shared.generate(prompt, PARAMS, stream=True) for prompt in PROMPTS[:2]]
+    streams = [three.generate(prompt, PARAMS, stream=True) for prompt in PROMPTS[:2]]
     texts = [next(stream).text for stream in streams]
-    run, n_steps = shared._forward.program.run, 0
+    run, n_steps = three._forward.program.run, 0
 
     def interrupted(*step):
         nonlocal n_steps
@@ -158,23 +158,23 @@ def test_ctrl_c_in_one_reader_does_not_hurt_the_others(
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(shared._forward.program, "run", interrupted)
+    monkeypatch.setattr(three._forward.program, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        shared.generate(PROMPTS[2], PARAMS)
+        three.generate(PROMPTS[2], PARAMS)
     for text, stream, expected in zip(texts, streams, alone, strict=False):
         rest = list(stream)
         assert outcome(rest[-1].completion) == expected
         assert text + "".join(chunk.text for chunk in rest) == expected[1]
 
 
-def test_closing_early_gives_all_sequences_back(shared: Engine) -> None:
-    many = shared.generate_many(PROMPTS, PARAMS)
+def test_closing_early_gives_all_sequences_back(three: Engine) -> None:
+    many = three.generate_many(PROMPTS, PARAMS)
     next(many)
     many.close()
-    assert len(dict(shared.generate_many(PROMPTS, PARAMS))) == 5
-    held = [shared.new_session() for _ in range(3)]
+    assert len(dict(three.generate_many(PROMPTS, PARAMS))) == 5
+    held = [three.new_session() for _ in range(3)]
     with pytest.raises(RequestError, match="n_sequences"):
-        next(shared.generate_many(PROMPTS, PARAMS))
+        next(three.generate_many(PROMPTS, PARAMS))
     for sequence in held:
         sequence.close()
 
