@@ -70,6 +70,9 @@ class EngineSettings(Table):
         n_snapshots: copies of the states of recurrent layers, and of the last keys and values of layers with a window,
             that are kept, of all sequences together, at the ends of messages and where prompts differ, so that neither
             a chat which goes on a little differently nor what many prompts begin with need be run again; 0 = none.
+        max_drafts: tokens that are guessed, from where the text said the same before, and checked in one step, at most,
+            where one answer is made at a time and that is faster; it changes no text. 0 = none. Where routing is
+            recorded or played there are none, either.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
     """
@@ -84,6 +87,7 @@ class EngineSettings(Table):
     max_prompt_tokens: int = setting(16384, low=1, high=1 << 16)
     n_sequences: int = setting(1, low=1, high=1024)
     n_snapshots: int = setting(4, low=0, high=1 << 16)
+    max_drafts: int = setting(7, low=0, high=15)
     kv_type: Literal["f32", "f16", "q8_0"] = "f16"
     vram_budget: str = ""
 

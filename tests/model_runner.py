@@ -28,11 +28,12 @@ class ModelRunner:
         kv_type: KVType = KVType.F32,
         n_threads: int = 2,
         isa: str | None = None,
+        max_drafts: int = 0,
     ) -> None:
         self.file = open_model_file(path)
         self.model = load_model(self.file)
         self.weights = WeightMemory.load(self.file, self.model.tensor_names, "mmap")
-        limits = Limits(max_tokens, n_slots, context_length, kv_type)
+        limits = Limits(max_tokens, n_slots, context_length, kv_type, max_drafts=max_drafts)
         self.program = CPUDevice(n_threads, isa).compile(self.model.graph, self.weights, limits)
         self.forward = ForwardPass(self.program, limits, self.model.spec.n_vocab)
 

@@ -147,7 +147,11 @@ def test_settings_from_file_and_options(tmp_path: Path, capsys: pytest.CaptureFi
         (["run", "-p", "x", "-t", "1", "--vram-budget", "12"], 2, "error: engine.vram_budget is '12'; expected a size"),
         (["plan", "--machine", "4090", "--vram", "24"], 2, "error: --vram is '24'; expected a size above 0 such as"),
         (["plan", "--machine", "4090", "--pcie", "0"], 2, "error: --pcie is '0'; expected a bandwidth above 0 such as"),
-        (["bench", "--watch", "--csv", "x.csv"], 1, "--peer and --csv do not go with --conversation or --watch"),
+        (
+            ["bench", "--watch", "--csv", "x.csv"],
+            1,
+            "--peer and --csv do not go with --conversation, --watch or --drafts",
+        ),
         (["bench", "--replay", "x", "--peer", "llama.cpp"], 1, "--peer does not go with --replay"),
         (["run", "-p", "x", "--set", "nonsense"], 2, "--set nonsense: expected TABLE.KEY=VALUE"),
         (["run", "-p", "x", "--top-p", "7"], 2, "sampling.top_p is '7'; expected a number from 0 to 1"),
@@ -354,15 +358,15 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_info_places_experts_on_the_gpu_as_plan_does(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu = ("--device", "emulated", "--vram-budget", "15MB", "-c", "512")
+    gpu = ("--device", "emulated", "--vram-budget", "15.5MB", "-c", "512")
     assert main(["info", *gpu]) == 0
     shown = capsys.readouterr().out
     facts = info(capsys, *gpu)
-    assert facts["VRAM_planned_bytes"] <= facts["VRAM_free_bytes"] == 15_000_000
+    assert facts["VRAM_planned_bytes"] <= facts["VRAM_free_bytes"] == 15_500_000
     assert re.match(r"\d+( to \d+)? of 56", facts["expert_slots_of_a_layer"])
     assert 0 < facts["share_of_experts_in_VRAM"] < facts["share_of_reads_from_VRAM_expected"] < 1
     assert facts["read_bandwidth_GB_s"] == 60
-    args = ["--ram", "1GB", "--vram", "15MB", "--ram-bandwidth", "60GB/s", "--pcie", "25GB/s"]
+    args = ["--ram", "1GB", "--vram", "15.5MB", "--ram-bandwidth", "60GB/s", "--pcie", "25GB/s"]
     assert main(["plan", "--json", *args, "--vram-bandwidth", "900GB/s", "-c", "512"]) == 0
     hot = json.loads(capsys.readouterr().out)[2]
     assert facts["decode_tok_s_expected"] == pytest.approx(hot["decode_tok_s"], rel=1e-9)

@@ -78,6 +78,7 @@ from test_cuda_prompts import (  # noqa: F401 - collected here
     single_tokens,
     test_long_steps_have_the_bits_of_single_tokens,
 )
+from test_cuda_states import test_a_step_of_wrong_drafts_is_taken_back  # noqa: F401 - collected here
 from test_cuda_tiles import (  # noqa: F401 - collected here
     test_choices_are_sorted_and_cut_into_tiles,
     test_experts_by_tiles_have_the_bits_of_the_cpu,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_cuda_device import Model
 
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.devices.graph import KVType
+from engine.devices.program import Limits
 from engine.errors import DeviceError, RequestError
 from engine.runtime import Engine
 from tests.cusim import needs_emulator
@@ -67,3 +71,33 @@ def test_a_chat_whose_history_is_edited_is_taken_up_at_the_end_of_a_message(gold
         found, expected = warm.generate([*first, 7, 8], PARAMS), cold.generate([*first, 7, 8], PARAMS)
         assert found.usage.n_reused_tokens == 0  # nothing false was left
         assert found.logprobs == expected.logprobs
+
+
+@pytest.mark.parametrize(
+    ("name", "n_slots"), [(f"golden/{RECURRENT}", 1), (f"golden/{RECURRENT}", 2), ("peers/deepseek4-F32", 1)]
+)
+def test_a_step_of_wrong_drafts_is_taken_back(name: str, n_slots: int, data: Path, golden_path) -> None:
+    """Logits behind it have the bits of those without it, beside other sequences, too."""
+    path = golden_path(f"{RECURRENT}.gguf") if name.startswith("golden") else data / f"{name}.gguf"
+    model = Model(path)
+    limits = Limits(max_tokens=8, n_slots=n_slots, context_length=64, kv_type=KVType.F16, max_drafts=4)
+    slot = n_slots - 1
+    with model.open(limits=limits, hot_k=3) as opened:
+        forward, program = opened.forward, opened.program
+        tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+        forward.run(0, tokens[::-1], 0, "all")
+        expected = [forward.run(slot, tokens[i : i + 1], i, "all") for i in range(8)]
+        other = forward.run(0, [7], 8, "all") if slot else None
+        forward.run(slot, tokens[:2], 0, "none")
+        if slot:
+            forward.run(0, tokens[::-1], 0, "none")
+        for at in (2, 3, 5):
+            program.keep_states(slot)
+            forward.run(slot, [tokens[at], 8, 8, 8], at, "all")
+            program.rewind_states(slot)
+            n = 2 if at == 3 else 1
+            found = forward.run(slot, tokens[at : at + n], at, "all")
+            assert np.array_equal(found, np.concatenate(expected[at : at + n]))
+        if slot:
+            assert np.array_equal(forward.run(0, [7], 8, "all"), other)
+    model.close()

@@ -159,7 +159,7 @@ def test_more_memory_or_bandwidth_is_faster(footprint, trace) -> None:
 def test_the_prediction_is_what_the_emulated_device_then_does() -> None:
     """One model of time behind both: decoding on the CPU's experts alone has no routing in it that could differ."""
     config = EngineConfig(
-        engine=EngineSettings(device="emulated", context_length=256, max_batch_tokens=64, n_threads=2),
+        engine=EngineSettings(device="emulated", context_length=256, max_batch_tokens=64, n_threads=2, max_drafts=0),
         moe=MoESettings(hot_k=0),
     )
     with Engine.open(config=config) as engine:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from engine.bench import conversation, kernels, limits, measure, peers, placements, plots, replay
+from engine.bench import conversation, drafts, kernels, limits, measure, peers, placements, plots, replay
 from engine.bench.table import Report, machine_facts, render, to_csv, to_json, write_file
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
 from engine.cli.terminal import Bars
@@ -68,6 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--watch", action="store_true", help="the same, with a live view of hits, swaps and times by layer"
     )
+    what.add_argument(
+        "--drafts",
+        nargs="?",
+        const=drafts.DEFAULT,
+        metavar="SHARES",
+        help=f"measure what drafts (tokens that are guessed and checked together) gain if such shares are right "
+        f"(default: {drafts.DEFAULT}); all else is measured without",
+    )
     replay.add_arguments(parser, what)
     add_settings(parser, BENCH_OPTIONS | ENGINE_OPTIONS)
     add_common(parser)
@@ -79,8 +87,10 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     _check_outputs([path for path in (args.json, args.csv, args.plot) if path])
     if (args.kernels or args.profile) and (args.peer or args.json or args.csv or args.plot):
         raise RequestError("--peer, --json, --csv and --plot do not go with --kernels or --profile")
-    if (args.conversation or args.watch) and (args.peer or args.csv):
-        raise RequestError("--peer and --csv do not go with --conversation or --watch; there is --json")
+    if (args.conversation or args.watch or args.drafts) and (args.peer or args.csv):
+        raise RequestError("--peer and --csv do not go with --conversation, --watch or --drafts; there is --json")
+    if args.drafts and args.plot:
+        raise RequestError("--plot does not go with --drafts; there is --json")
     if args.replay and args.peer:
         raise RequestError("--peer does not go with --replay, which runs no model")
     if args.plot:
@@ -94,10 +104,14 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         _converse(args, out, console)
         return 0
     config = _with_context(read_settings(args))
+    if not args.drafts:
+        config = _without_drafts(config)
     for peer_name in args.peer:
         _check_peer(peer_name, config)
     with Bars(console, quiet=args.quiet) as bars:
-        if args.kernels:
+        if args.drafts:
+            _show_drafts(drafts.read_shares(args.drafts), config, args.json, bars, out)
+        elif args.kernels:
             _show_kernels(kernels.named_formats(args.kernels), config, bars, out)
         elif args.profile:
             _show_profile(config, bars, out)
@@ -127,6 +141,11 @@ def _with_context(config: EngineConfig) -> EngineConfig:
     needed = max(config.bench.prompt_tokens) + config.bench.gen_tokens
     settings = config.engine
     return replace(config, engine=replace(settings, context_length=settings.context_length or needed))
+
+
+def _without_drafts(config: EngineConfig) -> EngineConfig:
+    """Return the settings without drafts: how a made-up model's text repeats itself says nothing of others."""
+    return replace(config, engine=replace(config.engine, max_drafts=0))
 
 
 def _check_peer(name: str, config: EngineConfig) -> None:
@@ -183,7 +202,7 @@ def _measure_engine(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, Eng
 
 def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
     """Play the script, and show what it did to the hit rate."""
-    config = read_settings(args)
+    config = _without_drafts(read_settings(args))
     settings, n_gen = config.engine, config.bench.gen_tokens
     context = settings.context_length or _CONVERSATION_TOKENS + n_gen
     config = replace(config, engine=replace(settings, context_length=context))
@@ -203,6 +222,25 @@ def _converse(args: argparse.Namespace, out: Console, console: Console) -> None:
         write_file(args.json, conversation.to_json(turns))
     if args.plot:
         plots.plot_conversation(turns, f"{statistics.model}, a conversation of many subjects", args.plot)
+
+
+def _show_drafts(shares: list[float], config: EngineConfig, json_file: Path | None, bars: Bars, out: Console) -> None:
+    bench = config.bench
+    with Engine.open(config=config, progress=bars.loading) as engine:
+        n_prompt = bench.prompt_tokens[0]
+        rows = drafts.measure_drafts(engine, shares, n_prompt, bench.gen_tokens, bench.reps, bars.steps)
+        statistics = engine.statistics
+    bars.close()
+    facts = machine_facts() | {
+        "model": statistics.model,
+        "device": statistics.device,
+        "runs": f"{bench.reps} x {n_prompt} + {bench.gen_tokens} tokens, in turn; every text was the same",
+    }
+    for key, value in facts.items():
+        out.print(f"{key}: {value}")
+    out.print(drafts.table_of(rows, is_virtual=statistics.has_virtual_clock))
+    if json_file:
+        write_file(json_file, drafts.to_json(rows, facts))
 
 
 def _show_kernels(formats: Sequence[QuantFormat], config: EngineConfig, bars: Bars, out: Console) -> None:

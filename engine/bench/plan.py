@@ -40,6 +40,7 @@ from engine.tables import parse_bytes
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing
 BATCH_TOKENS = 512  # of a step
 LONG_STEP = EngineSettings().max_prompt_tokens
+MAX_DRAFTS = EngineSettings().max_drafts
 SWAP_SHARE = 0.2  # of a token's time
 SWAP_LAG = 1  # tokens by which a swap is late: its cause is looked at during the next step, and it arrives in that
 
@@ -322,7 +323,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     try:
         model = load_model(model_file)
         n_weight_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
-        limits = Limits(min(BATCH_TOKENS, args.context), 1, args.context, KVType[args.kv_type.upper()])
+        kv_type, n_tokens = KVType[args.kv_type.upper()], min(BATCH_TOKENS, args.context)
+        limits = Limits(n_tokens, 1, args.context, kv_type, max_drafts=MAX_DRAFTS)
         footprint_for = partial(measure_on_gpu, model.graph, limits, machine)
         footprint = footprint_for(Wish())
         if not footprint.n_experts:

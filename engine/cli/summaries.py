@@ -32,9 +32,10 @@ def statistics_text(statistics: EngineStatistics) -> str:
     """Return what an engine has done, for people."""
     s = statistics
     kept = f", {s.snapshot_bytes / 2**20:,.1f} of them to go back to" if s.snapshot_bytes else ""
+    drafts = f" ({s.n_drafts_right} of {s.n_drafts} drafts right)" if s.n_drafts else ""
     return (
         f"{s.n_requests} answers; prompts {s.n_prompt_tokens} tokens, {s.prompt_tok_s:,.1f} tok/s "
-        f"({s.n_reused_tokens} more reused); answers {s.n_decode_tokens} tokens, {s.decode_tok_s:,.1f} tok/s\n"
+        f"({s.n_reused_tokens} more reused); answers {s.n_decode_tokens} tokens, {s.decode_tok_s:,.1f} tok/s{drafts}\n"
         f"{s.device}; {s.ram_bytes / 2**20:,.1f} MiB of weights, states and scratch"
         f"{kept}; {s.cache_line}"
     )

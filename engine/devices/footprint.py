@@ -59,7 +59,7 @@ class Footprint:
         position_bytes: keys and values of one position, in all layers that see the whole context.
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
         recurrent_bytes: states of one sequence.
-        state_bytes: keys, values and states of all sequences.
+        state_bytes: keys, values and states of all sequences, and where there are drafts, a copy of the states of one.
         context_length: positions that a sequence may have.
         stretches: of memory that fill up as sequences grow: the bytes of a position's keys or values (without scales),
             for each layer, keys first, and each sequence.
@@ -157,7 +157,7 @@ def measure(
         position_bytes=whole,
         window_bytes=window,
         recurrent_bytes=recurrent,
-        state_bytes=all_positions + recurrent * limits.n_slots,
+        state_bytes=all_positions + recurrent * (limits.n_slots + (limits.max_drafts > 0)),
         context_length=limits.context_length,
         stretches=tuple(
             n_bytes

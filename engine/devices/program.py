@@ -29,6 +29,7 @@ class Limits:
         context_length: tokens in a sequence at most.
         kv_type: how keys and values are stored.
         max_outputs: tokens of a step whose logits are wanted, at most; 0 for all.
+        max_drafts: tokens that a sequence may run on the chance that they follow; see `RewindingProgram`.
     """
 
     max_tokens: int
@@ -36,6 +37,12 @@ class Limits:
     context_length: int
     kv_type: KVType
     max_outputs: int = 0
+    max_drafts: int = 0
+
+    @property
+    def max_draws(self) -> int:
+        """Return how many tokens a step may draw: one for each sequence, and one behind each draft."""
+        return min(self.n_slots + self.max_drafts, self.most(Rows.OUTPUTS))
 
     def most(self, rows: Rows) -> int:
         """Return how many rows there are at most."""
@@ -188,7 +195,7 @@ class DrawingProgram(Protocol):
             token_ids: as for `Program.run`, like the next two.
             positions: of the tokens.
             slots: of their sequences.
-            output_rows: at most one for each sequence.
+            output_rows: at most `Limits.max_draws`.
             draws: how, `DRAW` [n_outputs].
 
         Returns:
@@ -322,6 +329,22 @@ class RecurrentProgram(Protocol):
 
     def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
+        ...
+
+
+@runtime_checkable
+class RewindingProgram(Protocol):
+    """A program that can go back to where a sequence was, if that was kept: one sequence's, of `Limits.max_drafts`.
+
+    Keys and values stay where they are, those in a window too: so many tokens leave what the next one sees of them.
+    """
+
+    def keep_states(self, slot: int) -> None:
+        """Keep the recurrent states of the sequence in a slot, in place of those that were kept before."""
+        ...
+
+    def rewind_states(self, slot: int) -> None:
+        """Put back what was kept, of this slot."""
         ...
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices.program import Draw
+from engine.generate.drafting import DraftPolicy
 from engine.generate.forward import Progress
 from engine.generate.leases import Lease
 from engine.generate.sampling import Sampler
@@ -137,8 +138,9 @@ class Answer:
         at_once: int,
         is_streamed: bool,
         progress: Progress | None = None,
+        drafts: DraftPolicy | None = None,
     ) -> None:
-        """Begin; the lease is the answer's from now on. A step has `at_once` tokens at most."""
+        """Begin; the lease is the answer's from now on. A step has `at_once` tokens at most, `drafts` among them."""
         self.lease = lease
         self.is_streamed = is_streamed
         self.chunks: deque[Chunk] = deque()
@@ -157,6 +159,7 @@ class Answer:
         # After a text that is cut off, a recurrent state beyond the last token but one would be of no use.
         self._may_run_ahead = sequence.params.logprobs < 0 and self._sampler.is_sure
         self._may_run_ahead &= lease.can_cut_back or not sequence.params.stop
+        self._drafter = None if drafts is None else drafts.drafter(sequence.prompt_ids)
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_s = self._first_token_s = self._decode_s = 0.0
 
@@ -209,6 +212,28 @@ class Answer:
         n_made = len(self._sequence.token_ids)
         is_at_end = n_made + 1 >= self._sequence.params.max_tokens
         return self._may_run_ahead and not self.is_at_prompt and self.n_pending == 1 and not is_at_end
+
+    @property
+    def _most_drafts(self) -> int:
+        """Return how many tokens may be drafted: none after which there would be no room for one more."""
+        n_left = self._sequence.params.max_tokens - len(self._sequence.token_ids) - 1
+        return 0 if self.is_at_prompt or self.n_pending != 1 else n_left
+
+    def drafts(self) -> list[int]:
+        """Return tokens that are worth to be run behind the pending one, on the chance that they follow."""
+        most = self._most_drafts
+        return self._drafter.propose(self._sequence.token_ids, most) if self._drafter is not None and most > 0 else []
+
+    @property
+    def awaits_drafts(self) -> bool:
+        """Return whether what follows the next token can probably be drafted when that is known."""
+        most = self._most_drafts - 1
+        return self._drafter is not None and most > 0 and self._drafter.is_promising(self._sequence.token_ids, most)
+
+    def note_step(self, n_tokens: int, seconds: float) -> None:
+        """Note what a step took in which this answer alone went on by a token or more."""
+        if self._drafter is not None:
+            self._drafter.policy.note_step(n_tokens, seconds)
 
     def draw(self, n_unseen: int = 0) -> Draw | None:
         """Return how a device may draw the next token; None if the logits are to be looked at.

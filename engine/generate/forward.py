@@ -28,15 +28,13 @@ class Part:
         slot: which of the kept sequences.
         token_ids: to append, at least one; -1 - i for the token that row i of the step before gives.
         position: tokens that the sequence holds already.
-        wants_logits: of its last token.
-        draw: how the token after that is drawn; None to look at the logits.
+        draws: how the tokens are drawn that follow the last ones of these, one each; None to look at the logits.
     """
 
     slot: int
     token_ids: Sequence[int]
     position: int
-    wants_logits: bool
-    draw: Draw | None = None
+    draws: Sequence[Draw | None] = ()
 
 
 class ForwardPass:
@@ -133,9 +131,9 @@ class ForwardPass:
     def end(self, then: Sequence[Part] = ()) -> list[int | npt.NDArray[np.float32]]:
         """Wait for the end of the step that was begun first; `then` is begun before its tokens are looked at.
 
-        Returns for each part that wants them, in order, its logits, float32 [n_vocab], a view that is valid until the
-        next step; or the token that follows, where the program could draw it. With `then` that is -1 for a token that
-        it could not draw after all; both steps have to be run again.
+        Returns for each token that something is to follow, in order, its logits, float32 [n_vocab], a view that is
+        valid until the next step; or the token that follows, where the program could draw it. With `then` that is -1
+        for a token that it could not draw after all; both steps have to be run again.
         """
         if self.runs_ahead:
             tokens, logits = cast(AheadProgram, self.program).end(self._step(then) if then else None)
@@ -166,9 +164,8 @@ class ForwardPass:
             ids.extend(part.token_ids)
             positions.extend(range(part.position, part.position + len(part.token_ids)))
             slots.extend([part.slot] * len(part.token_ids))
-            if part.wants_logits:
-                rows.append(len(ids) - 1)
-                draws.append(part.draw)
+            rows.extend(range(len(ids) - len(part.draws), len(ids)))
+            draws.extend(part.draws)
         packed = None
         if self._draws and any(draw is not None for draw in draws):
             packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)

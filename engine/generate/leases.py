@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from engine.devices.program import RewindingProgram
 from engine.errors import EngineError, RequestError
 from engine.generate.forward import ForwardPass, Outputs, Progress
 from engine.generate.snapshots import Snapshots
@@ -24,11 +25,19 @@ class SlotTable:
     Attributes:
         cuts_back: by how many tokens of all that it ever had a sequence can be cut back; None: to any place.
         snapshots: of what a sequence overwrites; None if that is nothing, or none are taken.
+        rewinder: keeps the states of one sequence while drafts are checked; None where a sequence can be cut back.
     """
 
-    def __init__(self, n_slots: int, *, cuts_back: int | None, snapshots: Snapshots | None = None) -> None:
+    def __init__(
+        self,
+        n_slots: int,
+        *,
+        cuts_back: int | None,
+        snapshots: Snapshots | None = None,
+        rewinder: RewindingProgram | None = None,
+    ) -> None:
         """Start with all slots free and empty; see `program.cuts_back`."""
-        self.cuts_back, self.snapshots = cuts_back, snapshots
+        self.cuts_back, self.snapshots, self.rewinder = cuts_back, snapshots, rewinder
         self._held: list[list[int]] = [[] for _ in range(n_slots)]
         self._floor = [0] * n_slots  # tokens below which nothing is known of a sequence but that it begins empty
         self._last_use = [0] * n_slots
@@ -95,6 +104,18 @@ class SlotTable:
             return longest
         return self.snapshots.best(token_ids[:longest]) if self.snapshots is not None else 0
 
+    def keep(self, slot: int) -> None:
+        """Make it possible to go back to where a sequence is now; that of no other one from now on."""
+        if self.rewinder is not None:
+            self.rewinder.keep_states(slot)
+
+    def rewind(self, slot: int, n_tokens: int) -> None:
+        """Cut what a slot holds back to where `keep` was called, after so many tokens."""
+        if self.rewinder is not None:
+            self.rewinder.rewind_states(slot)
+            self._floor[slot] = n_tokens
+        del self._held[slot][n_tokens:]
+
     def note(self, slot: int, n_tokens: int, *, is_whole: bool = True) -> None:
         """Note that a sequence gets so many tokens; one that is not whole has no more than its next token needs."""
         if self.cuts_back is not None:
@@ -143,6 +164,7 @@ class Lease:
         self.slot, self.n_common = slot, n_common
         self._held = held
         self._is_open = True
+        self._kept_at = self._drafts_end = 0  # tokens before and behind the last step with drafts
 
     @property
     def n_held(self) -> int:
@@ -193,6 +215,17 @@ class Lease:
     def begin(self, n_tokens: int) -> None:
         """Note that so many tokens more are about to be run; until `commit` they may be there, or a part of them."""
         self._table.note(self.slot, len(self._held) + n_tokens)
+
+    def begin_drafts(self, n_tokens: int, n_drafts: int) -> None:
+        """Note that drafts are about to be run behind some tokens; all that is committed of them is what is right."""
+        self._table.keep(self.slot)
+        self.begin(n_tokens + n_drafts)
+        self._kept_at, self._drafts_end = len(self._held), len(self._held) + n_tokens + n_drafts
+
+    def end_drafts(self) -> None:
+        """Leave out what was not committed. With recurrent states that takes the step's other tokens along."""
+        if self._is_open and len(self._held) < self._drafts_end and not self._table.has(self.slot, len(self._held)):
+            self._table.rewind(self.slot, self._kept_at)
 
     def commit(self, token_ids: Sequence[int], *, is_whole: bool = True) -> None:
         """Note that the slot holds these tokens too; from a file, not `is_whole`, what the token after them needs."""

@@ -24,17 +24,23 @@ from engine.errors import EngineError
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Part
 
+Found = int | npt.NDArray[np.float32]  # a token that was drawn, or logits
 MAX_UNREAD = 16  # tokens that are made for a reader who does not fetch them
 
 
 @dataclass(frozen=True, slots=True)
 class StepCount:
-    """What steps did: tokens of prompts and answers, and their seconds, split between the two by tokens."""
+    """What steps did: tokens of prompts and answers, and their seconds, split between the two by tokens.
+
+    Of the tokens of answers, `n_drafts_right` were among `n_drafts` that were drafted.
+    """
 
     n_prompt_tokens: int = 0
     n_decode_tokens: int = 0
     prompt_s: float = 0.0
     decode_s: float = 0.0
+    n_drafts: int = 0
+    n_drafts_right: int = 0
 
     def __add__(self, other: StepCount) -> StepCount:
         return StepCount(
@@ -42,6 +48,8 @@ class StepCount:
             self.n_decode_tokens + other.n_decode_tokens,
             self.prompt_s + other.prompt_s,
             self.decode_s + other.decode_s,
+            self.n_drafts + other.n_drafts,
+            self.n_drafts_right + other.n_drafts_right,
         )
 
 
@@ -53,6 +61,7 @@ class _Step:
         shares: whose it is, and how many of the pending tokens of each.
         complete: whether these are all of them, so that the next one is wanted.
         begun_at: seconds.
+        drafts: tokens that may follow, of a step with one answer.
         is_ahead: it was begun before the tokens that it runs were known.
         void: those of whom it ran a token that does not exist.
     """
@@ -60,6 +69,7 @@ class _Step:
     shares: list[tuple[Answer, int]]
     complete: list[bool]
     begun_at: float
+    drafts: list[int] = field(default_factory=list)
     is_ahead: bool = False
     void: list[Answer] = field(default_factory=list)
 
@@ -218,15 +228,19 @@ class Scheduler:
 
     def _new_step(self, ready: list[Answer]) -> _Step:
         """Return the next step of those who are ready."""
-        shares = [(a, len(a.pending(n))) for a, n in share_out(ready, self._forward.limits.max_tokens)]
-        return _Step(shares, [n == answer.n_pending for answer, n in shares], self._forward.now())
+        most = self._forward.limits.max_tokens
+        shares = [(a, len(a.pending(n))) for a, n in share_out(ready, most)]
+        drafts = ready[0].drafts()[: most - 1] if len(ready) == 1 else []
+        return _Step(shares, [n == answer.n_pending for answer, n in shares], self._forward.now(), drafts)
 
     def _following(self, step: _Step, ready: list[Answer]) -> _Step | None:
         """Return what can be begun before a step is over: the next one, if all answers are known to go on."""
         answers = step.answers
         if not self._forward.runs_ahead or len(ready) != len(answers) or any(answer not in ready for answer in answers):
             return None
-        if not all(answer.can_run_ahead for answer in answers):
+        if step.drafts or not all(answer.can_run_ahead for answer in answers):
+            return None
+        if len(answers) == 1 and answers[0].awaits_drafts:
             return None
         return _Step([(answer, 1) for answer in answers], [True] * len(answers), self._forward.now(), is_ahead=True)
 
@@ -236,10 +250,13 @@ class Scheduler:
         parts = []
         for i, ((answer, n), wants) in enumerate(zip(step.shares, step.complete, strict=True)):
             answer.last_step = self._n_steps
-            ids = [-1 - i] if step.is_ahead else answer.pending(n)
-            draw = answer.draw(int(step.is_ahead)) if wants else None
-            parts.append(Part(answer.lease.slot, ids, answer.lease.n_held + step.is_ahead, wants, draw))
-            answer.lease.begin(step.is_ahead + n)
+            ids, lease = [-1 - i] if step.is_ahead else answer.pending(n) + step.drafts, answer.lease
+            draws = [answer.draw(step.is_ahead + j) for j in range(1 + len(step.drafts))] if wants else []
+            parts.append(Part(lease.slot, ids, lease.n_held + step.is_ahead, draws))
+            if step.drafts:
+                lease.begin_drafts(n, len(step.drafts))
+            else:
+                lease.begin(step.is_ahead + n)
         return parts
 
     def _run(self, step: _Step, following: _Step | None) -> None:
@@ -248,35 +265,59 @@ class Scheduler:
         rows = iter(self._forward.end(self._begin(following) if following is not None else ()))
         start = max(step.begun_at, self._ended_at)
         step_s = now() - start
-        n_prompt = n_decode = 0
+        n_prompt = n_decode = n_right = 0
         for (answer, n), wants in zip(step.shares, step.complete, strict=True):
-            found = next(rows) if wants else None
+            found = [next(rows) for _ in range(1 + len(step.drafts))] if wants else []
             if not answer.lease.is_open:
                 continue
             try:
                 if answer in step.void:
                     answer.redo()
-                elif isinstance(found, int) and found < 0:
-                    assert following is not None
+                elif following is not None and isinstance(found[0], int) and found[0] < 0:
                     following.void.append(answer)
                 elif answer.is_over:
                     answer.note_run(answer.pending(n))
-                else:
-                    n_prompt, n_decode = n_prompt + n * answer.is_at_prompt, n_decode + n * (not answer.is_at_prompt)
+                elif answer.is_at_prompt:
+                    n_prompt += n
                     self._append(answer, n, found, step_s)
+                elif step.drafts:
+                    n_right = self._append_drafts(answer, n, step.drafts, found, step_s)
+                    n_decode += 1 + n_right
+                    answer.note_step(n + len(step.drafts), step_s)
+                else:
+                    n_decode += len(found)
+                    self._append(answer, n, found, step_s)
+                    if len(step.shares) == 1:
+                        answer.note_step(n, step_s)
             except Exception as error:  # one answer's trouble, such as a progress callback's, is no other's
                 answer.fail(error)
             if following is None and answer.is_over:
                 answer.lease.close()
         self._ended_at = now()
         spent, share = self._ended_at - start, n_prompt / max(1, n_prompt + n_decode)
-        self._record(StepCount(n_prompt, n_decode, spent * share, spent * (1 - share)))
+        self._record(StepCount(n_prompt, n_decode, spent * share, spent * (1 - share), len(step.drafts), n_right))
 
-    def _append(self, answer: Answer, n: int, found: npt.NDArray[np.float32] | int | None, step_s: float) -> None:
-        """Note that `n` tokens of an answer were run, and add what was found to follow them."""
+    def _append_drafts(
+        self, answer: Answer, n: int, drafts: Sequence[int], found: Sequence[Found], step_s: float
+    ) -> int:
+        """Do what `_append` does for each token up to the first wrong draft; return how many were right."""
+        n_right = 0
+        try:
+            self._append(answer, n, found[:1], step_s)
+            for draft, then in zip(drafts, found[1:], strict=True):
+                if answer.is_over or answer.pending(1) != [draft]:
+                    break
+                n_right += 1
+                self._append(answer, 1, [then], 0.0)
+        finally:
+            answer.lease.end_drafts()
+        return n_right
+
+    def _append(self, answer: Answer, n: int, found: Sequence[Found], step_s: float) -> None:
+        """Note that `n` tokens of an answer were run, and add what was found to follow them, if that was wanted."""
         now = self._forward.now
         chosen_at = now()
-        chosen = None if found is None else answer.choose(found)
+        chosen = answer.choose(found[0]) if found else None
         spent = now() - chosen_at
         answer.note_run(answer.pending(n))
         if answer.is_at_prompt:

@@ -26,6 +26,7 @@ from engine.devices.program import (
     ProfiledProgram,
     Program,
     RecurrentProgram,
+    RewindingProgram,
     SavingProgram,
     cuts_back,
 )
@@ -35,6 +36,7 @@ from engine.errors import DeviceError, EngineError, RequestError
 from engine.experts.caching import ExpertCaching
 from engine.experts.steering import OWN
 from engine.generate.answer import Answer, Chunk, Completion
+from engine.generate.drafting import DraftPolicy
 from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.leases import Lease, SlotTable
 from engine.generate.scheduler import Scheduler, StepCount
@@ -69,6 +71,7 @@ class Engine(Answering):
         spec: the model's hyper-parameters.
         tokenizer: text to token ids and back.
         footprint: what the model needs of memory with these settings.
+        drafts: when tokens are drafted; None for never.
     """
 
     def __init__(self, model_file: ModelFile, config: EngineConfig, progress: OpenProgress | None = None) -> None:
@@ -123,7 +126,16 @@ class Engine(Answering):
         overwrites = most is not None and most < self._limits.context_length
         if overwrites and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
             self._snapshots = Snapshots(self._program, self._turn, settings.n_snapshots)
-        self._slots = SlotTable(settings.n_sequences, cuts_back=most, snapshots=self._snapshots)
+        has_states = bool(model.graph.states)
+        rewinder = self._program if isinstance(self._program, RewindingProgram) else None
+        may_draft = settings.max_drafts > 0 and (rewinder is not None or not has_states)
+        self._slots = SlotTable(
+            settings.n_sequences,
+            cuts_back=most,
+            snapshots=self._snapshots,
+            rewinder=rewinder if may_draft and has_states else None,
+        )
+        self.drafts = DraftPolicy(settings.max_drafts, loses_all=has_states) if may_draft else None
         self._scheduler = Scheduler(self._forward, self._turn, self._record)
         self._lock = threading.RLock()
         self._is_open = True
@@ -336,7 +348,15 @@ class Engine(Answering):
         """Begin an answer in a borrowed slot, and count it."""
         try:
             most = self._limits.max_tokens
-            answer = Answer(lease, self.tokenizer, sequence, at_once=most, is_streamed=is_streamed, progress=progress)
+            answer = Answer(
+                lease,
+                self.tokenizer,
+                sequence,
+                at_once=most,
+                is_streamed=is_streamed,
+                progress=progress,
+                drafts=self.drafts,
+            )
             with self._turn():
                 s = self._statistics
                 self._statistics = replace(
@@ -444,6 +464,8 @@ class Engine(Answering):
                 n_decode_tokens=self._steps.n_decode_tokens,
                 prompt_s=self._steps.prompt_s,
                 decode_s=self._steps.decode_s,
+                n_drafts=self._steps.n_drafts,
+                n_drafts_right=self._steps.n_drafts_right,
             )
 
     def now(self) -> float:

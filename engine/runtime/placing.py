@@ -18,6 +18,7 @@ from engine.devices.placement import Wish
 from engine.devices.program import Device, Limits
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
+from engine.experts.steering import OWN
 from engine.model_spec import ModelSpec
 
 _log = logging.getLogger("engine")
@@ -51,6 +52,7 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             isa=_capped_level(settings.isa),
             context_length=context_length,
             max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
+            max_drafts=settings.max_drafts if config.moe.routing == OWN and not config.moe.record_trace else 0,
         ),
     )
 
@@ -58,7 +60,11 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
 def limits_of(settings: EngineSettings) -> Limits:
     """Return the limits of a program with settings that are resolved."""
     return Limits(
-        settings.max_batch_tokens, settings.n_sequences, settings.context_length, KVType[settings.kv_type.upper()]
+        settings.max_batch_tokens,
+        settings.n_sequences,
+        settings.context_length,
+        KVType[settings.kv_type.upper()],
+        max_drafts=settings.max_drafts,
     )
 
 

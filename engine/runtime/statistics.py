@@ -35,6 +35,8 @@ class EngineStatistics(TokenSpeeds):
         n_reused_tokens: prompt tokens that were held already.
         n_decode_tokens: tokens made after the first of each answer.
         prompt_s, decode_s: seconds those took.
+        n_drafts: tokens that were drafted and checked.
+        n_drafts_right: of the tokens made, those that were drafted.
     """
 
     model: str
@@ -58,6 +60,8 @@ class EngineStatistics(TokenSpeeds):
     n_decode_tokens: int = 0
     prompt_s: float = 0.0
     decode_s: float = 0.0
+    n_drafts: int = 0
+    n_drafts_right: int = 0
 
     @property
     def ram_bytes(self) -> int:

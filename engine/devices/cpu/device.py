@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
-from engine.devices.cpu.sequence_state import passing_parts, used_parts
+from engine.devices.cpu.sequence_state import passing_parts, state_parts, used_parts
 from engine.devices.graph import Graph
 from engine.devices.program import Limits, WeightAccess
 from engine.errors import DeviceError, RequestError
@@ -163,6 +163,26 @@ class CPUProgram:
     def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
         _fill(passing_parts(self._lowered.states, self._limits, slot, n_tokens), saved)
+
+    def keep_states(self, slot: int) -> None:
+        """Keep the recurrent states of the sequence in a slot; see `program.RewindingProgram`."""
+        for part, kept in self._with_kept(slot):
+            self._copy(part, kept)
+
+    def rewind_states(self, slot: int) -> None:
+        """Put back what was kept, of this slot."""
+        for part, kept in self._with_kept(slot):
+            self._copy(kept, part)
+
+    def _with_kept(self, slot: int) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Yield the states of a slot, each with the memory that is there to keep it."""
+        at = 0
+        for part in state_parts(self._lowered.states, slot):
+            yield part, self._lowered.kept_states.bytes[at : at + part.size]
+            at += part.size
+
+    def _copy(self, source: npt.NDArray[np.uint8], to: npt.NDArray[np.uint8]) -> None:
+        _kernels.parallel_copy(source.ctypes.data, to.ctypes.data, source.size, self.device.n_threads)
 
     def close(self) -> None:
         """Forget the program; its memory is freed with the last array that refers to it."""

@@ -114,8 +114,9 @@ class Lowering:
         for state in graph.states:
             offsets.append((state, offset))
             offset += -(-state.width * 4 * limits.n_slots // ALIGNMENT) * ALIGNMENT
-        self.state_bytes = offset
         self._state = Arena(offset)
+        self.kept_states = Arena(sum(state.width * 4 for state in graph.states) if limits.max_drafts else 0)
+        self.state_bytes = offset + self.kept_states.n_bytes
         self._state_address = {owner: self._state.address + at for owner, at in offsets}
         ends = [at for _, at in offsets[1:]] + [offset]
         self.states = [(owner, self._state.bytes[at:end]) for (owner, at), end in zip(offsets, ends, strict=True)]

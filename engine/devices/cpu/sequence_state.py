@@ -43,6 +43,11 @@ def passing_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> I
     return used_parts(passing, limits, slot, n_tokens)
 
 
+def state_parts(owners: Owners, slot: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield views of the recurrent states of a sequence."""
+    return (_state_of(owner, memory, slot) for owner, memory in owners if isinstance(owner, State))
+
+
 def _rows_of(
     cache: KVCache, memory: npt.NDArray[np.uint8], limits: Limits, slot: int, n_tokens: int
 ) -> Iterator[npt.NDArray[np.uint8]]:

@@ -82,8 +82,7 @@ class Lowering:
         self.staging = staging
         self.sizes = step_sizes(limits.max_tokens, staging.from_n_tokens if staging else None)
         self.layout = Layout()
-        n_draws = min(limits.n_slots, limits.most(ops.Rows.OUTPUTS))
-        self.step = StepLayout(self.layout, limits.max_tokens, n_draws)
+        self.step = StepLayout(self.layout, limits.max_tokens, limits.max_draws)
         self.experts = ExpertTables(layers, self.layout, limits.max_tokens, staging.at_once if staging else 1)
         self.recorder = Recorder(weights, limits, self.layout, self.experts, tables)
 
@@ -105,7 +104,7 @@ class Lowering:
         self.recorder.index = len(graph.operations)
         self._logits = self.recorder.use(graph.logits).need
         self.n_vocab = graph.logits.width
-        self.drawing = Drawing(self.recorder, n_draws, self.n_vocab)
+        self.drawing = Drawing(self.recorder, limits.max_draws, self.n_vocab)
         self._place_scratch_and_slots(plan)
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 

@@ -19,7 +19,7 @@ from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
-from engine.devices.cuda.sequence_state import Part, passing_parts, used_parts
+from engine.devices.cuda.sequence_state import Part, kept_states, passing_parts, used_parts
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.steps import Steps
 from engine.devices.cuda.streaming import ExpertStream
@@ -395,6 +395,22 @@ class CUDAProgram:
     def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
         self._upload(passing_parts(self._lowering.recorder.states, self._limits, slot, n_tokens), saved)
+
+    def keep_states(self, slot: int) -> None:
+        """Keep the recurrent states of the sequence in a slot; queued behind all steps."""
+        self._copy_states(slot, is_back=False)
+
+    def rewind_states(self, slot: int) -> None:
+        """Put back what was kept, of this slot; queued likewise."""
+        self._copy_states(slot, is_back=True)
+
+    def _copy_states(self, slot: int, *, is_back: bool) -> None:
+        recorder, base = self._lowering.recorder, self._memory.address
+        self._context.make_current()
+        for (offset, n_bytes), place in kept_states(recorder.states, slot):
+            state, kept = base + offset, base + recorder.kept_states + place
+            to, source = (state, kept) if is_back else (kept, state)
+            self._stream.copy(to, source, n_bytes)
 
     def _download(self, parts: list[Part]) -> npt.NDArray[np.uint8]:
         self._context.make_current()

@@ -15,7 +15,7 @@ from engine.devices.cuda.expert_layers import ExpertTables, Streamed
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import Finish, Layout, Pass, Place
 from engine.devices.cuda.scratch import Need, Scratch
-from engine.devices.cuda.sequence_state import Owners
+from engine.devices.cuda.sequence_state import Owners, kept_bytes
 from engine.devices.graph import Graph, KVCache, State, Table, Tensor, Vector, Weight
 from engine.devices.program import Limits, WeightAccess
 from engine.devices.tables import expert_table
@@ -32,6 +32,7 @@ class Recorder:
     Attributes:
         experts: what the experts of all layers share.
         states: the caches and states, each with its offset.
+        kept_states: offset of a copy of the states of one sequence.
         context_length: positions that a sequence may have.
         uploads: offset and contents of what is uploaded once.
         index: of the operation at hand, set by whoever walks them.
@@ -156,6 +157,7 @@ class Recorder:
         for owner in owners:
             self._offsets[owner] = self._layout.reserve(_owned_bytes(owner, self._limits))
             self.states.append((owner, self._offsets[owner]))
+        self.kept_states = self._layout.reserve(kept_bytes(graph.states) if self._limits.max_drafts else 0)
 
     def state_bytes(self, limits: Limits) -> int:
         """Return what caches and states would take with other limits."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
+from engine.devices.cuda.places import reserved_bytes
 from engine.devices.footprint import has_stretches, position_rows
 from engine.devices.graph import KVCache, KVType, State
 from engine.devices.program import Limits, ring_pieces
@@ -34,6 +35,28 @@ def passing_parts(owners: Owners, limits: Limits, slot: int, n_tokens: int) -> l
     """Return the memory of that which a sequence overwrites as it goes on: recurrent states, and rows in a window."""
     passing = [(owner, offset) for owner, offset in owners if isinstance(owner, State) or owner.window]
     return list(used_parts(passing, limits, slot, n_tokens))
+
+
+def kept_bytes(states: Sequence[State]) -> int:
+    """Return what a copy of the recurrent states of one sequence takes."""
+    return sum(reserved_bytes(state.width * 4) for state in states)
+
+
+def kept_states(owners: Owners, slot: int) -> list[tuple[Part, int]]:
+    """Return the recurrent states of a sequence, with their places in a copy; of one sequence only, all in one."""
+    found: list[tuple[Part, int]] = []
+    at = 0
+    for owner, offset in owners:
+        if not isinstance(owner, State):
+            continue
+        start, n_bytes = _state_of(owner, offset, slot)
+        (before, _), place = found[-1] if found else ((0, 0), 0)
+        if found and start - before == at - place:  # what lies in between is nobody's
+            found[-1] = (before, start + n_bytes - before), place
+        else:
+            found.append(((start, n_bytes), at))
+        at += reserved_bytes(n_bytes)
+    return found
 
 
 def _state_of(state: State, offset: int, slot: int) -> Part:

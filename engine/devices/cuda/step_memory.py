@@ -25,7 +25,7 @@ class StepBuffer:
     def __init__(self, lowering: Lowering) -> None:
         """Reserve the memory."""
         self._lowering, step, limits = lowering, lowering.step, lowering.limits
-        experts, n_rows = lowering.experts, lowering.drawing.n_rows  # one for each sequence: what decoding asks for
+        experts, n_rows = lowering.experts, lowering.drawing.n_rows  # what decoding asks for
         self._owned: list[PinnedMemory] = []
         try:
             self._inputs = self._own(4 * step.n_words)

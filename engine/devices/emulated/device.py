@@ -144,6 +144,7 @@ class EmulatedProgram:
         self._stream_n_tokens = stream_n_tokens
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
+        self._rewind_s = 2 * footprint.recurrent_bytes / device.machine.bandwidths.vram  # read, and written
         self._copied_bytes = 0
         self._time_spent = StepTime()
         self._traffic = Traffic()
@@ -272,6 +273,16 @@ class EmulatedProgram:
     def load_states(self, slot: int, n_tokens: int, saved: npt.NDArray[np.uint8]) -> None:
         """Put back what `save_states` returned for this slot."""
         self._program.load_states(slot, n_tokens, saved)
+
+    def keep_states(self, slot: int) -> None:
+        """Keep the recurrent states of the sequence in a slot; see `program.RewindingProgram`."""
+        self._program.keep_states(slot)
+        self._clock.advance_to(self._clock.now + self._rewind_s)
+
+    def rewind_states(self, slot: int) -> None:
+        """Put back what was kept, of this slot."""
+        self._program.rewind_states(slot)
+        self._clock.advance_to(self._clock.now + self._rewind_s)
 
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""

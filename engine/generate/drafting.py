@@ -1,0 +1,228 @@
+"""Guesses how an answer goes on, from where its text said the same before, and tells when it pays to check that.
+
+A step that runs some guessed tokens behind the one it has to run reads each weight once for all of them. Those that are
+then chosen cost no step of their own; what follows the first wrong one is forgotten. Every token is chosen from the
+logits that it would be chosen from anyway, so no bit of a text depends on any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+_N_GRAM = 3  # tokens that must be the same
+_LONGEST = 17  # tokens of a match that are counted
+_MOST_PLACES = 8  # that are looked at, the latest ones
+_LOOK_BACK = 1 << 16  # tokens of a prompt that are looked through, which takes less than a tenth of a second
+_LENGTHS = (3, 4, 6, 9, 17)  # matches of lengths from one to the next come true about as often
+_KINDS = [sum(length >= least for least in _LENGTHS[1:]) for length in range(_LONGEST + 1)]
+_FIRST_GUESS = (0.4, 0.5, 0.65, 0.75, 0.85)  # how often, before anything is known; worth as much as:
+_GUESS_WEIGHT = 6.0  # tokens
+_MEMORY = 0.97  # of what is known, after one token more
+_LEAST_GAIN = 1.08  # in tokens a second
+_STEP_SHARE = 0.5  # what one more token adds to a step, of a step with one, before it was measured
+_FORGOTTEN = 0.003  # of step times, with each token for which drafts do not pay: they are tried again after hundreds
+
+
+class Lookup:
+    """A text as it grows, and where in it its last tokens stood before."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._latest: dict[tuple[int, ...], int] = {}  # where a few tokens ended last
+        self._before: list[int] = []  # where those that end here did before
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Add tokens."""
+        ids, latest, before = self._ids, self._latest, self._before
+        for token_id in token_ids:
+            ids.append(token_id)
+            end = tuple(ids[-_N_GRAM:])
+            before.append(latest.get(end, -1))
+            latest[end] = len(ids) - 1
+
+    def find(self) -> tuple[int, int]:
+        """Return for how many tokens the end of the text stood before, 0 for too few, and where what followed begins.
+
+        Of several places it is the one where most are the same, and of those the latest.
+        """
+        ids, at, length, found = self._ids, len(self._ids) - 1, 0, -1
+        place = at
+        for _ in range(_MOST_PLACES):
+            place = self._before[place] if place >= 0 else -1
+            if place < _N_GRAM - 1:
+                break
+            n = _N_GRAM
+            while n < _LONGEST and n <= place and ids[place - n] == ids[at - n]:
+                n += 1
+            if n > length:
+                length, found = n, place + 1
+        return length, found
+
+    def copied(self, start: int, n: int) -> list[int]:
+        """Return `n` tokens that follow if the text goes on as it did from `start` on, itself included."""
+        copy = self._ids[start : start + n]
+        while len(copy) < n:
+            copy.append(copy[len(copy) - (len(self._ids) - start)])
+        return copy
+
+
+class StepTimes:
+    """What steps of one sequence take, by their tokens: measured, or guessed from those that were.
+
+    What is known is forgotten by and by, so that a bad minute does not count for ever.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Know nothing yet of steps of up to `most` tokens."""
+        self._seconds = [0.0] * (most + 1)  # 0: not known
+        self._n_single = 0
+
+    def note(self, n_tokens: int, seconds: float) -> None:
+        """Note what a step took. The first one with one token may find nothing in its caches, and does not count."""
+        if n_tokens >= len(self._seconds):
+            return
+        known, share = self._seconds, 0.2
+        if n_tokens == 1:
+            self._n_single += 1
+            if self._n_single == 1:
+                return
+            share = max(0.1, 1 / (self._n_single - 1))
+        elif not known[1]:
+            return
+        old = known[n_tokens]
+        if not old:
+            share, old = 1.0, self.all()[n_tokens - 1] if known[1] else seconds
+        known[n_tokens] = old + share * (min(seconds, 4 * old) - old)
+
+    def all(self) -> list[float]:
+        """Return the seconds of a step with one token, two and so on; those between or beyond known ones on a line."""
+        known = self._seconds
+        seconds, at, slope = [known[1]], 1, _STEP_SHARE * known[1]
+        for n in [n for n in range(2, len(known)) if known[n]]:
+            slope = (known[n] - known[at]) / (n - at)
+            seconds += [known[at] + slope * i for i in range(1, n - at)]
+            seconds.append(known[n])
+            at = n
+        if at > 1:
+            slope = (known[at] - known[1]) / (at - 1)
+        return seconds + [known[at] + slope * i for i in range(1, len(known) - at)]
+
+    def forget(self) -> None:
+        """Come a little nearer to what is assumed of steps that were never seen."""
+        one = self._seconds[1]
+        for n, seconds in enumerate(self._seconds):
+            if n > 1 and seconds:
+                self._seconds[n] += _FORGOTTEN * (one * (1 + _STEP_SHARE * (n - 1)) - seconds)
+
+
+class DraftPolicy:
+    """Knows how often drafts come true and what steps take, of all answers; decides how many tokens are drafted.
+
+    Attributes:
+        max_drafts: tokens in one step at most.
+        loses_all: a step with a wrong draft leaves nothing behind: its right tokens are run again with the next one.
+    """
+
+    def __init__(self, max_drafts: int, *, loses_all: bool = False) -> None:
+        """Know nothing yet but what is usual."""
+        self.max_drafts, self.loses_all = max_drafts, loses_all
+        self._right = [_GUESS_WEIGHT * share for share in _FIRST_GUESS]
+        self._tried = [_GUESS_WEIGHT] * len(_FIRST_GUESS)
+        self._times = StepTimes(max_drafts + 1)
+
+    def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
+        """Return what makes the drafts for an answer."""
+        return Drafter(self, prompt_ids)
+
+    def n_drafts(self, length: int, most: int) -> int:
+        """Return how many tokens to draft, at most `most`, behind a match of so many."""
+        one, *times = self._times.all()
+        if not one or length < _N_GRAM:
+            return 0
+        best, best_gain = 0, _LEAST_GAIN
+        chance, n_made, lost = 1.0, 1.0, 0.0
+        for n, seconds in enumerate(times[:most], 1):
+            share = self.chance(length + n - 1)
+            lost += chance * (1 - share) * n  # tokens that are right, and have to be run again
+            chance *= share
+            n_made += chance
+            again = lost * (seconds - one) / n if self.loses_all else 0.0
+            gain = n_made * one / (seconds + again)
+            if gain > best_gain:
+                best, best_gain = n, gain
+        if not best:
+            self._times.forget()
+        return best
+
+    def chance(self, length: int) -> float:
+        """Return how likely the token is that followed so many ones before."""
+        kind = _KINDS[min(length, _LONGEST)]
+        return self._right[kind] / self._tried[kind]
+
+    def note_drafts(self, length: int, n_tried: int, n_right: int) -> None:
+        """Note that of the tokens behind a match of so many the first ones were right, and were compared as far."""
+        for i in range(n_tried):
+            kind = _KINDS[min(length + i, _LONGEST)]
+            self._right[kind] = _MEMORY * self._right[kind] + (i < n_right)
+            self._tried[kind] = _MEMORY * self._tried[kind] + 1
+
+    def note_step(self, n_tokens: int, seconds: float) -> None:
+        """Note what a step took that one answer had for itself."""
+        self._times.note(n_tokens, seconds)
+
+
+class Drafter:
+    """Makes the drafts for one answer."""
+
+    def __init__(self, policy: DraftPolicy, prompt_ids: Sequence[int]) -> None:
+        """Begin with a prompt, which is not looked at before the first draft."""
+        self.policy = policy
+        self._prompt_ids = prompt_ids
+        self._text = Lookup()
+        self._n_made = 0  # tokens of the answer that were looked at
+        self._expected: tuple[int, list[int]] | None = None  # length of the match, and what is to follow
+
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """Return tokens that may follow those made so far, as many as it pays to run with the last one of these."""
+        length, start = self._look(token_ids)
+        n = self.policy.n_drafts(length, most)
+        expected = self._expect(length, start, max(n, 1))
+        return expected if n else []
+
+    def is_promising(self, token_ids: Sequence[int], most: int) -> bool:
+        """Return whether it will probably pay to draft behind the next token, so that it is to be waited for."""
+        length, start = self._look(token_ids)
+        self._expect(length, start, 1)
+        return length > 0 and self.policy.chance(length) > 0.5 and self.policy.n_drafts(length + 1, most) > 0
+
+    def find(self, new: Sequence[int]) -> tuple[int, int]:
+        """Take in the tokens that were made meanwhile; return what `Lookup.find` does."""
+        if not len(self._text):
+            self._text.extend(self._prompt_ids[-_LOOK_BACK:])
+        self._text.extend(new)
+        return self._text.find()
+
+    def draft(self, start: int, n: int) -> list[int]:
+        """Return `n` tokens from where `find` said."""
+        return self._text.copied(start, n)
+
+    def _look(self, token_ids: Sequence[int]) -> tuple[int, int]:
+        """Find the end of what was made so far, having seen what became of the last draft."""
+        new = token_ids[self._n_made :]
+        self._n_made = len(token_ids)
+        if new and self._expected is not None:
+            length, expected = self._expected
+            same = [made == drafted for made, drafted in zip(new, expected, strict=False)]
+            n_right = same.index(False) if False in same else len(same)
+            self.policy.note_drafts(length, min(n_right + 1, len(same)), n_right)
+            self._expected = None
+        return self.find(new)
+
+    def _expect(self, length: int, start: int, n: int) -> list[int]:
+        """Return the draft, and remember it until the next tokens are there."""
+        expected = self.draft(start, n) if length else []
+        self._expected = (length, expected) if length else None
+        return expected
