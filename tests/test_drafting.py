@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -368,15 +369,20 @@ def test_text_that_repeats_itself_is_drafted_by_default() -> None:
     assert first == second
 
 
-def test_where_routing_is_recorded_or_played_nothing_is_drafted(tmp_path: Path) -> None:
+def test_where_routing_is_recorded_or_played_nothing_is_drafted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     settings = EngineSettings(device="cpu", n_threads=1, context_length=64)
-    for path, moe in (
-        (None, MoESettings(record_trace=str(tmp_path / "trace.npz"))),
-        ("synthetic:qwen3-30b-a3b:layers=1,vocab=4096", MoESettings(routing="made-up")),
+    for path, moe, why in (
+        (None, MoESettings(record_trace=str(tmp_path / "trace.npz")), "routing is recorded"),
+        ("synthetic:qwen3-30b-a3b:layers=1,vocab=4096", MoESettings(routing="made-up"), "routing is played"),
     ):
+        caplog.clear()
         with Engine.open(path, EngineConfig(moe=moe, engine=settings)) as engine:
             assert engine.config.engine.max_drafts == 0
             assert engine.drafts is None
+        assert f"no tokens drafted, as {why}" in caplog.text
 
 
 def test_states_are_kept_only_for_drafts(small_model: Path | None) -> None:

@@ -498,8 +498,16 @@ class Engine(Answering):
             f"{s.model}: {self.spec.n_layers} layers, {experts}, "
             f"{s.file_bytes / 2**20:,.1f} MiB of weights ({self.config.model.load}); {s.device} ({device_reason}); "
             f"context {settings.context_length} x {settings.n_sequences}, {settings.kv_type} keys and values, "
-            f"{s.state_bytes / 2**20:,.1f} MiB; {self._caching.describe()}"
+            f"{s.state_bytes / 2**20:,.1f} MiB; {self._caching.describe()}; {self._describe_drafts()}"
         )
+
+    def _describe_drafts(self) -> str:
+        """Say how many tokens may be drafted, or why none are, for people."""
+        if self.drafts is not None:
+            return f"up to {self.drafts.max_drafts} tokens drafted a step"
+        moe = self.config.moe
+        why = "is recorded" if moe.record_trace else "is played" if moe.routing != OWN else ""
+        return f"no tokens drafted, as {'routing ' + why if why else 'max_drafts is 0'}"
 
 
 def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:
