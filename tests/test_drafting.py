@@ -227,6 +227,7 @@ def rehearse(engine: Engine, prompt: str, params: SamplingParams, right: float, 
     assert after.n_drafts > before.n_drafts
     n_right = after.n_drafts_right - before.n_drafts_right
     assert (n_right > 0) == (right > 0)
+    assert found.usage.n_drafted_tokens == n_right
     assert n_right <= after.n_drafts - before.n_drafts
     assert after.n_decode_tokens - before.n_decode_tokens == len(found.token_ids) - 1
     # What is left in the slot is of use, and right.

@@ -12,9 +12,10 @@ def describe(completion: Completion, *, is_virtual: bool = False) -> str:
     """Return one line about an answer: tokens, speed (of a virtual clock or not), why it ended."""
     usage, timings = completion.usage, completion.timings
     reused = f" ({usage.n_reused_tokens} reused)" if usage.n_reused_tokens else ""
+    drafted = f" ({usage.n_drafted_tokens} drafted)" if usage.n_drafted_tokens else ""
     return (
         f"prompt {usage.n_prompt_tokens} tokens{reused}, {timings.prompt_tok_s:,.1f} tok/s; "
-        f"answer {usage.n_generated_tokens} tokens, {timings.decode_tok_s:,.1f} tok/s; "
+        f"answer {usage.n_generated_tokens} tokens{drafted}, {timings.decode_tok_s:,.1f} tok/s; "
         f"ended by {completion.finish_reason}; seed {completion.seed}{_VIRTUAL if is_virtual else ''}"
     )
 

@@ -41,11 +41,19 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request; `n_reused_tokens` of the prompt's were held already and not run again."""
+    """Tokens of one request.
+
+    Attributes:
+        n_prompt_tokens: of the prompt.
+        n_reused_tokens: of these, those that were held already and not run again.
+        n_generated_tokens: of the answer.
+        n_drafted_tokens: of these, those that had been drafted, and took no step of their own.
+    """
 
     n_prompt_tokens: int
     n_reused_tokens: int
     n_generated_tokens: int
+    n_drafted_tokens: int = 0
 
 
 class TokenSpeeds:
@@ -127,6 +135,7 @@ class Answer:
         completion: the whole answer, once there is one.
         error: what ended it instead.
         last_step: number of the last step it was part of.
+        n_drafted: tokens of it that had been drafted.
     """
 
     def __init__(
@@ -146,7 +155,7 @@ class Answer:
         self.chunks: deque[Chunk] = deque()
         self.completion: Completion | None = None
         self.error: Exception | None = None
-        self.last_step = 0
+        self.last_step = self.n_drafted = 0
         self._tokenizer = tokenizer
         self._sequence = sequence
         self._sampler = Sampler(sequence.params, tokenizer)
@@ -274,7 +283,7 @@ class Answer:
             sequence.text,
             tuple(sequence.token_ids),
             sequence.finish_reason,
-            Usage(n_prompt, self._n_reused, n_made),
+            Usage(n_prompt, self._n_reused, n_made, self.n_drafted),
             Timings(self._prompt_s, self._first_token_s, self._decode_s, n_prompt - self._n_reused, n_made - 1),
             self._sampler.seed,
             tuple(self._logprobs),

@@ -301,17 +301,17 @@ class Scheduler:
         self, answer: Answer, n: int, drafts: Sequence[int], found: Sequence[Found], step_s: float
     ) -> int:
         """Do what `_append` does for each token up to the first wrong draft; return how many were right."""
-        n_right = 0
+        before = answer.n_drafted
         try:
             self._append(answer, n, found[:1], step_s)
             for draft, then in zip(drafts, found[1:], strict=True):
                 if answer.is_over or answer.pending(1) != [draft]:
                     break
-                n_right += 1
+                answer.n_drafted += 1
                 self._append(answer, 1, [then], 0.0)
         finally:
             answer.lease.end_drafts()
-        return n_right
+        return answer.n_drafted - before
 
     def _append(self, answer: Answer, n: int, found: Sequence[Found], step_s: float) -> None:
         """Note that `n` tokens of an answer were run, and add what was found to follow them, if that was wanted."""
