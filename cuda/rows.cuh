@@ -3,8 +3,8 @@
 // Integer formats. The blocks of a warp's rows lie one behind the other in memory. They are brought to shared memory in
 // 16-byte pieces, chunks ahead of the arithmetic (cp.async), so any block size and alignment is read at full width and
 // enough bytes are on the way without registers for them. A lane multiplies whole blocks, which of its warp's rows they
-// are of does not matter, and leaves what each adds to its row in shared memory. Some chunks later one lane for each row
-// runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
+// are of does not matter, and leaves what each adds to its row in shared memory, for every token. Some chunks later one lane
+// for each row and token runs the chain the arithmetic asks for: one fused multiply-add a block (two with minimums), in order.
 //
 // The 16-byte pieces reach up to 15 bytes beyond both ends of a matrix: that memory must exist (the device's arenas
 // see to it); its contents do not matter.
