@@ -416,6 +416,37 @@ class Program:
         a multiple of 256, at least what a token sees of a window or chunk and one less than a step has tokens.
         """
 
+    def store_keys(
+        self,
+        k: int,
+        k_stride: int,
+        v: int,
+        v_stride: int,
+        cache: int,
+        cache_type: int,
+        n_rows: int,
+        n_kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+    ) -> None:
+        """Store k and v as `attention` does, and look at nothing."""
+
+    def carry_over(
+        self,
+        x: int,
+        x_stride: int,
+        state: int,
+        out: int,
+        out_stride: int,
+        n_channels: int,
+        n_kept: int,
+    ) -> None:
+        """Copy to each token's row of `out` that of x of the token before it. Formula: `graph.CarryOver`.
+
+        state float32 [n_slots, n_kept, n_channels]. Without x (0) all rows come from the state, which stays as it is;
+        without out they only go there.
+        """
+
     def select_positions(
         self,
         q: int,

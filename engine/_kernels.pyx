@@ -169,6 +169,10 @@ cdef extern from "kernels/ops.h":
         const float *scorer
         int n_residuals, n_cols
         float eps
+    ctypedef struct carry_over_args:
+        matrix x, out
+        float *state
+        int n_channels, n_kept
     ctypedef struct causal_conv_args:
         matrix x, out
         const float *weight
@@ -317,6 +321,8 @@ cdef extern from "kernels/program.h" nogil:
         program *p, rope_args args, const float *frequencies, float magnitude, int period, int n_heads
     )
     int program_attention(program *p, attention_args args, matrix k, matrix v, matrix shared_k)
+    int program_store_keys(program *p, kv_cache cache, matrix k, matrix v)
+    int program_carry_over(program *p, carry_over_args args)
     int program_select_positions(program *p, select_positions_args args, matrix k)
     int program_select_blocks(program *p, select_blocks_args args, matrix k)
     int program_causal_conv(program *p, causal_conv_args args)
@@ -1179,6 +1185,52 @@ cdef class Program:
             )
             shared_keys = need_matrix("shared_k", shared_k, shared_k_stride, head_dim)
         recorded(program_attention(self._program, args, keys, values, shared_keys))
+
+    def store_keys(
+        self,
+        uintptr_t k,
+        int64_t k_stride,
+        uintptr_t v,
+        int64_t v_stride,
+        uintptr_t cache,
+        int cache_type,
+        int n_rows,
+        int n_kv_heads,
+        int head_dim,
+        int value_dim,
+    ):
+        need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
+        cdef kv_cache rows = cache_at(
+            "cache", cache, cache_type, self._n_slots, n_rows, n_kv_heads, head_dim, value_dim
+        )
+        cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
+        cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
+        recorded(program_store_keys(self._program, rows, keys, values))
+
+    def carry_over(
+        self,
+        uintptr_t x,
+        int64_t x_stride,
+        uintptr_t state,
+        uintptr_t out,
+        int64_t out_stride,
+        int n_channels,
+        int n_kept,
+    ):
+        need_at_least("n_channels", n_channels, 1)
+        need_at_least("n_kept", n_kept, 1)
+        need(x or out, "the addresses of x and out are 0; expected one of them at least")
+        cdef carry_over_args args
+        args.x = matrix(NULL, 0)
+        if x:
+            args.x = need_matrix("x", x, x_stride, n_channels)
+        args.out = matrix(NULL, 0)
+        if out:
+            args.out = need_matrix("out", out, out_stride, n_channels)
+        args.state = <float *> need_address("state", state)
+        args.n_channels = n_channels
+        args.n_kept = n_kept
+        recorded(program_carry_over(self._program, args))
 
     def select_positions(
         self,

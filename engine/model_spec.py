@@ -457,6 +457,7 @@ class ModelSpec:
         architecture: the GGUF name, for example `qwen35moe`.
         name: for people.
         n_layers: blocks that are run; trailing blocks for multi-token prediction are not counted.
+        draft_layer: the block for multi-token prediction, if there is one and tokens are to be drafted with it.
         hidden_size: width of the residual stream.
         n_vocab: rows of the embedding table, and logits of a token.
         context_length: tokens the model was trained for.
@@ -487,6 +488,7 @@ class ModelSpec:
     norm_eps: float
     attention: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec
     moe: MoESpec
+    draft_layer: int | None = None
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
     state_space: StateSpaceSpec | None = None

@@ -42,6 +42,8 @@ OTHER_FILES = (
     "qwen3next/qwen3next-wide-Q4_K_M",
 )
 ALL_FILES = QWEN_FILES + OTHER_FILES
+# Peers, too, with what llama.cpp's heads for multi-token prediction guess.
+HEADS = ("qwen35moe-mtp", "qwen35-mtp", "qwen3next-mtp", "glm4moe-mtp")
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (
     "afmoe",

@@ -7,6 +7,20 @@ Run by hand, with llama.cpp as the other opinion: `pip install llama-cpp-python 
     NAME-F32.npz, NAME-Q8_0.npz     `tokens`, and `logits_exact`: of float32 arithmetic on the file's own weights;
                                     for Q8_0 also `logits`: llama.cpp on the file itself, with activations of 8 bits
 
+Those of a model that makes drafts (`*-mtp`) also hold what its block for multi-token prediction finds:
+
+    `drafts_exact`      for each token, logits of a draft: of the token, the row that the model found for the one before
+                        it (zeros for the first), its own position, and all such pairs of earlier positions; for Q8_0
+                        also `drafts`, as `logits`
+    `chain_exact`       logits of three drafts in a row, when all but the last 4 tokens have been seen: the first is of
+                        the fourth token from the end, each other of the token that was drafted before it, and of the
+                        row that the block itself found for that draft
+    `chain_tokens`      what these three drafts are: their likeliest tokens
+
+A row is what the output matrix is given, behind the last norm: the model's, and for a draft the one that the block has
+or, where it has none, the model's too. This part needs llama.cpp as of llama-cpp-python 0.3.36, which has
+`llama_batch_ext`, and whose `llama_cpp_ext` finds the functions of `llama-ext.h`.
+
 GELU is the one function that llama.cpp looks up, in a table of float16 numbers. That moves logits of `gemma4` by up to
 2.5e-3, where 1e-4 is allowed (with the formula itself: 4e-6). So its logits, and those of `grok` and `grok-1`, are of a
 build without the table: ggml-cpu with the line `#define GGML_GELU_FP16` taken out of `vec.h`, in a folder that
@@ -18,12 +32,14 @@ where it is not defined to which positions. So the budget is made smaller by as 
 place of a token in its block: logits are those of several runs. Only the last layer may have blocks of more than one
 token then.
 
-Where experts are chosen by a hair, two right programs choose differently. Models are therefore drawn until the logits
-stay close to the float32 ones in 8 bits, and also when the embeddings are disturbed a little, in several ways.
+Where experts are chosen by a hair, two right programs choose differently. Models are therefore drawn until the logits,
+those of drafts among them, stay close to the float32 ones in 8 bits, and also when the embeddings are disturbed a
+little, in several ways.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import tempfile
@@ -34,11 +50,13 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
+from llama_cpp import llama_cpp_ext
 
 OUT = Path(__file__).resolve().parent / "data" / "peers"
 N_VOCAB, HIDDEN, N_TOKENS = 128, 32, 32
 N_TOKENS_LONG, N_TOKENS_WINDOW = 8260, 4130  # more than a chunk of Llama 4, than the window of SmallThinker
 N_TOKENS_COMPRESSED = 300  # two compressed keys of 128 tokens, many of 4
+N_LEFT, N_CHAINED = 4, 3  # tokens not yet seen when drafts are made in a row, and how many these are
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 8
 N_EXPERTS, FFN = 8, 32
 CLOSE = 6e-3  # divergence at one position that is no sign of another expert
@@ -80,7 +98,9 @@ class Peer:
     Attributes:
         architecture: GGUF name.
         n_layers: blocks.
-        n_mtp: blocks for multi-token prediction after these, which nobody runs.
+        n_mtp: blocks for multi-token prediction after these, which nobody runs but for drafts.
+        draft_parts: tensors that such a block has of its own besides a projection and two norms; None: its drafts are
+            not kept.
         keys: hyper-parameters beyond those that every model has, without the architecture's prefix; None for a key of
             those that this one does not have.
         moe_layers: the blocks with experts; the others are dense.
@@ -104,7 +124,8 @@ class Peer:
         group_width: of the experts that groups of two experts share; 0 for none.
         tied: whether the embeddings serve as output matrix.
         sinks: the blocks whose attention has sinks.
-        recurrent: whether every other block is a delta net, and the others gate their attention.
+        recurrent: whether every other block is a delta net, or all but each n-th (`full_attention_interval`), and the
+            others gate their attention; all gate their shared experts.
         kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network.
         state_space_layers: those of other models.
         scan_layers: the blocks with a state for each channel.
@@ -201,6 +222,7 @@ class Peer:
     dense_width: int = 2 * FFN
     n_long: int = 0
     n_mtp: int = 0
+    draft_parts: tuple[str, ...] | None = None
     seed: int = 0
 
 
@@ -261,6 +283,14 @@ BLOCKS = {
     "attention.indexer.top_k": 4,
     "attention.indexer.block_size": 4,
     "attention.indexer.local_blocks": 2,
+}
+QWEN_MTP = {"expert_shared_feed_forward_length": FFN, "nextn_predict_layers": 1}
+QWEN_MTP_PARTS = {
+    "head_dim": 16,
+    "head_norm": "head",
+    "recurrent": True,
+    "ffn_norm": "post_attention_norm",
+    "n_mtp": 1,
 }
 MULTIPLIERS = 0x1F3A5C7B9D21, 0x12B9B0A1D6E3, 0x1D8A7F04C2B5
 N_ROWS_OF_HEADS, N_ROWS_MORE = (61, 67, 71, 73), 8
@@ -1219,6 +1249,49 @@ PEERS = {
         rope_divisors=True,
         attention_gate="head",
     ),
+    # A block for multi-token prediction makes drafts.
+    "glm4moe-mtp": Peer(
+        "glm4moe",
+        2,
+        MOE
+        | {
+            "feed_forward_length": 2 * FFN,
+            "leading_dense_block_count": 1,
+            "nextn_predict_layers": 1,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "rope.dimension_count": HEAD_DIM // 2,
+        },
+        moe_layers=(1, 2),
+        shared_size=FFN,
+        router_bias=0.2,
+        head_norm="head",
+        ffn_norm="post_attention_norm",
+        n_mtp=1,
+        draft_parts=("embed_tokens", "shared_head_head", "shared_head_norm"),
+    ),
+    "qwen35moe-mtp": Peer(
+        "qwen35moe",
+        4,
+        MOE | DELTA_NET | QWEN_MTP | {"full_attention_interval": 4},
+        **QWEN_MTP_PARTS,
+        moe_layers=(0, 1, 2, 3, 4),
+        shared_size=FFN,
+        embedding_gain=3.0,
+        draft_parts=("shared_head_norm",),
+    ),
+    "qwen3next-mtp": Peer(
+        "qwen3next",
+        2,
+        MOE | DELTA_NET | QWEN_MTP | {"rope.dimension_sections": None},
+        **QWEN_MTP_PARTS,
+        moe_layers=(0, 1, 2),
+        shared_size=FFN,
+        embedding_gain=2.0,
+        draft_parts=("shared_head_norm",),
+    ),
     # The dense siblings of architectures with experts.
     "lfm2": Peer(
         "lfm2",
@@ -1233,6 +1306,14 @@ PEERS = {
     "qwen3": Peer("qwen3", 2, head_norm="head", tied=True),
     "qwen35": Peer(
         "qwen35", 4, DELTA_NET, head_norm="head", recurrent=True, ffn_norm="post_attention_norm", head_dim=16
+    ),
+    "qwen35-mtp": Peer(
+        "qwen35",
+        2,
+        DELTA_NET | {"nextn_predict_layers": 1},
+        **QWEN_MTP_PARTS,
+        tied=True,
+        draft_parts=(),
     ),
 }
 
@@ -1292,6 +1373,12 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         yield f"blk.{layer}.nextn.eh_proj.weight", draw.matrix(HIDDEN, 2 * HIDDEN)
         yield f"blk.{layer}.nextn.enorm.weight", draw.norm(HIDDEN)
         yield f"blk.{layer}.nextn.hnorm.weight", draw.norm(HIDDEN)
+        for part in peer.draft_parts or ():
+            if part == "shared_head_norm":
+                values = draw.norm(HIDDEN)
+            else:
+                values = draw.matrix(N_VOCAB, HIDDEN, gain=np.sqrt(HIDDEN) if part == "embed_tokens" else 2.5)
+            yield f"blk.{layer}.nextn.{part}.weight", values
 
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
@@ -1310,9 +1397,9 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield f"{peer.experts_norm}.weight", draw.norm(HIDDEN)
     for name in peer.post_norms:
         yield f"{name}.weight", draw.norm(HIDDEN)
-    is_recurrent = peer.recurrent and (layer + 1) % 2 != 0
-    if is_recurrent:
-        yield from delta_net(draw)
+    is_recurrent = peer.recurrent and (layer + 1) % (peer.keys.get("full_attention_interval") or 2) != 0
+    if is_recurrent and layer < peer.n_layers:
+        yield from delta_net(peer, draw)
     elif layer in peer.state_space_layers:
         yield from state_space(draw)
     elif layer in peer.scan_layers:
@@ -1372,7 +1459,7 @@ def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]
         yield "ffn_down_chexps.weight", draw.matrix(N_EXPERTS // 2, HIDDEN, peer.group_width)
     if peer.shared_size:
         yield from feed_forward("_shexp", peer.shared_size, draw, fused=peer.fused_experts and not peer.stream_rank)
-        if peer.stream_rank:
+        if peer.recurrent:
             yield "ffn_gate_inp_shexp.weight", draw.matrix(HIDDEN)
     if peer.dense_size:
         yield from feed_forward("", peer.dense_size, draw)
@@ -1586,7 +1673,7 @@ def block_indexer(draw: Draw, n_heads: int = N_KV_HEADS) -> Iterator[tuple[str, 
     yield "indexer.k_norm.weight", draw.norm(BLOCK_DIM)
 
 
-def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
+def delta_net(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     n_v, dim = DELTA_V_HEADS, DELTA_DIM
     n_channels = (2 * DELTA_K_HEADS + n_v) * dim
     yield "attn_qkv.weight", draw.matrix(n_channels, HIDDEN)
@@ -1594,8 +1681,11 @@ def delta_net(draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
     yield "ssm_conv1d.weight", draw.matrix(n_channels, DELTA_KERNEL)
     yield "ssm_dt.bias", draw.between(-1, 1, n_v)
     yield "ssm_a", draw.between(-2, -0.1, n_v)
-    yield "ssm_beta.weight", draw.matrix(n_v, HIDDEN)
-    yield "ssm_alpha.weight", draw.matrix(n_v, HIDDEN)
+    if peer.architecture == "qwen3next":
+        yield "ssm_ba.weight", draw.matrix(2 * n_v, HIDDEN)
+    else:
+        yield "ssm_beta.weight", draw.matrix(n_v, HIDDEN)
+        yield "ssm_alpha.weight", draw.matrix(n_v, HIDDEN)
     yield "ssm_norm.weight", draw.norm(dim)
     yield "ssm_out.weight", draw.matrix(HIDDEN, n_v * dim)
 
@@ -1703,12 +1793,17 @@ def llama_logits(path: Path, peer: Peer, tokens: np.ndarray, n_wanted: int) -> n
 def logits_of_a_run(
     path: Path, peer: Peer, tokens: np.ndarray, n_wanted: int, instead: dict[str, int] | None = None
 ) -> np.ndarray:
-    """Logits of the last tokens: one thread, keys and values in float32, weights as they are, some keys replaced.
+    """Logits of the last tokens, with some keys replaced."""
+    with opened_model(path, peer, instead) as model, opened_context(model, peer, len(tokens), n_wanted) as context:
+        return decode(context, tokens, n_wanted)
 
-    Without flash attention, but where blocks are chosen: llama.cpp looks at all positions then.
-    """
+
+@contextlib.contextmanager
+def opened_model(path: Path, peer: Peer, instead: dict[str, int] | None = None) -> Iterator[llama_cpp.llama_model_p]:
+    """A model with its weights as they are, and some keys replaced."""
     model_parameters = llama_cpp.llama_model_default_params()
     model_parameters.use_extra_bufts = False
+    model_parameters.load_mtp = peer.draft_parts is not None
     overrides = (llama_cpp.llama_model_kv_override * (len(instead or {}) + 1))()  # an empty one is the last
     for override, (key, number) in zip(overrides, (instead or {}).items(), strict=False):
         override.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
@@ -1717,8 +1812,25 @@ def logits_of_a_run(
     model_parameters.kv_overrides = ctypes.cast(overrides, type(model_parameters.kv_overrides))
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
     assert model, path
+    yield model
+    llama_cpp.llama_model_free(model)
+
+
+@contextlib.contextmanager
+def opened_context(
+    model: llama_cpp.llama_model_p,
+    peer: Peer,
+    n_tokens: int,
+    n_wanted: int,
+    kind: int = llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT,
+) -> Iterator[llama_cpp.llama_context_p]:
+    """A context with one thread, and keys and values in float32.
+
+    Without flash attention, but where blocks are chosen: llama.cpp looks at all positions then.
+    """
     parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = -(-len(tokens) // 256) * 256
+    parameters.ctx_type = kind
+    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = -(-n_tokens // 256) * 256
     parameters.n_outputs_max = n_wanted
     parameters.n_threads = parameters.n_threads_batch = 1
     parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -1727,7 +1839,12 @@ def logits_of_a_run(
     parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
     parameters.swa_full = True
     context = llama_cpp.llama_init_from_model(model, parameters)
-    assert context, path
+    assert context
+    yield context
+    llama_cpp.llama_free(context)
+
+
+def decode(context: llama_cpp.llama_context_p, tokens: np.ndarray, n_wanted: int) -> np.ndarray:
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):
@@ -1736,9 +1853,65 @@ def logits_of_a_run(
     assert llama_cpp.llama_decode(context, batch) == 0
     found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n_wanted, N_VOCAB)).copy()
     llama_cpp.llama_batch_free(batch)
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
     return found
+
+
+def llama_drafts(path: Path, peer: Peer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of a draft for each token, of some drafts in a row, and the tokens of these.
+
+    They are made as llama.cpp makes its own: drafts in a row are forgotten before the tokens come that were accepted.
+    """
+    n, n_seen = len(tokens), len(tokens) - N_LEFT
+    with opened_model(path, peer) as model:
+        with opened_context(model, peer, n, n) as context:
+            llama_cpp_ext.llama_set_embeddings_nextn(context, True, False)
+            decode(context, tokens, n)
+            rows = np.ctypeslib.as_array(llama_cpp_ext.llama_get_embeddings_nextn(context), (n, HIDDEN))
+            rows = np.concatenate([np.zeros((1, HIDDEN), np.float32), rows[:-1]])
+        with opened_context(model, peer, n, n, llama_cpp.LLAMA_CONTEXT_TYPE_MTP) as context:
+            llama_cpp_ext.llama_set_embeddings_nextn(context, True, True)
+            drafts = [draft(context, tokens[:n_seen], rows[:n_seen], 0)[0]]
+            token, row = tokens[n_seen : n_seen + 1], rows[n_seen : n_seen + 1]
+            chain = np.empty((N_CHAINED, N_VOCAB), np.float32)
+            for i in range(N_CHAINED):
+                chain[i : i + 1], row = draft(context, token, row, n_seen + i)
+                token = chain[i : i + 1].argmax(-1)
+            memory = llama_cpp.llama_get_memory(context)
+            assert llama_cpp.llama_memory_seq_rm(memory, 0, n_seen, -1)
+            drafts.append(draft(context, tokens[n_seen:], rows[n_seen:], n_seen)[0])
+    return np.concatenate(drafts), chain, chain.argmax(-1).astype(np.int32)
+
+
+def draft(
+    context: llama_cpp.llama_context_p, tokens: np.ndarray, rows: np.ndarray, start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of pairs of a token and a row, from a position on, and the rows that the block finds for them."""
+    batch = llama_cpp.llama_batch_ext_init(context)
+    for i, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+        values = llama_cpp.llama_embd(row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), 1, HIDDEN)
+        assert llama_cpp.llama_batch_ext_add_token(batch, 0, int(token)) == i
+        assert llama_cpp.llama_batch_ext_set_pos(batch, i, ctypes.byref(llama_cpp.llama_pos(start + i)))
+        assert llama_cpp.llama_batch_ext_set_embd_token(batch, i, values)
+        assert llama_cpp.llama_batch_ext_set_output_logits(batch, i, True)
+    assert llama_cpp.llama_process(context, llama_cpp.LLAMA_PROCESS_TYPE_DECODE, batch) == 0
+    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(tokens), N_VOCAB)).copy()
+    found = np.ctypeslib.as_array(llama_cpp_ext.llama_get_embeddings_nextn(context), (len(tokens), HIDDEN)).copy()
+    llama_cpp.llama_batch_ext_free(batch)
+    return logits, found
+
+
+def answers(path: Path, peer: Peer, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """All that llama.cpp finds for each token, and what it drafts."""
+    found = {"logits": llama_logits(path, peer, tokens, len(tokens))}
+    if peer.draft_parts is not None:
+        found |= zip(("drafts", "chain", "chain_tokens"), llama_drafts(path, peer, tokens), strict=True)
+    return found
+
+
+def differences(reference: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> np.ndarray:
+    """Divergence of all logits; drafts in a row differ in all that follows another token."""
+    names = [name for name in reference if name != "chain_tokens"]
+    return np.concatenate([divergence(reference[name], others[name]) for name in names])
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -1747,14 +1920,19 @@ def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-def is_decisive(peer: Peer, seed: int, tokens: np.ndarray, plain: np.ndarray, folder: Path) -> bool:
+def is_decisive(peer: Peer, seed: int, tokens: np.ndarray, plain: dict[str, np.ndarray], folder: Path) -> bool:
     """Return whether small disturbances leave the experts of a model as they are."""
     path = folder / "disturbed.gguf"
     for disturbance in range(1, 1 + N_DISTURBED):
         write_model(path, peer, seed, disturbance)
-        if divergence(plain, llama_logits(path, peer, tokens, N_TOKENS)).max() > CLOSE:
+        if differences(plain, answers(path, peer, tokens)).max() > CLOSE:
             return False
     return True
+
+
+def of_exact(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays by the names that they have in a file where they are exact."""
+    return {part if part == "chain_tokens" else f"{part}_exact": values for part, values in found.items()}
 
 
 def make(name: str, peer: Peer, folder: Path) -> None:
@@ -1767,19 +1945,20 @@ def make(name: str, peer: Peer, folder: Path) -> None:
         write_model(model, peer, seed)
         quantize(model, quantized, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
         quantize(quantized, back, llama_cpp.LLAMA_FTYPE_ALL_F32)
-        plain, exact, noisy = (llama_logits(path, peer, short, N_TOKENS) for path in (model, back, quantized))
-        noise = divergence(exact, noisy)
+        plain, exact, noisy = (answers(path, peer, short) for path in (model, back, quantized))
+        noise = differences(exact, noisy)
         if noise.max() < CLOSE and is_decisive(peer, seed, short, plain, folder):
             break
     else:
         raise SystemExit(f"{name}: no seed gives decisive routers")
-    arrays = {"tokens": short, "logits_exact": plain}
+    arrays = {"tokens": short} | of_exact(plain)
     if peer.n_long:
         arrays |= {"tokens_long": tokens, "logits_long_exact": llama_logits(model, peer, tokens, N_TOKENS)}
     np.savez_compressed(model.with_suffix(".npz"), **arrays)
-    np.savez_compressed(quantized.with_suffix(".npz"), tokens=short, logits_exact=exact, logits=noisy)
+    measured = {part: noisy[part] for part in ("logits", "drafts") if part in noisy}
+    np.savez_compressed(quantized.with_suffix(".npz"), tokens=short, **of_exact(exact), **measured)
     print(
-        f"{name}: seed {seed}, logits' deviation {plain.std():.2f}, 8 bits diverge by {noise.mean():.1e}, "
+        f"{name}: seed {seed}, logits' deviation {plain['logits'].std():.2f}, 8 bits diverge by {noise.mean():.1e}, "
         f"at most {noise.max():.1e}; {model.stat().st_size >> 10} + {quantized.stat().st_size >> 10} KiB"
     )
 

@@ -31,7 +31,7 @@ class ModelRunner:
         max_drafts: int = 0,
     ) -> None:
         self.file = open_model_file(path)
-        self.model = load_model(self.file)
+        self.model = load_model(self.file, drafts=max_drafts > 0)
         self.weights = WeightMemory.load(self.file, self.model.tensor_names, "mmap")
         limits = Limits(max_tokens, n_slots, context_length, kv_type, max_drafts=max_drafts)
         self.program = CPUDevice(n_threads, isa).compile(self.model.graph, self.weights, limits)

@@ -41,6 +41,14 @@ class ReferenceProgram:
         self.position += len(token_ids)
         return self[self.graph.logits]
 
+    def draft(self, token_id: int, behind: int = 0) -> np.ndarray:
+        """Logits of what follows a token that is not run, `behind` others that were drafted before it."""
+        self.token_ids, self.positions = np.array([token_id]), np.array([self.position + behind])
+        self.values = {}
+        for operation in self.graph.draft.operations:
+            _RUN[type(operation)](self, operation)
+        return self[self.graph.draft.logits][0]
+
     def experts(self) -> np.ndarray:
         """The experts chosen in the last run, [n_moe_layers, n_tokens, n_experts_used]."""
         return np.stack([self[r.ids].astype(int) for r in self.graph.routings])
@@ -220,9 +228,7 @@ class ReferenceProgram:
         n, cache = len(self.token_ids), op.cache
         k = self[op.k].reshape(n, cache.n_kv_heads, cache.head_dim)
         v = k[..., : cache.value_dim] if op.v is None else self[op.v].reshape(n, cache.n_kv_heads, cache.value_dim)
-        if cache in self.keys:
-            k, v = (np.concatenate([old, new]) for old, new in zip(self.keys[cache], (k, v), strict=True))
-        self.keys[cache] = k, v
+        k, v = self.append(cache, k, v)
         group = op.n_heads // cache.n_kv_heads
         k, v = (np.repeat(x, group, axis=1) for x in (k, v))
         q = self[op.q].reshape(n, op.n_heads, cache.head_dim)
@@ -251,6 +257,28 @@ class ReferenceProgram:
         sinks = np.full(op.n_heads, -np.inf) if op.sinks is None else self.vector(op.sinks)
         scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (op.n_heads, n, 1))], axis=-1)
         self[op.out] = np.einsum("hqk,khd->qhd", _softmax(scores)[..., :-1], v).reshape(n, -1)
+
+    def append(self, cache: ops.KVCache, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put keys and values behind those of the tokens before; return all."""
+        if cache in self.keys:
+            before = (x[: self.positions[0]] for x in self.keys[cache])
+            k, v = (np.concatenate([old, new]) for old, new in zip(before, (k, v), strict=True))
+        self.keys[cache] = k, v
+        return k, v
+
+    def store_keys(self, op: ops.StoreKeys) -> None:
+        n, cache = len(self.token_ids), op.cache
+        k = self[op.k].reshape(n, cache.n_kv_heads, cache.head_dim)
+        v = k[..., : cache.value_dim] if op.v is None else self[op.v].reshape(n, cache.n_kv_heads, cache.value_dim)
+        self.append(cache, k, v)
+
+    def carry_over(self, op: ops.CarryOver) -> None:
+        kept = self.states.setdefault(op.state, {})  # by position
+        new = {} if op.x is None else dict(zip(self.positions.tolist(), self[op.x], strict=True))
+        if op.out is not None:
+            rows = kept | new
+            self[op.out] = np.array([rows.get(p - 1, np.zeros(op.width)) for p in self.positions.tolist()])
+        kept.update(new)
 
     def compress(self, op: ops.Compress) -> None:
         period, width = op.period, op.out.width
@@ -481,6 +509,8 @@ _RUN: dict[type[ops.Operation], Callable[[ReferenceProgram, ops.Operation], None
     ops.SelectBlocks: ReferenceProgram.select_blocks,
     ops.Attention: ReferenceProgram.attention,
     ops.Compress: ReferenceProgram.compress,
+    ops.StoreKeys: ReferenceProgram.store_keys,
+    ops.CarryOver: ReferenceProgram.carry_over,
     ops.CausalConv: ReferenceProgram.causal_conv,
     ops.DeltaNet: ReferenceProgram.delta_net,
     ops.SelectiveScan: ReferenceProgram.selective_scan,

@@ -59,6 +59,7 @@ KERNELS = [
     ("group_choices.cu", ()),
     ("embed.cu", ("FORMAT=Q8_0",)),
     ("ngrams.cu", ()),
+    ("carry_over.cu", ()),
     ("draw.cu", ()),
     ("transfer.cu", ()),
     ("elementwise.cu", ()),

@@ -653,6 +653,39 @@ def test_tokens_are_hashed_as_the_cpu_hashes_them(n_hashed: int, n_heads: int, n
             assert (found.reshape(2, m, n_heads) == expected[:, begin:end]).all()
 
 
+@pytest.mark.parametrize(
+    ("n_cols", "n_kept", "n", "mode"), [(300, 4, 9, "fast"), (70, 3, 7, "race"), (5, 9, 4, "asan")]
+)
+def test_rows_are_carried_over_as_on_the_cpu(n_cols: int, n_kept: int, n: int, mode: str) -> None:
+    """Of two sequences, however their tokens are cut into steps; what is left behind is the same, too."""
+    rng, emulator = np.random.default_rng(3), Emulator(mode)
+    x = rng.standard_normal((2, n, n_cols)).astype(F32)
+    for cuts in ([0, n], [0, 1, 2, n]):
+        own, cpus = (np.zeros((3, n_kept, n_cols), F32) for _ in range(2))
+        for (begin, end), (order, seed) in zip(pairwise(cuts), SCHEDULES, strict=False):
+            m = end - begin
+            rows = np.ascontiguousarray(x[:, begin:end]).reshape(2 * m, n_cols)
+            positions, slots = (np.array(v, np.int32) for v in ([*range(begin, end)] * 2, np.repeat([2, 0], m)))
+            found, expected = np.zeros_like(rows), np.zeros_like(rows)
+            program, step = _kernels.Program(2 * m, 3, 1), _kernels.Step(2 * m)
+            step.positions[:], step.slots[:], step.n_tokens = positions, slots, 2 * m
+            program.carry_over(rows.ctypes.data, n_cols, cpus.ctypes.data, expected.ctypes.data, n_cols, n_cols, n_kept)
+            program.run(step)
+            at = emulator.at(positions), emulator.at(slots), emulator.count(2 * m)
+            what = n_cols, n_kept, *at
+            emulator.run(
+                elementwise.carry_over(emulator.rows(rows), emulator.at(own), emulator.rows(found), *what), order, seed
+            )
+            assert same_bits(found, expected)
+            assert same_bits(own, cpus)
+            again, before = np.zeros_like(rows), own.copy()
+            at = emulator.at(np.array([end], np.int32)), emulator.at(np.array([2], np.int32)), emulator.count(1)
+            what = n_cols, n_kept, *at
+            emulator.run(elementwise.carry_over(None, emulator.at(own), emulator.rows(again), *what), order, seed)
+            assert same_bits(again[0], rows[m - 1])
+            assert same_bits(own, before)
+
+
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
 @pytest.mark.parametrize("centers", [False, True])
 @pytest.mark.parametrize(("n_cols", "has_weight"), [(2304, True), (96, False), (9216, True)])

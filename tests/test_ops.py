@@ -1409,6 +1409,83 @@ def test_causal_conv(
 
 
 @more
+@given(seeds, st.lists(st.integers(1, 15), min_size=1, max_size=3), st.integers(1, 70), st.integers(1, 9))
+def test_carry_over(seed: int, lengths: list[int], n_channels: int, n_kept: int) -> None:
+    slots = np.repeat(np.arange(len(lengths)), lengths)
+    x = normal(seed, len(slots), n_channels)
+
+    def record(program: k.Program, at) -> None:
+        program.carry_over(*at.x, at.state, *at.out, n_channels, n_kept)
+
+    case = Case(
+        record,
+        {"x": x},
+        {"out": (n_channels, np.float32)},
+        {},
+        {"state": 4 * len(lengths) * n_kept * n_channels},
+        slots=slots,
+        n_slots=len(lengths),
+    )
+    starts = np.append(True, slots[1:] != slots[:-1])[:, None]
+    case.check({"out": np.where(starts, 0, np.roll(x, 1, axis=0))}, rtol=0)
+
+
+def test_rows_are_carried_over_from_wherever_a_sequence_was_cut_back_to() -> None:
+    """Of a sequence in the second of two slots: what was kept of a position is what was run there last."""
+    n_kept, width = 4, 3
+    x, out, state = (
+        np.zeros((8, width), np.float32),
+        np.zeros((8, width), np.float32),
+        np.zeros((2, n_kept, width), "f4"),
+    )
+    places = [(array.ctypes.data, width) for array in (x, out)]
+    both, read = k.Program(8, 2, 1), k.Program(8, 2, 1)
+    both.carry_over(*places[0], state.ctypes.data, *places[1], width, n_kept)
+    read.carry_over(0, 0, state.ctypes.data, *places[1], width, n_kept)
+    step, rows = k.Step(8), {}
+
+    def run(program: k.Program, first: int, n: int, value: float) -> list[float]:
+        step.positions[:n], step.slots[:n], step.n_tokens = np.arange(first, first + n), 1, n
+        x[:n] = value + np.arange(n)[:, None]
+        program.run(step)
+        assert (out[:n] == out[:n, :1]).all()
+        return out[:n, 0].tolist()
+
+    for first, n in ((0, 3), (3, 4), (5, 1), (5, 2), (4, 8), (9, 1), (12, 1)):
+        expected = []
+        for i in range(n):
+            expected.append(rows.get(first + i - 1, 0.0))
+            rows[first + i] = 100.0 * first + i
+        assert run(both, first, n, 100.0 * first) == expected
+        before = state.copy()
+        assert run(read, first + n, 1, -1.0) == [rows[first + n - 1]]
+        assert (state == before).all()
+    assert (state[0] == 0).all()
+
+
+@pytest.mark.parametrize("kv_type", [k.KV_F32, k.KV_F16, k.KV_Q8_0])
+def test_keys_are_stored_as_attention_stores_them(kv_type: int) -> None:
+    n, n_heads, dim, value_dim, n_rows = 7, 2, 64, 32, 32
+    q, keys, values = normal(1, n, n_heads * dim), normal(2, n, n_heads * dim), normal(3, n, n_heads * value_dim)
+    out, step = np.zeros((n, n_heads * value_dim), np.float32), k.Step(n)
+    step.positions[:], step.slots[:], step.n_tokens = np.arange(5, 5 + n), 1, n
+    places = [(array.ctypes.data, array.shape[1]) for array in (q, keys, values, out)]
+    caches = np.zeros((2, k.kv_cache_bytes(kv_type, 2, n_rows, n_heads, dim, value_dim)), np.uint8)
+    program, attending = k.Program(n, 2, 2), k.Program(n, 2, 2)
+    sizes = kv_type, n_rows, n_heads, dim, value_dim
+    program.store_keys(*places[1], *places[2], caches[0].ctypes.data, *sizes)
+    at = caches[1].ctypes.data, kv_type, n_rows, n_heads, n_heads, dim, value_dim
+    attending.attention(*places[0], *places[1], *places[2], *places[3], *at, 1.0, 0, 0, 0, 0.0)
+    program.run(step)
+    attending.run(step)
+    assert caches[0].any()
+    assert (caches[0] == caches[1]).all()
+    step.positions[-1] = n_rows
+    with pytest.raises(ValueError, match="the context has 32"):
+        program.run(step)
+
+
+@more
 @given(
     seeds,
     st.lists(st.integers(1, 15), min_size=1, max_size=3),

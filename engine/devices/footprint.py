@@ -54,7 +54,8 @@ class Footprint:
         expert_macs: int64 [n_moe_layers], multiply-adds of one token with one expert.
         dense_bytes: all other matrices that the device reads for a token; not tables of embeddings, of which a token
             reads some rows: they stay in RAM.
-        idle_bytes: of these, what one token does not read: shared by groups of experts that it does not go to.
+        idle_bytes: of these, what one token does not read: shared by groups of experts that it does not go to, and what
+            only a head for multi-token prediction reads (but its experts, which stay in RAM).
         dense_macs: multiply-adds of one token with them.
         position_bytes: keys and values of one position, in all layers that see the whole context.
         window_bytes: all keys and values that a token sees at most in layers that see a part of it.
@@ -139,25 +140,28 @@ def measure(
     experts = {op.routing.ids.buffer: op for op in graph.operations if isinstance(op, ops.Experts)}
     layers = [experts[routing.ids.buffer] for routing in graph.routings]
     stacks = [op.stacks for op in layers]
-    dense = _dense_weights(graph)
+    dense, of_draft = _dense_weights(graph), _weights_of_draft(graph)
     without_slots = [op for op in graph.operations if isinstance(op, ops.Experts) and not graph.has_slots(op)]
     used = [(op.routing.ids.width, weight) for op in without_slots for weight in op.stacks]
     whole, window = _cache_bytes(graph, limits, stores_once)
     recurrent = sum(4 * state.width for state in graph.states)
-    all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, stores_once) for cache in graph.kv_caches)
+    draft_states = graph.draft.states if graph.draft else []
+    carried = sum(4 * state.width for state in draft_states) * limits.n_slots
+    all_positions = sum(_kv_bytes(cache, limits, limits.n_slots, stores_once) for cache in _all_caches(graph))
     return Footprint(
         n_layers=sum(isinstance(op, ops.Attention | ops.DeltaNet | ops.SelectiveScan) for op in graph.operations),
         n_experts=layers[0].routing.n_experts if layers else 0,
         n_experts_used=layers[0].routing.ids.width if layers else 0,
         expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),
         expert_macs=np.array([sum(w.n_rows * w.n_cols for w in stack) for stack in stacks], np.int64),
-        dense_bytes=sum(w.n_bytes for w in (*dense, *[weight for _, weight in used])),
-        idle_bytes=sum(weight.n_bytes // weight.n_experts * (weight.n_experts - n) for n, weight in used),
+        dense_bytes=sum(w.n_bytes for w in (*dense, *of_draft, *[weight for _, weight in used])),
+        idle_bytes=sum(weight.n_bytes for weight in of_draft)
+        + sum(weight.n_bytes // weight.n_experts * (weight.n_experts - n) for n, weight in used),
         dense_macs=sum(n * weight.n_rows * weight.n_cols for n, weight in (*[(w.n_experts, w) for w in dense], *used)),
         position_bytes=whole,
         window_bytes=window,
         recurrent_bytes=recurrent,
-        state_bytes=all_positions + recurrent * (limits.n_slots + (limits.max_drafts > 0)),
+        state_bytes=all_positions + recurrent * (limits.n_slots + (limits.max_drafts > 0)) + carried,
         context_length=limits.context_length,
         stretches=tuple(
             n_bytes
@@ -174,9 +178,21 @@ def measure(
 
 def row_tables(graph: Graph) -> list[Weight]:
     """Return the tables of which a token reads some rows: matrices that nothing is multiplied with."""
-    multiplied = {weight.name for weight in _dense_weights(graph)}
-    tables = {op.table.name: op.table for op in graph.operations if isinstance(op, ops.Embed)}
+    multiplied = {weight.name for weight in (*_dense_weights(graph), *_weights_of_draft(graph))}
+    operations = (*graph.operations, *(graph.draft.operations if graph.draft else ()))
+    tables = {op.table.name: op.table for op in operations if isinstance(op, ops.Embed)}
     return [table for name, table in tables.items() if name not in multiplied]
+
+
+def _weights_of_draft(graph: Graph) -> list[Weight]:
+    """Return the matrices that guessing a token reads and running one does not; without experts."""
+    known = {(weight.name, weight.first_row) for weight in _dense_weights(graph)}
+    weights = _dense_weights(graph.draft) if graph.draft else []
+    return [weight for weight in weights if (weight.name, weight.first_row) not in known]
+
+
+def _all_caches(graph: Graph) -> list[ops.KVCache]:
+    return [*graph.kv_caches, *(graph.draft.kv_caches if graph.draft else ())]
 
 
 def _dense_weights(graph: Graph) -> list[Weight]:
@@ -233,7 +249,7 @@ def _caches_of(op: ops.Operation) -> Iterator[tuple[ops.KVCache, int]]:
 def _scratch_bytes(graph: Graph, limits: Limits) -> int:
     """Return the memory for intermediate results, those alive at the same time side by side."""
     intervals: dict[ops.Buffer, Interval] = {}
-    for i, op in enumerate(graph.operations):
+    for i, op in enumerate((*graph.operations, *(graph.draft.operations if graph.draft else ()))):
         for tensor in op.tensors():
             buffer = tensor.buffer
             n_bytes = 4 * limits.most(buffer.rows) * buffer.width

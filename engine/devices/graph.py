@@ -21,6 +21,7 @@ from engine.quants.formats import QuantFormat
 MOST_RESIDUALS = 16  # that one row is made of
 MOST_HASHED = 8  # tokens that choose a row together
 MOST_CONVOLVED = 32  # tokens that a convolution goes back
+N_CARRIED = 32  # tokens of which a sequence keeps rows for its next ones: more than it is ever cut back by for drafts
 
 
 class Rows(enum.IntEnum):
@@ -312,6 +313,12 @@ class Linear(Operation):
     biases: tuple[Vector | None, ...]
     outs: tuple[Tensor, ...]
 
+    def without(self, outs: Sequence[Tensor]) -> Linear:
+        """Return the operation without some of its results."""
+        parts = zip(self.weights, self.biases, self.outs, strict=True)
+        weights, biases, others = zip(*(part for part in parts if part[2] not in outs), strict=True)
+        return Linear(self.x, weights, biases, others)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class HeadLinear(Operation):
@@ -552,6 +559,34 @@ class Attention(Operation):
         if self.selected and not self.shared_cache:
             return self.selected.top_k * self.selected.block_size
         return self.window or self.chunk
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StoreKeys(Operation):
+    """Append k and v to a cache that the attention of another graph looks at; without v values are parts of keys."""
+
+    k: Tensor
+    v: Tensor | None
+    cache: KVCache
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CarryOver(Operation):
+    """out = x of the token before in its sequence: a row of this step or of an earlier one, 0 before the first token.
+
+    The state has rows of the last `N_CARRIED` positions, that of position p at p modulo their number: so a sequence can
+    be cut back, by fewer tokens. Without x nothing is kept, and `out` comes of what was; without out nothing is looked
+    up.
+    """
+
+    x: Tensor | None
+    state: State
+    out: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """Return the values of a row."""
+        return self.state.width // N_CARRIED
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -824,14 +859,25 @@ class SelectOutputs(Operation):
 
 
 class Graph:
-    """Records a forward pass. Each method adds one operation and returns the tensor it makes."""
+    """Records a forward pass. Each method adds one operation and returns the tensor it makes.
+
+    Attributes:
+        operations: in order.
+        kv_caches, states: what sequences keep, in order of first use.
+        routings: of the experts that may be in slots.
+        logits: the result.
+        draft: guesses what follows a token that has not been run yet, one at a time; None where the model has no head
+            for that. Its caches and states are its own, and say nothing about the sequence: if they were lost, guesses
+            would be worse. This graph writes to them, too.
+    """
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
         self.kv_caches: list[KVCache] = []
         self.states: list[State] = []
-        self.routings: list[Routing] = []  # of the experts that may be in slots
+        self.routings: list[Routing] = []
         self.logits: Tensor | None = None
+        self.draft: Graph | None = None
 
     def _new(self, width: int, rows: Rows = Rows.TOKENS) -> Tensor:
         return Tensor(Buffer(width, rows), 0, width)
@@ -1072,6 +1118,41 @@ class Graph:
         what = q, k, v, cache, out, sinks, n_heads, scale, window, chunk, cap, selected, shared_k, shared_cache
         self.operations.append(Attention(*what))
         return out
+
+    def store_keys_of(self, other: Graph, cache: KVCache) -> None:
+        """Append to a cache what the attention of another graph would append to its own; record nothing else of it."""
+        attention = next(op for op in other.operations if isinstance(op, Attention))
+        assert attention.selected is None
+        assert attention.shared_k is None
+        recorded = other.operations[: other.operations.index(attention)]
+        known = {tensor.buffer for operation in self.operations for tensor in operation.tensors()}
+        makes: list[set[Buffer]] = []  # of each operation: what it makes; nothing if it works in place
+        for operation in recorded:
+            makes.append({tensor.buffer for tensor in operation.tensors()} - known)
+            known |= makes[-1]
+        needed = {tensor.buffer for tensor in (attention.k, attention.v) if tensor}
+        kept: list[Operation] = [StoreKeys(attention.k, attention.v, cache)]
+        for operation, made in zip(reversed(recorded), reversed(makes), strict=True):
+            if not needed & (made or {tensor.buffer for tensor in operation.tensors()}):
+                continue
+            if isinstance(operation, Linear):
+                kept.append(operation.without([out for out in operation.outs if out.buffer not in needed]))
+            else:
+                kept.append(operation)
+            needed |= {tensor.buffer for tensor in kept[-1].tensors()}
+        self.operations += reversed(kept)
+
+    def carry_over(self, x: Tensor | None, state: State, *, width: int = 0) -> Tensor:
+        """Return x of the token before each; without x of what was kept of such rows, which are so wide."""
+        assert state.width == N_CARRIED * (x.width if x else width)
+        out = self._new(x.width if x else width)
+        self.operations.append(CarryOver(x, state, out))
+        return out
+
+    def keep(self, x: Tensor, state: State) -> None:
+        """Keep rows for the tokens after them."""
+        assert state.width == N_CARRIED * x.width
+        self.operations.append(CarryOver(x, state, None))
 
     def compress(self, values: Tensor, scores: Tensor | None, biases: Vector | None, width: int, period: int) -> Tensor:
         """Make one row of so many channels of each `period` tokens, by a state which the graph makes here."""

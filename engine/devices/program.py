@@ -348,6 +348,28 @@ class RewindingProgram(Protocol):
         ...
 
 
+@runtime_checkable
+class DraftingProgram(Protocol):
+    """A program that can guess tokens, if its model has a head for multi-token prediction (`Graph.draft`).
+
+    Attributes:
+        has_head: whether it has one.
+    """
+
+    has_head: bool
+
+    def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
+        """Return `n` tokens that may follow one, each the likeliest behind those before; no step is under way.
+
+        Args:
+            slot: of the sequence.
+            token_id: the token, which is to be run in the next step.
+            position: of it: how many tokens of the sequence have been run.
+            n: at least one.
+        """
+        ...
+
+
 class Device(Protocol):
     """A place where forward passes run."""
 

@@ -19,7 +19,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from engine.devices.program import DrawingProgram, Drawn, Limits, Program, SavingProgram, StagedProgram, Step
+from engine.devices.program import (
+    DraftingProgram,
+    DrawingProgram,
+    Drawn,
+    Limits,
+    Program,
+    SavingProgram,
+    StagedProgram,
+    Step,
+)
 from engine.devices.slots import ClockedProgram
 from engine.errors import DeviceError
 from engine.experts.hot_cache import HotCache
@@ -53,6 +62,7 @@ class WatchedProgram:
 
     Attributes:
         runs_ahead: see `AheadProgram`; False for others.
+        has_head: see `DraftingProgram`; False for others.
     """
 
     def __init__(
@@ -73,6 +83,8 @@ class WatchedProgram:
         self._drawing = program if isinstance(program, DrawingProgram) else None
         self._staged = program if isinstance(program, StagedProgram) else None
         self.runs_ahead = self._staged is not None and self._staged.runs_ahead
+        self._drafting = program if isinstance(program, DraftingProgram) else None
+        self.has_head = self._drafting is not None and self._drafting.has_head
         self._begun: deque[_Begun] = deque()  # what is under way
         self._ended_at = 0.0  # the last step
         self._unseen: _Over | None = None  # the last one, while the cache has not looked at it
@@ -110,6 +122,11 @@ class WatchedProgram:
         """Say which tokens may be drawn, of a program that draws; see `program.DrawingProgram`."""
         assert self._drawing is not None
         self._drawing.allow(allowed)
+
+    def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
+        """Guess the tokens that follow one; see `program.DraftingProgram`. Nobody watches that."""
+        assert self._drafting is not None
+        return self._drafting.draft(slot, token_id, position, n)
 
     def run_and_draw(
         self,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from engine import _kernels
 from engine.devices.program import Draw
 from engine.generate.drafting import DraftPolicy
-from engine.generate.forward import Progress
+from engine.generate.forward import ForwardPass, Progress
 from engine.generate.leases import Lease
 from engine.generate.sampling import Sampler
 from engine.generate.sequence import Sequence
@@ -228,21 +228,29 @@ class Answer:
         n_left = self._sequence.params.max_tokens - len(self._sequence.token_ids) - 1
         return 0 if self.is_at_prompt or self.n_pending != 1 else n_left
 
-    def drafts(self) -> list[int]:
-        """Return tokens that are worth to be run behind the pending one, on the chance that they follow."""
-        most = self._most_drafts
-        return self._drafter.propose(self._sequence.token_ids, most) if self._drafter is not None and most > 0 else []
+    def drafts(self, forward: ForwardPass, most: int) -> list[int]:
+        """Return at most so many tokens that are worth to be run behind the pending one, in case they follow."""
+        most = min(most, self._most_drafts)
+        if self._drafter is None or most < 1:
+            return []
+        lease = self.lease
 
-    @property
-    def awaits_drafts(self) -> bool:
+        def head(n: int) -> tuple[list[int], float]:
+            return forward.draft(lease.slot, self.pending(1)[0], lease.n_held, n)
+
+        return self._drafter.propose(self._sequence.token_ids, most, head if forward.has_head else None)
+
+    def awaits_drafts(self, forward: ForwardPass) -> bool:
         """Return whether what follows the next token can probably be drafted when that is known."""
-        most = self._most_drafts - 1
-        return self._drafter is not None and most > 0 and self._drafter.is_promising(self._sequence.token_ids, most)
+        most, made = self._most_drafts - 1, self._sequence.token_ids
+        return (
+            self._drafter is not None and most > 0 and self._drafter.is_promising(made, most, has_head=forward.has_head)
+        )
 
     def note_step(self, n_tokens: int, seconds: float) -> None:
         """Note what a step took in which this answer alone went on by a token or more."""
         if self._drafter is not None:
-            self._drafter.policy.note_step(n_tokens, seconds)
+            self._drafter.note_step(n_tokens, seconds)
 
     def draw(self, n_unseen: int = 0) -> Draw | None:
         """Return how a device may draw the next token; None if the logits are to be looked at.

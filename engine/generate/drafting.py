@@ -1,13 +1,18 @@
-"""Guesses how an answer goes on, from where its text said the same before, and tells when it pays to check that.
+"""Guesses how an answer goes on, and tells when it pays to check that.
 
-A step that runs some guessed tokens behind the one it has to run reads each weight once for all of them. Those that are
-then chosen cost no step of their own; what follows the first wrong one is forgotten. Every token is chosen from the
-logits that it would be chosen from anyway, so no bit of a text depends on any of this.
+Guesses come from where the text said the same before, and from a head for multi-token prediction if the model has one,
+whichever promises more. A step that runs some guessed tokens behind the one it has to run reads each weight once for
+all of them. Those that are then chosen cost no step of their own; what follows the first wrong one is forgotten. Every
+token is chosen from the logits that it would be chosen from anyway, so no bit of a text depends on any of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeAlias
+
+Head: TypeAlias = Callable[[int], tuple[list[int], float]]
+"""Guesses so many tokens that follow the pending one; returns them, and the seconds that took."""
 
 _N_GRAM = 3  # tokens that must be the same
 _LONGEST = 17  # tokens of a match that are counted
@@ -17,10 +22,12 @@ _LENGTHS = (3, 4, 6, 9, 17)  # matches of lengths from one to the next come true
 _KINDS = [sum(length >= least for least in _LENGTHS[1:]) for length in range(_LONGEST + 1)]
 _FIRST_GUESS = (0.4, 0.5, 0.65, 0.75, 0.85)  # how often, before anything is known; worth as much as:
 _GUESS_WEIGHT = 6.0  # tokens
+_HEAD_FIRST_GUESS = (0.8, 0.65, 0.55, 0.5)  # the same of the first token that a head guesses, of the next one ...
+_HEAD_TRIALS = 8  # guesses after which more is known of a head and its steps than is assumed
 _MEMORY = 0.97  # of what is known, after one token more
 _LEAST_GAIN = 1.08  # in tokens a second
 _STEP_SHARE = 0.5  # what one more token adds to a step, of a step with one, before it was measured
-_FORGOTTEN = 0.003  # of step times, with each token for which drafts do not pay: they are tried again after hundreds
+_FORGOTTEN = 0.003  # of what is known, with each token for which drafts do not pay: they are tried again after hundreds
 
 
 class Lookup:
@@ -97,6 +104,11 @@ class StepTimes:
             share, old = 1.0, self.all()[n_tokens - 1] if known[1] else seconds
         known[n_tokens] = old + share * (min(seconds, 4 * old) - old)
 
+    @property
+    def is_known(self) -> bool:
+        """Return whether a step with one token was timed."""
+        return self._seconds[1] > 0
+
     def all(self) -> list[float]:
         """Return the seconds of a step with one token, two and so on; those between or beyond known ones on a line."""
         known = self._seconds
@@ -118,6 +130,43 @@ class StepTimes:
                 self._seconds[n] += _FORGOTTEN * (one * (1 + _STEP_SHARE * (n - 1)) - seconds)
 
 
+class HitRates:
+    """How often guesses of some kinds came true; what was seen lately counts most."""
+
+    def __init__(self, first_guess: Sequence[float]) -> None:
+        """Begin with shares that are usual, one for each kind."""
+        self._first_guess = [_GUESS_WEIGHT * share for share in first_guess]
+        self._right = list(self._first_guess)
+        self._tried = [_GUESS_WEIGHT] * len(self._right)
+
+    def share(self, kind: int) -> float:
+        """Return how likely a guess of a kind is to come true; beyond the last kind, as one of that."""
+        kind = min(kind, len(self._right) - 1)
+        return self._right[kind] / self._tried[kind]
+
+    def note(self, kind: int, *, is_right: bool) -> None:
+        """Note what became of a guess."""
+        kind = min(kind, len(self._right) - 1)
+        self._right[kind] = _MEMORY * self._right[kind] + is_right
+        self._tried[kind] = _MEMORY * self._tried[kind] + 1
+
+    def forget(self) -> None:
+        """Come a little nearer to what is usual."""
+        for kind, usual in enumerate(self._first_guess):
+            self._right[kind] += _FORGOTTEN * (usual - self._right[kind])
+            self._tried[kind] += _FORGOTTEN * (_GUESS_WEIGHT - self._tried[kind])
+
+
+class Prospect(NamedTuple):
+    """How many tokens it pays to draft, 0 for none, and how many times as many tokens a second that gives."""
+
+    n: int
+    gain: float
+
+
+_NO_PROSPECT = Prospect(0, 1.0)
+
+
 class DraftPolicy:
     """Knows how often drafts come true and what steps take, of all answers; decides how many tokens are drafted.
 
@@ -129,9 +178,10 @@ class DraftPolicy:
     def __init__(self, max_drafts: int, *, loses_all: bool = False) -> None:
         """Know nothing yet but what is usual."""
         self.max_drafts, self.loses_all = max_drafts, loses_all
-        self._right = [_GUESS_WEIGHT * share for share in _FIRST_GUESS]
-        self._tried = [_GUESS_WEIGHT] * len(_FIRST_GUESS)
+        self._matches, self._guesses = HitRates(_FIRST_GUESS), HitRates(_HEAD_FIRST_GUESS)
         self._times = StepTimes(max_drafts + 1)
+        self._guess_s = 0.0  # for one token, 0: not known
+        self._n_guessed = 0
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
         """Return what makes the drafts for an answer."""
@@ -139,35 +189,70 @@ class DraftPolicy:
 
     def n_drafts(self, length: int, most: int) -> int:
         """Return how many tokens to draft, at most `most`, behind a match of so many."""
+        return self.by_match(length, most).n
+
+    def by_match(self, length: int, most: int) -> Prospect:
+        """Return what it promises to draft at most `most` tokens behind a match of so many."""
+        if not self._times.is_known or length < _N_GRAM:
+            return _NO_PROSPECT
+        found = self._best(lambda i: self.chance(length + i), most, 0.0)
+        if not found.n:
+            self._times.forget()
+        return found
+
+    def by_head(self, most: int) -> Prospect:
+        """Return what it promises to have a head guess at most `most` tokens."""
+        if not self._times.is_known or most < 1:
+            return _NO_PROSPECT
+        if self._n_guessed < _HEAD_TRIALS:
+            return Prospect(1, _LEAST_GAIN)
+        found = self._best(self._guesses.share, most, self._guess_s)
+        if not found.n:
+            self._times.forget()
+            self._guesses.forget()
+        return found
+
+    def _best(self, chance_of: Callable[[int], float], most: int, guess_s: float) -> Prospect:
+        """Return the best number of drafts.
+
+        Args:
+            chance_of: how likely the i-th of them is if those before are right.
+            most: of them.
+            guess_s: seconds that each of them takes.
+        """
         one, *times = self._times.all()
-        if not one or length < _N_GRAM:
-            return 0
-        best, best_gain = 0, _LEAST_GAIN
+        best = Prospect(0, _LEAST_GAIN)
         chance, n_made, lost = 1.0, 1.0, 0.0
         for n, seconds in enumerate(times[:most], 1):
-            share = self.chance(length + n - 1)
+            share = chance_of(n - 1)
             lost += chance * (1 - share) * n  # tokens that are right, and have to be run again
             chance *= share
             n_made += chance
             again = lost * (seconds - one) / n if self.loses_all else 0.0
-            gain = n_made * one / (seconds + again)
-            if gain > best_gain:
-                best, best_gain = n, gain
-        if not best:
-            self._times.forget()
-        return best
+            gain = n_made * one / (seconds + again + n * guess_s)
+            if gain > best.gain:
+                best = Prospect(n, gain)
+        return best if best.n else _NO_PROSPECT
 
     def chance(self, length: int) -> float:
         """Return how likely the token is that followed so many ones before."""
-        kind = _KINDS[min(length, _LONGEST)]
-        return self._right[kind] / self._tried[kind]
+        return self._matches.share(_KINDS[min(length, _LONGEST)])
 
     def note_drafts(self, length: int, n_tried: int, n_right: int) -> None:
         """Note that of the tokens behind a match of so many the first ones were right, and were compared as far."""
         for i in range(n_tried):
-            kind = _KINDS[min(length + i, _LONGEST)]
-            self._right[kind] = _MEMORY * self._right[kind] + (i < n_right)
-            self._tried[kind] = _MEMORY * self._tried[kind] + 1
+            self._matches.note(_KINDS[min(length + i, _LONGEST)], is_right=i < n_right)
+
+    def note_guesses(self, n_tried: int, n_right: int) -> None:
+        """Note the same of the tokens that a head guessed."""
+        self._n_guessed += n_tried
+        for i in range(n_tried):
+            self._guesses.note(i, is_right=i < n_right)
+
+    def note_guess_time(self, n: int, seconds: float) -> None:
+        """Note what a head took to guess so many tokens."""
+        each = seconds / n
+        self._guess_s += (0.2 if self._guess_s else 1.0) * (each - self._guess_s)
 
     def note_step(self, n_tokens: int, seconds: float) -> None:
         """Note what a step took that one answer had for itself."""
@@ -184,19 +269,37 @@ class Drafter:
         self._text = Lookup()
         self._n_made = 0  # tokens of the answer that were looked at
         self._expected: tuple[int, list[int]] | None = None  # length of the match, and what is to follow
+        self._guessed: list[int] = []  # by the head, of what is to follow
+        self._guess_s = 0.0  # what that took, for the step that is run next
 
-    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+    def propose(self, token_ids: Sequence[int], most: int, head: Head | None = None) -> list[int]:
         """Return tokens that may follow those made so far, as many as it pays to run with the last one of these."""
         length, start = self._look(token_ids)
-        n = self.policy.n_drafts(length, most)
-        expected = self._expect(length, start, max(n, 1))
-        return expected if n else []
+        by_match = self.policy.by_match(length, most)
+        by_head = self.policy.by_head(most) if head else _NO_PROSPECT
+        expected = self._expect(length, start, max(by_match.n, 1))
+        if head and by_head.gain > by_match.gain:
+            self._guessed, self._guess_s = self.guess(head, by_head.n)
+            self.policy.note_guess_time(by_head.n, self._guess_s)
+            return self._guessed
+        return expected if by_match.n else []
 
-    def is_promising(self, token_ids: Sequence[int], most: int) -> bool:
+    def is_promising(self, token_ids: Sequence[int], most: int, *, has_head: bool = False) -> bool:
         """Return whether it will probably pay to draft behind the next token, so that it is to be waited for."""
         length, start = self._look(token_ids)
         self._expect(length, start, 1)
+        if has_head and self.policy.by_head(most).n:
+            return True
         return length > 0 and self.policy.chance(length) > 0.5 and self.policy.n_drafts(length + 1, most) > 0
+
+    def guess(self, head: Head, n: int) -> tuple[list[int], float]:
+        """Return `n` tokens that a head guesses, and the seconds that took."""
+        return head(n)
+
+    def note_step(self, n_tokens: int, seconds: float) -> None:
+        """Note what a step took, with the guessing of its drafts."""
+        self.policy.note_step(n_tokens, seconds - self._guess_s)
+        self._guess_s = 0.0
 
     def find(self, new: Sequence[int]) -> tuple[int, int]:
         """Take in the tokens that were made meanwhile; return what `Lookup.find` does."""
@@ -215,10 +318,11 @@ class Drafter:
         self._n_made = len(token_ids)
         if new and self._expected is not None:
             length, expected = self._expected
-            same = [made == drafted for made, drafted in zip(new, expected, strict=False)]
-            n_right = same.index(False) if False in same else len(same)
-            self.policy.note_drafts(length, min(n_right + 1, len(same)), n_right)
+            self.policy.note_drafts(length, *_compared(new, expected))
             self._expected = None
+        if new and self._guessed:
+            self.policy.note_guesses(*_compared(new, self._guessed))
+            self._guessed = []
         return self.find(new)
 
     def _expect(self, length: int, start: int, n: int) -> list[int]:
@@ -226,3 +330,10 @@ class Drafter:
         expected = self.draft(start, n) if length else []
         self._expected = (length, expected) if length else None
         return expected
+
+
+def _compared(made: Sequence[int], drafted: Sequence[int]) -> tuple[int, int]:
+    """Return how many drafts could be compared with what was made, up to the first wrong one, and how many agree."""
+    same = [a == b for a, b in zip(made, drafted, strict=False)]
+    n_right = same.index(False) if False in same else len(same)
+    return min(n_right + 1, len(same)), n_right

@@ -11,7 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.devices.graph import Rows
-from engine.devices.program import DRAW, NO_DRAW, AheadProgram, Draw, DrawingProgram, Limits, Program, Step
+from engine.devices.program import (
+    DRAW,
+    NO_DRAW,
+    AheadProgram,
+    DraftingProgram,
+    Draw,
+    DrawingProgram,
+    Limits,
+    Program,
+    Step,
+)
 from engine.devices.slots import ClockedProgram
 from engine.errors import RequestError
 
@@ -63,6 +73,7 @@ class ForwardPass:
         self.n_vocab = n_vocab
         self.runs_ahead = runs_ahead
         self._draws = draws
+        self._head = program if isinstance(program, DraftingProgram) and program.has_head else None
         self._waiting: Step | None = None  # was begun, of a program that can only run it as a whole
         self._slots = np.zeros(limits.max_tokens, np.int32)
         self._no_rows = np.zeros(0, np.int32)
@@ -146,6 +157,18 @@ class ForwardPass:
             program = cast(DrawingProgram, self.program)  # to look for its methods takes 10 us, of each token
             tokens, logits = program.run_and_draw(*step.inputs, step.draws)
         return [logits[i] if token < 0 and logits is not None else token for i, token in enumerate(tokens.tolist())]
+
+    @property
+    def has_head(self) -> bool:
+        """Return whether the model can guess tokens itself."""
+        return self._head is not None
+
+    def draft(self, slot: int, token_id: int, position: int, n: int) -> tuple[list[int], float]:
+        """Return `n` tokens that the model guesses to follow one that was not run yet, and the seconds that took."""
+        assert self._head is not None
+        start = self.now()
+        guesses = self._head.draft(slot, token_id, position, n)
+        return guesses, self.now() - start
 
     def drop(self) -> None:
         """Stop what is under way; what its sequences hold is not known."""

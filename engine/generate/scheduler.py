@@ -197,6 +197,8 @@ class Scheduler:
         step, following = self._ahead or self._new_step(ready), None
         try:
             if self._ahead is None:
+                if len(ready) == 1:
+                    step.drafts = ready[0].drafts(self._forward, self._forward.limits.max_tokens - 1)
                 self._forward.begin(self._begin(step))
             if goes_on:
                 following = self._following(step, ready)
@@ -230,8 +232,7 @@ class Scheduler:
         """Return the next step of those who are ready."""
         most = self._forward.limits.max_tokens
         shares = [(a, len(a.pending(n))) for a, n in share_out(ready, most)]
-        drafts = ready[0].drafts()[: most - 1] if len(ready) == 1 else []
-        return _Step(shares, [n == answer.n_pending for answer, n in shares], self._forward.now(), drafts)
+        return _Step(shares, [n == answer.n_pending for answer, n in shares], self._forward.now())
 
     def _following(self, step: _Step, ready: list[Answer]) -> _Step | None:
         """Return what can be begun before a step is over: the next one, if all answers are known to go on."""
@@ -240,7 +241,7 @@ class Scheduler:
             return None
         if step.drafts or not all(answer.can_run_ahead for answer in answers):
             return None
-        if len(answers) == 1 and answers[0].awaits_drafts:
+        if len(answers) == 1 and answers[0].awaits_drafts(self._forward):
             return None
         return _Step([(answer, 1) for answer in answers], [True] * len(answers), self._forward.now(), is_ahead=True)
 

@@ -277,6 +277,12 @@ typedef struct {
 } kv_store_args;
 
 typedef struct {
+    matrix x, out; // x.at, or out.at: NULL for none
+    float *state;  // [n_slots, n_kept, n_channels]: the row of position p is at p % n_kept
+    int n_channels, n_kept;
+} carry_over_args;
+
+typedef struct {
     matrix q, out;
     kv_cache cache;
     kv_cache shared;            // rows that a token sees beside those positions; keys: NULL for none
@@ -385,6 +391,7 @@ typedef union {
     router_args router;
     group_router_args group_router;
     kv_store_args kv_store;
+    carry_over_args carry_over;
     attention_args attention;
     select_positions_args select_positions;
     select_blocks_args select_blocks;
@@ -419,7 +426,8 @@ typedef struct {
 typedef struct ops_table {
     tile_fn embed, hash_tokens, rms_norm, quantize, add, scale, soft_cap, clamp, scale_by_position, gate,
         gate_by_agreement, split_heads, join_heads, rope_table, rope, select_outputs, combine, stream_weights,
-        add_to_streams, mix_residuals, causal_conv, delta_net, selective_scan, compress, router, group_router, kv_store;
+        add_to_streams, mix_residuals, causal_conv, delta_net, selective_scan, compress, router, group_router, kv_store,
+        carry_over;
     task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
     float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else

@@ -4,6 +4,7 @@
 #include "simd.h"
 
 #include "ops/attention.h"
+#include "ops/carry_over.h"
 #include "ops/compress.h"
 #include "ops/delta_net.h"
 #include "ops/elementwise.h"
@@ -84,6 +85,7 @@ static const ops_table level_ops = {
     .router = op_router,
     .group_router = op_group_router,
     .kv_store = op_kv_store,
+    .carry_over = op_carry_over,
     .linear = {linear_begin, linear_run, NULL},
     .attention = {attention_begin, attention_run, NULL},
     .select_positions = {select_positions_begin, select_positions_run, NULL},

@@ -569,6 +569,11 @@ int program_attention(program *p, attention_args args, matrix k, matrix v, matri
     return record(p, op);
 }
 
+int program_store_keys(program *p, kv_cache cache, matrix k, matrix v) {
+    limit_context(p, cache);
+    return record_kv_store(p, cache, k, false) || record_kv_store(p, cache, v, true) ? -1 : 0;
+}
+
 // Memory for so many scores of each token, and for the number of chunks of it that are done.
 static int reserve_scores(program *p, int64_t n_scores, float **scores, padded_counter **n_done) {
     const int64_t n_rows = larger(SPLIT_ATTENTION_TOKENS, p->n_threads);
@@ -622,6 +627,21 @@ static void touch_channel_states(program *p, operation *op, float *state, int n_
     const int64_t row_bytes = n_channels * (int64_t)sizeof(float);
     op->accesses[op->n_accesses++] =
         (memory_access){(uintptr_t)state, row_bytes, p->n_slots * (int64_t)n_rows, row_bytes, sizeof(float), true};
+}
+
+int program_carry_over(program *p, carry_over_args args) {
+    operation op = {.name = "carry_over",
+                    .args.carry_over = args,
+                    .run_tile = p->kernels->ops->carry_over,
+                    .width = args.n_channels,
+                    .unit = FLOATS_OF_LINE,
+                    .in_order = true};
+    if (args.x.at)
+        touch(p, &op, READS, args.x);
+    if (args.out.at)
+        touch(p, &op, WRITES, args.out);
+    touch_channel_states(p, &op, args.state, args.n_kept, args.n_channels);
+    return record(p, op);
 }
 
 int program_causal_conv(program *p, causal_conv_args args) {

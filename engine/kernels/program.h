@@ -36,6 +36,8 @@ int program_split_heads(program *p, heads_args args, int n_heads);
 int program_join_heads(program *p, heads_args args, int n_heads);
 int program_rope(program *p, rope_args args, const float *frequencies, float magnitude, int period, int n_heads);
 int program_attention(program *p, attention_args args, matrix k, matrix v, matrix shared_k);
+int program_store_keys(program *p, kv_cache cache, matrix k, matrix v);
+int program_carry_over(program *p, carry_over_args args);
 int program_select_positions(program *p, select_positions_args args, matrix k);
 int program_select_blocks(program *p, select_blocks_args args, matrix k);
 int program_causal_conv(program *p, causal_conv_args args);

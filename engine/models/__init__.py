@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from engine.devices.graph import Graph, Table, Vector, Weight
@@ -132,7 +132,8 @@ class Model:
     def tensor_names(self) -> tuple[str, ...]:
         """Return the names of all tensors of the file that the forward pass reads, in order of first use."""
         names: dict[str, None] = {}
-        for operation in self.graph.operations:
+        draft = self.graph.draft
+        for operation in (*self.graph.operations, *(draft.operations if draft else ())):
             for field in fields(operation):
                 value = getattr(operation, field.name)
                 for item in value if isinstance(value, tuple) else (value,):
@@ -143,8 +144,8 @@ class Model:
         return tuple(names)
 
 
-def load_model(model_file: ModelFile) -> Model:
-    """Understand a model file; no weight is read.
+def load_model(model_file: ModelFile, *, drafts: bool = False) -> Model:
+    """Understand a model file; no weight is read. With `drafts` a block for multi-token prediction is used, too.
 
     Raises `UnsupportedModelError` for an architecture or variant that is not known, `GGUFError` for keys and tensors
     that are missing or do not fit together.
@@ -158,6 +159,8 @@ def load_model(model_file: ModelFile) -> Model:
         )
     tensors = Tensors(model_file.name, model_file.tensors)
     spec = architecture.read_spec(Keys(model_file.metadata, tensors, name), tensors)
+    if not drafts:
+        spec = replace(spec, draft_layer=None)
     model = Model(spec, architecture.forward(spec, tensors))
     _check_all_used(model, model_file)
     return model

@@ -129,6 +129,11 @@ class Keys:
             raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
         return n_blocks - n_mtp
 
+    def draft_layer(self, tensors: Tensors) -> int | None:
+        """Return the block for multi-token prediction, if the file has one that can be used."""
+        n_layers = self.n_layers()
+        return n_layers if tensors.block(n_layers).has("nextn.eh_proj.weight") else None
+
     def model(
         self, tensors: Tensors, attention: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec, moe: MoESpec
     ) -> ModelSpec:

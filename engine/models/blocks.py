@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from engine.devices.graph import (
     GATING_OF,
+    N_CARRIED,
     Activation,
     Gating,
     Graph,
@@ -23,6 +24,7 @@ from engine.devices.graph import (
     Routing,
     Scoring,
     Selected,
+    State,
     Tensor,
     Vector,
     Weight,
@@ -71,8 +73,53 @@ def layers(
     for number in range(spec.n_layers):
         x = layer(graph, x, tensors.block(number), spec, number)
     x = leave(graph, x) if leave else x
+    if spec.draft_layer is not None:
+        assert output_norm
+        x, output_norm = normalize(graph, x, tensors, output_norm, spec), None
+        _draft(graph, x, tensors, spec, layer)
     _output_head(graph, x, tensors, spec, output_norm)
     return graph
+
+
+def _draft(graph: Graph, hidden: Tensor, tensors: Tensors, spec: ModelSpec, layer: Layer) -> None:
+    """Record multi-token prediction, as in DeepSeek V3 (section 2.2 of https://arxiv.org/abs/2412.19437).
+
+    One more layer takes the embedding of a token and what the model made of the token before it (`hidden`, normalised)
+    and guesses what follows the token, which itself has not been run. What comes out of the layer is `hidden` for one
+    guess more. Of tokens that are run, the graph makes the keys and values of that layer alone: nobody wants a guess of
+    what is known.
+    """
+    number = spec.draft_layer
+    assert number is not None
+    block, state = tensors.block(number), State(N_CARRIED * spec.hidden_size)
+
+    def enter(graph: Graph, before: Tensor) -> Tensor:
+        own = block.has("nextn.embed_tokens.weight")
+        table = (block if own else tensors).matrix(
+            "nextn.embed_tokens.weight" if own else "token_embd.weight", spec.n_vocab, spec.hidden_size
+        )
+        token = normalize(graph, graph.embed(table, spec.embedding_scale), block, "nextn.enorm.weight", spec)
+        before = normalize(graph, before, block, "nextn.hnorm.weight", spec)
+        joined = graph.join_heads(token, before, 1)
+        return graph.linear(joined, block.matrix("nextn.eh_proj.weight", spec.hidden_size, 2 * spec.hidden_size))
+
+    graph.draft = draft = Graph()
+    draft.states.append(state)
+    x = layer(draft, enter(draft, draft.carry_over(None, state, width=spec.hidden_size)), block, spec, number)
+    own_norm = block.has("nextn.shared_head_norm.weight")
+    x = normalize(
+        draft,
+        x,
+        block if own_norm else tensors,
+        "nextn.shared_head_norm.weight" if own_norm else "output_norm.weight",
+        spec,
+    )
+    draft.keep(x, state)
+    own_head = block.has("nextn.shared_head_head.weight")
+    _output_head(draft, x, block if own_head else tensors, spec, None)
+    known = Graph()
+    layer(known, enter(graph, graph.carry_over(hidden, state)), block, spec, number)
+    graph.store_keys_of(known, draft.kv_caches[0])
 
 
 def decoder(
@@ -116,7 +163,8 @@ def _output_head(graph: Graph, x: Tensor, tensors: Tensors, spec: ModelSpec, nor
     """Turn the residual stream into logits, for the wanted rows; without `output.weight` the embeddings serve."""
     x = graph.select_outputs(x)
     x = normalize(graph, x, tensors, norm, spec) if norm else x
-    name = "output.weight" if tensors.has("output.weight") else "token_embd.weight"
+    names = "nextn.shared_head_head.weight", "output.weight"
+    name = next((name for name in names if tensors.has(name)), "token_embd.weight")
     bias = tensors.optional_vector("output.bias", spec.n_vocab)
     logits = graph.linear(x, tensors.matrix(name, spec.n_vocab, spec.hidden_size), bias)
     logits = scaled(graph, logits, spec.logit_scale)

@@ -21,6 +21,7 @@ class PlainDecoder:
         scales: whether the file says what they are multiplied by after that.
         ffn_norm: tensor of the norm before the feed-forward network.
         biased_norms: whether norms have biases.
+        drafts: whether a block for multi-token prediction is known to be used as it is here.
     """
 
     style: RopeStyle = "neox"
@@ -29,11 +30,14 @@ class PlainDecoder:
     scales: bool = False
     ffn_norm: str = "ffn_norm.weight"
     biased_norms: bool = False
+    drafts: bool = False
 
     def read_spec(self, keys: Keys, tensors: Tensors) -> ModelSpec:
         """Read the hyper-parameters."""
         moe = keys.mixture(tensors, scoring=keys.scoring(self.scoring), normalize=self.normalizes, scales=self.scales)
-        return replace(keys.model(tensors, keys.attention(self.style), moe), biased_norms=self.biased_norms)
+        spec = keys.model(tensors, keys.attention(self.style), moe)
+        draft_layer = keys.draft_layer(tensors) if self.drafts else None
+        return replace(spec, biased_norms=self.biased_norms, draft_layer=draft_layer)
 
     def forward(self, spec: ModelSpec, tensors: Tensors) -> Graph:
         """Record the forward pass."""
@@ -51,7 +55,9 @@ PLAIN: dict[str, PlainDecoder] = {
     # ERNIE 4.5 21B-A3B and 300B-A47B
     "ernie4_5-moe": PlainDecoder(style="norm"),
     # GLM-4.5 to 4.7, and Air
-    "glm4moe": PlainDecoder(scoring="sigmoid", normalizes=None, scales=True, ffn_norm="post_attention_norm.weight"),
+    "glm4moe": PlainDecoder(
+        scoring="sigmoid", normalizes=None, scales=True, ffn_norm="post_attention_norm.weight", drafts=True
+    ),
     # Hunyuan 3
     "hy_v3": PlainDecoder(scoring="sigmoid", normalizes=None, scales=True),
     # MiniMax-M2: queries and keys are normalised over all heads together

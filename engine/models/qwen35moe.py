@@ -34,6 +34,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         )
     return replace(
         keys.model(tensors, keys.attention(), keys.mixture(tensors)),
+        draft_layer=keys.draft_layer(tensors),
         recurrent_layers=recurrent_layers,
         delta_net=read_delta_net(keys, grouped=False),
     )
@@ -73,7 +74,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 
 def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    if spec.recurrent_layers[layer]:
+    if layer != spec.draft_layer and spec.recurrent_layers[layer]:
         return gated_delta_net(graph, *project_delta_net(graph, x, block, spec), block, spec)
     return gated_attention(graph, x, block, spec, layer)
 

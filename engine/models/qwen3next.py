@@ -15,6 +15,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     return replace(
         keys.model(tensors, keys.attention(), keys.mixture(tensors)),
+        draft_layer=keys.draft_layer(tensors),
         recurrent_layers=read_recurrent_layers(keys, keys.n_layers()),
         delta_net=read_delta_net(keys, grouped=True),
     )
@@ -26,7 +27,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 
 def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    if spec.recurrent_layers[layer]:
+    if layer != spec.draft_layer and spec.recurrent_layers[layer]:
         return gated_delta_net(graph, *_project(graph, x, block, spec), block, spec)
     return gated_attention(graph, x, block, spec, layer)
 

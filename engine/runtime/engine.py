@@ -48,7 +48,7 @@ from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
 from engine.runtime.files import check_files, read_chat_template
-from engine.runtime.placing import OpenProgress, check_memory, limits_of, open_device, resolve
+from engine.runtime.placing import OpenProgress, check_memory, limits_of, most_drafts, open_device, resolve
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 from engine.synthetic import open_model_file
@@ -79,7 +79,7 @@ class Engine(Answering):
         self._file = model_file
         check_files(config)
         self._template_source = read_chat_template(config.model)
-        model = load_model(model_file)
+        model = load_model(model_file, drafts=most_drafts(config) > 0)
         self.spec: ModelSpec = model.spec
         self._tensor_names = model.tensor_names
         self.config = resolve(config, model.spec)
@@ -412,7 +412,8 @@ class Engine(Answering):
     def _fingerprint(self) -> str:
         """Tell models apart by the names, forms and first bytes of all tensors."""
         digest = hashlib.sha256(self.spec.architecture.encode())
-        for name in self._tensor_names:
+        head = f"blk.{self.spec.draft_layer}."  # a session says nothing about it
+        for name in (name for name in self._tensor_names if not name.startswith(head)):
             info = self._file.tensors[name]
             digest.update(f"{name} {info.format.name} {info.shape}".encode())
             digest.update(self._weights.array(name)[:4096].data)
@@ -504,7 +505,8 @@ class Engine(Answering):
     def _describe_drafts(self) -> str:
         """Say how many tokens may be drafted, or why none are, for people."""
         if self.drafts is not None:
-            return f"up to {self.drafts.max_drafts} tokens drafted a step"
+            by_head = ", some by the model's own head for that" if self._forward.has_head else ""
+            return f"up to {self.drafts.max_drafts} tokens drafted a step{by_head}"
         moe = self.config.moe
         why = "is recorded" if moe.record_trace else "is played" if moe.routing != OWN else ""
         return f"no tokens drafted, as {'routing ' + why if why else 'max_drafts is 0'}"

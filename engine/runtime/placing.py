@@ -52,9 +52,15 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
             isa=_capped_level(settings.isa),
             context_length=context_length,
             max_batch_tokens=min(settings.max_batch_tokens, context_length * settings.n_sequences),
-            max_drafts=settings.max_drafts if config.moe.routing == OWN and not config.moe.record_trace else 0,
+            max_drafts=most_drafts(config),
         ),
     )
+
+
+def most_drafts(config: EngineConfig) -> int:
+    """Return how many tokens may be drafted for a step: none where it matters which experts the right ones choose."""
+    moe = config.moe
+    return config.engine.max_drafts if moe.routing == OWN and not moe.record_trace else 0
 
 
 def limits_of(settings: EngineSettings) -> Limits:

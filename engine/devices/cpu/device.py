@@ -42,7 +42,11 @@ class CPUDevice:
 
 
 class CPUProgram:
-    """A compiled forward pass, the sequences it keeps, and the memory of both."""
+    """A compiled forward pass, the sequences it keeps, and the memory of both.
+
+    Attributes:
+        has_head: see `program.DraftingProgram`.
+    """
 
     state_layout = "lanes"
 
@@ -53,6 +57,7 @@ class CPUProgram:
         self._limits = lowered.limits
         self._step = _kernels.Step(lowered.limits.max_tokens)
         self._n_tokens = 0
+        self.has_head = lowered.draft_program is not None
 
     @property
     def limits(self) -> Limits:
@@ -125,6 +130,27 @@ class CPUProgram:
         step.output_rows[: len(output_rows)] = output_rows
         step.n_tokens, step.n_outputs = n, len(output_rows)
         self._n_tokens = n
+
+    def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
+        """Guess the tokens that follow one; see `program.DraftingProgram`."""
+        guesses: list[int] = []
+        for i in range(n):
+            token_id = int(self.draft_logits(slot, token_id, position + i).argmax())
+            guesses.append(token_id)
+        return guesses
+
+    def draft_logits(self, slot: int, token_id: int, position: int) -> npt.NDArray[np.float32]:
+        """Return logits of what follows a token, or a guess, at a position, [n_vocab]: a view until the next call."""
+        program, step = self._lowered.draft_program, self._step
+        assert program is not None
+        step.token_ids[0], step.positions[0], step.slots[0], step.output_rows[0] = token_id, position, slot, 0
+        step.n_tokens = step.n_outputs = 1
+        try:
+            program.run(step)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        logits: npt.NDArray[np.float32] = self._lowered.draft_logits[0]
+        return logits
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""

@@ -80,23 +80,44 @@ class Lowering:
         self._intervals: dict[object, Interval] = {}
         self._calls: list[Callable[[], None]] = []
         self._index = 0
+        self.draft_program: _kernels.Program | None = None
+        self.draft_logits: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
         self._tables: dict[ops.Buffer, ExpertTables] = {}
         self._allocate_state(graph)
 
-        for self._index, operation in enumerate(graph.operations):
-            _LOWER[type(operation)](self, operation)
-        assert graph.logits is not None
-        end = len(graph.operations)
-        for kept in (graph.logits, *(r.ids for r in graph.routings)):  # read by the caller after the last operation
-            self._intervals[kept.buffer].last = end
+        graphs, ends = [graph, *([graph.draft] if graph.draft else [])], []
+        for one in graphs:
+            for operation in one.operations:
+                _LOWER[type(operation)](self, operation)
+                self._index += 1
+            ends.append(len(self._calls))
+        for one in graphs:
+            assert one.logits is not None
+            for kept in (one.logits, *(r.ids for r in one.routings)):  # read by the caller after the last operation
+                self._intervals[kept.buffer].last = self._index
 
         self.scratch_bytes = plan_offsets(list(self._intervals.values()))
         self.scratch = Arena(self.scratch_bytes)
-        for call in self._calls:
+        for call in self._calls[: ends[0]]:
             call()
+        if graph.draft is not None:
+            self._record_draft(graph.draft, self._calls[ends[0] :])
+        assert graph.logits is not None
         self.logits = self._view(graph.logits, np.float32)
         self.routing_ids = [self._view(r.ids, np.int32) for r in graph.routings]
         self.expert_tables = [self._tables[r.ids.buffer] for r in graph.routings]
+
+    def _record_draft(self, draft: Graph, calls: list[Callable[[], None]]) -> None:
+        """Record the program that guesses a token, which shares all memory with the other."""
+        assert draft.logits is not None
+        main = self.program
+        self.draft_program = self.program = _kernels.Program(
+            self.limits.max_tokens, self.limits.n_slots, main.n_threads, main.isa
+        )
+        for call in calls:
+            call()
+        self.program = main
+        self.draft_logits = self._view(draft.logits, np.float32)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -104,14 +125,15 @@ class Lowering:
         """Give every KV cache and recurrent state its part of one arena, which lives as long as the program."""
         limits, offset = self.limits, 0
         offsets: list[tuple[ops.KVCache | ops.State, int]] = []
-        for cache in graph.kv_caches:
+        draft = graph.draft
+        for cache in (*graph.kv_caches, *(draft.kv_caches if draft else ())):
             offsets.append((cache, offset))
             n_rows = limits.n_rows(cache)
             offset += _kernels.kv_cache_bytes(
                 limits.kv_type, limits.n_slots, n_rows, cache.n_kv_heads, cache.head_dim, cache.value_dim
             )
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
-        for state in graph.states:
+        for state in (*graph.states, *(draft.states if draft else ())):
             offsets.append((state, offset))
             offset += -(-state.width * 4 * limits.n_slots // ALIGNMENT) * ALIGNMENT
         self._state = Arena(offset)
@@ -119,7 +141,12 @@ class Lowering:
         self.state_bytes = offset + self.kept_states.n_bytes
         self._state_address = {owner: self._state.address + at for owner, at in offsets}
         ends = [at for _, at in offsets[1:]] + [offset]
-        self.states = [(owner, self._state.bytes[at:end]) for (owner, at), end in zip(offsets, ends, strict=True)]
+        of_sequences = {*graph.kv_caches, *graph.states}
+        self.states = [
+            (owner, self._state.bytes[at:end])
+            for (owner, at), end in zip(offsets, ends, strict=True)
+            if owner in of_sequences
+        ]
 
     def _interval(self, key: object, n_bytes: int) -> Interval:
         interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
@@ -464,6 +491,30 @@ class Lowering:
 
         self._calls.append(record)
 
+    def _store_keys(self, op: ops.StoreKeys) -> None:
+        cache, k, v = op.cache, self._use(op.k), self._use(op.v or op.k)
+        self._calls.append(
+            lambda: self.program.store_keys(
+                *k.at,
+                *v.at,
+                self._state_address[cache],
+                self.limits.kv_type,
+                self.limits.n_rows(cache),
+                cache.n_kv_heads,
+                cache.head_dim,
+                cache.value_dim,
+            )
+        )
+
+    def _carry_over(self, op: ops.CarryOver) -> None:
+        x, out = (self._use(tensor) if tensor else None for tensor in (op.x, op.out))
+        state = self._state_address[op.state]
+        self._calls.append(
+            lambda: self.program.carry_over(
+                *(x.at if x else (0, 0)), state, *(out.at if out else (0, 0)), op.width, ops.N_CARRIED
+            )
+        )
+
     def _causal_conv(self, op: ops.CausalConv) -> None:
         x, out, weight, bias = self._use(op.x), self._use(op.out), self._joined(op.weights), self._vector(op.bias)
         self._calls.append(
@@ -700,6 +751,8 @@ _LOWER: dict[type[ops.Operation], Callable[[Lowering, Any], None]] = {
     ops.SelectPositions: Lowering._select_positions,
     ops.SelectBlocks: Lowering._select_blocks,
     ops.Attention: Lowering._attention,
+    ops.StoreKeys: Lowering._store_keys,
+    ops.CarryOver: Lowering._carry_over,
     ops.CausalConv: Lowering._causal_conv,
     ops.DeltaNet: Lowering._delta_net,
     ops.SelectiveScan: Lowering._selective_scan,

@@ -146,7 +146,7 @@ class CUDADevice:
             dense_bytes=bare.layout.n_bytes - bare.state[1] - scratch_bytes,
             state_bytes=bare.state[1],
             scratch=((limits.max_tokens, scratch_bytes),),
-            expert_bytes=np.array([layer.expert_bytes for layer in bare.experts.layers], np.int64),
+            expert_bytes=np.array([layer.expert_bytes for layer in bare.experts.step_layers], np.int64),
         )
         staging_bytes = 0
         if staging is not None:
@@ -158,7 +158,15 @@ class CUDADevice:
         plan = plan_memory(footprint, allowed, self.wish, staging_bytes)
         streams = bool((plan.n_kept < bare.experts.n_experts).any())
         ring = staging if streams else None
-        lowering = Lowering(graph, weights, limits, plan, ring, tables=tables, guesses=self.guesses)
+        # Beside experts that the CPU computes those of a draft are few; where it computes none it shall not begin to.
+        draft_layers = bare.experts.layers[bare.experts.n_step_layers :]
+        draft_bytes = sum(reserved_bytes(layer.n_experts * layer.expert_bytes) for layer in draft_layers)
+        keeps = None if not streams and plan.n_bytes + draft_bytes > allowed else not streams
+        if graph.draft is not None and keeps is None:
+            _log.warning("the head that drafts tokens is not used: its experts, %.3g GB, do not fit", draft_bytes / 1e9)
+        lowering = Lowering(
+            graph, weights, limits, plan, ring, tables=tables, guesses=self.guesses, keeps_draft_experts=keeps
+        )
         assert lowering.layout.n_bytes <= allowed
         return lowering, plan
 
@@ -182,7 +190,7 @@ class CUDADevice:
             return scratch, recorder.state_bytes(larger(n_tokens)) - recorder.state_bytes(limits)
 
         wanted = min(self.prompt_tokens, limits.n_slots * limits.context_length, bare.most_tokens)
-        layers = bare.experts.layers
+        layers = bare.experts.step_layers
         layer_bytes = np.array([layer.n_experts * layer.expert_bytes for layer in layers], np.int64)
         n_tokens = longest_step(wanted, limits.max_tokens, left, layer_bytes, self.wish, needs)
         return limits if n_tokens == limits.max_tokens else larger(n_tokens)
@@ -200,4 +208,4 @@ class CUDADevice:
 
 def _batch_bytes(lowering: Lowering, at_once: int) -> int:
     """Return the bytes of a staging buffer."""
-    return max(layer.batch_bytes(at_once) for layer in lowering.experts.layers)
+    return max(layer.batch_bytes(at_once) for layer in lowering.experts.step_layers)

@@ -66,6 +66,24 @@ def _elementwise(kernel: str, n_cols: int, count: Count, *arguments: Any) -> Lau
     return Launch("elementwise.cu", kernel, (), grid, _COLUMNS, (*arguments, pointer(count.address)))
 
 
+def carry_over(
+    x: Rows | None,
+    state: int,
+    out: Rows | None,
+    n_cols: int,
+    n_kept: int,
+    positions: int,
+    slots: int,
+    count: Count,
+) -> Launch:
+    """Copy the rows of x one token further; `state` has the last `n_kept` ones of each sequence."""
+    assert x or out
+    grid = (ceil_div(n_cols, _COLUMNS), count.most, 1)
+    places = pointer(positions), pointer(slots), pointer(count.address)
+    arguments = (*at(x or NOTHING), pointer(state), *at(out or NOTHING), int32(n_cols), int32(n_kept), *places)
+    return Launch("carry_over.cu", "carry_over", (), grid, _COLUMNS, arguments)
+
+
 def embed(
     table: int,
     weight_format: QuantFormat,

@@ -119,7 +119,8 @@ class ExpertTables:
     """The experts of all layers, and what tells kernels who is where and who was chosen.
 
     Attributes:
-        layers: in the order of the forward pass.
+        layers: in the order of the forward pass; behind them that of the head that drafts tokens, if there is one.
+        n_step_layers: those that steps have.
         n_experts: the most that a layer has.
         n_used: how many each token takes, in any layer.
         hidden_size: of what goes into them.
@@ -134,9 +135,11 @@ class ExpertTables:
         guess_biases: by the name of a router's bias: what its copy is called that guesses use.
     """
 
-    def __init__(self, layers: Sequence[ExpertLayer], layout: Layout, max_tokens: int, at_once: int) -> None:
+    def __init__(
+        self, layers: Sequence[ExpertLayer], layout: Layout, max_tokens: int, at_once: int, n_step_layers: int
+    ) -> None:
         """Give the tables their places."""
-        self.layers = layers
+        self.layers, self.n_step_layers = layers, n_step_layers
         self.n_experts = max((layer.n_experts for layer in layers), default=0)
         self.n_used = max((layer.op.routing.ids.width for layer in layers), default=0)
         self.hidden_size = layers[0].op.x.width if layers else 0
@@ -149,6 +152,11 @@ class ExpertTables:
         self.next_routers: dict[int, tuple[Tensor, ops.Linear, ops.Router]] = {}
         self.guess_biases: dict[str, str] = {}
         self._numbers = {layer.op.routing.ids.buffer: i for i, layer in enumerate(layers)}
+
+    @property
+    def step_layers(self) -> Sequence[ExpertLayer]:
+        """Return the layers whose experts may be in slots that a cache fills."""
+        return self.layers[: self.n_step_layers]
 
     @property
     def n_places(self) -> int:

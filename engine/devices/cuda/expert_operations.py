@@ -325,7 +325,7 @@ def combine(recorder: Recorder, op: ops.Combine, norm: ops.RMSNorm | None = None
         )
 
     operations.residual(recorder, op.out, summands, norm)
-    if number is not None and number + 1 == len(tables.layers):
+    if number is not None and number + 1 in {tables.n_step_layers, len(tables.layers)}:
         recorder.record(lambda p: [] if p.exchange is None else [kernels.publish_end(p.exchange)])
 
 

@@ -102,7 +102,7 @@ def pinned_tables(graph: Graph, weights: WeightAccess) -> PinnedTensors:
 
 def pinned_experts(lowering: Lowering, weights: WeightAccess) -> PinnedTensors:
     """Pin the experts that come to the device while it works."""
-    layers = [layer for layer in lowering.experts.layers if not layer.is_resident]
+    layers = [layer for layer in lowering.experts.step_layers if not layer.is_resident]
     return PinnedTensors(weights, dict.fromkeys(weight.name for layer in layers for weight in layer.weights))
 
 

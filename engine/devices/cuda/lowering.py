@@ -62,6 +62,7 @@ class Lowering:
         *,
         tables: Mapping[str, int] = MappingProxyType({}),
         guesses: bool = False,
+        keeps_draft_experts: bool | None = False,
     ) -> None:
         """Plan the memory.
 
@@ -73,8 +74,14 @@ class Lowering:
             staging: the ring for long steps, without which there are none.
             tables: addresses of those that the device reads rows of in RAM, by name; all others get a copy.
             guesses: whether the CPU is told what the next layer's router would choose of a layer's activations.
+            keeps_draft_experts: whether all experts of the head that drafts tokens have slots, else none has; None:
+                nothing is drafted.
         """
-        layers = _expert_layers(graph, plan)
+        layers, draft = _expert_layers(graph, plan), graph.draft if keeps_draft_experts is not None else None
+        n_step_layers = len(layers)
+        if draft is not None:
+            experts = [op for op in draft.operations if isinstance(op, ops.Experts)]
+            layers += [ExpertLayer(op, op.routing.n_experts if keeps_draft_experts else 0, 0, 0) for op in experts]
         n_used = max((op.routing.ids.width for op in graph.operations if isinstance(op, ops.Experts)), default=0)
         by_choice = any(not expert_operations.can_group(op) for op in graph.operations if isinstance(op, ops.Experts))
         self.most_tokens = MOST_BLOCKS // (n_used + 1 if by_choice else 1)  # each choice, and a shared expert
@@ -83,7 +90,8 @@ class Lowering:
         self.sizes = step_sizes(limits.max_tokens, staging.from_n_tokens if staging else None)
         self.layout = Layout()
         self.step = StepLayout(self.layout, limits.max_tokens, limits.max_draws)
-        self.experts = ExpertTables(layers, self.layout, limits.max_tokens, staging.at_once if staging else 1)
+        at_once = staging.at_once if staging else 1
+        self.experts = ExpertTables(layers, self.layout, limits.max_tokens, at_once, n_step_layers)
         self.recorder = Recorder(weights, limits, self.layout, self.experts, tables)
 
         state_start = self.layout.n_bytes
@@ -98,25 +106,46 @@ class Lowering:
                 for choice, following in pairwise(choices)
                 if choice.linear.x.width == following.linear.x.width == width
             }
-        for self.recorder.index, item in items:
-            _LOWER[type(item)](self.recorder, item)
+        self._record(items, 0)
+        self._draft_calls, end = None, len(graph.operations)
+        if draft is not None:
+            of_draft = list(fusion.fused(draft.operations))
+            self._draft_calls = self.recorder.aside(lambda: self._record(of_draft, end))
+            end += len(draft.operations)
         assert graph.logits is not None
-        self.recorder.index = len(graph.operations)
+        self.recorder.index = end
         self._logits = self.recorder.use(graph.logits).need
+        self._draft_logits = self.recorder.use(draft.logits).need if draft and draft.logits else None
         self.n_vocab = graph.logits.width
         self.drawing = Drawing(self.recorder, limits.max_draws, self.n_vocab)
         self._place_scratch_and_slots(plan)
         self.n_embeddings = next(op.table.n_rows for op in graph.operations if isinstance(op, ops.Embed))
 
+    def _record(self, items: Sequence[tuple[int, fusion.Fused]], first: int) -> None:
+        """Record operations, with their numbers from the `first` on."""
+        for index, item in items:
+            self.recorder.index = first + index
+            _LOWER[type(item)](self.recorder, item)
+
+    @property
+    def can_draft(self) -> bool:
+        """Return whether there are launches that guess a token."""
+        return self._draft_calls is not None
+
+    @property
+    def draft_asks_cpu(self) -> bool:
+        """Return whether these ask the CPU for experts."""
+        return any(not layer.is_resident for layer in self.experts.layers[self.experts.n_step_layers :])
+
     @property
     def needs_cpu(self) -> bool:
         """Return whether some experts have no slot."""
-        return any(not layer.is_resident for layer in self.experts.layers)
+        return any(not layer.is_resident for layer in self.experts.step_layers)
 
     @property
     def can_stream(self) -> bool:
         """Return whether long steps may bring the experts that have no slot to the device."""
-        formats = [weight.format for layer in self.experts.layers for weight in layer.weights]
+        formats = [weight.format for layer in self.experts.step_layers for weight in layer.weights]
         return self.needs_cpu and all(tiles.has_integer_form(f) for f in formats)
 
     def scratch_of(self, most: int) -> Scratch:
@@ -132,16 +161,27 @@ class Lowering:
         """Return where a step of at most so many tokens leaves its logits."""
         return self.scratch_of(most).offset_of(self._logits)
 
-    def draw(self, base: int, most: int, chosen: int) -> list[Launch]:
-        """Return the launches that draw the next tokens after a step of at most so many; they go to `chosen`."""
+    def draw(self, base: int, most: int, chosen: int, *, is_draft: bool = False) -> list[Launch]:
+        """Return the launches that draw the next tokens after a step of at most so many; they go to `chosen`.
+
+        If it `is_draft`, they draw from what the head that drafts tokens gave.
+        """
         count = Count(base + self.step.n_rows[ops.Rows.OUTPUTS], min(most, self.drawing.n_rows))
-        logits = Rows(base + self.logits(most), self.n_vocab)
+        need = self._draft_logits if is_draft else self._logits
+        assert need is not None
+        logits = Rows(base + self.scratch_of(most).offset_of(need), self.n_vocab)
         return self.drawing.launches(base, logits, base + self.step.draws, chosen, count)
 
     def launches(self, base: int, most: int, exchange: Exchange | None) -> list[Launch]:
         """Return the launches of a step of at most `most` tokens, for an allocation that begins at `base`."""
         made = Pass(self.limits, self.step, self.scratch_of(most), most, base, exchange)
         return [launch for launch in self.recorder.launches(made) if isinstance(launch, Launch)]
+
+    def draft_launches(self, base: int, exchange: Exchange | None) -> list[Launch]:
+        """Return the launches that guess what follows one token; they have all the CPU is asked by no other step."""
+        assert self._draft_calls is not None
+        made = Pass(self.limits, self.step, self.scratch_of(1), 1, base, exchange)
+        return [launch for launch in self._draft_calls(made) if isinstance(launch, Launch)]
 
     def streaming_launches(self, base: int, most: int) -> list[Launch | Streamed]:
         """Return the launches of a step that brings experts without a slot to the device, for at least some tokens."""
@@ -165,7 +205,7 @@ class Lowering:
         self._scratches = [self.recorder.scratch_for(self.limits.up_to(n)) for n in self.sizes]
         short, *longer = self._scratches
         if staging is not None:
-            self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in layers)
+            self.staging_buffer_bytes = max(layer.batch_bytes(staging.at_once) for layer in self.experts.step_layers)
             self.staging_offset = layout.reserve(self.staging_buffer_bytes * staging.n_buffers)
         behind_ring = layout.n_bytes
         for scratch in longer:
@@ -236,6 +276,8 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     fusion.NormAndGate: lambda recorder, two: operations.gate(recorder, two.gate, two.norm),
     ops.ScaleByPosition: sequence_operations.scale_by_position,
     ops.Rope: sequence_operations.rope,
+    ops.StoreKeys: sequence_operations.store_keys,
+    ops.CarryOver: sequence_operations.carry_over,
     ops.CausalConv: sequence_operations.causal_conv,
     ops.DeltaNet: sequence_operations.delta_net,
     ops.SelectiveScan: sequence_operations.selective_scan,

@@ -112,9 +112,10 @@ class MissServer:
         self._abandoned[0] = 0
         self._last_request = int(self._requested[0])  # before the launch: the first request may come at once
 
-    def serve(self, step_number: int, n_tokens: int) -> None:
-        """Begin to answer the requests of the step that was launched."""
-        self._serving.append(self._thread.submit(self._serve, step_number, n_tokens, self._last_request))
+    def serve(self, step_number: int, n_tokens: int, *, is_draft: bool = False) -> None:
+        """Begin to answer the requests of the step that was launched; a draft is not timed as those of one token."""
+        last = self._last_request
+        self._serving.append(self._thread.submit(self._serve, step_number, n_tokens, last, is_draft=is_draft))
 
     def serve_behind(self, step_number: int, n_tokens: int) -> None:
         """Have the requests of a step answered that is launched behind the one before; its thread need not wake up."""
@@ -130,13 +131,13 @@ class MissServer:
         self._serving[0].result()
         self._serving.popleft()
 
-    def _serve(self, step_number: int, n_tokens: int, last: int) -> None:
+    def _serve(self, step_number: int, n_tokens: int, last: int, *, is_draft: bool = False) -> None:
         """Answer all requests of a step."""
         self._step.n_tokens = n_tokens
         try:
             self._answer(step_number, last)
         finally:
-            if n_tokens == 1:
+            if n_tokens == 1 and not is_draft:
                 self.seconds += self._server.seconds
                 self.n_single_tokens += 1
             self._server.seconds[:] = 0.0

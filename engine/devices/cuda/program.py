@@ -21,12 +21,12 @@ from engine.devices.cuda.misses import MissServer
 from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
 from engine.devices.cuda.sequence_state import Part, kept_states, passing_parts, used_parts
 from engine.devices.cuda.step_memory import StepMemory
-from engine.devices.cuda.steps import Steps
+from engine.devices.cuda.steps import DRAFT, Steps
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
 from engine.devices.graph import Rows
 from engine.devices.lending import UsableSlots
-from engine.devices.program import Drawn, Limits, Step, WeightAccess
+from engine.devices.program import DRAW, Drawn, Limits, Step, WeightAccess
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
 from engine.errors import DeviceError, RequestError
@@ -34,6 +34,7 @@ from engine.machine import n_logical_cpus
 
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
+_LIKELIEST = np.array([(0.0, 1.0, 0.0, 1.0, 1)], DRAW)
 _THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
 T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph, StepMemory, Steps)
 
@@ -77,6 +78,7 @@ class CUDAProgram:
     Attributes:
         leaves_a_cpu: see `WaitingProgram`.
         runs_ahead: see `StagedProgram`.
+        has_head: see `DraftingProgram`.
     """
 
     state_layout = "positions"
@@ -124,7 +126,8 @@ class CUDAProgram:
         self._under_way: deque[_UnderWay] = deque()  # one step, or two
         self._prepared: tuple[Step, _UnderWay] | None = None
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
-        self._n_slots = np.array([layer.n_slots for layer in lowering.experts.layers], np.intp)
+        self._n_slots = np.array([layer.n_slots for layer in lowering.experts.step_layers], np.intp)
+        self.has_head = lowering.can_draft
         self._all_slots = usable.of(0, 0)
         try:
             self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
@@ -223,16 +226,37 @@ class CUDAProgram:
         self.finish_layers()
         return self.collect()
 
+    def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
+        """Guess the tokens that follow one, see `program.DraftingProgram`; raises as `run` does."""
+        assert not self._under_way
+        drafts: list[int] = []
+        for i in range(n):
+            ids, positions, slots, rows = np.array([[token_id], [position + i], [slot], [0]], np.int32)
+            self._prepare(Step(ids, positions, slots, rows, _LIKELIEST), is_draft=True)
+            self.launch()
+            self.finish_layers()
+            (token_id,) = self.collect()[0].tolist()
+            if token_id < 0:  # not a number
+                break
+            drafts.append(token_id)
+        return drafts
+
     def prepare(self, step: Step) -> None:
         """Take the inputs of the next step, which may be behind the one under way; see `program.StagedProgram`."""
+        self._prepare(step)
+
+    def _prepare(self, step: Step, *, is_draft: bool = False) -> None:
         assert self._prepared is None
         assert len(self._under_way) < 2
         before = self._under_way[-1] if self._under_way else None
         try:
             self._check(step, 0 if before is None else before.n_outputs)
-            n, n_outputs, size = len(step.token_ids), len(step.output_rows), self._steps.size_for(len(step.token_ids))
+            n, n_outputs = len(step.token_ids), len(step.output_rows)
+            size = DRAFT if is_draft else self._steps.size_for(n)
             number, index = self._n_begun + 1, 0 if before is None else 1 - before.buffer
             buffer, misses = self._step_memory.buffers[index], None if n >= self._stream_n_tokens else self._misses
+            if is_draft and not self._lowering.draft_asks_cpu:
+                misses = None
             buffer.put(_step_number(number), step)
             gives_logits = step.draws is None or not buffer.all_draw(n_outputs)
             is_served = misses is not None and before is not None and before.misses is not None
@@ -257,7 +281,7 @@ class CUDAProgram:
             self._steps.launch(step.size, step.buffer, behind=bool(self._under_way))
             self._under_way.append(step)
             if begins is not None:  # not before the launch, which its threads are not to delay
-                begins.serve(_step_number(step.number), step.n_tokens)
+                begins.serve(_step_number(step.number), step.n_tokens, is_draft=step.size == DRAFT)
         except BaseException:
             self.drop()
             raise
@@ -284,8 +308,10 @@ class CUDAProgram:
                 steps.synchronize()
             else:
                 steps.wait_for_passed()
-            self._routing, chosen = buffer.routing(step.size, step.n_tokens), buffer.drawn(step.n_outputs)
-            if is_last and logits is None and min(chosen.tolist(), default=0) < 0:
+            chosen = buffer.drawn(step.n_outputs)
+            if step.size != DRAFT:
+                self._routing = buffer.routing(step.size, step.n_tokens)
+            if is_last and logits is None and step.size != DRAFT and min(chosen.tolist(), default=0) < 0:
                 logits = self._download_logits(step)  # now, for swaps may take this memory when the step is over
                 steps.synchronize()
         except BaseException:
@@ -335,7 +361,7 @@ class CUDAProgram:
         misses, nothing = self._misses, np.zeros(len(self._n_slots))
         if misses is None:
             return LayerTimes(0, nothing, nothing, np.zeros(2, np.int64))
-        device, cpu = misses.seconds.copy()
+        device, cpu = misses.seconds[:, : len(self._n_slots)].copy()
         return LayerTimes(misses.n_single_tokens, device, cpu, misses.guesses.copy())
 
     def routing(self) -> npt.NDArray[np.int32]:
@@ -469,7 +495,7 @@ class CUDAProgram:
     @property
     def expert_bytes(self) -> npt.NDArray[np.int64]:
         """Return the size of one expert of each MoE layer, int64 [n_moe_layers]."""
-        return np.array([layer.expert_bytes for layer in self._lowering.experts.layers], np.int64)
+        return np.array([layer.expert_bytes for layer in self._lowering.experts.step_layers], np.int64)
 
     @property
     def bandwidths(self) -> Bandwidths:
@@ -541,7 +567,8 @@ class CUDAProgram:
                 continue
             for expert in range(experts.n_experts):
                 self._places[layer, expert] = experts.place(expert)
-                self._expert_in[layer, expert] = expert
+                if layer < lowering.experts.n_step_layers:
+                    self._expert_in[layer, expert] = expert
             for i, weight in enumerate(experts.weights):
                 array = self._weights.array(weight.name)
                 for expert, offset in enumerate(experts.offsets):
@@ -557,7 +584,7 @@ class CUDAProgram:
         if staging is None:
             return f"{how}; the CPU computes those without a slot in steps of any length"
         size = staging.n_buffers * lowering.staging_buffer_bytes
-        n_lent = sum(layer.n_lent for layer in lowering.experts.layers)
+        n_lent = sum(layer.n_lent for layer in lowering.experts.step_layers)
         return (
             f"{how}; steps of {self._stream_n_tokens} to {self._limits.max_tokens} tokens of a prompt "
             f"stream those without a slot through {staging.n_buffers} buffers ({size / 1e6:.0f} MB), "

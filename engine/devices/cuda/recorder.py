@@ -31,7 +31,7 @@ class Recorder:
 
     Attributes:
         experts: what the experts of all layers share.
-        states: the caches and states, each with its offset.
+        states: the caches and states of sequences, each with its offset.
         kept_states: offset of a copy of the states of one sequence.
         context_length: positions that a sequence may have.
         uploads: offset and contents of what is uploaded once.
@@ -65,6 +65,7 @@ class Recorder:
         self._limits = limits
         self._layout = layout
         self._offsets: dict[object, int] = {}  # of weights, vectors, tables, caches and states
+        self._of_drafts: Sequence[KVCache | State] = ()
         self._needs: dict[object, Need] = {}
         self._calls: list[Launches] = []
         self._finishes: dict[tuple[object, int, int], Finish] = {}  # by buffer, offset and width of what they make
@@ -154,14 +155,16 @@ class Recorder:
     def reserve_states(self, graph: Graph) -> None:
         """Give the caches and states of all sequences their places."""
         owners: list[KVCache | State] = [*graph.kv_caches, *graph.states]
-        for owner in owners:
+        self._of_drafts = [*graph.draft.kv_caches, *graph.draft.states] if graph.draft else []
+        for owner in (*owners, *self._of_drafts):
             self._offsets[owner] = self._layout.reserve(_owned_bytes(owner, self._limits))
-            self.states.append((owner, self._offsets[owner]))
+        self.states += [(owner, self._offsets[owner]) for owner in owners]
         self.kept_states = self._layout.reserve(kept_bytes(graph.states) if self._limits.max_drafts else 0)
 
     def state_bytes(self, limits: Limits) -> int:
         """Return what caches and states would take with other limits."""
-        return sum(_owned_bytes(owner, limits) for owner, _ in self.states)
+        owners = (*(owner for owner, _ in self.states), *self._of_drafts)
+        return sum(_owned_bytes(owner, limits) for owner in owners)
 
     def state(self, owner: KVCache | State) -> int:
         """Return the offset of a cache or state."""

@@ -276,6 +276,34 @@ def _stored_keys(
     return launch
 
 
+def store_keys(recorder: Recorder, op: ops.StoreKeys) -> None:
+    """Record that keys and values go to a cache as they are."""
+    cache, k, v = recorder.cache(op.cache), recorder.use(op.k), recorder.use(op.v) if op.v else None
+
+    def launch(p: Pass) -> Launch:
+        own = cache._replace(address=p.base + recorder.state(op.cache))
+        keys = attention.Heads(p.rows(k), cache.n_kv_heads, cache.key_dim)
+        values = attention.Heads(p.rows(v), cache.n_kv_heads, cache.value_dim) if v else None
+        place, count = attention.Place(p.base + p.step.positions, p.base + p.step.slots), p.count(op.k.rows)
+        return attention.inputs(None, p.rows(k), keys, values, 0.0, attention.Rotation(), own, place, count)
+
+    recorder.record(lambda p: [launch(p)])
+
+
+def carry_over(recorder: Recorder, op: ops.CarryOver) -> None:
+    """Record that rows are carried over to the next tokens."""
+    x, out = (recorder.use(tensor) if tensor else None for tensor in (op.x, op.out))
+
+    def launch(p: Pass) -> Launch:
+        rows = [p.rows(place) if place else None for place in (x, out)]
+        state, place = p.base + recorder.state(op.state), (p.base + p.step.positions, p.base + p.step.slots)
+        return elementwise.carry_over(
+            rows[0], state, rows[1], op.width, ops.N_CARRIED, *place, p.count(ops.Rows.TOKENS)
+        )
+
+    recorder.record(lambda p: [launch(p)])
+
+
 def hash_tokens(recorder: Recorder, op: ops.HashTokens) -> None:
     """Record the rows that hashes of the last tokens choose."""
     out, n_hashed, n_heads = recorder.use(op.out), len(op.multipliers), op.out.width

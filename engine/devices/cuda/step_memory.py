@@ -29,7 +29,7 @@ class StepBuffer:
         self._owned: list[PinnedMemory] = []
         try:
             self._inputs = self._own(4 * step.n_words)
-            self._ids = self._own(4 * max(1, len(experts.layers) * limits.max_tokens * experts.n_used))
+            self._ids = self._own(4 * max(1, experts.n_step_layers * limits.max_tokens * experts.n_used))
             self._drawn = self._own(4 * n_rows)
         except BaseException:
             self.close()
@@ -70,7 +70,7 @@ class StepBuffer:
         `size` is the one that the step's launches were made for.
         """
         experts = self._lowering.experts
-        return _array(self._ids, (len(experts.layers), size, experts.n_used), np.int32)[:, :n_tokens]
+        return _array(self._ids, (experts.n_step_layers, size, experts.n_used), np.int32)[:, :n_tokens]
 
     def fetch(self, base: int, size: int, table: PinnedMemory, before: StepBuffer) -> list[Launch]:
         """Return the launches that begin steps of at most `size` tokens: they bring all inputs to the device.
@@ -88,9 +88,13 @@ class StepBuffer:
     def end(self, base: int, size: int) -> list[Launch]:
         """Return the launches that end them: they draw tokens, and bring these and who was chosen to the host."""
         experts = self._lowering.experts
-        n_ids = len(experts.layers) * size * experts.n_used
+        n_ids = experts.n_step_layers * size * experts.n_used
         routing = transfer([(base + experts.chosen, self._ids.device_address, n_ids)]) if n_ids else []
         return [*self._lowering.draw(base, size, self._drawn.device_address), *routing]
+
+    def end_draft(self, base: int) -> list[Launch]:
+        """Return the launches that end the guess of a token."""
+        return self._lowering.draw(base, 1, self._drawn.device_address, is_draft=True)
 
     def close(self) -> None:
         """Free the memory; views of it must not be used after that."""

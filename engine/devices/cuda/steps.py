@@ -19,6 +19,7 @@ from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.footprint import long_sizes
 
 _SIZES = (1, 4, 8, 64)  # steps of up to so many tokens have launches made for that size, too
+DRAFT = 0  # the size of what guesses a token
 _LARGEST_GRAPH = 64  # larger steps are launched one kernel after the other, which costs little beside their work
 
 
@@ -71,11 +72,15 @@ class Steps:
         if expert_stream is not None:
             for size in sorted({min(size, max_tokens) for size in all_sizes if size > largest}):
                 recorded[size, 0] = self._whole(lowering.streaming_launches(base, size), size, 0, expert_stream.table)
+        if lowering.can_draft:
+            own, before = memory.buffers
+            draft = lowering.draft_launches(base, exchange if lowering.draft_asks_cpu else None)
+            recorded[DRAFT, 0] = [*own.fetch(base, 1, memory.table, before), *draft, *own.end_draft(base)]
         kernels = [kernel for whole in recorded.values() for step in whole for kernel in _kernels_of(step)]
         context.prepare(kernels, progress)
         for kernel in kernels:
             context.function(kernel)  # no look-up may happen while a graph waits
-        self._sizes, self._largest = [size for size, buffer in recorded if not buffer], largest
+        self._sizes, self._largest = [size for size, buffer in recorded if not buffer and size != DRAFT], largest
         try:
             for (size, buffer), whole in recorded.items():
                 if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):

@@ -61,7 +61,7 @@ class ExpertStream:
         """Note who has a slot in the coming step, int32 [n_moe_layers, n_experts], -1 for nobody."""
         self._cold = []
         slots = slots.copy()  # the cache may go on while the step runs
-        for layer, places, own_slots in zip(self._lowering.experts.layers, self.places, slots, strict=True):
+        for layer, places, own_slots in zip(self._lowering.experts.step_layers, self.places, slots, strict=False):
             places[:] = own_slots
             cold = np.flatnonzero(own_slots[: layer.n_experts] < 0)
             places[cold] = -2 - np.arange(len(cold))

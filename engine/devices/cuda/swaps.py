@@ -45,7 +45,7 @@ class ExpertCopies:
     def __init__(self, context: Context, paths: ExpertPaths) -> None:
         """Make the ring."""
         self._paths = paths
-        layers = paths.lowering.experts.layers
+        layers = paths.lowering.experts.step_layers
         self._pieces = [list(_pieces(layer, paths.weights)) for layer in layers]
         largest = max((layer.expert_bytes for layer in layers), default=0)
         self._owned: list[Stream | PinnedMemory | Event] = []

@@ -30,6 +30,7 @@ from engine.devices.timing import (
     time_step,
     traffic_of,
 )
+from engine.devices.traffic import WeightTraffic, count_weights
 from engine.errors import DeviceError
 from engine.machine import available_memory
 
@@ -103,7 +104,7 @@ class EmulatedDevice:
         plan = plan_memory(footprint, self.allowed_bytes, self.wish)
         _check_ram(footprint, plan)
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
-        return EmulatedProgram(self, lowered, footprint, plan, threshold)
+        return EmulatedProgram(self, lowered, footprint, plan, threshold, count_weights(graph.draft or Graph()))
 
     def close(self) -> None:
         """Do nothing: the memory is the programs'."""
@@ -115,6 +116,7 @@ class EmulatedProgram:
     Attributes:
         plan: how the device memory is used.
         footprint: what the model needs.
+        has_head: see `DraftingProgram`.
     """
 
     state_layout = CPUProgram.state_layout
@@ -126,6 +128,7 @@ class EmulatedProgram:
         footprint: Footprint,
         plan: MemoryPlan,
         stream_n_tokens: int,
+        draft: WeightTraffic,
     ) -> None:
         self._device, self.plan, self.footprint = device, plan, footprint
         self._program = CPUProgram(device.cpu, lowered)
@@ -145,6 +148,9 @@ class EmulatedProgram:
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._rewind_s = 2 * footprint.recurrent_bytes / device.machine.bandwidths.vram  # read, and written
+        self.has_head = self._program.has_head
+        speeds = device.machine.bandwidths
+        self._draft_s = draft.dense_bytes / speeds.vram + draft.chosen_bytes / speeds.ram  # its experts have no slots
         self._copied_bytes = 0
         self._time_spent = StepTime()
         self._traffic = Traffic()
@@ -283,6 +289,11 @@ class EmulatedProgram:
         """Put back what was kept, of this slot."""
         self._program.rewind_states(slot)
         self._clock.advance_to(self._clock.now + self._rewind_s)
+
+    def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
+        """Guess the tokens that follow one; see `program.DraftingProgram`."""
+        self._clock.advance_to(self._clock.now + n * self._draft_s)
+        return self._program.draft(slot, token_id, position, n)
 
     def close(self) -> None:
         """Free all memory; raise `HazardError` if copies are under way."""
