@@ -13,8 +13,8 @@ constexpr int AT_ONCE = 16; // tokens of a thread of `convolve`
 // Grid: (ceil(n_channels / 256)).
 KERNEL(256)
 causal_conv(const float *x, int64_t x_stride, const float *weight, const float *bias, float *state, float *out,
-            int64_t out_stride, int n_channels, const int *positions, const int *slots, const int *n_tokens) {
-    const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens;
+            int64_t out_stride, int n_channels, const int *positions, const int *slots, const int *n_tokens, Kept kept) {
+    const int channel = blockIdx.x * 256 + threadIdx.x, n = *n_tokens, kept_after = kept.after();
     float w[KERNEL_SIZE], past[BEFORE], b = 0.0f;
     auto state_of = [&](int t) { return state + (int64_t)slots[t] * BEFORE * n_channels + channel; };
     auto load_past = [&](int t) {
@@ -40,6 +40,10 @@ causal_conv(const float *x, int64_t x_stride, const float *weight, const float *
 #pragma unroll
             for (int j = 0; j < BEFORE; j++)
                 state_of(t)[j * n_channels] = past[j];
+        if (t == kept_after)
+#pragma unroll
+            for (int j = 0; j < BEFORE; j++)
+                kept.to[j * n_channels + channel] = past[j];
     }
 }
 
@@ -79,30 +83,37 @@ convolve(const float *x, int64_t x_stride, const float *weight, const float *bia
     }
 }
 
-// The last inputs of each sequence to its state. Grid: (ceil(n_channels / 256)).
+// The last inputs of each sequence to its state; before that those up to a token to the copy. Grid: (ceil(n_channels / 256)).
 KERNEL(256)
 keep_inputs(const float *x, int64_t x_stride, float *state, int n_channels, const int *positions, const int *slots,
-            const int *n_tokens) {
+            const int *n_tokens, Kept copy) {
     begin_kernel();
     const int channel = blockIdx.x * 256 + threadIdx.x, lane = threadIdx.x % WARP, n = *n_tokens;
+    auto keep = [&](int last, float *to) {
+        const int slot = slots[last];
+        int n_own = 1; // inputs of this step, as far as they matter
+        while (n_own < BEFORE && last - n_own >= 0 && slots[last - n_own] == slot && positions[last - n_own + 1] != 0)
+            n_own++;
+        if (channel >= n_channels)
+            return;
+        const bool is_fresh = positions[last - n_own + 1] == 0;
+        const float *kept = state + (int64_t)slot * BEFORE * n_channels + channel;
+        for (int j = 0; j < BEFORE; j++) { // rising, so that what is moved is read before it is overwritten
+            const int back = BEFORE - 1 - j;
+            to[j * n_channels] = back < n_own ? x[(last - back) * x_stride + channel]
+                                 : is_fresh   ? 0.0f
+                                              : kept[(j + n_own) * n_channels];
+        }
+    };
+    const int kept_after = copy.after();
+    if (kept_after >= 0)
+        keep(kept_after, copy.to + channel);
     for (int base = 0; base < n; base += WARP) {
         const int t = base + lane;
         unsigned ends = __ballot_sync(ALL_LANES, t < n && (t + 1 == n || slots[t + 1] != slots[t]));
         for (; ends; ends &= ends - 1) {
-            const int last = base + __ffs(ends) - 1, slot = slots[last];
-            int n_own = 1; // inputs of this step, as far as they matter
-            while (n_own < BEFORE && last - n_own >= 0 && slots[last - n_own] == slot && positions[last - n_own + 1] != 0)
-                n_own++;
-            if (channel >= n_channels)
-                continue;
-            const bool is_fresh = positions[last - n_own + 1] == 0;
-            float *kept = state + (int64_t)slot * BEFORE * n_channels + channel;
-            for (int j = 0; j < BEFORE; j++) { // rising, so that what is moved is read before it is overwritten
-                const int back = BEFORE - 1 - j;
-                kept[j * n_channels] = back < n_own ? x[(last - back) * x_stride + channel]
-                                       : is_fresh   ? 0.0f
-                                                    : kept[(j + n_own) * n_channels];
-            }
+            const int last = base + __ffs(ends) - 1;
+            keep(last, state + (int64_t)slots[last] * BEFORE * n_channels + channel);
         }
     }
 }

@@ -34,6 +34,15 @@ DEVICE void begin_kernel() {
     let_next_kernel_begin();
 }
 
+// Room for a copy of the state of one sequence, which is laid out as one of `state`, and after which token of the step that is
+// made; -1, or no address for it: none is.
+struct Kept {
+    float *to;
+    const int *row;
+
+    __device__ __forceinline__ int after() const { return row ? *row : -1; }
+};
+
 DEVICE int64_t round_up_64(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
 DEVICE float warp_sum(float value) {

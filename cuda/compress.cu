@@ -33,8 +33,9 @@ struct Sum {
 KERNEL(THREADS)
 compress(const float *values, int64_t values_stride, const float *scores, int64_t scores_stride, const float *biases,
          float *state, float *out, int64_t out_stride, int n_channels, int period, const int *positions, const int *slots,
-         const int *n_tokens) {
+         const int *n_tokens, Kept kept) {
     const int channel = blockIdx.x * THREADS + threadIdx.x, n = *n_tokens, width = N_PARTS * n_channels;
+    const int kept_after = kept.after();
     const bool exists = channel < n_channels;
     Sum sums[N_PARTS] = {}; // of this period, of the next
     auto state_of = [&](int slot, int part) { return state + ((int64_t)slot * N_PARTS + part) * 3 * n_channels + channel; };
@@ -87,6 +88,10 @@ compress(const float *values, int64_t values_stride, const float *scores, int64_
 #pragma unroll
                 for (int part = 0; part < N_PARTS; part++)
                     sums[part].store(state_of(slot, part), n_channels);
+            if (t == kept_after)
+#pragma unroll
+                for (int part = 0; part < N_PARTS; part++)
+                    sums[part].store(kept.to + (int64_t)part * 3 * n_channels + channel, n_channels);
         }
     }
 }

@@ -27,13 +27,13 @@ KERNEL(ROWS *WARP)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, const float *skip, float *state,
           float *out, int64_t out_stride, int n_k_heads, int is_grouped, float decay_bound, float eps,
-          const int *positions, const int *slots, const int *n_tokens) {
+          const int *positions, const int *slots, const int *n_tokens, Kept copy) {
     __shared__ Tokens fetched[2];
     __shared__ Token tokens[AT_ONCE];
     const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens;
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const int first_row = blockIdx.y * ROWS, row = first_row + warp;
-    const int key_head = key_head_of(head, n_k_heads, n_v_heads, is_grouped);
+    const int key_head = key_head_of(head, n_k_heads, n_v_heads, is_grouped), kept_after = copy.after();
 
     auto state_of = [&](int slot) { return state + (((int64_t)slot * n_v_heads + head) * V_DIM + row) * K_DIM; };
     auto fetch = [&](int first) {
@@ -139,11 +139,16 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
                 s[j] = __fmaf_rn(step, key[j], s[j]);
                 result = __fmaf_rn(s[j], j * WARP + lane < K_DIM ? own.queries[i][j * WARP + lane] : 0.0f, result);
             }
-            if (token.ends)
+            auto store = [&](float *to) {
 #pragma unroll
                 for (int j = 0; j < PER_LANE; j++)
                     if (j * WARP + lane < K_DIM)
-                        kept[j * WARP + lane] = s[j];
+                        to[j * WARP + lane] = s[j];
+            };
+            if (token.ends)
+                store(kept);
+            if (first + i == kept_after)
+                store(copy.to + ((int64_t)head * V_DIM + row) * K_DIM);
         }
     }
 }

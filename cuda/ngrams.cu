@@ -14,9 +14,9 @@ struct Hashes {
 // sequence stand together and in order. Grid: 1: all have read the states before one of them is written.
 KERNEL(THREADS)
 hash_tokens(int *state, int *out, int64_t out_stride, Hashes hashes, const int *token_ids, const int *positions,
-            const int *slots, const int *n_tokens) {
+            const int *slots, const int *n_tokens, Kept kept) {
     begin_kernel();
-    const int n = *n_tokens, n_before = hashes.n_hashed - 1, n_heads = hashes.n_heads / n_before; // heads of a length
+    const int n = *n_tokens, kept_after = kept.after(), n_before = hashes.n_hashed - 1, n_heads = hashes.n_heads / n_before; // heads of a length
     for (int t = threadIdx.x; t < n; t += THREADS) {
         uint64_t mixed = (uint64_t)token_ids[t] * hashes.multipliers[0];
         bool has_ended = false;
@@ -30,6 +30,12 @@ hash_tokens(int *state, int *out, int64_t out_stride, Hashes hashes, const int *
             for (int head = (i - 1) * n_heads; head < i * n_heads; head++)
                 out[t * out_stride + head] = (int)(mixed % hashes.sizes[head] + hashes.offsets[head]);
         }
+    }
+    for (int i = threadIdx.x; kept_after >= 0 && i < n_before; i += THREADS) { // the last ids up to that token
+        const int t = kept_after - i, position = positions[kept_after] - i, slot = slots[kept_after];
+        if (position >= 0)
+            ((int *)kept.to)[position % n_before] =
+                t >= 0 && slots[t] == slot ? token_ids[t] : state[slot * n_before + position % n_before];
     }
     __syncthreads();
     for (int t = threadIdx.x; t < n; t += THREADS)

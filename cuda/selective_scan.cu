@@ -23,11 +23,12 @@ struct Tokens {
 KERNEL(THREADS)
 selective_scan(const float *x, int64_t x_stride, const float *dt, int64_t dt_stride, const float *b, int64_t b_stride,
                const float *c, int64_t c_stride, const float *a, const float *skip, float *state, float *out,
-               int64_t out_stride, int n_channels, const int *positions, const int *slots, const int *n_tokens) {
+               int64_t out_stride, int n_channels, const int *positions, const int *slots, const int *n_tokens, Kept copy) {
     __shared__ Tokens fetched[2];
     const int thread = threadIdx.x, n = *n_tokens, lane = thread % CHANNEL_LANES, own = thread / CHANNEL_LANES;
     const int first_channel = blockIdx.x * CHANNELS, channel = first_channel + own;
     const bool exists = channel < n_channels;
+    const int kept_after = copy.after();
 
     auto state_of = [&](int slot) { return state + ((int64_t)slot * n_channels + channel) * STATE_SIZE; };
     auto fetch = [&](int first) {
@@ -112,6 +113,11 @@ selective_scan(const float *x, int64_t x_stride, const float *dt, int64_t dt_str
                 sum += __shfl_xor_sync(ALL_LANES, sum, apart);
             if (exists && lane == 0)
                 out[(first + t) * out_stride + channel] = __fmaf_rn(skipped, input, sum);
+            if (exists && first + t == kept_after)
+#pragma unroll
+                for (int j = 0; j < PER_LANE; j++)
+                    if (j * CHANNEL_LANES + lane < STATE_SIZE)
+                        copy.to[(int64_t)channel * STATE_SIZE + j * CHANNEL_LANES + lane] = s[j];
         }
     }
 #pragma unroll

@@ -141,13 +141,15 @@ class Step:
     output_rows: npt.NDArray[np.int32]  # [max_tokens] tokens whose logits are wanted, rising
     n_tokens: int
     n_outputs: int
+    kept_row: int  # after which operations keep a copy of the recurrent states of its sequence, too; -1: none
 
     def __init__(self, max_tokens: int) -> None: ...
 
 class Program:
     """Operations recorded once and run by one nogil call; sizes other than the number of tokens are fixed.
 
-    The tokens of one sequence stand together and in order. A step may hold several sequences.
+    The tokens of one sequence stand together and in order. A step may hold several sequences. Operations with a `state`
+    take the address of room for that of one sequence, `kept`; 0: no step keeps any.
     The recording methods add one operation each, which sees what the ones before it wrote. They raise `ValueError` for
     sizes that do not fit together; addresses are taken on trust.
     """
@@ -202,6 +204,7 @@ class Program:
         n_hashed: int,
         n_heads: int,
         end_id: int,
+        kept: int = 0,
     ) -> None:
         """Choose rows of a table by hashes of each token and those before it. Formula: `graph.HashTokens`.
 
@@ -511,6 +514,7 @@ class Program:
         kernel_size: int,
         activates: bool,
         dilation: int = 1,
+        kept: int = 0,
     ) -> None:
         """Depthwise causal convolution over tokens that are `dilation` apart, and SiLU if it `activates`.
 
@@ -542,6 +546,7 @@ class Program:
         decay_bound: float,
         grouped: bool,
         eps: float,
+        kept: int = 0,
     ) -> None:
         """Gated delta rule (recurrent form). q and k are L2-normalised per head here, q also divided by sqrt(k_dim).
 
@@ -574,6 +579,7 @@ class Program:
         out_stride: int,
         n_channels: int,
         state_size: int,
+        kept: int = 0,
     ) -> None:
         """Scan over time, channel by channel, each with a state s. x, dt and out have n_channels, b and c state_size columns.
 
@@ -594,6 +600,7 @@ class Program:
         n_channels: int,
         n_parts: int,
         period: int,
+        kept: int = 0,
     ) -> None:
         """Make one row of the tokens of a period so far. Formula: `graph.Compress`.
 

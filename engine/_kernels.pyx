@@ -98,6 +98,7 @@ cdef extern from "kernels/ops.h":
         float scale
     ctypedef struct hash_tokens_args:
         int32_t *state
+        int32_t *kept
         int32_t *out
         int64_t out_stride
         const uint64_t *multipliers
@@ -178,6 +179,7 @@ cdef extern from "kernels/ops.h":
         const float *weight
         const float *bias
         float *state
+        float *kept
         int n_channels, kernel_size, dilation
         c_bool activates
     ctypedef struct delta_net_args:
@@ -190,6 +192,7 @@ cdef extern from "kernels/ops.h":
         const float *dt_bias
         const float *skip
         float *state
+        float *kept
         int n_k_heads, n_v_heads, k_dim, v_dim, decay_dim
         float decay_bound
         c_bool grouped
@@ -199,11 +202,13 @@ cdef extern from "kernels/ops.h":
         const float *a
         const float *skip
         float *state
+        float *kept
         int n_channels, state_size
     ctypedef struct compress_args:
         matrix values, scores, out
         const float *biases
         float *state
+        float *kept
         int n_channels, n_parts, period
     ctypedef struct router_args:
         matrix logits
@@ -286,7 +291,7 @@ cdef extern from "kernels/program.h" nogil:
     ctypedef struct program:
         pass
     ctypedef struct program_step:
-        int n_tokens, n_outputs
+        int n_tokens, n_outputs, kept_row
         const int32_t *token_ids
         const int32_t *positions
         const int32_t *slots
@@ -295,6 +300,7 @@ cdef extern from "kernels/program.h" nogil:
         STEP_FITS
         STEP_N_TOKENS
         STEP_N_OUTPUTS
+        STEP_KEPT_ROW
         STEP_TOKEN_ID
         STEP_POSITION
         STEP_SLOT
@@ -668,11 +674,12 @@ def log_probabilities(const float[::1] logits, int n_top):
 
 cdef class Step:
     cdef readonly object token_ids, positions, slots, output_rows
-    cdef public int n_tokens, n_outputs
+    cdef public int n_tokens, n_outputs, kept_row
     cdef int32_t[::1] _token_ids, _positions, _slots, _output_rows
 
     def __init__(self, int max_tokens):
         need_at_least("max_tokens", max_tokens, 1)
+        self.kept_row = -1
         self.token_ids, self.positions, self.slots, self.output_rows = np.zeros((4, max_tokens), np.int32)
         self._token_ids, self._positions = self.token_ids, self.positions
         self._slots, self._output_rows = self.slots, self.output_rows
@@ -713,6 +720,7 @@ cdef class Program:
         cdef program_step view = program_step(
             step.n_tokens,
             step.n_outputs,
+            step.kept_row,
             &step._token_ids[0],
             &step._positions[0],
             &step._slots[0],
@@ -724,6 +732,8 @@ cdef class Program:
             raise ValueError(f"a step of {at} tokens; this program takes 1 to {self._max_tokens}")
         if error == STEP_N_OUTPUTS:
             raise ValueError(f"{at} outputs of {step.n_tokens} tokens")
+        if error == STEP_KEPT_ROW:
+            raise ValueError(f"states after row {at} of {step.n_tokens} tokens cannot be kept: no such row, or no room")
         if error == STEP_TOKEN_ID:
             n_vocab = program_n_vocab(self._program)
             raise ValueError(f"token {at} has the id {step._token_ids[at]}; the vocabulary has 0 to {n_vocab - 1}")
@@ -809,6 +819,7 @@ cdef class Program:
         int n_hashed,
         int n_heads,
         int end_id,
+        uintptr_t kept=0,
     ):
         need(2 <= n_hashed <= MAX_HASHED, f"n_hashed is {n_hashed}; expected 2 to {MAX_HASHED}")
         need(
@@ -817,6 +828,7 @@ cdef class Program:
         )
         cdef hash_tokens_args args
         args.state = <int32_t *> need_address("state", state)
+        args.kept = <int32_t *> kept
         args.out = <int32_t *> need_matrix("out", out, out_stride, n_heads).at
         args.out_stride = out_stride
         args.multipliers = <const uint64_t *> need_address("multipliers", multipliers)
@@ -1310,6 +1322,7 @@ cdef class Program:
         int kernel_size,
         bint activates,
         int dilation=1,
+        uintptr_t kept=0,
     ):
         need(
             2 <= kernel_size <= MAX_CONV_KERNEL, f"kernel_size is {kernel_size}; expected 2 to {MAX_CONV_KERNEL}"
@@ -1324,6 +1337,7 @@ cdef class Program:
         args.weight = <const float *> need_address("weight", weight)
         args.bias = <const float *> bias
         args.state = <float *> need_address("state", state)
+        args.kept = <float *> kept
         args.n_channels = n_channels
         args.kernel_size = kernel_size
         args.dilation = dilation
@@ -1354,6 +1368,7 @@ cdef class Program:
         float decay_bound,
         c_bool grouped,
         float eps,
+        uintptr_t kept=0,
     ):
         need(
             n_k_heads > 0 and n_v_heads > 0 and n_v_heads % n_k_heads == 0,
@@ -1388,6 +1403,7 @@ cdef class Program:
         args.a = <const float *> need_address("a", a)
         args.dt_bias = <const float *> dt_bias
         args.state = <float *> need_address("state", state)
+        args.kept = <float *> kept
         args.n_k_heads = n_k_heads
         args.n_v_heads = n_v_heads
         args.k_dim = k_dim
@@ -1415,6 +1431,7 @@ cdef class Program:
         int64_t out_stride,
         int n_channels,
         int state_size,
+        uintptr_t kept=0,
     ):
         need_at_least("n_channels", n_channels, 1)
         need(1 <= state_size <= MAX_SCAN_STATE, f"state_size is {state_size}; expected 1 to {MAX_SCAN_STATE}")
@@ -1427,6 +1444,7 @@ cdef class Program:
         args.a = <const float *> need_address("a", a)
         args.skip = <const float *> need_address("skip", skip)
         args.state = <float *> need_address("state", state)
+        args.kept = <float *> kept
         args.n_channels = n_channels
         args.state_size = state_size
         recorded(program_selective_scan(self._program, args))
@@ -1444,6 +1462,7 @@ cdef class Program:
         int n_channels,
         int n_parts,
         int period,
+        uintptr_t kept=0,
     ):
         need_at_least("n_channels", n_channels, 1)
         need(n_parts == 1 or n_parts == 2, f"n_parts is {n_parts}; expected 1 or 2")
@@ -1457,6 +1476,7 @@ cdef class Program:
         args.out = need_matrix("out", out, out_stride, n_channels)
         args.biases = <const float *> biases
         args.state = <float *> need_address("state", state)
+        args.kept = <float *> kept
         args.n_channels = n_channels
         args.n_parts = n_parts
         args.period = period

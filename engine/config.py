@@ -70,9 +70,10 @@ class EngineSettings(Table):
         n_snapshots: copies of the states of recurrent layers, and of the last keys and values of layers with a window,
             that are kept, of all sequences together, at the ends of messages and where prompts differ, so that neither
             a chat which goes on a little differently nor what many prompts begin with need be run again; 0 = none.
-        max_drafts: tokens that are guessed, from where the text said the same before, and checked in one step, at most,
-            where one answer is made at a time and that is faster; it changes no text. 0 = none. Where routing is
-            recorded or played there are none, either.
+        max_drafts: tokens that are guessed and checked in one step, at most, where one answer is made at a time and
+            that is faster; it changes no text. They are guessed from where the text said the same before, or by the
+            model's own head for that (multi-token prediction), if its file has one that is known here. 0 = none, and
+            no such head is loaded. Where routing is recorded or played there are none, either.
         kv_type: how keys and values are stored: "f32", "f16" or "q8_0" (less memory, a little less exact).
         vram_budget: GPU memory the engine may take, for example "22.2GB"; "" = all that is free.
     """

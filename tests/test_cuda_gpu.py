@@ -11,6 +11,7 @@ import test_cuda_device
 import test_cuda_draw
 import test_cuda_kernels
 import test_cuda_tiles
+import test_draft_head
 from test_cuda_device import (  # noqa: F401 - collected here
     Model,
     small,
@@ -34,6 +35,7 @@ from test_cuda_draw import (  # noqa: F401 - collected here
 from test_cuda_kernels import (  # noqa: F401 - collected here
     test_a_convolution_of_tokens_that_are_apart,
     test_a_shared_expert_is_one_more_choice,
+    test_a_step_keeps_the_state_after_one_of_its_tokens,
     test_activations_have_the_bits_of_the_cpu,
     test_attention,
     test_attention_inputs_are_what_single_operations_make,
@@ -64,6 +66,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_rope_is_accurate_at_long_positions,
     test_router,
     test_router_with_a_table,
+    test_rows_are_carried_over_as_on_the_cpu,
     test_rows_that_tokens_share_are_stored_by_the_last_of_them,
     test_selective_scan,
     test_the_launch_of_the_logits_can_choose_and_ask,
@@ -83,6 +86,7 @@ from test_cuda_tiles import (  # noqa: F401 - collected here
     test_choices_are_sorted_and_cut_into_tiles,
     test_experts_by_tiles_have_the_bits_of_the_cpu,
 )
+from test_draft_head import head  # noqa: F401 - a fixture
 
 from engine.devices.cuda import probe
 from engine.errors import DeviceError
@@ -101,6 +105,7 @@ def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_cuda_kernels, "Emulator", cuda_launcher.RealGPU)
     monkeypatch.setattr(test_cuda_tiles, "Emulator", cuda_launcher.RealGPU)
     monkeypatch.setattr(test_cuda_device, "StandInCompiler", lambda: None)  # NVIDIA's instead
+    monkeypatch.setattr(test_draft_head, "StandInCompiler", lambda: None)
 
 
 def test_swaps_never_change_a_bit(small: Model) -> None:  # noqa: F811 - the fixture above
@@ -118,6 +123,11 @@ def test_swaps_never_change_a_bit(small: Model) -> None:  # noqa: F811 - the fix
 
         for _ in range(3):
             assert (opened.logits(1, between=swap).view(np.uint32) == expected.view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("hot_k", [0, 3, None])
+def test_heads_guess_as_on_the_cpu(head: test_draft_head.GoldenModel, hot_k: int | None) -> None:  # noqa: F811
+    test_draft_head.check_on_gpu(head, hot_k)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,7 +24,7 @@ from engine.devices.cuda import (
 )
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
-from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
+from engine.devices.cuda.launch import NOT_KEPT, NOTHING, ExpertMatrix, Kept, Launch, Matrix, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.errors import DeviceError
@@ -2004,3 +2004,79 @@ def test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts(
         assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
         assert not n_done.any()
         assert out.any()
+
+
+# -- states that are kept ----------------------------------------------------------------------------------------------
+
+
+def kept_launches(emulator: Emulator, rng: np.random.Generator, n: int, state: np.ndarray, name: str):
+    """What makes the launches of a recurrent kernel for steps of tokens of the third of three sequences."""
+    width = 64
+    x, y = (rng.standard_normal((n, width)).astype(F32) for _ in range(2))
+    bc, vector = rng.standard_normal((n, 16)).astype(F32), -np.abs(rng.standard_normal(width * 8)).astype(F32)
+    ids = rng.integers(0, 9, n).astype(np.int32)
+    hashes = [np.arange(5, 8).astype(np.uint64), *(np.arange(9, 13).astype(np.uint32) for _ in range(2))]
+
+    def launches(first: int, end: int, kept: Kept) -> list[Launch]:
+        m = end - first
+        positions, slots = np.arange(first, end, dtype=np.int32), np.full(m, 2, np.int32)
+        place, count = (emulator.at(positions), emulator.at(slots)), emulator.count(m)
+        a, b, both = (emulator.rows(np.ascontiguousarray(values[first:end])) for values in (x, y, bc))
+        out, at = emulator.rows(np.zeros((m, width), F32)), (emulator.at(vector), emulator.at(state))
+        if name == "conv":
+            return recurrent.causal_conv(a, at[0], 0, at[1], out, width, 4, True, *place, count, 2, kept)
+        if name == "scan":
+            c = both._replace(address=both.address + 32)
+            return [recurrent.selective_scan(a, b, both, c, at[0], at[0], at[1], out, width, 8, *place, count, kept)]
+        if name == "compress":
+            return [recurrent.compress(a, b, at[0], at[1], out, 32, 2, 4, *place, count, kept)]
+        if name == "hash":
+            out = emulator.rows(np.zeros((m, 4), np.int32))
+            how = ngrams.Hashes(*map(emulator.at, hashes), 3, 4, 2)
+            tokens = emulator.at(np.ascontiguousarray(ids[first:end]))
+            return [ngrams.hash_tokens(at[1], out, how, tokens, Place(*place), count, kept)]
+        alpha = b._replace(stride=width)
+        sizes = 1, 2, 16, 16, 1, 0.0, True, 1e-6
+        parts = a.address, a.address + 64, a.address + 128, a.stride, alpha, alpha, at[0], at[0], 0
+        return [recurrent.delta_net(*parts, at[1], out, *sizes, *place, count, kept)]
+
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "n_tokens", "mode"),
+    [
+        ("conv", 384, 7, "race"),
+        ("conv", 384, 40, "asan"),
+        ("scan", 512, 11, "race"),
+        ("compress", 192, 13, "asan"),
+        ("hash", 2, 9, "race"),
+        ("delta", 512, 12, "asan"),
+    ],
+)
+def test_a_step_keeps_the_state_after_one_of_its_tokens(name: str, size: int, n_tokens: int, mode: str) -> None:
+    """The copy is what a step up to that token leaves behind; the state is that after all."""
+    emulator, before = Emulator(mode), 5
+    old = aligned(np.zeros((3, size), F32))
+    launches = kept_launches(emulator, np.random.default_rng(4), before + n_tokens, old, name)
+    for launch in launches(0, before, NOT_KEPT):
+        emulator.run(launch)
+    start = old.copy()
+    for row in {0, 1, 2, n_tokens // 2, n_tokens - 1}:
+        ends = []
+        for end in (before + row + 1, before + n_tokens):
+            old[:] = start
+            for launch in launches(before, end, NOT_KEPT):
+                emulator.run(launch)
+            ends.append(old.copy())
+        copy, at = aligned(np.full(size, 7, F32)), np.array([row], np.int32)
+        old[:] = start
+        for launch in launches(before, before + n_tokens, Kept(emulator.at(copy), emulator.at(at))):
+            emulator.run(launch)
+        assert same_bits(copy, ends[0][2])
+        assert same_bits(old, ends[1])
+        assert not same_bits(ends[0], ends[1]) or row == n_tokens - 1
+        copy[:], at[:] = 7, -1
+        for launch in launches(before, before + n_tokens, Kept(emulator.at(copy), emulator.at(at))):
+            emulator.run(launch)
+        assert (copy == 7).all()

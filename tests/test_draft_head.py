@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from golden_model import GoldenModel
 from model_runner import ModelRunner, divergence
 from reference_device import ReferenceProgram
 
+from engine.__main__ import main
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
 from engine.devices.cpu import CPUDevice
 from engine.devices.cpu.device import CPUProgram
@@ -116,11 +118,11 @@ def test_a_guess_after_wrong_drafts_is_that_without_them(head: GoldenModel) -> N
     wrong = [(token_id + 1) % head.runner.model.spec.n_vocab for token_id in tokens]
     run(program, tokens[:8], 0)
     expected = program.draft_logits(0, tokens[8], 8).copy()
-    program.keep_states(0)
+    program.keep_states(0, 1)
+    assert (program.draft_logits(0, tokens[8], 8) == expected).all()
     run(program, [tokens[8], *wrong[9:14]], 8)
     program.rewind_states(0)
-    assert (program.draft_logits(0, tokens[8], 8) == expected).all()
-    run(program, tokens[8:10], 8)
+    run(program, tokens[9:10], 9)
     after = program.draft_logits(0, tokens[10], 10).copy()
     run(program, tokens[:10], 0)
     assert (program.draft_logits(0, tokens[10], 10) == after).all()
@@ -169,13 +171,8 @@ def check_devices(head: GoldenModel, device, n_tokens: int = 14) -> DraftingProg
     return program
 
 
-@needs_emulator
-@pytest.mark.parametrize("hot_k", [0, 3, None])
-@pytest.mark.parametrize("order", ["fixed", "random"])
-def test_the_gpu_guesses_as_the_cpu_does(head: GoldenModel, hot_k: int | None, order: str, driver) -> None:
+def check_on_gpu(head: GoldenModel, hot_k: int | None) -> None:
     """Experts of the head have slots where all others have, and else none: then the CPU is asked for them."""
-    if order == "random":
-        driver.set(order="random", copy_us=200)
     settings = {"bandwidths": Bandwidths(ram=50e9, pcie=25e9, vram=1000e9), "n_threads": 2, "stream_n_tokens": 32}
     device = CUDADevice(compiler=StandInCompiler(), wish=Wish(hot_k), **settings)
     try:
@@ -184,6 +181,15 @@ def test_the_gpu_guesses_as_the_cpu_does(head: GoldenModel, hot_k: int | None, o
         assert program._lowering.draft_asks_cpu == (has_experts and hot_k is not None)
     finally:
         device.close()
+
+
+@needs_emulator
+@pytest.mark.parametrize("hot_k", [0, 3, None])
+@pytest.mark.parametrize("order", ["fixed", "random"])
+def test_the_gpu_guesses_as_the_cpu_does(head: GoldenModel, hot_k: int | None, order: str, driver) -> None:
+    if order == "random":
+        driver.set(order="random", copy_us=200)
+    check_on_gpu(head, hot_k)
 
 
 @needs_emulator
@@ -288,6 +294,18 @@ def test_a_session_is_saved_without_what_heads_need(golden_path, tmp_path: Path)
             found = session.generate([*session.token_ids, 9], PARAMS)
         with opened(0) as engine:
             assert engine.generate([*session.token_ids[: -len(found.token_ids)], 9], PARAMS).token_ids
+
+
+def test_the_bench_asks_the_head(golden_path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """On the emulated device it takes time, whatever becomes of what it says."""
+    file, model = tmp_path / "drafts.json", str(golden_path(f"{GOLDEN}.gguf"))
+    how = "--device", "emulated", "--prompt-tokens", "16", "--gen-tokens", "40", "--reps", "1", "-q"
+    assert main(["bench", "-m", model, *how, "--drafts", "1,0", "--json", str(file)]) == 0
+    assert "after the time that the model's own head takes" in capsys.readouterr().out
+    _, right, wrong = json.loads(file.read_text())["rows"]
+    assert right["guess_s"] > 0
+    assert right["gain"] > 1.2
+    assert wrong["gain"] < 1.05
 
 
 # -- when --------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_drafts_cost_little_where_they_are_wrong(first: float, more: float, righ
             step = (behind if n or is_behind or again else alone) + (n_tokens > 1) * first + more * (n_tokens - 1)
             n_right = n_right_of(random, n)
             spent, n_made = spent + step, n_made + 1 + n_right
-            again = 1 + n_right if loses_all and n_right < n else 0
+            again = n_right if loses_all and n_right < n else 0
             is_behind = n > 0
             note(n_tokens, step, n, n_right)
         return spent / n_made
@@ -272,10 +272,10 @@ def check_rewinding(runner: ModelRunner, tokens: list[int]) -> None:
         wrong = [(token_id + 1) % runner.model.spec.n_vocab for token_id in tokens]
         forward, program, found, at = runner.forward, runner.program, [], 0
         for n, n_right in ((9, 0), (1, 0), (1, 2), (1, 6), (3, 3), (1, 0)):
-            program.keep_states(0)
-            forward.run(0, [*tokens[at : at + n + n_right], *wrong[at + n + n_right : at + n + 7]], at, "all")
+            program.keep_states(0, n)
+            step = [*tokens[at : at + n + n_right], *wrong[at + n + n_right : at + n + 7]]
+            found.append(forward.run(0, step, at, "all")[:n])
             program.rewind_states(0)
-            found.append(forward.run(0, tokens[at : at + n], at, "all"))
             at += n
         found.append(forward.run(0, tokens[at:], at, "all"))
         assert (np.concatenate(found).view(np.uint32) == expected.view(np.uint32)).all()
@@ -404,6 +404,7 @@ def test_the_bench_measures_what_drafts_gain(capsys: pytest.CaptureFixture[str],
     for part in ("drafts right", "none made", "100%", "every text was the same"):
         assert part in shown
     plain, right, wrong = json.loads(file.read_text())["rows"]
+    assert right["guess_s"] == 0
     assert (plain["drafts"], plain["gain"]) == (0, 1)
     assert right["gain"] > 3
     assert wrong["gain"] == pytest.approx(1, abs=0.05)

@@ -229,12 +229,13 @@ def _show_drafts(shares: list[float], config: EngineConfig, json_file: Path | No
     with Engine.open(config=config, progress=bars.loading) as engine:
         n_prompt = bench.prompt_tokens[0]
         rows = drafts.measure_drafts(engine, shares, n_prompt, bench.gen_tokens, bench.reps, bars.steps)
-        statistics = engine.statistics
+        statistics, has_head = engine.statistics, engine.has_draft_head
     bars.close()
     facts = machine_facts() | {
         "model": statistics.model,
         "device": statistics.device,
         "runs": f"{bench.reps} x {n_prompt} + {bench.gen_tokens} tokens, in turn; every text was the same",
+        "drafts": "known before, after the time that the model's own head takes" if has_head else "known before",
     }
     for key, value in facts.items():
         out.print(f"{key}: {value}")

@@ -1,7 +1,8 @@
 """What drafts gain, and cost where they are wrong: one answer, made again and again.
 
-The drafts are the answer that was made without any, of which so many are right as one wants to know about. How often a
-real text says what it said before depends on the text; how much that is worth depends on the machine.
+The drafts are the answer that was made without any, of which so many are right as one wants to know about. If the
+model has a head for them, that guesses, too, and what it says is put aside. How often a text says what it said before,
+and how often a head is right, depends on the text; how much that is worth depends on the machine.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ class DraftRow:
         tok_s: tokens a second.
         gain: over no drafts, the median of all rounds' ratios.
         drafts: tokens that were drafted for each that was made.
+        guess_s: seconds that the model's head takes for one, at the end; 0 where it is not asked.
     """
 
     right: float | None
     tok_s: Spread
     gain: float
     drafts: float
+    guess_s: float
 
 
 def read_shares(text: str) -> list[float]:
@@ -67,8 +70,14 @@ def measure_drafts(
     expected = _answer(engine, prompt, params)
 
     def rehearsed(right: float) -> Rehearsal:
-        most, loses_all, n_vocab = policy.max_drafts, policy.loses_all, engine.spec.n_vocab
-        return Rehearsal(most, loses_all=loses_all, token_ids=expected.token_ids, n_vocab=n_vocab, right=right)
+        return Rehearsal(
+            policy.max_drafts,
+            loses_all=policy.loses_all,
+            token_ids=expected.token_ids,
+            n_vocab=engine.spec.n_vocab,
+            right=right,
+            asks_head=engine.has_draft_head,
+        )
 
     ways = [None, *map(rehearsed, shares)]
     speeds: list[list[float]] = [[] for _ in ways]
@@ -90,6 +99,7 @@ def measure_drafts(
             Spread.of(own),
             median(speed / plain for speed, plain in zip(own, speeds[0], strict=True)),
             n / (reps * max(n_gen - 1, 1)),
+            0.0 if way is None else way.guess_s,
         )
         for way, own, n in zip(ways, speeds, n_drafts, strict=True)
     ]
@@ -104,7 +114,8 @@ def table_of(rows: Sequence[DraftRow], *, is_virtual: bool) -> Table:
     """Return the rows as a table; times may be those of a virtual clock."""
     table = Table()
     clock = ", virtual clock" if is_virtual else ""
-    for heading in ("drafts right", f"tok/s{clock}", "lowest to highest", "gain", "drafts for each token"):
+    headings = "drafts right", f"tok/s{clock}", "lowest to highest", "gain", "drafts for each token", "ms to guess one"
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         speed = row.tok_s
@@ -114,6 +125,7 @@ def table_of(rows: Sequence[DraftRow], *, is_virtual: bool) -> Table:
             f"{speed.low:,.1f} to {speed.high:,.1f}",
             "" if row.right is None else f"{row.gain:.2f} x",
             "" if row.right is None else f"{row.drafts:.2f}",
+            f"{row.guess_s * 1e3:.2f}" if row.guess_s else "",
         )
     return table
 

@@ -27,7 +27,7 @@ from engine.gguf import ModelFile
 from engine.machine import available_memory, ram_bytes
 from engine.model_spec import AttentionSpec, CompressedAttentionSpec, LatentAttentionSpec
 from engine.models import Model, load_model
-from engine.runtime import limits_of, memory_wish, resolve, stream_n_tokens, survey_machine
+from engine.runtime import limits_of, memory_wish, most_drafts, resolve, stream_n_tokens, survey_machine
 from engine.synthetic import PREFIX, open_model_file
 
 Facts = dict[str, str | int | float]
@@ -55,7 +55,7 @@ def execute(args: argparse.Namespace, _: Console) -> int:
     config = read_settings(args)
     model_file = open_model_file(config.model.path or tiny_model_path())
     try:
-        model = load_model(model_file)
+        model = load_model(model_file, drafts=most_drafts(config) > 0)
         facts = model_facts(model_file, model)
         here, placements = machine_facts(model, config)
     finally:
@@ -113,6 +113,7 @@ def model_facts(model_file: ModelFile, model: Model) -> Facts:
         "expert_ffn_size": spec.moe.ffn_size,
         "shared_ffn_size": spec.moe.shared_ffn_size,
         "vocabulary": spec.n_vocab,
+        "heads_that_draft_tokens": int(spec.draft_layer is not None),
         "trained_context": spec.context_length,
         "parameters": sum(math.prod(info.shape) for info in model_file.tensors.values()),
         "tensors": len(model_file.tensors),

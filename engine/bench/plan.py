@@ -321,7 +321,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--context is {args.context}; expected at least 1")
     model_file = open_model_file(args.model or tiny_model_path())
     try:
-        model = load_model(model_file)
+        model = load_model(model_file, drafts=MAX_DRAFTS > 0)
         n_weight_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
         kv_type, n_tokens = KVType[args.kv_type.upper()], min(BATCH_TOKENS, args.context)
         limits = Limits(n_tokens, 1, args.context, kv_type, max_drafts=MAX_DRAFTS)

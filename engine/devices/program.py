@@ -208,6 +208,15 @@ class DrawingProgram(Protocol):
 _Ints: TypeAlias = npt.NDArray[np.int32]
 
 
+def kept_row(keeps: tuple[int, int] | None, slots: _Ints) -> int:
+    """Return after which row of a step states are kept, if they are after so many tokens of a slot; else -1."""
+    if keeps is None:
+        return -1
+    slot, n_tokens = keeps
+    first: int = slots.tolist().index(slot)
+    return first + n_tokens - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What `DrawingProgram.run_and_draw` takes, in one; `draws` may be None: no token is drawn."""
@@ -334,13 +343,16 @@ class RecurrentProgram(Protocol):
 
 @runtime_checkable
 class RewindingProgram(Protocol):
-    """A program that can go back to where a sequence was, if that was kept: one sequence's, of `Limits.max_drafts`.
+    """A program that can go back to where a sequence was in the middle of a step, by up to `Limits.max_drafts` tokens.
 
     Keys and values stay where they are, those in a window too: so many tokens leave what the next one sees of them.
     """
 
-    def keep_states(self, slot: int) -> None:
-        """Keep the recurrent states of the sequence in a slot, in place of those that were kept before."""
+    def keep_states(self, slot: int, n_tokens: int) -> None:
+        """Have the next step keep a copy of a sequence's recurrent states, as they are after its first tokens there.
+
+        There is room for one; whoever runs a step later may overwrite it.
+        """
         ...
 
     def rewind_states(self, slot: int) -> None:

@@ -172,7 +172,8 @@ class DraftPolicy:
 
     Attributes:
         max_drafts: tokens in one step at most.
-        loses_all: a step with a wrong draft leaves nothing behind: its right tokens are run again with the next one.
+        loses_all: of a step with a wrong draft no draft is left: those that were right are run again with the next one.
+        guess_s: seconds that a head takes to guess one token, of late; 0: not known.
     """
 
     def __init__(self, max_drafts: int, *, loses_all: bool = False) -> None:
@@ -180,7 +181,7 @@ class DraftPolicy:
         self.max_drafts, self.loses_all = max_drafts, loses_all
         self._matches, self._guesses = HitRates(_FIRST_GUESS), HitRates(_HEAD_FIRST_GUESS)
         self._times = StepTimes(max_drafts + 1)
-        self._guess_s = 0.0  # for one token, 0: not known
+        self.guess_s = 0.0
         self._n_guessed = 0
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
@@ -206,7 +207,7 @@ class DraftPolicy:
             return _NO_PROSPECT
         if self._n_guessed < _HEAD_TRIALS:
             return Prospect(1, _LEAST_GAIN)
-        found = self._best(self._guesses.share, most, self._guess_s)
+        found = self._best(self._guesses.share, most, self.guess_s)
         if not found.n:
             self._times.forget()
             self._guesses.forget()
@@ -225,7 +226,7 @@ class DraftPolicy:
         chance, n_made, lost = 1.0, 1.0, 0.0
         for n, seconds in enumerate(times[:most], 1):
             share = chance_of(n - 1)
-            lost += chance * (1 - share) * n  # tokens that are right, and have to be run again
+            lost += chance * (1 - share) * (n - 1)  # drafts that are right, and have to be run again
             chance *= share
             n_made += chance
             again = lost * (seconds - one) / n if self.loses_all else 0.0
@@ -252,7 +253,7 @@ class DraftPolicy:
     def note_guess_time(self, n: int, seconds: float) -> None:
         """Note what a head took to guess so many tokens."""
         each = seconds / n
-        self._guess_s += (0.2 if self._guess_s else 1.0) * (each - self._guess_s)
+        self.guess_s += (0.2 if self.guess_s else 1.0) * (each - self.guess_s)
 
     def note_step(self, n_tokens: int, seconds: float) -> None:
         """Note what a step took that one answer had for itself."""

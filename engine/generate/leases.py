@@ -104,13 +104,13 @@ class SlotTable:
             return longest
         return self.snapshots.best(token_ids[:longest]) if self.snapshots is not None else 0
 
-    def keep(self, slot: int) -> None:
-        """Make it possible to go back to where a sequence is now; that of no other one from now on."""
+    def keep(self, slot: int, n_more: int) -> None:
+        """Make it possible to go back to where a sequence will be after so many tokens of the next step."""
         if self.rewinder is not None:
-            self.rewinder.keep_states(slot)
+            self.rewinder.keep_states(slot, n_more)
 
     def rewind(self, slot: int, n_tokens: int) -> None:
-        """Cut what a slot holds back to where `keep` was called, after so many tokens."""
+        """Cut what a slot holds back to where `keep` makes that possible, after so many tokens."""
         if self.rewinder is not None:
             self.rewinder.rewind_states(slot)
             self._floor[slot] = n_tokens
@@ -164,7 +164,7 @@ class Lease:
         self.slot, self.n_common = slot, n_common
         self._held = held
         self._is_open = True
-        self._kept_at = self._drafts_end = 0  # tokens before and behind the last step with drafts
+        self._kept_at = self._drafts_end = 0  # tokens before and behind the last drafts
 
     @property
     def n_held(self) -> int:
@@ -218,12 +218,13 @@ class Lease:
 
     def begin_drafts(self, n_tokens: int, n_drafts: int) -> None:
         """Note that drafts are about to be run behind some tokens; all that is committed of them is what is right."""
-        self._table.keep(self.slot)
+        self._table.keep(self.slot, n_tokens)
         self.begin(n_tokens + n_drafts)
-        self._kept_at, self._drafts_end = len(self._held), len(self._held) + n_tokens + n_drafts
+        self._kept_at = len(self._held) + n_tokens
+        self._drafts_end = self._kept_at + n_drafts
 
     def end_drafts(self) -> None:
-        """Leave out what was not committed. With recurrent states that takes the step's other tokens along."""
+        """Leave out what was not committed. With recurrent states that takes the drafts that were right along."""
         if self._is_open and len(self._held) < self._drafts_end and not self._table.has(self.slot, len(self._held)):
             self._table.rewind(self.slot, self._kept_at)
 

@@ -49,9 +49,11 @@ enum {
     ATTENTION_TOKENS = 8,       // tokens of a task otherwise
 };
 
-// Tokens of one sequence, which stand together.
+// Tokens of one sequence, which stand together. One that `keeps` leaves a copy of its states behind, too; what its
+// sequence has after that in the same step is a run of its own.
 typedef struct {
     int first, end, slot;
+    bool keeps;
 } token_run;
 
 typedef struct {
@@ -89,6 +91,7 @@ typedef struct {
 typedef struct {
     int32_t *state; // [n_slots, n_hashed - 1]: the id at a position p is at p % (n_hashed - 1)
     int32_t *out;   // [max_tokens, n_heads], rows `out_stride` apart
+    int32_t *kept;  // this and those of other operations: room for a copy of the state of one sequence
     int64_t out_stride;
     const uint64_t *multipliers;     // [n_hashed]
     const uint32_t *sizes, *offsets; // [n_heads]
@@ -207,7 +210,7 @@ typedef struct {
     matrix x, out;
     const float *weight; // [kernel_size, n_channels]: transposed when it was recorded
     const float *bias;   // [n_channels], or NULL
-    float *state;        // [n_slots, (kernel_size - 1) * dilation, n_channels], oldest first
+    float *state, *kept; // [n_slots, (kernel_size - 1) * dilation, n_channels], oldest first
     int n_channels, kernel_size, dilation;
     bool activates;
 } causal_conv_args;
@@ -217,7 +220,7 @@ typedef struct {
     int64_t qkv_stride;
     matrix beta, alpha, out; // beta.at: NULL for a state-space model, alpha.at, too, for lightning attention
     const float *a, *dt_bias, *skip;
-    float *state; // [n_slots, n_v_heads, k_dim, v_dim]
+    float *state, *kept; // [n_slots, n_v_heads, k_dim, v_dim]
     int n_k_heads, n_v_heads, k_dim, v_dim;
     int decay_dim;     // decays of a head: 1, or k_dim
     float decay_bound; // of their logarithms, below 0; 0: none
@@ -227,16 +230,16 @@ typedef struct {
 
 typedef struct {
     matrix x, dt, b, c, out;
-    const float *a;    // [state_size, n_channels]: transposed when it was recorded
-    const float *skip; // [n_channels]
-    float *state;      // [n_slots, state_size, n_channels]
+    const float *a;      // [state_size, n_channels]: transposed when it was recorded
+    const float *skip;   // [n_channels]
+    float *state, *kept; // [n_slots, state_size, n_channels]
     int n_channels, state_size;
 } selective_scan_args;
 
 typedef struct {
     matrix values, scores, out;      // scores.at may be NULL: all 0, and no biases
     const float *biases;             // [period, parts * n_channels]
-    float *state;                    // [n_slots, parts, 3, n_channels]: of each part the largest score, and two sums
+    float *state, *kept;             // [n_slots, parts, 3, n_channels]: of each part the largest score, and two sums
     int n_channels, n_parts, period; // n_parts: 1, or 2 where a row is made of two periods' tokens
 } compress_args;
 

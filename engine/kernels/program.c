@@ -51,6 +51,7 @@ struct program {
     int n_vocab, context_length, n_scratch; // n_scratch: int32 values that a thread needs
     int32_t **scratch;                      // [n_threads]
     token_run *runs;                        // [max_tokens]
+    bool lacks_room;                        // some operation has none for the states that a step may keep
     uint8_t *is_used;                       // [n_slots], for the check of a step
     int n_rope_tables;
     rope_table_args *rope_tables;
@@ -296,6 +297,7 @@ int program_embed(program *p, int ggml_type, embed_args args, int n_vocab, int n
 }
 
 int program_hash_tokens(program *p, hash_tokens_args args) {
+    p->lacks_room |= !args.kept;
     operation op = {.name = "hash_tokens",
                     .args.hash_tokens = args,
                     .run_tile = p->kernels->ops->hash_tokens,
@@ -645,6 +647,7 @@ int program_carry_over(program *p, carry_over_args args) {
 }
 
 int program_causal_conv(program *p, causal_conv_args args) {
+    p->lacks_room |= !args.kept;
     if (!(args.weight = transposed(p, args.weight, args.n_channels, args.kernel_size)))
         return -1;
     operation op = {.name = "causal_conv",
@@ -660,6 +663,7 @@ int program_causal_conv(program *p, causal_conv_args args) {
 }
 
 int program_delta_net(program *p, delta_net_args args) {
+    p->lacks_room |= !args.kept;
     operation op = {.name = "delta_net",
                     .args.delta_net = args,
                     .run_tile = p->kernels->ops->delta_net,
@@ -681,6 +685,7 @@ int program_delta_net(program *p, delta_net_args args) {
 }
 
 int program_selective_scan(program *p, selective_scan_args args) {
+    p->lacks_room |= !args.kept;
     if (!(args.a = transposed(p, args.a, args.n_channels, args.state_size)))
         return -1;
     operation op = {.name = "selective_scan",
@@ -699,6 +704,7 @@ int program_selective_scan(program *p, selective_scan_args args) {
 }
 
 int program_compress(program *p, compress_args args) {
+    p->lacks_room |= !args.kept;
     operation op = {.name = "compress",
                     .args.compress = args,
                     .run_tile = p->kernels->ops->compress,
@@ -873,6 +879,8 @@ step_error program_check(const program *p, const program_step *step, int *detail
         return STEP_N_TOKENS;
     if ((*detail = step->n_outputs) < 0 || step->n_outputs > step->n_tokens)
         return STEP_N_OUTPUTS;
+    if ((*detail = step->kept_row) >= (p->lacks_room ? 0 : step->n_tokens))
+        return STEP_KEPT_ROW;
     memset(p->is_used, 0, (size_t)p->n_slots);
     for (int i = 0; i < step->n_tokens; i++) {
         const int slot = step->slots[i];
@@ -959,9 +967,10 @@ static step_view view_step(program *p, const program_step *step) {
     step_view view = {step->n_tokens, step->n_outputs,   0,      step->token_ids, step->positions,
                       step->slots,    step->output_rows, p->runs};
     for (int i = 0; i < step->n_tokens; i++) {
-        if (i == 0 || step->slots[i] != step->slots[i - 1])
-            p->runs[view.n_runs++] = (token_run){i, i, step->slots[i]};
+        if (i == 0 || step->slots[i] != step->slots[i - 1] || i - 1 == step->kept_row)
+            p->runs[view.n_runs++] = (token_run){i, i, step->slots[i], false};
         p->runs[view.n_runs - 1].end = i + 1;
+        p->runs[view.n_runs - 1].keeps = i == step->kept_row;
     }
     return view;
 }

@@ -55,6 +55,7 @@ int program_select_outputs(program *p, select_outputs_args args);
 
 typedef struct {
     int n_tokens, n_outputs;
+    int kept_row; // after which the states of its sequence are kept, by operations that have room for that; -1: none
     const int32_t *token_ids, *positions, *slots, *output_rows;
 } program_step;
 
@@ -62,6 +63,7 @@ typedef enum {
     STEP_FITS,
     STEP_N_TOKENS,  // detail: the number
     STEP_N_OUTPUTS, // detail: the number
+    STEP_KEPT_ROW,  // detail: the row
     STEP_TOKEN_ID,  // detail of these: the place in the array
     STEP_POSITION,
     STEP_SLOT,

@@ -19,7 +19,7 @@ _DT_BIAS, _DT_BIAS_UNUSUAL = "ssm_dt.bias", "ssm_dt"
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     n_layers = keys.n_layers()
-    if keys.has("nextn_predict_layers") and not tensors.has("blk.0.attn_norm.weight"):
+    if keys.has("nextn_predict_layers") and not tensors.block(0).has("attn_norm.weight"):
         raise UnsupportedModelError(
             f"{keys.file_name}: holds only the block for multi-token prediction (no blk.0.attn_norm.weight); "
             "open the file of the model itself"

@@ -6,7 +6,15 @@
 from engine.runtime.answering import Messages, Prompt
 from engine.runtime.engine import Engine
 from engine.runtime.files import check_files, read_chat_template
-from engine.runtime.placing import limits_of, memory_wish, open_device, resolve, stream_n_tokens, survey_machine
+from engine.runtime.placing import (
+    limits_of,
+    memory_wish,
+    most_drafts,
+    open_device,
+    resolve,
+    stream_n_tokens,
+    survey_machine,
+)
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 
@@ -19,6 +27,7 @@ __all__ = [
     "check_files",
     "limits_of",
     "memory_wish",
+    "most_drafts",
     "open_device",
     "read_chat_template",
     "resolve",

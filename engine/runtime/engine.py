@@ -153,6 +153,11 @@ class Engine(Answering):
         )
         _log.info("%s", self._first_line(reason))
 
+    @property
+    def has_draft_head(self) -> bool:
+        """Return whether the model guesses tokens itself."""
+        return self._forward.has_head
+
     @classmethod
     def open(
         cls,
@@ -505,7 +510,7 @@ class Engine(Answering):
     def _describe_drafts(self) -> str:
         """Say how many tokens may be drafted, or why none are, for people."""
         if self.drafts is not None:
-            by_head = ", some by the model's own head for that" if self._forward.has_head else ""
+            by_head = ", by the model's own head, too" if self.has_draft_head else ""
             return f"up to {self.drafts.max_drafts} tokens drafted a step{by_head}"
         moe = self.config.moe
         why = "is recorded" if moe.record_trace else "is played" if moe.routing != OWN else ""

@@ -36,7 +36,8 @@ class SyntheticModel:
     def open(cls, name: str, *, has_router_biases: bool = False) -> SyntheticModel:
         """Make a model from a name like `synthetic:qwen3.5-35b-a3b@q4_k_m:layers=8,seed=1`.
 
-        Options: `layers`, `experts`, `used` (experts of a token), `vocab`, `context` and `seed`.
+        Options: `layers`, `experts`, `used` (experts of a token), `vocab`, `context`, `heads` (for multi-token
+        prediction, 0 or 1) and `seed`.
 
         Raises `ConfigError` for a name that does not say this.
         """

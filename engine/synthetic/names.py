@@ -21,7 +21,7 @@ _KEYS = {  # that options stand for
     "used": "expert_used_count",
     "context": "context_length",
 }
-_OPTIONS = "layers", "experts", "used", "vocab", "context", "seed"
+_OPTIONS = "layers", "experts", "used", "vocab", "context", "heads", "seed"
 
 
 def look_up(name: str) -> tuple[Published, Recipe, int]:
@@ -65,7 +65,7 @@ def _find(name: str, what: str, wanted: str, table: dict[str, _T]) -> _T:
 def _changed(name: str, published: Published, options: dict[str, int]) -> Published:
     """Return a model with options in the place of what was published."""
     keys = {_KEYS[option]: value for option, value in options.items() if option in _KEYS}
-    n_vocab = options.get("vocab", published.n_vocab)
+    n_vocab, n_heads = options.get("vocab", published.n_vocab), options.get("heads", 0)
     published = replace(published, n_vocab=n_vocab, keys={**published.keys, **keys})
     for option, value, low, high in (
         ("layers", published.size("block_count"), published.least_layers, 1000),
@@ -73,7 +73,8 @@ def _changed(name: str, published: Published, options: dict[str, int]) -> Publis
         ("used", published.size("expert_used_count"), 1, published.size("expert_count")),
         ("vocab", n_vocab, smallest_vocab(), 1_000_000),
         ("context", published.size("context_length"), 1, 10_000_000),
+        ("heads", n_heads, 0, published.n_heads),
     ):
         if not low <= value <= high:
             raise ConfigError(f"{name}: {option} is {value}; expected {low} to {high}")
-    return published
+    return published.with_heads(n_heads)

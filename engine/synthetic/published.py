@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -33,6 +33,7 @@ class Published:
         keys: hyper-parameters, by their keys without the architecture's prefix.
         tensors: optional ones that it has, by their names inside a block, or their whole names.
         layers: of optional tensors that some blocks have: which.
+        n_heads: for multi-token prediction, that newer files have behind its layers and older ones left out.
         shapes: of optional tensors by whose shape a forward pass decides what they are for, and where files have a 1
             that changes nothing.
     """
@@ -43,6 +44,14 @@ class Published:
     tensors: tuple[str, ...] = ()
     layers: Mapping[str, PerLayer] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    n_heads: int = 0
+
+    def with_heads(self, n: int) -> Published:
+        """Return the model with so many heads for multi-token prediction."""
+        if not n:
+            return self
+        keys = {"block_count": self.size("block_count") + n, "nextn_predict_layers": n}
+        return replace(self, keys={**self.keys, **keys}, tensors=(*self.tensors, *_HEAD))
 
     def size(self, key: str, default: int | None = None) -> int:
         """Return a hyper-parameter that is one integer."""
@@ -60,6 +69,8 @@ class Published:
 
 _SIGMOID, _SQRT_SOFTPLUS = 2, 4  # of `expert_gating_func`
 _OUTPUT, _ROUTER_BIAS = "output.weight", "exp_probs_b.bias"  # without an output matrix the embeddings serve
+# What forward passes look for: parts of a head for multi-token prediction, and whether there is more than that.
+_HEAD = "nextn.eh_proj.weight", "nextn.shared_head_norm.weight", "attn_norm.weight"
 _HEAD_NORMS = "attn_q_norm.weight", "attn_k_norm.weight"
 
 _QWEN_3: dict[str, Key] = {
@@ -130,6 +141,7 @@ PUBLISHED: dict[str, Published] = {
             "ssm.time_step_rank": 64,
         },
         _QWEN_35_TENSORS,
+        n_heads=1,
     ),
     "qwen3.5-35b-a3b": Published(
         "qwen35moe",
@@ -145,6 +157,7 @@ PUBLISHED: dict[str, Published] = {
             "ssm.time_step_rank": 32,
         },
         _QWEN_35_TENSORS,
+        n_heads=1,
     ),
     "qwen3-235b-a22b": Published(
         "qwen3moe",
@@ -583,5 +596,6 @@ PUBLISHED: dict[str, Published] = {
             "ssm.time_step_rank": 8,
         },
         _QWEN_35_TENSORS,
+        n_heads=1,
     ),
 }

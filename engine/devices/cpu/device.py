@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.cpu.sequence_state import passing_parts, state_parts, used_parts
 from engine.devices.graph import Graph
-from engine.devices.program import Limits, WeightAccess
+from engine.devices.program import Limits, WeightAccess, kept_row
 from engine.errors import DeviceError, RequestError
 from engine.quants import install_grids
 
@@ -57,6 +57,7 @@ class CPUProgram:
         self._limits = lowered.limits
         self._step = _kernels.Step(lowered.limits.max_tokens)
         self._n_tokens = 0
+        self._keeps: tuple[int, int] | None = None  # of the next step, the slot and tokens after which states are kept
         self.has_head = lowered.draft_program is not None
 
     @property
@@ -129,7 +130,8 @@ class CPUProgram:
         step.slots[:n] = slots
         step.output_rows[: len(output_rows)] = output_rows
         step.n_tokens, step.n_outputs = n, len(output_rows)
-        self._n_tokens = n
+        step.kept_row = kept_row(self._keeps, slots)
+        self._n_tokens, self._keeps = n, None
 
     def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
         """Guess the tokens that follow one; see `program.DraftingProgram`."""
@@ -144,7 +146,7 @@ class CPUProgram:
         program, step = self._lowered.draft_program, self._step
         assert program is not None
         step.token_ids[0], step.positions[0], step.slots[0], step.output_rows[0] = token_id, position, slot, 0
-        step.n_tokens = step.n_outputs = 1
+        step.n_tokens, step.n_outputs, step.kept_row = 1, 1, -1
         try:
             program.run(step)
         except ValueError as error:
@@ -190,25 +192,17 @@ class CPUProgram:
         """Put back what `save_states` returned for this slot."""
         _fill(passing_parts(self._lowered.states, self._limits, slot, n_tokens), saved)
 
-    def keep_states(self, slot: int) -> None:
-        """Keep the recurrent states of the sequence in a slot; see `program.RewindingProgram`."""
-        for part, kept in self._with_kept(slot):
-            self._copy(part, kept)
+    def keep_states(self, slot: int, n_tokens: int) -> None:
+        """Keep recurrent states of the next step; see `program.RewindingProgram`."""
+        self._keeps = slot, n_tokens
 
     def rewind_states(self, slot: int) -> None:
         """Put back what was kept, of this slot."""
-        for part, kept in self._with_kept(slot):
-            self._copy(kept, part)
-
-    def _with_kept(self, slot: int) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-        """Yield the states of a slot, each with the memory that is there to keep it."""
         at = 0
         for part in state_parts(self._lowered.states, slot):
-            yield part, self._lowered.kept_states.bytes[at : at + part.size]
+            kept = self._lowered.kept_states.bytes[at : at + part.size]
+            _kernels.parallel_copy(kept.ctypes.data, part.ctypes.data, part.size, self.device.n_threads)
             at += part.size
-
-    def _copy(self, source: npt.NDArray[np.uint8], to: npt.NDArray[np.uint8]) -> None:
-        _kernels.parallel_copy(source.ctypes.data, to.ctypes.data, source.size, self.device.n_threads)
 
     def close(self) -> None:
         """Forget the program; its memory is freed with the last array that refers to it."""

@@ -140,6 +140,7 @@ class Lowering:
         self.kept_states = Arena(sum(state.width * 4 for state in graph.states) if limits.max_drafts else 0)
         self.state_bytes = offset + self.kept_states.n_bytes
         self._state_address = {owner: self._state.address + at for owner, at in offsets}
+        self._kept_address = self._places_of_kept(graph)
         ends = [at for _, at in offsets[1:]] + [offset]
         of_sequences = {*graph.kv_caches, *graph.states}
         self.states = [
@@ -147,6 +148,14 @@ class Lowering:
             for (owner, at), end in zip(offsets, ends, strict=True)
             if owner in of_sequences
         ]
+
+    def _places_of_kept(self, graph: Graph) -> dict[ops.State, int]:
+        """Return where a copy of each recurrent state of one sequence goes; 0 for nowhere."""
+        places, at = {}, self.kept_states.address
+        for state in graph.states:
+            places[state] = at if self.limits.max_drafts else 0
+            at += state.width * 4
+        return places
 
     def _interval(self, key: object, n_bytes: int) -> Interval:
         interval = self._intervals.setdefault(key, Interval(n_bytes, self._index, self._index))
@@ -244,10 +253,11 @@ class Lowering:
         out, constants = self._use(op.out), (op.multipliers, op.sizes, op.offsets)
         self._keep += constants
         multipliers, sizes, offsets = (int(values.ctypes.data) for values in constants)
-        state = self._state_address[op.state]
+        state, kept = self._state_address[op.state], self._kept_address[op.state]
         n_hashed, n_heads = len(op.multipliers), op.out.width
+        constants_at = multipliers, sizes, offsets
         self._calls.append(
-            lambda: self.program.hash_tokens(state, *out.at, multipliers, sizes, offsets, n_hashed, n_heads, op.end_id)
+            lambda: self.program.hash_tokens(state, *out.at, *constants_at, n_hashed, n_heads, op.end_id, kept)
         )
 
     def _rms_norm(self, op: ops.RMSNorm) -> None:
@@ -528,6 +538,7 @@ class Lowering:
                 op.kernel_size,
                 op.activates,
                 op.dilation,
+                self._kept_address[op.state],
             )
         )
 
@@ -560,6 +571,7 @@ class Lowering:
                 op.decay_bound,
                 op.grouped,
                 op.eps,
+                self._kept_address[op.state],
             )
         )
 
@@ -578,6 +590,7 @@ class Lowering:
                 *out.at,
                 op.x.width,
                 op.state_size,
+                self._kept_address[op.state],
             )
         )
 
@@ -595,6 +608,7 @@ class Lowering:
                 width,
                 op.values.width // width,
                 op.period,
+                self._kept_address[op.state],
             )
         )
 

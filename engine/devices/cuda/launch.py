@@ -99,6 +99,28 @@ ONE_HEAD = Heads(1, 0, 0)
 NOTHING = Rows(0, 0)
 
 
+class Kept(NamedTuple):
+    """Device addresses: of room for a copy of a sequence's state, and of the row of a step after which it is made.
+
+    The row is -1, or its address 0, for none.
+    """
+
+    to: int
+    row: int
+
+    @property
+    def argument(self) -> Any:
+        """Return the kernels' argument."""
+        return _Kept(self.to, self.row)
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = [("to", ctypes.c_void_p), ("row", ctypes.c_void_p)]
+
+
+NOT_KEPT = Kept(0, 0)
+
+
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float

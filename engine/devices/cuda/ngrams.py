@@ -9,7 +9,7 @@ import ctypes
 from typing import NamedTuple
 
 from engine.devices.cuda.attention import Place
-from engine.devices.cuda.launch import WARP, Count, Launch, Rows, at, ceil_div, float32, int32, pointer
+from engine.devices.cuda.launch import NOT_KEPT, WARP, Count, Kept, Launch, Rows, at, ceil_div, float32, int32, pointer
 from engine.devices.graph import MOST_HASHED
 
 _THREADS = 256  # of a block at most; `ngrams.cu`
@@ -37,14 +37,16 @@ class Hashes(NamedTuple):
     end_id: int
 
 
-def hash_tokens(state: int, out: Rows, hashes: Hashes, token_ids: int, place: Place, count: Count) -> Launch:
+def hash_tokens(
+    state: int, out: Rows, hashes: Hashes, token_ids: int, place: Place, count: Count, kept: Kept = NOT_KEPT
+) -> Launch:
     """Choose rows by hashes of tokens and those before them; `out` has int32 rows."""
     assert 2 <= hashes.n_hashed <= MOST_HASHED
     assert hashes.n_heads % (hashes.n_hashed - 1) == 0
     assert hashes.multipliers % 8 == 0
     assert out.stride >= hashes.n_heads
     places = (pointer(token_ids), pointer(place.positions), pointer(place.slots), pointer(count.address))
-    arguments = (pointer(state), *at(out), _Hashes(*hashes), *places)
+    arguments = (pointer(state), *at(out), _Hashes(*hashes), *places, kept.argument)
     return Launch("ngrams.cu", "hash_tokens", (), (1, 1, 1), _THREADS, arguments)
 
 

@@ -53,7 +53,7 @@ class StepLayout:
         self.n_words = self.first_draw + n_draws * DRAW_WORDS
         self.offset = layout.reserve(4 * self.n_words)
         self.n_rows = {graph.Rows.TOKENS: self.offset, graph.Rows.OUTPUTS: self.offset + 4}
-        self.number = self.offset + 8
+        self.number, self.kept_row = self.offset + 8, self.offset + 12
         self.token_ids, self.positions, self.slots, self.output_rows = (
             self.offset + 4 * (4 + i * max_tokens) for i in range(4)
         )

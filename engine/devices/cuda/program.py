@@ -26,7 +26,7 @@ from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.cuda.swaps import Copy, ExpertCopies
 from engine.devices.graph import Rows
 from engine.devices.lending import UsableSlots
-from engine.devices.program import DRAW, Drawn, Limits, Step, WeightAccess
+from engine.devices.program import DRAW, Drawn, Limits, Step, WeightAccess, kept_row
 from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
 from engine.errors import DeviceError, RequestError
@@ -125,6 +125,7 @@ class CUDAProgram:
         self.leaves_a_cpu = False
         self._under_way: deque[_UnderWay] = deque()  # one step, or two
         self._prepared: tuple[Step, _UnderWay] | None = None
+        self._keeps: tuple[int, int] | None = None  # of the next step, the slot and tokens after which states are kept
         self._usable, self._lengths = usable, SequenceLengths(limits.n_slots)
         self._n_slots = np.array([layer.n_slots for layer in lowering.experts.step_layers], np.intp)
         self.has_head = lowering.can_draft
@@ -257,7 +258,8 @@ class CUDAProgram:
             buffer, misses = self._step_memory.buffers[index], None if n >= self._stream_n_tokens else self._misses
             if is_draft and not self._lowering.draft_asks_cpu:
                 misses = None
-            buffer.put(_step_number(number), step)
+            buffer.put(_step_number(number), step, -1 if is_draft else kept_row(self._keeps, step.slots))
+            self._keeps = self._keeps if is_draft else None
             gives_logits = step.draws is None or not buffer.all_draw(n_outputs)
             is_served = misses is not None and before is not None and before.misses is not None
             if misses is not None and is_served:
@@ -422,21 +424,16 @@ class CUDAProgram:
         """Put back what `save_states` returned for this slot."""
         self._upload(passing_parts(self._lowering.recorder.states, self._limits, slot, n_tokens), saved)
 
-    def keep_states(self, slot: int) -> None:
-        """Keep the recurrent states of the sequence in a slot; queued behind all steps."""
-        self._copy_states(slot, is_back=False)
+    def keep_states(self, slot: int, n_tokens: int) -> None:
+        """Keep recurrent states of the step that is prepared next; see `program.RewindingProgram`."""
+        self._keeps = slot, n_tokens
 
     def rewind_states(self, slot: int) -> None:
-        """Put back what was kept, of this slot; queued likewise."""
-        self._copy_states(slot, is_back=True)
-
-    def _copy_states(self, slot: int, *, is_back: bool) -> None:
+        """Put back what was kept, of this slot; queued behind all steps."""
         recorder, base = self._lowering.recorder, self._memory.address
         self._context.make_current()
-        for (offset, n_bytes), place in kept_states(recorder.states, slot):
-            state, kept = base + offset, base + recorder.kept_states + place
-            to, source = (state, kept) if is_back else (kept, state)
-            self._stream.copy(to, source, n_bytes)
+        for (offset, n_bytes), kept in kept_states(recorder.states, recorder.kept, slot):
+            self._stream.copy(base + offset, base + kept, n_bytes)
 
     def _download(self, parts: list[Part]) -> npt.NDArray[np.uint8]:
         self._context.make_current()

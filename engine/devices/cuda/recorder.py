@@ -15,7 +15,7 @@ from engine.devices.cuda.expert_layers import ExpertTables, Streamed
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.places import Finish, Layout, Pass, Place
 from engine.devices.cuda.scratch import Need, Scratch
-from engine.devices.cuda.sequence_state import Owners, kept_bytes
+from engine.devices.cuda.sequence_state import Owners, kept_bytes, kept_places
 from engine.devices.graph import Graph, KVCache, State, Table, Tensor, Vector, Weight
 from engine.devices.program import Limits, WeightAccess
 from engine.devices.tables import expert_table
@@ -32,7 +32,7 @@ class Recorder:
     Attributes:
         experts: what the experts of all layers share.
         states: the caches and states of sequences, each with its offset.
-        kept_states: offset of a copy of the states of one sequence.
+        kept: by state, the offset of a copy of that of one sequence, where there are drafts.
         context_length: positions that a sequence may have.
         uploads: offset and contents of what is uploaded once.
         index: of the operation at hand, set by whoever walks them.
@@ -59,6 +59,7 @@ class Recorder:
         self.states: Owners = []
         self.uploads: list[tuple[int, npt.NDArray[np.generic]]] = []
         self.index = 0
+        self.kept: dict[State, int] = {}
         self._weights = weights
         self._tables = tables
         self.context_length = limits.context_length
@@ -159,7 +160,9 @@ class Recorder:
         for owner in (*owners, *self._of_drafts):
             self._offsets[owner] = self._layout.reserve(_owned_bytes(owner, self._limits))
         self.states += [(owner, self._offsets[owner]) for owner in owners]
-        self.kept_states = self._layout.reserve(kept_bytes(graph.states) if self._limits.max_drafts else 0)
+        if self._limits.max_drafts:
+            at = self._layout.reserve(kept_bytes(graph.states))
+            self.kept = {state: at + place for state, place in kept_places(graph.states)}
 
     def state_bytes(self, limits: Limits) -> int:
         """Return what caches and states would take with other limits."""

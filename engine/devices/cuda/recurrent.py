@@ -9,7 +9,21 @@ import ctypes
 from typing import NamedTuple
 
 from engine.devices.cuda.kernels import NO_FORMS, Forms, can_gate_heads
-from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, float32, int32, int64, pointer
+from engine.devices.cuda.launch import (
+    NOT_KEPT,
+    NOTHING,
+    WARP,
+    Count,
+    Kept,
+    Launch,
+    Rows,
+    at,
+    ceil_div,
+    float32,
+    int32,
+    int64,
+    pointer,
+)
 from engine.devices.graph import MOST_CONVOLVED, Gating
 
 _CHANNELS = 256  # of a block
@@ -56,6 +70,7 @@ def causal_conv(
     slots: int,
     count: Count,
     dilation: int = 1,
+    kept: Kept = NOT_KEPT,
 ) -> list[Launch]:
     """Convolve over time, then SiLU: few tokens one after the other, many at the same time. Not in place."""
     assert kernel_size >= 2
@@ -65,12 +80,13 @@ def causal_conv(
     places = (int32(n_channels), pointer(positions), pointer(slots), pointer(count.address))
     what = (*at(x), pointer(weight), pointer(bias), pointer(state), *at(out), *places)
     if count.most <= _CONVOLVED_AT_ONCE:
-        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _CHANNELS, what)]
+        few = (*what, kept.argument)
+        return [Launch("causal_conv.cu", "causal_conv", definitions, (n_blocks, 1, 1), _CHANNELS, few)]
     grid = (n_blocks, ceil_div(count.most, _CONVOLVED_AT_ONCE), 1)
-    kept = (*at(x), pointer(state), *places)
+    last = (*at(x), pointer(state), *places, kept.argument)
     return [
         Launch("causal_conv.cu", "convolve", definitions, grid, _CHANNELS, what),
-        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _CHANNELS, kept),
+        Launch("causal_conv.cu", "keep_inputs", definitions, (n_blocks, 1, 1), _CHANNELS, last),
     ]
 
 
@@ -97,6 +113,7 @@ def delta_net(
     positions: int,
     slots: int,
     count: Count,
+    kept: Kept = NOT_KEPT,
 ) -> Launch:
     """Run the gated delta rule, without beta a state-space model, or without alpha, too, lightning attention."""
     assert n_v_heads % n_k_heads == 0
@@ -134,6 +151,7 @@ def delta_net(
             pointer(positions),
             pointer(slots),
             pointer(count.address),
+            kept.argument,
         ),
     )
 
@@ -152,6 +170,7 @@ def selective_scan(
     positions: int,
     slots: int,
     count: Count,
+    kept: Kept = NOT_KEPT,
 ) -> Launch:
     """Run a state-space model whose channels have states and decays of their own."""
     assert 1 <= state_size <= _MAX_KEY_DIM
@@ -175,6 +194,7 @@ def selective_scan(
             pointer(positions),
             pointer(slots),
             pointer(count.address),
+            kept.argument,
         ),
     )
 
@@ -191,6 +211,7 @@ def compress(
     positions: int,
     slots: int,
     count: Count,
+    kept: Kept = NOT_KEPT,
 ) -> Launch:
     """Make rows that the tokens of a period share, channel by channel."""
     assert n_parts in {1, 2}
@@ -213,6 +234,7 @@ def compress(
             pointer(positions),
             pointer(slots),
             pointer(count.address),
+            kept.argument,
         ),
     )
 

@@ -10,7 +10,7 @@ from engine.devices import graph as ops
 from engine.devices.cuda import attention, elementwise, fusion, kernels, ngrams, operations, recurrent, selection
 from engine.devices.cuda.expert_layers import Streamed
 from engine.devices.cuda.kernels import GateOf
-from engine.devices.cuda.launch import Launch, Rows
+from engine.devices.cuda.launch import NOT_KEPT, Kept, Launch, Rows
 from engine.devices.cuda.places import Pass
 from engine.devices.cuda.recorder import Recorder
 
@@ -318,9 +318,16 @@ def hash_tokens(recorder: Recorder, op: ops.HashTokens) -> None:
             p.base + p.step.token_ids,
             attention.Place(p.base + p.step.positions, p.base + p.step.slots),
             p.count(op.out.rows),
+            _kept(recorder, op.state, p),
         )
 
     recorder.record(launches)
+
+
+def _kept(recorder: Recorder, state: ops.State, p: Pass) -> Kept:
+    """Return where a step keeps a copy of a state, and where it is told after which row."""
+    place = recorder.kept.get(state)
+    return NOT_KEPT if place is None else Kept(p.base + place, p.base + p.step.kept_row)
 
 
 def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
@@ -345,6 +352,7 @@ def causal_conv(recorder: Recorder, op: ops.CausalConv) -> None:
             p.base + p.step.slots,
             p.count(op.x.rows),
             op.dilation,
+            _kept(recorder, op.state, p),
         )
     )
 
@@ -382,6 +390,7 @@ def delta_net(recorder: Recorder, op: ops.DeltaNet) -> None:
                 p.base + p.step.positions,
                 p.base + p.step.slots,
                 p.count(op.q.rows),
+                _kept(recorder, op.state, p),
             )
         ]
     )
@@ -407,6 +416,7 @@ def selective_scan(recorder: Recorder, op: ops.SelectiveScan) -> None:
                 p.base + p.step.positions,
                 p.base + p.step.slots,
                 p.count(op.x.rows),
+                _kept(recorder, op.state, p),
             )
         ]
     )
@@ -430,6 +440,7 @@ def compress(recorder: Recorder, op: ops.Compress) -> None:
                 p.base + p.step.positions,
                 p.base + p.step.slots,
                 p.count(op.out.rows),
+                _kept(recorder, op.state, p),
             )
         ]
     )

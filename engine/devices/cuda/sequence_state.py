@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from engine.devices.cuda.places import reserved_bytes
@@ -42,20 +42,26 @@ def kept_bytes(states: Sequence[State]) -> int:
     return sum(reserved_bytes(state.width * 4) for state in states)
 
 
-def kept_states(owners: Owners, slot: int) -> list[tuple[Part, int]]:
-    """Return the recurrent states of a sequence, with their places in a copy; of one sequence only, all in one."""
-    found: list[tuple[Part, int]] = []
+def kept_places(states: Sequence[State]) -> Iterator[tuple[State, int]]:
+    """Yield the recurrent states with their places in such a copy."""
     at = 0
+    for state in states:
+        yield state, at
+        at += reserved_bytes(state.width * 4)
+
+
+def kept_states(owners: Owners, kept: Mapping[State, int], slot: int) -> list[tuple[Part, int]]:
+    """Return the recurrent states of a sequence, with the offsets of their copies; of one sequence only, all in one."""
+    found: list[tuple[Part, int]] = []
     for owner, offset in owners:
         if not isinstance(owner, State):
             continue
-        start, n_bytes = _state_of(owner, offset, slot)
+        (start, n_bytes), at = _state_of(owner, offset, slot), kept[owner]
         (before, _), place = found[-1] if found else ((0, 0), 0)
         if found and start - before == at - place:  # what lies in between is nobody's
             found[-1] = (before, start + n_bytes - before), place
         else:
             found.append(((start, n_bytes), at))
-        at += reserved_bytes(n_bytes)
     return found
 
 

@@ -39,13 +39,13 @@ class StepBuffer:
         self._top_k: npt.NDArray[np.int32] = self._draws["top_k"]
         self._chosen = _array(self._drawn, (n_rows,), np.int32)
 
-    def put(self, number: int, step: Step) -> None:
-        """Set the inputs of a step, of which `number` is the device's count.
+    def put(self, number: int, step: Step, kept_row: int = -1) -> None:
+        """Set the inputs of a step, of which `number` is the device's count; states are kept after a row of it.
 
         Rows draw tokens as the step says where the device can do so; all others draw none.
         """
         draws = step.draws
-        self._words[:3] = len(step.token_ids), len(step.output_rows), number
+        self._words[:4] = len(step.token_ids), len(step.output_rows), number, kept_row
         for i, values in enumerate(step.inputs):
             start = 4 + i * self._lowering.limits.max_tokens
             self._words[start : start + len(values)] = values

@@ -280,10 +280,10 @@ class EmulatedProgram:
         """Put back what `save_states` returned for this slot."""
         self._program.load_states(slot, n_tokens, saved)
 
-    def keep_states(self, slot: int) -> None:
-        """Keep the recurrent states of the sequence in a slot; see `program.RewindingProgram`."""
-        self._program.keep_states(slot)
-        self._clock.advance_to(self._clock.now + self._rewind_s)
+    def keep_states(self, slot: int, n_tokens: int) -> None:
+        """Keep recurrent states of the next step; see `program.RewindingProgram`. They are written as it runs."""
+        self._program.keep_states(slot, n_tokens)
+        self._clock.advance_to(self._clock.now + self._rewind_s / 2)
 
     def rewind_states(self, slot: int) -> None:
         """Put back what was kept, of this slot."""

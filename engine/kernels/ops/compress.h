@@ -48,10 +48,10 @@ static inline __attribute__((always_inline)) void compress_channels(const compre
     const int n_channels = a->n_channels, width = a->n_parts * n_channels;
     const bool overlaps = a->n_parts == 2;
     const int own = overlaps ? n_channels + col : col; // of the half that this period's row is made of
-    float *state = a->state + run->slot * 3 * (int64_t)width + col, *next_state = state + 3 * (int64_t)n_channels;
+    float *state = a->state + run->slot * 3 * (int64_t)width + col;
     weighted_sum sum = load_sum(state, n_channels, n), next = sum;
     if (overlaps)
-        next = load_sum(next_state, n_channels, n);
+        next = load_sum(state + 3 * (int64_t)n_channels, n_channels, n);
     for (int row = run->first; row < run->end; row++) {
         const int position = step->positions[row], place = position % a->period;
         const float *values = a->values.at + row * a->values.stride;
@@ -67,9 +67,12 @@ static inline __attribute__((always_inline)) void compress_channels(const compre
         }
         v16_store_first(a->out.at + row * a->out.stride + col, v16_div(sum.o, sum.l), n);
     }
-    store_sum(state, n_channels, n, sum);
-    if (overlaps)
-        store_sum(next_state, n_channels, n, next);
+    for (int copy = 0; copy <= run->keeps; copy++) {
+        float *to = copy ? a->kept + col : state;
+        store_sum(to, n_channels, n, sum);
+        if (overlaps)
+            store_sum(to + 3 * (int64_t)n_channels, n_channels, n, next);
+    }
 }
 
 static void op_compress(const op_args *args, const step_view *step, tile t) {

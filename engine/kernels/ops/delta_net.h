@@ -31,8 +31,11 @@ static inline __attribute__((always_inline)) void convolve(const causal_conv_arg
             window[j] = window[j + 1];
         window[n_before - 1] = x;
     }
-    for (int j = 0; j < n_before; j++)
+    for (int j = 0; j < n_before; j++) {
         v16_store_first(state + (int64_t)j * a->n_channels, window[j], n);
+        if (run->keeps)
+            v16_store_first(a->kept + (int64_t)j * a->n_channels + c, window[j], n);
+    }
 }
 
 static inline __attribute__((always_inline)) void convolve_runs(const causal_conv_args *a, const step_view *step,
@@ -206,13 +209,14 @@ static inline __attribute__((always_inline)) void delta_head(const delta_inputs 
 
 static void op_delta_net(const op_args *args, const step_view *step, tile t) {
     const delta_net_args *a = &args->delta_net;
+    const int64_t size = a->k_dim * (int64_t)a->v_dim; // of the state of a head
     delta_inputs in;
-    for (int i = 0; i < step->n_runs; i++) {
-        const token_run *run = &step->runs[i];
-        for (int head = t.col / a->v_dim; head < t.col_end / a->v_dim; head++) {
-            float *state = a->state + ((int64_t)run->slot * a->n_v_heads + head) * a->k_dim * a->v_dim;
+    for (int head = t.col / a->v_dim; head < t.col_end / a->v_dim; head++) {
+        for (int i = 0; i < step->n_runs; i++) {
+            const token_run *run = &step->runs[i];
+            float *state = a->state + ((int64_t)run->slot * a->n_v_heads + head) * size;
             if (starts_afresh(step, run))
-                memset(state, 0, (size_t)a->k_dim * a->v_dim * sizeof(float));
+                memset(state, 0, (size_t)size * sizeof(float));
             for (int row = run->first; row < run->end; row += DELTA_TOKENS) {
                 const int n = run->end - row < DELTA_TOKENS ? run->end - row : DELTA_TOKENS;
                 gather_delta_inputs(a, row, n, head, &in);
@@ -221,6 +225,8 @@ static void op_delta_net(const op_args *args, const step_view *step, tile t) {
                 else
                     delta_head(&in, state, a->k_dim, a->v_dim, false);
             }
+            if (run->keeps)
+                memcpy(a->kept + head * size, state, (size_t)size * sizeof(float));
         }
     }
 }

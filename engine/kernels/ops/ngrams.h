@@ -42,6 +42,8 @@ static void op_hash_tokens(const op_args *args, const step_view *step, tile t) {
         }
         for (int row = run->end - n_before > run->first ? run->end - n_before : run->first; row < run->end; row++)
             last[step->positions[row] % n_before] = step->token_ids[row];
+        if (run->keeps)
+            memcpy(a->kept, last, (size_t)n_before * sizeof(int32_t));
     }
 }
 

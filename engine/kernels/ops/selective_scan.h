@@ -12,10 +12,10 @@ static inline __attribute__((always_inline)) void scan_channels(const selective_
     const int n_channels = args->n_channels, size = args->state_size;
     v16 state[MAX_SCAN_STATE], rates[MAX_SCAN_STATE]; // together, for in memory rows of them are far apart
     const v16 skip = v16_load_first(args->skip + col, n);
-    float *kept = args->state + (int64_t)run->slot * size * n_channels + col;
+    float *own = args->state + (int64_t)run->slot * size * n_channels + col;
     for (int i = 0; i < size; i++) {
         const int64_t at = (int64_t)i * n_channels;
-        state[i] = starts_afresh(step, run) ? v16_set(0.0f) : v16_load_first(kept + at, n);
+        state[i] = starts_afresh(step, run) ? v16_set(0.0f) : v16_load_first(own + at, n);
         rates[i] = v16_load_first(args->a + at + col, n);
     }
     for (int row = run->first; row < run->end; row++) {
@@ -31,8 +31,11 @@ static inline __attribute__((always_inline)) void scan_channels(const selective_
         }
         v16_store_first(args->out.at + row * args->out.stride + col, v16_fma(skip, x, sum), n);
     }
-    for (int i = 0; i < size; i++)
-        v16_store_first(kept + (int64_t)i * n_channels, state[i], n);
+    for (int i = 0; i < size; i++) {
+        v16_store_first(own + (int64_t)i * n_channels, state[i], n);
+        if (run->keeps)
+            v16_store_first(args->kept + (int64_t)i * n_channels + col, state[i], n);
+    }
 }
 
 static void op_selective_scan(const op_args *args, const step_view *step, tile t) {
