@@ -131,14 +131,14 @@ class AttentionSpec:
 
     def layer_head_dim(self, layer: int) -> int:
         """Return the width of a layer's queries and keys."""
-        has_window = bool(self.windows) and self.windows[layer] > 0
+        has_window = layer < len(self.windows) and self.windows[layer] > 0
         return self.window_head_dim if has_window and self.window_head_dim else self.head_dim
 
     def heads(self, layer: int) -> tuple[int, int]:
         """Return the query heads of a layer, and its key and value heads."""
         return (
-            self.layer_heads[layer] if self.layer_heads else self.n_heads,
-            self.layer_kv_heads[layer] if self.layer_kv_heads else self.n_kv_heads,
+            self.layer_heads[layer] if layer < len(self.layer_heads) else self.n_heads,
+            self.layer_kv_heads[layer] if layer < len(self.layer_kv_heads) else self.n_kv_heads,
         )
 
     def widths(self, layer: int) -> tuple[int, int, int, int]:
@@ -217,7 +217,7 @@ class LatentAttentionSpec:
 
     def of_layer(self, layer: int) -> LatentAttentionSpec:
         """Return the sizes and the rotation of a layer."""
-        has_window = bool(self.windows) and self.windows[layer] > 0
+        has_window = layer < len(self.windows) and self.windows[layer] > 0
         return self.window_attention if has_window and self.window_attention else self
 
     @property
@@ -398,7 +398,7 @@ class MoESpec:
         if any(self.situ_limits):
             return self.situ_limits
         limits = self.limits if routed else self.shared_limits
-        return limits[layer] if limits else 0.0, 0.0
+        return limits[layer] if layer < len(limits) else 0.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +458,8 @@ class ModelSpec:
         name: for people.
         n_layers: blocks that are run; trailing blocks for multi-token prediction are not counted.
         draft_layer: the block for multi-token prediction, if there is one and tokens are to be drafted with it.
+        most_guesses: how many tokens it guesses in a row; 0: any number.
+        carries_stream: whether what it takes of the token before is the residual stream as it is, not normalised.
         hidden_size: width of the residual stream.
         n_vocab: rows of the embedding table, and logits of a token.
         context_length: tokens the model was trained for.
@@ -489,6 +491,8 @@ class ModelSpec:
     attention: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec
     moe: MoESpec
     draft_layer: int | None = None
+    most_guesses: int = 0
+    carries_stream: bool = False
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
     state_space: StateSpaceSpec | None = None

@@ -43,7 +43,13 @@ OTHER_FILES = (
 )
 ALL_FILES = QWEN_FILES + OTHER_FILES
 # Peers, too, with what llama.cpp's heads for multi-token prediction guess.
-HEADS = ("qwen35moe-mtp", "qwen35-mtp", "qwen3next-mtp", "glm4moe-mtp")
+HEADS = (
+    "qwen35moe-mtp",
+    "qwen35-mtp",
+    "qwen3next-mtp",
+    "glm4moe-mtp",
+    "hy_v3-mtp",
+)
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (
     "afmoe",

@@ -18,7 +18,8 @@ Those of a model that makes drafts (`*-mtp`) also hold what its block for multi-
     `chain_tokens`      what these three drafts are: their likeliest tokens
 
 A row is what the output matrix is given, behind the last norm: the model's, and for a draft the one that the block has
-or, where it has none, the model's too. This part needs llama.cpp as of llama-cpp-python 0.3.36, which has
+or, where it has none, the model's too. In some models (`mimo2`, `step35`) it is what comes into that norm. Of several
+blocks it is the first. This part needs llama.cpp as of llama-cpp-python 0.3.36, which has
 `llama_batch_ext`, and whose `llama_cpp_ext` finds the functions of `llama-ext.h`.
 
 GELU is the one function that llama.cpp looks up, in a table of float16 numbers. That moves logits of `gemma4` by up to
@@ -44,7 +45,7 @@ import ctypes
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
@@ -226,6 +227,7 @@ class Peer:
     seed: int = 0
 
 
+LAYER_NORM = "layer_output_norm"  # under which some files keep the last norm of a block for multi-token prediction
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 MOE = {"expert_count": N_EXPERTS, "expert_feed_forward_length": FFN}
 DELTA_K_HEADS, DELTA_V_HEADS, DELTA_DIM, DELTA_KERNEL = 2, 4, 16, 4
@@ -1318,6 +1320,18 @@ PEERS = {
 }
 
 
+def drafting(name: str, parts: tuple[str, ...] = (), keys: dict[str, object] | None = None, **changes: object) -> Peer:
+    """A model like one of these, and a block for multi-token prediction that makes drafts."""
+    peer = PEERS[name]
+    keys = peer.keys | {"nextn_predict_layers": 1} | (keys or {})
+    return replace(peer, **({"n_mtp": 1} | changes), keys=keys, draft_parts=parts)
+
+
+PEERS |= {
+    "hy_v3-mtp": drafting("hy_v3", ("shared_head_norm",), {"feed_forward_length": 2 * FFN}, moe_layers=(1, 2)),
+}
+
+
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -1374,11 +1388,11 @@ def tensors(peer: Peer, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
         yield f"blk.{layer}.nextn.enorm.weight", draw.norm(HIDDEN)
         yield f"blk.{layer}.nextn.hnorm.weight", draw.norm(HIDDEN)
         for part in peer.draft_parts or ():
-            if part == "shared_head_norm":
+            if part.endswith("norm"):
                 values = draw.norm(HIDDEN)
             else:
                 values = draw.matrix(N_VOCAB, HIDDEN, gain=np.sqrt(HIDDEN) if part == "embed_tokens" else 2.5)
-            yield f"blk.{layer}.nextn.{part}.weight", values
+            yield f"blk.{layer}.{'' if part == LAYER_NORM else 'nextn.'}{part}.weight", values
 
 
 def block(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:

@@ -35,7 +35,8 @@ class ModelRunner:
         self.weights = WeightMemory.load(self.file, self.model.tensor_names, "mmap")
         limits = Limits(max_tokens, n_slots, context_length, kv_type, max_drafts=max_drafts)
         self.program = CPUDevice(n_threads, isa).compile(self.model.graph, self.weights, limits)
-        self.forward = ForwardPass(self.program, limits, self.model.spec.n_vocab)
+        spec = self.model.spec
+        self.forward = ForwardPass(self.program, limits, spec.n_vocab, most_guesses=spec.most_guesses)
 
     def logits(self, token_ids: list[int], cuts: tuple[int, ...] = ()) -> np.ndarray:
         """Logits of every token of a fresh sequence, fed in pieces of the lengths `cuts` and one more for the rest."""

@@ -28,6 +28,7 @@ from engine.devices.program import DraftingProgram, Limits
 from engine.devices.timing import Bandwidths
 from engine.errors import RequestError
 from engine.generate.drafting import Drafter, DraftPolicy
+from engine.models.binding import Keys
 from engine.runtime import Engine
 from tests.cusim import StandInCompiler, needs_emulator
 
@@ -91,7 +92,7 @@ def test_guesses_follow_the_formulas(head: GoldenModel) -> None:
     program, at = head.runner.program, 0
     for n in (3, 1, 4):
         token_id = head.prompt[at]
-        for behind in range(3):
+        for behind in range(3 if head.is_f32 else 1):  # with 8 bits other experts may be chosen sooner or later
             expected, found = reference.draft(token_id, behind), program.draft_logits(0, token_id, at + behind)
             assert np.abs(expected - found).max() < (1e-4 if head.is_f32 else 0.6)  # activations have 8 bits
             token_id = int(expected.argmax())
@@ -143,6 +144,14 @@ def test_only_what_keys_are_made_of_is_computed_of_tokens_that_are_run(head: Gol
         assert len(projection.outs) == widths
 
 
+def test_of_several_blocks_the_first_guesses_one_token(head: GoldenModel) -> None:
+    n_blocks = sum(name.endswith(".nextn.eh_proj.weight") for name in head.runner.file.tensors)
+    assert (n_blocks > 1) == head.path.stem.startswith("step35")
+    assert head.runner.forward.most_by_head == (1 if n_blocks > 1 else 7)
+    with ModelRunner(head.path) as plain:
+        assert plain.forward.most_by_head == 0
+
+
 def test_a_step_that_does_not_fit_is_refused(head: GoldenModel) -> None:
     program = head.runner.program
     for slot, token_id, position in ((0, -1, 1), (0, head.runner.model.spec.n_vocab, 1), (0, 1, 64), (1, 1, 1)):
@@ -177,7 +186,7 @@ def check_on_gpu(head: GoldenModel, hot_k: int | None) -> None:
     device = CUDADevice(compiler=StandInCompiler(), wish=Wish(hot_k), **settings)
     try:
         program = check_devices(head, device)
-        has_experts = head.runner.model.spec.moe.n_experts > 0
+        has_experts = any(isinstance(op, Experts) for op in head.runner.model.graph.draft.operations)
         assert program._lowering.draft_asks_cpu == (has_experts and hot_k is not None)
     finally:
         device.close()
@@ -232,7 +241,8 @@ def test_a_head_is_planned_for(head: GoldenModel) -> None:
     with ModelRunner(head.path) as plain:
         without, found = (measure(g, LIMITS) for g in (plain.model.graph, graph))
         tables = {table.name for table in row_tables(graph)} - {table.name for table in row_tables(plain.model.graph)}
-    assert tables == ({"blk.2.nextn.embed_tokens.weight"} if head.path.stem.startswith("glm4moe") else set())
+    own = f"blk.{head.runner.model.spec.draft_layer}.nextn.embed_tokens.weight"
+    assert tables == ({own} if own in head.runner.model.tensor_names else set())
     assert found.dense_bytes > without.dense_bytes
     assert without.read_bytes < found.read_bytes < found.dense_bytes
     assert found.state_bytes > without.state_bytes
@@ -264,7 +274,7 @@ def test_the_text_is_the_same(device: str, golden_path, request: pytest.FixtureR
     )
     sampled = replace(PARAMS, temperature=0.8, top_k=30, seed=5)
     with Engine.open(golden_path(f"{GOLDEN}.gguf"), config) as engine:
-        assert engine._forward.has_head
+        assert engine._forward.most_by_head == 7
         policy, turns = engine.drafts, [PARAMS, sampled, replace(sampled, repetition_penalty=1.3, logprobs=2)]
         assert policy is not None
         for params in (replace(turn, max_tokens=n) for turn in turns):
@@ -276,6 +286,22 @@ def test_the_text_is_the_same(device: str, golden_path, request: pytest.FixtureR
                 found = session.generate([5, 6, 7, 8], params)
             assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
             assert engine.statistics.n_drafts > before
+
+
+def test_a_head_is_asked_for_no_more_than_it_guesses(golden_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_head = Keys.with_head
+    monkeypatch.setattr(Keys, "with_head", lambda *args: replace(with_head(*args), most_guesses=1))
+    settings = EngineSettings(device="cpu", n_threads=2, context_length=64)
+    asked: list[int] = []
+    with Engine.open(golden_path(f"{GOLDEN}.gguf"), EngineConfig(engine=settings)) as engine:
+        forward = engine._forward
+        assert forward.most_by_head == 1
+        draft = forward.draft
+        monkeypatch.setattr(forward, "draft", lambda *args: (asked.append(args[-1]), draft(*args))[1])
+        engine.drafts = Eager(7, loses_all=True)
+        engine.generate([5, 6, 7, 8], PARAMS)
+    assert len(asked) > 5
+    assert set(asked) == {1}
 
 
 def test_a_session_is_saved_without_what_heads_need(golden_path, tmp_path: Path) -> None:
@@ -363,16 +389,16 @@ def test_what_promises_more_is_drafted() -> None:
     for _ in range(200):
         policy.note_drafts(9, 1, 1)
     drafter = Drafter(policy, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] * 2)
-    assert drafter.propose([1, 2, 3], 4, head) == [4, 5, 6, 7]
+    assert drafter.propose([1, 2, 3], 4, head, 4) == [4, 5, 6, 7]
     assert not asked
     drafter = Drafter(policy, [1, 2, 3])
-    found = drafter.propose([4], 4, head)
+    found = drafter.propose([4], 4, head, 4)
     assert found == [100] * asked[-1]
-    assert drafter.is_promising([4, 100], 4, has_head=True)
+    assert drafter.is_promising([4, 100], 4, 4)
     assert Drafter(policy, [1, 2, 3]).propose([4], 4) == []
-    assert drafter.propose([4, 100], 4, head)
+    assert drafter.propose([4, 100], 4, head, 4)
     before = policy._guesses.share(0)
-    assert drafter.propose([4, 100, 7], 4, head)
+    assert len(drafter.propose([4, 100, 7], 4, head, 1)) == 1
     assert policy._guesses.share(0) < before  # it was wrong
 
 

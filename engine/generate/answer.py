@@ -238,14 +238,12 @@ class Answer:
         def head(n: int) -> tuple[list[int], float]:
             return forward.draft(lease.slot, self.pending(1)[0], lease.n_held, n)
 
-        return self._drafter.propose(self._sequence.token_ids, most, head if forward.has_head else None)
+        return self._drafter.propose(self._sequence.token_ids, most, head, forward.most_by_head)
 
     def awaits_drafts(self, forward: ForwardPass) -> bool:
         """Return whether what follows the next token can probably be drafted when that is known."""
         most, made = self._most_drafts - 1, self._sequence.token_ids
-        return (
-            self._drafter is not None and most > 0 and self._drafter.is_promising(made, most, has_head=forward.has_head)
-        )
+        return self._drafter is not None and most > 0 and self._drafter.is_promising(made, most, forward.most_by_head)
 
     def note_step(self, n_tokens: int, seconds: float) -> None:
         """Note what a step took in which this answer alone went on by a token or more."""

@@ -273,23 +273,28 @@ class Drafter:
         self._guessed: list[int] = []  # by the head, of what is to follow
         self._guess_s = 0.0  # what that took, for the step that is run next
 
-    def propose(self, token_ids: Sequence[int], most: int, head: Head | None = None) -> list[int]:
-        """Return tokens that may follow those made so far, as many as it pays to run with the last one of these."""
+    def propose(
+        self, token_ids: Sequence[int], most: int, head: Head | None = None, most_by_head: int = 0
+    ) -> list[int]:
+        """Return tokens that may follow those made so far, as many as it pays to run with the last one of these.
+
+        There are `most` of them at most, and of a head that can guess any no more than `most_by_head`.
+        """
         length, start = self._look(token_ids)
         by_match = self.policy.by_match(length, most)
-        by_head = self.policy.by_head(most) if head else _NO_PROSPECT
+        by_head = self.policy.by_head(min(most, most_by_head))
         expected = self._expect(length, start, max(by_match.n, 1))
-        if head and by_head.gain > by_match.gain:
+        if head and by_head.n and by_head.gain > by_match.gain:
             self._guessed, self._guess_s = self.guess(head, by_head.n)
             self.policy.note_guess_time(by_head.n, self._guess_s)
             return self._guessed
         return expected if by_match.n else []
 
-    def is_promising(self, token_ids: Sequence[int], most: int, *, has_head: bool = False) -> bool:
+    def is_promising(self, token_ids: Sequence[int], most: int, most_by_head: int = 0) -> bool:
         """Return whether it will probably pay to draft behind the next token, so that it is to be waited for."""
         length, start = self._look(token_ids)
         self._expect(length, start, 1)
-        if has_head and self.policy.by_head(most).n:
+        if self.policy.by_head(min(most, most_by_head)).n:
             return True
         return length > 0 and self.policy.chance(length) > 0.5 and self.policy.n_drafts(length + 1, most) > 0
 

@@ -53,10 +53,18 @@ class ForwardPass:
     Attributes:
         now: returns seconds, of the program's clock if it has one.
         runs_ahead: whether `end` can begin another step.
+        most_by_head: how many tokens the model itself guesses in a row; 0: it has no head for that.
     """
 
     def __init__(
-        self, program: Program, limits: Limits, n_vocab: int, *, draws: bool = False, runs_ahead: bool = False
+        self,
+        program: Program,
+        limits: Limits,
+        n_vocab: int,
+        *,
+        draws: bool = False,
+        runs_ahead: bool = False,
+        most_guesses: int = 0,
     ) -> None:
         """Use a program.
 
@@ -66,6 +74,7 @@ class ForwardPass:
             n_vocab: tokens that there are logits of.
             draws: it is a `DrawingProgram`, or watches one.
             runs_ahead: it is an `AheadProgram`, or watches one, of which steps are to be begun ahead.
+            most_guesses: as of a `ModelSpec`.
         """
         self.program = program
         self.now: Callable[[], float] = program.now if isinstance(program, ClockedProgram) else time.perf_counter
@@ -74,6 +83,7 @@ class ForwardPass:
         self.runs_ahead = runs_ahead
         self._draws = draws
         self._head = program if isinstance(program, DraftingProgram) and program.has_head else None
+        self.most_by_head = 0 if self._head is None else most_guesses or limits.max_drafts
         self._waiting: Step | None = None  # was begun, of a program that can only run it as a whole
         self._slots = np.zeros(limits.max_tokens, np.int32)
         self._no_rows = np.zeros(0, np.int32)
@@ -166,6 +176,7 @@ class ForwardPass:
     def draft(self, slot: int, token_id: int, position: int, n: int) -> tuple[list[int], float]:
         """Return `n` tokens that the model guesses to follow one that was not run yet, and the seconds that took."""
         assert self._head is not None
+        assert n <= self.most_by_head
         start = self.now()
         guesses = self._head.draft(slot, token_id, position, n)
         return guesses, self.now() - start

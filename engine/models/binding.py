@@ -129,10 +129,20 @@ class Keys:
             raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
         return n_blocks - n_mtp
 
-    def draft_layer(self, tensors: Tensors) -> int | None:
-        """Return the block for multi-token prediction, if the file has one that can be used."""
-        n_layers = self.n_layers()
-        return n_layers if tensors.block(n_layers).has("nextn.eh_proj.weight") else None
+    def n_layers_told(self) -> int:
+        """Return for how many layers values are looked for: those that are run, and the first one behind them."""
+        return min(self.n_layers() + 1, self.n_blocks())
+
+    def with_head(self, spec: ModelSpec, tensors: Tensors, *, carries_stream: bool = False) -> ModelSpec:
+        """Return a model that drafts tokens by the block for multi-token prediction, if the file has one.
+
+        Of several blocks each guesses one token of a row, behind those of the blocks before it. The first one is used,
+        for one token.
+        """
+        n_layers, n_mtp = self.n_layers(), self.size("nextn_predict_layers", 0, minimum=0)
+        if not tensors.block(n_layers).has("nextn.eh_proj.weight"):
+            return spec
+        return replace(spec, draft_layer=n_layers, most_guesses=int(n_mtp > 1), carries_stream=carries_stream)
 
     def model(
         self, tensors: Tensors, attention: AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec, moe: MoESpec
@@ -250,32 +260,32 @@ class Keys:
             return (heads[0],)
         if len(heads) < len(numbers) or len(heads) < self.n_layers():
             raise self.wrong(key, numbers, f"one number, or one for each of {self.n_layers()} layers")
-        return tuple(heads[: self.n_layers()])
+        return tuple(heads[: self.n_layers_told()])
 
     def floats_of_layers(self, key: str) -> tuple[float, ...]:
         """Return one number for each layer; none at all if the file has none, or if all are 0."""
         if not self.has(key):
             return ()
-        n_layers = self.n_layers()
+        n_layers, n_told = self.n_layers(), self.n_layers_told()
         values = self._metadata.numbers(f"{self.architecture}.{key}") if self.is_array(key) else [self.number(key)]
-        values = values * n_layers if len(values) == 1 else values
+        values = values * n_told if len(values) == 1 else values
         if len(values) < n_layers or not all(math.isfinite(value) and value >= 0 for value in values):
             raise self.wrong(key, values, f"one number of at least 0 for each of {n_layers} layers")
-        return tuple(values[:n_layers]) if any(values[:n_layers]) else ()
+        return tuple(values[:n_told]) if any(values[:n_told]) else ()
 
-    def flags_of_layers(self, key: str) -> list[bool]:
-        """Return one boolean for each layer."""
+    def flags_of_layers(self, key: str, n_told: int | None = None) -> list[bool]:
+        """Return one boolean for each layer; with `n_told` for so many if the file has them."""
         flags, n_layers = self.flags(key), self.n_layers()
         if len(flags) < n_layers:
             raise self.wrong(key, f"{len(flags)} values", f"one for each of {n_layers} layers")
-        return flags[:n_layers]
+        return flags[: n_told or n_layers]
 
     def windows(self, n_layers: int, period: int, *, without: int = -1) -> tuple[int, ...]:
         """Return the window of each layer, 0 for one of every `period`, by default the last, or as a key says."""
         window = self.size("attention.sliding_window", minimum=0)
         pattern = "attention.sliding_window_pattern"
         if self.is_array(pattern):
-            return tuple(window if flag else 0 for flag in self.flags_of_layers(pattern))
+            return tuple(window if flag else 0 for flag in self.flags_of_layers(pattern, self.n_layers_told()))
         period = self.size(pattern, period)
         return tuple(window if layer % period != without % period else 0 for layer in range(n_layers))
 

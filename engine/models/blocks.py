@@ -40,6 +40,7 @@ Residual: TypeAlias = Tensor | Callable[[], Tensor] | None
 """What a network is added to, or what records that: between the choice of experts and their sum, where those without a
 slot are waited for. None: the network is returned alone."""
 
+_NORMS_OF_HEADS = "nextn.shared_head_norm.weight", "layer_output_norm.weight"
 _ROPE_STYLES = {"neox": RopeStyle.NEOX, "norm": RopeStyle.NORM}
 _GATINGS = {"sigmoid": Gating.SIGMOID, "softplus": Gating.SOFTPLUS}
 _SCORINGS = {
@@ -75,7 +76,8 @@ def layers(
     x = leave(graph, x) if leave else x
     if spec.draft_layer is not None:
         assert output_norm
-        x, output_norm = normalize(graph, x, tensors, output_norm, spec), None
+        if not spec.carries_stream:
+            x, output_norm = normalize(graph, x, tensors, output_norm, spec), None
         _draft(graph, x, tensors, spec, layer)
     _output_head(graph, x, tensors, spec, output_norm)
     return graph
@@ -84,10 +86,10 @@ def layers(
 def _draft(graph: Graph, hidden: Tensor, tensors: Tensors, spec: ModelSpec, layer: Layer) -> None:
     """Record multi-token prediction, as in DeepSeek V3 (section 2.2 of https://arxiv.org/abs/2412.19437).
 
-    One more layer takes the embedding of a token and what the model made of the token before it (`hidden`, normalised)
-    and guesses what follows the token, which itself has not been run. What comes out of the layer is `hidden` for one
-    guess more. Of tokens that are run, the graph makes the keys and values of that layer alone: nobody wants a guess of
-    what is known.
+    One more layer takes the embedding of a token and what the model made of the token before it (`hidden`, in most
+    models normalised) and guesses what follows the token, which itself has not been run. What comes out of the layer is
+    `hidden` for one guess more. Of tokens that are run, the graph makes the keys and values of that layer alone: nobody
+    wants a guess of what is known.
     """
     number = spec.draft_layer
     assert number is not None
@@ -106,15 +108,12 @@ def _draft(graph: Graph, hidden: Tensor, tensors: Tensors, spec: ModelSpec, laye
     graph.draft = draft = Graph()
     draft.states.append(state)
     x = layer(draft, enter(draft, draft.carry_over(None, state, width=spec.hidden_size)), block, spec, number)
-    own_norm = block.has("nextn.shared_head_norm.weight")
-    x = normalize(
-        draft,
-        x,
-        block if own_norm else tensors,
-        "nextn.shared_head_norm.weight" if own_norm else "output_norm.weight",
-        spec,
-    )
-    draft.keep(x, state)
+    if spec.carries_stream:
+        draft.keep(x, state)
+    norm = next((name for name in _NORMS_OF_HEADS if block.has(name)), None)
+    x = normalize(draft, x, block if norm else tensors, norm or "output_norm.weight", spec)
+    if not spec.carries_stream:
+        draft.keep(x, state)
     own_head = block.has("nextn.shared_head_head.weight")
     _output_head(draft, x, block if own_head else tensors, spec, None)
     known = Graph()
@@ -350,8 +349,8 @@ def _yarn_pair(rope: RopeSpec, turns: float) -> float:
 
 
 def of_layer(values: tuple[int, ...], layer: int) -> int:
-    """Return a layer's value where each layer has one, else 0."""
-    return values[layer] if values else 0
+    """Return a layer's value where each layer has one, else 0; a block for multi-token prediction may have none."""
+    return values[layer] if layer < len(values) else 0
 
 
 # -- feed-forward networks -------------------------------------------------------------------------------------------

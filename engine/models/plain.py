@@ -36,8 +36,8 @@ class PlainDecoder:
         """Read the hyper-parameters."""
         moe = keys.mixture(tensors, scoring=keys.scoring(self.scoring), normalize=self.normalizes, scales=self.scales)
         spec = keys.model(tensors, keys.attention(self.style), moe)
-        draft_layer = keys.draft_layer(tensors) if self.drafts else None
-        return replace(spec, biased_norms=self.biased_norms, draft_layer=draft_layer)
+        spec = replace(spec, biased_norms=self.biased_norms)
+        return keys.with_head(spec, tensors) if self.drafts else spec
 
     def forward(self, spec: ModelSpec, tensors: Tensors) -> Graph:
         """Record the forward pass."""
@@ -59,7 +59,7 @@ PLAIN: dict[str, PlainDecoder] = {
         scoring="sigmoid", normalizes=None, scales=True, ffn_norm="post_attention_norm.weight", drafts=True
     ),
     # Hunyuan 3
-    "hy_v3": PlainDecoder(scoring="sigmoid", normalizes=None, scales=True),
+    "hy_v3": PlainDecoder(scoring="sigmoid", normalizes=None, scales=True, drafts=True),
     # MiniMax-M2: queries and keys are normalised over all heads together
     "minimax-m2": PlainDecoder(scoring="sigmoid"),
     # OLMoE-1B-7B: likewise

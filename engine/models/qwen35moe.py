@@ -33,8 +33,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
             _DT_BIAS_UNUSUAL,
         )
     return replace(
-        keys.model(tensors, keys.attention(), keys.mixture(tensors)),
-        draft_layer=keys.draft_layer(tensors),
+        keys.with_head(keys.model(tensors, keys.attention(), keys.mixture(tensors)), tensors),
         recurrent_layers=recurrent_layers,
         delta_net=read_delta_net(keys, grouped=False),
     )

@@ -14,8 +14,7 @@ from engine.models.qwen35moe import gated_attention, gated_delta_net, read_delta
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
     return replace(
-        keys.model(tensors, keys.attention(), keys.mixture(tensors)),
-        draft_layer=keys.draft_layer(tensors),
+        keys.with_head(keys.model(tensors, keys.attention(), keys.mixture(tensors)), tensors),
         recurrent_layers=read_recurrent_layers(keys, keys.n_layers()),
         delta_net=read_delta_net(keys, grouped=True),
     )

@@ -119,7 +119,12 @@ class Engine(Answering):
         if draws:
             program.allow(self.tokenizer.sampled_among(self.spec.n_vocab))
         self._forward = ForwardPass(
-            program, self._limits, self.spec.n_vocab, draws=draws, runs_ahead=program.runs_ahead
+            program,
+            self._limits,
+            self.spec.n_vocab,
+            draws=draws,
+            runs_ahead=program.runs_ahead,
+            most_guesses=self.spec.most_guesses,
         )
         self._snapshots: Snapshots | None = None
         most = cuts_back(model.graph, self._limits)
