@@ -1328,6 +1328,21 @@ def drafting(name: str, parts: tuple[str, ...] = (), keys: dict[str, object] | N
 
 
 PEERS |= {
+    "deepseek2-mtp": drafting(
+        "mistral4",
+        ("embed_tokens", "shared_head_head", "shared_head_norm"),
+        {
+            "feed_forward_length": 2 * FFN,
+            "attention.temperature_scale": None,
+            "attention.temperature_length": None,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 2.5,
+        },
+        architecture="deepseek2",
+        moe_layers=(1, 2),
+        router_bias=0.2,
+        embedding_gain=2.0,
+    ),
     "hy_v3-mtp": drafting("hy_v3", ("shared_head_norm",), {"feed_forward_length": 2 * FFN}, moe_layers=(1, 2)),
 }
 

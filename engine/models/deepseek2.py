@@ -20,7 +20,7 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCAB = (47, 48), 154880  # its early files lack t
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    return keys.model(tensors, read_scaled_attention(keys), _read_mixture(keys, tensors))
+    return keys.with_head(keys.model(tensors, read_scaled_attention(keys), _read_mixture(keys, tensors)), tensors)
 
 
 def read_latent_attention(keys: Keys, suffix: str = "", n_heads: int = 0) -> LatentAttentionSpec:
