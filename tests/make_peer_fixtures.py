@@ -1344,6 +1344,21 @@ PEERS |= {
         embedding_gain=2.0,
     ),
     "hy_v3-mtp": drafting("hy_v3", ("shared_head_norm",), {"feed_forward_length": 2 * FFN}, moe_layers=(1, 2)),
+    "step35-mtp": drafting(
+        "step35",
+        ("shared_head_norm", "shared_head_head"),
+        {
+            "nextn_predict_layers": 2,
+            "attention.sliding_window_pattern": [False, True, False, True, True],
+            "feed_forward_length": 2 * FFN,
+            "swiglu_clamp_exp": [0.0, 0.0, 0.5, 0.6, 0.0],
+            "swiglu_clamp_shexp": [0.0, 0.0, 0.4, 0.3, 0.0],
+        },
+        n_layers=3,
+        n_mtp=2,
+        moe_layers=(2, 3, 4),
+        layer_heads=(4, 2, 4, 2, 2),
+    ),
 }
 
 

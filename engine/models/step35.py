@@ -25,7 +25,8 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     )
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     limits, shared_limits = (keys.floats_of_layers(f"swiglu_clamp_{part}") for part in ("exp", "shexp"))
-    return keys.model(tensors, attention, replace(moe, limits=limits, shared_limits=shared_limits))
+    spec = keys.model(tensors, attention, replace(moe, limits=limits, shared_limits=shared_limits))
+    return keys.with_head(spec, tensors, carries_stream=True)
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
