@@ -51,6 +51,7 @@ HEADS = (
     "hy_v3-mtp",
     "deepseek2-mtp",
     "step35-mtp",
+    "mimo2-mtp",
 )
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (

@@ -1344,6 +1344,13 @@ PEERS |= {
         embedding_gain=2.0,
     ),
     "hy_v3-mtp": drafting("hy_v3", ("shared_head_norm",), {"feed_forward_length": 2 * FFN}, moe_layers=(1, 2)),
+    "mimo2-mtp": drafting(
+        "mimo2",
+        (LAYER_NORM,),
+        {"attention.sliding_window_pattern": [False, True, True, True]},
+        layer_kv_heads=(1, 2, 2, 2),
+        sinks=(1, 2, 3),
+    ),
     "step35-mtp": drafting(
         "step35",
         ("shared_head_norm", "shared_head_head"),

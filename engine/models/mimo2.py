@@ -22,7 +22,8 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
         window_rope=keys.local_rope(attention.head_dim, _LOCAL_FREQ_BASE),
         output_scale=keys.number("attention.value_scale", 1.0) or 1.0,
     )
-    return keys.model(tensors, attention, keys.mixture(tensors, scoring="sigmoid"))
+    spec = keys.model(tensors, attention, keys.mixture(tensors, scoring="sigmoid"))
+    return keys.with_head(spec, tensors, carries_stream=True)
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
