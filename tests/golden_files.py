@@ -52,6 +52,7 @@ HEADS = (
     "deepseek2-mtp",
     "step35-mtp",
     "mimo2-mtp",
+    "cohere2moe-mtp",
 )
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (

@@ -1328,6 +1328,13 @@ def drafting(name: str, parts: tuple[str, ...] = (), keys: dict[str, object] | N
 
 
 PEERS |= {
+    "cohere2moe-mtp": drafting(
+        "cohere2moe",
+        (),
+        {"attention.sliding_window_pattern": [False, True, False, True]},
+        n_layers=3,
+        moe_layers=(1, 2, 3),
+    ),
     "deepseek2-mtp": drafting(
         "mistral4",
         ("embed_tokens", "shared_head_head", "shared_head_norm"),

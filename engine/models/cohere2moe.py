@@ -1,7 +1,8 @@
 """North Mini Code (Cohere, 30B-A3B): attention and network side by side, both of the same norm of what comes in.
 
-Layers without a window are not rotated, but for the dense ones at the beginning. The shared expert counts as much as
-all routed ones: half each. The norm is LayerNorm, or RMSNorm in files that have an epsilon for it.
+Layers without a window are not rotated, but for the dense ones at the beginning and that for multi-token prediction.
+The shared expert counts as much as all routed ones: half each. The norm is LayerNorm, or RMSNorm in files that have an
+epsilon for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     spec = keys.model(tensors, _read_attention(keys), replace(moe, shared_sum_scale=0.5))
     is_rms = keys.number("attention.layer_norm_rms_epsilon", 0.0) > 0
+    spec = keys.with_head(spec, tensors)
     return replace(
         spec,
         norm_eps=spec.norm_eps if is_rms else keys.number("attention.layer_norm_epsilon"),
@@ -35,7 +37,7 @@ def _read_attention(keys: Keys) -> AttentionSpec:
     keys.size("attention.sliding_window", minimum=1)  # it also says which layers are rotated
     keys.need_one_rotation(attention.rope)
     n_dense = keys.size("leading_dense_block_count", minimum=0)
-    unrotated = tuple(not window and layer >= n_dense for layer, window in enumerate(windows))
+    unrotated = tuple(not window and layer >= n_dense for layer, window in enumerate(windows[: keys.n_layers()]))
     return replace(attention, windows=windows, unrotated_layers=unrotated)
 
 
