@@ -53,6 +53,7 @@ HEADS = (
     "step35-mtp",
     "mimo2-mtp",
     "cohere2moe-mtp",
+    "bailingmoe3-mtp",
 )
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (

@@ -1328,6 +1328,19 @@ def drafting(name: str, parts: tuple[str, ...] = (), keys: dict[str, object] | N
 
 
 PEERS |= {
+    "bailingmoe3-mtp": drafting(
+        "bailingmoe3",
+        (LAYER_NORM,),
+        {
+            "attention.head_count_kv": [0, 1, 1],
+            "feed_forward_length": 2 * FFN,
+            "swiglu_clamp_exp": [0.0, 0.0, 0.5],
+            "swiglu_clamp_shexp": [0.5, 0.0, 0.4],
+        },
+        n_layers=2,
+        moe_layers=(1, 2),
+        delta_layers=(0,),
+    ),
     "cohere2moe-mtp": drafting(
         "cohere2moe",
         (),

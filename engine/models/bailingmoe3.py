@@ -25,8 +25,9 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     attention = replace(attention, rope=_read_rope(keys, attention.rope_dim), gated=True)
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid"), normalize=None, scales=True)
     limits, shared_limits = (keys.floats_of_layers(f"swiglu_clamp_{part}") for part in ("exp", "shexp"))
+    spec = keys.model(tensors, attention, replace(moe, limits=limits, shared_limits=shared_limits))
     return replace(
-        keys.model(tensors, attention, replace(moe, limits=limits, shared_limits=shared_limits)),
+        keys.with_head(spec, tensors),
         recurrent_layers=kimi_linear.read_recurrent_layers(keys),
         delta_net=kimi_linear.read_delta_net(keys, attention.n_heads, _read_bound(keys)),
     )
