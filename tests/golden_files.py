@@ -54,6 +54,8 @@ HEADS = (
     "mimo2-mtp",
     "cohere2moe-mtp",
     "bailingmoe3-mtp",
+    "deepseek32-mtp",
+    "glm-dsa-mtp",
 )
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (

@@ -1363,6 +1363,14 @@ PEERS |= {
         router_bias=0.2,
         embedding_gain=2.0,
     ),
+    "deepseek32-mtp": drafting("deepseek32", ("shared_head_norm",)),
+    "glm-dsa-mtp": drafting(
+        "glm-dsa",
+        ("shared_head_norm",),
+        {"feed_forward_length": 2 * FFN, "attention.indexer.types": [True, False]},
+        n_layers=2,
+        moe_layers=(1, 2),
+    ),
     "hy_v3-mtp": drafting("hy_v3", ("shared_head_norm",), {"feed_forward_length": 2 * FFN}, moe_layers=(1, 2)),
     "mimo2-mtp": drafting(
         "mimo2",

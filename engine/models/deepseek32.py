@@ -32,7 +32,8 @@ def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     is_glm = keys.architecture == "glm-dsa"
     moe = keys.mixture(tensors, scoring=keys.scoring("sigmoid" if is_glm else "softmax"), normalize=None, scales=True)
     rope = attention.rope if is_glm else replace(attention.rope, style="neox")
-    return keys.model(tensors, replace(attention, indexer=read_indexer(keys, rope, _layers(keys, is_glm))), moe)
+    attention = replace(attention, indexer=read_indexer(keys, rope, _layers(keys, is_glm)))
+    return keys.with_head(keys.model(tensors, attention, moe), tensors)
 
 
 def read_indexer(
@@ -80,7 +81,10 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 
 def choosing_attention(spec: ModelSpec) -> Layer:
-    """Return what records latent attention over the positions that the layers with an indexer choose."""
+    """Return what records latent attention over the positions that the layers with an indexer choose.
+
+    A block for multi-token prediction looks at all positions, as llama.cpp's does, whether or not it has an indexer.
+    """
     indexer = _indexer(spec)
     chosen: list[Selected] = []  # by the layers so far that choose
 
@@ -90,7 +94,7 @@ def choosing_attention(spec: ModelSpec) -> Layer:
                 chosen.append(_select(graph, x, q, block, spec))
             return chosen[-1]
 
-        return latent_attention(graph, x, block, spec, layer, select)
+        return latent_attention(graph, x, block, spec, layer, select if layer != spec.draft_layer else None)
 
     return attend
 
