@@ -460,6 +460,7 @@ class ModelSpec:
         draft_layer: the block for multi-token prediction, if there is one and tokens are to be drafted with it.
         most_guesses: how many tokens it guesses in a row; 0: any number.
         carries_stream: whether what it takes of the token before is the residual stream as it is, not normalised.
+        head_norm_eps: epsilon of the norm behind it, where that alone takes the mean from a row; 0: it is as others.
         hidden_size: width of the residual stream.
         n_vocab: rows of the embedding table, and logits of a token.
         context_length: tokens the model was trained for.
@@ -493,6 +494,7 @@ class ModelSpec:
     draft_layer: int | None = None
     most_guesses: int = 0
     carries_stream: bool = False
+    head_norm_eps: float = 0.0
     recurrent_layers: tuple[bool, ...] = ()
     delta_net: DeltaNetSpec | None = None
     state_space: StateSpaceSpec | None = None

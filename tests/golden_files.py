@@ -56,6 +56,7 @@ HEADS = (
     "bailingmoe3-mtp",
     "deepseek32-mtp",
     "glm-dsa-mtp",
+    "nemotron_h_moe-mtp",
 )
 # Made by make_peer_fixtures.py for what the golden files lack; every checkout has them, in tests/data/peers.
 PEERS = (

@@ -127,7 +127,8 @@ class Peer:
         sinks: the blocks whose attention has sinks.
         recurrent: whether every other block is a delta net, or all but each n-th (`full_attention_interval`), and the
             others gate their attention; all gate their shared experts.
-        kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network.
+        kinds: of the blocks where each is one thing: "s" state space, "a" attention, "f" feed-forward network. One for
+            multi-token prediction is the latter two.
         state_space_layers: those of other models.
         scan_layers: the blocks with a state for each channel.
         short_conv_layers: the blocks that convolve instead of attending.
@@ -1379,6 +1380,18 @@ PEERS |= {
         layer_kv_heads=(1, 2, 2, 2),
         sinks=(1, 2, 3),
     ),
+    "nemotron_h_moe-mtp": drafting(
+        "nemotron_h_moe",
+        ("shared_head_norm",),
+        {
+            "attention.head_count_kv": [0, 0, N_KV_HEADS, N_KV_HEADS],
+            "attention.layer_norm_epsilon": 0.05,
+            "feed_forward_length": [0, FFN, 0, FFN],
+        },
+        n_layers=3,
+        moe_layers=(1, 3),
+        kinds="sfa",
+    ),
     "step35-mtp": drafting(
         "step35",
         ("shared_head_norm", "shared_head_head"),
@@ -1564,11 +1577,16 @@ def parallel_networks(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str,
 
 
 def one_kind(peer: Peer, layer: int, draw: Draw) -> Iterator[tuple[str, np.ndarray]]:
-    if peer.kinds[layer] == "s":
+    kind = peer.kinds[layer] if layer < peer.n_layers else "af"
+    if kind == "s":
         yield from state_space(draw)
-    elif peer.kinds[layer] == "a":
+    if "a" in kind:
         yield from attention(peer, layer, draw)
-    elif layer not in peer.moe_layers:
+    if kind == "af":
+        yield "post_attention_norm.weight", draw.norm(HIDDEN)
+    if "f" not in kind:
+        return
+    if layer not in peer.moe_layers:
         yield "ffn_up.weight", draw.matrix(2 * FFN, HIDDEN)
         yield "ffn_down.weight", draw.matrix(HIDDEN, 2 * FFN)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
@@ -111,7 +112,8 @@ def _draft(graph: Graph, hidden: Tensor, tensors: Tensors, spec: ModelSpec, laye
     if spec.carries_stream:
         draft.keep(x, state)
     norm = next((name for name in _NORMS_OF_HEADS if block.has(name)), None)
-    x = normalize(draft, x, block if norm else tensors, norm or "output_norm.weight", spec)
+    how = replace(spec, centers_norms=True, norm_eps=spec.head_norm_eps) if spec.head_norm_eps else spec
+    x = normalize(draft, x, block if norm else tensors, norm or "output_norm.weight", how)
     if not spec.carries_stream:
         draft.keep(x, state)
     own_head = block.has("nextn.shared_head_head.weight")

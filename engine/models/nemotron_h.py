@@ -2,6 +2,7 @@
 
 Networks have one projection in place of gate and up, of which they take the squares where it is above 0. The experts of
 the larger ones work in a space of fewer values, into which and out of which there is one more matrix for all of them.
+A block for multi-token prediction has attention and experts, and LayerNorm behind them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from engine.models.state_space import read_state_space, recurrent_layers, state_
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
-    n_layers = keys.n_layers()
+    n_layers, n_told = keys.n_layers(), keys.n_layers_told()
     moe = keys.mixture(tensors, scoring="sigmoid", normalize=None, scales=True)
-    attention = replace(keys.attention(), unrotated_layers=(True,) * n_layers, layer_heads=(), layer_kv_heads=())
+    attention = replace(keys.attention(), unrotated_layers=(True,) * n_told, layer_heads=(), layer_kv_heads=())
+    spec = keys.model(tensors, attention, replace(moe, latent_size=keys.size("moe_latent_size", 0, minimum=0)))
+    if keys.architecture == "nemotron_h_moe":
+        spec = keys.with_head(spec, tensors)
     return replace(
-        keys.model(tensors, attention, replace(moe, latent_size=keys.size("moe_latent_size", 0, minimum=0))),
+        spec,
+        head_norm_eps=0.0 if spec.draft_layer is None else keys.number("attention.layer_norm_epsilon"),
         recurrent_layers=recurrent_layers(tensors, n_layers),
         state_space=read_state_space(keys),
     )
@@ -34,6 +39,10 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
     h = normalize(graph, x, block, "attn_norm.weight", spec)
+    if layer == spec.draft_layer:
+        x = graph.add(x, self_attention(graph, h, block, spec, layer))
+        h = normalize(graph, x, block, "post_attention_norm.weight", spec)
+        return feed_forward(graph, h, x, block, spec, layer, Activation.RELU)
     if spec.recurrent_layers[layer]:
         return graph.add(x, state_space(graph, h, block, spec))
     if block.has("ffn_up.weight") or block.has("ffn_gate_inp.weight"):
