@@ -48,6 +48,11 @@ def test_getters_accept_their_type_and_no_other(getter: str) -> None:
         get("absent")
 
 
+def test_flags_may_be_written_as_integers() -> None:
+    metadata = Metadata("m.gguf", {"flags": np.array([1, 0, 1], np.int32)})
+    assert metadata.flags("flags") == [True, False, True]
+
+
 def test_defaults_are_for_missing_keys_only() -> None:
     metadata = Metadata("m.gguf", VALUES)
     assert metadata.text("absent", "") == ""

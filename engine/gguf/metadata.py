@@ -123,10 +123,10 @@ class Metadata:
         return list(map(float, value))
 
     def flags(self, key: str) -> list[bool]:
-        """Return an array of booleans."""
+        """Return an array of booleans, which some converters write as integers."""
         value = self.value(key)
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "b":
-            raise self._wrong(key, "an array of booleans")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biu" or not np.isin(value, (0, 1)).all():
+            raise self._wrong(key, "an array of booleans, or of 0 and 1")
         return list(map(bool, value))
 
     def _get(self, key: str, default: Value | None) -> Value:
