@@ -363,6 +363,32 @@ def test_arrivals_are_published_before_a_step_if_nobody_else_does(monkeypatch, i
     watched.close()
 
 
+@pytest.mark.parametrize("kept", [N_EXPERTS, N_EXPERTS - 1])
+def test_a_policy_is_asked_for_nothing_where_every_expert_is_in_a_slot_for_good(kept: int) -> None:
+    """Where a step may borrow one, it must know whom to put back."""
+    cache, device = make_cache([N_EXPERTS] * N_LAYERS, 0, kept=[kept] * N_LAYERS)
+    rng, told = np.random.default_rng(1), []
+    observe = cache.policy.observe
+    cache.policy.observe = lambda chosen: (told.append(chosen), observe(chosen))
+    cache.fill(np.ones((N_LAYERS, N_EXPERTS), np.float32))
+    n_before = 0
+    while not cache.table.ready.all():
+        cache.observe(tokens(rng, 1))
+        cache.step(1.0)
+        device.finish(1.0)
+        n_before += 1
+    assert len(told) == n_before > 0
+    cache.reset_statistics()
+    for _ in range(20):
+        cache.observe(tokens(rng, 2))
+        assert cache.step(1.0) == 0
+    assert len(told) == n_before + (kept < N_EXPERTS) * 40
+    statistics = cache.statistics
+    assert (statistics.n_tokens, statistics.hit_rate, statistics.n_loads) == (40, 1.0, 0)
+    assert (statistics.choices == 40 * N_USED).all()
+    check(cache, device)
+
+
 def test_the_first_prompt_fills_the_slots_and_later_ones_evict_nothing() -> None:
     cache, device = make_cache([3] * N_LAYERS, 1, bypass_n_tokens=16)
     rng = np.random.default_rng(1)

@@ -30,7 +30,7 @@ from engine.devices.timing import (
     time_step,
     traffic_of,
 )
-from engine.devices.traffic import WeightTraffic, count_weights
+from engine.devices.traffic import count_weights
 from engine.errors import DeviceError
 from engine.machine import available_memory
 
@@ -104,7 +104,9 @@ class EmulatedDevice:
         plan = plan_memory(footprint, self.allowed_bytes, self.wish)
         _check_ram(footprint, plan)
         lowered = Lowering(graph, weights, limits, self.cpu.n_threads, self.cpu.isa)
-        return EmulatedProgram(self, lowered, footprint, plan, threshold, count_weights(graph.draft or Graph()))
+        draft, speeds = count_weights(graph.draft or Graph()), machine.bandwidths
+        draft_s = draft.dense_bytes / speeds.vram + draft.chosen_bytes / speeds.ram  # its experts have no slots
+        return EmulatedProgram(self, lowered, footprint, plan, threshold, draft_s)
 
     def close(self) -> None:
         """Do nothing: the memory is the programs'."""
@@ -128,7 +130,7 @@ class EmulatedProgram:
         footprint: Footprint,
         plan: MemoryPlan,
         stream_n_tokens: int,
-        draft: WeightTraffic,
+        draft_s: float = 0.0,
     ) -> None:
         self._device, self.plan, self.footprint = device, plan, footprint
         self._program = CPUProgram(device.cpu, lowered)
@@ -148,9 +150,7 @@ class EmulatedProgram:
         self._staging: StagingAreas | None = None  # made for the first step that streams experts
         self._last_reader = Event(0.0)
         self._rewind_s = 2 * footprint.recurrent_bytes / device.machine.bandwidths.vram  # read, and written
-        self.has_head = self._program.has_head
-        speeds = device.machine.bandwidths
-        self._draft_s = draft.dense_bytes / speeds.vram + draft.chosen_bytes / speeds.ram  # its experts have no slots
+        self.has_head, self._draft_s = self._program.has_head, draft_s
         self._copied_bytes = 0
         self._time_spent = StepTime()
         self._traffic = Traffic()
