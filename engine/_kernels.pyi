@@ -431,6 +431,7 @@ class Program:
         n_kv_heads: int,
         head_dim: int,
         value_dim: int,
+        is_ring: bool = False,
     ) -> None:
         """Store k and v as `attention` does, and look at nothing."""
 

@@ -1210,11 +1210,13 @@ cdef class Program:
         int n_kv_heads,
         int head_dim,
         int value_dim,
+        c_bool is_ring=False,
     ):
         need(value_dim > 0, f"value_dim is {value_dim}; expected at least 1")
         cdef kv_cache rows = cache_at(
             "cache", cache, cache_type, self._n_slots, n_rows, n_kv_heads, head_dim, value_dim
         )
+        rows.is_ring = is_ring
         cdef matrix keys = need_matrix("k", k, k_stride, n_kv_heads * <int64_t> head_dim)
         cdef matrix values = need_matrix("v", v, v_stride, n_kv_heads * <int64_t> value_dim)
         recorded(program_store_keys(self._program, rows, keys, values))

@@ -14,11 +14,10 @@ from engine.devices.cpu.lowering import Lowering
 from engine.devices.emulated import Behaviour, EmulatedDevice
 from engine.devices.emulated.device import EmulatedProgram
 from engine.devices.footprint import measure
-from engine.devices.graph import Graph, KVType
+from engine.devices.graph import KVType
 from engine.devices.placement import plan_memory
 from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine
-from engine.devices.traffic import count_weights
 from engine.experts.cost import SwapBudget
 from engine.experts.hot_cache import HotCache
 from engine.experts.policy import make_policy
@@ -97,7 +96,7 @@ class Model:
         long_steps = (setup.bypass_n_tokens - 1, 0), (setup.lends_one_up_to, size), (LIMITS.max_tokens, 1 << 60)
         context_slots = tuple(in_contexts)
         plan = replace(plan, n_slots=n_slots, n_kept=n_kept, context_slots=context_slots, long_steps=long_steps)
-        program = EmulatedProgram(device, lowered, self.footprint, plan, setup.bypass_n_tokens, count_weights(Graph()))
+        program = EmulatedProgram(device, lowered, self.footprint, plan, setup.bypass_n_tokens)
         cache = HotCache(
             program,
             SlotTable(n_slots, self.n_experts, program.expert_bytes),

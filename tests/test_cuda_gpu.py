@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import cuda_launcher
 import numpy as np
@@ -86,7 +87,6 @@ from test_cuda_tiles import (  # noqa: F401 - collected here
     test_choices_are_sorted_and_cut_into_tiles,
     test_experts_by_tiles_have_the_bits_of_the_cpu,
 )
-from test_draft_head import head  # noqa: F401 - a fixture
 
 from engine.devices.cuda import probe
 from engine.errors import DeviceError
@@ -125,9 +125,10 @@ def test_swaps_never_change_a_bit(small: Model) -> None:  # noqa: F811 - the fix
             assert (opened.logits(1, between=swap).view(np.uint32) == expected.view(np.uint32)).all()
 
 
-@pytest.mark.parametrize("hot_k", [0, 3, None])
-def test_heads_guess_as_on_the_cpu(head: test_draft_head.GoldenModel, hot_k: int | None) -> None:  # noqa: F811
-    test_draft_head.check_on_gpu(head, hot_k)
+@pytest.mark.parametrize(("name", "hot_k"), test_draft_head.PLACES)
+def test_heads_guess_as_on_the_cpu(name: str, hot_k: int | None, data: Path) -> None:
+    with test_draft_head.open_head(data, name) as opened:
+        test_draft_head.check_on_gpu(opened, hot_k)
 
 
 @pytest.fixture(scope="module", autouse=True)

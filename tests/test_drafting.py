@@ -373,7 +373,7 @@ def test_text_that_repeats_itself_is_drafted_by_default() -> None:
 def test_where_routing_is_recorded_or_played_nothing_is_drafted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "engine")
     settings = EngineSettings(device="cpu", n_threads=1, context_length=64)
     for path, moe, why in (
         (None, MoESettings(record_trace=str(tmp_path / "trace.npz")), "routing is recorded"),

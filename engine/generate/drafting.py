@@ -23,7 +23,8 @@ _KINDS = [sum(length >= least for least in _LENGTHS[1:]) for length in range(_LO
 _FIRST_GUESS = (0.4, 0.5, 0.65, 0.75, 0.85)  # how often, before anything is known; worth as much as:
 _GUESS_WEIGHT = 6.0  # tokens
 _HEAD_FIRST_GUESS = (0.8, 0.65, 0.55, 0.5)  # the same of the first token that a head guesses, of the next one ...
-_HEAD_TRIALS = 8  # guesses after which more is known of a head and its steps than is assumed
+_HEAD_TRIALS = 8  # after which more is known of a head and its steps than is assumed
+_TRIED_AT_ONCE = 3  # tokens in every second one of them
 _MEMORY = 0.97  # of what is known, after one token more
 _LEAST_GAIN = 1.08  # in tokens a second
 _STEP_SHARE = 0.5  # what one more token adds to a step, of a step with one, before it was measured
@@ -182,7 +183,7 @@ class DraftPolicy:
         self._matches, self._guesses = HitRates(_FIRST_GUESS), HitRates(_HEAD_FIRST_GUESS)
         self._times = StepTimes(max_drafts + 1)
         self.guess_s = 0.0
-        self._n_guessed = 0
+        self._n_trials = 0  # how often a head was asked
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
         """Return what makes the drafts for an answer."""
@@ -205,8 +206,8 @@ class DraftPolicy:
         """Return what it promises to have a head guess at most `most` tokens."""
         if not self._times.is_known or most < 1:
             return _NO_PROSPECT
-        if self._n_guessed < _HEAD_TRIALS:
-            return Prospect(1, _LEAST_GAIN)
+        if self._n_trials < _HEAD_TRIALS:  # of one token and of some in turn, for both kinds of steps to be timed
+            return Prospect(1 if self._n_trials % 2 else min(most, _TRIED_AT_ONCE), _LEAST_GAIN)
         found = self._best(self._guesses.share, most, self.guess_s)
         if not found.n:
             self._times.forget()
@@ -246,12 +247,12 @@ class DraftPolicy:
 
     def note_guesses(self, n_tried: int, n_right: int) -> None:
         """Note the same of the tokens that a head guessed."""
-        self._n_guessed += n_tried
         for i in range(n_tried):
             self._guesses.note(i, is_right=i < n_right)
 
     def note_guess_time(self, n: int, seconds: float) -> None:
         """Note what a head took to guess so many tokens."""
+        self._n_trials += 1
         each = seconds / n
         self.guess_s += (0.2 if self.guess_s else 1.0) * (each - self.guess_s)
 

@@ -513,6 +513,7 @@ class Lowering:
                 cache.n_kv_heads,
                 cache.head_dim,
                 cache.value_dim,
+                self.limits.is_ring(cache),
             )
         )
 
