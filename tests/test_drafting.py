@@ -22,12 +22,16 @@ from small_engines import PROMPTS, open_engine
 from engine.__main__ import main
 from engine.bench.rehearsal import Rehearsal
 from engine.config import EngineConfig, EngineSettings, MoESettings, SamplingParams
+from engine.devices.cuda import CUDADevice
 from engine.devices.program import RewindingProgram
+from engine.devices.timing import Bandwidths
+from engine.errors import RequestError
 from engine.generate import leases, scheduler
 from engine.generate.answer import Completion
 from engine.generate.drafting import Drafter, DraftPolicy, Lookup
+from engine.generate.forward import ForwardPass
 from engine.runtime import Engine
-from tests.cusim import needs_emulator
+from tests.cusim import StandInCompiler, needs_emulator
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SAMPLED = replace(PARAMS, temperature=0.9, top_k=40, seed=3)
@@ -279,6 +283,26 @@ def check_rewinding(runner: ModelRunner, tokens: list[int]) -> None:
             at += n
         found.append(forward.run(0, tokens[at:], at, "all"))
         assert (np.concatenate(found).view(np.uint32) == expected.view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_emulator)])
+def test_a_step_that_is_refused_keeps_no_states(device: str, golden_path, request: pytest.FixtureRequest) -> None:
+    """What was asked for it is not done by the next one, which may have fewer tokens."""
+    with ModelRunner(golden_path("qwen35moe/qwen35moe-fusedgu-Q8_0.gguf"), max_tokens=8, max_drafts=3) as runner:
+        program, gpu = runner.program, None
+        if device == "cuda":
+            request.getfixturevalue("driver")
+            gpu = CUDADevice(compiler=StandInCompiler(), bandwidths=Bandwidths(50e9, 25e9, 1e12), n_threads=1)
+            program = gpu.compile(runner.model.graph, runner.weights, runner.forward.limits)
+        forward = ForwardPass(program, runner.forward.limits, runner.model.spec.n_vocab)
+        expected = forward.run(0, [3, 4], 0, "all").copy()
+        program.keep_states(0, 6)
+        with pytest.raises(RequestError):
+            program.run(*(np.full(9, 0, np.int32) for _ in range(4)))
+        assert np.array_equal(forward.run(0, [3, 4], 0, "all"), expected)
+        if gpu is not None:
+            program.close()
+            gpu.close()
 
 
 @pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=needs_emulator)])

@@ -123,6 +123,7 @@ class CPUProgram:
     ) -> None:
         """Take in the inputs of a step."""
         step, n = self._step, len(token_ids)
+        keeps, self._keeps = self._keeps, None
         if not 0 < n <= self._limits.max_tokens:
             raise RequestError(f"a step of {n} tokens was asked for; this program takes 1 to {self._limits.max_tokens}")
         step.token_ids[:n] = token_ids
@@ -130,8 +131,8 @@ class CPUProgram:
         step.slots[:n] = slots
         step.output_rows[: len(output_rows)] = output_rows
         step.n_tokens, step.n_outputs = n, len(output_rows)
-        step.kept_row = kept_row(self._keeps, slots)
-        self._n_tokens, self._keeps = n, None
+        step.kept_row = kept_row(keeps, slots)
+        self._n_tokens = n
 
     def draft(self, slot: int, token_id: int, position: int, n: int) -> list[int]:
         """Guess the tokens that follow one; see `program.DraftingProgram`."""

@@ -331,7 +331,7 @@ class CUDAProgram:
             self._steps.synchronize()
         finally:
             self._under_way.clear()
-            self._prepared = None
+            self._prepared = self._keeps = None
             self._n_over = self._n_begun
 
     def _download_logits(self, step: _UnderWay) -> npt.NDArray[np.float32]:
