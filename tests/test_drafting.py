@@ -28,7 +28,7 @@ from engine.devices.timing import Bandwidths
 from engine.errors import RequestError
 from engine.generate import leases, scheduler
 from engine.generate.answer import Completion
-from engine.generate.drafting import Drafter, DraftPolicy, Lookup
+from engine.generate.drafting import Drafter, DraftPolicy, Lookup, StepTimes
 from engine.generate.forward import ForwardPass
 from engine.runtime import Engine
 from tests.cusim import StandInCompiler, needs_emulator
@@ -123,6 +123,18 @@ def test_nothing_is_drafted_before_a_step_was_timed() -> None:
     assert policy.n_drafts(17, 7) == 0
     policy.note_step(1, 1.0)
     assert policy.n_drafts(17, 7) > 0
+
+
+def test_the_first_step_of_a_size_counts_until_there_is_a_faster_one() -> None:
+    times = StepTimes(8)
+    for seconds in (9.0, 1.0, 1.0):
+        times.note(1, seconds)
+    times.note(4, 3.9)
+    assert times.all()[3] == 3.9
+    times.note(4, 1.5)
+    assert times.all()[3] == 1.5
+    times.note(4, 1.7)
+    assert 1.5 < times.all()[3] < 1.6
 
 
 def test_a_bad_minute_is_forgotten() -> None:

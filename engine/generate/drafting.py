@@ -22,9 +22,10 @@ _LENGTHS = (3, 4, 6, 9, 17)  # matches of lengths from one to the next come true
 _KINDS = [sum(length >= least for least in _LENGTHS[1:]) for length in range(_LONGEST + 1)]
 _FIRST_GUESS = (0.4, 0.5, 0.65, 0.75, 0.85)  # how often, before anything is known; worth as much as:
 _GUESS_WEIGHT = 6.0  # tokens
-_HEAD_FIRST_GUESS = (0.8, 0.65, 0.55, 0.5)  # the same of the first token that a head guesses, of the next one ...
-_HEAD_TRIALS = 8  # after which more is known of a head and its steps than is assumed
-_TRIED_AT_ONCE = 3  # tokens in every second one of them
+_HEAD_FIRST_GUESS = (0.8, 0.7, 0.65, 0.6)  # the same of the first token that a head guesses, of the next one ...
+# Tokens that a head is asked for at first, so that it and steps of all sizes are known, and not assumed.
+_HEAD_TRIALS = (3, 1, 15, 15, 3, 1, 3, 1)
+_TRIED_AGAIN, _TRIALS_MORE = 1000, 2  # after so many tokens for which a head did not pay; the last ones of these
 _MEMORY = 0.97  # of what is known, after one token more
 _LEAST_GAIN = 1.08  # in tokens a second
 _STEP_SHARE = 0.5  # what one more token adds to a step, of a step with one, before it was measured
@@ -86,23 +87,26 @@ class StepTimes:
     def __init__(self, most: int) -> None:
         """Know nothing yet of steps of up to `most` tokens."""
         self._seconds = [0.0] * (most + 1)  # 0: not known
-        self._n_single = 0
+        self._n_noted = [0] * (most + 1)
 
     def note(self, n_tokens: int, seconds: float) -> None:
-        """Note what a step took. The first one with one token may find nothing in its caches, and does not count."""
-        if n_tokens >= len(self._seconds):
+        """Note what a step took.
+
+        The first one of a size may find nothing in its caches: with one token it does not count, with more it counts
+        only until there is a faster one.
+        """
+        if n_tokens >= len(self._seconds) or (n_tokens > 1 and not self.is_known):
             return
-        known, share = self._seconds, 0.2
-        if n_tokens == 1:
-            self._n_single += 1
-            if self._n_single == 1:
-                return
-            share = max(0.1, 1 / (self._n_single - 1))
-        elif not known[1]:
+        known, old = self._seconds, self._seconds[n_tokens]
+        self._n_noted[n_tokens] += 1
+        n = self._n_noted[n_tokens] - (n_tokens == 1)
+        if n == 0:
             return
-        old = known[n_tokens]
         if not old:
-            share, old = 1.0, self.all()[n_tokens - 1] if known[1] else seconds
+            old = self.all()[n_tokens - 1] if self.is_known else seconds
+        elif n == 2 and n_tokens > 1:
+            old = min(old, seconds)
+        share = 1.0 if n == 1 else max(0.1 if n_tokens == 1 else 0.2, 1 / n)
         known[n_tokens] = old + share * (min(seconds, 4 * old) - old)
 
     @property
@@ -184,6 +188,7 @@ class DraftPolicy:
         self._times = StepTimes(max_drafts + 1)
         self.guess_s = 0.0
         self._n_trials = 0  # how often a head was asked
+        self._n_idle = 0  # how often that did not seem to pay since
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
         """Return what makes the drafts for an answer."""
@@ -206,12 +211,14 @@ class DraftPolicy:
         """Return what it promises to have a head guess at most `most` tokens."""
         if not self._times.is_known or most < 1:
             return _NO_PROSPECT
-        if self._n_trials < _HEAD_TRIALS:  # of one token and of some in turn, for both kinds of steps to be timed
-            return Prospect(1 if self._n_trials % 2 else min(most, _TRIED_AT_ONCE), _LEAST_GAIN)
+        if self._n_trials < len(_HEAD_TRIALS):
+            return Prospect(min(most, _HEAD_TRIALS[self._n_trials]), _LEAST_GAIN)
         found = self._best(self._guesses.share, most, self.guess_s)
         if not found.n:
-            self._times.forget()
             self._guesses.forget()
+            self._n_idle += 1
+            if self._n_idle == _TRIED_AGAIN:
+                self._n_idle, self._n_trials = 0, len(_HEAD_TRIALS) - _TRIALS_MORE
         return found
 
     def _best(self, chance_of: Callable[[int], float], most: int, guess_s: float) -> Prospect:
