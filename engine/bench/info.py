@@ -160,7 +160,7 @@ def machine_facts(model: Model, config: EngineConfig) -> tuple[Facts, list[Predi
 
 def _facts_without_gpu(config: EngineConfig, footprint: Footprint, weights: WeightTraffic) -> Facts:
     bandwidth = read_bandwidth(config.engine.n_threads, _BANDWIDTH_BUFFER)
-    needed = weights.expert_bytes + weights.dense_bytes
+    needed = sum(weights.by_format.values())
     full = footprint.attention_bytes(config.engine.context_length - 1)
     return {
         **_ram_facts(needed, footprint.state_bytes, footprint.scratch_bytes),

@@ -18,7 +18,8 @@ class WeightTraffic:
         expert_bytes: all routed experts.
         chosen_bytes: the routed experts that one token uses.
         expert_layers: MoE layers.
-        by_format: bytes of all matrices by format name, the largest share first.
+        by_format: bytes of all matrices by format name, the largest share first; those of a head that drafts tokens,
+            too, which no token need read.
     """
 
     dense_bytes: int
@@ -48,23 +49,25 @@ def count_weights(graph: Graph) -> WeightTraffic:
     for operation in graph.operations:
         if isinstance(operation, ops.Linear):
             dense += sum(weight.n_bytes for weight in operation.weights)
-            _add(by_format, seen, operation.weights)
         elif isinstance(operation, ops.Experts):
-            stacks = operation.stacks
-            n_bytes = sum(weight.n_bytes for weight in stacks)
+            n_bytes = sum(weight.n_bytes for weight in operation.stacks)
             layers += graph.has_slots(operation)
             experts += n_bytes
             chosen += n_bytes * operation.routing.ids.width / operation.routing.n_experts
-            _add(by_format, seen, stacks)
         elif isinstance(operation, ops.Embed):
             n_rows = operation.out.width // operation.table.n_cols
             dense += n_rows * operation.table.format.row_bytes(operation.table.n_cols)
-            _add(by_format, seen, (operation.table,))
+    for operation in (*graph.operations, *(graph.draft.operations if graph.draft else ())):
+        for weight in _matrices(operation):
+            if (weight.name, weight.first_row) not in seen:  # an embedding table may be the output matrix too
+                seen.add((weight.name, weight.first_row))
+                by_format[weight.format.name] += weight.n_bytes
     return WeightTraffic(dense, experts, int(chosen), layers, dict(by_format.most_common()))
 
 
-def _add(by_format: Counter[str], seen: set[tuple[str, int]], weights: tuple[Weight, ...]) -> None:
-    for weight in weights:
-        if (weight.name, weight.first_row) not in seen:  # an embedding table may be the output matrix too
-            seen.add((weight.name, weight.first_row))
-            by_format[weight.format.name] += weight.n_bytes
+def _matrices(operation: ops.Operation) -> tuple[Weight, ...]:
+    if isinstance(operation, ops.Linear):
+        return operation.weights
+    if isinstance(operation, ops.Experts):
+        return operation.stacks
+    return (operation.table,) if isinstance(operation, ops.Embed) else ()

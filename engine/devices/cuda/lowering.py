@@ -178,7 +178,7 @@ class Lowering:
         return [launch for launch in self.recorder.launches(made) if isinstance(launch, Launch)]
 
     def draft_launches(self, base: int, exchange: Exchange | None) -> list[Launch]:
-        """Return the launches that guess what follows one token; they have all the CPU is asked by no other step."""
+        """Return the launches that guess what follows one token; in them, too, the CPU may be asked for experts."""
         assert self._draft_calls is not None
         made = Pass(self.limits, self.step, self.scratch_of(1), 1, base, exchange)
         return [launch for launch in self._draft_calls(made) if isinstance(launch, Launch)]
