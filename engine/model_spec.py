@@ -510,3 +510,7 @@ class ModelSpec:
     logit_cap: float = 0.0
     centers_norms: bool = False
     biased_norms: bool = False
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Return whether a layer carries a state; a block for multi-token prediction never does."""
+        return layer < len(self.recurrent_layers) and self.recurrent_layers[layer]

@@ -60,7 +60,7 @@ def mix(
     graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int, attend: Layer = latent_attention
 ) -> Tensor:
     """Look back, by a recurrent state or by latent attention."""
-    if layer != spec.draft_layer and spec.recurrent_layers[layer]:
+    if spec.is_recurrent(layer):
         return _delta_attention(graph, x, block, spec)
     return attend(graph, x, block, spec, layer)
 

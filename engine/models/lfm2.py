@@ -30,7 +30,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 
 def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    if spec.recurrent_layers[layer]:
+    if spec.is_recurrent(layer):
         return _short_conv(graph, x, block, spec)
     return self_attention(graph, x, block, spec, layer)
 

@@ -35,7 +35,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
     h = normalize(graph, x, block, "attn_norm.weight", spec)
-    mixer = _lightning_attention if spec.recurrent_layers[layer] else self_attention
+    mixer = _lightning_attention if spec.is_recurrent(layer) else self_attention
     x = graph.add(mixer(graph, h, block, spec, layer), scaled(graph, h, spec.stream_scale))
     h = normalize(graph, x, block, "ffn_norm.weight", spec)
     stream = scaled(graph, h, spec.stream_scale)

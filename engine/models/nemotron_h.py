@@ -43,7 +43,7 @@ def _layer(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int)
         x = graph.add(x, self_attention(graph, h, block, spec, layer))
         h = normalize(graph, x, block, "post_attention_norm.weight", spec)
         return feed_forward(graph, h, x, block, spec, layer, Activation.RELU)
-    if spec.recurrent_layers[layer]:
+    if spec.is_recurrent(layer):
         return graph.add(x, state_space(graph, h, block, spec))
     if block.has("ffn_up.weight") or block.has("ffn_gate_inp.weight"):
         return feed_forward(graph, h, x, block, spec, layer, Activation.RELU)

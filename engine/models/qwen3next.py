@@ -26,7 +26,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 
 def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
-    if layer != spec.draft_layer and spec.recurrent_layers[layer]:
+    if spec.is_recurrent(layer):
         return gated_delta_net(graph, *_project(graph, x, block, spec), block, spec)
     return gated_attention(graph, x, block, spec, layer)
 

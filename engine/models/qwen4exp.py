@@ -81,7 +81,7 @@ def forward(spec: ModelSpec, tensors: Tensors) -> Graph:
 
 def _mix(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: int) -> Tensor:
     """Look back, by a recurrent state or by attention; one operation projects for the choice of blocks as well."""
-    if spec.recurrent_layers[layer]:
+    if spec.is_recurrent(layer):
         return gated_delta_net(graph, *project_delta_net(graph, x, block, spec), block, spec, Gating.SIGMOID)
     assert isinstance(spec.attention, AttentionSpec)
     indexer = spec.attention.indexer
