@@ -49,6 +49,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> "Iterator[StandInDriver]":
     monkeypatch.setattr("engine.devices.cuda.runtime.NVRTCCompiler", lambda arch: StandInCompiler())
     monkeypatch.setattr("engine.devices.cuda.speeds._COPY_BYTES", 1 << 20)  # its speeds are those of no GPU
     monkeypatch.setattr("engine.devices.cuda.speeds._RAM_BYTES", 16 << 20)
+    # For its four multiprocessors: a warp takes several rows then, as of large models on large GPUs.
+    for name, n in (("_MULTIPROCESSORS", 4), ("_WARPS_WANTED", 48), ("_FLOAT_WARPS_WANTED", 64)):
+        monkeypatch.setattr(f"engine.devices.cuda.kernels.{name}", n)
     stand_in = stand_in_driver()
     stand_in.reset()
     yield stand_in

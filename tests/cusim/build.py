@@ -26,13 +26,15 @@ RUNTIME_FLAGS = {
 }
 # Most kernels take longer to compile than they ever run: what is worth its time is little.
 KERNEL_FLAGS = {
-    "fast": ["-Og"],
+    "fast": ["-O1"],
     "race": ["-Og", "-fsanitize=thread"],
     "asan": [
         "-Og",
         "-fsanitize=address,undefined,float-cast-overflow",
+        "-fno-sanitize=object-size,pointer-overflow",  # what is read or written out of bounds ASan sees
         "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",
+        *("--param", "asan-instrumentation-with-call-threshold=0"),  # calls, not each check in full
     ],
 }
 # __shared__ becomes thread-local, so that a module's thread-local block is the static shared memory of a block and can
