@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ POOL_BYTES = 1 << 30  # weights that a kernel cycles through: far more than the 
 RAM_BYTES = 1 << 30  # that threads read: far more than the CPU's caches
 # Threads, words under way of each, and blocks on a multiprocessor: the best on an H200 for launches of some size.
 READ_SHAPES = ((128, 2, 16), (128, 8, 16), (256, 8, 8), (512, 1, 4), (512, 4, 2), (512, 8, 4))
+READ_SOURCE = str(Path(__file__).with_name("read.cu").resolve())
 SPEEDS = Bandwidths(100e9, 25e9, 1000e9)
 
 
@@ -247,13 +249,19 @@ def read_launch(data: int, n_bytes: int, out: int, shape: tuple[int, int, int], 
     threads, depth, blocks = shape
     n_words, n_blocks = n_bytes // 16, n_multiprocessors * blocks
     return Launch(
-        str(Path(__file__).with_name("read.cu").resolve()),
+        READ_SOURCE,
         "read_all",
         (f"THREADS={threads}", f"DEPTH={depth}"),
         (n_blocks, 1, 1),
         threads,
         (ctypes.c_void_p(data), ctypes.c_int64(n_words), ctypes.c_int64(-(-n_words // n_blocks)), ctypes.c_void_p(out)),
     )
+
+
+def empty_launch(launch: Launch) -> Launch:
+    """Return a launch as large as another one, that does nothing."""
+    shape = Launch(READ_SOURCE, "nothing", ("THREADS=32", "DEPTH=1"), launch.grid, launch.block, ())
+    return replace(shape, shared_bytes=launch.shared_bytes)
 
 
 def reads(bench: Bench) -> None:
@@ -925,6 +933,10 @@ def _time_operations(bench: Bench, section: str, n_tokens: int, limits: Limits) 
         for key, (times, us) in sorted(totals.items(), key=lambda item: -item[1][0] * item[1][1])[:24]:
             bench.note(section, key, times * us, f"us in {times:.0f} launches (weights warm in L2)")
         bench.note(section, "launches of a step", len(launches))
+        if n_tokens == 1:
+            bench.note(section, "a step", bench.replay_s(launches, 9) * 1e6, "us")
+            nothing = [empty_launch(launch) for launch in launches]
+            bench.note(section, "as many launches that do nothing", bench.replay_s(nothing, 9) * 1e6, "us")
 
 
 SECTIONS = {

@@ -29,6 +29,7 @@ __thread cusim_thread *cusim_current __attribute__((tls_model("initial-exec"), v
 namespace {
 
 const size_t MAX_DYNAMIC_BYTES = 227 << 10; // the most that any supported GPU gives a block
+const unsigned MAX_THREADS = 1024;          // of a block
 const int POISON = 0xff;                    // NaN in every float format
 
 enum class State : uint8_t { Ready, AtBarrier, InCollective, Exited };
@@ -78,8 +79,8 @@ struct Scheduler {
     std::vector<Warp> warps;
     const Fiber *first_at_barrier;
     Fiber *running = nullptr;
-    std::vector<Fiber *> ready; // first at `ready_head`
-    size_t ready_head;
+    Fiber *ready[MAX_THREADS]; // a ring, the next one at `ready_head`
+    unsigned ready_head, n_ready;
     uint32_t epoch = 0; // never goes back, so marks of former blocks and launches are always old
 } s;
 
@@ -96,29 +97,30 @@ uint64_t random_number() {
 
 // --- who runs next ---
 
+Fiber *&ready_at(unsigned i) { return s.ready[(s.ready_head + i) % MAX_THREADS]; }
+
+// After all that are ready.
 void make_ready(Fiber &fiber) {
     fiber.state = State::Ready;
-    s.ready.push_back(&fiber);
+    ready_at(s.n_ready++) = &fiber;
 }
 
-// Takes a fiber out of the ready ones, the oldest or a random one; null if there is none.
+// Before all that are ready: the stacks of a warp that goes on at once are still in the CPU's caches.
+void make_next(Fiber &fiber) {
+    fiber.state = State::Ready;
+    s.ready_head = (s.ready_head + MAX_THREADS - 1) % MAX_THREADS;
+    s.n_ready++;
+    ready_at(0) = &fiber;
+}
+
+// Takes a fiber out of the ready ones, the first or a random one; null if there is none.
 Fiber *next_ready() {
-    size_t n = s.ready.size() - s.ready_head;
-    if (!n)
+    if (!s.n_ready)
         return nullptr;
-    Fiber *chosen;
-    if (s.order == CUSIM_RANDOM) {
-        size_t i = s.ready_head + random_number() % n;
-        chosen = s.ready[i];
-        s.ready[i] = s.ready.back();
-        s.ready.pop_back();
-    } else
-        chosen = s.ready[s.ready_head++];
-    if (s.ready_head == s.ready.size()) {
-        s.ready.clear();
-        s.ready_head = 0;
-    }
-    return chosen;
+    if (s.order == CUSIM_RANDOM)
+        std::swap(ready_at(0), ready_at((unsigned)(random_number() % s.n_ready)));
+    s.n_ready--;
+    return s.ready[s.ready_head++ % MAX_THREADS];
 }
 
 void run(Context *from, Fiber *fiber) {
@@ -221,18 +223,20 @@ void try_collective(unsigned warp_index, unsigned mask) {
         if (fiber.mask != mask)
             return; // waits in another one: a deadlock, unless that completes first
         if (!is_same_site(fiber.site, first.site))
-            cusim_fail("lanes of warp %u with the same mask %08x are in different warp intrinsics: %s (%s:%d) and %s (%s:%d)",
-                       warp_index, mask, first.site.intrinsic, first.site.file, first.site.line, fiber.site.intrinsic,
-                       fiber.site.file, fiber.site.line);
+            cusim_fail(
+                "lanes of warp %u with the same mask %08x are in different warp intrinsics: %s (%s:%d) and %s (%s:%d)",
+                warp_index, mask, first.site.intrinsic, first.site.file, first.site.line, fiber.site.intrinsic,
+                fiber.site.file, fiber.site.line);
         payloads[lane] = fiber.payload;
     }
     first.exchange(payloads, lanes);
     warp.waiting &= ~lanes;
     if (first.orders_memory && lanes == warp.alive)
         warp.epoch++;
-    in_order(32, [&](int lane) {
+    in_order(32, [&](int i) {
+        unsigned lane = 31 - (unsigned)i; // the last one first, as each comes before the others
         if (lanes >> lane & 1)
-            make_ready(lane_of(warp_index, (unsigned)lane));
+            make_next(lane_of(warp_index, lane));
     });
 }
 
@@ -322,8 +326,7 @@ void begin_block(uint3 index, dim3 grid, dim3 block, Memory static_shared, size_
     s.n_alive = s.n_threads;
     s.n_at_barrier = 0;
     s.epoch++;
-    s.ready.clear();
-    s.ready_head = 0;
+    s.ready_head = s.n_ready = 0;
     s.warps.assign((size_t)(s.n_threads + 31) / 32, Warp{0, 0, 0, 0});
     for (unsigned i = 0; i < (unsigned)s.n_threads; i++) {
         Fiber &fiber = *s.fibers[i];
@@ -361,12 +364,12 @@ void reset_fibers() {
 std::string check_geometry(const unsigned grid[3], const unsigned block[3], size_t dynamic_bytes) {
     uint64_t n_threads = (uint64_t)block[0] * block[1] * block[2];
     char text[160] = "";
-    if (n_threads < 1 || n_threads > 1024 || block[2] > 64)
-        snprintf(text, sizeof text, "a block of %u x %u x %u threads: 1 to 1024 are possible, 64 in z", block[0], block[1],
-                 block[2]);
+    if (n_threads < 1 || n_threads > MAX_THREADS || block[2] > 64)
+        snprintf(text, sizeof text, "a block of %u x %u x %u threads: 1 to 1024 are possible, 64 in z", block[0],
+                 block[1], block[2]);
     else if (!grid[0] || !grid[1] || !grid[2] || grid[0] > (unsigned)INT32_MAX || grid[1] > 65535 || grid[2] > 65535)
-        snprintf(text, sizeof text, "a grid of %u x %u x %u blocks: 1 to 2147483647 x 65535 x 65535 are possible", grid[0],
-                 grid[1], grid[2]);
+        snprintf(text, sizeof text, "a grid of %u x %u x %u blocks: 1 to 2147483647 x 65535 x 65535 are possible",
+                 grid[0], grid[1], grid[2]);
     else if (dynamic_bytes > MAX_DYNAMIC_BYTES)
         snprintf(text, sizeof text, "%zu bytes of dynamic shared memory: %zu are possible", dynamic_bytes,
                  MAX_DYNAMIC_BYTES);
