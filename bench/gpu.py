@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,8 +259,8 @@ def read_launch(data: int, n_bytes: int, out: int, shape: tuple[int, int, int], 
 
 def empty_launch(launch: Launch) -> Launch:
     """Return a launch as large as another one, that does nothing."""
-    shape = Launch(READ_SOURCE, "nothing", ("THREADS=32", "DEPTH=1"), launch.grid, launch.block, ())
-    return replace(shape, shared_bytes=launch.shared_bytes)
+    definitions = ("THREADS=32", "DEPTH=1")
+    return Launch(READ_SOURCE, "nothing", definitions, launch.grid, launch.block, (), launch.shared_bytes)
 
 
 def reads(bench: Bench) -> None:
