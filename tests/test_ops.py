@@ -829,9 +829,13 @@ def test_mix_residuals(seed: int, n: int, width: int, n_residuals: int, gain: fl
         program.mix_residuals(residuals, at.scorer, *getattr(at, to), width, 1e-3)
 
     x = f64(np.stack([*inputs.values()]))
-    weights = softmax(np.moveaxis(x @ scorer / np.sqrt((x**2).mean(-1) + 1e-3), 0, -1))
+    scales = 1 / np.sqrt((x**2).mean(-1) + 1e-3)
+    weights = softmax(np.moveaxis(x @ scorer * scales, 0, -1))
+    mixed = np.einsum("tr,rtc->tc", weights, x)
+    # A score is as wrong as what is added up for it is large, and a weight of the softmax by so much of itself.
+    error = 2.0**-23 * float((np.abs(x) @ np.abs(scorer) * scales).max() * np.abs(x).max() / np.abs(mixed).max())
     case = Case(record, inputs, {"out": (width, np.float32)}, {"scorer": scorer}, results=(to,))
-    case.check({to: np.einsum("tr,rtc->tc", weights, x)}, rtol=2e-5, atol=1e-5)
+    case.check({to: mixed}, atol=2e-6 + error)
 
 
 def test_equal_scores_go_to_the_lower_ids() -> None:

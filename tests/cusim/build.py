@@ -219,8 +219,9 @@ def kernel_library(
         translated.write_text(translate(text, mode, expressions))
         product = target.with_suffix(".o")
         run(["g++", "-c", "-fpreprocessed", *flags, translated, "-o", product])
-        sanitizers = [f for f in flags if f.startswith("-fsanitize=") and mode == "asan"]
-        run(["g++", "-shared", *sanitizers, product, runtime, "-Wl,-rpath,$ORIGIN", "-o", target])
+        # A process that loads kernels has the standard libraries; to look through them takes most of the linker's time.
+        libraries = [f for f in flags if f.startswith("-fsanitize=")] if mode == "asan" else ["-nostdlib", "-lm", "-lc"]
+        run(["g++", "-shared", *libraries, product, runtime, "-Wl,-rpath,$ORIGIN", "-o", target])
 
     key = (mode, flags, tuple(defines), tuple(expressions), digest_with_includes(source, folders))
     return cached(f"{source.stem}-{mode}", ".so", key, build)
