@@ -1,4 +1,4 @@
-// The operations of one instruction-set level; included by level.h only.
+// The operations of one instruction-set level; included by level.h only, which names their table in LEVEL_OPS.
 #include "matmul.h"
 #include "ops.h"
 #include "simd.h"
@@ -57,7 +57,7 @@ static float largest_of(const float *x, int n) {
     return largest;
 }
 
-static const ops_table level_ops = {
+const ops_table LEVEL_OPS = {
     .embed = op_embed,
     .hash_tokens = op_hash_tokens,
     .rms_norm = op_rms_norm,
