@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
+# Where there is an NVIDIA GPU its run-time compiler comes along.
+GPU := $(if $(wildcard /dev/nvidiactl /dev/dxg),gpu)
 SOURCES := setup.py pyproject.toml $(wildcard engine/*.pyx engine/kernels/*.[ch] engine/kernels/*/*.h)
 
 .DEFAULT_GOAL := help
@@ -21,7 +23,7 @@ $(VENV)/bin/python:
 
 # One stamp for each set of extras: a change in any source builds the extension again.
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
-	$(PY) -m pip install --quiet --editable .
+	$(PY) -m pip install --quiet --editable '.[$(GPU)]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)

@@ -28,7 +28,9 @@ class ModelSettings(Table):
         path: a GGUF file (any shard of a split one), or "synthetic:NAME" for a published geometry with random
             weights; "" = the small trained model that comes with the package.
         load: "mmap" leaves the weights in the file's pages (opens at once; the first pass reads the disk), "memory"
-            copies them into huge pages (takes as much RAM as the file is big; steady speed from then on).
+            copies them into huge pages (takes as much RAM as the file is big; steady speed from then on, and a GPU gets
+            experts straight from there), "auto" = memory beside a GPU that cannot hold them all, if they fit the free
+            RAM, else mmap.
         chat_template: a Jinja file to use instead of the chat template in the model file; "" = none.
         chat_variables: values for what the chat template can be told, each as "NAME=VALUE", for example
             "enable_thinking=false" or "reasoning_effort=low"; the template says which there are.
@@ -37,7 +39,7 @@ class ModelSettings(Table):
     table: ClassVar[str] = "model"
 
     path: str = ""
-    load: Literal["mmap", "memory"] = "mmap"
+    load: Literal["auto", "mmap", "memory"] = "auto"
     chat_template: str = ""
     chat_variables: tuple[str, ...] = ()
 

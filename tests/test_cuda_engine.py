@@ -24,7 +24,7 @@ from engine.devices.cuda.program import CUDAProgram
 from engine.devices.cuda.steps import Steps
 from engine.errors import DeviceError, RequestError
 from engine.gguf import weights
-from engine.runtime import Engine
+from engine.runtime import Engine, placing
 from tests.cusim import needs_emulator
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
 def config(device: str = "cuda", **moe) -> EngineConfig:
     settings = EngineSettings(device=device, n_threads=2, context_length=32, max_batch_tokens=8)
-    return EngineConfig(engine=settings, moe=MoESettings(**moe))
+    return EngineConfig(model=ModelSettings(load="mmap"), engine=settings, moe=MoESettings(**moe))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,22 @@ def expected_of_small(small: Path) -> tuple[int, ...]:
     """Its answer on the CPU device."""
     with Engine.open(small, config("cpu")) as engine:
         return engine.generate(PROMPT, GREEDY).token_ids
+
+
+@pytest.mark.parametrize(
+    ("moe", "free", "load"),
+    [({}, 1 << 40, "mmap"), ({"hot_k": 4}, 1 << 40, "memory"), ({"hot_k": 4}, 1 << 20, "mmap")],
+    ids=["all in VRAM", "fits the RAM", "does not fit it"],
+)
+def test_weights_are_read_into_memory_where_that_serves_the_gpu(
+    moe: dict, free: int, load: str, small, expected_of_small, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(placing.machine, "available_memory", lambda: free)
+    auto = replace(config(**moe), model=ModelSettings())
+    with caplog.at_level(logging.WARNING), Engine.open(small, auto) as engine:
+        assert engine.config.model.load == load
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected_of_small
+    assert ("the weights stay in the pages of the file" in caplog.text) == (free < 1 << 30)
 
 
 @pytest.mark.parametrize(

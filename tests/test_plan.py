@@ -139,6 +139,15 @@ def test_long_steps_take_what_slots_get_back_and_leave_experts_that_stay() -> No
     assert longest(1600, Wish(n_cpu_moe=0)) == longest(1600)
 
 
+def test_whole_layers_are_as_many_as_fit_beside_the_steps_they_get(footprint, trace) -> None:
+    """What layers on the CPU leave free may go to longer steps, beside which one layer less fits."""
+    layer_bytes = int(footprint.expert_bytes[0]) * footprint.n_experts
+    longer = replace(footprint, scratch=tuple((n, n_bytes + layer_bytes) for n, n_bytes in footprint.scratch))
+    found = predict(MACHINE, lambda wish: longer if wish.n_cpu_moe else footprint, 8 * 10**9, trace, 1000)[1]
+    shorter, expected = (predict(MACHINE, lambda _, f=f: f, 8 * 10**9, trace, 1000)[1] for f in (footprint, longer))
+    assert shorter.setting != expected.setting == found.setting
+
+
 def test_with_room_for_everything_both_are_the_same(footprint, trace) -> None:
     _, layers, hot = predict(MACHINE, lambda _: footprint, 24 * 10**9, trace, 1000)
     assert layers.hit_rate == hot.hit_rate == 1

@@ -254,7 +254,8 @@ def _fit(here: Facts, load: str, *, is_synthetic: bool) -> str:
         )
     if 0 < free < needed:
         return f"It fits the RAM, but not the {format_bytes(free)} that are free now; close other programs."
-    if load == "mmap" and not is_synthetic:
+    has_gpu = "decode_tok_s_expected" in here
+    if (load == "mmap" or (load == "auto" and not has_gpu)) and not is_synthetic:
         return (
             'It fits the RAM. The first tokens read the file from the disk (load = "mmap"); --load memory reads all of '
             "it before."

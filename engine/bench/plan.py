@@ -7,6 +7,7 @@ of a step that sets the emulated device's clock.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from engine.devices.graph import Graph, KVType
 from engine.devices.placement import MemoryPlan, Wish, least_cpu_layers, longest_step, plan_memory
 from engine.devices.program import Limits
 from engine.devices.timing import Bandwidths, Machine, StepTime, StepWork, time_step
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DeviceError
 from engine.experts.policy import make_policy
 from engine.experts.replay import replay
 from engine.experts.routing_process import RoutingProcess
@@ -95,13 +96,25 @@ def predict(
 
     `footprint_for` gives the model's needs with each; other arguments and errors are those of `predict_wish`.
     """
-    n_cpu_moe = least_cpu_layers(footprint_for(Wish(n_cpu_moe=0)), allowed_bytes)
+    n_cpu_moe = _least_cpu_layers(footprint_for, allowed_bytes)
     return [
         predict_wish(
             machine, footprint_for(wish), allowed_bytes, wish, trace, position, policy=policy, progress=progress
         )
         for wish in (Wish(hot_k=0), Wish(n_cpu_moe=n_cpu_moe), Wish())
     ]
+
+
+def _least_cpu_layers(footprint_for: Callable[[Wish], Footprint], allowed_bytes: int) -> int:
+    """Return the smallest `n_cpu_moe` that fits: what is free then may go to longer steps, which take some of it."""
+    shortest_steps = footprint_for(Wish(n_cpu_moe=0))
+    n_layers = len(shortest_steps.expert_bytes)
+    for n_cpu in range(least_cpu_layers(shortest_steps, allowed_bytes), n_layers):
+        wish = Wish(n_cpu_moe=n_cpu)
+        with contextlib.suppress(DeviceError):
+            plan_memory(footprint_for(wish), allowed_bytes, wish)
+            return n_cpu
+    return n_layers
 
 
 def predict_wish(

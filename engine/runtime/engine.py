@@ -48,7 +48,15 @@ from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
 from engine.runtime.files import check_files, read_chat_template
-from engine.runtime.placing import OpenProgress, check_memory, limits_of, most_drafts, open_device, resolve
+from engine.runtime.placing import (
+    OpenProgress,
+    check_memory,
+    limits_of,
+    load_mode,
+    most_drafts,
+    open_device,
+    resolve,
+)
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 from engine.synthetic import open_model_file
@@ -90,16 +98,19 @@ class Engine(Answering):
         is_long = any(isinstance(op, Rope) and op.is_long(settings.context_length) for op in model.graph.operations)
         self._rotation = ", rotated for long contexts" if is_long else ""  # of keys that a session holds
         try:
-            on_gpu = isinstance(self._device, CUDADevice)
-            self.footprint: Footprint = measure(model.graph, self._limits, stores_once=on_gpu)
-            if not on_gpu:  # which has them in its own memory, and checks that itself
+            gpu = self._device if isinstance(self._device, CUDADevice) else None
+            self.footprint: Footprint = measure(model.graph, self._limits, stores_once=gpu is not None)
+            if gpu is None:  # which has them in its own memory, and checks that itself
                 check_memory(self.footprint, settings)
+            n_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
+            vram_bytes = gpu.usable_bytes - self.footprint.state_bytes if gpu else None
             self._weights = WeightMemory.load(
                 model_file,
                 model.tensor_names,
-                self.config.model.load,
+                load_mode(self.config, n_bytes, vram_bytes),
                 progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
             )
+            self.config = replace(self.config, model=replace(self.config.model, load=self._weights.mode))
         except BaseException:
             self._device.close()
             raise
@@ -149,7 +160,7 @@ class Engine(Answering):
             f"{self.spec.name} ({self.spec.architecture})",
             self._device.description,
             count_weights(model.graph),
-            sum(model_file.tensors[name].n_bytes for name in model.tensor_names),
+            n_bytes,
             self._program.state_bytes,
             self._program.scratch_bytes,
             device_bytes=self._program.device_bytes if isinstance(self._program, SlotProgram) else 0,

@@ -19,6 +19,7 @@ from engine.devices.program import Device, Limits
 from engine.devices.timing import Bandwidths, Machine
 from engine.errors import ConfigError, DeviceError
 from engine.experts.steering import OWN
+from engine.gguf.weights import Mode
 from engine.model_spec import ModelSpec
 
 _log = logging.getLogger("engine")
@@ -26,6 +27,7 @@ _log = logging.getLogger("engine")
 Level = Literal["scalar", "avx2", "avx512", "avx512_vbmi"]
 OpenProgress = Callable[[str, int, int], None]  # what is being done, done so far, in all
 DEFAULT_CONTEXT = 8192  # tokens, for models trained for more
+_RAM_TO_SPARE = 2 << 30  # bytes beside weights that are read into memory because nobody said otherwise
 
 
 def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
@@ -85,6 +87,33 @@ def check_memory(footprint: Footprint, settings: EngineSettings) -> None:
         f"{available / 1e9:.1f} GB are free; lower [engine] context_length, n_sequences or max_batch_tokens, "
         "or set kv_type = 'q8_0'"
     )
+
+
+def load_mode(config: EngineConfig, n_bytes: int, vram_bytes: int | None) -> Mode:
+    """Return how so many bytes of weights come into RAM: as set, or as is best beside the GPU.
+
+    From memory of our own a GPU gets experts while steps run; from the pages of a file only between them, through
+    buffers. Where all weights go to the GPU, or there is none, pages serve as well and open at once.
+
+    Args:
+        config: the settings.
+        n_bytes: of the weights.
+        vram_bytes: of the GPU, that weights may take; None if none is in use.
+    """
+    if config.model.load != "auto":
+        return config.model.load
+    if vram_bytes is None or (n_bytes <= vram_bytes and memory_wish(config) == Wish()):
+        return "mmap"
+    available = machine.available_memory()
+    if available is None or n_bytes + _RAM_TO_SPARE <= available:
+        return "memory"
+    _log.warning(
+        'the weights stay in the pages of the file (load = "mmap"), as they are %.1f GB and %.1f GB of RAM are free: '
+        "experts come to the GPU through buffers, and no step is begun before the one before is over",
+        n_bytes / 1e9,
+        available / 1e9,
+    )
+    return "mmap"
 
 
 def _capped_level(cap: Level | Literal[""]) -> Level:

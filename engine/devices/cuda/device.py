@@ -84,6 +84,13 @@ class CUDADevice:
         """Return one line for people."""
         return f"CUDA: {self.gpu.description}; {self.n_threads} CPU thread{'s' * (self.n_threads != 1)}"
 
+    @property
+    def usable_bytes(self) -> int:
+        """Return the bytes of device memory that a program may take now."""
+        self.context.make_current()
+        free = self.context.free_bytes() - MARGIN_BYTES
+        return free if self.vram_budget is None else min(free, self.vram_budget)
+
     def compile(self, graph: ForwardGraph, weights: WeightAccess, limits: Limits) -> CUDAProgram:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
@@ -131,9 +138,7 @@ class CUDADevice:
         tables: Mapping[str, int],
     ) -> tuple[Lowering, MemoryPlan]:
         """Plan the memory, with as many expert slots as asked for or as fit."""
-        allowed = self.context.free_bytes() - MARGIN_BYTES
-        if self.vram_budget is not None:
-            allowed = min(allowed, self.vram_budget)
+        allowed = self.usable_bytes
         bare = self._bare(graph, weights, limits, tables)
         threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
         threshold = max(threshold, tiles.MIN_TOKENS)
