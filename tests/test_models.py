@@ -201,7 +201,6 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_are_listed(peer, tm
         ("deepseek4", "expert_gating_func", 5, "expert_gating_func is 5; this version knows 1"),
         ("deepseek4", "hash_layer_count", 1, "hash_layer_count is 1; expected as many as leading blocks have"),
         ("deepseek4", "expert_used_count", 3, r"ffn_gate_tid2eid.weight has the shape \[128, 2\]; .* \[128, 3\]"),
-        ("deepseek4", "nextn_predict_layers", 1, "nextn_predict_layers is 1, but blocks from 3 on are not for"),
         (
             "glm-dsa",
             "attention.indexer.types",
@@ -616,6 +615,51 @@ def test_blocks_for_multi_token_prediction_are_left_out(
     moe = replace(model.spec.moe, limits=model.spec.moe.limits[: alone.spec.n_layers])  # one more is of that block
     assert replace(model.spec, moe=moe) == alone.spec
     assert model.tensor_names == alone.tensor_names
+
+
+def test_a_head_that_is_counted_but_left_out_of_deepseek4(peer, tmp_path: Path) -> None:
+    parts = peer("deepseek4")
+    n_layers = load(parts, tmp_path).spec.n_layers
+    parts.values["deepseek4.nextn_predict_layers"] = 1
+    spec = load(parts, tmp_path).spec
+    assert spec.n_layers == n_layers
+    assert spec.draft_layer is None
+
+
+def _rotations(model: Model) -> list[np.ndarray]:
+    return [op.frequencies for op in model.graph.operations if isinstance(op, ops.Rope)]
+
+
+@pytest.mark.parametrize(("name", "differs"), [("glm4moe-mtp", False), ("qwen35moe-mtp", True)])
+def test_axes_of_pictures_change_text_only_where_they_take_turns(
+    peer, tmp_path: Path, name: str, differs: bool
+) -> None:
+    parts = peer(name)
+    architecture = parts.values["general.architecture"]
+    sections = f"{architecture}.rope.dimension_sections"
+    parts.values.pop(sections, None)
+    plain = _rotations(load(parts, tmp_path))
+    parts.values[sections] = np.array([1, 2, 1, 0], np.int32)
+    assert np.array_equal(plain[0], _rotations(load(parts, tmp_path))[0]) != differs
+
+
+def test_older_names_of_linear_scaling(peer, tmp_path: Path) -> None:
+    parts = peer("llama")
+    plain = _rotations(load(parts, tmp_path))[0]
+    parts.values["llama.rope.scale_linear"] = 4.0
+    np.testing.assert_allclose(_rotations(load(parts, tmp_path))[0], plain / 4)
+    parts.values["llama.rope.scaling.factor"] = 0.0  # none
+    np.testing.assert_allclose(_rotations(load(parts, tmp_path))[0], plain)
+
+
+def test_layers_without_experts_use_none(peer, tmp_path: Path) -> None:
+    parts = peer("dbrx")
+    n_used = load(parts, tmp_path).spec.moe.n_experts_used
+    parts.values["dbrx.expert_used_count"] = np.array([0, n_used], np.int32)
+    assert load(parts, tmp_path).spec.moe.n_experts_used == n_used
+    parts.values["dbrx.expert_used_count"] = np.array([1, 2], np.int32)
+    with pytest.raises(UnsupportedModelError, match=r"expert_used_count differs between layers \(1, 2\)"):
+        load(parts, tmp_path)
 
 
 def test_jamba_counts_one_expert_where_it_has_none(peer, tmp_path: Path) -> None:

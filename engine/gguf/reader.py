@@ -43,6 +43,7 @@ STRING, ARRAY = 8, 9
 SCALARS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 _READ_BYTES = 16 << 20  # of one read call: large enough for full disk speed, small enough to keep all threads busy
+_PART = re.compile(r"\.part[0-9]+of[0-9]+$|[.-]split-[a-z]+$")  # of a file that was cut anywhere, for uploading
 _SHARD_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 # Types that exist but are no weights, or no longer written; named only to say so.
 _OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 27: "I64", 28: "F64", 31: "Q4_0_4_4"} | {
@@ -178,7 +179,9 @@ def _map_file(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
         with path.open("rb") as file:
             start = file.read(32)
             _check_magic(path, start)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), _identity(file.fileno())
+            # Private, though nobody writes: some network file systems have no shared mappings.
+            data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            return data, _identity(file.fileno())
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise GGUFError(f"{path}: cannot be read: {reason}{_hint(path, error)}") from None
@@ -193,6 +196,11 @@ def _hint(path: Path, error: Exception) -> str:
     if close:
         return f"; did you mean {path.parent / close[0]}?"
     return "; give the path of a .gguf file (models are not downloaded), or synthetic:NAME for a made-up one"
+
+
+def _part_hint(name: str) -> str:
+    """Return what to do with a file that was cut into parts of bytes, by its name."""
+    return "; or is it one of several parts? Join them with cat" if _PART.search(name) else ""
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:
@@ -211,7 +219,7 @@ def _check_magic(path: Path, start: bytes) -> None:
     if start[:4] != b"GGUF":
         raise GGUFError(
             f"{path}: is not a GGUF file: it begins with {start[:4]!r}; expected b'GGUF'; "
-            "give a model in the GGUF format"
+            f"give a model in the GGUF format{_part_hint(path.name)}"
         )
 
 
@@ -291,7 +299,7 @@ def _place_tensors(header: _Header, values: dict[str, Value], tensors: list[Tens
         if end > header.size:
             header.fail(
                 f"tensor {info.name} ends at byte {end}, but the file has {header.size} bytes: "
-                "it is probably an incomplete download; get it again"
+                f"it is probably an incomplete download; get it again{_part_hint(header.name)}"
             )
         placed.append(replace(info, offset=start + info.offset))
     return placed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Callable, Iterable
@@ -134,5 +135,6 @@ def _allocate(name: str, n_bytes: int) -> npt.NDArray[np.uint8]:
             f"{name}: the system gave no memory for {n_bytes / 1e9:.1f} GB of weights: {error.strerror}"
         ) from None
     if n_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # kernels built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, n_bytes)

@@ -13,10 +13,10 @@ from engine.devices.graph import Graph
 from engine.errors import UnsupportedModelError
 from engine.model_spec import ModelSpec, RopeSpec
 from engine.models import kimi_linear
-from engine.models.binding import Keys, Tensors
+from engine.models.binding import SECTIONS, Keys, Tensors
 from engine.models.deepseek2 import read_latent_attention
 
-_SAFE_GATE, _SECTIONS = "kda.safe_gate", "rope.dimension_sections"
+_SAFE_GATE = "kda.safe_gate"
 
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
@@ -48,14 +48,14 @@ def _read_rope(keys: Keys, rope_dim: int) -> RopeSpec:
     Text has the same position on every axis.
     """
     rope = keys.rope(rope_dim, "norm")
-    sections = (*rope.sections, 0, 0, 0, 0)[:4]
+    sections = (*(keys.sizes(SECTIONS) if keys.has(SECTIONS) else ()), 0, 0, 0, 0)[:4]
     if not (sections[0] and sections[1]):
-        return replace(rope, sections=())
+        return rope
     if sections[3]:
         raise UnsupportedModelError(
-            f"{keys.file_name}: {keys.architecture}.{_SECTIONS} is {list(sections)}; this version knows three axes"
+            f"{keys.file_name}: {keys.architecture}.{SECTIONS} is {list(sections)}; this version knows three axes"
         )
-    return replace(rope, style="neox", sections=())
+    return replace(rope, style="neox")
 
 
 def forward(spec: ModelSpec, tensors: Tensors) -> Graph:

@@ -20,6 +20,10 @@ Scoring: TypeAlias = Literal["softmax", "sigmoid", "softmax_of_chosen", "sqrt_so
 Use: TypeAlias = Literal["values", "weights", "integers"]
 """What becomes of a tensor: float32 values, a matrix or some of them, or a table of integers."""
 
+SECTIONS = "rope.dimension_sections"
+# Whose pairs take the axes of multi-axis rotation in turn. With others they follow one another, all with the position
+# of a text token, which is no different from one axis.
+_INTERLEAVED = frozenset({"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen4exp"})
 _GATING_FUNCTIONS: dict[int, Scoring] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen", 4: "sqrt_softplus"}
 _LARGEST_CAP = 1e6  # of logits and scores; 30 or 50 in all files
 _LARGEST = 1 << 31  # no size in a model file is larger than this; anything else is a broken file
@@ -35,6 +39,7 @@ class Keys:
         self._n_tensors = len(tensors)
         self.file_name = tensors.file_name
         self.architecture = architecture
+        self._has_heads = True
 
     def has(self, key: str) -> bool:
         """Return whether the file has the key."""
@@ -62,11 +67,21 @@ class Keys:
         """Return a size: an integer of at least `minimum`. An array of equal values is taken as that value."""
         values = set(self.sizes(key, default, minimum=minimum))
         if len(values) != 1:
-            raise UnsupportedModelError(
-                f"{self.file_name}: {self.architecture}.{key} differs between layers "
-                f"({', '.join(map(str, sorted(values)))}); this version needs one value for all layers"
-            )
+            raise self._differs(key, values)
         return values.pop()
+
+    def size_where_any(self, key: str) -> int:
+        """Return a size of the layers that have what it is of; for the others an array says 0."""
+        values = {value for value in self.sizes(key) if value}
+        if len(values) > 1:
+            raise self._differs(key, values)
+        return values.pop() if values else self.size(key)
+
+    def _differs(self, key: str, values: set[int]) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.file_name}: {self.architecture}.{key} differs between layers "
+            f"({', '.join(map(str, sorted(values)))}); this version needs one value for all layers"
+        )
 
     def sizes(self, key: str, default: int | None = None, *, minimum: int = 0) -> list[int]:
         """Return one size, or one for each layer, as a list."""
@@ -122,9 +137,16 @@ class Keys:
             raise self.wrong("block_count", n_blocks, f"at most {self._n_tensors}, the number of tensors")
         return n_blocks
 
+    def without_heads(self) -> Keys:
+        """Return the keys of a file that counts blocks for multi-token prediction which it does not hold."""
+        keys = copy(self)
+        keys._has_heads = False
+        return keys
+
     def n_layers(self) -> int:
         """Return the blocks that are run: those for multi-token prediction come last and are left out."""
-        n_blocks, n_mtp = self.n_blocks(), self.size("nextn_predict_layers", 0, minimum=0)
+        n_blocks = self.n_blocks()
+        n_mtp = self.size("nextn_predict_layers", 0, minimum=0) if self._has_heads else 0
         if n_mtp >= n_blocks:
             raise self.wrong("nextn_predict_layers", n_mtp, f"less than block_count ({n_blocks})")
         return n_blocks - n_mtp
@@ -184,7 +206,7 @@ class Keys:
         if not n_experts:
             return MoESpec()
         self.at_most("expert_count", n_experts, _MOST_EXPERTS)
-        n_experts_used = self.size("expert_used_count")
+        n_experts_used = self.size_where_any("expert_used_count")
         if n_experts_used > n_experts:
             raise self.wrong("expert_used_count", n_experts_used, f"at most expert_count ({n_experts})")
         n_groups = max(1, self.size("expert_group_count", 1, minimum=0))
@@ -345,9 +367,10 @@ class Keys:
         if n_rot % 2 or n_rot > head_dim:
             raise self.wrong("rope.dimension_count", n_rot, f"an even number up to the head size {head_dim}")
         freq_base = self.freq_base("rope.freq_base", 10000.0)
-        sections = self.sizes("rope.dimension_sections") if self.has("rope.dimension_sections") else []
-        factor = self.number("rope.scaling.factor", 1.0)
-        scaling = self.text("rope.scaling.type", "linear" if factor not in {0.0, 1.0} else "none")
+        sections = self.sizes(SECTIONS) if self.architecture in _INTERLEAVED and self.has(SECTIONS) else []
+        older = self.number("rope.scale_linear", 1.0)  # the name in files of 2023
+        factor = self.number("rope.scaling.factor", older) or 1.0  # 0 in the file stands for none
+        scaling = self.text("rope.scaling.type", "linear" if factor != 1.0 else "none")
         if scaling not in {"none", "linear", "yarn", "longrope"}:
             raise UnsupportedModelError(
                 f"{self.file_name}: {self.architecture}.rope.scaling.type is {scaling!r}; this version knows none, "

@@ -25,13 +25,10 @@ _SHORT_PERIOD, _LONG_PERIOD = 4, 128
 
 def read_spec(keys: Keys, tensors: Tensors) -> ModelSpec:
     """Read the hyper-parameters."""
+    behind = tensors.block(keys.n_layers())  # the block for multi-token prediction, if the file says there is one
+    if behind.has("attn_norm.weight") and not behind.has("nextn.eh_proj.weight"):
+        keys = keys.without_heads()  # as some files do: it was left out, and the key still counts it
     n_layers = keys.n_layers()
-    if keys.n_blocks() > n_layers and not tensors.block(n_layers).has("nextn.eh_proj.weight"):
-        n_more = keys.n_blocks() - n_layers
-        raise UnsupportedModelError(
-            f"{keys.file_name}: {keys.architecture}.nextn_predict_layers is {n_more}, but blocks from {n_layers} on "
-            "are not for multi-token prediction; this version needs the key to count such blocks only"
-        )
     scoring = keys.scoring("sqrt_softplus")
     if scoring != "sqrt_softplus":
         raise UnsupportedModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -30,6 +31,7 @@ class Arena:
                 "max_batch_tokens"
             ) from None
         if n_bytes >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # kernels built without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, n_bytes)
         self.address = int(self.bytes.ctypes.data)
