@@ -93,7 +93,7 @@ extension = Extension(
     "engine._kernels",
     ["engine/_kernels.pyx"],
     include_dirs=["engine"],
-    depends=HEADERS,
+    depends=[*HEADERS, *(source for _, facts in libraries for source in facts["sources"])],  # it holds the libraries
     extra_compile_args=[*CFLAGS, "-O1", "-Wno-unused-function"],  # it only passes on what Python says
     extra_link_args=LDFLAGS,
     define_macros=HAS_LEVELS,

@@ -70,19 +70,19 @@ static int larger(int a, int b) { return a > b ? a : b; }
 
 // -- memory ----------------------------------------------------------------------------------------------------------
 
-// Zeroed memory in whole cache lines that lives as long as the program; NULL if there is none.
+// Zeroed memory in whole cache lines that lives as long as the program; NULL if there is none. The system gives pages
+// of large blocks when they are first used: of what a full context or the longest step needs much never is.
 static void *allocate(program *p, int64_t n_bytes) {
-    const size_t size = ((size_t)n_bytes + 2 * CACHE_LINE - 1) / (2 * CACHE_LINE) * (2 * CACHE_LINE);
+    const size_t line = 2 * CACHE_LINE, size = ((size_t)n_bytes + line - 1) / line * line;
     void **blocks = realloc(p->blocks, (size_t)(p->n_blocks + 1) * sizeof *blocks);
     if (!blocks)
         return NULL;
     p->blocks = blocks;
-    void *block = aligned_alloc(2 * CACHE_LINE, size ? size : 2 * CACHE_LINE);
-    if (block) {
-        memset(block, 0, size);
-        blocks[p->n_blocks++] = block;
-    }
-    return block;
+    void *block = calloc(1, size + line);
+    if (!block)
+        return NULL;
+    blocks[p->n_blocks++] = block;
+    return (void *)(((uintptr_t)block + line - 1) / line * line);
 }
 
 // Memory that all operations of one kind share, since they never run at the same time: made anew when it is too small.
