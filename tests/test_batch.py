@@ -119,6 +119,19 @@ def test_a_check_looks_at_the_model_and_all_files(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_check_looks_at_the_output_and_leaves_it_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_items(tmp_path, 1)
+    path = write_job(tmp_path)
+    output = load_job(path).output
+    assert main(["batch", "--check", str(path)]) == 0
+    assert not output.exists()
+    for text, code in (('{"source": "in.jsonl:1", "key": "another"}\n', 2), ('{"source": "torn', 0), ("a diary\n", 2)):
+        output.write_text(text)
+        assert main(["batch", "--check", str(path)]) == code
+        assert output.read_text() == text
+    assert "line 1: is no result of a batch run" in capsys.readouterr().err
+
+
 def test_a_run_never_reads_its_own_files_nor_a_file_twice(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "results.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n')

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.items import Item, fill_in, read_items
-from engine.batch.results import ResultFile
+from engine.batch.results import ResultFile, check_output
 from engine.batch.settings import BatchSettings
 from engine.config import TABLES, EngineConfig, EngineSettings
 from engine.data import tiny_model_path
@@ -99,6 +99,7 @@ def check_job(job: Job) -> None:
 
     Raises `EngineError` for a model, a file or an output that cannot be used.
     """
+    check_output(job.output, job.items)
     check_files(job.config)
     read_chat_template(job.config.model)
     model_file = open_model_file(job.config.model.path or tiny_model_path())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,6 +17,72 @@ from engine.errors import ConfigError, EngineError, RequestError
 from engine.generate.answer import Completion, TokenLogprob
 
 _START = b'{"source": '  # of every line
+
+
+@dataclass(slots=True)
+class Found:
+    """What is in an output.
+
+    Attributes:
+        done: sources of the items that have a result, be it an error.
+        failed: sources of those that have an error.
+        n_bytes: of the lines that are whole.
+        is_torn: whether one follows that is not.
+    """
+
+    done: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    n_bytes: int = 0
+    is_torn: bool = False
+
+
+def read_results(path: Path, items: Sequence[Item]) -> Found:
+    """Return what an output holds, which is left as it is.
+
+    Raises `ConfigError` if it holds something else than results of these items, `OSError` if it cannot be read.
+    """
+    keys, found = {item.source: item.key for item in items}, Found()
+    with path.open("rb") as reader:
+        for number, line in enumerate(reader, 1):
+            if not line.endswith(b"\n"):
+                if not (line.startswith(_START) or _START.startswith(line)):
+                    raise _foreign(path, number)
+                found.is_torn = True
+                break
+            found.n_bytes += len(line)
+            try:
+                result = json.loads(line)
+                source, key = result["source"], result["key"]
+            except (ValueError, TypeError, KeyError):
+                raise _foreign(path, number) from None
+            if keys.get(source) != key:
+                raise ConfigError(
+                    f"batch.output: {path}, line {number}: was made from another prompt, model or sampling than "
+                    f"{source} has now; choose another file, or delete this one to begin anew"
+                )
+            found.done.add(source)
+            if "error" in result:
+                found.failed.add(source)
+    return found
+
+
+def check_output(path: Path, items: Sequence[Item]) -> None:
+    """Raise `ConfigError` if a run could not write its results there; nothing is made or changed."""
+    try:
+        if path.exists():
+            read_results(path, items)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _foreign(path: Path, number: int) -> ConfigError:
+    return ConfigError(f"batch.output: {path}, line {number}: is no result of a batch run; choose another file")
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"batch.output: {path}: cannot be written: {error.strerror or error}; choose another file")
 
 
 class ResultFile:
@@ -34,46 +101,14 @@ class ResultFile:
         self._path = path
         self._file = _open_locked(path)
         try:
-            self.done: set[str] = set()
-            self.failed: set[str] = set()
-            self._read({item.source: item.key for item in items})
+            found = read_results(path, items)
+            self.done, self.failed = found.done, found.failed
+            if found.is_torn:  # only now, when all before it is known to be ours
+                self._file.truncate(found.n_bytes)
             _sync_folder(path.parent)
         except BaseException:
             self._file.close()
             raise
-
-    def _read(self, keys: Mapping[str, str]) -> None:
-        """Take note of what is there; only then is a last line that was torn dropped, and only if it is one of ours."""
-        n_whole = 0
-        with self._path.open("rb") as reader:
-            for number, line in enumerate(reader, 1):
-                if not line.endswith(b"\n"):
-                    if not (line.startswith(_START) or _START.startswith(line)):
-                        raise self._foreign(number)
-                    self._file.truncate(n_whole)
-                    return
-                n_whole += len(line)
-                self._note(number, line, keys)
-
-    def _note(self, number: int, line: bytes, keys: Mapping[str, str]) -> None:
-        try:
-            result = json.loads(line)
-            source, key = result["source"], result["key"]
-        except (ValueError, TypeError, KeyError):
-            raise self._foreign(number) from None
-        if keys.get(source) != key:
-            raise ConfigError(
-                f"batch.output: {self._path}, line {number}: was made from another prompt, model or sampling than "
-                f"{source} has now; choose another file, or delete this one to begin anew"
-            )
-        self.done.add(source)
-        if "error" in result:
-            self.failed.add(source)
-
-    def _foreign(self, number: int) -> ConfigError:
-        return ConfigError(
-            f"batch.output: {self._path}, line {number}: is no result of a batch run; choose another file"
-        )
 
     def forget_failed(self) -> None:
         """Take the results that are errors out of the file, so that their items are run again.
@@ -137,9 +172,7 @@ def _open_locked(path: Path) -> BinaryIO:
     try:
         file: BinaryIO = path.open("ab+", buffering=0)
     except OSError as error:
-        raise ConfigError(
-            f"batch.output: {path}: cannot be written: {error.strerror or error}; choose another file"
-        ) from None
+        raise _unwritable(path, error) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not replaced since it was opened
