@@ -47,6 +47,9 @@ class Table:
     def __post_init__(self) -> None:
         for name, spec in table_fields(type(self)).items():
             found = getattr(self, name)
+            if isinstance(found, list):
+                found = tuple(found)
+                object.__setattr__(self, name, found)  # it is frozen, for everybody else
             if not spec.accepts(found):
                 raise self.error(f"{self.table}.{name} is {found!r}; expected {spec.expected}")
         self.check()
@@ -86,7 +89,8 @@ class FieldSpec:
         if origin is tuple:
             return isinstance(value, tuple) and all(self._fits(typing.get_args(kind)[0], item) for item in value)
         if kind is float:
-            return type(value) in {int, float} and math.isfinite(value) and self._in_range(value)  # type: ignore[arg-type]
+            is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+            return is_number and self._in_range(value)  # type: ignore[arg-type]
         if kind is int:
             return type(value) is int and self._in_range(value)  # a bool is no number here
         return type(value) is kind
@@ -158,10 +162,10 @@ def _documented(table: type[Table]) -> dict[str, str]:
 def parse_bytes(text: str, key: str) -> int:
     """Read a size such as "22.2GB" or "24 GiB" (powers of 1000 and of 1024); raise `ConfigError` naming `key`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _BYTE_UNITS[match[2].upper()]) if match else 0
-    if not size:
+    size = float(match[1]) * _BYTE_UNITS[match[2].upper()] if match else 0.0
+    if not 1 <= size < math.inf:
         raise ConfigError(f'{key} is {text!r}; expected a size above 0 such as "22.2GB" or "800 MiB"')
-    return size
+    return int(size)
 
 
 # -- taking values in ------------------------------------------------------------------------------------------------
@@ -216,6 +220,8 @@ def _take_file(tables: Tables, given: _GivenTables, path: Path) -> None:
         n_lines = max(1, len(text.splitlines()))
         problem = str(error).replace("at end of document", f"at line {n_lines}, the end of the file")
         raise ConfigError(f"{path}: is not valid TOML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # digits, or brackets, without an end
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     for name, table in document.items():
         place = _place(path, text, name)
         if name not in tables:
@@ -261,6 +267,7 @@ def _take_override(tables: Tables, given: _GivenTables, key: str, value: object)
     if name not in tables:
         raise ConfigError(f'{origin}: unknown; expected "table.key"; {_known(name, tables, "tables")}')
     _check_key(tables, name, short, origin)
+    value = tuple(value) if isinstance(value, list) else value
     given[name][short] = _Given(value, origin, is_text=isinstance(value, str), is_override=True)
 
 
@@ -314,10 +321,12 @@ def read_assignment(text: str, key: str) -> tuple[str, object]:
 def _as_toml(text: str) -> list[object]:
     """Return the value that a text is in TOML, as a list of one; empty if it is none. "1, 2" is a list too."""
     found: list[object] = []
+    if not text:
+        return found
     for candidate in (text, f"[{text}]"):
         try:
             document = tomllib.loads(f"value = {candidate}")
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # no TOML, or digits or brackets without an end
             continue
         if list(document) == ["value"]:
             value = document["value"]

@@ -125,11 +125,39 @@ def test_a_check_looks_at_the_output_and_leaves_it_as_it_is(tmp_path: Path, caps
     output = load_job(path).output
     assert main(["batch", "--check", str(path)]) == 0
     assert not output.exists()
-    for text, code in (('{"source": "in.jsonl:1", "key": "another"}\n', 2), ('{"source": "torn', 0), ("a diary\n", 2)):
+    for text, code in (
+        ('{"source": "in.jsonl:1", "key": "another"}\n', 2),
+        ('{"source": "in.jso', 0),
+        ("a diary\n", 2),
+    ):
         output.write_text(text)
         assert main(["batch", "--check", str(path)]) == code
         assert output.read_text() == text
     assert "line 1: is no result of a batch run" in capsys.readouterr().err
+
+
+def test_an_output_is_no_input_and_no_file_of_others(tmp_path: Path) -> None:
+    text = '{"source": "web", "q": "what is this"}'  # without an end
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=r"'in.jsonl' is the job's own file, or its output"):
+        load_job(write_job(tmp_path, 'input = ["in.jsonl"]\nprompt = "{q}"\noutput = "in.jsonl"'))
+    job = load_job(write_job(tmp_path))
+    for other in (text, '{"source": ["a"], "key": "x"}\n', "[" * 100_000 + "\n"):
+        job.output.write_text(other)
+        with pytest.raises(ConfigError, match="is no result of a batch run"):
+            ResultFile(job.output, job.items)
+        assert job.output.read_text() == other
+
+
+def test_values_without_an_end_are_named(tmp_path: Path) -> None:
+    path = write_job(tmp_path)
+    for value in ("9" * 5000, "[" * 100_000):
+        (tmp_path / "in.jsonl").write_text(f'{{"q": {value}}}\n')
+        with pytest.raises(ConfigError, match=r"in.jsonl:1: cannot be read as JSON"):
+            load_job(path)
+    (tmp_path / "in.csv").write_text("q\n" + "x" * 200_000 + "\n")
+    long = load_job(write_job(tmp_path, 'input = ["in.csv"]\nprompt = "{q}"'))
+    assert len(long.items[0].prompt) == 200_000
 
 
 def test_a_run_never_reads_its_own_files_nor_a_file_twice(tmp_path: Path) -> None:
@@ -183,7 +211,10 @@ def test_conversations(tmp_path: Path) -> None:
         ('input = ["latin.txt"]', r"latin.txt: is not UTF-8 text \(byte 1\)"),
         ('input = ["empty.jsonl"]', r"hold no items"),
         ('input = ["in.jsonl"]\nprompt = "{q}"\noutput = "no/where.jsonl"', r"batch.output: .*where.jsonl: cannot be"),
-        ('input = ["in.jsonl"]\nprompt = "{q}"\noutput = "in.jsonl"', r"in.jsonl, line 1: is no result"),
+        (
+            'input = ["in.jsonl"]\nprompt = "{q}"\noutput = "in.jsonl"',
+            r"'in.jsonl' is the job's own file, or its output",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_opened(

@@ -19,7 +19,7 @@ from engine.config import (
     MoESettings,
     SamplingParams,
 )
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, EngineError, RequestError
 from engine.tables import parse_bytes, table_fields
 
 REPO = Path(__file__).resolve().parent.parent
@@ -108,6 +108,7 @@ def test_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bench.prompt_tokens", "16, 128", (16, 128)),
         ("bench.prompt_tokens", "16", (16,)),
         ("bench.prompt_tokens", (5, 6), (5, 6)),  # not only text, from a program
+        ("bench.prompt_tokens", [5, 6], (5, 6)),
     ],
 )
 def test_overrides_are_read_as_the_type_of_the_field(key: str, text: object, value: object) -> None:
@@ -115,6 +116,10 @@ def test_overrides_are_read_as_the_type_of_the_field(key: str, text: object, val
     found = getattr(getattr(EngineConfig.load(overrides={key: text}, environ={}), table), name)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_list_is_as_good_as_a_tuple() -> None:
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -315,3 +320,17 @@ def test_sizes(text: str, n_bytes: int) -> None:
     assert parse_bytes(text, "x") == n_bytes
     assert EngineSettings(vram_budget=text).vram_budget_bytes == n_bytes
     assert EngineSettings().vram_budget_bytes is None
+
+
+@pytest.mark.parametrize("digits", ["9" * 400, "9" * 5000])
+def test_numbers_without_an_end(digits: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    for text in (f"[engine]\nn_threads = {digits}\n", f"[sampling]\ntemperature = {digits}\n", "x = " + "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ConfigError):
+            EngineConfig.load(file, environ={})
+    for key in ("engine.n_threads", "sampling.temperature", "engine.vram_budget"):
+        with pytest.raises(ConfigError):
+            EngineConfig.load(overrides={key: digits + "GB" * (key == "engine.vram_budget")}, environ={})
+    with pytest.raises(EngineError):
+        SamplingParams(temperature=10**400)

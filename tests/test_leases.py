@@ -22,6 +22,9 @@ class FakeForward:
         self.steps: list[tuple[int, list[int], int]] = []
         self.fails = False
 
+    def check(self, position, n_tokens):
+        pass
+
     def run(self, slot, token_ids, position, outputs, progress):
         if self.fails:
             raise KeyboardInterrupt
@@ -118,6 +121,9 @@ class FakeStates:
 
     def load_states(self, slot: int, n_tokens: int, saved: np.ndarray) -> None:
         self.states[slot] = saved.tolist()
+
+    def check(self, position, n_tokens):
+        pass
 
     def run(self, slot, token_ids, position, outputs, progress):
         if position == 0:
@@ -286,6 +292,9 @@ class FakeRings:
 
     def load_states(self, slot: int, n_tokens: int, saved: np.ndarray) -> None:
         self.rows[slot, self.seen(n_tokens) % self.N_ROWS] = saved
+
+    def check(self, position, n_tokens):
+        pass
 
     def run(self, slot, token_ids, position, outputs, progress):
         self.tokens[slot][position:] = token_ids

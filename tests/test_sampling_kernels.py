@@ -99,6 +99,14 @@ def test_draws_follow_the_probabilities():
     assert draws[-1] == 3  # of two equals the lower id first
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-60, 1e-300, 5e-324])
+@pytest.mark.parametrize("largest", [1e-3, 7.0, 1e30])
+def test_next_to_no_temperature_takes_the_likeliest(temperature, largest):
+    logits = np.full(1000, -np.float32(1.0), np.float32)
+    logits[[70, 700]] = largest, np.nextafter(np.float32(largest), np.float32(-1))
+    assert sample(logits, temperature=temperature, uniform=0.999) == 70
+
+
 def test_a_tie_at_the_limit_of_top_k_goes_to_the_lower_id():
     assert {sample([1.0, 2.0, 1.0, 1.0], top_k=2, uniform=u / 16) for u in range(16)} == {1, 0}
 

@@ -70,6 +70,53 @@ def test_sessions_and_answers_do_not_meet(path: Path) -> None:
         assert np.array_equal(whole.view(np.uint32), logits.view(np.uint32))
 
 
+def test_a_session_does_one_thing_at_a_time_and_nothing_once_it_is_closed(path: Path, tmp_path: Path) -> None:
+    with open_engine(path, n_sequences=1) as engine:
+        expected = engine.generate(PROMPT, PARAMS).token_ids
+        session = engine.new_session()
+        stream = session.generate(PROMPT, PARAMS, stream=True)
+        found = [next(stream).token_id]
+        for busy in (lambda: session.run([1, 2]), lambda: session.generate(PROMPT, PARAMS)):
+            with pytest.raises(RequestError, match="an answer of this session is under way"):
+                busy()
+        session.close()  # the stream keeps the sequence
+        found += [chunk.token_id for chunk in stream if chunk.completion is None]
+        assert tuple(found) == expected
+        assert engine.generate(PROMPT, PARAMS).token_ids == expected
+        for closed in (
+            lambda: session.run([1, 2]),
+            lambda: session.generate(PROMPT, PARAMS),
+            lambda: session.save(tmp_path / "s"),
+            lambda: session.token_ids,
+        ):
+            with pytest.raises(RequestError, match="the session is closed"):
+                closed()
+
+
+def test_a_run_that_is_stopped_leaves_what_the_session_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine(path, max_batch_tokens=8) as engine, engine.new_session() as session:
+        session.run(PROMPT)
+        steps = engine._forward.program.run
+
+        def stopped(ids, positions, *rest):
+            if positions[0] >= len(PROMPT) + 8:
+                raise KeyboardInterrupt
+            return steps(ids, positions, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._forward.program, "run", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                session.run(list(range(30)))
+        held = session.token_ids
+        assert held in {(), tuple(PROMPT)}
+        found = session.run([5, 6])
+        with pytest.raises(RequestError, match="do not fit the context"):
+            session.run(list(range(96)))
+        assert session.token_ids == (*held, 5, 6)
+    with open_engine(path) as engine, engine.new_session() as session:
+        assert np.array_equal(session.run([*held, 5, 6]), found)
+
+
 def test_files_that_are_refused(golden_path, tmp_path: Path) -> None:
     file = tmp_path / "talk.session"
     with open_engine(tiny_model_path()) as engine:

@@ -98,6 +98,8 @@ def _matching(folder: Path, pattern: str, own: set[Path]) -> list[str]:
             inside = pattern.rstrip("/") + "/*"
             raise ConfigError(f"batch.input: {pattern!r} is a folder; write {inside!r} for the files in it")
         if (folder / pattern).exists():
+            if (folder / pattern).resolve() in own:
+                raise ConfigError(f"batch.input: {pattern!r} is the job's own file, or its output; name another")
             return [pattern]
         found = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 - it may be absolute
         names = [name for name in found if (folder / name).is_file() and (folder / name).resolve() not in own]
@@ -135,12 +137,15 @@ def _read_file(path: Path, name: str, form: str) -> Iterator[tuple[str, dict[str
             fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{source}: is not JSON: {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # digits, or brackets, without an end
+            raise ConfigError(f"{source}: cannot be read as JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ConfigError(f'{source}: expected an object such as {{"text": "..."}}, found {line.strip()[:40]}')
         yield source, fields
 
 
 def _read_csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = rows.fieldnames or ()

@@ -58,7 +58,8 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
         )
     config = replace(config, engine=replace(config.engine, n_sequences=settings.n_parallel))
     model = config.model
-    salt = json.dumps([asdict(config.sampling), model.path, model.chat_template, *model.chat_variables])
+    made_with = [model.path, model.chat_template, config.engine.kv_type, *model.chat_variables]
+    salt = json.dumps([asdict(config.sampling), *made_with])
     config = _beside(path.parent, config, overrides or {})
     items: list[Item] = []
     for source, fields in read_items(settings, path):

@@ -16,8 +16,6 @@ from engine.batch.items import Item
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.generate.answer import Completion, TokenLogprob
 
-_START = b'{"source": '  # of every line
-
 
 @dataclass(slots=True)
 class Found:
@@ -42,10 +40,11 @@ def read_results(path: Path, items: Sequence[Item]) -> Found:
     Raises `ConfigError` if it holds something else than results of these items, `OSError` if it cannot be read.
     """
     keys, found = {item.source: item.key for item in items}, Found()
+    starts = [b'{"source": %s, "key": "' % json.dumps(source).encode() for source in keys]
     with path.open("rb") as reader:
         for number, line in enumerate(reader, 1):
             if not line.endswith(b"\n"):
-                if not (line.startswith(_START) or _START.startswith(line)):
+                if not any(line.startswith(start) or start.startswith(line) for start in starts):
                     raise _foreign(path, number)
                 found.is_torn = True
                 break
@@ -53,8 +52,10 @@ def read_results(path: Path, items: Sequence[Item]) -> Found:
             try:
                 result = json.loads(line)
                 source, key = result["source"], result["key"]
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise _foreign(path, number) from None
+            if not isinstance(source, str):
+                raise _foreign(path, number)
             if keys.get(source) != key:
                 raise ConfigError(
                     f"batch.output: {path}, line {number}: was made from another prompt, model or sampling than "

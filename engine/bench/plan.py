@@ -42,6 +42,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of made-up routing
 BATCH_TOKENS = 512  # of a step
 LONG_STEP = EngineSettings().max_prompt_tokens
 MAX_DRAFTS = EngineSettings().max_drafts
+MOST_CONTEXT = 1 << 24  # tokens, as in the settings
 SWAP_SHARE = 0.2  # of a token's time
 SWAP_LAG = 1  # tokens by which a swap is late: its cause is looked at during the next step, and it arrives in that
 
@@ -330,8 +331,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Predict what is asked for."""
     machine, ram_bytes = read_machine(args)
-    if args.context < 1:
-        raise ConfigError(f"--context is {args.context}; expected at least 1")
+    if not 1 <= args.context <= MOST_CONTEXT:
+        raise ConfigError(f"--context is {args.context}; expected 1 to {MOST_CONTEXT}")
+    if args.model == "":
+        raise ConfigError("the name of the model is empty; give a file, or leave it out for the bundled model")
     model_file = open_model_file(args.model or tiny_model_path())
     try:
         model = load_model(model_file, drafts=MAX_DRAFTS > 0)

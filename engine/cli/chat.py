@@ -154,7 +154,9 @@ class Chat:
             if Path(name).is_file():
                 load_conversation(Path(name))  # anything else that is there is not for us to replace
             with whole_file(Path(name)) as file:
-                file.write(json.dumps(self.messages, indent=1, ensure_ascii=False).encode() + b"\n")
+                file.write(
+                    json.dumps(self.messages, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                )
         except OSError as error:
             self._console.print(f"error: {name}: cannot be written: {error.strerror or error}")
             return
@@ -170,7 +172,7 @@ def load_conversation(path: Path) -> Messages:
         messages = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         messages = None
     is_list = isinstance(messages, list)
     if not is_list or not all(isinstance(m, dict) and m.keys() == {"role", "content"} for m in messages):

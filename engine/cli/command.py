@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from engine.cli.terminal import error_console, start_logging, stop_logging
 from engine.errors import ConfigError, EngineError
@@ -30,6 +31,10 @@ def program_version() -> str:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse a command line and call the function that its command left in `execute`; return the exit code."""
     args = parser.parse_args(argv)
+    if sys.stdin is None:  # closed by whoever started this
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is spelled out
         sys.stdout.reconfigure(errors="backslashreplace")
     console = error_console()

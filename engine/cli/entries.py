@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.cli.terminal import write
+from engine.errors import RequestError
 
 HOW_TO_ENTER = 'A line that ends with \\ goes on in the next one; """ begins and ends a text of several lines.'
 
@@ -56,7 +57,12 @@ def _read_line(prompt: str) -> str | None:
         except EOFError:
             write("\n")
             return None
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeError:
+        raise RequestError(
+            f"standard input is not {sys.stdin.encoding} text; convert it, with iconv for example"
+        ) from None
     return line.rstrip("\r\n") if line else None
 
 

@@ -88,6 +88,16 @@ class ForwardPass:
         self._slots = np.zeros(limits.max_tokens, np.int32)
         self._no_rows = np.zeros(0, np.int32)
 
+    def check(self, position: int, n_tokens: int) -> None:
+        """Raise `RequestError` if so many tokens cannot follow as many as `position` says."""
+        if n_tokens == 0:
+            raise RequestError("there are no tokens to run; give at least one")
+        if position + n_tokens > self.limits.context_length:
+            raise RequestError(
+                f"{position + n_tokens} tokens do not fit the context of {self.limits.context_length}; "
+                "shorten the prompt or raise [engine] context_length"
+            )
+
     def run(
         self,
         slot: int,
@@ -115,13 +125,7 @@ class ForwardPass:
         """
         ids = np.asarray(token_ids, np.int32)
         n = len(ids)
-        if n == 0:
-            raise RequestError("there are no tokens to run; give at least one")
-        if position + n > self.limits.context_length:
-            raise RequestError(
-                f"{position + n} tokens do not fit the context of {self.limits.context_length}; "
-                "shorten the prompt or raise [engine] context_length"
-            )
+        self.check(position, n)
         logits = np.empty((n if outputs == "all" else 0, self.n_vocab), np.float32)
         step = self.limits.most(Rows.OUTPUTS if outputs == "all" else Rows.TOKENS)
         for start in range(0, n, step):

@@ -89,7 +89,7 @@ class SlotTable:
         except BaseException:
             self.give_back(slot)
             raise
-        return Lease(self, slot, self._held[slot], n_common, is_owner=True)
+        return Lease(self, slot, self._held[slot], n_common)
 
     def common(self, slot: int, token_ids: Sequence[int]) -> int:
         """Return with how many of its tokens a new sequence begins like what a slot holds, but for its last one."""
@@ -158,9 +158,12 @@ class Lease:
         n_common: tokens that the sequence has in common with the one before, whether they could be used or not.
     """
 
-    def __init__(self, table: SlotTable, slot: int, held: list[int], n_common: int, *, is_owner: bool) -> None:
+    def __init__(
+        self, table: SlotTable, slot: int, held: list[int], n_common: int, *, owner: Lease | None = None
+    ) -> None:
         self._table = table
-        self._is_owner = is_owner
+        self._owner = owner  # of a lease for one answer
+        self._answer: Lease | None = None  # the one that is being made here
         self.slot, self.n_common = slot, n_common
         self._held = held
         self._is_open = True
@@ -193,10 +196,18 @@ class Lease:
 
     def lend(self, token_ids: Sequence[int]) -> Lease:
         """Return a lease for an answer in this slot, cut back to what that can use; closing it keeps the slot here."""
-        assert self._is_open
+        self._check_free()
         n_common = self._table.common(self.slot, token_ids)
         self._table.go_back(self.slot, self._table.usable(self.slot, token_ids))
-        return Lease(self._table, self.slot, self._held, n_common, is_owner=False)
+        self._answer = Lease(self._table, self.slot, self._held, n_common, owner=self)
+        return self._answer
+
+    def _check_free(self) -> None:
+        """Raise `RequestError` where the slot was given back, or an answer is being made in it."""
+        if not self._is_open:
+            raise RequestError("the session is closed")
+        if self._answer is not None:
+            raise RequestError("an answer of this session is under way; finish its stream, or close it")
 
     def extend(
         self,
@@ -205,10 +216,18 @@ class Lease:
         outputs: Outputs = "last",
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Run tokens after those the slot holds; see `ForwardPass.run`."""
-        assert self._is_open
+        """Run tokens after those the slot holds; see `ForwardPass.run`.
+
+        Raises `RequestError` if the slot was given back, or an answer is being made in it.
+        """
+        self._check_free()
+        forward.check(len(self._held), len(token_ids))
         self.begin(len(token_ids))
-        logits = forward.run(self.slot, token_ids, len(self._held), outputs, progress)
+        try:
+            logits = forward.run(self.slot, token_ids, len(self._held), outputs, progress)
+        except BaseException:
+            self.recover(len(self._held))
+            raise
         self.commit(token_ids)
         return logits
 
@@ -249,13 +268,18 @@ class Lease:
             table.go_back(self.slot, n)
 
     def close(self) -> None:
-        """Give the slot back; what it holds stays for a sequence that begins the same."""
-        if self._is_open:
-            self._is_open = False
-            if self._is_owner:
-                self._table.give_back(self.slot)
-            else:
-                self.recover(len(self._held))
+        """Give the slot back; what it holds stays for a sequence that begins the same.
+
+        An answer that is being made in it keeps the slot until it is over.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._owner is not None:
+            self.recover(len(self._held))
+            self._owner._answer = None
+        if self._answer is None and (self._owner is None or not self._owner.is_open):
+            self._table.give_back(self.slot)
 
     def __enter__(self) -> Lease:
         return self

@@ -85,7 +85,7 @@ def load_session(
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
         about = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         about = None
     if not found or not isinstance(about, dict) or about.get("kind") != _KIND:
         raise RequestError(f"{path}: is not a saved session")

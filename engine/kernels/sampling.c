@@ -217,7 +217,8 @@ static int draw_token(const ops_table *ops, const float *logits, int n, const sa
         const weighing w = {ops->exponentials, logits[best], inverse < (double)FLT_MAX ? (float)inverse : FLT_MAX};
         const bool needs_all = params->top_k == 0 || params->top_k >= n, can_weigh = isfinite(w.largest);
         const int64_t all = needs_all && can_weigh ? sum_of_weights(&w, logits, n) : 0;
-        float depth = (float)(8.0 * params->temperature);
+        // Less than the distance to the next float would be no step at all, however often it is doubled.
+        float depth = fmaxf((float)(8.0 * params->temperature), fmaxf(FLT_MIN, fabsf(w.largest) * FLT_EPSILON));
         if (can_weigh)
             do {
                 if (params->top_k > 0 && params->top_k <= n / BLOCK)

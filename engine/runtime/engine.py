@@ -196,6 +196,8 @@ class Engine(Answering):
             DeviceError: for a device that is not there or has too little memory.
         """
         config = config if config is not None else EngineConfig.load()
+        if path is not None and not os.fspath(path):
+            raise RequestError("the name of the model is empty; give a file, or None for the one in the settings")
         model_file = open_model_file(
             path or config.model.path or tiny_model_path(), has_router_biases=config.moe.routing != OWN
         )
@@ -416,11 +418,11 @@ class Engine(Answering):
         return Session(self, lease)
 
     def _save(self, lease: Lease, path: str | os.PathLike[str]) -> None:
-        program = self._saving_program()
-        with self._alone():
-            state = program.save_sequence(lease.slot, lease.n_held)
+        program, fingerprint = self._saving_program(), self._fingerprint
+        with self._alone():  # or a stream that is open may go on in between
+            token_ids, state = lease.token_ids, program.save_sequence(lease.slot, lease.n_held)
         kv_type, layout = self.config.engine.kv_type, program.state_layout + self._rotation
-        save_session(path, SavedSession(self._fingerprint, kv_type, layout, lease.token_ids, state))
+        save_session(path, SavedSession(fingerprint, kv_type, layout, token_ids, state))
 
     def _saving_program(self) -> SavingProgram:
         if not isinstance(self._program, SavingProgram):
