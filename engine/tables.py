@@ -315,14 +315,12 @@ def read_assignment(text: str, key: str) -> tuple[str, object]:
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name.isidentifier():
         raise ConfigError(f'{key} has {text!r}; expected NAME=VALUE such as "enable_thinking=false"')
-    return name, next(iter(_as_toml(value)), value)
+    return name, next(iter(_as_toml(value)), value) if value else ""
 
 
 def _as_toml(text: str) -> list[object]:
     """Return the value that a text is in TOML, as a list of one; empty if it is none. "1, 2" is a list too."""
     found: list[object] = []
-    if not text:
-        return found
     for candidate in (text, f"[{text}]"):
         try:
             document = tomllib.loads(f"value = {candidate}")

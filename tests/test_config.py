@@ -118,6 +118,13 @@ def test_overrides_are_read_as_the_type_of_the_field(key: str, text: object, val
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("x=", ""), ("x = 1", 1), ("x=low", "low"), ("x=[]", ()), ("x=false", False)]
+)
+def test_variables_of_a_template(text: str, value: object) -> None:
+    assert ModelSettings(chat_variables=(text,)).template_variables() == {"x": value}
+
+
 def test_a_list_is_as_good_as_a_tuple() -> None:
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
