@@ -141,7 +141,7 @@ class CUDADevice:
         allowed = self.usable_bytes
         bare = self._bare(graph, weights, limits, tables)
         threshold = self.stream_n_tokens or self._where_streaming_pays(graph, limits, speeds)
-        threshold = max(threshold, tiles.MIN_TOKENS)
+        threshold = max(threshold, tiles.MIN_TOKENS, limits.n_slots + 1)  # a step of all sequences streams nothing
         limits = self._larger_steps(bare, allowed - bare.layout.n_bytes, threshold)
         bare = self._bare(graph, weights, limits, tables)
         staging = self._staging(bare, int((allowed - bare.layout.n_bytes) * _STAGING_SHARE), threshold)

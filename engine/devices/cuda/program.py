@@ -275,7 +275,8 @@ class CUDAProgram:
         (inputs, step), self._prepared = self._prepared, None
         begins = step.misses if not step.is_served else None
         try:
-            self._take_memory(step.n_tokens, inputs.positions, inputs.slots)
+            if step.size != DRAFT:  # which keeps nothing where experts may lie
+                self._take_memory(step.n_tokens, inputs.positions, inputs.slots)
             self._context.make_current()
             if begins is not None:
                 begins.begin()

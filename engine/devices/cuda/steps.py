@@ -64,7 +64,7 @@ class Steps:
         all_sizes = {*_SIZES, *long_sizes(max_tokens), *lowering.sizes}
         recorded: dict[tuple[int, int], list[Launch | Streamed]] = {}
         sizes = sorted({min(size, largest) for size in all_sizes})
-        decoding = next((size for size in sizes if size >= lowering.limits.n_slots), 0)
+        decoding = next((size for size in sizes if size >= lowering.limits.n_slots), sizes[-1])
         for size in sizes:
             launches = lowering.launches(base, size, exchange)
             for buffer in range(2 if size <= decoding else 1):
