@@ -157,7 +157,11 @@ class Program:
     n_threads: int
     isa: str
 
-    def __init__(self, max_tokens: int, n_slots: int, n_threads: int, isa: str | None = None) -> None: ...
+    def __init__(
+        self, max_tokens: int, n_slots: int, n_threads: int, isa: str | None = None, lender: Program | None = None
+    ) -> None:
+        """Begin an empty program; its experts may use memory of a `lender`'s, with which it must never run at once."""
+
     def run(self, step: Step, first: int = 0, last: int = -1) -> None:
         """Run everything recorded, without the GIL, or the operations from `first` up to but without `last`.
 

@@ -308,6 +308,7 @@ cdef extern from "kernels/program.h" nogil:
         STEP_OUTPUT_ROW
     program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads)
     void program_free(program *p)
+    void program_share_experts(program *p, const program *other)
     int program_length(const program *p)
     int program_embed(program *p, int ggml_type, embed_args args, int n_vocab, int n_ids)
     int program_hash_tokens(program *p, hash_tokens_args args)
@@ -691,8 +692,9 @@ cdef class Program:
     cdef readonly str isa
     cdef int _max_tokens, _n_slots
     cdef bint _is_running
+    cdef Program _lender
 
-    def __init__(self, int max_tokens, int n_slots, int n_threads, isa=None):
+    def __init__(self, int max_tokens, int n_slots, int n_threads, isa=None, Program lender=None):
         need(self._program == NULL, "a program is made once")
         need_at_least("max_tokens", max_tokens, 1)
         need_at_least("n_slots", n_slots, 1)
@@ -703,6 +705,9 @@ cdef class Program:
             raise MemoryError("no memory for a program")
         self.n_threads, self.isa = n_threads, kernels.name.decode()
         self._max_tokens, self._n_slots = max_tokens, n_slots
+        if lender is not None:
+            program_share_experts(self._program, lender._program)
+            self._lender = lender
 
     def __dealloc__(self):
         program_free(self._program)

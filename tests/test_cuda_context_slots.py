@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from model_runner import ModelRunner
 from test_cuda_device import Model, Opened
 from test_cuda_lending import cached, same_bits
 
+from engine.devices.cpu import CPUDevice
+from engine.devices.cpu.device import CPUProgram
+from engine.devices.cuda import CUDADevice
+from engine.devices.cuda.program import CUDAProgram
 from engine.devices.cuda.sequence_state import used_parts
 from engine.devices.footprint import measure
 from engine.devices.graph import KVType
 from engine.devices.program import Limits
+from engine.devices.timing import Bandwidths
 from engine.errors import DeviceError
 from engine.experts.watched_program import WatchedProgram
 from engine.gguf.weights import WeightMemory
-from tests.cusim import needs_emulator
+from engine.resources import Resources
+from tests.cusim import StandInCompiler, needs_emulator
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("driver", "least")]
 
@@ -225,3 +233,50 @@ def test_slots_lie_in_the_ends_of_stretches(borrowing: Borrowing) -> None:
                 for offset, n_bytes in used_parts(lowering.recorder.states, limits, sequence, n):
                     clear = all(end <= offset or start >= offset + n_bytes for start, end, m in taken if m >= n)
                     assert clear, f"{n} positions reach into a slot"
+
+
+def test_guesses_beyond_a_boundary_leave_the_experts_there_alone(data: Path) -> None:
+    """What guesses tokens keeps nothing where experts may lie, so nobody has made room for it."""
+    limits, tokens = Limits(8, 1, 192, KVType.F32, max_drafts=3), np.arange(1, 193, dtype=np.int32)
+    with ModelRunner(data / "peers" / "qwen35moe-mtp-Q8_0.gguf", max_drafts=3) as runner:
+        graph, weights = runner.model.graph, runner.weights
+
+        def guessed(program: CUDAProgram | CPUProgram, n: int) -> list[int]:
+            """Three tokens after n, of which the last has to be one that was run alone."""
+            for at in range(n):
+                place = np.array([[at], [0]], np.int32)
+                program.run(tokens[at : at + 1], *place, np.zeros(1, np.int32))
+            return program.draft(0, int(tokens[n]), n, 3)
+
+        def budget_with_slots_in_contexts() -> int:
+            whole = int(measure(graph, limits).expert_bytes.sum()) * 16
+            for budget in range(whole // 4, 4 * whole, whole // 16):
+                with suppress(DeviceError), opened(budget) as program:
+                    if (program.usable_slots(1, 1) & ~program.usable_slots(1, 192)).any():
+                        return budget
+            raise AssertionError
+
+        @contextmanager
+        def opened(budget: int) -> Iterator[CUDAProgram]:
+            speeds = Bandwidths(ram=50e9, pcie=25e9, vram=1000e9)
+            compiler = StandInCompiler()
+            device = CUDADevice(compiler=compiler, vram_budget=budget, bandwidths=speeds, n_threads=2)
+            with Resources() as held:
+                held.own(device)
+                yield held.own(device.compile(graph, weights, limits))
+
+        with opened(budget_with_slots_in_contexts()) as program:
+            n_usable = [int(program.usable_slots(1, n).sum()) for n in range(1, 193)]
+            boundary = next(n for n, (now, then) in enumerate(pairwise(n_usable), 1) if then < now)
+            for layer, usable in enumerate(program.usable_slots(1, boundary)):
+                for expert, slot in enumerate(np.flatnonzero(usable).tolist()):
+                    ticket = program.copy_expert(layer, expert, slot)
+                    program.wait_all()
+                    assert program.is_done(ticket)
+                    program.publish(layer, expert, slot)
+            found = guessed(program, boundary - 1)
+            with pytest.raises(AssertionError, match="memory of an expert that is published"):
+                program.run(tokens[:1], np.array([boundary], np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32))
+        cpu = CPUDevice(2).compile(graph, weights, limits)
+        assert found == guessed(cpu, boundary - 1)
+        cpu.close()

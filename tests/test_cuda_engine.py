@@ -321,13 +321,60 @@ def test_a_missing_compiler_names_the_package(monkeypatch) -> None:
         Engine.open(config=config())
 
 
-def test_whatever_fails_while_opening_frees_everything(tmp_path: Path, driver, monkeypatch) -> None:
-    driver.fail("cuMemHostAlloc", 3, "CUDA_ERROR_OUT_OF_MEMORY")
-    with pytest.raises(DeviceError, match="cuMemHostAlloc failed"):
-        Engine.open(config=config())
-    monkeypatch.setattr("engine.runtime.engine.WeightMemory.load", lambda *_, **__: 1 / 0)
+@pytest.mark.parametrize(
+    ("call", "nth"),
+    [
+        ("cuMemAlloc", 2),
+        ("cuMemHostAlloc", 3),
+        ("cuMemHostAlloc", 9),
+        ("cuMemHostGetDevicePointer", 1),
+        ("cuMemHostGetDevicePointer", 20),
+        ("cuStreamCreate", 3),
+        ("cuEventCreate", 40),
+        ("cuModuleLoadData", 5),
+        ("cuMemcpyHtoDAsync", 9),
+        ("cuGraphInstantiate", 2),
+    ],
+)
+def test_whatever_fails_while_opening_frees_everything(call: str, nth: int, small: Path, driver) -> None:
+    driver.fail(call, nth, "CUDA_ERROR_OUT_OF_MEMORY")
+    loaded = replace(config(hot_k=4, stream_n_tokens=5), model=ModelSettings(load="memory"))
+    with pytest.raises(DeviceError, match=f"{call}.* failed: CUDA_ERROR_OUT_OF_MEMORY"):
+        Engine.open(small, loaded)
+
+
+@pytest.mark.parametrize("what", ["WeightMemory.load", "ExpertCaching", "Scheduler"])
+def test_what_fails_around_the_device_frees_it(what: str, small: Path, monkeypatch) -> None:
+    monkeypatch.setattr(f"engine.runtime.engine.{what}", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        Engine.open(config=config())
+        Engine.open(small, config())
+
+
+@pytest.mark.parametrize("call", ["cuGraphExecDestroy", "cuStreamDestroy", "cuEventDestroy", "cuModuleUnload"])
+def test_what_fails_while_closing_is_told_and_all_else_is_freed(call: str, small: Path, driver) -> None:
+    engine = Engine.open(small, config(hot_k=4))
+    driver.fail(call, 1, "CUDA_ERROR_LAUNCH_FAILED")
+    with pytest.raises(DeviceError, match=f"{call} failed: CUDA_ERROR_LAUNCH_FAILED"):
+        engine.close()
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("n_sequences", "max_batch_tokens", "stream_n_tokens"), [(9, 16, 8), (2, 1, 1 << 20), (4, 2, 1 << 20)]
+)
+def test_there_may_be_more_sequences_than_tokens_in_a_step(
+    n_sequences: int, max_batch_tokens: int, stream_n_tokens: int, small: Path, expected_of_small, monkeypatch
+) -> None:
+    """Also where a step is begun behind the one before, for which there are launches of their own."""
+    monkeypatch.setattr(cuda_program, "n_logical_cpus", lambda: 16)
+    settings = config(hot_k=4, stream_n_tokens=stream_n_tokens, hot_pp_bypass_n_tokens=1)
+    sizes = {"n_sequences": n_sequences, "max_batch_tokens": max_batch_tokens}
+    settings = replace(settings, model=ModelSettings(load="memory"), engine=replace(settings.engine, **sizes))
+    with Engine.open(small, settings) as engine:
+        assert engine._forward.runs_ahead
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected_of_small
+        answers = dict(engine.generate_many([PROMPT] * n_sequences, GREEDY))
+    assert {answer.token_ids for answer in answers.values()} == {expected_of_small}
 
 
 def test_info_looks_at_the_gpu_and_leaves_it_as_it_was(capsys: pytest.CaptureFixture[str], driver) -> None:

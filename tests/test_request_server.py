@@ -119,7 +119,9 @@ class ExpertLayers:
 
     N_EXPERTS, N_USED = 6, 3
 
-    def __init__(self, n_layers: int, n_threads: int, name: str, hidden_size: int, ffn_size: int) -> None:
+    def __init__(
+        self, n_layers: int, n_threads: int, name: str, hidden_size: int, ffn_size: int, *, shares: bool = False
+    ) -> None:
         self.format, self.hidden_size, self.ffn_size = BY_NAME[name], hidden_size, ffn_size
         self.flags = np.zeros((4, 16), np.uint32)
         self.ids, self.guess = np.zeros(self.N_USED, np.int32), np.zeros(self.N_USED, np.int32)
@@ -127,13 +129,15 @@ class ExpertLayers:
         self.x = _kernels.quantize_activations(x, self.format.activation)
         self.answer = np.zeros(self.N_USED * hidden_size, np.float32)
         self.keep: list[np.ndarray] = []
-        self.programs = [self._program(i, n_threads) for i in range(n_layers)]
+        self.programs: list[_kernels.Program] = []
+        for i in range(n_layers):
+            self.programs.append(self._program(i, n_threads, self.programs[-1] if shares and i else None))
         addresses = [int(flag.ctypes.data) for flag in self.flags]
         self.server = _kernels.RequestServer(self.programs, *addresses, int(self.guess.ctypes.data))
         self.step = _kernels.Step(1)
         self.step.n_tokens = 1
 
-    def _program(self, layer: int, n_threads: int) -> _kernels.Program:
+    def _program(self, layer: int, n_threads: int, lender: _kernels.Program | None) -> _kernels.Program:
         hidden_size, ffn_size, ggml_type = self.hidden_size, self.ffn_size, self.format.ggml_type
         matrices = []
         for i, (n_rows, n_cols) in enumerate([(ffn_size, hidden_size)] * 2 + [(hidden_size, ffn_size)]):
@@ -142,7 +146,7 @@ class ExpertLayers:
             table = raw.ctypes.data + raw.nbytes // self.N_EXPERTS * np.arange(self.N_EXPERTS, dtype=np.int64)
             self.keep += [raw, table]
             matrices.append((int(table.ctypes.data), ggml_type, 0, 0))
-        program = _kernels.Program(1, 1, n_threads)
+        program = _kernels.Program(1, 1, n_threads, lender=lender)
         at = int(self.x.ctypes.data), self.x.strides[0]
         ids, out = int(self.ids.ctypes.data), int(self.answer.ctypes.data)
         form = _kernels.ACTIVATE_SILU, 0.0, 0.0, hidden_size, ffn_size, out, len(self.answer)
@@ -182,6 +186,14 @@ class ExpertLayers:
         assert self.server.run(self.step, 1, 0, 20.0)
         thread.join()
         return answers
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F32"])
+def test_layers_that_share_memory_give_the_same_answers(name: str) -> None:
+    asked = [(2, [4, -1, 2]), (0, [5, 0, 3]), (1, [0, 1, 2]), (0, [5, 0, 3])]
+    apart, together = (ExpertLayers(3, 2, name, 256, 512, shares=shares) for shares in (False, True))
+    for answer, expected in zip(together.compute(asked), apart.compute(asked), strict=True):
+        np.testing.assert_array_equal(answer.view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 7])

@@ -21,6 +21,7 @@ from engine.experts.steering import make_steering
 from engine.experts.trace import TraceRecorder
 from engine.experts.watched_program import WatchedProgram
 from engine.model_spec import ModelSpec
+from engine.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +118,14 @@ class ExpertCaching:
 
     def close(self) -> None:
         """Wait for the cache and write profile and trace; what cannot be written costs a warning."""
-        self.program.settle()
-        self.program.close()
-        if self.cache is not None:
-            self.cache.close()
+        with Resources() as held:
+            held.defer(self._write)
+            if self.cache is not None:
+                held.defer(self.cache.close)
+            held.defer(self.program.close)
+            self.program.settle()
+
+    def _write(self) -> None:
         try:
             if self._profile_path and self.cache is not None and self.cache.n_counted:
                 self._save_profile(self.cache)

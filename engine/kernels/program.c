@@ -142,6 +142,15 @@ void program_free(program *p) {
     free(p);
 }
 
+void program_share_experts(program *p, const program *other) {
+    p->hidden = other->hidden;
+    p->hidden_bytes = other->hidden_bytes;
+    p->hidden_quantized = other->hidden_quantized;
+    p->hidden_quantized_bytes = other->hidden_quantized_bytes;
+    p->n_rows_done = other->n_rows_done;
+    p->n_rows_done_bytes = other->n_rows_done_bytes;
+}
+
 int program_length(const program *p) { return p->n_operations; }
 int program_n_groups(const program *p) { return p->n_groups; }
 int program_n_vocab(const program *p) { return p->n_vocab; }

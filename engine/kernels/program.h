@@ -17,6 +17,9 @@ typedef struct program program;
 // Returns NULL without memory.
 program *program_create(const kernel_table *kernels, int max_tokens, int n_slots, int n_threads);
 void program_free(program *p);
+// Lets experts of `p`, which has none yet, use the memory that those of another program have for hidden values. That
+// one outlives `p` and never runs at the same time.
+void program_share_experts(program *p, const program *other);
 int program_length(const program *p); // operations recorded
 
 // Each records one operation. They return 0, or -1 without memory; arguments are checked by the caller.

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, SamplingParams
 from engine.data import tiny_model_path
 from engine.devices.cuda import CUDADevice
 from engine.devices.footprint import Footprint, measure
-from engine.devices.graph import Rope
+from engine.devices.graph import Graph, Rope
 from engine.devices.program import (
     DrawingProgram,
     ProfiledProgram,
@@ -46,6 +46,7 @@ from engine.generate.snapshots import Snapshots
 from engine.gguf import ModelFile, WeightMemory
 from engine.model_spec import ModelSpec
 from engine.models import load_model
+from engine.resources import Resources
 from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
 from engine.runtime.files import check_files, read_chat_template
 from engine.runtime.placing import (
@@ -83,48 +84,47 @@ class Engine(Answering):
     """
 
     def __init__(self, model_file: ModelFile, config: EngineConfig, progress: OpenProgress | None = None) -> None:
-        """Open a model file that is open already; the engine closes it. `Engine.open` is the usual way."""
-        self._file = model_file
-        check_files(config)
-        self._template_source = read_chat_template(config.model)
-        model = load_model(model_file, drafts=most_drafts(config) > 0)
-        self.spec: ModelSpec = model.spec
-        self._tensor_names = model.tensor_names
-        self.config = resolve(config, model.spec)
-        self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
-        self._device, reason = open_device(self.config, progress)
-        settings = self.config.engine
-        self._limits = limits_of(settings)
-        is_long = any(isinstance(op, Rope) and op.is_long(settings.context_length) for op in model.graph.operations)
-        self._rotation = ", rotated for long contexts" if is_long else ""  # of keys that a session holds
-        try:
-            gpu = self._device if isinstance(self._device, CUDADevice) else None
-            self.footprint: Footprint = measure(model.graph, self._limits, stores_once=gpu is not None)
+        """Open a model file that is open already; the engine closes it, also where this fails. See `Engine.open`."""
+        with Resources() as held:
+            self._file = held.own(model_file)
+            check_files(config)
+            self._template_source = read_chat_template(config.model)
+            model = load_model(model_file, drafts=most_drafts(config) > 0)
+            self.spec: ModelSpec = model.spec
+            self._tensor_names = model.tensor_names
+            self.config = resolve(config, model.spec)
+            self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
+            device, reason = open_device(self.config, progress)
+            self._device = held.own(device)
+            settings = self.config.engine
+            limits = limits_of(settings)
+            gpu = device if isinstance(device, CUDADevice) else None
+            self.footprint: Footprint = measure(model.graph, limits, stores_once=gpu is not None)
             if gpu is None:  # which has them in its own memory, and checks that itself
                 check_memory(self.footprint, settings)
             n_bytes = sum(model_file.tensors[name].n_bytes for name in model.tensor_names)
             vram_bytes = gpu.usable_bytes - self.footprint.state_bytes if gpu else None
-            self._weights = WeightMemory.load(
-                model_file,
-                model.tensor_names,
-                load_mode(self.config, n_bytes, vram_bytes),
-                progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
+            self._weights = held.own(
+                WeightMemory.load(
+                    model_file,
+                    model.tensor_names,
+                    load_mode(self.config, n_bytes, vram_bytes),
+                    progress=(lambda done, total: progress("loading weights", done, total)) if progress else None,
+                )
             )
             self.config = replace(self.config, model=replace(self.config.model, load=self._weights.mode))
-        except BaseException:
-            self._device.close()
-            raise
-        try:
-            self._program: Program = self._device.compile(model.graph, self._weights, self._limits)
-            try:
-                self._caching = ExpertCaching(self._program, self.config, self.spec, model.tensor_names)
-            except BaseException:
-                self._program.close()
-                raise
-        except BaseException:
-            self._device.close()
-            self._weights.close()
-            raise
+            self._program: Program = held.own(device.compile(model.graph, self._weights, limits))
+            self._caching = held.own(ExpertCaching(self._program, self.config, self.spec, model.tensor_names))
+            self._prepare_answers(model.graph)
+            self._statistics = self._first_statistics(model.graph, n_bytes)
+            self._held = held.pop_all()
+        _log.info("%s", self._first_line(reason))
+
+    def _prepare_answers(self, graph: Graph) -> None:
+        """Set up what answers are made with, above the program."""
+        settings = self.config.engine
+        is_long = any(isinstance(op, Rope) and op.is_long(settings.context_length) for op in graph.operations)
+        self._rotation = ", rotated for long contexts" if is_long else ""  # of keys that a session holds
         self._limits = self._program.limits
         program, draws = self._caching.program, isinstance(self._program, DrawingProgram)
         if draws:
@@ -138,11 +138,11 @@ class Engine(Answering):
             most_guesses=self.spec.most_guesses,
         )
         self._snapshots: Snapshots | None = None
-        most = cuts_back(model.graph, self._limits)
+        most = cuts_back(graph, self._limits)
         overwrites = most is not None and most < self._limits.context_length
         if overwrites and settings.n_snapshots and isinstance(self._program, RecurrentProgram):
             self._snapshots = Snapshots(self._program, self._turn, settings.n_snapshots)
-        has_states = bool(model.graph.states)
+        has_states = bool(graph.states)
         rewinder = self._program if isinstance(self._program, RewindingProgram) else None
         may_draft = settings.max_drafts > 0 and (rewinder is not None or not has_states)
         self._slots = SlotTable(
@@ -156,10 +156,13 @@ class Engine(Answering):
         self._lock = threading.RLock()
         self._is_open = True
         self._steps = StepCount()  # all of them together
-        self._statistics = EngineStatistics(
+
+    def _first_statistics(self, graph: Graph, n_bytes: int) -> EngineStatistics:
+        """Return what the engine is, before it has done anything; n_bytes: of all weights."""
+        return EngineStatistics(
             f"{self.spec.name} ({self.spec.architecture})",
             self._device.description,
-            count_weights(model.graph),
+            count_weights(graph),
             n_bytes,
             self._program.state_bytes,
             self._program.scratch_bytes,
@@ -167,7 +170,6 @@ class Engine(Answering):
             bandwidths=self._program.bandwidths if isinstance(self._program, SlotProgram) else None,
             has_virtual_clock=isinstance(self._program, ClockedProgram),
         )
-        _log.info("%s", self._first_line(reason))
 
     @property
     def has_draft_head(self) -> bool:
@@ -198,14 +200,8 @@ class Engine(Answering):
         config = config if config is not None else EngineConfig.load()
         if path is not None and not os.fspath(path):
             raise RequestError("the name of the model is empty; give a file, or None for the one in the settings")
-        model_file = open_model_file(
-            path or config.model.path or tiny_model_path(), has_router_biases=config.moe.routing != OWN
-        )
-        try:
-            return cls(model_file, config, progress)
-        except BaseException:
-            model_file.close()
-            raise
+        path = path or config.model.path or tiny_model_path()
+        return cls(open_model_file(path, has_router_biases=config.moe.routing != OWN), config, progress)
 
     def close(self) -> None:
         """Free all memory. An answer that is still being streamed ends with an error at its next token."""
@@ -213,11 +209,7 @@ class Engine(Answering):
             if self._is_open:
                 self._is_open = False
                 self._scheduler.close()
-                self._caching.close()
-                self._program.close()
-                self._device.close()
-                self._weights.close()
-                self._file.close()
+                self._held.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from engine.devices.placement import STAGED_EXPERTS, MemoryPlan, Wish, longest_s
 from engine.devices.program import Limits, WeightAccess
 from engine.devices.timing import CPU_MACS, Bandwidths
 from engine.quants import install_grids
+from engine.resources import Resources
 
 _log = logging.getLogger("engine")
 MARGIN_BYTES = 256 << 20  # left to the driver, the display and fragmentation
@@ -95,10 +97,10 @@ class CUDADevice:
         """Make a program of a recorded forward pass. The weights must outlive it."""
         self.context.make_current()
         speeds = self.bandwidths or self._measure_speeds()
-        tables = pinned_tables(graph, weights)
-        try:
+        with Resources() as held:
+            tables = held.own(pinned_tables(graph, weights))
             lowering, plan = self._fit(graph, weights, limits, speeds, tables.addresses)
-            return CUDAProgram(
+            program = CUDAProgram(
                 self.context,
                 lowering,
                 plan.usable,
@@ -109,20 +111,16 @@ class CUDADevice:
                 isa=self.isa,
                 progress=self.progress,
             )
-        except BaseException:
-            tables.close()
-            raise
+            held.pop_all()  # the tables are the program's now
+        return program
 
     def close(self) -> None:
         """Give the GPU back; programs must be closed before."""
         self.context.close()
 
     def _measure_speeds(self) -> Bandwidths:
-        stream = Stream(self.context)
-        try:
+        with closing(Stream(self.context)) as stream:
             return measure_speeds(stream, self.n_threads)
-        finally:
-            stream.close()
 
     def _where_streaming_pays(self, graph: ForwardGraph, limits: Limits, speeds: Bandwidths) -> int:
         """Return from how many tokens on; at most what was asked for in a step, as only streaming allows more."""

@@ -12,11 +12,12 @@ import numpy.typing as npt
 from engine.devices.cuda.driver import DriverCallError
 from engine.devices.cuda.launch import PADDING
 from engine.devices.cuda.lowering import Lowering
-from engine.devices.cuda.runtime import PinnedMemory, PinnedPages, close_all
+from engine.devices.cuda.runtime import PinnedMemory, PinnedPages
 from engine.devices.footprint import row_tables
 from engine.devices.graph import Graph
 from engine.devices.program import WeightAccess
 from engine.machine import available_memory
+from engine.resources import Resources
 
 _log = logging.getLogger("engine")
 _COPIED_SHARE = 0.25  # of free RAM, for tables that lie in pages of a file: these can be taken back, copies cannot
@@ -54,7 +55,7 @@ class PinnedTensors:
 
         Of pages of a file copies are made instead if these have `most_copied` bytes together at most.
         """
-        self._pages: list[PinnedPages | PinnedMemory] = []
+        self._held = Resources()
         self.addresses: dict[str, int] = {}
         self.reason = ""
         arrays = {name: weights.array(name) for name in names}
@@ -62,19 +63,19 @@ class PinnedTensors:
             self.reason = 'the weights are mapped from the file ([model] load = "mmap")'
             return
         try:
-            for name, array in arrays.items():
-                pages = _pinned(array) if weights.is_own_memory else _pinned_copy(array)
-                self._pages.append(pages)
-                self.addresses[name] = pages.device_address
+            with Resources() as held:
+                for name, array in arrays.items():
+                    pages = held.own(_pinned(array) if weights.is_own_memory else _pinned_copy(array))
+                    self.addresses[name] = pages.device_address
+                self._held = held.pop_all()
         except DriverCallError as error:
-            self.close()
+            self.addresses.clear()
             self.reason = str(error)
 
     def close(self) -> None:
         """Unpin; the device must not be reading."""
-        pages, self._pages = self._pages, []
         self.addresses.clear()
-        close_all(pages)
+        self._held.close()
 
 
 def _pinned(array: npt.NDArray[np.uint8]) -> PinnedPages:

@@ -22,6 +22,7 @@ from engine.devices.graph import Vector, Weight
 from engine.devices.program import WeightAccess
 from engine.errors import DeviceError
 from engine.quants.formats import Activation
+from engine.resources import Resources
 
 _WORD = 0xFFFFFFFF  # request numbers are taken modulo 2^32
 _LINE = 64  # bytes of a cache line; each flag has one
@@ -64,10 +65,7 @@ class MissServer:
         n_guessed = lowering.experts.n_used
         sizes = (4 * _LINE, 4 * n_choices, 4 * n_guessed, 4 * n_choices * hidden_size, *x_sizes)
         self._starts = np.cumsum([0, *(-(-size // _LINE) * _LINE for size in sizes)]).tolist()
-        self.memory = PinnedMemory(self._starts.pop())
-        flags = self.memory.address
-        words = self.memory.bytes[: 3 * _LINE].view(np.uint32)
-        self._requested, self._answered, self._abandoned = (words[i * _LINE // 4 :][:1] for i in range(3))
+        n_bytes = self._starts.pop()
         self._n_layers = len(lowering.experts.layers)
         self._lowering = lowering
         self._weights = weights
@@ -76,13 +74,22 @@ class MissServer:
         self._step.positions[:] = np.arange(limits.max_tokens)
         self._last_request = 0
         self._look = look
-        self._thread = ThreadPoolExecutor(1, "experts")
         self._serving: deque[Future[None]] = deque()  # the steps that the thread is at
-        programs = [self._program(layer, n_threads, isa) for layer in lowering.experts.layers]
-        guess = (flags + 3 * _LINE, self._shared(flags)[2]) if lowering.experts.next_routers else (0, 0)
-        self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE, *guess)
-        self.seconds, self.guesses = np.zeros_like(self._server.seconds), self._server.guesses
         self.n_single_tokens = 0
+        with Resources() as held:
+            self.memory = held.own(PinnedMemory(n_bytes))
+            flags = self.memory.address
+            words = self.memory.bytes[: 3 * _LINE].view(np.uint32)
+            self._requested, self._answered, self._abandoned = (words[i * _LINE // 4 :][:1] for i in range(3))
+            programs: list[_kernels.Program] = []
+            for layer in lowering.experts.layers:
+                programs.append(self._program(layer, n_threads, isa, programs[-1] if programs else None))
+            guess = (flags + 3 * _LINE, self._shared(flags)[2]) if lowering.experts.next_routers else (0, 0)
+            self._server = _kernels.RequestServer(programs, flags, flags + _LINE, flags + 2 * _LINE, *guess)
+            self.seconds, self.guesses = np.zeros_like(self._server.seconds), self._server.guesses
+            self._thread = ThreadPoolExecutor(1, "experts")
+            held.defer(self._thread.shutdown)
+            self._held = held.pop_all()
 
     def exchange(self, base: int) -> Exchange:
         """Return the addresses that the kernels need; `base` is where the device allocation begins."""
@@ -192,14 +199,15 @@ class MissServer:
 
     def close(self) -> None:
         """End the thread and free the memory; no step may be under way."""
-        self._thread.shutdown()
-        del self._requested, self._answered, self._abandoned, self._server
-        self.memory.close()
+        self._held.close()
 
-    def _program(self, layer: ExpertLayer, n_threads: int, isa: str | None) -> _kernels.Program:
+    def _program(
+        self, layer: ExpertLayer, n_threads: int, isa: str | None, before: _kernels.Program | None
+    ) -> _kernels.Program:
+        """Return a program of one layer; it shares memory with that of the layer before."""
         limits, op = self._limits, layer.op
         _, ids, _, answers, x = self._shared(self.memory.address)
-        program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa)
+        program = _kernels.Program(limits.max_tokens, limits.n_slots, n_threads, isa, before)
         hidden_size, n_used = op.gate.n_cols, op.routing.ids.width
         forms = [(x[w.format.activation], self._row_bytes[w.format.activation]) for w in (op.gate, op.up)]
         tables = [self._table(layer, i) for i in range(len(layer.weights))]

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from engine.devices.cuda.host_memory import ExpertPaths, PinnedTensors, how_expe
 from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.misses import MissServer
-from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream, close_all
+from engine.devices.cuda.runtime import Context, DeviceMemory, Graph, PinnedMemory, Stream
 from engine.devices.cuda.sequence_state import Part, kept_states, passing_parts, used_parts
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.steps import DRAFT, Steps
@@ -31,12 +31,12 @@ from engine.devices.slots import Ticket
 from engine.devices.timing import Bandwidths, LayerTimes
 from engine.errors import DeviceError, RequestError
 from engine.machine import n_logical_cpus
+from engine.resources import Resources
 
 _log = logging.getLogger("engine")
 _DONE = Copy(-1, -1, -1, is_done=True)
 _LIKELIEST = np.array([(0.0, 1.0, 0.0, 1.0, 1)], DRAW)
 _THREADS_TO_SPARE = 8  # from so many on one is better left to the cache, if there is no other CPU for it
-T = TypeVar("T", DeviceMemory, PinnedMemory, Stream, Graph, StepMemory, Steps)
 
 
 class _Passage(NamedTuple):
@@ -114,11 +114,9 @@ class CUDAProgram:
         self._weights = weights
         self._bandwidths = bandwidths
         self._limits = limits = lowering.limits
-        self._owned: list[DeviceMemory | PinnedMemory | Stream | Graph | StepMemory | Steps] = []
         self._vector_writes: dict[tuple[str | int, ...], list[tuple[PinnedMemory, Graph]]] = {}  # by names and size
         self._misses: MissServer | None = None
         self._copies: ExpertCopies | None = None
-        self._pinned = [tables]  # and the experts
         self._expert_stream: ExpertStream | None = None
         self._stream_n_tokens = limits.max_tokens + 1  # no step streams experts
         self._n_begun = self._n_over = 0  # steps
@@ -130,33 +128,33 @@ class CUDAProgram:
         self._n_slots = np.array([layer.n_slots for layer in lowering.experts.step_layers], np.intp)
         self.has_head = lowering.can_draft
         self._all_slots = usable.of(0, 0)
-        try:
-            self._memory = self._own(DeviceMemory(lowering.layout.n_bytes))
-            self._stream = self._own(Stream(context))
-            self._step_memory = self._own(StepMemory(lowering))
+        with Resources() as held:
+            held.own(tables)
+            self._memory = held.own(DeviceMemory(lowering.layout.n_bytes))
+            self._stream = held.own(Stream(context))
+            self._step_memory = held.own(StepMemory(lowering))
             self._places, self._logits = self._step_memory.places, self._step_memory.logits
             self._routing = self._step_memory.buffers[0].routing(1, 0)  # of the last step
             self._expert_in = np.full(self._all_slots.shape, -1, np.int32)  # of each layer's slots, -1: nobody's
             self._upload_constants()
             exchange = None
             if lowering.needs_cpu:
-                experts = pinned_experts(lowering, weights)
-                self._pinned.append(experts)
+                experts = held.own(pinned_experts(lowering, weights))
                 is_pinned = not experts.reason
                 paths = ExpertPaths(lowering, weights, self._memory.address, n_threads, is_pinned)
-                self._copies = ExpertCopies(context, paths)
+                self._copies = held.own(ExpertCopies(context, paths))
                 if lowering.staging is not None:
-                    self._expert_stream = ExpertStream(context, paths)
+                    self._expert_stream = held.own(ExpertStream(context, paths))
                     self._stream_n_tokens = lowering.staging.from_n_tokens
                 most = min(limits.max_tokens, self._stream_n_tokens - 1)
                 if is_pinned:  # else the threads must fill buffers, too
                     self.leaves_a_cpu = n_logical_cpus() > n_threads or n_threads >= _THREADS_TO_SPARE
                     n_threads -= n_logical_cpus() <= n_threads and n_threads >= _THREADS_TO_SPARE
-                self._misses = MissServer(lowering, weights, most, n_threads, isa, look=self._look)
+                self._misses = held.own(MissServer(lowering, weights, most, n_threads, isa, look=self._look))
                 exchange = self._misses.exchange(self._memory.address)
                 _log.info("%s", self._describe_streaming(how_experts_come(experts)))
             self.runs_ahead = self.leaves_a_cpu or not lowering.needs_cpu
-            self._steps = self._own(
+            self._steps = held.own(
                 Steps(
                     context,
                     self._stream,
@@ -168,9 +166,7 @@ class CUDAProgram:
                     progress,
                 )
             )
-        except BaseException:
-            self.close()
-            raise
+            self._held = held.pop_all()
 
     @property
     def limits(self) -> Limits:
@@ -391,7 +387,7 @@ class CUDAProgram:
 
     def _vector_write(self, names: Sequence[str], values: npt.NDArray[np.float32]) -> tuple[PinnedMemory, Graph]:
         """Return memory for values such as these, and what brings them to their places."""
-        memory = self._own(PinnedMemory(values.nbytes))
+        memory = self._held.own(PinnedMemory(values.nbytes))
         offsets = [self._lowering.recorder.vector_offset(name, values.shape[1]) for name in names]
         n_words, to = values.shape[1], self._memory.address
         pieces = [(memory.device_address + 4 * n_words * i, to + at, n_words) for i, at in enumerate(offsets)]
@@ -401,7 +397,7 @@ class CUDAProgram:
             for launch in launches:
                 self._stream.launch(launch)
 
-        return memory, self._own(self._stream.capture(fetch_all))
+        return memory, self._held.own(self._stream.capture(fetch_all))
 
     def save_sequence(self, slot: int, n_tokens: int) -> npt.NDArray[np.uint8]:
         """Return a copy of what a sequence of `n_tokens` left in a slot, flat."""
@@ -463,12 +459,8 @@ class CUDAProgram:
         if self._under_way:
             with contextlib.suppress(DeviceError):  # what has failed can be freed
                 self.drop()
-        misses, self._misses = self._misses, None
-        copies, self._copies = self._copies, None
-        expert_stream, self._expert_stream = self._expert_stream, None
-        pinned, self._pinned = self._pinned, []
-        owned, self._owned = self._owned, []
-        close_all([*owned[::-1], *(c for c in (copies, expert_stream, misses) if c is not None), *pinned])
+        self._misses = self._copies = self._expert_stream = None
+        self._held.close()
 
     # -- slots -------------------------------------------------------------------------------------------------------
 
@@ -549,10 +541,6 @@ class CUDAProgram:
             self._copies.wait_all()
 
     # -- setting up --------------------------------------------------------------------------------------------------
-
-    def _own(self, thing: T) -> T:
-        self._owned.append(thing)
-        return thing
 
     def _upload_constants(self) -> None:
         """Fill the device memory: constants, zero states, and the first experts into the slots."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from engine.devices.cuda.driver import GPU, DriverCallError, bindings, call
 from engine.devices.cuda.jit import Compiler, NVRTCCompiler, Progress
 from engine.devices.cuda.launch import Launch
 from engine.errors import DeviceError
+from engine.resources import Resources
 
 _WRONG_IMAGE = {"CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_PTX"}
 _DEFAULT_SHARED_BYTES = 40 << 10  # from 48 KB on it must be asked for, and kernels have some of fixed size, too
@@ -39,12 +41,16 @@ class PinnedMemory:
     def __init__(self, n_bytes: int) -> None:
         flags = bindings().CU_MEMHOSTALLOC_DEVICEMAP | bindings().CU_MEMHOSTALLOC_PORTABLE
         self._pointer = call("cuMemHostAlloc", max(n_bytes, 1), flags)
+        try:
+            self.device_address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
+        except BaseException:
+            self.close()
+            raise
         self.n_bytes = n_bytes
         view = (ctypes.c_uint8 * n_bytes).from_address(int(self._pointer))
         self.bytes: npt.NDArray[np.uint8] = np.ctypeslib.as_array(view)
         self.bytes[:] = 0
         self.address = int(self.bytes.ctypes.data)
-        self.device_address = int(call("cuMemHostGetDevicePointer", self._pointer, 0))
 
     def close(self) -> None:
         """Free it; views of `bytes` must not be used after that."""
@@ -57,12 +63,15 @@ class PinnedPages:
     """Memory of the caller's, pinned until `close`; it begins at a page and shares its pages with nobody else."""
 
     def __init__(self, address: int, n_bytes: int) -> None:
-        self._address: int | None = None
         n_bytes = -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         flags = bindings().CU_MEMHOSTREGISTER_DEVICEMAP | bindings().CU_MEMHOSTREGISTER_PORTABLE
         call("cuMemHostRegister", address, n_bytes, flags)
-        self._address = address
-        self.device_address = int(call("cuMemHostGetDevicePointer", address, 0))
+        self._address: int | None = address
+        try:
+            self.device_address = int(call("cuMemHostGetDevicePointer", address, 0))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Unpin; no copy may be under way."""
@@ -77,12 +86,15 @@ class Context:
     def __init__(self, gpu: GPU, compiler: Compiler | None = None) -> None:
         self.gpu = gpu
         self.compiler = compiler or NVRTCCompiler(gpu.arch)
-        self._device = call("cuDeviceGet", gpu.index)
-        self._context = call("cuDevicePrimaryCtxRetain", self._device)
         self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._functions: dict[tuple[str, tuple[str, ...], str], Any] = {}
         self._shared_bytes: dict[tuple[str, tuple[str, ...], str], int] = {}  # that was asked for
-        self.make_current()
+        device = call("cuDeviceGet", gpu.index)
+        with Resources() as held:
+            self._context = call("cuDevicePrimaryCtxRetain", device)
+            held.defer(call, "cuDevicePrimaryCtxRelease", device)
+            self.make_current()
+            self._held = held.pop_all()
 
     def make_current(self) -> None:
         """Use the device from the calling thread."""
@@ -90,13 +102,9 @@ class Context:
 
     def close(self) -> None:
         """Give the device back; its streams, graphs and memory must be closed before."""
-        for module in self._modules.values():
-            call("cuModuleUnload", module)
         self._modules.clear()
         self._functions.clear()
-        if self._context is not None:
-            self._context = None
-            call("cuDevicePrimaryCtxRelease", self._device)
+        self._held.close()
 
     def free_bytes(self) -> int:
         """Return how much device memory is free."""
@@ -147,6 +155,7 @@ class Context:
                     raise
                 self.compiler.forget(source, definitions)  # a damaged cache entry: compile once more
                 module = call("cuModuleLoadData", self.compiler.compile(source, definitions))
+            self._held.defer(call, "cuModuleUnload", module)
             self._modules[source, definitions] = module
         return module
 
@@ -198,9 +207,11 @@ class Stream:
         call("cuStreamBeginCapture", self.handle, mode)
         try:
             work()
-        finally:
-            graph = call("cuStreamEndCapture", self.handle)
-        return Graph(graph)
+        except BaseException:
+            with contextlib.suppress(DriverCallError):  # of a capture that failed there may be no graph
+                call("cuGraphDestroy", call("cuStreamEndCapture", self.handle))
+            raise
+        return Graph(call("cuStreamEndCapture", self.handle))
 
     def wait(self, event: Event) -> None:
         """Let what is queued from now on wait for what was before the event's latest mark."""
@@ -221,10 +232,12 @@ class Stream:
         return True
 
     def close(self) -> None:
-        """Destroy the stream after its work."""
+        """Destroy the stream after its work, for which it waits."""
         if self.handle is not None:
             handle, self.handle = self.handle, None
-            call("cuStreamDestroy", handle)
+            with Resources() as held:
+                held.defer(call, "cuStreamDestroy", handle)
+                call("cuStreamSynchronize", handle)
 
 
 class Graph:
@@ -276,23 +289,3 @@ class Event:
         if self.handle is not None:
             handle, self.handle = self.handle, None
             call("cuEventDestroy", handle)
-
-
-class Closable(Protocol):
-    """Something that is closed once."""
-
-    def close(self) -> None:
-        """Free it."""
-        ...
-
-
-def close_all(items: Sequence[Closable]) -> None:
-    """Close everything, also after one of them failed; raise the first failure at the end."""
-    failure: DeviceError | None = None
-    for item in items:
-        try:
-            item.close()
-        except DeviceError as error:  # noqa: PERF203 - all must be tried
-            failure = failure or error
-    if failure is not None:
-        raise failure

@@ -11,6 +11,7 @@ import numpy as np
 from engine import _kernels
 from engine.devices.cuda.runtime import DeviceMemory, PinnedMemory, Stream
 from engine.devices.timing import Bandwidths
+from engine.resources import Resources
 
 _COPY_BYTES = 64 << 20  # more than a GPU's second-level cache
 _IN_A_ROW = 8  # copies within the device, so that their launches do not count
@@ -23,18 +24,15 @@ def measure_speeds(stream: Stream, n_threads: int) -> Bandwidths:
 
     Takes a fraction of a second.
     """
-    pinned, device = PinnedMemory(_COPY_BYTES), DeviceMemory(2 * _COPY_BYTES)
+    with Resources() as held:
+        pinned, device = held.own(PinnedMemory(_COPY_BYTES)), held.own(DeviceMemory(2 * _COPY_BYTES))
 
-    def copy_within() -> None:
-        for _ in range(_IN_A_ROW):
-            stream.copy(device.address + _COPY_BYTES, device.address, _COPY_BYTES)
+        def copy_within() -> None:
+            for _ in range(_IN_A_ROW):
+                stream.copy(device.address + _COPY_BYTES, device.address, _COPY_BYTES)
 
-    try:
         upload = _fastest(stream, lambda: stream.upload(device.address, pinned.address, _COPY_BYTES))
         within = _fastest(stream, copy_within)
-    finally:
-        device.close()
-        pinned.close()
     buffer = np.empty(_RAM_BYTES, np.uint8)
     ram = median(_kernels.read_bandwidth(buffer, n_threads, 1) for _ in range(_RAM_REPEATS))
     return Bandwidths(ram, _COPY_BYTES / upload, _IN_A_ROW * 2 * _COPY_BYTES / within)

@@ -12,11 +12,11 @@ from engine.devices.cuda.elementwise import transfer
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import DRAW_WORDS
-from engine.devices.cuda.runtime import PinnedMemory, close_all
+from engine.devices.cuda.runtime import PinnedMemory
 from engine.devices.program import DRAW, MOST_TOP_K, NO_DRAW, Step
+from engine.resources import Resources
 
 T = TypeVar("T", bound=np.generic)
-M = TypeVar("M", PinnedMemory, "StepBuffer")
 
 
 class StepBuffer:
@@ -26,14 +26,11 @@ class StepBuffer:
         """Reserve the memory."""
         self._lowering, step, limits = lowering, lowering.step, lowering.limits
         experts, n_rows = lowering.experts, lowering.drawing.n_rows  # what decoding asks for
-        self._owned: list[PinnedMemory] = []
-        try:
-            self._inputs = self._own(4 * step.n_words)
-            self._ids = self._own(4 * max(1, experts.n_step_layers * limits.max_tokens * experts.n_used))
-            self._drawn = self._own(4 * n_rows)
-        except BaseException:
-            self.close()
-            raise
+        with Resources() as held:
+            self._inputs = held.own(PinnedMemory(4 * step.n_words))
+            self._ids = held.own(PinnedMemory(4 * max(1, experts.n_step_layers * limits.max_tokens * experts.n_used)))
+            self._drawn = held.own(PinnedMemory(4 * n_rows))
+            self._held = held.pop_all()
         self._words = self._inputs.bytes.view(np.int32)
         self._draws = self._words[step.first_draw :].view(DRAW)
         self._top_k: npt.NDArray[np.int32] = self._draws["top_k"]
@@ -98,12 +95,7 @@ class StepBuffer:
 
     def close(self) -> None:
         """Free the memory; views of it must not be used after that."""
-        owned, self._owned = self._owned, []
-        close_all(owned)
-
-    def _own(self, n_bytes: int) -> PinnedMemory:
-        self._owned.append(memory := PinnedMemory(n_bytes))
-        return memory
+        self._held.close()
 
 
 class StepMemory:
@@ -119,26 +111,18 @@ class StepMemory:
     def __init__(self, lowering: Lowering) -> None:
         """Reserve it; nobody has a slot."""
         experts, n_rows = lowering.experts, lowering.drawing.n_rows
-        self._owned: list[PinnedMemory | StepBuffer] = []
-        try:
-            self.table = self._own(PinnedMemory(4 * max(1, experts.n_places)))
-            logits = self._own(PinnedMemory(4 * n_rows * lowering.n_vocab))
-            self.buffers = self._own(StepBuffer(lowering)), self._own(StepBuffer(lowering))
-        except BaseException:
-            self.close()
-            raise
+        with Resources() as held:
+            self.table = held.own(PinnedMemory(4 * max(1, experts.n_places)))
+            logits = held.own(PinnedMemory(4 * n_rows * lowering.n_vocab))
+            self.buffers = held.own(StepBuffer(lowering)), held.own(StepBuffer(lowering))
+            self._held = held.pop_all()
         self.places = _array(self.table, (len(experts.layers), experts.n_experts), np.int32)
         self.places[:] = -1
         self.logits = _array(logits, (n_rows, lowering.n_vocab), np.float32)
 
     def close(self) -> None:
         """Free the memory; views of it must not be used after that."""
-        owned, self._owned = self._owned, []
-        close_all(owned)
-
-    def _own(self, thing: M) -> M:
-        self._owned.append(thing)
-        return thing
+        self._held.close()
 
 
 def _array(memory: PinnedMemory, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:

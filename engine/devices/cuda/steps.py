@@ -13,10 +13,11 @@ from engine.devices.cuda.jit import Progress
 from engine.devices.cuda.kernels import Exchange
 from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
-from engine.devices.cuda.runtime import Context, Event, Graph, PinnedMemory, Stream, close_all
+from engine.devices.cuda.runtime import Context, Event, Graph, PinnedMemory, Stream
 from engine.devices.cuda.step_memory import StepMemory
 from engine.devices.cuda.streaming import ExpertStream
 from engine.devices.footprint import long_sizes
+from engine.resources import Resources
 
 _SIZES = (1, 4, 8, 64)  # steps of up to so many tokens have launches made for that size, too
 DRAFT = 0  # the size of what guesses a token
@@ -58,7 +59,6 @@ class Steps:
         self._expert_stream = expert_stream
         self._graphs: dict[tuple[int, int], Graph] = {}  # by size and buffer
         self._launches: dict[tuple[int, int], list[Launch | Streamed]] = {}
-        self._passed = Event()  # after the last but one step
         staging, max_tokens = lowering.staging, lowering.limits.max_tokens
         largest = max_tokens if staging is None else min(staging.from_n_tokens - 1, max_tokens)  # that streams nothing
         all_sizes = {*_SIZES, *long_sizes(max_tokens), *lowering.sizes}
@@ -81,15 +81,14 @@ class Steps:
         for kernel in kernels:
             context.function(kernel)  # no look-up may happen while a graph waits
         self._sizes, self._largest = [size for size, buffer in recorded if not buffer and size != DRAFT], largest
-        try:
+        with Resources() as held:
+            self._passed = held.own(Event())  # after the last but one step
             for (size, buffer), whole in recorded.items():
                 if size <= largest and (exchange is not None or size <= _LARGEST_GRAPH):
-                    self._graphs[size, buffer] = stream.capture(partial(self._queue, whole, size))
+                    self._graphs[size, buffer] = held.own(stream.capture(partial(self._queue, whole, size)))
                 else:
                     self._launches[size, buffer] = whole
-        except BaseException:
-            self.close()
-            raise
+            self._held = held.pop_all()
 
     def _whole(
         self, launches: Sequence[Launch | Streamed], size: int, buffer: int, table: PinnedMemory
@@ -128,8 +127,7 @@ class Steps:
 
     def close(self) -> None:
         """Destroy the graphs; no step may be under way."""
-        graphs, self._graphs = list(self._graphs.values()), {}
-        close_all([*graphs, self._passed])
+        self._held.close()
 
     def _queue(self, launches: Sequence[Launch | Streamed], size: int) -> None:
         if self._expert_stream is not None and size > self._largest:

@@ -9,7 +9,6 @@ for those in whose memory the ring and the intermediate results of the step lie:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,9 @@ from engine import _kernels
 from engine.devices.cuda.expert_layers import Streamed
 from engine.devices.cuda.host_memory import ExpertPaths
 from engine.devices.cuda.launch import Launch
-from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
+from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream
+from engine.resources import Resources
 
-T = TypeVar("T", Stream, PinnedMemory, Event)
 _HOST_BUFFERS = 3  # that the CPU's threads fill, where experts cannot be copied from where they lie
 
 
@@ -37,25 +36,16 @@ class ExpertStream:
         self._paths, self._lowering = paths, paths.lowering
         assert self._lowering.staging is not None
         self._staging = self._lowering.staging
-        self._owned: list[Stream | PinnedMemory | Event] = []
         self._cold: list[list[int]] = []
-        try:
-            self._stream = self._own(Stream(context))
-            self._filled = [self._own(Event()) for _ in range(self._staging.n_buffers)]
-            self._emptied = [self._own(Event()) for _ in range(self._staging.n_buffers)]
-            n_host = 0 if paths.is_pinned else _HOST_BUFFERS
-            n_bytes = self._lowering.staging_buffer_bytes
-            self._host = [(self._own(PinnedMemory(n_bytes)), self._own(Event())) for _ in range(n_host)]
-            n_layers = len(self._lowering.experts.layers)
-            self.table = self._own(PinnedMemory(4 * n_layers * self._lowering.experts.n_experts))
-        except BaseException:
-            self.close()
-            raise
+        n_layers, n_bytes = len(self._lowering.experts.layers), self._lowering.staging_buffer_bytes
+        n_buffers, n_host = self._staging.n_buffers, 0 if paths.is_pinned else _HOST_BUFFERS
+        with Resources() as held:
+            self.table = held.own(PinnedMemory(4 * n_layers * self._lowering.experts.n_experts))
+            self._filled, self._emptied = ([held.own(Event()) for _ in range(n_buffers)] for _ in range(2))
+            self._host = [(held.own(PinnedMemory(n_bytes)), held.own(Event())) for _ in range(n_host)]
+            self._stream = held.own(Stream(context))
+            self._held = held.pop_all()
         self.places: npt.NDArray[np.int32] = self.table.bytes.view(np.int32).reshape(n_layers, -1)
-
-    def _own(self, thing: T) -> T:
-        self._owned.append(thing)
-        return thing
 
     def begin(self, slots: npt.NDArray[np.int32]) -> None:
         """Note who has a slot in the coming step, int32 [n_moe_layers, n_experts], -1 for nobody."""
@@ -92,8 +82,7 @@ class ExpertStream:
 
     def close(self) -> None:
         """Wait for the copies and free the ring."""
-        owned, self._owned = self._owned, []
-        close_all(owned)
+        self._held.close()
 
     def _groups(self, step: Streamed) -> Iterator[tuple[int, list[int]]]:
         """Yield the batches of a layer's experts, each with the number that the kernels know it by."""

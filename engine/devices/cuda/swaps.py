@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from engine import _kernels
 from engine.devices.cuda.expert_layers import ExpertLayer
 from engine.devices.cuda.host_memory import ExpertPaths
-from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream, close_all
+from engine.devices.cuda.runtime import Context, Event, PinnedMemory, Stream
 from engine.devices.program import WeightAccess
 from engine.errors import DeviceError
+from engine.resources import Resources
 
 N_AT_ONCE = 256  # that need no buffer
 N_BUFFERS = 8
@@ -48,22 +49,15 @@ class ExpertCopies:
         layers = paths.lowering.experts.step_layers
         self._pieces = [list(_pieces(layer, paths.weights)) for layer in layers]
         largest = max((layer.expert_bytes for layer in layers), default=0)
-        self._owned: list[Stream | PinnedMemory | Event] = []
         self._waiting: deque[Copy] = deque()
         self._under_way: deque[tuple[Copy, PinnedMemory | None, Event]] = deque()
         self._free: deque[tuple[PinnedMemory | None, Event]] = deque()
-        try:
-            self._stream = Stream(context)
-            self._owned.append(self._stream)
+        with Resources() as held:
             for _ in range(N_AT_ONCE if paths.is_pinned else N_BUFFERS):
-                buffer = None if paths.is_pinned else PinnedMemory(largest)
-                if buffer is not None:
-                    self._owned.append(buffer)
-                self._owned.append(event := Event())
-                self._free.append((buffer, event))
-        except BaseException:
-            self.close()
-            raise
+                buffer = None if paths.is_pinned else held.own(PinnedMemory(largest))
+                self._free.append((buffer, held.own(Event())))
+            self._stream = held.own(Stream(context))
+            self._held = held.pop_all()
 
     def begin(self, layer: int, expert: int, slot: int) -> Copy:
         """Queue a copy into a slot that no step reads."""
@@ -108,8 +102,7 @@ class ExpertCopies:
 
     def close(self) -> None:
         """Wait for the copies and free the ring."""
-        owned, self._owned = self._owned, []
-        close_all(owned)
+        self._held.close()
 
     def _start(self, copy: Copy, buffer: PinnedMemory | None, event: Event) -> None:
         paths = self._paths
