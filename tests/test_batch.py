@@ -124,6 +124,7 @@ def test_a_check_looks_at_the_output_and_leaves_it_as_it_is(tmp_path: Path, caps
     path = write_job(tmp_path)
     output = load_job(path).output
     assert main(["batch", "--check", str(path)]) == 0
+    assert "1 items, nothing wrong" in capsys.readouterr().err
     assert not output.exists()
     for text, code in (
         ('{"source": "in.jsonl:1", "key": "another"}\n', 2),
@@ -134,6 +135,31 @@ def test_a_check_looks_at_the_output_and_leaves_it_as_it_is(tmp_path: Path, caps
         assert main(["batch", "--check", str(path)]) == code
         assert output.read_text() == text
     assert "line 1: is no result of a batch run" in capsys.readouterr().err
+
+
+def test_a_check_reads_every_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_items(tmp_path, 3)
+    long = write_job(tmp_path, 'input = ["in.jsonl"]\nprompt = "{q}"', "[engine]\ncontext_length = 2")
+    (tmp_path / "in.jsonl").open("a").write('{"q": "x"}\n')
+    assert main(["batch", "--check", str(long)]) == 3
+    assert re.search(
+        r"3 of 4 items cannot be answered:\nin.jsonl:1: the prompt has \d+ tokens", capsys.readouterr().err
+    )
+    (tmp_path / "chats.jsonl").write_text('{"m": [{"role": "user", "content": "hi"}]}\n')
+    chats = 'input = ["chats.jsonl"]\nmessages_field = "m"'
+    template = tmp_path / "t.jinja"
+    keys = []
+    for text, message in (
+        ("{% for %}", "the model's chat template has an error in line 1"),
+        ("{{ raise_exception('no') }}", "cannot render these messages: no"),
+        ("{{ messages[0].content }}", ""),
+    ):
+        template.write_text(text)
+        path = write_job(tmp_path, chats, '[model]\nchat_template = "t.jinja"')
+        assert main(["batch", "--check", str(path)]) == (3 if message else 0)
+        assert message in capsys.readouterr().err.replace("\n", " ")
+        keys.append(load_job(path).items[0].key)
+    assert len(set(keys)) == 3  # what was made with one template is no answer with another
 
 
 def test_an_output_is_no_input_and_no_file_of_others(tmp_path: Path) -> None:
@@ -244,8 +270,8 @@ def test_a_run_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_items(tmp_path, 5)
     (tmp_path / "in.jsonl").open("a").write(json.dumps({"q": "too long " * 100}) + "\n" + json.dumps({"q": ""}) + "\n")
     path = write_job(tmp_path)
-    assert main(["batch", str(path), "--check"]) == 0
-    assert "7 items, nothing wrong" in capsys.readouterr().err
+    assert main(["batch", str(path), "--check"]) == 3
+    assert "2 of 7 items cannot be answered" in capsys.readouterr().err
     assert main(["batch", str(path), "--set", "sampling.logprobs=1"]) == 3
     err = capsys.readouterr().err
     assert "7 of 7 items done (2 failed), 0 of them before" in err

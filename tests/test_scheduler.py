@@ -130,6 +130,38 @@ def test_errors_of_one_are_not_those_of_others(three: Engine, alone: list) -> No
         assert list(other)[-1].completion.token_ids == alone[1][0]
 
 
+@pytest.mark.parametrize("what", ["generate", "stream", "many", "session", "logits", "close"])
+def test_a_callback_cannot_ask_for_anything(three: Engine, alone: list, what: str) -> None:
+    """It would wait for the end of the step that waits for it."""
+    calls = {
+        "generate": lambda: three.generate(PROMPTS[1], PARAMS),
+        "stream": lambda: next(three.generate(PROMPTS[1], PARAMS, stream=True)),
+        "many": lambda: next(three.generate_many(PROMPTS, PARAMS)),
+        "session": three.new_session,
+        "logits": lambda: three.logits([1, 2]),
+        "close": three.close,
+    }
+    with pytest.raises(RequestError, match="a callback that is told of a step cannot ask"):
+        three.generate(PROMPTS[0], PARAMS, progress=lambda *_: calls[what]())
+    assert [outcome(three.generate(prompt, PARAMS)) for prompt in PROMPTS] == alone
+    assert three._slots._owner == [None] * 3
+
+
+def test_an_answer_may_be_left_in_a_callback(three: Engine, alone: list) -> None:
+    """As happens, too, to an iterator that is collected there."""
+    streams = [three.generate(prompt, PARAMS, stream=True) for prompt in PROMPTS[1:3]]
+    for stream in streams:
+        next(stream)
+
+    def leave(*_) -> None:
+        while streams:
+            streams.pop().close()
+
+    assert outcome(three.generate(PROMPTS[0], PARAMS, progress=leave)) == alone[0]
+    assert three._slots._owner == [None] * 3
+    assert [outcome(three.generate(prompt, PARAMS)) for prompt in PROMPTS] == alone
+
+
 def test_a_device_that_fails_ends_all_answers_and_no_more(
     three: Engine, alone: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,15 @@ def test_a_session_does_one_thing_at_a_time_and_nothing_once_it_is_closed(path: 
                 closed()
 
 
+def test_a_session_that_nobody_refers_to_is_closed(path: Path) -> None:
+    with open_engine(path, n_sequences=1) as engine:
+        session = engine.new_session()
+        with pytest.warns(ResourceWarning, match="a session was not closed"):
+            del session
+        with engine.new_session() as session:
+            assert session.n_tokens == 0
+
+
 def test_a_run_that_is_stopped_leaves_what_the_session_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_engine(path, max_batch_tokens=8) as engine, engine.new_session() as session:
         session.run(PROMPT)

@@ -16,11 +16,11 @@ from engine.batch.results import ResultFile, check_output
 from engine.batch.settings import BatchSettings
 from engine.config import TABLES, EngineConfig, EngineSettings
 from engine.data import tiny_model_path
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, RequestError, TokenizerError
 from engine.experts.steering import MADE_UP, OWN
 from engine.generate.answer import Completion
 from engine.models import load_model
-from engine.runtime import Engine, check_files, read_chat_template, resolve
+from engine.runtime import Engine, Prompts, check_files, read_chat_template, resolve
 from engine.synthetic import PREFIX, open_model_file
 from engine.tables import read_tables
 
@@ -58,9 +58,9 @@ def load_job(path: str | os.PathLike[str], overrides: Mapping[str, object] | Non
         )
     config = replace(config, engine=replace(config.engine, n_sequences=settings.n_parallel))
     model = config.model
-    made_with = [model.path, model.chat_template, config.engine.kv_type, *model.chat_variables]
-    salt = json.dumps([asdict(config.sampling), *made_with])
     config = _beside(path.parent, config, overrides or {})
+    made_with = [model.path, read_chat_template(config.model), config.engine.kv_type, *model.chat_variables]
+    salt = json.dumps([asdict(config.sampling), *made_with])
     items: list[Item] = []
     for source, fields in read_items(settings, path):
         prompt = fill_in(settings, source, fields)
@@ -95,19 +95,29 @@ def _beside(folder: Path, config: EngineConfig, overrides: Mapping[str, object])
     )
 
 
-def check_job(job: Job) -> None:
+def check_job(job: Job) -> list[str]:
     """Look at everything that a run needs and that can be looked at before weights are loaded.
 
-    Raises `EngineError` for a model, a file or an output that cannot be used.
+    Returns what is wrong with items, a line for each that cannot be answered. Raises `EngineError` for a model, a file
+    or an output that cannot be used.
     """
     check_output(job.output, job.items)
     check_files(job.config)
-    read_chat_template(job.config.model)
-    model_file = open_model_file(job.config.model.path or tiny_model_path())
+    with closing(open_model_file(job.config.model.path or tiny_model_path())) as model_file:
+        spec = load_model(model_file).spec
+        context_length = resolve(job.config, spec).engine.context_length
+        prompts = Prompts(model_file.metadata, job.config.model, spec.n_vocab)
+        found = [(item, _problem(prompts, item, context_length)) for item in job.items]
+    return [f"{item.source}: {problem}" for item, problem in found if problem]
+
+
+def _problem(prompts: Prompts, item: Item, context_length: int) -> str:
+    """Return why an item cannot be answered, "" if nothing is known to be wrong."""
     try:
-        resolve(job.config, load_model(model_file).spec)
-    finally:
-        model_file.close()
+        prompts.checked_ids(item.prompt, context_length)
+    except (RequestError, TokenizerError) as error:
+        return str(error)
+    return ""
 
 
 def run_job(

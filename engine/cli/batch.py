@@ -16,6 +16,7 @@ from engine.errors import EngineError
 from engine.generate.answer import Completion
 from engine.runtime import Engine
 
+_MOST_SHOWN = 10  # items with which something is wrong
 _EPILOG = """\
 a job file:
   [batch]
@@ -53,7 +54,10 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
     job = load_job(args.job, read_overrides(args))
     if args.check:
-        check_job(job)
+        if wrong := check_job(job):
+            console.print(f"{args.job}: {len(wrong)} of {len(job.items)} items cannot be answered:")
+            console.print("\n".join(wrong[:_MOST_SHOWN] + ["..."] * (len(wrong) > _MOST_SHOWN)), markup=False)
+            return EXIT_SOME_FAILED
         if not args.quiet:
             console.print(f"{args.job}: {len(job.items)} items, nothing wrong")
         return 0

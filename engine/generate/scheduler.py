@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RequestError
 from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.forward import ForwardPass, Part
 
@@ -96,7 +96,8 @@ class Scheduler:
         self._n_steps = 0
         self._ahead: _Step | None = None  # begun, and not looked at
         self._ended_at = 0.0  # the last step
-        self._is_running = False
+        self._leader: int | None = None  # the thread that runs a step
+        self._leaving: list[Answer] = []  # removed by it in the middle of one
         self._changed = threading.Condition()
 
     def add(self, answer: Answer) -> None:
@@ -106,6 +107,9 @@ class Scheduler:
 
     def remove(self, answer: Answer) -> None:
         """Let go of an answer, finished or not; its slot goes back after the steps that it is part of."""
+        if self._is_in_a_step():  # an iterator that is closed there, or that nobody refers to any more
+            self._leaving.append(answer)
+            return
         while not self._let_go(answer):
             self._lead(lambda: self._is_under_way(answer), self.settle)
 
@@ -123,7 +127,17 @@ class Scheduler:
         if not answer.lease.is_open:
             return False
         ahead = self._ahead  # which another thread may be finishing
-        return self._is_running or (ahead is not None and answer in ahead.answers)
+        return self._leader is not None or (ahead is not None and answer in ahead.answers)
+
+    def _is_in_a_step(self) -> bool:
+        return self._leader == threading.get_ident()
+
+    def check_outside(self) -> None:
+        """Raise `RequestError` in the middle of a step of this thread's, whose end it would wait for in vain."""
+        if self._is_in_a_step():
+            raise RequestError(
+                "a callback that is told of a step cannot ask the engine for anything; let it return first"
+            )
 
     def settle(self) -> None:
         """Finish the step that is under way, if any; within this thread's turn."""
@@ -173,19 +187,23 @@ class Scheduler:
         is_leader = False
         try:
             with self._changed:
-                while self._is_running and is_needed():
+                while self._leader is not None and is_needed():
+                    self.check_outside()
                     self._changed.wait()
                 if not is_needed():
                     return False
-                is_leader = self._is_running = True
+                is_leader, self._leader = True, threading.get_ident()
             with self._turn():
                 run()
             return True
         finally:
             if is_leader:
                 with self._changed:
-                    self._is_running = False
+                    self._leader = None
+                    leaving, self._leaving = self._leaving, []
                     self._changed.notify_all()
+                for answer in leaving:
+                    self.remove(answer)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from engine.runtime.placing import (
     stream_n_tokens,
     survey_machine,
 )
+from engine.runtime.prompts import Prompts
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 
@@ -23,6 +24,7 @@ __all__ = [
     "EngineStatistics",
     "Messages",
     "Prompt",
+    "Prompts",
     "Session",
     "check_files",
     "limits_of",

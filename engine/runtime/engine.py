@@ -6,12 +6,11 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
-from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +46,8 @@ from engine.gguf import ModelFile, WeightMemory
 from engine.model_spec import ModelSpec
 from engine.models import load_model
 from engine.resources import Resources
-from engine.runtime.answering import Answering, Messages, Prompt, StepProgress
-from engine.runtime.files import check_files, read_chat_template
+from engine.runtime.answering import Answering, Prompt, StepProgress
+from engine.runtime.files import check_files
 from engine.runtime.placing import (
     OpenProgress,
     check_memory,
@@ -58,10 +57,11 @@ from engine.runtime.placing import (
     open_device,
     resolve,
 )
+from engine.runtime.prompts import Prompts
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
 from engine.synthetic import open_model_file
-from engine.tokenizer import ChatTemplate, Tokenizer
+from engine.tokenizer import Tokenizer
 
 _log = logging.getLogger("engine")
 
@@ -88,12 +88,12 @@ class Engine(Answering):
         with Resources() as held:
             self._file = held.own(model_file)
             check_files(config)
-            self._template_source = read_chat_template(config.model)
             model = load_model(model_file, drafts=most_drafts(config) > 0)
             self.spec: ModelSpec = model.spec
             self._tensor_names = model.tensor_names
             self.config = resolve(config, model.spec)
-            self.tokenizer = Tokenizer.from_metadata(model_file.metadata)
+            self._prompts = Prompts(model_file.metadata, config.model, model.spec.n_vocab)
+            self.tokenizer: Tokenizer = self._prompts.tokenizer
             device, reason = open_device(self.config, progress)
             self._device = held.own(device)
             settings = self.config.engine
@@ -205,6 +205,7 @@ class Engine(Answering):
 
     def close(self) -> None:
         """Free all memory. An answer that is still being streamed ends with an error at its next token."""
+        self._scheduler.check_outside()
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -238,18 +239,7 @@ class Engine(Answering):
 
         Raises `TokenizerError` for messages if the model has no chat template or it refuses them.
         """
-        if isinstance(prompt, str):
-            return self.tokenize(prompt, add_special=True)
-        if _is_messages(prompt):
-            text = self._chat_template.render(prompt, **self.config.model.template_variables())
-            return self.tokenizer.encode_chat(text)
-        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]  # not messages, so ids
-
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        if self._template_source:
-            return ChatTemplate(self._template_source, self.tokenizer)
-        return ChatTemplate.from_metadata(self._file.metadata, self.tokenizer)
+        return self._prompts.ids(prompt)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -266,6 +256,7 @@ class Engine(Answering):
     ) -> Completion:
         """Return the answer, made in the place that `borrow` gives for its prompt."""
         sequence = self._new_text(prompt, params)
+        self._scheduler.check_outside()
         lease = borrow(sequence.prompt_ids)
         return self._scheduler.complete(self._begin(sequence, lease, is_streamed=False, progress=progress))
 
@@ -276,6 +267,7 @@ class Engine(Answering):
         sequence = self._new_text(prompt, params)
 
         def chunks() -> Generator[Chunk, None, None]:
+            self._scheduler.check_outside()
             lease = borrow(sequence.prompt_ids)
             yield from self._scheduler.stream(self._begin(sequence, lease, is_streamed=True, progress=progress))
 
@@ -306,6 +298,7 @@ class Engine(Answering):
         >>> [type(answers[i]).__name__ for i in range(3)]
         ['Completion', 'RequestError', 'Completion']
         """
+        self._scheduler.check_outside()
         numbered, active = enumerate(prompts), dict[Answer, int]()
         waiting: tuple[int, TextSequence] | None = None
         try:
@@ -345,14 +338,8 @@ class Engine(Answering):
 
     def _new_text(self, prompt: Prompt, params: SamplingParams | None) -> TextSequence:
         """Make the sequence of a request, checked."""
-        params, token_ids = params or self.config.sampling, self.prompt_ids(prompt)
-        context_length = self._limits.context_length
-        _check_ids(token_ids, self.spec.n_vocab)
-        if len(token_ids) > context_length:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens and the context holds {context_length}; "
-                "shorten it or raise [engine] context_length"
-            )
+        params, context_length = params or self.config.sampling, self._limits.context_length
+        token_ids = self._prompts.checked_ids(prompt, context_length)
         room = context_length - len(token_ids) + 1  # the last token that is chosen is never run and needs no place
         params = replace(params, max_tokens=min(params.max_tokens or room, room))
         return TextSequence(self.tokenizer, params, token_ids)
@@ -386,7 +373,11 @@ class Engine(Answering):
 
     def new_session(self) -> Session:
         """Return an empty session; it takes one of [engine] n_sequences until it is closed."""
-        return Session(self, self._slots.borrow((), reuse=False))
+        return Session(self, self._empty_slot())
+
+    def _empty_slot(self) -> Lease:
+        self._scheduler.check_outside()  # those who have slots may need this thread to get on
+        return self._slots.borrow((), reuse=False)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Return a session as it was saved; whatever follows has the same bits as if it had never been away.
@@ -398,7 +389,7 @@ class Engine(Answering):
         settings = self.config.engine
         layout = program.state_layout + self._rotation
         saved = load_session(path, self._fingerprint, settings.kv_type, layout, settings.context_length)
-        lease = self._slots.borrow((), reuse=False)
+        lease = self._empty_slot()
         try:
             with self._alone():
                 lease.begin(len(saved.token_ids))
@@ -435,7 +426,7 @@ class Engine(Answering):
         return digest.hexdigest()
 
     def _append(self, lease: Lease, token_ids: Sequence[int], outputs: Outputs) -> npt.NDArray[np.float32]:
-        _check_ids(token_ids, self.spec.n_vocab)
+        self._prompts.check_ids(token_ids)
         with self._alone():
             logits = lease.extend(self._forward, token_ids, outputs)
             return logits if outputs == "all" else logits.copy()  # the others are a view into the program
@@ -445,7 +436,7 @@ class Engine(Answering):
 
         Raises `RequestError` if there are no tokens, one is not in the vocabulary, or the context is too short.
         """
-        _check_ids(token_ids, self.spec.n_vocab)
+        self._prompts.check_ids(token_ids)
         with self.new_session() as session:
             return session.run(token_ids, "all")
 
@@ -454,11 +445,11 @@ class Engine(Answering):
 
         Raises `RequestError` for more tokens than [engine] max_batch_tokens, `DeviceError` if the device cannot tell.
         """
-        _check_ids(token_ids, self.spec.n_vocab)
+        self._prompts.check_ids(token_ids)
         if not isinstance(self._program, ProfiledProgram):
             raise DeviceError(f"{self._device.description}: this device cannot tell how long each operation takes")
         ids = np.asarray(token_ids, np.int32)
-        with self._slots.borrow((), reuse=False) as lease, self._alone():
+        with self._empty_slot() as lease, self._alone():
             slots, last = np.full(len(ids), lease.slot, np.int32), np.array([len(ids) - 1], np.int32)
             return self._program.profile(ids, np.arange(len(ids), dtype=np.int32), slots, last)
 
@@ -499,6 +490,7 @@ class Engine(Answering):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Wait for this thread's turn to use the program for something else than the scheduler's steps."""
+        self._scheduler.check_outside()
         with self._turn():
             self._scheduler.settle()
             yield
@@ -525,16 +517,3 @@ class Engine(Answering):
         moe = self.config.moe
         why = "is recorded" if moe.record_trace else "is played" if moe.routing != OWN else ""
         return f"no tokens drafted, as {'routing ' + why if why else 'max_drafts is 0'}"
-
-
-def _is_messages(prompt: Sequence[int] | Messages) -> TypeGuard[Messages]:
-    return bool(len(prompt)) and isinstance(prompt[0], Mapping)
-
-
-def _check_ids(token_ids: Sequence[int], n_vocab: int) -> None:
-    if not len(token_ids):
-        raise RequestError("the prompt is empty; give at least one token")
-    ids = np.asarray(token_ids)
-    if ids.min() < 0 or ids.max() >= n_vocab:
-        wrong = int(ids[(ids < 0) | (ids >= n_vocab)][0])
-        raise RequestError(f"token id {wrong} is not in the vocabulary; expected 0 to {n_vocab - 1}")

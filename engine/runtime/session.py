@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -86,6 +87,11 @@ class Session(Answering):
     def close(self) -> None:
         """Give the place back; a stream that is open can be read to its end."""
         self._lease.close()
+
+    def __del__(self) -> None:
+        if self._lease.is_open:
+            warnings.warn("a session was not closed", ResourceWarning, stacklevel=2, source=self)
+            self.close()
 
     def __enter__(self) -> Session:
         return self
