@@ -5,68 +5,95 @@
 // Without IS_DELTA it is a state-space model: S = exp(a dt) S + dt v k^T, out = S q + skip v, with q and k as they are and
 // dt = softplus(alpha + dt_bias). Without alpha (null), dt_bias and skip it is lightning attention: S = a S + v k^T, out = S q.
 //
-// Grid: (n_v_heads, ceil(V_DIM / 8)); a block is 8 warps, a warp has one row of S in its registers. Only what needs S is done
-// token after token: the block fetches some tokens ahead (cp.async), and its warps share what can be known of them
-// beforehand.
+// Grid: (n_v_heads, ceil(V_DIM / ROWS)). Eight neighbouring lanes have a row of S in their registers, or two: lane l of them
+// the values l, l + 8, ... of each 32, so that what they add up has the bits of a warp that has one row (`delta_net_step.cu`).
+// Only what needs S is done token after token: the block fetches some tokens ahead (cp.async), and its warps share what can
+// be known of them beforehand.
 #include "delta_net.cuh"
 
-constexpr int ROWS = 8;                                       // of S, one for each warp
+constexpr int N_WARPS = 4, THREADS = N_WARPS * WARP;
+constexpr int LANES = 8, FOURS = WARP / LANES;               // of a row, and the values of each 32 that a lane has
+constexpr int ROWS_PER_LANE = K_DIM <= 128 ? 2 : 1;          // as many as there are registers for
+constexpr int ROW_STEP = WARP / LANES;                       // from a lane's row to its next
+constexpr int ROWS_PER_WARP = ROW_STEP * ROWS_PER_LANE, ROWS = N_WARPS * ROWS_PER_WARP;
+constexpr int PADDED = PER_LANE * WARP;                      // values of a row, with zeros behind them
 constexpr int AT_ONCE = 1024 / K_DIM < 8 ? 1024 / K_DIM : 8; // tokens that are prepared together
 
 struct Token {
-    float query_factor, decay, step; // decay: if the head has one; step: sigmoid(beta), or dt
-    int begins, ends, slot;          // whether S is to be read (2), zero (1) or kept on (0), and written
+    float decay, step;       // decay: if the head has one; step: sigmoid(beta), or dt
+    int begins, ends, slot; // whether S is to be read (2), zero (1) or kept on (0), and written
 };
 
+// Values of a token as a lane takes them: the four of each 32 that are its own lie together.
 struct Tokens {
-    float queries[AT_ONCE][K_DIM], keys[AT_ONCE][K_DIM], values[AT_ONCE][ROWS];
-    float decays[BY_CHANNEL ? AT_ONCE : 1][BY_CHANNEL ? K_DIM : 1]; // fetched as alpha
+    __align__(16) float queries[AT_ONCE][PADDED];
+    __align__(16) float keys[AT_ONCE][PADDED];
+    __align__(16) float decays[BY_CHANNEL ? AT_ONCE : 1][BY_CHANNEL ? PADDED : 4]; // fetched as alpha
+    float values[AT_ONCE][ROWS];
 };
 
-KERNEL(ROWS *WARP)
+DEVICE int place_of(int i) { return (i / WARP * LANES + i % LANES) * FOURS + i % WARP / LANES; }
+
+DEVICE void load_four(const float *from, float (&x)[FOURS]) {
+    const float4 four = *(const float4 *)from;
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+
+// What a lane adds up of its values, in the order of a warp that has one value in each lane.
+DEVICE float sum_of_four(const float (&x)[FOURS]) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+KERNEL(THREADS)
 delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, const float *beta, int64_t beta_stride,
           const float *alpha, int64_t alpha_stride, const float *a, const float *dt_bias, const float *skip, float *state,
           float *out, int64_t out_stride, int n_k_heads, int is_grouped, float decay_bound, float eps,
           const int *positions, const int *slots, const int *n_tokens, Kept copy) {
     __shared__ Tokens fetched[2];
     __shared__ Token tokens[AT_ONCE];
+    __shared__ float query_factors[AT_ONCE];
     const int head = blockIdx.x, n_v_heads = gridDim.x, n = *n_tokens;
-    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    const int first_row = blockIdx.y * ROWS, row = first_row + warp;
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP, part = thread % LANES;
+    const int first_row = blockIdx.y * ROWS, own_row = warp * ROWS_PER_WARP + lane / LANES;
     const int key_head = key_head_of(head, n_k_heads, n_v_heads, is_grouped), kept_after = copy.after();
 
-    auto state_of = [&](int slot) { return state + (((int64_t)slot * n_v_heads + head) * V_DIM + row) * K_DIM; };
+    auto exists = [&](int r) { return first_row + own_row + r * ROW_STEP < V_DIM; };
+    auto row_of = [&](float *states, int slot, int r) {
+        return states + (((int64_t)slot * n_v_heads + head) * V_DIM + first_row + own_row + r * ROW_STEP) * K_DIM;
+    };
+    auto index_of = [&](int j, int m) { return j * WARP + m * LANES + part; };
     auto fetch = [&](int first) {
         Tokens &to = fetched[first / AT_ONCE % 2];
-        const int n_values = min(AT_ONCE, n - first) * K_DIM;
-        for (int i = thread; i < n_values; i += ROWS * WARP) {
-            const int64_t from = (first + i / K_DIM) * qkv_stride + key_head * K_DIM + i % K_DIM;
-            cp_async4(&to.queries[i / K_DIM][i % K_DIM], q + from);
-            cp_async4(&to.keys[i / K_DIM][i % K_DIM], k + from);
+        const int n_now = min(AT_ONCE, n - first);
+        for (int i = thread; i < n_now * K_DIM; i += THREADS) {
+            const int t = i / K_DIM, place = place_of(i % K_DIM);
+            const int64_t from = (first + t) * qkv_stride + key_head * K_DIM + i % K_DIM;
+            cp_async4(&to.queries[t][place], q + from);
+            cp_async4(&to.keys[t][place], k + from);
             if (BY_CHANNEL)
-                cp_async4(&to.decays[i / K_DIM][i % K_DIM],
-                          alpha + (first + i / K_DIM) * alpha_stride + head * K_DIM + i % K_DIM);
+                cp_async4(&to.decays[t][place], alpha + (first + t) * alpha_stride + head * K_DIM + i % K_DIM);
         }
-        if (thread < AT_ONCE * ROWS) {
-            const int t = first + thread / ROWS, own_row = thread % ROWS;
-            if (t < n && first_row + own_row < V_DIM)
-                cp_async4(&to.values[thread / ROWS][own_row], v + t * qkv_stride + head * V_DIM + first_row + own_row);
-        }
+        for (int i = thread; i < n_now * ROWS; i += THREADS)
+            if (first_row + i % ROWS < V_DIM)
+                cp_async4(&to.values[i / ROWS][i % ROWS],
+                          v + (first + i / ROWS) * qkv_stride + head * V_DIM + first_row + i % ROWS);
         cp_async_commit();
     };
-    // What does not depend on S. Keys are normalised where they lie; so are decays found.
-    auto prepare = [&](Tokens &own, int i, int t) {
+    // What does not depend on S, of a token: keys are normalised where they lie, by a warp.
+    auto normalize = [&](Tokens &own, int i) {
         float query_squares = 0.0f, key_squares = 0.0f;
-        for (int j = lane; IS_DELTA && j < K_DIM; j += WARP) {
-            query_squares = __fmaf_rn(own.queries[i][j], own.queries[i][j], query_squares);
-            key_squares = __fmaf_rn(own.keys[i][j], own.keys[i][j], key_squares);
+        for (int j = lane; j < K_DIM; j += WARP) {
+            const float query = own.queries[i][place_of(j)], key = own.keys[i][place_of(j)];
+            query_squares = __fmaf_rn(query, query, query_squares);
+            key_squares = __fmaf_rn(key, key, key_squares);
         }
-        const float query_factor = IS_DELTA ? factor_of_query(warp_sum(query_squares), eps) : 1.0f;
-        const float key_factor = IS_DELTA ? factor_of_key(warp_sum(key_squares), eps) : 1.0f;
-        for (int j = lane; IS_DELTA && j < K_DIM; j += WARP)
-            own.keys[i][j] *= key_factor;
-        if (lane)
-            return;
+        const float query_factor = factor_of_query(warp_sum(query_squares), eps);
+        const float key_factor = factor_of_key(warp_sum(key_squares), eps);
+        for (int j = lane; j < K_DIM; j += WARP)
+            own.keys[i][place_of(j)] *= key_factor;
+        if (lane == 0)
+            query_factors[i] = query_factor;
+    };
+    // Likewise, by a thread.
+    auto describe = [&](int i, int t) {
         const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
         float decay = a[head], step = 1.0f;
         if (alpha) {
@@ -74,15 +101,38 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             decay = BY_CHANNEL ? 0.0f : decay_of(decay, own_alpha, dt_bias[head], decay_bound);
             step = IS_DELTA ? sigmoid(beta[t * beta_stride + head]) : exact_softplus(own_alpha + dt_bias[head]);
         }
-        tokens[i] = {query_factor, decay, step, begins, t + 1 == n || slots[t + 1] != slot, slot};
+        tokens[i] = {decay, step, begins, t + 1 == n || slots[t + 1] != slot, slot};
     };
 
     // The first token's state is older than this step: it comes while the kernel before still computes.
-    float s[PER_LANE];
-    const bool goes_on = row < V_DIM && positions[0] != 0;
+    float s[ROWS_PER_LANE][PER_LANE][FOURS];
+    auto load = [&](int slot, bool goes_on) {
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++)
-        s[j] = goes_on && j * WARP + lane < K_DIM ? state_of(slots[0])[j * WARP + lane] : 0.0f;
+        for (int r = 0; r < ROWS_PER_LANE; r++)
+#pragma unroll
+            for (int j = 0; j < PER_LANE; j++)
+#pragma unroll
+                for (int m = 0; m < FOURS; m++)
+                    s[r][j][m] = goes_on && exists(r) && index_of(j, m) < K_DIM ? row_of(state, slot, r)[index_of(j, m)] : 0.0f;
+    };
+    auto store = [&](float *states, int slot) {
+#pragma unroll
+        for (int r = 0; r < ROWS_PER_LANE; r++)
+#pragma unroll
+            for (int j = 0; j < PER_LANE; j++)
+#pragma unroll
+                for (int m = 0; m < FOURS; m++)
+                    if (exists(r) && index_of(j, m) < K_DIM)
+                        row_of(states, slot, r)[index_of(j, m)] = s[r][j][m];
+    };
+    load(slots[0], positions[0] != 0);
+    for (int i = thread; i < 2 * AT_ONCE * (PADDED - K_DIM); i += THREADS) { // beyond the values, once
+        Tokens &own = fetched[i % 2];
+        const int t = i / 2 % AT_ONCE, place = place_of(K_DIM + i / 2 / AT_ONCE);
+        own.queries[t][place] = own.keys[t][place] = 0.0f;
+        if (BY_CHANNEL)
+            own.decays[t][place] = 0.0f;
+    }
     begin_kernel();
     fetch(0);
     for (int first = 0; first < n; first += AT_ONCE) {
@@ -95,60 +145,87 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             cp_async_commit(); // so that the count of groups stays in step
         cp_async_wait<1>();
         __syncthreads();
-        for (int i = warp; i < n_now; i += ROWS)
-            prepare(own, i, first + i);
-        for (int i = thread; BY_CHANNEL && i < n_now * K_DIM; i += ROWS * WARP) {
-            float &decay = own.decays[i / K_DIM][i % K_DIM];
+        for (int i = warp; IS_DELTA && i < n_now; i += N_WARPS)
+            normalize(own, i);
+        if (thread < n_now)
+            describe(thread, first + thread);
+        for (int i = thread; BY_CHANNEL && i < n_now * K_DIM; i += THREADS) {
+            float &decay = own.decays[i / K_DIM][place_of(i % K_DIM)];
             decay = decay_of(a[head], decay, dt_bias[head * K_DIM + i % K_DIM], decay_bound);
         }
         __syncthreads();
-        if (row >= V_DIM)
-            continue;
-        float result = 0.0f; // of the token before, not yet summed
+        float result[ROWS_PER_LANE] = {}; // of the token before, not yet summed over the lanes
         for (int i = 0; i <= n_now; i++) {
-            const bool exists = i < n_now; // in the last round there is only the result before it
-            const Token token = tokens[exists ? i : n_now - 1];
-            float *kept = state_of(token.slot), key[PER_LANE], recalled = 0.0f;
-            if (exists && token.begins && first + i)
-#pragma unroll
-                for (int j = 0; j < PER_LANE; j++)
-                    s[j] = j * WARP + lane < K_DIM && token.begins == 2 ? kept[j * WARP + lane] : 0.0f;
-            if (exists)
+            const bool is_token = i < n_now; // in the last round there is only the result before it
+            const Token token = tokens[is_token ? i : n_now - 1];
+            float key[PER_LANE][FOURS], recalled[ROWS_PER_LANE] = {};
+            if (is_token && token.begins && first + i)
+                load(token.slot, token.begins == 2);
+            if (is_token) {
+                float sums[ROWS_PER_LANE][FOURS] = {};
 #pragma unroll
                 for (int j = 0; j < PER_LANE; j++) {
-                    key[j] = j * WARP + lane < K_DIM ? own.keys[i][j * WARP + lane] : 0.0f;
-                    s[j] *= !BY_CHANNEL ? token.decay : j * WARP + lane < K_DIM ? own.decays[i][j * WARP + lane] : 0.0f;
-                    recalled = __fmaf_rn(s[j], key[j], recalled);
+                    const int at = (j * LANES + part) * FOURS;
+                    load_four(own.keys[i] + at, key[j]);
+                    float decay[FOURS];
+                    if (BY_CHANNEL)
+                        load_four(own.decays[i] + at, decay);
+#pragma unroll
+                    for (int r = 0; r < ROWS_PER_LANE; r++)
+#pragma unroll
+                        for (int m = 0; m < FOURS; m++) {
+                            s[r][j][m] *= BY_CHANNEL ? decay[m] : token.decay;
+                            if (IS_DELTA)
+                                sums[r][m] = __fmaf_rn(s[r][j][m], key[j][m], sums[r][m]);
+                        }
                 }
 #pragma unroll
-            for (int step = WARP / 2; step; step /= 2) { // two sums that do not wait for each other
-                recalled += __shfl_xor_sync(ALL_LANES, recalled, step);
-                result += __shfl_xor_sync(ALL_LANES, result, step);
+                for (int r = 0; r < ROWS_PER_LANE; r++)
+                    recalled[r] = sum_of_four(sums[r]);
             }
-            if (i && lane == 0)
-                out[(first + i - 1) * out_stride + head * V_DIM + row] =
-                    IS_DELTA ? result * tokens[i - 1].query_factor
-                    : skip   ? __fmaf_rn(skip[head], own.values[i - 1][warp], result)
-                             : result;
-            if (!exists)
+#pragma unroll
+            for (int step = LANES / 2; step; step /= 2) // sums that do not wait for each other
+#pragma unroll
+                for (int r = 0; r < ROWS_PER_LANE; r++) {
+                    if (IS_DELTA)
+                        recalled[r] += __shfl_xor_sync(ALL_LANES, recalled[r], step);
+                    result[r] += __shfl_xor_sync(ALL_LANES, result[r], step);
+                }
+            if (i && part == 0)
+#pragma unroll
+                for (int r = 0; r < ROWS_PER_LANE; r++)
+                    if (exists(r))
+                        out[(first + i - 1) * out_stride + head * V_DIM + first_row + own_row + r * ROW_STEP] =
+                            IS_DELTA ? result[r] * query_factors[i - 1]
+                            : skip   ? __fmaf_rn(skip[head], own.values[i - 1][own_row + r * ROW_STEP], result[r])
+                                     : result[r];
+            if (!is_token)
                 break;
-            const float step = token.step * (IS_DELTA ? own.values[i][warp] - recalled : own.values[i][warp]);
-            result = 0.0f;
+            float steps[ROWS_PER_LANE], sums[ROWS_PER_LANE][FOURS] = {};
+#pragma unroll
+            for (int r = 0; r < ROWS_PER_LANE; r++) {
+                const float value = exists(r) ? own.values[i][own_row + r * ROW_STEP] : 0.0f;
+                steps[r] = token.step * (IS_DELTA ? value - recalled[r] : value);
+            }
 #pragma unroll
             for (int j = 0; j < PER_LANE; j++) {
-                s[j] = __fmaf_rn(step, key[j], s[j]);
-                result = __fmaf_rn(s[j], j * WARP + lane < K_DIM ? own.queries[i][j * WARP + lane] : 0.0f, result);
-            }
-            auto store = [&](float *to) {
+                float query[FOURS];
+                load_four(own.queries[i] + (j * LANES + part) * FOURS, query);
 #pragma unroll
-                for (int j = 0; j < PER_LANE; j++)
-                    if (j * WARP + lane < K_DIM)
-                        to[j * WARP + lane] = s[j];
-            };
+                for (int r = 0; r < ROWS_PER_LANE; r++)
+#pragma unroll
+                    for (int m = 0; m < FOURS; m++) {
+                        s[r][j][m] = __fmaf_rn(steps[r], key[j][m], s[r][j][m]);
+                        sums[r][m] = __fmaf_rn(s[r][j][m], query[m], sums[r][m]);
+                    }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS_PER_LANE; r++)
+                result[r] = sum_of_four(sums[r]);
             if (token.ends)
-                store(kept);
+                store(state, token.slot);
             if (first + i == kept_after)
-                store(copy.to + ((int64_t)head * V_DIM + row) * K_DIM);
+                store(copy.to, 0);
         }
     }
 }

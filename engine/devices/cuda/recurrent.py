@@ -28,8 +28,9 @@ from engine.devices.graph import MOST_CONVOLVED, Gating
 
 _CHANNELS = 256  # of a block
 _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
-_WARPS = 8  # of a block of both delta nets
-_STEP_ROWS = 32  # of the state, of a block; `delta_net_step.cu`
+_NET_WARPS = 4  # of a block of `delta_net.cu`
+_ROW_LANES = 8  # that have a row of its state, or two of up to 128 values
+_STEP_WARPS, _STEP_ROWS = 8, 32  # of a block, and of the state; `delta_net_step.cu`
 _GATED = 256  # columns that are gated together; likewise
 _MAX_KEY_DIM = 256  # or values of a state
 _SCAN_THREADS = 256  # of a block of `selective_scan.cu`
@@ -121,6 +122,7 @@ def delta_net(
     assert k_dim <= _MAX_KEY_DIM
     assert decay_bound == 0 or (beta is not None and decay_bound < 0)
     assert alpha is not None or not (beta or dt_bias or skip)
+    rows = _NET_WARPS * WARP // _ROW_LANES * (2 if k_dim <= 128 else 1)
     return Launch(
         "delta_net.cu",
         "delta_net",
@@ -130,8 +132,8 @@ def delta_net(
             f"IS_DELTA={int(beta is not None)}",
             f"BY_CHANNEL={int(decay_dim > 1)}",
         ),
-        (n_v_heads, ceil_div(v_dim, _WARPS), 1),
-        _WARPS * WARP,
+        (n_v_heads, ceil_div(v_dim, rows), 1),
+        _NET_WARPS * WARP,
         (
             pointer(q),
             pointer(k),
@@ -321,6 +323,6 @@ def delta_net_step(
             forms.definition,
         ),
         (net.n_v_heads, ceil_div(net.v_dim, _STEP_ROWS), 1),
-        _WARPS * WARP,
+        _STEP_WARPS * WARP,
         (layer, pointer(found), pointer(out), forms.argument, pointer(n_done), pointer(positions), pointer(slots)),
     )
