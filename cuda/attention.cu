@@ -20,20 +20,11 @@
 // float32 sums. A query, and a weight of a value, is the sum of two such numbers, so is a float32 key or value; products
 // of two second numbers are too small to count. The eight warps share the work on a tile three times: products with
 // keys by quarters of a head's values and halves of the tile, the softmax by query, products with values by values.
-#include "attention_parts.cuh"
-#include "kv_cache.cuh"
+#include "attention_tiles.cuh"
 
 constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
-constexpr int HEADS = 16;                            // of a block
 constexpr int MOST_TOKENS = 8;                       // of a step that is attended by parts; `attention.py`
-constexpr int N_TILES = (GROUP + HEADS - 1) / HEADS; // of heads
-constexpr int KEY_STEPS = (KEY_DIM + 63) / 64;       // a warp's sixteens of a key's values: it has a quarter of them
 constexpr int VALUE_PAIRS = (VALUE_DIM + 127) / 128; // a warp's sixteens of a value's
-// Rows of tiles in shared memory, in float16 numbers: ldmatrix then meets no bank twice. What is beyond a head is zero.
-constexpr int KEY_STRIDE = 64 * KEY_STEPS + 8;
-#if !SHARED
-constexpr int VALUE_STRIDE = (VALUE_DIM + 15) / 16 * 16 + 8;
-#endif
 
 #define ATTENTION_KERNEL                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, KV_TYPE != 0 && KEY_DIM <= 256 && VALUE_DIM <= 256 ? 2 : 1)
@@ -58,51 +49,10 @@ struct Tile {
 
     // Zeroes what is beyond the heads, once; the first barrier of `attend_part` follows.
     __device__ __forceinline__ void clear_margins() {
-        clear_columns<KEY_DIM>(keys);
+        clear_beyond_keys<THREADS>(keys);
 #if !SHARED
-        clear_columns<VALUE_DIM>(values);
+        clear_beyond_values<THREADS>(values);
 #endif
-    }
-
-  private:
-    template <int FIRST, int STRIDE>
-    static __device__ __forceinline__ void clear_columns(uint16_t (&planes)[PLANES][TILE][STRIDE]) {
-        constexpr int N = STRIDE - FIRST;
-        for (int i = threadIdx.x; i < PLANES * TILE * N; i += THREADS)
-            planes[i / (TILE * N)][i / N % TILE][FIRST + i % N] = 0;
-    }
-};
-
-// The pieces of a tile that a thread brings from the cache: they are on the way while the tile before is worked at.
-template <int DIM> struct Pieces {
-    static constexpr int ROW = DIM / VECTOR, ALL = TILE * ROW, N = (ALL + THREADS - 1) / THREADS;
-    Piece list[N];
-
-    // Of the tile that begins at position `first`; those outside of [begin, end) become zeros. With PERIOD the first n_shared
-    // places are rows of `shared`, and behind them lies position `oldest`. A tile lies in one piece, in a ring, too.
-    __device__ __forceinline__ void load(const Side<DIM> &side, const Side<DIM> &shared, const int *selected, int n_shared,
-                                         int oldest, int first, int begin, int end) {
-        const int first_row = TOP_K || PERIOD ? first : side.row_of(first);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int at = i * THREADS + threadIdx.x, p = at / ROW;
-            const bool exists = p >= begin && p < end;
-            const int place = first + p;
-            if (PERIOD && place >= n_shared) {
-                list[i] = exists ? side.load(side.row_of(oldest + place - n_shared), at % ROW * VECTOR) : Piece{};
-                continue;
-            }
-            const int row = TOP_K && exists ? selected[place / BLOCK] * BLOCK + place % BLOCK : first_row + p;
-            list[i] = exists ? (PERIOD ? shared : side).load(row, at % ROW * VECTOR) : Piece{};
-        }
-    }
-    template <int STRIDE> __device__ __forceinline__ void put(uint16_t (*planes)[TILE][STRIDE]) const {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int at = i * THREADS + threadIdx.x;
-            if (at < ALL)
-                list[i].put(&planes[0][at / ROW][at % ROW * VECTOR], TILE * STRIDE);
-        }
     }
 };
 
@@ -131,10 +81,10 @@ struct Work {
 struct Fetched {
     const Work &work;
     Side<KEY_DIM> key_side, shared_side;
-    Pieces<KEY_DIM> keys;
+    Pieces<KEY_DIM, THREADS> keys;
 #if !SHARED
     Side<VALUE_DIM> value_side;
-    Pieces<VALUE_DIM> values;
+    Pieces<VALUE_DIM, THREADS> values;
 #endif
 
     __device__ __forceinline__ Fetched(const Cache &cache, const Cache &shared, const Work &w)
@@ -149,16 +99,16 @@ struct Fetched {
     // Begins to load the tile from position `first` on; what the token does not see becomes zeros.
     __device__ __forceinline__ void load(int first) {
         const int begin = max(work.from - first, 0), end = min(TILE, work.position + 1 - first);
-        keys.load(key_side, shared_side, work.selected, work.n_shared, work.oldest, first, begin, end);
+        keys.load(threadIdx.x, key_side, shared_side, work.selected, work.n_shared, work.oldest, first, begin, end);
 #if !SHARED
-        values.load(value_side, value_side, work.selected, work.n_shared, work.oldest, first, begin, end);
+        values.load(threadIdx.x, value_side, value_side, work.selected, work.n_shared, work.oldest, first, begin, end);
 #endif
     }
 
     __device__ __forceinline__ void put(Tile &tile) const {
-        keys.put(tile.keys);
+        keys.put(threadIdx.x, tile.keys);
 #if !SHARED
-        values.put(tile.values);
+        values.put(threadIdx.x, tile.values);
 #endif
     }
 };

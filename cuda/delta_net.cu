@@ -5,23 +5,26 @@
 // Without IS_DELTA it is a state-space model: S = exp(a dt) S + dt v k^T, out = S q + skip v, with q and k as they are and
 // dt = softplus(alpha + dt_bias). Without alpha (null), dt_bias and skip it is lightning attention: S = a S + v k^T, out = S q.
 //
+// Compiled for N_WARPS, too: more share what is known beforehand, fewer make more blocks.
+//
 // Grid: (n_v_heads, ceil(V_DIM / ROWS)). Eight neighbouring lanes have a row of S in their registers, or two: lane l of them
 // the values l, l + 8, ... of each 32, so that what they add up has the bits of a warp that has one row (`delta_net_step.cu`).
 // Only what needs S is done token after token: the block fetches some tokens ahead (cp.async), and its warps share what can
 // be known of them beforehand.
 #include "delta_net.cuh"
 
-constexpr int N_WARPS = 4, THREADS = N_WARPS * WARP;
+constexpr int THREADS = N_WARPS * WARP;
 constexpr int LANES = 8, FOURS = WARP / LANES;               // of a row, and the values of each 32 that a lane has
 constexpr int ROWS_PER_LANE = K_DIM <= 128 ? 2 : 1;          // as many as there are registers for
 constexpr int ROW_STEP = WARP / LANES;                       // from a lane's row to its next
 constexpr int ROWS_PER_WARP = ROW_STEP * ROWS_PER_LANE, ROWS = N_WARPS * ROWS_PER_WARP;
 constexpr int PADDED = PER_LANE * WARP;                      // values of a row, with zeros behind them
-constexpr int AT_ONCE = 1024 / K_DIM < 8 ? 1024 / K_DIM : 8; // tokens that are prepared together
+constexpr int MOST_VALUES = BY_CHANNEL ? 1024 : 2048;        // of the keys that are prepared together
+constexpr int AT_ONCE = MOST_VALUES / K_DIM < 16 ? MOST_VALUES / K_DIM : 16; // tokens, then
 
 struct Token {
-    float decay, step;       // decay: if the head has one; step: sigmoid(beta), or dt
-    int begins, ends, slot; // whether S is to be read (2), zero (1) or kept on (0), and written
+    float decay, step;             // decay: if the head has one; step: sigmoid(beta), or dt
+    int begins, ends, stops, slot; // whether S is to be read (2), zero (1) or kept on (0), and written; or a copy of it
 };
 
 // Values of a token as a lane takes them: the four of each 32 that are its own lie together.
@@ -30,6 +33,8 @@ struct Tokens {
     __align__(16) float keys[AT_ONCE][PADDED];
     __align__(16) float decays[BY_CHANNEL ? AT_ONCE : 1][BY_CHANNEL ? PADDED : 4]; // fetched as alpha
     float values[AT_ONCE][ROWS];
+    float alphas[AT_ONCE], betas[AT_ONCE]; // of the head
+    int slots[AT_ONCE + 2], positions[AT_ONCE]; // from the slot of the token before to that of the one behind
 };
 
 DEVICE int place_of(int i) { return (i / WARP * LANES + i % LANES) * FOURS + i % WARP / LANES; }
@@ -75,6 +80,15 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             if (first_row + i % ROWS < V_DIM)
                 cp_async4(&to.values[i / ROWS][i % ROWS],
                           v + (first + i / ROWS) * qkv_stride + head * V_DIM + first_row + i % ROWS);
+        if (const int t = first + thread; thread < n_now) {
+            cp_async4(&to.positions[thread], positions + t);
+            if (alpha && !BY_CHANNEL)
+                cp_async4(&to.alphas[thread], alpha + t * alpha_stride + head);
+            if (IS_DELTA)
+                cp_async4(&to.betas[thread], beta + t * beta_stride + head);
+        }
+        if (const int t = first + thread - 1; thread < n_now + 2 && t >= 0 && t < n)
+            cp_async4(&to.slots[thread], slots + t);
         cp_async_commit();
     };
     // What does not depend on S, of a token: keys are normalised where they lie, by a warp.
@@ -85,23 +99,27 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
             query_squares = __fmaf_rn(query, query, query_squares);
             key_squares = __fmaf_rn(key, key, key_squares);
         }
-        const float query_factor = factor_of_query(warp_sum(query_squares), eps);
-        const float key_factor = factor_of_key(warp_sum(key_squares), eps);
+        for (int step = WARP / 2; step; step /= 2) { // two sums that do not wait for each other
+            query_squares += __shfl_xor_sync(ALL_LANES, query_squares, step);
+            key_squares += __shfl_xor_sync(ALL_LANES, key_squares, step);
+        }
+        const float query_factor = factor_of_query(query_squares, eps), key_factor = factor_of_key(key_squares, eps);
         for (int j = lane; j < K_DIM; j += WARP)
             own.keys[i][place_of(j)] *= key_factor;
         if (lane == 0)
             query_factors[i] = query_factor;
     };
     // Likewise, by a thread.
-    auto describe = [&](int i, int t) {
-        const int slot = slots[t], begins = positions[t] == 0 ? 1 : t == 0 || slots[t - 1] != slot ? 2 : 0;
-        float decay = a[head], step = 1.0f;
+    const float own_a = a[head], own_bias = alpha && !BY_CHANNEL ? dt_bias[head] : 0.0f;
+    auto describe = [&](const Tokens &own, int i, int t) {
+        const int slot = own.slots[i + 1], begins = own.positions[i] == 0 ? 1 : t == 0 || own.slots[i] != slot ? 2 : 0;
+        float decay = own_a, step = 1.0f;
         if (alpha) {
-            const float own_alpha = alpha[t * alpha_stride + head];
-            decay = BY_CHANNEL ? 0.0f : decay_of(decay, own_alpha, dt_bias[head], decay_bound);
-            step = IS_DELTA ? sigmoid(beta[t * beta_stride + head]) : exact_softplus(own_alpha + dt_bias[head]);
+            decay = BY_CHANNEL ? 0.0f : decay_of(own_a, own.alphas[i], own_bias, decay_bound);
+            step = IS_DELTA ? sigmoid(own.betas[i]) : exact_softplus(own.alphas[i] + own_bias);
         }
-        tokens[i] = {decay, step, begins, t + 1 == n || slots[t + 1] != slot, slot};
+        const bool ends = t + 1 == n || own.slots[i + 2] != slot;
+        tokens[i] = {decay, step, begins, ends, ends || t == kept_after, slot};
     };
 
     // The first token's state is older than this step: it comes while the kernel before still computes.
@@ -148,84 +166,93 @@ delta_net(const float *q, const float *k, const float *v, int64_t qkv_stride, co
         for (int i = warp; IS_DELTA && i < n_now; i += N_WARPS)
             normalize(own, i);
         if (thread < n_now)
-            describe(thread, first + thread);
+            describe(own, thread, first + thread);
         for (int i = thread; BY_CHANNEL && i < n_now * K_DIM; i += THREADS) {
             float &decay = own.decays[i / K_DIM][place_of(i % K_DIM)];
-            decay = decay_of(a[head], decay, dt_bias[head * K_DIM + i % K_DIM], decay_bound);
+            decay = decay_of(own_a, decay, dt_bias[head * K_DIM + i % K_DIM], decay_bound);
         }
         __syncthreads();
-        float result[ROWS_PER_LANE] = {}; // of the token before, not yet summed over the lanes
-        for (int i = 0; i <= n_now; i++) {
-            const bool is_token = i < n_now; // in the last round there is only the result before it
-            const Token token = tokens[is_token ? i : n_now - 1];
-            float key[PER_LANE][FOURS], recalled[ROWS_PER_LANE] = {};
-            if (is_token && token.begins && first + i)
-                load(token.slot, token.begins == 2);
-            if (is_token) {
-                float sums[ROWS_PER_LANE][FOURS] = {};
+        // Tokens up to the next after which S goes elsewhere: in between there is nothing but arithmetic.
+        const unsigned stops = __ballot_sync(ALL_LANES, lane < n_now && tokens[lane].stops);
+        for (int i = 0; i < n_now;) {
+            const unsigned stops_ahead = stops >> i;
+            const int end = stops_ahead ? i + __ffs(stops_ahead) : n_now;
+            if (tokens[i].begins && first + i)
+                load(tokens[i].slot, tokens[i].begins == 2);
+            float result[ROWS_PER_LANE] = {}; // of the token before, not yet summed over the lanes
+            auto put = [&](int of) {
+#pragma unroll
+                for (int r = 0; r < ROWS_PER_LANE; r++)
+                    if (part == 0 && exists(r))
+                        out[(first + of) * out_stride + head * V_DIM + first_row + own_row + r * ROW_STEP] =
+                            IS_DELTA ? result[r] * query_factors[of]
+                            : skip   ? __fmaf_rn(skip[head], own.values[of][own_row + r * ROW_STEP], result[r])
+                                     : result[r];
+            };
+            for (int t = i; t < end; t++) {
+                float key[PER_LANE][FOURS], recalled[ROWS_PER_LANE], steps[ROWS_PER_LANE];
+                float remembered[ROWS_PER_LANE][FOURS] = {}, found[ROWS_PER_LANE][FOURS] = {};
 #pragma unroll
                 for (int j = 0; j < PER_LANE; j++) {
                     const int at = (j * LANES + part) * FOURS;
-                    load_four(own.keys[i] + at, key[j]);
+                    load_four(own.keys[t] + at, key[j]);
                     float decay[FOURS];
                     if (BY_CHANNEL)
-                        load_four(own.decays[i] + at, decay);
+                        load_four(own.decays[t] + at, decay);
 #pragma unroll
                     for (int r = 0; r < ROWS_PER_LANE; r++)
 #pragma unroll
                         for (int m = 0; m < FOURS; m++) {
-                            s[r][j][m] *= BY_CHANNEL ? decay[m] : token.decay;
+                            s[r][j][m] *= BY_CHANNEL ? decay[m] : tokens[t].decay;
                             if (IS_DELTA)
-                                sums[r][m] = __fmaf_rn(s[r][j][m], key[j][m], sums[r][m]);
+                                remembered[r][m] = __fmaf_rn(s[r][j][m], key[j][m], remembered[r][m]);
                         }
                 }
 #pragma unroll
                 for (int r = 0; r < ROWS_PER_LANE; r++)
-                    recalled[r] = sum_of_four(sums[r]);
-            }
+                    recalled[r] = sum_of_four(remembered[r]);
 #pragma unroll
-            for (int step = LANES / 2; step; step /= 2) // sums that do not wait for each other
+                for (int step = LANES / 2; step; step /= 2) // sums that do not wait for each other
+#pragma unroll
+                    for (int r = 0; r < ROWS_PER_LANE; r++) {
+                        if (IS_DELTA)
+                            recalled[r] += __shfl_xor_sync(ALL_LANES, recalled[r], step);
+                        result[r] += __shfl_xor_sync(ALL_LANES, result[r], step);
+                    }
+                if (t > i)
+                    put(t - 1);
 #pragma unroll
                 for (int r = 0; r < ROWS_PER_LANE; r++) {
-                    if (IS_DELTA)
-                        recalled[r] += __shfl_xor_sync(ALL_LANES, recalled[r], step);
-                    result[r] += __shfl_xor_sync(ALL_LANES, result[r], step);
+                    const float value = own.values[t][own_row + r * ROW_STEP];
+                    steps[r] = tokens[t].step * (IS_DELTA ? value - recalled[r] : value);
                 }
-            if (i && part == 0)
+#pragma unroll
+                for (int j = 0; j < PER_LANE; j++) {
+                    float query[FOURS];
+                    load_four(own.queries[t] + (j * LANES + part) * FOURS, query);
+#pragma unroll
+                    for (int r = 0; r < ROWS_PER_LANE; r++)
+#pragma unroll
+                        for (int m = 0; m < FOURS; m++) {
+                            s[r][j][m] = __fmaf_rn(steps[r], key[j][m], s[r][j][m]);
+                            found[r][m] = __fmaf_rn(s[r][j][m], query[m], found[r][m]);
+                        }
+                }
 #pragma unroll
                 for (int r = 0; r < ROWS_PER_LANE; r++)
-                    if (exists(r))
-                        out[(first + i - 1) * out_stride + head * V_DIM + first_row + own_row + r * ROW_STEP] =
-                            IS_DELTA ? result[r] * query_factors[i - 1]
-                            : skip   ? __fmaf_rn(skip[head], own.values[i - 1][own_row + r * ROW_STEP], result[r])
-                                     : result[r];
-            if (!is_token)
-                break;
-            float steps[ROWS_PER_LANE], sums[ROWS_PER_LANE][FOURS] = {};
-#pragma unroll
-            for (int r = 0; r < ROWS_PER_LANE; r++) {
-                const float value = exists(r) ? own.values[i][own_row + r * ROW_STEP] : 0.0f;
-                steps[r] = token.step * (IS_DELTA ? value - recalled[r] : value);
+                    result[r] = sum_of_four(found[r]);
             }
 #pragma unroll
-            for (int j = 0; j < PER_LANE; j++) {
-                float query[FOURS];
-                load_four(own.queries[i] + (j * LANES + part) * FOURS, query);
+            for (int step = LANES / 2; step; step /= 2)
 #pragma unroll
                 for (int r = 0; r < ROWS_PER_LANE; r++)
-#pragma unroll
-                    for (int m = 0; m < FOURS; m++) {
-                        s[r][j][m] = __fmaf_rn(steps[r], key[j][m], s[r][j][m]);
-                        sums[r][m] = __fmaf_rn(s[r][j][m], query[m], sums[r][m]);
-                    }
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS_PER_LANE; r++)
-                result[r] = sum_of_four(sums[r]);
-            if (token.ends)
-                store(state, token.slot);
-            if (first + i == kept_after)
+                    result[r] += __shfl_xor_sync(ALL_LANES, result[r], step);
+            put(end - 1);
+            if (tokens[end - 1].ends)
+                store(state, tokens[end - 1].slot);
+            if (first + end - 1 == kept_after)
                 store(copy.to, 0);
+            i = end;
         }
     }
 }

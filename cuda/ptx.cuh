@@ -152,6 +152,15 @@ PTX void let_next_kernel_begin() {
 #endif
 }
 
+// --- registers ---
+
+// The same number, but the compiler no longer knows what it is: nothing that depends on it is computed before a loop, to be
+// kept in registers that others need more.
+PTX int unknown(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
 // --- float16 and bfloat16, rounded to nearest even; NaN becomes 0x7fff ---
 
 PTX float f16_to_f32(unsigned short bits) {

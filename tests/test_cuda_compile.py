@@ -24,10 +24,10 @@ def _with_defaults(source: str, defaults: dict[str, str | int], given: dict[str,
     return source, tuple(f"{name}={value}" for name, value in (defaults | given).items())
 
 
-def _attention(**definitions: str | int) -> Kernel:
+def _attention(source: str = "attention.cu", **definitions: str | int) -> Kernel:
     """Attention that sees all positions, but for what is given."""
     every = {"SHARED": 0, "CAP": "0.0f", "TOP_K": 0, "BLOCK": 1, "TAIL": 0, "BY_HEAD": 0, "PERIOD": 0, "WINDOW": 0}
-    return _with_defaults("attention.cu", every, definitions)
+    return _with_defaults(source, every, definitions)
 
 
 def _merge(**definitions: int) -> Kernel:
@@ -100,6 +100,9 @@ KERNELS = [
     _attention(KV_TYPE=0, KEY_DIM=64, VALUE_DIM=64, GROUP=1, CAP="30.0f"),
     _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, SHARED=1, GROUP=64, TOP_K=512, PERIOD=4, WINDOW=128),
     _attention(KV_TYPE=1, KEY_DIM=512, VALUE_DIM=512, SHARED=1, GROUP=64, TOP_K=513, BLOCK=4, TAIL=1),
+    _attention("attention_prompt.cu", KV_TYPE=2, KEY_DIM=256, VALUE_DIM=256, GROUP=16, UNITS=4),
+    _attention("attention_prompt.cu", KV_TYPE=1, KEY_DIM=128, VALUE_DIM=128, GROUP=8, UNITS=4),
+    _attention("attention_prompt.cu", KV_TYPE=0, KEY_DIM=64, VALUE_DIM=64, GROUP=1, CAP="30.0f", UNITS=4),
     _merge(VALUE_DIM=512, TOP_K=513, BLOCK=4, TAIL=1),
     _merge(VALUE_DIM=512, TOP_K=512, PERIOD=4, WINDOW=128),
     _merge(VALUE_DIM=256, GATE=1, FORMS=1),
@@ -110,9 +113,9 @@ KERNELS = [
     ("causal_conv.cu", ("KERNEL_SIZE=4", "DILATION=1", "ACTIVATES=1")),
     ("causal_conv.cu", ("KERNEL_SIZE=3", "DILATION=1", "ACTIVATES=0")),
     ("causal_conv.cu", ("KERNEL_SIZE=4", "DILATION=3", "ACTIVATES=1")),
-    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=0")),
-    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=1")),
-    ("delta_net.cu", ("K_DIM=128", "V_DIM=64", "IS_DELTA=0", "BY_CHANNEL=0")),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=0", "N_WARPS=8")),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=128", "IS_DELTA=1", "BY_CHANNEL=1", "N_WARPS=4")),
+    ("delta_net.cu", ("K_DIM=128", "V_DIM=64", "IS_DELTA=0", "BY_CHANNEL=0", "N_WARPS=4")),
     *(
         (
             "delta_net_step.cu",

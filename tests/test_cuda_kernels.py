@@ -1176,10 +1176,13 @@ def test_attention(
         emulator.count(n_stored, n_stored),
     )
 
-    def attend(out: np.ndarray, gate: GateOf | None = None, forms: Forms = kernels.NO_FORMS) -> list[Launch]:
+    def attend(
+        out: np.ndarray, gate: GateOf | None = None, forms: Forms = kernels.NO_FORMS, most: int = 0
+    ) -> list[Launch]:
         sight = Sight(0 if sinks is None else emulator.at(sinks), window, chunk, cap)
         scratch, place = (emulator.at(values), emulator.at(parts)), Place(emulator.at(positions), emulator.at(slots))
-        what = (cache, n_heads, scale, sight, scratch, place, emulator.count(len(out), len(out)), gate, forms)
+        count = emulator.count(len(out), most or len(out))
+        what = (cache, n_heads, scale, sight, scratch, place, count, gate, forms)
         return attention.attend(emulator.rows(q), emulator.rows(out), *what)
 
     wanted = [
@@ -1202,6 +1205,9 @@ def test_attention(
         out = np.zeros((n_tokens, n_heads * value_dim), F32)
         emulator.run([store, *attend(out)], order, seed)
         assert_near(out, np.stack(expected), abs=tolerance * 4)
+        together = np.zeros_like(out)
+        emulator.run(attend(together, most=attention.PROMPT_TOKENS + 1), order, seed)
+        assert same_bits(together, out)
         few = np.zeros((4, n_heads * value_dim), F32)  # by parts that are merged afterwards
         emulator.run(attend(few), order, seed)
         assert same_bits(few, out[: len(few)])
@@ -1386,6 +1392,58 @@ def test_indexers_that_no_kernel_can_take(
 ) -> None:
     with pytest.raises(DeviceError, match=message):
         selection.check_indexer(Cache(0, kv_type, 1, 64, 1, key_dim, 0, True), n_heads, apart=apart)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "dims", "group", "window", "cap", "mode"),
+    [
+        (KVType.F16, (128, 128), 8, 0, 0.0, "fast"),
+        (KVType.Q8_0, (256, 256), 16, 0, 0.0, "fast"),
+        (KVType.F32, (64, 64), 1, 70, 0.0, "fast"),
+        (KVType.F32, (256, 256), 3, 0, 0.75, "fast"),
+        (KVType.F16, (72, 40), 12, 33, 0.0, "race"),
+        (KVType.Q8_0, (40, 24), 18, 0, 0.0, "fast"),
+        (KVType.F16, (24, 40), 5, 20, 0.5, "asan"),
+    ],
+)
+def test_tokens_of_a_prompt_share_tiles(
+    kv_type: KVType,
+    dims: tuple[int, int],
+    group: int,
+    window: int,
+    cap: float,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three sequences in one step, also by several launches, with the bits of each token alone."""
+    rng, emulator, (key_dim, value_dim), n_kv_heads, n_rows = np.random.default_rng(9), Emulator(mode), dims, 2, 128
+    cache = Cache(0, kv_type, 3, n_rows, n_kv_heads, key_dim, value_dim)
+    memory = aligned(np.zeros(cache.n_bytes, np.uint8))
+    cache, n_heads = cache._replace(address=emulator.at(memory)), n_kv_heads * group
+    k, v = (rng.standard_normal((3 * n_rows, n_kv_heads * dim)).astype(F32) for dim in dims)
+    stored = [np.ascontiguousarray(x, np.int32) for x in (np.tile(np.arange(n_rows), 3), np.repeat([0, 1, 2], n_rows))]
+    sides = (Heads(emulator.rows(x), n_kv_heads, dim) for x, dim in zip((k, v), dims, strict=True))
+    kept = Place(*map(emulator.at, stored)), emulator.count(3 * n_rows, 3 * n_rows)
+    emulator.run(attention.inputs(None, NOTHING, *sides, 0.0, Rotation(), cache, *kept))
+    slots = np.repeat(np.array([1, 2, 0], np.int32), (2, 23, 5))
+    positions = np.concatenate([[90, 91], np.arange(50, 73), np.arange(5)]).astype(np.int32)
+    q = rng.standard_normal((len(slots), n_heads * key_dim)).astype(F32)
+    sinks = rng.standard_normal(n_heads).astype(F32)
+    sight, place = Sight(emulator.at(sinks), window, 0, cap), Place(*map(emulator.at, (positions, slots)))
+    for order, seed in SCHEDULES:
+        found = []
+        for prompt_tokens, most_products in ((1 << 30, 1), (0, 1 << 40), (0, 1 << 20)):
+            monkeypatch.setattr(attention, "PROMPT_TOKENS", prompt_tokens)
+            monkeypatch.setattr(attention, "_MOST_PRODUCTS", most_products)
+            out = np.full((len(q), n_heads * value_dim), np.nan, F32)
+            rows, count = (emulator.rows(q), emulator.rows(out)), emulator.count(len(q), len(q) + 100)
+            launches = attention.attend(*rows, cache, n_heads, key_dim**-0.5, sight, (0, 0), place, count)
+            assert (len(launches) > 1) == (most_products == 1 << 20)
+            emulator.run(launches, order, seed)
+            found.append(out)
+        assert not np.isnan(found[0]).any()
+        assert same_bits(found[1], found[0])
+        assert same_bits(found[2], found[0])
 
 
 @pytest.mark.parametrize(
@@ -1728,6 +1786,7 @@ def test_recurrent_layers(
     bound: float,
     lengths: tuple[int, int],
     mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two sequences in one step: one goes on from its state, the other begins."""
     is_delta, is_lightning = kind in {"delta", "channels"}, kind == "lightning"
@@ -1791,33 +1850,40 @@ def test_recurrent_layers(
             assert_near(out, expected_out, rel=1e-5, abs=1e-5)
             assert same_bits(conv, new_conv)
 
-        state, out = old_state.copy(), np.zeros((n_tokens, n_v), F32)
-        qkv = emulator.rows(x)
-        launch = recurrent.delta_net(
-            qkv.address,
-            qkv.address + 4 * n_k,
-            qkv.address + 8 * n_k,
-            qkv.stride,
-            emulator.rows(beta) if is_delta else None,
-            None if is_lightning else emulator.rows(alpha),
-            emulator.at(a),
-            0 if is_lightning else emulator.at(dt_bias),
-            0 if is_delta or is_lightning else emulator.at(skip),
-            emulator.at(state),
-            emulator.rows(out),
-            n_k_heads,
-            n_v_heads,
-            k_dim,
-            v_dim,
-            decay_dim,
-            bound,
-            grouped,
-            eps,
-            *places,
-        )
-        emulator.run(launch, order, seed)
-        assert_near(out, np.stack(expected), rel=1e-4, abs=1e-5)
-        assert_near(state, new_state, rel=1e-4, abs=1e-5)
+        qkv, found = emulator.rows(x), []
+        for many_rows in (1 << 30, 1)[
+            : 1 + (k_dim == 128)
+        ]:  # then with as many warps as long steps of large models have
+            monkeypatch.setattr(recurrent, "_MANY_TOKENS", 0)
+            monkeypatch.setattr(recurrent, "_MANY_ROWS", many_rows)
+            state, out = old_state.copy(), np.zeros((n_tokens, n_v), F32)
+            launch = recurrent.delta_net(
+                qkv.address,
+                qkv.address + 4 * n_k,
+                qkv.address + 8 * n_k,
+                qkv.stride,
+                emulator.rows(beta) if is_delta else None,
+                None if is_lightning else emulator.rows(alpha),
+                emulator.at(a),
+                0 if is_lightning else emulator.at(dt_bias),
+                0 if is_delta or is_lightning else emulator.at(skip),
+                emulator.at(state),
+                emulator.rows(out),
+                n_k_heads,
+                n_v_heads,
+                k_dim,
+                v_dim,
+                decay_dim,
+                bound,
+                grouped,
+                eps,
+                *places,
+            )
+            emulator.run(launch, order, seed)
+            assert_near(out, np.stack(expected), rel=1e-4, abs=1e-5)
+            assert_near(state, new_state, rel=1e-4, abs=1e-5)
+            found.append(out.tobytes() + state.tobytes())
+        assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from engine.devices.graph import KVType, RopeStyle
 from engine.errors import DeviceError
 
 FEW_TOKENS = 8  # up to which the positions are split into parts: more tokens fill the GPU without; `attention.cu`
+PROMPT_TOKENS = 64  # from more tokens on they share tiles, where they see all; `attention_prompt.cu`
 
 _MAX_HEAD_DIM = 576
 _BLOCKS = 256  # that parts make of a token: two for each multiprocessor of the largest GPUs
@@ -32,6 +33,9 @@ _VECTOR = 8  # values that a lane reads at once; `kv_cache.cuh`
 _TILE, _HEADS, _WARPS = 32, 16, 8  # positions, heads and warps of a block; `attention.cu`
 _INPUT_WARPS = 4  # `attention_inputs.cu`
 _MERGED = 256  # columns of a block that merges parts
+_MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
+_PROMPT_WARPS, _MOST_UNITS, _MOST_VALUES = 2, 4, 256  # `attention_prompt.cu`: warps of 16 rows, these, values of a head
+_MOST_PRODUCTS = 4 << 40  # of a launch: less than a second's, for a GPU with a display stops what takes longer
 
 
 class CacheArgument(ctypes.Structure):
@@ -214,6 +218,20 @@ def _tile_bytes(cache: Cache) -> int:
     return 2 * planes * _TILE * numbers + 4 * _HEADS * (_TILE + 8) + 16 * _HEADS * (_TILE + 4) + 4 * _HEADS
 
 
+def _prompt_block(cache: Cache) -> tuple[int, int]:
+    """Return how many times 16 rows a block of `attention_prompt.cu` works at, and the size of its `Tile`.
+
+    No rows, if not even 16 fit, or values are too long.
+    """
+    planes = 2 if cache.type == KVType.F32 else 1
+    key_bytes = 2 * (ceil_div(cache.key_dim, 64) * 64 + 8)
+    value_bytes = key_bytes if cache.values_in_keys else 2 * (ceil_div(cache.value_dim, 16) * 16 + 8)
+    for_all = planes * _TILE * max(key_bytes, value_bytes)
+    for_one = 2 * _HEADS * key_bytes + _PROMPT_WARPS * 4 * _TILE * _HEADS
+    n_units = min((_MOST_SHARED - for_all) // for_one, _MOST_UNITS) if cache.value_dim <= _MOST_VALUES else 0
+    return max(0, n_units), for_all + n_units * for_one
+
+
 def inputs(
     q: Heads | None,
     q_out: Rows,
@@ -301,6 +319,8 @@ def attend(
         assert gate is None
         assert forms == NO_FORMS
         merging = (int32(parts), pointer(sight.sinks))
+        if count.most > PROMPT_TOKENS and not sight.top_k and sight.shared is None and _prompt_block(cache)[0]:
+            return _attend_prompt(q, out, cache, n_heads, scale, sight, parts, place, count)
         return [attending("attend_all", (blocks, count.most, 1), *merging, *at(out))]
     n_cols = n_heads * cache.value_dim
     merged_heads = 1 if cache.value_dim % _MERGED == 0 else min(n_heads, (_MERGED - 2) // cache.value_dim + 2)
@@ -332,3 +352,46 @@ def attend(
         16 * merged_heads * ceil_div(parts, WARP) * WARP,
     )
     return [attending("attend", (blocks, parts, count.most), *results), merge]
+
+
+def _attend_prompt(
+    q: Rows,
+    out: Rows,
+    cache: Cache,
+    n_heads: int,
+    scale: float,
+    sight: Sight,
+    parts: int,
+    place: Place,
+    count: Count,
+) -> list[Launch]:
+    """Do what `attend` does for many tokens that see all positions, or a window of them; no launch takes too long."""
+    group, (n_units, shared) = n_heads // cache.n_kv_heads, _prompt_block(cache)
+    units = ceil_div(count.most, max(1, _HEADS // group)) * ceil_div(group, _HEADS)
+    blocks = ceil_div(units, n_units)
+    products = cache.n_kv_heads * n_units * _HEADS * (cache.key_dim + cache.value_dim) * sight.most_seen(cache.n_rows)
+    at_once = max(1, _MOST_PRODUCTS // products)
+    definitions = (*cache.definitions, f"GROUP={group}", f"CAP={sight.cap}f", *sight.definitions, "BY_HEAD=0")
+    limits = (int32(sight.window), int32(sight.chunk), int32(parts), pointer(sight.sinks))
+    return [
+        Launch(
+            "attention_prompt.cu",
+            "attend_prompt",
+            (*definitions, f"UNITS={n_units}"),
+            (cache.n_kv_heads, min(at_once, blocks - first), 1),
+            n_units * _PROMPT_WARPS * WARP,
+            (
+                *at(q),
+                cache.argument,
+                pointer(place.positions),
+                pointer(place.slots),
+                float32(scale),
+                *limits,
+                *at(out),
+                int32(first),
+                pointer(count.address),
+            ),
+            shared,
+        )
+        for first in range(0, blocks, at_once)
+    ]

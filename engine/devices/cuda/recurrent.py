@@ -28,8 +28,8 @@ from engine.devices.graph import MOST_CONVOLVED, Gating
 
 _CHANNELS = 256  # of a block
 _CONVOLVED_AT_ONCE = 16  # tokens of a thread; `causal_conv.cu`
-_NET_WARPS = 4  # of a block of `delta_net.cu`
-_ROW_LANES = 8  # that have a row of its state, or two of up to 128 values
+_ROW_LANES = 8  # that have a row of the state, or two of up to 128 values; `delta_net.cu`
+_MANY_TOKENS, _MANY_ROWS = 64, 8192  # from more tokens, and so many rows on a block of it has more warps
 _STEP_WARPS, _STEP_ROWS = 8, 32  # of a block, and of the state; `delta_net_step.cu`
 _GATED = 256  # columns that are gated together; likewise
 _MAX_KEY_DIM = 256  # or values of a state
@@ -122,7 +122,8 @@ def delta_net(
     assert k_dim <= _MAX_KEY_DIM
     assert decay_bound == 0 or (beta is not None and decay_bound < 0)
     assert alpha is not None or not (beta or dt_bias or skip)
-    rows = _NET_WARPS * WARP // _ROW_LANES * (2 if k_dim <= 128 else 1)
+    n_warps = 8 if count.most > _MANY_TOKENS and n_v_heads * v_dim >= _MANY_ROWS else 4
+    rows = n_warps * WARP // _ROW_LANES * (2 if k_dim <= 128 else 1)
     return Launch(
         "delta_net.cu",
         "delta_net",
@@ -131,9 +132,10 @@ def delta_net(
             f"V_DIM={v_dim}",
             f"IS_DELTA={int(beta is not None)}",
             f"BY_CHANNEL={int(decay_dim > 1)}",
+            f"N_WARPS={n_warps}",
         ),
         (n_v_heads, ceil_div(v_dim, rows), 1),
-        _NET_WARPS * WARP,
+        n_warps * WARP,
         (
             pointer(q),
             pointer(k),
