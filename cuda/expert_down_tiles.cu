@@ -3,8 +3,9 @@
 //
 // Compiled for DOWN_FORMAT, an integer one. Grid and shared memory as in `expert_gate_up_tiles.cu`.
 #include "expert_tiles.cuh"
+#include "tiles.cuh"
 
-TILE_KERNEL
+TILE_KERNEL(TILE_BLOCKS)
 expert_down_tiles(const ExpertTile *tiles, const int *first_tile, int group, const int *choices, int n_used,
                   ExpertMatrix down, const uint8_t *h, int64_t h_row_bytes, int hidden_size, int ffn_size, float *out,
                   int64_t out_stride, const int8_t *grid) {

@@ -1,10 +1,11 @@
 // As `expert_gate_up.cu`, for one group of experts and many tokens: h[choice][r] = activated(gate_e[r] . x[t], up_e[r] . x[t])
 // for each choice of token t and expert e.
 //
-// Compiled for GATE_FORMAT, UP_FORMAT (integer ones), ACTIVATION, LIMIT and UP_LIMIT (`experts.cuh`). Grid: (row blocks,
+// Compiled for GATE_FORMAT, UP_FORMAT (integer ones), ACTIVATION, LIMIT and UP_LIMIT (`experts.cuh`), and TILE_WARPS. Grid: (row blocks,
 // tiles that are computed at the same time). Dynamic shared memory: the larger `Shared` of both formats. `gate` and `up`
 // are where the group's experts are: the slots, or a staging buffer.
 #include "expert_tiles.cuh"
+#include "tiles.cuh"
 
 template <class A, class B> constexpr bool is_same = false;
 template <class A> constexpr bool is_same<A, A> = true;
@@ -24,7 +25,7 @@ DEVICE void multiply(const ExpertMatrix &matrix, const ExpertTile &tile, int fir
               *(typename Dots::Shared *)shared, acc);
 }
 
-TILE_KERNEL
+TILE_KERNEL(1)
 expert_gate_up_tiles(const ExpertTile *tiles, const int *first_tile, int group, const int *choices, int n_used,
                      ExpertMatrix gate, ExpertMatrix up, const uint8_t *x_gate, int64_t x_gate_row_bytes,
                      const uint8_t *x_up, int64_t x_up_row_bytes, int hidden_size, int ffn_size, float *h,

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "experts.cuh"
-#include "tiles.cuh"
+#include "tile_sizes.cuh"
 
 struct ExpertTile {
     int expert;

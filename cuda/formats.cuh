@@ -121,7 +121,7 @@ DEVICE void set_both(int (&values)[2], int value) { values[0] = values[1] = valu
 // -- blocks of 32 -----------------------------------------------------------------------------------------------------
 
 template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN, int OFF = 0> struct IntegerFormat {
-    static constexpr bool INTEGER = true, HAS_MIN = MIN, HAS_CODES = false;
+    static constexpr bool INTEGER = true, HAS_MIN = MIN, HAS_CODES = false, HAS_FRAGMENTS = false;
     static constexpr int OFFSET = OFF;
     static constexpr int BLOCK = BLOCK_SIZE, BYTES = N_BYTES, ALIGNMENT = ALIGN;
     static constexpr int PER_SCALE = 32; // weights that are sure to share scale and min
@@ -132,6 +132,9 @@ template <int BLOCK_SIZE, int N_BYTES, int ALIGN, bool MIN, int OFF = 0> struct 
 #define UNPACK static __device__ __forceinline__ void unpack(const uint8_t *b, int s, const int8_t *grid, Part &part)
 #define SCALE static __device__ __forceinline__ float d(const uint8_t *b)
 #define MIN_SCALE static __device__ __forceinline__ float min_d(const uint8_t *b)
+// Where HAS_FRAGMENTS: the weights of a block of two rows as tensor cores take them (`m16n8k32` in `ptx.cuh`), 32 and 32.
+#define FRAGMENTS static __device__ __forceinline__ void fragments(const uint8_t *const (&rows)[2], unsigned (&a)[8][4])
+DEVICE int word_of_fragment(int i) { return threadIdx.x % 4 * 4 + i / 2 * 16; }
 
 // Nibbles of 16 bytes: the low ones are weights 0..15, the high ones 16..31.
 template <int ALIGNMENT> DEVICE void unpack_nibbles(const uint8_t *p, Part &part) {
@@ -305,6 +308,7 @@ struct Q3_K : IntegerFormat<256, 110, 2, false, 4> {
 
 // Q4_K and Q5_K: six-bit scales and minimums of all parts. The block's first 16 bytes are d and min_d, then 12 bytes of both.
 template <int N_BYTES> struct SixBitFormat : IntegerFormat<256, N_BYTES, 16, true> {
+    static constexpr bool HAS_FRAGMENTS = true;
     static __device__ __forceinline__ float half_of_header(const uint8_t *b, int shift) {
         unsigned header[4];
         load_words<16>(b, header);
@@ -323,6 +327,16 @@ template <int N_BYTES> struct SixBitFormat : IntegerFormat<256, N_BYTES, 16, tru
         unsigned header[4];
         load_words<16>(b, header);
         return s & 4 ? header[3] >> 4 & 0x0f0f0f0fu | header[2] >> 2 & 0x30303030u : header[2] & 0x3f3f3f3fu;
+    }
+    static __device__ __forceinline__ void all_scales(const uint8_t *b, int (&scale)[8]) {
+        const unsigned four[2] = {scales(b, 0), scales(b, 4)};
+#pragma unroll
+        for (int s = 0; s < 8; s++)
+            scale[s] = (int)(four[s / 4] >> 8 * (s % 4) & 255);
+    }
+    // Of sixteens 4 * i to 4 * i + 3, a byte each.
+    static __device__ __forceinline__ unsigned four_mins(const uint8_t *b, int i) {
+        return __byte_perm(mins(b, 2 * i), 0, i % 2 ? 0x3322 : 0x1100);
     }
     static __device__ __forceinline__ void unpack_scale_min(const uint8_t *b, int s, Part &part) {
         set_both(part.scale, (int)(scales(b, s) >> 8 * (s % 4) & 255));
@@ -343,11 +357,23 @@ template <int ALIGNMENT> DEVICE void unpack_nibble_pair(const uint8_t *p, int s,
     }
 }
 
+DEVICE void nibble_fragments(const uint8_t *const (&rows)[2], int first, unsigned (&a)[8][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const unsigned word = *(const unsigned *)(rows[i % 2] + first + 32 * pair + word_of_fragment(i));
+            a[2 * pair][i] = word & 0x0f0f0f0fu;
+            a[2 * pair + 1][i] = word >> 4 & 0x0f0f0f0fu;
+        }
+}
+
 struct Q4_K : SixBitFormat<144> {
     UNPACK {
         unpack_nibble_pair<16>(b + 16, s, part);
         unpack_scale_min(b, s, part);
     }
+    FRAGMENTS { nibble_fragments(rows, 16, a); }
 };
 
 struct Q5_K : SixBitFormat<176> {
@@ -363,11 +389,49 @@ struct Q5_K : SixBitFormat<176> {
         }
         unpack_scale_min(b, s, part);
     }
+    FRAGMENTS {
+        nibble_fragments(rows, 48, a);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const unsigned high = *(const unsigned *)(rows[i % 2] + 16 + word_of_fragment(i));
+#pragma unroll
+            for (int s = 0; s < 8; s++)
+                a[s][i] |= turn_to<4>(high, s) & 0x10101010u;
+        }
+    }
 };
 
 struct Q6_K : IntegerFormat<256, 210, 2, false, 32> {
     static constexpr int PER_SCALE = 16;
+    static constexpr bool HAS_FRAGMENTS = true;
     SCALE { return load_half(b + 208); }
+    FRAGMENTS {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint8_t *from = rows[i % 2] + word_of_fragment(i);
+                const unsigned high = load_word<2>(from + 128 + 32 * half);
+#pragma unroll
+                for (int s = 4 * half; s < 4 * half + 2; s++) {
+                    const unsigned low = load_word<2>(from + 32 * (s - 2 * half));
+                    const unsigned near = low & 0x0f0f0f0fu | turn_to<4>(high, 2 * (s % 4)) & 0x30303030u;
+                    const unsigned far = low >> 4 & 0x0f0f0f0fu | turn_to<4>(high, 2 * (s % 4) + 4) & 0x30303030u;
+                    a[s][i] = bytes_minus(near, OFFSET);
+                    a[s + 2][i] = bytes_minus(far, OFFSET);
+                }
+            }
+    }
+    static __device__ __forceinline__ void all_scales(const uint8_t *b, int (&scale)[16]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const unsigned four = load_word<2>(b + 192 + 4 * i);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                scale[4 * i + k] = (int8_t)(four >> 8 * k);
+        }
+    }
+    static __device__ __forceinline__ unsigned four_mins(const uint8_t *, int) { return 0; }
     UNPACK {
         const uint8_t *low = b + 64 * (s / 4) + 32 * (s % 2), *high = b + 128 + 32 * (s / 4);
         const int low_shift = s % 4 < 2 ? 0 : 4;

@@ -1,11 +1,11 @@
-// As `linear.cu`, for many tokens: out[t][r] = (W_m[r] . x[t]) * scale + bias[r], by tiles of 64 rows and 64 tokens.
+// As `linear.cu`, for many tokens: out[t][r] = (W_m[r] . x[t]) * scale + bias[r], by tiles of rows and 64 tokens.
 //
-// Compiled for FORMAT, an integer one. Grid: (row blocks of all matrices, groups of 64 tokens, heads). Dynamic shared
+// Compiled for FORMAT, an integer one, and TILE_WARPS. Grid: (row blocks of all matrices, groups of 64 tokens, heads). Dynamic shared
 // memory: `TileDots<FORMAT>::Shared`.
 #include "matrices.cuh"
 #include "tiles.cuh"
 
-TILE_KERNEL
+TILE_KERNEL(TILE_BLOCKS)
 linear_tiles(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
              int64_t head_x_bytes, int n_cols, const int8_t *grid, const int *n_tokens) {
     begin_kernel();

@@ -1,8 +1,9 @@
-// A tile of a quantised matrix times a tile of activation rows, for steps of many tokens: 64 rows by up to 64 tokens for
-// a block of 4 warps, on the int8 tensor cores, with the bits of `rows.cuh`.
+// A tile of a quantised matrix times a tile of activation rows, for steps of many tokens: 16 rows for each warp of a block by
+// up to 64 tokens, on the int8 tensor cores, with the bits of `rows.cuh`. Compiled for TILE_WARPS: as many as have room on
+// GPUs with 100 KB of shared memory, where a multiprocessor has but one such block.
 //
 // The columns are taken 256 at a time. A warp has 16 rows: their bytes come as they are to shared memory, one step ahead
-// of the arithmetic (cp.async), are unpacked there once for all tokens, and go to registers. The activations of 64 tokens
+// of the arithmetic (cp.async), are unpacked there once for all tokens (or where they lie), and go to registers. The activations of 64 tokens
 // are fetched the same way, for all warps together. Products of 32 (or 16) columns that share a scale are summed by one `mma`
 // in int32, times that scale added up over the block, exactly; then each lane runs the chains of its own outputs, one
 // fused multiply-add a block (two with minimums), in order. The minimums of a block times the sums of its activations
@@ -12,16 +13,21 @@
 #pragma once
 
 #include "formats.cuh"
+#include "tile_sizes.cuh"
 
-constexpr int TILE_WARPS = 4, TILE_THREADS = TILE_WARPS * WARP;
+constexpr int TILE_THREADS = TILE_WARPS * WARP;
 constexpr int WARP_ROWS = 16, TILE_ROWS = TILE_WARPS * WARP_ROWS; // rows of the matrix
-constexpr int TILE_TOKENS = 64, EIGHTS = TILE_TOKENS / 8;
+constexpr int EIGHTS = TILE_TOKENS / 8;
 constexpr int STEP = 256;          // columns
 constexpr int PARTS = STEP / 32;   // that are unpacked at once
 constexpr int STRIDE = STEP + 16;  // bytes from row to row in shared memory: ldmatrix then meets no bank twice
 
-// Three blocks fit a multiprocessor of the GPUs that have the most shared memory.
-#define TILE_KERNEL extern "C" __global__ void __launch_bounds__(TILE_THREADS, 3)
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+constexpr int TILE_BLOCKS = 1; // of a multiprocessor
+#else
+constexpr int TILE_BLOCKS = 2; // these have more shared memory
+#endif
+#define TILE_KERNEL(blocks) extern "C" __global__ void __launch_bounds__(TILE_THREADS, TILE_WARPS > 8 ? 1 : blocks)
 
 // What a lane has of its warp's 16 rows and of the tile's tokens: [eight][i] is row g + 8 * (i / 2) of the warp and token
 // 8 * eight + 2 * t + i % 2, with g = lane / 4 and t = lane % 4.
@@ -35,9 +41,12 @@ template <class Format> struct TileDots {
     static constexpr int RAW_BYTES = BLOCKS * Format::BYTES + (Format::ALIGNMENT == 16 ? 0 : 30);
     static constexpr int RAW_STRIDE = RAW_BYTES / 16 * 16;
 
+    // Whether bytes go to registers as they are: a lane finds its own weights in them.
+    static constexpr bool IN_PLACE = Format::HAS_FRAGMENTS;
+
     using Raw = uint8_t[WARP_ROWS][RAW_STRIDE]; // bytes of a warp's rows, from the 16-byte piece where each begins
-    using Unpacked = int8_t[WARP_ROWS][STRIDE];
-    using Scales = int8_t[BLOCKS == 1 ? WARP_ROWS : 1][STEP / 16]; // of each row; blocks of 32 have none
+    using Unpacked = int8_t[IN_PLACE ? 1 : WARP_ROWS][IN_PLACE ? 16 : STRIDE];
+    using Scales = int8_t[BLOCKS == 1 && !IN_PLACE ? WARP_ROWS : 1][STEP / 16]; // of each row; blocks of 32 have none
 
     struct Shared {
         __align__(16) int8_t x[2][TILE_TOKENS][STRIDE];
@@ -179,19 +188,31 @@ template <class Format> struct TileDots {
             if (step + 1 < n_steps)
                 fetch_x(shared, buffer ^ 1, rows, n_tokens, n_cols, step + 1);
             Factors factors;
-            const Rows rows_of_step = {weights, row_bytes, own_row, n_rows, step};
-            rows_of_step.unpack(own.raw, n_parts, grid, own.q, own.scales, own.mins);
-            rows_of_step.load_factors(own.raw, n_parts, factors);
-            __syncwarp(); // all is unpacked, and its bytes can be overwritten
-            if (step + 1 < n_steps)
-                fetch_raw(step + 1);
-            cp_async_commit();
             unsigned a[PARTS][4];
-            load_rows(own.q, n_parts, a);
-            if constexpr (BLOCKS == 1)
-                add_large_block(shared, buffer, own.scales, own.mins, factors, a, n_eights, acc);
-            else
-                add_small_blocks(shared, buffer, factors, a, n_parts, n_eights, acc);
+            const Rows rows_of_step = {weights, row_bytes, own_row, n_rows, step};
+            rows_of_step.load_factors(own.raw, n_parts, factors);
+            auto fetch_next = [&] {
+                __syncwarp(); // all have read the bytes, which can be overwritten
+                if (step + 1 < n_steps)
+                    fetch_raw(step + 1);
+                cp_async_commit();
+            };
+            if constexpr (IN_PLACE) {
+                const int g = threadIdx.x % WARP / 4;
+                const uint8_t *const blocks[2] = {rows_of_step.block(own.raw, g, 0), rows_of_step.block(own.raw, g + 8, 0)};
+                const BlockScales scales(blocks);
+                Format::fragments(blocks, a);
+                fetch_next();
+                add_large_block(shared, buffer, scales, factors, a, n_eights, acc);
+            } else {
+                rows_of_step.unpack(own.raw, n_parts, grid, own.q, own.scales, own.mins);
+                fetch_next();
+                load_rows(own.q, n_parts, a);
+                if constexpr (BLOCKS == 1)
+                    add_large_block(shared, buffer, BlockScales(own.scales, own.mins), factors, a, n_eights, acc);
+                else
+                    add_small_blocks(shared, buffer, factors, a, n_parts, n_eights, acc);
+            }
         }
         __syncthreads();
     }
@@ -217,6 +238,16 @@ template <class Format> struct TileDots {
                 for (int s = 0; s < N; s++)
                     scale[i][s] = scales[g + 8 * i][s * (Format::PER_SCALE / 16)];
                 mins[i] = Format::HAS_MIN ? *(const unsigned *)&minimums[g + 8 * i][4 * t] : 0;
+            }
+        }
+
+        // From blocks as they are.
+        __device__ __forceinline__ explicit BlockScales(const uint8_t *const (&blocks)[2]) {
+            const int t = threadIdx.x % WARP % 4;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                Format::all_scales(blocks[i], scale[i]);
+                mins[i] = Format::four_mins(blocks[i], t);
             }
         }
     };
@@ -271,10 +302,9 @@ template <class Format> struct TileDots {
     }
 
     // Adds the one block of 256 columns.
-    static __device__ __forceinline__ void add_large_block(const Shared &shared, int buffer,
-                                                           const Scales &scales, const Scales &mins, const Factors &factors,
-                                                           const unsigned (&a)[PARTS][4], int n_eights, TileSums &acc) {
-        const BlockScales own(scales, mins);
+    static __device__ __forceinline__ void add_large_block(const Shared &shared, int buffer, const BlockScales &own,
+                                                           const Factors &factors, const unsigned (&a)[PARTS][4],
+                                                           int n_eights, TileSums &acc) {
         const float d[2] = {factors.d[0][0], factors.d[1][0]}, min_d[2] = {factors.min_d[0][0], factors.min_d[1][0]};
 #pragma unroll
         for (int j = 0; j < EIGHTS; j++) {

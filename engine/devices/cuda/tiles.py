@@ -36,7 +36,10 @@ MIN_TOKENS = 4  # of steps whose experts may be computed by tiles
 _MIN_LINEAR_TOKENS = 9  # whose dense products are computed by tiles
 _CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights is faster where each choice has its own
 
-_WARPS, _ROWS, _TOKENS, _STEP = 4, 64, 64, 256  # of a tile; `tiles.cuh`
+_WARP_ROWS, _TOKENS, _STEP = 16, 64, 256  # of a tile; `tiles.cuh`
+_MOST_SHARED = 98 << 10  # bytes that a block may have on every GPU, beside its list of rows
+_IN_PLACE = frozenset({"Q4_K", "Q5_K", "Q6_K"})  # whose weights go to registers as they lie in memory
+_FLOAT_WARPS = 4
 _FLOAT_ROWS, _FLOAT_TOKENS = 32, 16  # `linear_float_tiles.cu`
 _MANY_BLOCKS = 2048
 
@@ -57,13 +60,18 @@ def _raw_stride(weight_format: QuantFormat) -> int:
     return (n_bytes + (0 if alignment(weight_format) == 16 else 30)) // 16 * 16
 
 
-def shared_bytes(weight_format: QuantFormat) -> int:
+def n_warps(*formats: QuantFormat) -> int:
+    """Return the warps of a block that multiplies matrices of these formats: as many as have room on every GPU."""
+    return next(n for n in (12, 8, 6, 4) if n == 4 or max(shared_bytes(f, n) for f in formats) <= _MOST_SHARED)
+
+
+def shared_bytes(weight_format: QuantFormat, n_warps: int) -> int:
     """Return the size of `TileDots<...>::Shared`."""
     n_blocks, raw, stride = _STEP // weight_format.block_size, _raw_stride(weight_format), _STEP + 16
     x = 2 * _TOKENS * (stride + 4 * n_blocks)
     sums = (2 * _TOKENS if weight_format.name in WITH_MINIMUM else 1) * 2 * (_STEP // 16)
-    scales = 2 * (16 if n_blocks == 1 else 1) * (_STEP // 16)
-    return x + sums + _WARPS * (16 * (raw + stride) + scales)
+    unpacked = _WARP_ROWS * stride + 2 * (_WARP_ROWS if n_blocks == 1 else 1) * (_STEP // 16)
+    return x + sums + n_warps * (_WARP_ROWS * raw + (48 if weight_format.name in _IN_PLACE else unpacked))
 
 
 def linear(
@@ -78,17 +86,18 @@ def linear(
     """Do what `kernels.linear` does, for many tokens, with the same bits."""
     is_integer = has_integer_form(weight_format)
     assert not is_integer or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
-    n_rows, n_tokens = (_ROWS, _TOKENS) if is_integer else (_FLOAT_ROWS, _FLOAT_TOKENS)
+    warps = n_warps(weight_format) if is_integer else _FLOAT_WARPS
+    n_rows, n_tokens = (warps * _WARP_ROWS, _TOKENS) if is_integer else (_FLOAT_ROWS, _FLOAT_TOKENS)
     name = "linear_tiles" if is_integer else "linear_float_tiles"
     packed, n_blocks = pack_matrices(matrices, weight_format, heads, n_rows)
     return Launch(
         f"{name}.cu",
         name,
-        (f"FORMAT={weight_format.name}",),
+        (f"FORMAT={weight_format.name}", *([f"TILE_WARPS={warps}"] if is_integer else [])),
         (n_blocks, ceil_div(count.most, n_tokens), heads.n),
-        _WARPS * WARP,
+        warps * WARP,
         (packed, *_arguments(x, n_cols, weight_format, grid, count, heads)),
-        shared_bytes(weight_format) if is_integer else 0,
+        shared_bytes(weight_format, warps) if is_integer else 0,
     )
 
 
@@ -206,6 +215,7 @@ def expert_gate_up(
     staging buffer. `group` may be changed before each launch.
     """
     assert x_gate.address % 16 == x_gate.stride % 16 == x_up.address % 16 == x_up.stride % 16 == 0
+    warps = n_warps(gate.format, up.format)
     return Launch(
         "expert_gate_up_tiles.cu",
         "expert_gate_up_tiles",
@@ -215,9 +225,10 @@ def expert_gate_up(
             f"ACTIVATION={int(activation)}",
             f"LIMIT={limit}f",
             f"UP_LIMIT={up_limit}f",
+            f"TILE_WARPS={warps}",
         ),
-        _expert_grid(sizes.ffn_size, most),
-        _WARPS * WARP,
+        _expert_grid(sizes.ffn_size, most, warps),
+        warps * WARP,
         (
             *_group(groups, group, sizes),
             pack_expert_matrix(gate, sizes.hidden_size),
@@ -230,7 +241,7 @@ def expert_gate_up(
             pointer(grids[0]),
             pointer(grids[1]),
         ),
-        max(shared_bytes(gate.format), shared_bytes(up.format)),
+        max(shared_bytes(weight_format, warps) for weight_format in (gate.format, up.format)),
     )
 
 
@@ -246,12 +257,13 @@ def expert_down(
 ) -> Launch:
     """Second half of the experts of one group; `h` holds activation rows, its stride is in bytes."""
     assert h.address % 16 == h.stride % 16 == 0
+    warps = n_warps(down.format)
     return Launch(
         "expert_down_tiles.cu",
         "expert_down_tiles",
-        (f"DOWN_FORMAT={down.format.name}",),
-        _expert_grid(sizes.hidden_size, most),
-        _WARPS * WARP,
+        (f"DOWN_FORMAT={down.format.name}", f"TILE_WARPS={warps}"),
+        _expert_grid(sizes.hidden_size, most, warps),
+        warps * WARP,
         (
             *_group(groups, group, sizes),
             pack_expert_matrix(down, sizes.ffn_size),
@@ -261,7 +273,7 @@ def expert_down(
             *at(out),
             pointer(grid),
         ),
-        shared_bytes(down.format),
+        shared_bytes(down.format, warps),
     )
 
 
@@ -270,7 +282,7 @@ def _group(groups: Groups, group: ctypes.c_int32, sizes: Sizes) -> tuple[object,
     return (*places, int32(sizes.n_used))
 
 
-def _expert_grid(n_rows: int, most: int) -> tuple[int, int, int]:
+def _expert_grid(n_rows: int, most: int, n_warps: int) -> tuple[int, int, int]:
     """Return a grid that fills any GPU a few times; blocks go on to further tiles."""
-    n_blocks = ceil_div(n_rows, _ROWS)
+    n_blocks = ceil_div(n_rows, n_warps * _WARP_ROWS)
     return n_blocks, min(most, max(8, ceil_div(_MANY_BLOCKS, n_blocks))), 1
