@@ -404,7 +404,7 @@ def wait_for_lines(folder: Path, n: int, process: subprocess.Popen[str]) -> None
 
 @pytest.mark.slow
 def test_no_kill_loses_or_repeats_an_answer(tmp_path: Path) -> None:
-    n_kills = 16  # while it starts, reads what is done, computes, or writes a line
+    n_kills = 10  # while it starts, reads what is done, computes, or writes a line
     n_items = 16 * n_kills  # more than can be done before the last kill
     write_items(tmp_path, n_items)
     path, chance, n_killed, n_done = write_job(tmp_path), random.Random(n_kills), 0, 0

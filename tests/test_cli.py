@@ -421,7 +421,7 @@ def test_config_prints_a_file_that_means_the_same(tmp_path: Path, capsys: pytest
 
 
 def test_chat_talks_in_turns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.runtime.engine.ChatTemplate", PlainTemplate)
+    monkeypatch.setattr("engine.runtime.prompts.ChatTemplate", PlainTemplate)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n/reset\nthird\n/exit\nnever\n"))
     PlainTemplate.seen.clear()
     assert main(["chat", str(tiny_model_path()), "--system", "be short", *GREEDY]) == 0
@@ -439,7 +439,7 @@ def test_chat_talks_in_turns(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[list[dict]]:
     """Run a chat with a model that has a plain template; return the messages of each answer."""
-    monkeypatch.setattr("engine.runtime.engine.ChatTemplate", PlainTemplate)
+    monkeypatch.setattr("engine.runtime.prompts.ChatTemplate", PlainTemplate)
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     PlainTemplate.seen.clear()
     assert main(["chat", str(tiny_model_path()), *options, *GREEDY]) == 0

@@ -53,7 +53,7 @@ class Machine:
     vram_bytes: int
     handshake_s: float = 6e-6
     layer_s: float = 30e-6
-    device_macs: float = 30e12
+    device_macs: float = 50e12
     cpu_macs: float = 16 * 40e9
 
 
