@@ -194,6 +194,8 @@ def test_the_command_writes_what_it_shows(data, tmp_path, capsys) -> None:
         ["--policy", ","],
         ["--slots", "900"],
         ["--lag", "-1"],
+        ["--lag", str(10**30)],
+        ["--expert-bytes", f"{10**30}MB"],
         ["--lag", "1", "--ahead"],
         ["--swap-budget", "1MB"],
         ["--json", "/no/such/dir/x"],

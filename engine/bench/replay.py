@@ -26,6 +26,7 @@ from engine.tables import parse_bytes
 
 BELADY = "Belady, bypass"
 STATIC_OPTIMUM = "best static set"
+_MOST_LAG, _MOST_EXPERT_BYTES = 1_000_000, 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +241,12 @@ def run(args: argparse.Namespace, out: Console, console: Console) -> None:
         raise ConfigError(f"--policy {args.policy!r} names no policy; there are {', '.join(POLICIES)}")
     if args.swap_budget and not args.expert_bytes:
         raise ConfigError("--swap-budget needs --expert-bytes, the size of one expert")
-    if args.lag < 0 or (args.lag and args.ahead):
-        raise ConfigError(f"--lag {args.lag}: expected 0 or more tokens, and 0 with --ahead")
+    if not 0 <= args.lag <= _MOST_LAG or (args.lag and args.ahead):
+        raise ConfigError(f"--lag {args.lag}: expected 0 to {_MOST_LAG} tokens, and 0 with --ahead")
     swap_bytes = float(parse_bytes(args.swap_budget, "--swap-budget")) if args.swap_budget else np.inf
     expert_bytes = parse_bytes(args.expert_bytes, "--expert-bytes") if args.expert_bytes else None
+    if expert_bytes is not None and expert_bytes > _MOST_EXPERT_BYTES:
+        raise ConfigError(f"--expert-bytes is {args.expert_bytes!r}; expected the size of one expert, 1 TB at most")
     traces = [load_trace(path) for path in args.replay]
     studies = []
     with Progress(console=console, transient=True, disable=args.quiet or not console.is_terminal) as progress:
