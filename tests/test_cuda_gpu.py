@@ -75,6 +75,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_tiles_have_the_bits_of_the_cpu,
     test_tiles_take_any_number_of_tokens,
     test_tokens_are_hashed_as_the_cpu_hashes_them,
+    test_tokens_of_a_prompt_share_tiles,
     test_words_of_the_host_are_fetched,
 )
 from test_cuda_prompts import (  # noqa: F401 - collected here
