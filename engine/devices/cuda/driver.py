@@ -83,7 +83,6 @@ class GPU:
         n_multiprocessors: streaming multiprocessors.
         shared_bytes: shared memory that a block may have.
         driver_version: CUDA version of the driver, 1000 * major + 10 * minor.
-        display_timeout: whether kernels that run for seconds are stopped.
     """
 
     index: int
@@ -93,7 +92,6 @@ class GPU:
     n_multiprocessors: int
     shared_bytes: int
     driver_version: int
-    display_timeout: bool
 
     @property
     def arch(self) -> str:
@@ -144,7 +142,6 @@ def probe(index: int = 0) -> GPU:
         n_multiprocessors=attribute(device, "MULTIPROCESSOR_COUNT"),
         shared_bytes=attribute(device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         driver_version=version,
-        display_timeout=bool(attribute(device, "KERNEL_EXEC_TIMEOUT")),
     )
     if gpu.compute < OLDEST_COMPUTE:
         raise DeviceError(
