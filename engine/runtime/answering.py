@@ -51,7 +51,8 @@ class Answering(ABC):
                 the whole of it, also in a session, which runs only what it does not hold already.
             params: how tokens are chosen; None for the [sampling] settings.
             stream: return an iterator of pieces instead of the whole answer. Close it to stop early.
-            progress: called with (tokens done, tokens in all) while the prompt is run, in the thread that runs a step.
+            progress: called with (tokens done, tokens in all) while the prompt is run, in the thread that runs a step,
+                whose end it must not wait for: what it asks the engine for raises `RequestError`.
 
         Raises:
             RequestError: for an empty prompt, or one that leaves no room in the context.
