@@ -12,6 +12,7 @@ import pytest
 from golden_files import model_path
 from test_cuda_device import Model, Opened
 
+from engine.config import EngineConfig, EngineSettings
 from engine.devices.cuda import host_memory
 from engine.devices.cuda.expert_layers import Staging
 from engine.devices.cuda.host_memory import PinnedTensors
@@ -21,6 +22,7 @@ from engine.devices.graph import KVType, Rows
 from engine.devices.program import Limits
 from engine.errors import DeviceError
 from engine.gguf.weights import WeightMemory
+from engine.runtime import Engine
 from tests.cusim import needs_emulator
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("driver")]
@@ -316,3 +318,15 @@ def test_long_steps_of_other_models_have_the_bits_of_single_tokens(name: str, go
             assert_same(prompt(opened), expected)
     finally:
         model.close()
+
+
+@pytest.mark.parametrize("name", ["gpt-oss/gpt-oss-micro-F32", "qwen35moe/qwen35moe-fusedgu-Q8_0"])
+def test_a_prompt_in_one_step_has_the_bits_of_short_ones(name: str, golden_path) -> None:
+    """From 65 tokens on they share tiles of keys and values; here with windows and sinks, or recurrent layers."""
+    found = []
+    for most in (128, 5):
+        sizes = {"n_threads": 2, "context_length": 128, "max_batch_tokens": most, "kv_type": "q8_0"}
+        settings = EngineConfig(engine=EngineSettings(device="cuda", **sizes))
+        with Engine.open(golden_path(f"{name}.gguf"), settings) as engine, engine.new_session() as session:
+            found.append(session.run([(7 * i + 3) % 250 for i in range(100)]))
+    assert (found[0].view(np.uint32) == found[1].view(np.uint32)).all()
