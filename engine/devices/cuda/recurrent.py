@@ -122,6 +122,7 @@ def delta_net(
     assert k_dim <= _MAX_KEY_DIM
     assert decay_bound == 0 or (beta is not None and decay_bound < 0)
     assert alpha is not None or not (beta or dt_bias or skip)
+    assert decay_dim == 1 or beta is not None
     n_warps = 8 if count.most > _MANY_TOKENS and n_v_heads * v_dim >= _MANY_ROWS else 4
     rows = n_warps * WARP // _ROW_LANES * (2 if k_dim <= 128 else 1)
     return Launch(
