@@ -209,11 +209,17 @@ def test_what_is_pinned_has_the_bytes_behind_it_that_kernels_read(prompt_model: 
             pinned.append(what[-1])
             self.bytes = np.zeros(what[-1], np.uint8)
 
+        def close(self) -> None:
+            pinned.remove(len(self.bytes))
+
     for name in ("PinnedPages", "PinnedMemory"):
         monkeypatch.setattr(host_memory, name, Pinned)
     names = ["token_embd.weight", "blk.0.ffn_down_exps.weight"]
-    assert PinnedTensors(prompt_model.weights, names, most_copied=1 << 30).addresses.keys() == set(names)
+    tensors = PinnedTensors(prompt_model.weights, names, most_copied=1 << 30)
+    assert tensors.addresses.keys() == set(names)
     assert pinned == [prompt_model.weights.array(name).nbytes + PADDING for name in names]
+    tensors.close()
+    assert not pinned
 
 
 def test_a_table_in_a_file_is_not_copied_where_memory_is_short(
