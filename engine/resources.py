@@ -50,7 +50,7 @@ class Resources(ExitStack):
         def leave(_: type[BaseException] | None, failure: BaseException | None, __: TracebackType | None) -> bool:
             try:
                 give_back(*arguments)
-            except Exception:
+            except Exception:  # the failure before it is told; this one most likely follows from it
                 if failure is None:
                     raise
             return False

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from engine.devices.cuda.kernels import NO_FORMS, Forms, GateOf
 from engine.devices.cuda.launch import (
+    MOST_SHARED,
     NOTHING,
     WARP,
     Count,
@@ -33,9 +34,8 @@ _VECTOR = 8  # values that a lane reads at once; `kv_cache.cuh`
 _TILE, _HEADS, _WARPS = 32, 16, 8  # positions, heads and warps of a block; `attention.cu`
 _INPUT_WARPS = 4  # `attention_inputs.cu`
 _MERGED = 256  # columns of a block that merges parts
-_MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
 _PROMPT_WARPS, _MOST_UNITS, _MOST_VALUES = 2, 4, 256  # `attention_prompt.cu`: warps of 16 rows, these, values of a head
-_MOST_PRODUCTS = 4 << 40  # of a launch: less than a second's, for a GPU with a display stops what takes longer
+_MOST_PRODUCTS = 4 << 40  # of a launch: less than a second's, as a GPU with a display stops what takes longer
 
 
 class CacheArgument(ctypes.Structure):
@@ -228,7 +228,7 @@ def _prompt_block(cache: Cache) -> tuple[int, int]:
     value_bytes = key_bytes if cache.values_in_keys else 2 * (ceil_div(cache.value_dim, 16) * 16 + 8)
     for_all = planes * _TILE * max(key_bytes, value_bytes)
     for_one = 2 * _HEADS * key_bytes + _PROMPT_WARPS * 4 * _TILE * _HEADS
-    n_units = min((_MOST_SHARED - for_all) // for_one, _MOST_UNITS) if cache.value_dim <= _MOST_VALUES else 0
+    n_units = min((MOST_SHARED - for_all) // for_one, _MOST_UNITS) if cache.value_dim <= _MOST_VALUES else 0
     return max(0, n_units), for_all + n_units * for_one
 
 

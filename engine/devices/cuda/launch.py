@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from engine.quants.formats import QuantFormat
 
 WARP = 32
+MOST_SHARED = 99 << 10  # bytes of shared memory that a block may have on every GPU
 MAX_MATRICES = 8  # of a launch; `matrices.cuh`
 MOST_BLOCKS = (1 << 16) - 1  # of a grid in its second and third direction, on every GPU
 PADDING = 16  # bytes that exist before and after every weight matrix; `rows.cuh`

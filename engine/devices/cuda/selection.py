@@ -8,7 +8,19 @@ from __future__ import annotations
 import ctypes
 
 from engine.devices.cuda.attention import Cache, CacheArgument, Place, check_heads
-from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, int32, int64, pointer
+from engine.devices.cuda.launch import (
+    MOST_SHARED,
+    NOTHING,
+    WARP,
+    Count,
+    Launch,
+    Rows,
+    at,
+    ceil_div,
+    int32,
+    int64,
+    pointer,
+)
 from engine.devices.graph import KVType
 from engine.errors import DeviceError
 
@@ -16,7 +28,6 @@ FEW_TOKENS = 8  # up to which many blocks score the positions of one token
 
 _WARPS, _TILE, _HEADS, _DIGITS = 16, 128, 16, 1 << 11  # of a block; `indexer.cuh`
 _BLOCKS = 128  # about one for each multiprocessor; more than FEW_TOKENS
-_MOST_SHARED = 99 << 10  # bytes that a block may have on every GPU
 
 
 class _Inputs(ctypes.Structure):
@@ -67,7 +78,7 @@ def _shared_bytes(cache: Cache, n_heads: int, apart: bool) -> int:
 def check_indexer(cache: Cache, n_heads: int, *, apart: bool = False) -> None:
     """Raise `DeviceError` for queries and keys that the kernels cannot take; `apart`: each head chooses for itself."""
     check_heads(cache.key_dim, 0)
-    if n_heads > _WARPS * _HEADS or _shared_bytes(cache, n_heads, apart) > _MOST_SHARED:
+    if n_heads > _WARPS * _HEADS or _shared_bytes(cache, n_heads, apart) > MOST_SHARED:
         raise DeviceError(
             f"this model's indexer has {n_heads} heads of {cache.key_dim} values, more than the kernels for GPUs take; "
             'set [engine] device = "cpu"'

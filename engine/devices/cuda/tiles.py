@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from engine.devices import graph
 from engine.devices.cuda import kernels
 from engine.devices.cuda.launch import (
+    MOST_SHARED,
     ONE_HEAD,
     WARP,
     WITH_MINIMUM,
@@ -37,7 +38,7 @@ _MIN_LINEAR_TOKENS = 9  # whose dense products are computed by tiles
 _CHOICES_PER_EXPERT = 3  # from which on it pays to group them: reading weights is faster where each choice has its own
 
 _WARP_ROWS, _TOKENS, _STEP = 16, 64, 256  # of a tile; `tiles.cuh`
-_MOST_SHARED = 98 << 10  # bytes that a block may have on every GPU, beside its list of rows
+_MOST_SHARED = MOST_SHARED - 1024  # beside the lists of a tile's rows
 _IN_PLACE = frozenset({"Q4_K", "Q5_K", "Q6_K"})  # whose weights go to registers as they lie in memory
 _FLOAT_WARPS = 4
 _FLOAT_ROWS, _FLOAT_TOKENS = 32, 16  # `linear_float_tiles.cu`
