@@ -39,11 +39,11 @@ struct Tile {
     float scores[4][HEADS][TILE + 4];                   // from each quarter of a key
     float rescale[HEADS];                               // of what was added up before the tile
 
-    __device__ __forceinline__ const uint16_t *value(int plane, int row, int column) const {
+    __device__ __forceinline__ auto &seen_values() const {
 #if SHARED
-        return &keys[plane][row][column];
+        return keys;
 #else
-        return &values[plane][row][column];
+        return values;
 #endif
     }
 
@@ -131,10 +131,9 @@ struct Queries {
     }
 };
 
-// A lane's share of sums over values: of 16 columns each, the two eights of a pair; fragments as in `ptx.cuh`.
-using Sums = float[VALUE_PAIRS][2][4];
+using Sums = SumsOf<VALUE_PAIRS>;
 
-DEVICE int first_column(int pair) { return (threadIdx.x / WARP * VALUE_PAIRS + pair) * 16; }
+DEVICE int first_column(int pair) { return column_of_pair<VALUE_PAIRS>(threadIdx.x / WARP, pair); }
 
 // Attends over the tiles that begin at position `first` and every `step` positions from there on, as far as the token sees
 // them; the first is fetched already. Whole block; sixteen threads share a row of `total`. Begins and ends with everybody
@@ -208,24 +207,7 @@ DEVICE void attend_part(Tile &tile, const Queries &queries, Fetched &fetched, in
             for (int plane = 0; plane < 2; plane++)
                 ldmatrix_x4(weights[k][plane], &tile.weights[plane][lane % 16][16 * k + lane / 16 * 8]);
         const float rescale[2] = {tile.rescale[lane / 4], tile.rescale[lane / 4 + 8]};
-#pragma unroll
-        for (int pair = 0; pair < VALUE_PAIRS; pair++) {
-            if (first_column(pair) >= VALUE_DIM)
-                break;
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                sums[pair][i / 4][i % 4] *= rescale[i % 4 / 2];
-#pragma unroll
-            for (int k = 0; k < TILE / 16; k++) {
-                unsigned b[PLANES][4];
-                const int row = 16 * k + lane % 16, column = first_column(pair) + lane / 16 * 8;
-#pragma unroll
-                for (int plane = 0; plane < PLANES; plane++)
-                    ldmatrix_x4_trans(b[plane], tile.value(plane, row, column));
-                add_products(sums[pair][0], weights[k], b, 0);
-                add_products(sums[pair][1], weights[k], b, 1);
-            }
-        }
+        add_values<VALUE_PAIRS>(sums, rescale, weights, tile.seen_values(), warp);
         __syncthreads();
     }
 }
@@ -306,14 +288,7 @@ attend_all(const float *q, int64_t q_stride, Cache cache, Cache shared, const in
             merged[row] = with_part(merged[row], total);
         __syncthreads();
         const Merged added[2] = {merged[lane / 4], merged[lane / 4 + 8]};
-#pragma unroll
-        for (int pair = 0; pair < VALUE_PAIRS; pair++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float &value = acc[pair][i / 4][i % 4];
-                const Merged &of_row = added[i % 4 / 2];
-                value = merged_value(of_row.keep, of_row.take, value, sums[pair][i / 4][i % 4]);
-            }
+        merge_sums<VALUE_PAIRS>(acc, sums, added);
         __syncthreads();
     }
 #pragma unroll

@@ -26,6 +26,7 @@ attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, 
                  int is_adjacent, float magnitude, int rope_period, Cache cache, const int *positions, const int *slots,
                  const int *n_tokens) {
     __shared__ float heads[N_WARPS][MAX_DIM];
+    __shared__ Turn turns[N_WARPS][PAIRS * WARP];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, token = blockIdx.y, unit = blockIdx.x * N_WARPS + warp;
     const bool exists = token < *n_tokens && unit < q.n + k.n + v.n;
     const int kind = unit < q.n ? 0 : unit < q.n + k.n ? 1 : 2, head = unit - (kind > 0 ? q.n : 0) - (kind > 1 ? k.n : 0);
@@ -36,17 +37,15 @@ attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, 
 
     // What does not depend on the kernel before.
     float weight[PER_LANE];
-    Turn turns[PAIRS];
     const bool has_weight = exists && own.normalize && own.weight;
     if (has_weight)
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++)
             weight[j] = j * WARP + lane < dim ? own.weight[j * WARP + lane] : 0.0f;
     if (exists && own.rotate)
-#pragma unroll
-        for (int j = 0; j < PAIRS; j++)
-            if (j * WARP + lane < n_rot / 2)
-                turns[j] = turn_of(angle_at, frequencies[j * WARP + lane], magnitude);
+#pragma unroll 1
+        for (int i = lane; i < n_rot / 2; i += WARP)
+            turns[warp][i] = turn_of(angle_at, frequencies[i], magnitude);
     begin_kernel();
     if (!exists)
         return;
@@ -67,10 +66,9 @@ attention_inputs(Heads q, float *q_out, int64_t q_out_stride, Heads k, Heads v, 
             x[j * WARP + lane] = has_weight ? values[j] * factor * weight[j] : values[j] * factor;
     __syncwarp();
     if (own.rotate)
-#pragma unroll
-        for (int j = 0; j < PAIRS; j++)
-            if (j * WARP + lane < n_rot / 2)
-                rotate(x, j * WARP + lane, n_rot, is_adjacent, turns[j]);
+#pragma unroll 1
+        for (int i = lane; i < n_rot / 2; i += WARP)
+            rotate(x, i, n_rot, is_adjacent, turns[warp][i]);
     __syncwarp();
     if (kind == 0)
         for (int i = lane; i < KEY_DIM; i += WARP)

@@ -113,7 +113,7 @@ attend_prompt(const float *q, int64_t q_stride, Cache cache, const int *position
         const bool works = unit.first_token <= last && unit.first_token + TOKENS - 1 > before; // the unit has some of them
         int position[2], from[2];
         Merged merged[2];
-        float acc[PAIRS][2][4] = {};
+        SumsOf<PAIRS> acc = {};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int token = unit.token(rows[r]);
@@ -127,7 +127,7 @@ attend_prompt(const float *q, int64_t q_stride, Cache cache, const int *position
         load(sight.start(part));
         while (part < n_parts) {
             const int part_behind = sight.part_after(part);
-            float sums[PAIRS][2][4] = {};
+            SumsOf<PAIRS> sums = {};
             Part total[2] = {{NEVER, 0.0f}, {NEVER, 0.0f}};
             for (int first = sight.start(part); first <= sight.position; first += n_parts * TILE) {
                 clear_beyond_keys<THREADS>(tile.keys); // where values were
@@ -239,46 +239,21 @@ attend_prompt(const float *q, int64_t q_stride, Cache cache, const int *position
                             const float *two = &scores[2 * k + i / 2][i % 2 * 2];
                             split_halves(two[0], two[1], weights[k][0][i], weights[k][1][i]);
                         }
-#pragma unroll
-                    for (int pair = 0; pair < PAIRS; pair++) {
-                        const int first_column = (warp * PAIRS + pair) * 16;
-                        if (first_column >= VALUE_DIM)
-                            break;
-#pragma unroll
-                        for (int i = 0; i < 8; i++)
-                            sums[pair][i / 4][i % 4] *= keep[i % 4 / 2];
-#pragma unroll
-                        for (int k = 0; k < TILE / 16; k++) {
-                            unsigned b[PLANES][4];
-#pragma unroll
-                            for (int plane = 0; plane < PLANES; plane++)
-                                ldmatrix_x4_trans(b[plane],
-                                                  &tile.values[plane][16 * k + lane % 16][first_column + lane / 16 * 8]);
-                            add_products(sums[pair][0], weights[k], b, 0);
-                            add_products(sums[pair][1], weights[k], b, 1);
-                        }
-                    }
+                    add_values<PAIRS>(sums, keep, weights, tile.values, warp);
                 }
                 __syncthreads();
             }
 #pragma unroll
             for (int r = 0; r < 2; r++)
                 merged[r] = with_part(merged[r], total[r]);
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; pair++)
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    float &value = acc[pair][i / 4][i % 4];
-                    const Merged &of_row = merged[i % 4 / 2];
-                    value = merged_value(of_row.keep, of_row.take, value, sums[pair][i / 4][i % 4]);
-                }
+            merge_sums<PAIRS>(acc, sums, merged);
             part = part_behind;
         }
 #pragma unroll
         for (int pair = 0; pair < PAIRS; pair++)
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int r = i % 4 / 2, column = (warp * PAIRS + pair) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+                const int r = i % 4 / 2, column = column_of_pair<PAIRS>(warp, pair) + i / 4 * 8 + lane % 4 * 2 + i % 2;
                 if (position[r] >= 0 && column < VALUE_DIM)
                     out[unit.token(rows[r]) * out_stride + (kv_head * GROUP + unit.head(rows[r])) * VALUE_DIM + column] =
                         __fdiv_rn(acc[pair][i / 4][i % 4], merged[r].sum);

@@ -25,6 +25,51 @@ template <int THREADS> DEVICE void clear_beyond_values(uint16_t (&planes)[PLANES
     clear_columns<THREADS, VALUE_DIM, (VALUE_DIM + 15) / 16 * 16>(planes);
 }
 
+// A lane's share of sums over values of 16 rows, N_PAIRS times 16 columns: the two eights of a pair, fragments as in `ptx.cuh`.
+template <int N_PAIRS> using SumsOf = float[N_PAIRS][2][4];
+
+// The first of the 16 columns of a warp's pair, of N_PAIRS.
+template <int N_PAIRS> DEVICE int column_of_pair(int warp, int pair) { return (warp * N_PAIRS + pair) * 16; }
+
+// sums = sums * rescale + weights . values, for the columns of a warp and two rows of a lane; weights [sixteens of the tile]
+// [float16 numbers, what they miss], as the tensor cores take them.
+template <int N_PAIRS>
+DEVICE void add_values(SumsOf<N_PAIRS> &sums, const float (&rescale)[2], const unsigned (&weights)[TILE / 16][2][4],
+                       const uint16_t (&values)[PLANES][TILE][VALUE_STRIDE], int warp) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int pair = 0; pair < N_PAIRS; pair++) {
+        const int column = column_of_pair<N_PAIRS>(warp, pair);
+        if (column >= VALUE_DIM)
+            break;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            sums[pair][i / 4][i % 4] *= rescale[i % 4 / 2];
+#pragma unroll
+        for (int k = 0; k < TILE / 16; k++) {
+            unsigned b[PLANES][4];
+#pragma unroll
+            for (int plane = 0; plane < PLANES; plane++)
+                ldmatrix_x4_trans(b[plane], &values[plane][16 * k + lane % 16][column + lane / 16 * 8]);
+            add_products(sums[pair][0], weights[k], b, 0);
+            add_products(sums[pair][1], weights[k], b, 1);
+        }
+    }
+}
+
+// What the parts before gave, and a part's sums with it; `merged` is of the lane's two rows, that part included.
+template <int N_PAIRS>
+DEVICE void merge_sums(SumsOf<N_PAIRS> &acc, const SumsOf<N_PAIRS> &sums, const Merged (&merged)[2]) {
+#pragma unroll
+    for (int pair = 0; pair < N_PAIRS; pair++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float &value = acc[pair][i / 4][i % 4];
+            const Merged &of_row = merged[i % 4 / 2];
+            value = merged_value(of_row.keep, of_row.take, value, sums[pair][i / 4][i % 4]);
+        }
+}
+
 // The pieces of a tile that a thread brings from the cache: they are on the way while the tile before is worked at.
 template <int DIM, int THREADS> struct Pieces {
     static constexpr int ROW = DIM / VECTOR, ALL = TILE * ROW, N = (ALL + THREADS - 1) / THREADS;

@@ -84,6 +84,29 @@ DEVICE float block_sum(float value, float *partial) {
     return warp_sum(lane < (int)blockDim.x / WARP ? partial[lane] : 0.0f);
 }
 
+// x / divisor for values from 0 to 1 and a divisor from 1 to 2^20, by the whole warp, with the bits of `__fdiv_rn`, of which
+// one for each value would be long: what the correctly rounded reciprocal leaves is added twice (Markstein, IBM J. Res. Dev.
+// 34, 1990), which is exact as long as nothing comes near the smallest floats.
+template <int N> DEVICE void divide(float (&x)[N], float divisor) {
+    bool is_small = false;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        is_small |= x[i] > 0.0f && x[i] < 0x1p-80f;
+    if (__any_sync(ALL_LANES, is_small)) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            x[i] = __fdiv_rn(x[i], divisor);
+        return;
+    }
+    const float reciprocal = __fdiv_rn(1.0f, divisor);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float q = x[i] * reciprocal;
+        q = __fmaf_rn(__fmaf_rn(-q, divisor, x[i]), reciprocal, q);
+        x[i] = __fmaf_rn(__fmaf_rn(-q, divisor, x[i]), reciprocal, q);
+    }
+}
+
 // exp(x) for x clamped to [-87, 88], the same bits as `vmath.h` on the CPU: 2^n times a polynomial in the remainder. This
 // is the exponential of that, less 1.
 DEVICE float exp_of_rest(float x, float &power) {

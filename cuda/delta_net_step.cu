@@ -20,6 +20,7 @@ constexpr int GATED = 256;                          // columns that are gated to
 constexpr int CHANNELS = 2 * K_DIM + ROWS;          // of the convolution that a block needs: query, key, values
 constexpr int N_DECAYS = BY_CHANNEL ? PER_LANE : 1; // of a lane
 constexpr int PER_THREAD = (CHANNELS + THREADS - 1) / THREADS;
+static_assert(GATED == THREADS && IS_FACTOR<GATING>, "a thread works out the gate of a column before that is there");
 
 // Each summed over the warp, all at the same time.
 DEVICE void warp_sums(float (&values)[ROWS_PER_WARP]) {
@@ -45,6 +46,7 @@ KERNEL(THREADS)
 delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_done, const int *positions, const int *slots) {
     __shared__ float convolved_values[CHANNELS];
     __shared__ int is_last_reader;
+    __shared__ __align__(16) float factors[GATED]; // of the group's columns, a thread each
     const int head = blockIdx.x, n_v_heads = gridDim.x, n_k_heads = layer.n_k_heads, n_cols = n_v_heads * V_DIM;
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const int first_row = blockIdx.y * ROWS, own_row = first_row + warp * ROWS_PER_WARP;
@@ -54,7 +56,8 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
 
     float *state = layer.state + (((int64_t)slot * n_v_heads + head) * V_DIM + own_row) * K_DIM + lane;
     float s[ROWS_PER_WARP][PER_LANE];
-    auto holds = [&](int r, int j) { return own_row + r < V_DIM && j * WARP + lane < K_DIM; };
+    auto is_row = [&](int r) { return V_DIM % ROWS == 0 || own_row + r < V_DIM; };
+    auto holds = [&](int r, int j) { return is_row(r) && (K_DIM % WARP == 0 || j * WARP + lane < K_DIM); };
 #pragma unroll
     for (int r = 0; r < ROWS_PER_WARP; r++)
 #pragma unroll
@@ -89,6 +92,8 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     begin_kernel();
 
     const float beta = layer.beta[head];
+    const int group = head * V_DIM / GATED, column = group * GATED + thread; // that the thread gates
+    const float gate = column < n_cols ? layer.gate[column] : 0.0f;
 #pragma unroll
     for (int j = 0; j < N_DECAYS; j++)
         alpha[j] = decays(j) ? layer.alpha[first_decay + j * WARP] : 0.0f;
@@ -103,6 +108,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         convolved_values[c] = convolved(past[i], now[i], w[i]);
         move_on(past[i], now[i]);
     }
+    factors[thread] = gate_of<GATING>(gate); // here it takes no time of its own
     __syncthreads();
     const unsigned n_readers = n_v_heads / n_k_heads * gridDim.y;
     unsigned n_before = 0;
@@ -147,12 +153,12 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     warp_sums(result);
 #pragma unroll
     for (int r = 0; r < ROWS_PER_WARP; r++)
-        if (lane == 0 && own_row + r < V_DIM)
+        if (lane == 0 && is_row(r))
             found[head * V_DIM + own_row + r] = result[r] * query_factor;
 
     if (thread == 0)
         is_last_reader = n_before == n_readers - 1;
-    const int group = head * V_DIM / GATED, n_heads = min(GATED / V_DIM, n_v_heads - group * (GATED / V_DIM));
+    const int n_heads = min(GATED / V_DIM, n_v_heads - group * (GATED / V_DIM));
     const bool is_last = is_last_block(n_done + n_k_heads + group, n_heads * gridDim.y);
     // What nobody waits for comes last.
 #pragma unroll
@@ -170,12 +176,14 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     if (!is_last || warp)
         return;
     const int at = group * GATED + lane * 8;
-    float x[8] = {}, g[8] = {};
-    if (at < n_cols) {
+    float x[8] = {}, factor[8];
+    if (at < n_cols)
         load_floats_past_cache(found + at, x);
-        load_floats(layer.gate + at, g);
-    }
-    normalize_and_gate<V_DIM, GATING>(x, g, at, layer.norm_weight, layer.norm_eps);
+    normalize_heads<V_DIM>(x, at, layer.norm_weight, layer.norm_eps);
+    load_floats(&factors[lane * 8], factor);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] *= factor[i];
     if (at < n_cols)
         store_floats(out + at, x);
     forms.store<FORMS>(x, 0, at, n_cols);

@@ -11,6 +11,9 @@
 constexpr int N_WARPS = 4;
 constexpr int MAX_ROWS = WARP; // of a warp
 
+template <class A, class B> constexpr bool IS_SAME = false;
+template <class A> constexpr bool IS_SAME<A, A> = true;
+
 // What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form, and
 // lie there once if in the same order, too.
 struct Share {
@@ -61,13 +64,19 @@ expert_gate_up(const int *ids, const int *slots, int n_used, ExpertMatrix gate, 
         max(Gate::scratch_bytes(rows_per_warp, hidden_size), Up::scratch_bytes(rows_per_warp, hidden_size));
     uint8_t *scratch = up_records + Up::staged_bytes(hidden_size) + warp * scratch_bytes;
     const Share own{expert, slot, first_row, n_rows, rows_per_warp, hidden_size, ffn_size};
-    if (warp < N_WARPS / 2)
-        project<Gate>(one_of(choice.is_shared, shared_gate, gate), own, shared, gate_grid, scratch, gates[pair]);
+    const ExpertMatrix own_gate = one_of(choice.is_shared, shared_gate, gate), own_up = one_of(choice.is_shared, shared_up, up);
+    const bool is_gate = warp < N_WARPS / 2;
+    float *values = is_gate ? gates[pair] : ups[pair];
+    if constexpr (IS_SAME<Gate, Up>) // one code for both: a multiprocessor has to fetch half as much of it
+        project<Gate>(one_of(is_gate, own_gate, own_up), own, is_gate ? shared : up_records, is_gate ? gate_grid : up_grid,
+                      scratch, values);
+    else if (is_gate)
+        project<Gate>(own_gate, own, shared, gate_grid, scratch, values);
     else
-        project<Up>(one_of(choice.is_shared, shared_up, up), own, up_records, up_grid, scratch, ups[pair]);
+        project<Up>(own_up, own, up_records, up_grid, scratch, values);
     __syncthreads();
     const int lane = threadIdx.x % WARP;
-    if (warp < N_WARPS / 2 && lane < n_rows)
+    if (is_gate && lane < n_rows)
         h[(int64_t)blockIdx.y * ffn_size + first_row + lane] =
             activated(ACTIVATION, LIMIT, UP_LIMIT, gates[pair][lane], ups[pair][lane]);
 }

@@ -23,12 +23,21 @@ gate(const float *x, int64_t x_stride, const float *gate, int64_t gate_stride, i
         float own[8] = {}, g[8] = {};
         if (exists) {
             load_floats(x + row * x_stride + from, own);
-            load_gate<PER_HEAD>(gate + row * gate_stride, from, gate_width, gate_step, g);
-        }
-        normalize_and_gate<HEAD_SIZE, GATING>(own, g, at, weight, eps, LIMIT, OWN_LIMIT);
+            const float *own_gate = gate_at<PER_HEAD>(gate + row * gate_stride, from, gate_width, gate_step);
+            if (!PER_HEAD)
+                load_floats(own_gate, g);
+            else
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = stream ? v[i] + own[i] : own[i];
+                for (int i = 0; i < 8; i++)
+                    g[i] = *own_gate;
+        }
+        if constexpr (HEAD_SIZE > 0)
+            normalize_heads<HEAD_SIZE>(own, at, weight, eps);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float value = gated<GATING>(own[i], g[i], LIMIT, OWN_LIMIT);
+            v[i] = stream ? v[i] + value : value;
+        }
     }
     if (exists)
         store_floats(out + row * out_stride + at, v);

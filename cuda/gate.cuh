@@ -1,19 +1,15 @@
-// A gate over eight columns of a lane, and the norm of heads before it; how a gate acts.
+// How a gate acts, and the norm of heads before it.
 #pragma once
 
-#include "quantize.cuh"
+#include "common.cuh"
 
-// The gate of eight columns, from a row of `width` values for each head, `step` apart, or of one value for so many columns.
-template <int IS_PER_HEAD> DEVICE void load_gate(const float *row, int at, int width, int step, float (&g)[8]) {
-    const float *of_head = row + at / width * step;
-    if (!IS_PER_HEAD) {
-        load_floats(of_head + at % width, g);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        g[i] = *of_head;
+// Where the gate of a column is, in a row of `width` values for each head, `step` apart, or of one value for so many columns.
+template <int IS_PER_HEAD> DEVICE const float *gate_at(const float *row, int column, int width, int step) {
+    return row + column / width * step + (IS_PER_HEAD ? 0 : column % width);
 }
+
+// Whether a gate without limits is a factor, which what it acts on has no part in.
+template <int KIND> constexpr bool IS_FACTOR = KIND < 6;
 
 // What x is multiplied by; KIND: 0 sigmoid, 1 SiLU, 2 softplus, 3 what is above 0, 4 itself, 5 GELU.
 template <int KIND> DEVICE float gate_of(float g) {
@@ -35,25 +31,17 @@ template <int KIND> DEVICE float gated(float x, float g, float limit = 0.0f, flo
     return limit > 0.0f ? (factor < limit ? factor : limit) * within(x, limit) : x * factor;
 }
 
-// x = gated(x, g, limit, own_limit); before that, with a SIZE (a power of two from 8 to 256; 0: not), x = weight * x /
-// sqrt(mean(x^2) + eps) over the columns of its head, whose lanes stand together. `at`: the lane's first column. weight
-// [SIZE] or null. Whole warps only.
-template <int SIZE, int KIND>
-DEVICE void normalize_and_gate(float (&x)[8], const float (&g)[8], int at, const float *weight, float eps,
-                               float limit = 0.0f, float own_limit = 0.0f) {
-    if constexpr (SIZE > 0) {
-        float squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            squares = __fmaf_rn(x[i], x[i], squares);
-        for (int step = SIZE / 16; step; step /= 2)
-            squares += __shfl_xor_sync(ALL_LANES, squares, step);
-        const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)SIZE) + eps));
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            x[i] = weight ? x[i] * factor * weight[(at + i) % SIZE] : x[i] * factor;
-    }
+// x = weight * x / sqrt(mean(x^2) + eps) over heads of SIZE columns (a power of two from 8 to 256), whose lanes stand together.
+// `at`: the lane's first column. weight [SIZE] or null. Whole warps only.
+template <int SIZE> DEVICE void normalize_heads(float (&x)[8], int at, const float *weight, float eps) {
+    float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        x[i] = gated<KIND>(x[i], g[i], limit, own_limit);
+        squares = __fmaf_rn(x[i], x[i], squares);
+    for (int step = SIZE / 16; step; step /= 2)
+        squares += __shfl_xor_sync(ALL_LANES, squares, step);
+    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)SIZE) + eps));
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] = weight ? x[i] * factor * weight[(at + i) % SIZE] : x[i] * factor;
 }

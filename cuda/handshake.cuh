@@ -35,6 +35,7 @@ struct Sent {
     __device__ __forceinline__ void send(int n_tokens, int first, int n_threads) const {
         const int n_pieces = (int)(row_bytes / 16);
         for (int t = 0; t < n_tokens; t++)
+#pragma unroll 1
             for (int i = first; i < n_pieces; i += n_threads)
                 *(uint4 *)(to + t * row_bytes + 16 * i) = *(const uint4 *)(rows + t * stride + 16 * i);
     }
@@ -54,6 +55,7 @@ struct Exchange {
     __device__ __forceinline__ void ask(const int *ids, const int *slots, int n_used, int n_tokens) const {
         const int n = n_tokens * n_used;
         int is_missing = 0;
+#pragma unroll 1
         for (int i = threadIdx.x; i < n; i += blockDim.x)
             is_missing |= ids[i] >= 0 && slots[ids[i]] < 0;
         is_missing = __syncthreads_or(is_missing);
@@ -61,6 +63,7 @@ struct Exchange {
             *n_misses = is_missing;
         if (!is_missing)
             return;
+#pragma unroll 1
         for (int i = threadIdx.x; i < n; i += blockDim.x)
             missing_ids[i] = ids[i] >= 0 && slots[ids[i]] < 0 ? ids[i] : -1;
         __syncthreads();

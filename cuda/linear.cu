@@ -74,6 +74,7 @@ linear_and_route(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t
     }
     if (!is_last_block(n_done, gridDim.x))
         return;
+#pragma unroll 1
     for (int token = warp; token < n; token += N_WARPS)
         choose(routing, token, (float *)shared + warp * routing.scratch_words());
     __syncthreads();

@@ -30,15 +30,16 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     const int64_t before_token = (int64_t)token * n_heads * n_parts;
     const int own_head = min(column, n_cols - 1) / VALUE_DIM, at = blockIdx.x * 256 + thread * 8; // `at`: for the first warp
     const float *own = values + (before_token + own_head * n_parts) * VALUE_DIM + column % VALUE_DIM;
-    float of_parts[AT_ONCE], g[8];
+    float of_parts[AT_ONCE], g = 0.0f;
     auto load_parts = [&](int base) {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
             of_parts[i] = base + i < n && column < n_cols ? own[(base + i) * VALUE_DIM] : 0.0f;
     };
     load_parts(0);
-    if (GATE && thread < WARP && at < n_cols)
-        load_gate<PER_HEAD>(gate + token * gate_stride, at, VALUE_DIM, gate_step, g);
+    if constexpr (GATE)
+        if (column < n_cols)
+            g = *gate_at<PER_HEAD>(gate + token * gate_stride, column, VALUE_DIM, gate_step);
     for (int head = first_head + thread / WARP; head < end_head; head += 256 / WARP) {
         // a warp takes the running maximum of 32 parts at a time
         float largest = before_parts(sinks, head).largest;
@@ -72,7 +73,11 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
                 acc = part.sum == 0.0f ? acc : added; // nothing in sight
             }
         }
-        results[thread] = __fdiv_rn(acc, sum);
+        const float value = __fdiv_rn(acc, sum);
+        if constexpr (GATE)
+            results[thread] = gated<GATE - 1>(value, g);
+        else
+            results[thread] = value;
     }
     __syncthreads();
     if (thread >= WARP)
@@ -80,11 +85,6 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
     float x[8] = {};
     if (at < n_cols) {
         load_floats(&results[thread * 8], x);
-        if (GATE) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                x[i] = gated<GATE - 1>(x[i], g[i]);
-        }
         store_floats(out + token * out_stride + at, x);
     }
     forms.store<FORMS>(x, token, at, n_cols);

@@ -38,6 +38,7 @@ struct Ranks {
 
     // By the whole block; to be seen after a barrier.
     __device__ __forceinline__ void find(const Experts &e, int row, int n_cols) {
+#pragma unroll 1
         for (int rank = threadIdx.x; rank < N_USED; rank += blockDim.x) {
             const int64_t choice = (int64_t)row * N_USED + rank;
             const bool is_answer = e.answers && e.slots[e.ids[choice]] < 0;
@@ -108,6 +109,7 @@ residual(const float *a, int64_t a_stride, const float *b, int64_t b_stride, Exp
         if (experts.answers)
             experts.exchange.await();
         __syncthreads();
+#pragma unroll 1
         for (int at = threadIdx.x * COLUMNS; at < n_cols; at += blockDim.x * COLUMNS) {
             float x[COLUMNS] = {}, added[COLUMNS];
             if (a)

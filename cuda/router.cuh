@@ -106,14 +106,18 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
     for (int j = 0; j < PER_LANE; j++)
         if (j * WARP + lane < n_experts)
             sum += x[j];
+        else
+            x[j] = 0.0f; // nobody's
     sum = warp_sum(sum);
+    if (scoring == 0)
+        divide(x, sum);
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) {
         const int i = j * WARP + lane;
         if (i >= n_experts)
             continue;
-        scores[i] = scoring == 0 ? __fdiv_rn(x[j], sum) : x[j];
-        choices[i] = routing.bias ? scores[i] + bias[j] : scores[i];
+        scores[i] = x[j];
+        choices[i] = routing.bias ? x[j] + bias[j] : x[j];
     }
     __syncwarp();
 
@@ -156,6 +160,7 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
     const int *own = routing.table + (token_id < (unsigned)routing.n_vocab ? token_id : 0) * (int64_t)n_used;
     __syncwarp();
     float *chosen = choices, total = 0.0f, first_score = 0.0f; // the choices are known by their keys now
+#pragma unroll 1
     for (int rank = 0; rank < n_used; rank++) {
         const int id = routing.table ? own[rank] : left.take_best();
         float weight = scores[id];
@@ -172,6 +177,7 @@ DEVICE void choose(const Routing &routing, int token, float *scratch) {
     __syncwarp();
     const float softmax_sum = scoring == 2 ? total : 1.0f;
     const float divisor = routing.normalize ? fmaxf(__fdiv_rn(total, softmax_sum), 0x1p-14f) : 1.0f;
+#pragma unroll 1
     for (int rank = lane; rank < n_used; rank += WARP) {
         float weight = chosen[rank];
         if (scoring == 2)

@@ -56,6 +56,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
     template <int N> static __device__ __forceinline__ void stage(uint8_t *staged, const Tokens<N> &tokens, int n_cols) {
         constexpr int AT_ONCE = N == 1 ? 2 : N; // parts of a thread that are on the way together
         constexpr int STEPS = AT_ONCE / N;      // of each token
+#pragma unroll 1
         for (int first = 32 * threadIdx.x; first < n_cols; first += STEPS * 32 * blockDim.x) {
             uint4 low[AT_ONCE], high[AT_ONCE];
             int sums[AT_ONCE];
@@ -91,6 +92,7 @@ template <int BLOCK, bool INTERLEAVED> struct Record {
 
     // The same for a row of float32 values, which are put into the form on the way.
     static __device__ __forceinline__ void quantize(uint8_t *records, const float *x, int n_cols) {
+#pragma unroll 1
         for (int first = threadIdx.x / WARP * WARP * 8; first < n_cols; first += 8 * blockDim.x) {
             const int at = first + threadIdx.x % WARP * 8;
             float v[8] = {}, d;
@@ -281,6 +283,7 @@ template <class Format, int N> class RowDots<Format, N, true> {
           n_chunks(chunks_of(rows, n_cols)), token_terms(terms_of(most_rows, chunks_of(most_rows, n_cols))), stages(scratch),
           terms((Term *)(scratch + terms_at(chunks_of(most_rows, n_cols)))),
           to_fetch(first), n_to_fetch(n_items) {
+#pragma unroll 1
         for (int i = 0; i < STAGES; i++)
             fetch_next();
     }
@@ -410,6 +413,7 @@ template <class Format, int N> class RowDots<Format, N, false> {
 
     __device__ __forceinline__ RowDots(const uint8_t *first, int64_t bytes, int rows, int cols, int, uint8_t *scratch)
         : weights(first), row_bytes(bytes), n_rows(rows), n_cols(cols), n_pieces((cols + COLS - 1) / COLS), stages(scratch) {
+#pragma unroll 1
         for (int i = 0; i < STAGES - 1; i++)
             fetch_next();
     }
@@ -423,11 +427,13 @@ template <class Format, int N> class RowDots<Format, N, false> {
             const float *from = (const float *)tokens.row[t];
             float *to = (float *)shared + t * n_cols;
             if (n_cols % 4) {
+#pragma unroll 1
                 for (int i = threadIdx.x; i < n_cols; i += blockDim.x)
                     to[i] = from[i];
                 continue;
             }
             constexpr int AT_ONCE = 8; // on the way together
+#pragma unroll 1
             for (int first = threadIdx.x; first < n_cols / 4; first += AT_ONCE * blockDim.x) {
                 float4 some[AT_ONCE];
 #pragma unroll

@@ -44,6 +44,11 @@ class Gating(enum.IntEnum):
     SITU = 7  # likewise
     CLAMPED_SILU = 8  # SiLU of a gate that is at most the limit
 
+    @property
+    def is_factor(self) -> bool:
+        """Whether values are multiplied by what the gate alone says, where there are no limits."""
+        return self < Gating.CLAMPED_SWISH
+
 
 class RopeStyle(enum.IntEnum):
     """Which pairs of a head are rotated together (values shared with the kernels)."""

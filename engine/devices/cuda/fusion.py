@@ -266,7 +266,7 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
         conv.out.columns(end, conv.out.width),
     )
     alone = all(n_users[tensor.buffer] == 2 for tensor in (conv.out, net.out, norm.out))
-    alone = alone and gate.gate.width == gate.x.width and not gate.limit and _only_scales(norm)
+    alone = alone and gate.gate.width == gate.x.width and gate.gating.is_factor and not gate.limit and _only_scales(norm)
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
     return None

@@ -307,6 +307,7 @@ def delta_net_step(
     """
     assert net.n_v_heads % net.n_k_heads == 0
     assert can_step(net.k_dim, net.v_dim)
+    assert net.gating.is_factor
     assert net.decay_dim in {1, net.k_dim}
     assert found % 16 == out % 16 == gate % 16 == 0
     parameters = (net.conv_weight, net.a, net.dt_bias, net.norm_weight)
