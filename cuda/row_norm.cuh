@@ -14,6 +14,32 @@ template <int N> DEVICE void load_columns(const float *from, int n_cols, float (
             load_floats(from + column_of(round), v[round]);
 }
 
+// The sum over a row that a block goes through in some rounds, of what each thread has of each: with the bits of `block_sum`
+// in a block that takes the row in one round. `partial` is shared, one value for each warp and round, a warp's at most.
+template <int N> DEVICE float sum_of_rounds(const float (&values)[N], float *partial) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+#pragma unroll
+    for (int round = 0; round < N; round++) {
+        const float value = warp_sum(values[round]);
+        if (lane == 0)
+            partial[round * n_warps + warp] = value;
+    }
+    __syncthreads();
+    return warp_sum(lane < N * n_warps ? partial[lane] : 0.0f);
+}
+
+// What a row is multiplied by, from the sum of its squares.
+DEVICE float norm_factor(float squares, int n_cols, float eps) {
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)n_cols) + eps));
+}
+
+// Eight columns of a norm without a bias; `has_weight`: whether there is a w.
+DEVICE void normalize(const float (&x)[8], const float (&w)[8], bool has_weight, float factor, float (&y)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        y[i] = has_weight ? x[i] * factor * w[i] : x[i] * factor;
+}
+
 // out = x * w / sqrt(mean(x^2) + eps) + bias, and that in the forms that are wanted; `has_weight`: whether there is a w. bias:
 // null for none. `partial` is shared, one value for each warp.
 template <int N, int WANTED>
@@ -26,16 +52,14 @@ DEVICE void normalize_row(const float (&x)[N][8], const float (&w)[N][8], bool h
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 squares = __fmaf_rn(x[round][i], x[round][i], squares);
-    const float mean = __fdiv_rn(block_sum(squares, partial), (float)n_cols);
-    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + eps));
+    const float factor = norm_factor(block_sum(squares, partial), n_cols, eps);
 #pragma unroll
     for (int round = 0; round < N; round++) {
         const int at = column_of(round);
         const bool exists = at < n_cols;
-        float y[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            y[i] = !exists ? 0.0f : has_weight ? x[round][i] * factor * w[round][i] : x[round][i] * factor;
+        float y[8] = {};
+        if (exists)
+            normalize(x[round], w[round], has_weight, factor, y);
         if (exists && bias) {
             float added[8];
             load_floats(bias + at, added);

@@ -89,6 +89,10 @@ KERNELS = [
     ("compress.cu", ("N_PARTS=1",)),
     ("compress.cu", ("N_PARTS=2",)),
     ("group_router.cu", ()),
+    (
+        "norm_and_route.cu",
+        ("FORMAT=F32", "ROW_WARPS=1", "N_EXPERTS=256", "SCORING=0", "N_GROUPS=1", "FORMS=3", "ROUNDS=4"),
+    ),
     ("router.cu", ("N_EXPERTS=256", "SCORING=3", "N_GROUPS=1")),
     ("router.cu", ("N_EXPERTS=256", "SCORING=1", "N_GROUPS=8")),
     ("attention_inputs.cu", ("KV_TYPE=2", "KEY_DIM=256", "VALUE_DIM=256", "SHARED=0")),

@@ -37,6 +37,23 @@ def test_attention_takes_all_that_is_around_it(name: str, around: set[str], gold
     assert "Rope" not in {type(item).__name__ for item in items}
 
 
+@pytest.mark.parametrize("name", ["qwen3moe/qwen3moe-micro-F32", "qwen35moe/qwen35moe-micro-F32"])
+def test_sum_norm_and_choice_are_one_launch(name: str, golden_path) -> None:
+    """What lies between attention and the experts, in every layer that has some."""
+    items = groups(golden_path(f"{name}.gguf"))
+    n_experts = sum(isinstance(item, ops.Experts | fusion.SharedExpert) for item in items)
+    assert sum(isinstance(item, fusion.NormAndRouter) for item in items) == n_experts > 0
+    assert not any(isinstance(item, fusion.LinearAndRouter | ops.Router) for item in items)
+
+
+def test_a_norm_of_what_is_no_plain_sum_stays_before_the_choice(data: Path) -> None:
+    """Gemma 4 has another norm for its router, dbrx one that takes the mean from values, too."""
+    for name in ("gemma4", "dbrx"):
+        items = groups(data / "peers" / f"{name}-F32.gguf")
+        assert any(isinstance(item, fusion.LinearAndRouter | ops.Router) for item in items)
+        assert not any(isinstance(item, fusion.NormAndRouter) for item in items)
+
+
 def test_clamped_heads_are_rotated_where_they_are_attended(data: Path) -> None:
     """One launch clamps queries, keys and values together."""
     items = groups(data / "peers" / "dbrx-F32.gguf")

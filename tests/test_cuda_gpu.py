@@ -70,6 +70,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_rows_are_carried_over_as_on_the_cpu,
     test_rows_that_tokens_share_are_stored_by_the_last_of_them,
     test_selective_scan,
+    test_the_launch_of_the_logits_can_add_and_normalize_before,
     test_the_launch_of_the_logits_can_choose_and_ask,
     test_the_norm_of_a_sum_comes_in_all_forms,
     test_tiles_have_the_bits_of_the_cpu,

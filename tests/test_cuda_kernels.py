@@ -23,7 +23,7 @@ from engine.devices.cuda import (
     tiles,
 )
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
-from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Routed, Routing
+from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Normed, Routed, Routing
 from engine.devices.cuda.launch import NOT_KEPT, NOTHING, ExpertMatrix, Kept, Launch, Matrix, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
@@ -1108,6 +1108,67 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
         assert words[0] == (5 * 4 + 2 + 1) * asks
         assert all((copy == (row if asks else 0)).all() for copy, row in zip(copies, forms.values(), strict=True))
         assert (missing == (np.where(slots[ids] < 0, ids, -1) if asks else 7)).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "n_cols", "name", "n_experts", "has_weight"),
+    [
+        ("fast", 4096, "F32", 300, True),
+        ("fast", 2888, "F16", 43, False),
+        ("race", 1544, "F32", 43, True),
+        ("asan", 768, "BF16", 43, True),
+    ],
+)
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_launch_of_the_logits_can_add_and_normalize_before(
+    mode: str, n_cols: int, name: str, n_experts: int, has_weight: bool, asks: bool
+) -> None:
+    """As the launches one by one do."""
+    rng, emulator, weight_format = np.random.default_rng(12), Emulator(mode), BY_NAME[name]
+    n_used = 4
+    matrix = aligned(random_weights(weight_format, n_experts + 1, n_cols))  # and the shared expert's gate
+    bias, weight = rng.standard_normal(n_experts).astype(F32), aligned(rng.standard_normal(n_cols).astype(F32))
+    a, b = (aligned(rng.standard_normal((1, n_cols)).astype(F32)) for _ in range(2))
+    slots, n_done = rng.integers(-1, 1, n_experts).astype(np.int32), np.zeros(1, np.int32)
+    wanted = [form for form, size in ((Activation.Q8_256, 256), (Activation.Q8_32, 32)) if n_cols % size == 0]
+    for order, seed in SCHEDULES:
+        found = []
+        for together in (False, True):
+            total, out = (aligned(np.zeros((1, n_cols), F32)) for _ in range(2))
+            forms, made = make_forms(emulator, 1, n_cols, *wanted)
+            logits, gate = np.zeros((1, n_experts), F32), np.zeros((1, 1), F32)
+            ids, weights = np.zeros((1, n_used), np.int32), np.zeros((1, n_used), F32)
+            missing = np.full((1, n_used), 7, np.int32)
+            rows_of = made or {Activation.F32: out}
+            sent = {form: np.zeros((1, kernels.activation_bytes(form, n_cols)), np.uint8) for form in rows_of}
+            words = np.array([0, 0, 0, 5, 0], np.uint32)
+            at = [emulator.at(words[i : i + 1]) for i in range(len(words))]
+            to = {form: emulator.at(values) for form, values in sent.items()}
+            exchange = Exchange(emulator.at(missing), to, 0, *at, n_layers=3, layer=2)
+            x = {form: emulator.byte_rows(rows) for form, rows in rows_of.items()}
+            asked = Asked(emulator.at(slots), x, n_cols, exchange)
+            places = (emulator.rows(logits), 0, emulator.at(ids), emulator.at(weights))
+            routing = Routing(*places, n_experts, n_used, Scoring.SOFTMAX, 1, 1, True, 1.0)
+            routed = Routed(routing, emulator.at(n_done), asked if asks else None)
+            matrices = [
+                Matrix(emulator.at(matrix), n_experts, emulator.rows(logits), emulator.at(bias)),
+                Matrix(emulator.at(matrix) + n_experts * matrix.strides[0], 1, emulator.rows(gate)),
+            ]
+            count = emulator.count(1, 1)
+            summands = (emulator.rows(a), emulator.rows(b), emulator.rows(total))
+            norm = (emulator.at(weight) if has_weight else 0, 1e-3, emulator.rows(out), forms)
+            what = (emulator.byte_rows(out), n_cols, weight_format, matrices, 0, count)
+            if together:
+                launches = [kernels.linear(*what, routed=routed, normed=Normed(*summands, *norm))]
+            else:
+                launches = [kernels.residual(*summands, n_cols, count, *norm), kernels.linear(*what, routed=routed)]
+            emulator.run(launches, order, seed)
+            results = (total, out, *made.values(), logits, gate, ids, weights, missing, words, *sent.values())
+            found.append([part.copy() for part in results])
+        assert all(before.tobytes() == after.tobytes() for before, after in zip(*found, strict=True))
+        assert n_done[0] == 0
+        assert words[0] == (5 * 4 + 2 + 1) * asks
+        assert logits.any()
 
 
 # -- attention and recurrent layers -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 from engine.devices import graph as ops
 from engine.devices.cuda import fusion, kernels, operations, tiles
 from engine.devices.cuda.expert_layers import PLACE_BYTES, ExpertLayer, Streamed
-from engine.devices.cuda.kernels import Asked, Combined, Routed
+from engine.devices.cuda.kernels import Asked, Combined, Normed, Routed
 from engine.devices.cuda.launch import NOTHING, ExpertMatrix, Launch, Matrix, Rows
 from engine.devices.cuda.places import Pass, Place
 from engine.devices.cuda.recorder import Launches, Recorder
@@ -50,8 +50,32 @@ def group_router(recorder: Recorder, op: ops.GroupRouter) -> None:
     recorder.record(launches)
 
 
-def linear_and_router(recorder: Recorder, item: fusion.LinearAndRouter) -> None:
-    """Record products, and the choice of experts by one of them: for few tokens that is one launch."""
+def norm_and_router(recorder: Recorder, item: fusion.NormAndRouter) -> None:
+    """Record a sum and its norm, products of that, and the choice by one of them: for one token that is one launch."""
+    total, norm = item.sum.sum, item.sum.norm
+    assert isinstance(total, ops.Add)
+    assert isinstance(total.b, ops.Tensor)
+    a, b, sums, out = (recorder.use(tensor) for tensor in (total.a, total.b, total.out, norm.out))
+    weight, finish = recorder.vector(norm.weight), recorder.finish(norm.out)
+    weight_format = item.choice.linear.weights[0].format
+
+    def normed(p: Pass) -> Normed | None:
+        if not kernels.can_normalize(weight_format, total.out.width, p.count(total.out.rows).most):
+            return None
+        return Normed(p.rows(a), p.rows(b), p.rows(sums), p.at(weight), norm.eps, p.rows(out), finish.at(p))
+
+    apart = recorder.aside(lambda: operations.add(recorder, total, norm))
+    recorder.record(lambda p: [] if normed(p) else apart(p))
+    linear_and_router(recorder, item.choice, normed)
+
+
+def linear_and_router(
+    recorder: Recorder, item: fusion.LinearAndRouter, normed: Callable[[Pass], Normed | None] = lambda _: None
+) -> None:
+    """Record products, and the choice of experts by one of them: for few tokens that is one launch.
+
+    `normed` says what else is part of that.
+    """
     op, routing = item.linear, _routing(recorder, item.router)
     place = op.outs.index(item.router.logits)
     weight_format, sends_x = op.weights[place].format, item.experts.x == op.x
@@ -68,7 +92,7 @@ def linear_and_router(recorder: Recorder, item: fusion.LinearAndRouter) -> None:
         choice = routed(p)
         return choice is not None and choice.asked is not None
 
-    operations.linear(recorder, op, (place, routed))
+    operations.linear(recorder, op, operations.Choice(place, routed, normed))
     recorder.record(lambda p: [] if routed(p) else [kernels.router(routing(p), p.count(op.x.rows))])
     recorder.experts.asks_early[item.router.out.ids.buffer] = asks
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.devices import graph as ops
 from engine.devices.cuda import kernels, recurrent
+from engine.devices.cuda.launch import MAX_MATRICES
 from engine.devices.graph import Tensor
 
 Sum: TypeAlias = ops.Add | ops.Combine
@@ -39,6 +40,14 @@ class LinearAndRouter:
     linear: ops.Linear
     router: ops.Router
     experts: ops.Experts
+
+
+@dataclass(frozen=True, slots=True)
+class NormAndRouter:
+    """A sum into the residual stream, its norm, and the choice of experts by products of that."""
+
+    sum: SumAndNorm
+    choice: LinearAndRouter
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +172,8 @@ class ResidualsAndNorm:
 
 
 Group: TypeAlias = Attention | Selection | SharedKeys | SharedExpert | DeltaNetLayer | StreamsAndNorm | ResidualsAndNorm
-Fused: TypeAlias = ops.Operation | SumAndNorm | NormAndGate | LinearAndRouter | Group
+Pair: TypeAlias = SumAndNorm | NormAndGate | LinearAndRouter
+Fused: TypeAlias = ops.Operation | Pair | NormAndRouter | Group
 
 
 def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
@@ -200,9 +210,17 @@ def fused(operations: Sequence[ops.Operation]) -> Iterator[tuple[int, Fused]]:
             operations[producer] = _without(operations[producer], shared[0])
     i = 0
     while i < len(operations):
-        item = groups.get(i) or _pair(operations[i : i + 2], operations[i:], n_users) or operations[i]
+        item: Fused = groups.get(i) or _pair(operations[i : i + 2], operations[i:], n_users) or operations[i]
+        if isinstance(item, SumAndNorm) and i + 2 not in groups:
+            item = _norm_and_router(item, _pair(operations[i + 2 : i + 4], operations[i + 2 :], n_users)) or item
         i += _n_operations(item)
         yield i - 1, item
+
+
+def choice_of(item: Fused) -> LinearAndRouter | None:
+    """Return the products and the choice of experts by them that something consists of, or ends with."""
+    choice = item.choice if isinstance(item, NormAndRouter) else item
+    return choice if isinstance(choice, LinearAndRouter) else None
 
 
 def _n_operations(item: Fused) -> int:
@@ -212,7 +230,7 @@ def _n_operations(item: Fused) -> int:
         return 1 + (item.add is not None) + (item.norm is not None)
     if isinstance(item, ops.Operation):
         return 1
-    return 4 if isinstance(item, DeltaNetLayer) else 3 if isinstance(item, SharedExpert | SharedKeys) else 2
+    return {DeltaNetLayer: 4, NormAndRouter: 4, SharedExpert: 3, SharedKeys: 3}.get(type(item), 2)
 
 
 def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:
@@ -227,7 +245,7 @@ def _only_scales(norm: ops.RMSNorm) -> bool:
 
 def _pair(
     two: Sequence[ops.Operation], following_ones: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
-) -> SumAndNorm | NormAndGate | LinearAndRouter | None:
+) -> Pair | None:
     if len(two) < 2:
         return None
     op, following = two
@@ -250,6 +268,16 @@ def _pair(
     return None
 
 
+def _norm_and_router(item: SumAndNorm, behind: Pair | None) -> NormAndRouter | None:
+    """Return a sum and its norm together with the pair behind it, if that makes one launch of floats of the norm."""
+    if not isinstance(behind, LinearAndRouter) or behind.linear.x != item.norm.out:
+        return None
+    is_plain = isinstance(item.sum, ops.Add) and isinstance(item.sum.b, ops.Tensor) and _only_scales(item.norm)
+    (weight_format, *others), n_cols = {weight.format for weight in behind.linear.weights}, behind.linear.x.width
+    fits = not others and len(behind.linear.weights) <= MAX_MATRICES and kernels.can_normalize(weight_format, n_cols, 1)
+    return NormAndRouter(item, behind) if is_plain and fits else None
+
+
 def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]) -> DeltaNetLayer | None:
     """Return a layer that begins with a convolution, if nobody else uses what is made on the way."""
     if len(four) < 4:
@@ -266,7 +294,9 @@ def _delta_net_layer(four: Sequence[ops.Operation], n_users: Counter[ops.Buffer]
         conv.out.columns(end, conv.out.width),
     )
     alone = all(n_users[tensor.buffer] == 2 for tensor in (conv.out, net.out, norm.out))
-    alone = alone and gate.gate.width == gate.x.width and gate.gating.is_factor and not gate.limit and _only_scales(norm)
+    alone = (
+        alone and gate.gate.width == gate.x.width and gate.gating.is_factor and not gate.limit and _only_scales(norm)
+    )
     if alone and (net.q, net.k, net.v) == places and norm.group_size == v_dim and recurrent.can_step(k_dim, v_dim):
         return DeltaNetLayer(conv, net, norm, gate)
     return None

@@ -48,6 +48,7 @@ _WARPS_WANTED = 1536  # that multiply rows: about what is at work at the same ti
 _FLOAT_WARPS_WANTED = 2112
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
+_NORMED_COLUMNS = 4 * N_WARPS * WARP * LANE  # of a row that each block normalises for itself; `norm_and_route.cu`
 _SHARED_BYTES = 99 << 10  # that every GPU has for a block
 _THIRD_BYTES = 75 << 10  # for a block where there are three
 
@@ -229,11 +230,12 @@ def linear(
     count: Count,
     heads: Heads = ONE_HEAD,
     routed: Routed | None = None,
+    normed: Normed | None = None,
 ) -> Launch:
     """Multiply several matrices of one format with the same activation rows; `x.stride` is in bytes.
 
     With several heads the one matrix is the first head's, as is `x`. With `routed` the same launch chooses experts from
-    what some matrix gives, see `can_route`.
+    what some matrix gives, see `can_route`; with `normed`, too, it makes x before that, see `can_normalize`.
     """
     assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
     n_tokens = _tokens_at_once(weight_format, n_cols, count.most)
@@ -250,6 +252,31 @@ def linear(
     if routed is not None:
         assert heads == ONE_HEAD
         assert count.most <= n_tokens
+        shared = max(shared, N_WARPS * routed.routing.scratch_bytes)
+        if normed is not None:
+            assert can_normalize(weight_format, n_cols, count.most)
+            return Launch(
+                "norm_and_route.cu",
+                "norm_and_route",
+                (
+                    f"FORMAT={weight_format.name}",
+                    f"ROW_WARPS={row_warps}",
+                    *routed.routing.definitions,
+                    normed.forms.definition,
+                    f"ROUNDS={ceil_div(n_cols, N_WARPS * WARP * LANE)}",
+                ),
+                (n_blocks + 1, 1, 1),
+                N_WARPS * WARP,
+                (
+                    *first,
+                    *normed.arguments,
+                    int32(n_cols),
+                    int32(per_warp),
+                    *routed.arguments,
+                    pointer(count.address),
+                ),
+                shared,
+            )
         return Launch(
             "linear.cu",
             "linear_and_route",
@@ -257,7 +284,7 @@ def linear(
             (n_blocks, 1, 1),
             N_WARPS * WARP,
             (*first, *at(x), *rest, *routed.arguments, pointer(count.address)),
-            max(shared, N_WARPS * routed.routing.scratch_bytes),
+            shared,
         )
     return Launch(
         "linear.cu",
@@ -275,6 +302,11 @@ def linear(
         ),
         shared,
     )
+
+
+def can_normalize(weight_format: QuantFormat, n_cols: int, most: int) -> bool:
+    """Return whether `linear` can make the activations itself before it chooses experts."""
+    return most == 1 and weight_format.activation == Activation.F32 and n_cols <= _NORMED_COLUMNS
 
 
 def can_route(weight_format: QuantFormat, n_cols: int, most: int) -> bool:
@@ -416,6 +448,33 @@ class Forms(NamedTuple):
 
 
 NO_FORMS = Forms()
+
+
+class Normed(NamedTuple):
+    """A row that is made by the launch that multiplies it, and beside it what else `residual` makes of one token.
+
+    Attributes:
+        a, b, total: what is added up, and where the sum goes.
+        weight: of the norm, 0 if all are 1.
+        eps: of the norm.
+        out, forms: where the norm goes.
+    """
+
+    a: Rows
+    b: Rows
+    total: Rows
+    weight: int
+    eps: float
+    out: Rows
+    forms: Forms = NO_FORMS
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the kernel's arguments."""
+        addresses = (self.a.address, self.b.address, self.total.address, self.weight, self.out.address)
+        assert all(address % 16 == 0 for address in addresses)
+        before = (pointer(address) for address in addresses[:4])
+        return (*before, float32(self.eps), pointer(self.out.address), self.forms.argument)
 
 
 class Combined(NamedTuple):

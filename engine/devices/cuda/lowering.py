@@ -99,7 +99,7 @@ class Lowering:
         self.state = (state_start, self.layout.n_bytes - state_start)
         items = list(fusion.fused(graph.operations))
         if guesses:
-            choices = [item for _, item in items if isinstance(item, fusion.LinearAndRouter)]
+            choices = [choice for _, item in items if (choice := fusion.choice_of(item)) is not None]
             width = self.experts.hidden_size  # where experts take something else, its router has no use for that
             self.experts.next_routers = {
                 self.experts.number(choice.router.out): (choice.linear.x, following.linear, following.router)
@@ -293,5 +293,6 @@ _LOWER: dict[type[fusion.Fused], Callable[[Recorder, Any], None]] = {
     ops.Experts: expert_operations.experts,
     ops.Combine: expert_operations.combine,
     fusion.LinearAndRouter: expert_operations.linear_and_router,
+    fusion.NormAndRouter: expert_operations.norm_and_router,
     fusion.SharedExpert: expert_operations.shared_expert,
 }

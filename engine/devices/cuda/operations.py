@@ -6,23 +6,34 @@ A function says to the recorder which tensors and weights it needs, and how its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from engine.devices import graph as ops
 from engine.devices.cuda import elementwise, fusion, kernels, ngrams, residuals
 from engine.devices.cuda.hyper_connections import Added, Mixing, hyper_connections, n_partial
-from engine.devices.cuda.kernels import Combined, GateOf, Routed
+from engine.devices.cuda.kernels import Combined, GateOf, Normed, Routed
 from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
 from engine.devices.cuda.places import Finish, Pass, Place
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.graph import Tensor, Vector
 from engine.quants.formats import Activation, QuantFormat
 
-RoutedOf: TypeAlias = tuple[int, Callable[[Pass], Routed | None]]
-"""Which of some products gives the logits of a router, and the choice that is made with it, if it is."""
-
 Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]
 """Gives what is added to the residual stream, what to it, and where the sum goes."""
+
+
+class Choice(NamedTuple):
+    """A choice of experts that the launch of some products may make.
+
+    Attributes:
+        place: of the product that gives the logits of the router.
+        routed: how the choice is made; None if it is not.
+        normed: how the launch makes what it multiplies; None if it does not.
+    """
+
+    place: int
+    routed: Callable[[Pass], Routed | None]
+    normed: Callable[[Pass], Normed | None]
 
 
 def embed(recorder: Recorder, op: ops.Embed) -> None:
@@ -195,8 +206,8 @@ def mix_residuals(recorder: Recorder, item: fusion.ResidualsAndNorm) -> None:
     recorder.record(launches)
 
 
-def linear(recorder: Recorder, op: ops.Linear, routed: RoutedOf | None = None) -> None:
-    """Record products; `routed` gives the choice that is made with those of one format."""
+def linear(recorder: Recorder, op: ops.Linear, choice: Choice | None = None) -> None:
+    """Record products, and a choice that may be made with those of one format."""
     groups: dict[QuantFormat, list[int]] = {}
     for i, weight in enumerate(op.weights):
         groups.setdefault(weight.format, []).append(i)
@@ -204,7 +215,7 @@ def linear(recorder: Recorder, op: ops.Linear, routed: RoutedOf | None = None) -
     for weight_format, members in groups.items():
         for first in range(0, len(members), MAX_MATRICES):
             own = members[first : first + MAX_MATRICES]
-            chosen = routed if routed is not None and routed[0] in own else None
+            chosen = choice if choice is not None and choice.place in own else None
             _linear_launch(recorder, op, weight_format, own, outs, chosen)
 
 
@@ -214,7 +225,7 @@ def _linear_launch(
     weight_format: QuantFormat,
     members: list[int],
     outs: list[Place],
-    routed: RoutedOf | None,
+    choice: Choice | None,
 ) -> None:
     x, grid = recorder.activations(op.x, weight_format.activation), recorder.grid(weight_format)
     parts = [
@@ -233,8 +244,12 @@ def _linear_launch(
             Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale)) for matrix, n, out, bias, scale in parts
         ]
         what = (p.rows(x), op.x.width, weight_format, matrices, p.at(grid), p.count(op.x.rows))
-        choice = routed[1](p) if routed is not None else None
-        yield p.linear(*what) if choice is None else kernels.linear(*what, routed=choice)
+        routed = choice.routed(p) if choice is not None else None
+        yield (
+            p.linear(*what)
+            if choice is None or routed is None
+            else kernels.linear(*what, routed=routed, normed=choice.normed(p))
+        )
 
     recorder.record(launches)
 
