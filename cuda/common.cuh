@@ -26,6 +26,9 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything is at least as large as
 
+template <class A, class B> constexpr bool IS_SAME = false;
+template <class A> constexpr bool IS_SAME<A, A> = true;
+
 // Every kernel calls this, in every thread, before it reads what kernels write or returns. From Hopper on it may be under
 // way before the kernel before it is over (`Launch` in launch.py), but only when the one before that is: what is read
 // earlier must be older than the kernel before.

@@ -11,9 +11,6 @@
 constexpr int N_WARPS = 4;
 constexpr int MAX_ROWS = WARP; // of a warp
 
-template <class A, class B> constexpr bool IS_SAME = false;
-template <class A> constexpr bool IS_SAME<A, A> = true;
-
 // What the block shares, after the activations: `x_up` are the same as `x_gate` where both formats take the same form, and
 // lie there once if in the same order, too.
 struct Share {

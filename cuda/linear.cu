@@ -1,6 +1,7 @@
-// Several matrices of one format times the same activations: out[t][r] = (W_m[r] . x[t]) * scale + bias[r].
+// Several matrices times the same activations: out[t][r] = (W_m[r] . x[t]) * scale + bias[r].
 //
-// Compiled for FORMAT (a struct of formats.cuh), N_TOKENS (tokens that share one reading of the weights) and ROW_WARPS.
+// Compiled for FORMAT (a struct of formats.cuh), SECOND (`linear.cuh`), N_TOKENS (tokens that share one reading of the weights)
+// and ROW_WARPS.
 // Grid: (row blocks of all matrices, groups of N_TOKENS tokens, heads); a block is 4 warps, of which the first ROW_WARPS take
 // `rows_per_warp` rows each: few where there are so few rows that they would leave multiprocessors without any.
 // x: activation rows in the form of the format, or float32 rows for float formats, `x_row_bytes` apart.
@@ -17,10 +18,10 @@ DEVICE void stage(uint8_t *shared, const uint8_t *x, int64_t x_row_bytes, int n_
 }
 
 KERNEL(N_WARPS *WARP)
-linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
-       int64_t head_x_bytes, int n_cols, const int8_t *grid, int rows_per_warp, const int *n_tokens) {
+linear(Matrices matrices, RowsOf rows, RowsOf second, int64_t head_weight_bytes, const uint8_t *x, int64_t x_row_bytes,
+       int64_t head_x_bytes, int n_cols, const int *n_tokens) {
     extern __shared__ __align__(128) uint8_t shared[];
-    multiply(matrices, row_bytes, head_weight_bytes, n_cols, grid, rows_per_warp, n_tokens, shared, [&](int first_token, int n) {
+    multiply(matrices, rows, second, head_weight_bytes, n_cols, n_tokens, shared, [&](int first_token, int n) {
         stage(shared, x + blockIdx.z * head_x_bytes, x_row_bytes, n_cols, first_token, n);
     });
 }
@@ -31,12 +32,11 @@ linear(Matrices matrices, int64_t row_bytes, int64_t head_weight_bytes, const ui
 // slots: of the experts, or null if nobody is asked; `gate` and `up` are what is sent, whether or not an expert turns out to
 // be missing: by then it is there. Grid: (row blocks of all matrices). Dynamic shared memory for the choice, too.
 KERNEL(N_WARPS *WARP)
-linear_and_route(Matrices matrices, int64_t row_bytes, const uint8_t *x, int64_t x_row_bytes, int n_cols, const int8_t *grid,
-                 int rows_per_warp, Routing routing, unsigned *n_done, const int *slots, Sent gate, Sent up, Exchange exchange,
-                 const int *n_tokens) {
+linear_and_route(Matrices matrices, RowsOf rows, const uint8_t *x, int64_t x_row_bytes, int n_cols, Routing routing,
+                 unsigned *n_done, const int *slots, Sent gate, Sent up, Exchange exchange, const int *n_tokens) {
     constexpr int FIRST_IDLE = ROW_WARPS % N_WARPS * WARP; // thread that has no rows, 0 if all have
     extern __shared__ __align__(128) uint8_t shared[];
-    multiply(matrices, row_bytes, 0, n_cols, grid, rows_per_warp, n_tokens, shared,
+    multiply(matrices, rows, rows, 0, n_cols, n_tokens, shared,
              [&](int first_token, int n) { stage(shared, x, x_row_bytes, n_cols, first_token, n); });
     const int n = *n_tokens;
     if (slots && blockIdx.x == 0 && threadIdx.x >= FIRST_IDLE) {

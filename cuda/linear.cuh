@@ -1,26 +1,36 @@
-// Rows of several matrices of one format times the same activations, by a block of 4 warps. Compiled for FORMAT, N_TOKENS and
-// ROW_WARPS (`linear.cu`).
+// Rows of several matrices times the same activations, by a block of 4 warps. Compiled for FORMAT, N_TOKENS and ROW_WARPS
+// (`linear.cu`), and for SECOND, if some of the matrices are of another format, which takes activations in the same form.
 #pragma once
 
 #include "matrices.cuh"
 #include "rows.cuh"
 
+#ifndef SECOND
+#define SECOND FORMAT
+#endif
+
 constexpr int N_WARPS = 4;
 
-// The block's products. Begins the kernel; before that, it fetches weights. `stage(first_token, n)` brings the activations of
-// the block's tokens to `shared`, of n that the step has; a barrier follows.
-template <class Stage>
-DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_weight_bytes, int n_cols, const int8_t *grid,
-                     int rows_per_warp, const int *n_tokens, uint8_t *shared, Stage stage) {
-    using Dots = RowDots<FORMAT, N_TOKENS>;
-    const int warp = threadIdx.x / WARP, head = blockIdx.z;
-    const Matrix &matrix = matrix_of(matrices, blockIdx.x);
-    const int first_row = (((int)blockIdx.x - matrix.first_block) * ROW_WARPS + warp) * rows_per_warp;
-    const int n_rows = warp < ROW_WARPS ? max(0, min(rows_per_warp, matrix.n_rows - first_row)) : 0;
+// What is the same for all matrices of a format. grid: its code book, or null.
+struct RowsOf {
+    int64_t row_bytes;
+    const int8_t *grid;
+    int rows_per_warp;
+    int unused;
+};
 
-    uint8_t *scratch = shared + Dots::staged_bytes(n_cols) + warp * Dots::scratch_bytes(rows_per_warp, n_cols);
-    const uint8_t *first = matrix.weights + head * head_weight_bytes + first_row * row_bytes;
-    Dots dots(first, row_bytes, n_rows, n_cols, rows_per_warp, scratch);
+// The block's products with its matrix, of one format.
+template <class Format, class Stage>
+DEVICE void multiply_rows(const Matrix &matrix, const RowsOf &rows, int64_t head_weight_bytes, int n_cols,
+                          const int *n_tokens, uint8_t *shared, Stage stage) {
+    using Dots = RowDots<Format, N_TOKENS>;
+    const int warp = threadIdx.x / WARP, head = blockIdx.z;
+    const int first_row = (((int)blockIdx.x - matrix.first_block) * ROW_WARPS + warp) * rows.rows_per_warp;
+    const int n_rows = warp < ROW_WARPS ? max(0, min(rows.rows_per_warp, matrix.n_rows - first_row)) : 0;
+
+    uint8_t *scratch = shared + Dots::staged_bytes(n_cols) + warp * Dots::scratch_bytes(rows.rows_per_warp, n_cols);
+    const uint8_t *first = matrix.weights + head * head_weight_bytes + first_row * rows.row_bytes;
+    Dots dots(first, rows.row_bytes, n_rows, n_cols, rows.rows_per_warp, scratch);
     begin_kernel();
 
     const int first_token = blockIdx.y * N_TOKENS, n = *n_tokens;
@@ -30,10 +40,26 @@ DEVICE void multiply(const Matrices &matrices, int64_t row_bytes, int64_t head_w
     }
     stage(first_token, n);
     __syncthreads();
-    dots.run(shared, grid, N_TOKENS == 1 ? 1 : n - first_token, [&](int i, int t, float value) {
+    dots.run(shared, rows.grid, N_TOKENS == 1 ? 1 : n - first_token, [&](int i, int t, float value) {
         const int row = first_row + i, token = first_token + t;
         if (token >= n)
             return;
         matrix.put(head, row, token, value);
     });
+}
+
+// The block's products. Begins the kernel; before that, it fetches weights. `stage(first_token, n)` brings the activations of
+// the block's tokens to `shared`, of n that the step has; a barrier follows.
+template <class Stage>
+DEVICE void multiply(const Matrices &matrices, const RowsOf &rows, const RowsOf &second, int64_t head_weight_bytes, int n_cols,
+                     const int *n_tokens, uint8_t *shared, Stage stage) {
+    const Matrix &matrix = matrix_of(matrices, blockIdx.x);
+    if constexpr (!IS_SAME<FORMAT, SECOND>) {
+        static_assert(RowDots<FORMAT, N_TOKENS>::FORM == RowDots<SECOND, N_TOKENS>::FORM, "activations lie there once");
+        if (matrix.is_second) {
+            multiply_rows<SECOND>(matrix, second, head_weight_bytes, n_cols, n_tokens, shared, stage);
+            return;
+        }
+    }
+    multiply_rows<FORMAT>(matrix, rows, head_weight_bytes, n_cols, n_tokens, shared, stage);
 }

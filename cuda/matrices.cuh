@@ -17,7 +17,7 @@ struct Matrix {
     int n_rows;
     int out_stride;
     int first_block; // of the grid
-    int unused;
+    int is_second;   // of the two formats that `linear.cuh` is compiled for
 
     __device__ __forceinline__ void put(int head, int row, int token, float value) const {
         if (scale)

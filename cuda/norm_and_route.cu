@@ -13,16 +13,16 @@
 static_assert(ROUNDS * N_WARPS <= WARP, "a lane sums up what a warp found");
 
 KERNEL(N_WARPS *WARP)
-norm_and_route(Matrices matrices, int64_t row_bytes, const float *a, const float *b, float *sum, const float *weight, float eps,
-               float *out, Forms forms, int n_cols, int rows_per_warp, Routing routing, unsigned *n_done, const int *slots,
-               Sent gate, Sent up, Exchange exchange, const int *n_tokens) {
+norm_and_route(Matrices matrices, RowsOf rows, const float *a, const float *b, float *sum, const float *weight, float eps,
+               float *out, Forms forms, int n_cols, Routing routing, unsigned *n_done, const int *slots, Sent gate, Sent up,
+               Exchange exchange, const int *n_tokens) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float partial[WARP];
     const bool writes = blockIdx.x == gridDim.x - 1;
     float w[ROUNDS][8];
     if (weight)
         load_columns(weight, n_cols, w);
-    multiply(matrices, row_bytes, 0, n_cols, nullptr, rows_per_warp, n_tokens, shared, [&](int, int) {
+    multiply(matrices, rows, rows, 0, n_cols, n_tokens, shared, [&](int, int) {
         float x[ROUNDS][8], added[ROUNDS][8], squares[ROUNDS];
         load_columns(a, n_cols, x);
         load_columns(b, n_cols, added);

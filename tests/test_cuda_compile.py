@@ -39,6 +39,7 @@ def _merge(**definitions: int) -> Kernel:
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 KERNELS = [
     ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=1", "ROW_WARPS=4", "N_EXPERTS=0")),
+    ("linear.cu", ("FORMAT=Q4_K", "SECOND=Q6_K", "N_TOKENS=1", "ROW_WARPS=4", "N_EXPERTS=0")),
     ("linear.cu", ("FORMAT=F16", "N_TOKENS=8", "ROW_WARPS=2", "N_EXPERTS=0")),
     ("linear.cu", ("FORMAT=F32", "N_TOKENS=1", "ROW_WARPS=1", "N_EXPERTS=256", "SCORING=0", "N_GROUPS=1")),
     ("linear.cu", ("FORMAT=Q4_K", "N_TOKENS=4", "ROW_WARPS=4", "N_EXPERTS=0")),

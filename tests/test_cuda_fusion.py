@@ -10,6 +10,7 @@ from engine.devices import graph as ops
 from engine.devices.cuda import fusion
 from engine.gguf.reader import GGUFFile
 from engine.models import load_model
+from engine.quants.formats import BY_NAME
 
 
 def groups(path) -> list[fusion.Fused]:
@@ -44,6 +45,25 @@ def test_sum_norm_and_choice_are_one_launch(name: str, golden_path) -> None:
     n_experts = sum(isinstance(item, ops.Experts | fusion.SharedExpert) for item in items)
     assert sum(isinstance(item, fusion.NormAndRouter) for item in items) == n_experts > 0
     assert not any(isinstance(item, fusion.LinearAndRouter | ops.Router) for item in items)
+
+
+def test_products_of_two_formats_are_one_launch() -> None:
+    """That take the same activations; never with the matrix that a choice of experts is made by, nor more than fit."""
+
+    def of(*names: str, chooses: int | None = None) -> list[dict[str, list[int]]]:
+        rows = ops.Tensor(ops.Buffer(256, ops.Rows.TOKENS), 0, 256)
+        weights = tuple(ops.Weight(f"w{i}", BY_NAME[name], 8, 256) for i, name in enumerate(names))
+        op = ops.Linear(rows, weights, (None,) * len(weights), (rows,) * len(weights))
+        groups = fusion.product_groups(op, chooses)
+        return [{weight_format.name: list(members) for weight_format, members in group} for group in groups]
+
+    assert of("Q4_K", "Q6_K", "Q4_K") == [{"Q4_K": [0, 2], "Q6_K": [1]}]
+    assert of("Q4_K", "F32", "Q6_K", "Q5_K") == [{"Q4_K": [0], "Q6_K": [2]}, {"F32": [1]}, {"Q5_K": [3]}]
+    assert of("Q4_K", "Q8_0", "IQ4_NL", "Q5_0") == [{"Q4_K": [0]}, {"Q8_0": [1], "Q5_0": [3]}, {"IQ4_NL": [2]}]
+    assert of("Q4_K", "Q6_K", chooses=1) == [{"Q4_K": [0]}, {"Q6_K": [1]}]
+    assert of("Q4_K", "Q6_K", chooses=0) == [{"Q4_K": [0]}, {"Q6_K": [1]}]
+    assert of(*["Q4_K"] * 7, "Q6_K", "Q6_K", "Q5_K") == [{"Q4_K": [*range(7)], "Q5_K": [9]}, {"Q6_K": [7, 8]}]
+    assert of(*["Q4_K"] * 9) == [{"Q4_K": [*range(8)]}, {"Q4_K": [8]}]
 
 
 def test_a_norm_of_what_is_no_plain_sum_stays_before_the_choice(data: Path) -> None:

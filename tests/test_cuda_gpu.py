@@ -60,6 +60,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_linear_has_the_bits_of_the_cpu,
     test_linear_takes_many_tokens_in_groups,
     test_linear_takes_some_tokens_together,
+    test_matrices_of_two_formats_are_one_launch,
     test_mix_residuals,
     test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts,
     test_positions_are_selected,

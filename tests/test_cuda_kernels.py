@@ -24,7 +24,7 @@ from engine.devices.cuda import (
 )
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Normed, Routed, Routing
-from engine.devices.cuda.launch import NOT_KEPT, NOTHING, ExpertMatrix, Kept, Launch, Matrix, Rows
+from engine.devices.cuda.launch import NOT_KEPT, NOTHING, ExpertMatrix, Kept, Launch, Matrix, OfFormat, Rows
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.errors import DeviceError
@@ -1108,6 +1108,55 @@ def test_the_launch_of_the_logits_can_choose_and_ask(mode: str, name: str, n_tok
         assert words[0] == (5 * 4 + 2 + 1) * asks
         assert all((copy == (row if asks else 0)).all() for copy, row in zip(copies, forms.values(), strict=True))
         assert (missing == (np.where(slots[ids] < 0, ids, -1) if asks else 7)).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "n_cols", "n_tokens", "mode"),
+    [
+        (("Q4_K", "Q6_K"), 1024, 1, "fast"),
+        (("Q6_K", "Q4_K"), 512, 3, "race"),
+        (("IQ3_S", "Q5_K"), 512, 2, "asan"),
+        (("Q8_0", "Q4_0"), 96, 5, "fast"),
+        (("MXFP4", "IQ4_NL"), 320, 1, "asan"),
+    ],
+)
+def test_matrices_of_two_formats_are_one_launch(names: tuple[str, str], n_cols: int, n_tokens: int, mode: str) -> None:
+    """As two launches do; some rows for a block of their own, some for a part of one."""
+    rng, emulator = np.random.default_rng(13), Emulator(mode)
+    formats = [BY_NAME[name] for name in names]
+    x = activations(rng.standard_normal((n_tokens, n_cols)).astype(F32), formats[0].activation)
+    sizes = ((37, 5), (20,)) if mode != "asan" else ((48, 16), (32,))  # these end at a multiple of 16 bytes
+    weights = [
+        [aligned(random_weights(weight_format, n, n_cols)) for n in own]
+        for weight_format, own in zip(formats, sizes, strict=True)
+    ]
+    bias = rng.standard_normal(sizes[1]).astype(F32)
+    code_books = [grid_of(weight_format) for weight_format in formats]
+    grids = [0 if book is None else emulator.at(book) for book in code_books]
+    for order, seed in SCHEDULES:
+        found = []
+        for together in (False, True):
+            outs = [[np.zeros((n_tokens, n), F32) for n in own] for own in sizes]
+            parts = [
+                OfFormat(
+                    weight_format,
+                    [
+                        Matrix(emulator.at(matrix), len(matrix), emulator.rows(out), emulator.at(bias) if part else 0)
+                        for matrix, out in zip(weights[part], outs[part], strict=True)
+                    ],
+                    grids[part],
+                )
+                for part, weight_format in enumerate(formats)
+            ]
+            count = emulator.count(n_tokens)
+            if together:
+                launches = [kernels.linear(emulator.byte_rows(x), n_cols, *parts[0], count, second=parts[1])]
+            else:
+                launches = [kernels.linear(emulator.byte_rows(x), n_cols, *part, count) for part in parts]
+            emulator.run(launches, order, seed)
+            found.append([out for own in outs for out in own])
+        assert all(same_bits(before, after) for before, after in zip(*found, strict=True))
+        assert all(out.any() for out in found[0])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from engine.devices import graph as ops
 from engine.devices.cuda import kernels, recurrent
 from engine.devices.cuda.launch import MAX_MATRICES
 from engine.devices.graph import Tensor
+from engine.quants.formats import QuantFormat
 
 Sum: TypeAlias = ops.Add | ops.Combine
 
@@ -172,6 +173,9 @@ class ResidualsAndNorm:
 
 
 Group: TypeAlias = Attention | Selection | SharedKeys | SharedExpert | DeltaNetLayer | StreamsAndNorm | ResidualsAndNorm
+OneFormat: TypeAlias = tuple[QuantFormat, Sequence[int]]
+"""Some of the matrices of an operation, by their numbers, and the format that all of them have."""
+
 Pair: TypeAlias = SumAndNorm | NormAndGate | LinearAndRouter
 Fused: TypeAlias = ops.Operation | Pair | NormAndRouter | Group
 
@@ -231,6 +235,31 @@ def _n_operations(item: Fused) -> int:
     if isinstance(item, ops.Operation):
         return 1
     return {DeltaNetLayer: 4, NormAndRouter: 4, SharedExpert: 3, SharedKeys: 3}.get(type(item), 2)
+
+
+def product_groups(linear: ops.Linear, chooses: int | None = None) -> Iterator[Sequence[OneFormat]]:
+    """Yield which products become one launch where tokens are few: those of a format, or of two.
+
+    Of the matrix that gives a router's logits, `chooses`, there are only others of its format.
+    """
+    by_format: dict[QuantFormat, list[int]] = {}
+    for i, weight in enumerate(linear.weights):
+        by_format.setdefault(weight.format, []).append(i)
+    parts = [
+        (weight_format, members[first : first + MAX_MATRICES])
+        for weight_format, members in by_format.items()
+        for first in range(0, len(members), MAX_MATRICES)
+    ]
+
+    def can_join(a: OneFormat, b: OneFormat) -> bool:
+        members = [*a[1], *b[1]]
+        fits = a[0] != b[0] and len(members) <= MAX_MATRICES and chooses not in members
+        return fits and kernels.can_join(a[0], b[0])
+
+    while parts:
+        first = parts.pop(0)
+        second = next((i for i, part in enumerate(parts) if can_join(first, part)), None)
+        yield [first] if second is None else [first, parts.pop(second)]
 
 
 def is_of_row(norm: ops.RMSNorm, x: Tensor) -> bool:

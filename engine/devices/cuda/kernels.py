@@ -21,6 +21,7 @@ from engine.devices.cuda.launch import (
     Heads,
     Launch,
     Matrix,
+    OfFormat,
     Rows,
     at,
     ceil_div,
@@ -51,6 +52,15 @@ _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several token
 _NORMED_COLUMNS = 4 * N_WARPS * WARP * LANE  # of a row that each block normalises for itself; `norm_and_route.cu`
 _SHARED_BYTES = 99 << 10  # that every GPU has for a block
 _THIRD_BYTES = 75 << 10  # for a block where there are three
+
+
+class _RowsOf(ctypes.Structure):
+    _fields_ = [
+        ("row_bytes", ctypes.c_int64),
+        ("grid", ctypes.c_void_p),
+        ("rows_per_warp", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    ]
 
 
 class _Forms(ctypes.Structure):
@@ -221,6 +231,11 @@ def quantize(x: Rows, n_cols: int, activation: Activation, out: Rows, rows_per_t
     )
 
 
+def can_join(a: QuantFormat, b: QuantFormat) -> bool:
+    """Return whether `linear` can multiply matrices of both formats in one launch: they take the same activations."""
+    return a.activation == b.activation != Activation.F32 and (a.name in WITH_CODES) == (b.name in WITH_CODES)
+
+
 def linear(
     x: Rows,
     n_cols: int,
@@ -231,73 +246,67 @@ def linear(
     heads: Heads = ONE_HEAD,
     routed: Routed | None = None,
     normed: Normed | None = None,
+    second: OfFormat | None = None,
 ) -> Launch:
-    """Multiply several matrices of one format with the same activation rows; `x.stride` is in bytes.
+    """Multiply several matrices with the same activation rows; `x.stride` is in bytes.
 
-    With several heads the one matrix is the first head's, as is `x`. With `routed` the same launch chooses experts from
-    what some matrix gives, see `can_route`; with `normed`, too, it makes x before that, see `can_normalize`.
+    They are of one format, with a `second` of two, see `can_join`. With several heads the one matrix is the first
+    head's, as is `x`. With `routed` the same launch chooses experts from what some matrix gives, see `can_route`; with
+    `normed`, too, it makes x before that, see `can_normalize`.
     """
     assert n_cols % 4 or x.address % 16 == x.stride % 16 == heads.x_bytes % 16 == 0
-    n_tokens = _tokens_at_once(weight_format, n_cols, count.most)
-    row_bytes = weight_format.row_bytes(n_cols)
-    per_warp = rows_per_warp(weight_format, n_cols, sum(m.n_rows for m in matrices), n_tokens)
+    parts = [OfFormat(weight_format, matrices, grid), *([second] if second else [])]
+    assert second is None or (routed is None and can_join(weight_format, second.format))
+    n_tokens = min(_tokens_at_once(part.format, n_cols, count.most) for part in parts)
+    n_rows = sum(matrix.n_rows for part in parts for matrix in part.matrices)
+    per_warp = [rows_per_warp(part.format, n_cols, n_rows, n_tokens) for part in parts]
     records = _records_bytes(weight_format.activation, n_cols, n_tokens)
-    of_warp = _warp_bytes(weight_format, per_warp, n_cols, n_tokens)
-    n_wanted = ceil_div(sum(m.n_rows for m in matrices), per_warp)
+    of_warp = max(_warp_bytes(part.format, n, n_cols, n_tokens) for part, n in zip(parts, per_warp, strict=True))
+    n_wanted = ceil_div(n_rows, min(per_warp))
     row_warps = _row_warps(weight_format, n_wanted, (_SHARED_BYTES - records) // of_warp)
-    packed, n_blocks = pack_matrices(matrices, weight_format, heads, row_warps * per_warp)
+    packed, n_blocks = pack_matrices([(part, row_warps * n) for part, n in zip(parts, per_warp, strict=True)], heads)
     shared = records + row_warps * of_warp
-    compiled = (f"FORMAT={weight_format.name}", f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}")
-    first, rest = (packed, int64(row_bytes)), (int32(n_cols), pointer(grid), int32(per_warp))
+    rows = [_RowsOf(part.format.row_bytes(n_cols), part.grid, n) for part, n in zip(parts, per_warp, strict=True)]
     if routed is not None:
         assert heads == ONE_HEAD
         assert count.most <= n_tokens
         shared = max(shared, N_WARPS * routed.routing.scratch_bytes)
+        compiled = (f"FORMAT={weight_format.name}", f"ROW_WARPS={row_warps}", *routed.routing.definitions)
         if normed is not None:
             assert can_normalize(weight_format, n_cols, count.most)
             return Launch(
                 "norm_and_route.cu",
                 "norm_and_route",
-                (
-                    f"FORMAT={weight_format.name}",
-                    f"ROW_WARPS={row_warps}",
-                    *routed.routing.definitions,
-                    normed.forms.definition,
-                    f"ROUNDS={ceil_div(n_cols, N_WARPS * WARP * LANE)}",
-                ),
+                (*compiled, normed.forms.definition, f"ROUNDS={ceil_div(n_cols, N_WARPS * WARP * LANE)}"),
                 (n_blocks + 1, 1, 1),
                 N_WARPS * WARP,
-                (
-                    *first,
-                    *normed.arguments,
-                    int32(n_cols),
-                    int32(per_warp),
-                    *routed.arguments,
-                    pointer(count.address),
-                ),
+                (packed, *rows, *normed.arguments, int32(n_cols), *routed.arguments, pointer(count.address)),
                 shared,
             )
         return Launch(
             "linear.cu",
             "linear_and_route",
-            (*compiled, *routed.routing.definitions),
+            (*compiled, f"N_TOKENS={n_tokens}"),
             (n_blocks, 1, 1),
             N_WARPS * WARP,
-            (*first, *at(x), *rest, *routed.arguments, pointer(count.address)),
+            (packed, *rows, *at(x), int32(n_cols), *routed.arguments, pointer(count.address)),
             shared,
         )
+    formats = [f"{key}={part.format.name}" for key, part in zip(("FORMAT", "SECOND"), parts, strict=False)]
     return Launch(
         "linear.cu",
         "linear",
-        (*compiled, "N_EXPERTS=0"),
+        (*formats, f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}", "N_EXPERTS=0"),
         (n_blocks, ceil_div(count.most, n_tokens), heads.n),
         N_WARPS * WARP,
         (
-            *first,
+            packed,
+            rows[0],
+            rows[-1],
             int64(heads.weight_bytes),
             *at(x),
             int64(heads.x_bytes),
-            *rest,
+            int32(n_cols),
             pointer(count.address),
         ),
         shared,

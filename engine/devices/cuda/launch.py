@@ -70,6 +70,14 @@ class Matrix(NamedTuple):
     scale: int = 0
 
 
+class OfFormat(NamedTuple):
+    """Matrices of one format, and the address of its code book, 0 for none."""
+
+    format: QuantFormat
+    matrices: Sequence[Matrix]
+    grid: int = 0
+
+
 class ExpertMatrix(NamedTuple):
     """One matrix of every expert slot.
 
@@ -151,7 +159,7 @@ class _Matrix(ctypes.Structure):
         ("n_rows", ctypes.c_int32),
         ("out_stride", ctypes.c_int32),
         ("first_block", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("is_second", ctypes.c_int32),
     ]
 
 
@@ -169,15 +177,22 @@ class _ExpertMatrix(ctypes.Structure):
     ]
 
 
-def pack_matrices(matrices: Sequence[Matrix], weight_format: QuantFormat, heads: Heads, rows: int) -> tuple[Any, int]:
-    """Return the argument that says which matrices are multiplied, and the blocks of `rows` rows that they all have."""
-    assert 0 < len(matrices) <= MAX_MATRICES
-    assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias)
-    assert all(m.address % alignment(weight_format) == 0 for m in matrices)
-    packed, n_blocks = _Matrices(n=len(matrices)), 0
-    for i, m in enumerate(matrices):
-        packed.list[i] = _Matrix(m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, n_blocks)
-        n_blocks += ceil_div(m.n_rows, rows)
+def pack_matrices(of_formats: Sequence[tuple[OfFormat, int]], heads: Heads = ONE_HEAD) -> tuple[Any, int]:
+    """Return the argument that says which matrices are multiplied, and the blocks that they all have.
+
+    They are of one format or two, each with the rows that a block takes.
+    """
+    packed, n_blocks, n = _Matrices(), 0, 0
+    for is_second, ((weight_format, matrices, _), rows) in enumerate(of_formats):
+        assert heads.n == 1 or (len(matrices) == 1 and not matrices[0].bias and not is_second)
+        for m in matrices:
+            assert m.address % alignment(weight_format) == 0
+            packed.list[n] = _Matrix(
+                m.address, m.out.address, m.bias, m.scale, m.n_rows, m.out.stride, n_blocks, is_second
+            )
+            n_blocks, n = n_blocks + ceil_div(m.n_rows, rows), n + 1
+    assert 0 < n <= MAX_MATRICES
+    packed.n = n
     return packed, n_blocks
 
 

@@ -5,18 +5,18 @@ A function says to the recorder which tensors and weights it needs, and how its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from engine.devices import graph as ops
 from engine.devices.cuda import elementwise, fusion, kernels, ngrams, residuals
 from engine.devices.cuda.hyper_connections import Added, Mixing, hyper_connections, n_partial
 from engine.devices.cuda.kernels import Combined, GateOf, Normed, Routed
-from engine.devices.cuda.launch import MAX_MATRICES, NOTHING, Heads, Launch, Matrix, Rows
+from engine.devices.cuda.launch import NOTHING, Heads, Launch, Matrix, OfFormat, Rows
 from engine.devices.cuda.places import Finish, Pass, Place
 from engine.devices.cuda.recorder import Recorder
 from engine.devices.graph import Tensor, Vector
-from engine.quants.formats import Activation, QuantFormat
+from engine.quants.formats import Activation
 
 Summands: TypeAlias = Callable[[Pass], tuple[Rows, Rows | Combined | None, Rows]]
 """Gives what is added to the residual stream, what to it, and where the sum goes."""
@@ -208,48 +208,53 @@ def mix_residuals(recorder: Recorder, item: fusion.ResidualsAndNorm) -> None:
 
 def linear(recorder: Recorder, op: ops.Linear, choice: Choice | None = None) -> None:
     """Record products, and a choice that may be made with those of one format."""
-    groups: dict[QuantFormat, list[int]] = {}
-    for i, weight in enumerate(op.weights):
-        groups.setdefault(weight.format, []).append(i)
     outs = [recorder.use(out) for out in op.outs]
-    for weight_format, members in groups.items():
-        for first in range(0, len(members), MAX_MATRICES):
-            own = members[first : first + MAX_MATRICES]
-            chosen = choice if choice is not None and choice.place in own else None
-            _linear_launch(recorder, op, weight_format, own, outs, chosen)
+    for parts in fusion.product_groups(op, None if choice is None else choice.place):
+        chooses = choice is not None and choice.place in parts[0][1]
+        _linear_launch(recorder, op, parts, outs, choice if chooses else None)
 
 
 def _linear_launch(
     recorder: Recorder,
     op: ops.Linear,
-    weight_format: QuantFormat,
-    members: list[int],
+    parts: Sequence[fusion.OneFormat],
     outs: list[Place],
     choice: Choice | None,
 ) -> None:
-    x, grid = recorder.activations(op.x, weight_format.activation), recorder.grid(weight_format)
-    parts = [
-        (
-            recorder.matrix(op.weights[i]),
-            op.weights[i].n_rows,
-            outs[i],
-            recorder.vector(op.biases[i]),
-            recorder.vector(op.weights[i].scale),
-        )
-        for i in members
+    """Record the products of one format, or of two that take the same activations: one launch for few tokens."""
+    x = recorder.activations(op.x, parts[0][0].activation)
+    grids = [recorder.grid(weight_format) for weight_format, _ in parts]
+    places = [
+        [
+            (
+                recorder.matrix(op.weights[i]),
+                op.weights[i].n_rows,
+                outs[i],
+                recorder.vector(op.biases[i]),
+                recorder.vector(op.weights[i].scale),
+            )
+            for i in members
+        ]
+        for _, members in parts
     ]
 
-    def launches(p: Pass) -> Iterable[Launch]:
+    def of_format(p: Pass, part: int) -> OfFormat:
         matrices = [
-            Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale)) for matrix, n, out, bias, scale in parts
+            Matrix(p.base + matrix, n, p.rows(out), p.at(bias), p.at(scale))
+            for matrix, n, out, bias, scale in places[part]
         ]
-        what = (p.rows(x), op.x.width, weight_format, matrices, p.at(grid), p.count(op.x.rows))
+        return OfFormat(parts[part][0], matrices, p.at(grids[part]))
+
+    def launches(p: Pass) -> Iterable[Launch]:
+        count, own = p.count(op.x.rows), [of_format(p, i) for i in range(len(parts))]
         routed = choice.routed(p) if choice is not None else None
-        yield (
-            p.linear(*what)
-            if choice is None or routed is None
-            else kernels.linear(*what, routed=routed, normed=choice.normed(p))
-        )
+        if choice is not None and routed is not None:
+            yield kernels.linear(p.rows(x), op.x.width, *own[0], count, routed=routed, normed=choice.normed(p))
+        elif p.linear is kernels.linear:
+            yield kernels.linear(p.rows(x), op.x.width, *own[0], count, second=own[1] if own[1:] else None)
+        else:
+            for part in own:
+                yield p.linear(p.rows(x), op.x.width, *part, count)
 
     recorder.record(launches)
 

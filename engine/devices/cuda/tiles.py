@@ -21,6 +21,7 @@ from engine.devices.cuda.launch import (
     Heads,
     Launch,
     Matrix,
+    OfFormat,
     Rows,
     alignment,
     at,
@@ -90,7 +91,7 @@ def linear(
     warps = n_warps(weight_format) if is_integer else _FLOAT_WARPS
     n_rows, n_tokens = (warps * _WARP_ROWS, _TOKENS) if is_integer else (_FLOAT_ROWS, _FLOAT_TOKENS)
     name = "linear_tiles" if is_integer else "linear_float_tiles"
-    packed, n_blocks = pack_matrices(matrices, weight_format, heads, n_rows)
+    packed, n_blocks = pack_matrices([(OfFormat(weight_format, matrices), n_rows)], heads)
     return Launch(
         f"{name}.cu",
         name,
