@@ -458,7 +458,7 @@ def test_chat_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     assert "begin anew" in err
     assert "notes.txt: is not a conversation that /save wrote; give another name" in err
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert [message["content"] for message in seen[1]] == ["be long", "second"]
+    assert [message["content"] for message in seen[-1]] == ["be long", "second"]
     seen = chat("third\n", monkeypatch, "--resume", str(file))
     assert [message["content"] for message in seen[0]][:2] == ["be short", "first"]
     assert seen[0][3]["content"] == "third"
@@ -466,6 +466,17 @@ def test_chat_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         file.write_text(content)
         assert main(["chat", str(tiny_model_path()), "--resume", str(file)]) == 1
         assert "is not a conversation" in capsys.readouterr().err
+
+
+def test_a_system_message_that_is_no_text_changes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that the chat template refuses: both would be said of every message that follows."""
+    seen = chat("first\n/system caf\udce9\nsecond\n", monkeypatch, "--system", "be short")
+    assert "a lone surrogate" in (err := capsys.readouterr().err)
+    assert err.count("the conversation goes on as it was") == 1
+    system, first, _, second = (message["content"] for message in seen[-1])
+    assert (system, first, second) == ("be short", "first", "second")
 
 
 def test_chat_entries_of_several_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     config = read_settings(args)
     messages = load_conversation(args.resume) if args.resume else _opening(args.system)
     with Bars(console, quiet=args.quiet) as bars, Engine.open(config=config, progress=bars.loading) as engine:
-        engine.prompt_ids([*messages, {"role": "user", "content": "?"}])  # a model that cannot chat says so now
+        _check(engine, messages)  # a model that cannot chat says so now
         if not args.quiet:
             console.print(_HELP)
         chat = Chat(engine, messages, console, bars, quiet=args.quiet, show_layers=args.stats)
@@ -99,7 +99,7 @@ class Chat:
         elif command == "/reset":
             self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
         elif command == "/system":
-            self.messages = _opening(rest)
+            self._begin_anew(rest)
         elif command == "/stats":
             self._console.print(statistics_text(self._engine.statistics))
         elif command == "/save":
@@ -109,6 +109,16 @@ class Chat:
         else:
             self._console.print(f"error: there is no command {command}; /help lists them")
         return True
+
+    def _begin_anew(self, system: str) -> None:
+        """Take another system message, unless it is no text, or none that the model's template takes."""
+        messages = _opening(system)
+        try:
+            _check(self._engine, messages)
+        except EngineError as error:
+            self._console.print(f"error: {error}; the conversation goes on as it was")
+            return
+        self.messages = messages
 
     def _show_cache(self, before: EngineStatistics) -> None:
         """Show what the cache has done since, or why there is none."""
@@ -179,6 +189,11 @@ def load_conversation(path: Path) -> Messages:
         raise RequestError(f"{path}: is not a conversation that /save wrote")
     found: Messages = messages
     return found
+
+
+def _check(engine: Engine, messages: Messages) -> None:
+    """Raise `EngineError` if nothing that is said after these messages can be answered."""
+    engine.prompt_ids([*messages, {"role": "user", "content": "?"}])
 
 
 def _opening(system: str) -> Messages:
