@@ -64,6 +64,7 @@ from test_cuda_kernels import (  # noqa: F401 - collected here
     test_mix_residuals,
     test_one_token_of_a_delta_net_layer_has_the_bits_of_its_parts,
     test_positions_are_selected,
+    test_quotients_by_one_divisor_are_correctly_rounded,
     test_recurrent_layers,
     test_rope_is_accurate_at_long_positions,
     test_router,

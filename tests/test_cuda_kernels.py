@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,18 @@ from engine.devices.cuda import (
 )
 from engine.devices.cuda.attention import Cache, Heads, Place, Rotation, Sight
 from engine.devices.cuda.kernels import Asked, Combined, Exchange, Forms, GateOf, Normed, Routed, Routing
-from engine.devices.cuda.launch import NOT_KEPT, NOTHING, ExpertMatrix, Kept, Launch, Matrix, OfFormat, Rows
+from engine.devices.cuda.launch import (
+    NOT_KEPT,
+    NOTHING,
+    WARP,
+    ExpertMatrix,
+    Kept,
+    Launch,
+    Matrix,
+    OfFormat,
+    Rows,
+    pointer,
+)
 from engine.devices.cuda.launch import Heads as MatrixHeads
 from engine.devices.graph import Gating, KVType, RopeStyle, Scoring
 from engine.errors import DeviceError
@@ -838,6 +850,22 @@ def test_router(
     logits[:] = np.nan  # whatever the weights are then, the ids must be ids, each once
     run()
     assert all(len(set(row)) == n_used and min(row) >= 0 and max(row) < n_experts for row in ids.tolist())
+
+
+def test_quotients_by_one_divisor_are_correctly_rounded() -> None:
+    """By the reciprocal, and one by one where a value is so small that this would not be exact."""
+    rng, emulator, n = np.random.default_rng(8), Emulator(), 400
+    is_small = np.arange(n) % 4 == 0  # a warp has values beside which nothing is left of a remainder
+    smallest, largest = (np.where(is_small, *pair)[:, None] for pair in ((125, 70), (100, 0)))
+    x = np.ldexp(rng.random((n, 256)) / 2 + 0.5, -rng.integers(largest, smallest, (n, 256))).astype(F32)
+    x[:, 0], x[::2, 1], x[1::3, 2] = 1.0, 0.0, np.nextafter(F32(1.0), F32(0.0))
+    divisors = np.ldexp(rng.random(n) / 2 + 0.5, rng.integers(1, np.where(is_small, 5, 21))).astype(F32)
+    divisors[1:4], divisors[5:8] = (1.0, 3.0, 2.0**20), np.nextafter(F32([4.0, 128.0, 2.0**20]), F32(0.0))
+    out, arrays = np.zeros_like(x), (x, divisors)
+    source = str(Path(__file__).parent / "cusim" / "kernels" / "quotients.cu")
+    pointers = tuple(pointer(emulator.at(array)) for array in (*arrays, out))
+    emulator.run(Launch(source, "quotients", (), (n, 1, 1), WARP, pointers))
+    assert same_bits(out, x / divisors[:, None])
 
 
 @pytest.mark.parametrize("mode", ["fast", "race", "asan"])
