@@ -301,6 +301,8 @@ def _norm_and_router(item: SumAndNorm, behind: Pair | None) -> NormAndRouter | N
     """Return a sum and its norm together with the pair behind it, if that makes one launch of floats of the norm."""
     if not isinstance(behind, LinearAndRouter) or behind.linear.x != item.norm.out:
         return None
+    if item.norm.out.rows != ops.Rows.TOKENS:  # of which there is one at least
+        return None
     is_plain = isinstance(item.sum, ops.Add) and isinstance(item.sum.b, ops.Tensor) and _only_scales(item.norm)
     (weight_format, *others), n_cols = {weight.format for weight in behind.linear.weights}, behind.linear.x.width
     fits = not others and len(behind.linear.weights) <= MAX_MATRICES and kernels.can_normalize(weight_format, n_cols, 1)
