@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from engine.devices import graph
 from engine.devices.cuda.launch import (
+    MOST_SHARED,
     NOTHING,
     ONE_HEAD,
     WARP,
@@ -50,7 +51,6 @@ _FLOAT_WARPS_WANTED = 2112
 _MAX_ROWS_PER_WARP = 16
 _RECORDS_BYTES = 40 << 10  # most shared memory for activations of several tokens
 _NORMED_COLUMNS = 4 * N_WARPS * WARP * LANE  # of a row that each block normalises for itself; `norm_and_route.cu`
-_SHARED_BYTES = 99 << 10  # that every GPU has for a block
 _THIRD_BYTES = 75 << 10  # for a block where there are three
 
 
@@ -196,7 +196,7 @@ def _tokens_at_once(weight_format: QuantFormat, n_cols: int, most: int) -> int:
         if activation == Activation.F32:
             return records <= _RECORDS_BYTES
         needed = records + N_WARPS * _warp_bytes(weight_format, _MAX_ROWS_PER_WARP, n_cols, n)
-        return needed <= (_SHARED_BYTES if n == 2 else _THIRD_BYTES)
+        return needed <= (MOST_SHARED if n == 2 else _THIRD_BYTES)
 
     sizes = (2, 4, 8) if activation == Activation.F32 else (2, 4)
     fitting = [1, *filter(fits, sizes)]
@@ -263,7 +263,7 @@ def linear(
     records = _records_bytes(weight_format.activation, n_cols, n_tokens)
     of_warp = max(_warp_bytes(part.format, n, n_cols, n_tokens) for part, n in zip(parts, per_warp, strict=True))
     n_wanted = ceil_div(n_rows, min(per_warp))
-    row_warps = _row_warps(weight_format, n_wanted, (_SHARED_BYTES - records) // of_warp)
+    row_warps = _row_warps(weight_format, n_wanted, (MOST_SHARED - records) // of_warp)
     packed, n_blocks = pack_matrices([(part, row_warps * n) for part, n in zip(parts, per_warp, strict=True)], heads)
     shared = records + row_warps * of_warp
     rows = [_RowsOf(part.format.row_bytes(n_cols), part.grid, n) for part, n in zip(parts, per_warp, strict=True)]
