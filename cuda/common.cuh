@@ -29,9 +29,9 @@ constexpr float NEVER = -3.402823466e38f; // the smallest float: what everything
 template <class A, class B> constexpr bool IS_SAME = false;
 template <class A> constexpr bool IS_SAME<A, A> = true;
 
-// Every kernel calls this, in every thread, before it reads what kernels write or returns. From Hopper on it may be under
-// way before the kernel before it is over (`Launch` in launch.py), but only when the one before that is: what is read
-// earlier must be older than the kernel before.
+// Every kernel calls this, in every thread, before it reads what kernels write or returns, or does both by itself, the second
+// not before the first. From Hopper on it may be under way before the kernel before it is over (`Launch` in launch.py), but
+// only when the one before that is: what is read earlier must be older than the kernel before.
 DEVICE void begin_kernel() {
     await_previous_kernel();
     let_next_kernel_begin();

@@ -28,6 +28,7 @@ DEVICE float decay_of(float a, float alpha, float dt_bias, float decay_bound) {
     return expf(a * exact_softplus(x));
 }
 
-// What queries and keys are multiplied by, from the sum of their squares.
-DEVICE float factor_of_query(float squares, float eps) { return __fdiv_rn(1.0f, __fsqrt_rn((squares + eps) * (float)K_DIM)); }
-DEVICE float factor_of_key(float squares, float eps) { return __fdiv_rn(1.0f, __fsqrt_rn(squares + eps)); }
+// What queries and keys are multiplied by, from the sum of their squares: queries are divided by the root of K_DIM, too.
+DEVICE float unit_factor(float squares, float eps, float scale) { return __fdiv_rn(1.0f, __fsqrt_rn((squares + eps) * scale)); }
+DEVICE float factor_of_query(float squares, float eps) { return unit_factor(squares, eps, (float)K_DIM); }
+DEVICE float factor_of_key(float squares, float eps) { return unit_factor(squares, eps, 1.0f); }

@@ -18,7 +18,7 @@ constexpr int N_WARPS = 8, THREADS = N_WARPS * WARP;
 constexpr int ROWS_PER_WARP = 4, ROWS = N_WARPS * ROWS_PER_WARP;
 constexpr int GATED = 256;                          // columns that are gated together
 constexpr int CHANNELS = 2 * K_DIM + ROWS;          // of the convolution that a block needs: query, key, values
-constexpr int N_DECAYS = BY_CHANNEL ? PER_LANE : 1; // of a lane
+constexpr int N_DECAYS = BY_CHANNEL ? K_DIM : 1;
 constexpr int PER_THREAD = (CHANNELS + THREADS - 1) / THREADS;
 static_assert(GATED == THREADS && IS_FACTOR<GATING>, "a thread works out the gate of a column before that is there");
 
@@ -47,6 +47,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     __shared__ float convolved_values[CHANNELS];
     __shared__ int is_last_reader;
     __shared__ __align__(16) float factors[GATED]; // of the group's columns, a thread each
+    __shared__ float norm_weight[V_DIM], decays[N_DECAYS], shared_rate;
     const int head = blockIdx.x, n_v_heads = gridDim.x, n_k_heads = layer.n_k_heads, n_cols = n_v_heads * V_DIM;
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const int first_row = blockIdx.y * ROWS, own_row = first_row + warp * ROWS_PER_WARP;
@@ -82,21 +83,17 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         for (int j = 0; j < BEFORE; j++)
             past[i][j] = goes_on ? kept[j * n_channels + channel[i]] : 0.0f;
     }
-    const float a = layer.a[head];
-    float dt_bias[N_DECAYS], alpha[N_DECAYS], decay[N_DECAYS];
-    auto decays = [&](int j) { return !BY_CHANNEL || j * WARP + lane < K_DIM; };
-    const int first_decay = BY_CHANNEL ? head * K_DIM + lane : head;
-#pragma unroll
-    for (int j = 0; j < N_DECAYS; j++)
-        dt_bias[j] = decays(j) ? layer.dt_bias[first_decay + j * WARP] : 0.0f;
-    begin_kernel();
+    // What there is one of for a head or a channel is worked out by one thread, here and there.
+    const int own_decay = THREADS - 1 - thread;
+    const bool has_decay = own_decay < N_DECAYS, has_rate = thread == WARP;
+    const int decay_at = head * N_DECAYS + own_decay;
+    const float a = has_decay ? layer.a[head] : 0.0f, dt_bias = has_decay ? layer.dt_bias[decay_at] : 0.0f;
+    const float own_weight = layer.norm_weight && thread < V_DIM ? layer.norm_weight[thread] : 0.0f;
+    await_previous_kernel();
 
-    const float beta = layer.beta[head];
+    const float beta = has_rate ? layer.beta[head] : 0.0f, alpha = has_decay ? layer.alpha[decay_at] : 0.0f;
     const int group = head * V_DIM / GATED, column = group * GATED + thread; // that the thread gates
     const float gate = column < n_cols ? layer.gate[column] : 0.0f;
-#pragma unroll
-    for (int j = 0; j < N_DECAYS; j++)
-        alpha[j] = decays(j) ? layer.alpha[first_decay + j * WARP] : 0.0f;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++)
         now[i] = channel[i] < 0 ? 0.0f : layer.x[channel[i]];
@@ -109,6 +106,12 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         move_on(past[i], now[i]);
     }
     factors[thread] = gate_of<GATING>(gate); // here it takes no time of its own
+    if (thread < V_DIM)
+        norm_weight[thread] = own_weight;
+    if (has_decay)
+        decays[own_decay] = decay_of(a, alpha, dt_bias, layer.decay_bound);
+    if (has_rate)
+        shared_rate = sigmoid(beta);
     __syncthreads();
     const unsigned n_readers = n_v_heads / n_k_heads * gridDim.y;
     unsigned n_before = 0;
@@ -123,12 +126,15 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         query_squares = __fmaf_rn(query[j], query[j], query_squares);
         key_squares = __fmaf_rn(key[j], key[j], key_squares);
     }
+    query_squares = warp_sum(query_squares), key_squares = warp_sum(key_squares);
+    const bool is_query = lane < WARP / 2; // half the lanes work out the one's factor, half the other's
+    const float factor = unit_factor(is_query ? query_squares : key_squares, layer.eps, is_query ? (float)K_DIM : 1.0f);
+    const float query_factor = __shfl_sync(ALL_LANES, factor, 0), key_factor = __shfl_sync(ALL_LANES, factor, WARP - 1);
+    const float rate = shared_rate;
+    float decay[PER_LANE];
 #pragma unroll
-    for (int j = 0; j < N_DECAYS; j++)
-        decay[j] = decays(j) ? decay_of(a, alpha[j], dt_bias[j], layer.decay_bound) : 0.0f;
-    const float rate = sigmoid(beta);
-    const float query_factor = factor_of_query(warp_sum(query_squares), layer.eps);
-    const float key_factor = factor_of_key(warp_sum(key_squares), layer.eps);
+    for (int j = 0; j < PER_LANE; j++)
+        decay[j] = BY_CHANNEL ? decays[min(j * WARP + lane, K_DIM - 1)] : decays[0];
     float recalled[ROWS_PER_WARP] = {}, result[ROWS_PER_WARP] = {};
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++)
@@ -137,7 +143,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     for (int r = 0; r < ROWS_PER_WARP; r++)
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++) {
-            s[r][j] *= decay[BY_CHANNEL ? j : 0];
+            s[r][j] *= decay[j];
             recalled[r] = __fmaf_rn(s[r][j], key[j], recalled[r]);
         }
     warp_sums(recalled);
@@ -160,6 +166,7 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
         is_last_reader = n_before == n_readers - 1;
     const int n_heads = min(GATED / V_DIM, n_v_heads - group * (GATED / V_DIM));
     const bool is_last = is_last_block(n_done + n_k_heads + group, n_heads * gridDim.y);
+    let_next_kernel_begin(); // not earlier, for its weights would be in the way of what blocks tell each other
     // What nobody waits for comes last.
 #pragma unroll
     for (int r = 0; r < ROWS_PER_WARP; r++)
@@ -176,14 +183,14 @@ delta_net_step(Layer layer, float *found, float *out, Forms forms, unsigned *n_d
     if (!is_last || warp)
         return;
     const int at = group * GATED + lane * 8;
-    float x[8] = {}, factor[8];
+    float x[8] = {}, gates[8];
     if (at < n_cols)
         load_floats_past_cache(found + at, x);
-    normalize_heads<V_DIM>(x, at, layer.norm_weight, layer.norm_eps);
-    load_floats(&factors[lane * 8], factor);
+    normalize_heads<V_DIM>(x, at, layer.norm_weight ? norm_weight : nullptr, layer.norm_eps);
+    load_floats(&factors[lane * 8], gates);
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        x[i] *= factor[i];
+        x[i] *= gates[i];
     if (at < n_cols)
         store_floats(out + at, x);
     forms.store<FORMS>(x, 0, at, n_cols);

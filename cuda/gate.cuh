@@ -40,7 +40,7 @@ template <int SIZE> DEVICE void normalize_heads(float (&x)[8], int at, const flo
         squares = __fmaf_rn(x[i], x[i], squares);
     for (int step = SIZE / 16; step; step /= 2)
         squares += __shfl_xor_sync(ALL_LANES, squares, step);
-    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, (float)SIZE) + eps));
+    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(squares * (1.0f / SIZE) + eps));
 #pragma unroll
     for (int i = 0; i < 8; i++)
         x[i] = weight ? x[i] * factor * weight[(at + i) % SIZE] : x[i] * factor;

@@ -8,7 +8,10 @@ publish_misses(const int *ids, const int *slots, int n_used, Sent gate, Sent up,
     const int n = *n_tokens;
     gate.send(n, threadIdx.x, blockDim.x);
     up.send(n, threadIdx.x, blockDim.x);
-    exchange.ask(ids, slots, n_used, n);
+    bool is_missing = false;
+    for (int i = threadIdx.x; i < n * n_used; i += blockDim.x)
+        is_missing |= exchange.note(i, ids[i], slots);
+    exchange.ask(is_missing);
 }
 
 // Grid: 1 block of 1 thread. After the last layer, before the output head: lets the CPU's loop end. `layer` is the number

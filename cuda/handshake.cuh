@@ -51,24 +51,23 @@ struct Exchange {
 
     __device__ __forceinline__ unsigned number() const { return *step * (unsigned)(n_layers + 1) + (unsigned)layer + 1; }
 
-    // Asks for the experts that have no slot, by the whole block; the activations are there, or stored by this block.
-    __device__ __forceinline__ void ask(const int *ids, const int *slots, int n_used, int n_tokens) const {
-        const int n = n_tokens * n_used;
-        int is_missing = 0;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += blockDim.x)
-            is_missing |= ids[i] >= 0 && slots[ids[i]] < 0;
-        is_missing = __syncthreads_or(is_missing);
-        if (threadIdx.x == 0)
-            *n_misses = is_missing;
-        if (!is_missing)
-            return;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += blockDim.x)
-            missing_ids[i] = ids[i] >= 0 && slots[ids[i]] < 0 ? ids[i] : -1;
-        __syncthreads();
-        if (threadIdx.x == 0)
-            st_release_sys(requested, number());
+    // Says of a choice whether it has no slot, which the CPU is told then. Every choice is noted, `place` being its place in
+    // the ids of all tokens.
+    __device__ __forceinline__ bool note(int place, int id, const int *slots) const {
+        const bool is_missing = id >= 0 && slots[id] < 0;
+        missing_ids[place] = is_missing ? id : -1;
+        return is_missing;
+    }
+
+    // Asks for what was noted, by the whole block, if any of its threads knows of something; the activations are there, or
+    // stored by this block.
+    __device__ __forceinline__ void ask(bool is_missing) const {
+        const bool asks = __syncthreads_or(is_missing);
+        if (threadIdx.x == 0) {
+            *n_misses = asks;
+            if (asks)
+                st_release_sys(requested, number());
+        }
     }
 
     // Waits for the answer, if anything was asked, by the whole block.

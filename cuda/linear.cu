@@ -13,8 +13,16 @@
 #include "linear.cuh"
 
 DEVICE void stage(uint8_t *shared, const uint8_t *x, int64_t x_row_bytes, int n_cols, int first_token, int n) {
+#if PAIR_COLUMNS
+    for (int column = threadIdx.x * 8; column < n_cols; column += blockDim.x * 8) {
+        float eight[8];
+        load_floats((const float *)x + column, eight);
+        stage_floats(shared, column, eight);
+    }
+#else
     const Tokens<N_TOKENS> tokens(x, x_row_bytes, first_token, N_TOKENS == 1 ? first_token + 1 : n);
     RowDots<FORMAT, N_TOKENS>::stage(shared, tokens, n_cols);
+#endif
 }
 
 KERNEL(N_WARPS *WARP)

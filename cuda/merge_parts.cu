@@ -64,8 +64,8 @@ merge_parts(const float *values, const Part *parts, int n_heads, int n_parts, co
             if (base)
                 load_parts(base);
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                if (base + i >= n)
+            for (int i = 0; i < AT_ONCE; i++) { // there may be none of the last ones, which so change nothing
+                if (i % 8 == 0 && base + i >= n)
                     break;
                 const Merged part = merged[(own_head - first_head) * stride + base + i];
                 sum = __fmaf_rn(part.sum, part.take, sum * part.keep);

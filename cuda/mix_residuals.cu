@@ -6,7 +6,7 @@
 //     out = weight * mix / sqrt(mean(mix^2) + eps), and out in the forms that integer formats take
 //
 // Compiled for N_RESIDUALS, MOST_RESIDUALS (there is room for), NORMALIZE (0: the mix is all that is wanted), FORMS
-// (`quantize.cuh`), THREADS of a block and ROUNDS of eight columns that each of them takes. n_cols is a multiple of 8.
+// (`quantize.cuh`), N_COLS and THREADS (`row_norm.cuh`).
 // Grid: (residuals, rows); a block takes the score of one, the last block of a row goes on with all.
 #include "last_block.cuh"
 #include "row_norm.cuh"
@@ -17,11 +17,11 @@ struct Residuals {
 };
 
 // Of one residual, by the whole block.
-DEVICE float score_of(const float (&x)[ROUNDS][8], const float (&scorer)[ROUNDS][8], float eps, int n_cols, float *partial) {
+DEVICE float score_of(const float (&x)[ROUNDS][8], const float (&scorer)[ROUNDS][8], float eps, float *partial) {
     float product = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++)
-        if (column_of(round) < n_cols)
+        if (is_column(column_of(round)))
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 product = __fmaf_rn(scorer[round][i], x[round][i], product);
@@ -29,7 +29,7 @@ DEVICE float score_of(const float (&x)[ROUNDS][8], const float (&scorer)[ROUNDS]
             }
     product = block_sum(product, partial);
     __syncthreads(); // `partial` is used again
-    const float mean = __fdiv_rn(block_sum(squares, partial), (float)n_cols);
+    const float mean = __fdiv_rn(block_sum(squares, partial), (float)N_COLS);
     return __fdiv_rn(product, __fsqrt_rn(mean + eps));
 }
 
@@ -52,21 +52,21 @@ DEVICE void softmax(const float *scores, float (&weights)[N_RESIDUALS]) {
 KERNEL(THREADS)
 mix_residuals(Residuals residuals, const float *a, int64_t a_stride, const float *b, int64_t b_stride, const float *scorer,
               float score_eps, float *scores, unsigned *n_done, float *mix, int64_t mix_stride, const float *weight, float eps,
-              float *out, int64_t out_stride, Forms forms, int n_cols, const int *n_rows) {
+              float *out, int64_t out_stride, Forms forms, const int *n_rows) {
     __shared__ float partial[32];
     const int own = blockIdx.x, row = blockIdx.y, n = *n_rows; // as the caller gave it: old
     float x[ROUNDS][8], w[ROUNDS][8];
-    load_columns(scorer, n_cols, w);
+    load_columns(scorer, w);
     begin_kernel();
     if (row >= n)
         return;
     float *of_block = residuals.rows[own] + row * residuals.strides[own];
     const bool adds = b && own == N_RESIDUALS - 1;
-    load_columns(adds ? a + row * a_stride : of_block, n_cols, x);
+    load_columns(adds ? a + row * a_stride : of_block, x);
     if (adds)
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++)
-            if (column_of(round) < n_cols) {
+            if (is_column(column_of(round))) {
                 float added[8];
                 load_floats(b + row * b_stride + column_of(round), added);
 #pragma unroll
@@ -74,7 +74,7 @@ mix_residuals(Residuals residuals, const float *a, int64_t a_stride, const float
                     x[round][i] += added[i];
                 store_floats(of_block + column_of(round), x[round]);
             }
-    const float score = score_of(x, w, score_eps, n_cols, partial);
+    const float score = score_of(x, w, score_eps, partial);
     if (threadIdx.x == 0)
         scores[row * N_RESIDUALS + own] = score;
     if (!is_last_block(n_done + row, N_RESIDUALS))
@@ -83,11 +83,11 @@ mix_residuals(Residuals residuals, const float *a, int64_t a_stride, const float
     float weights[N_RESIDUALS];
     softmax(scores + row * N_RESIDUALS, weights);
     if (NORMALIZE && weight)
-        load_columns(weight, n_cols, w);
+        load_columns(weight, w);
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
         const int at = column_of(round);
-        if (at >= n_cols)
+        if (!is_column(at))
             continue;
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -107,5 +107,5 @@ mix_residuals(Residuals residuals, const float *a, int64_t a_stride, const float
         store_floats(mix + row * mix_stride + at, x[round]);
     }
     if (NORMALIZE)
-        normalize_row<ROUNDS, FORMS>(x, w, weight, nullptr, eps, out + row * out_stride, forms, row, n_cols, partial);
+        normalize_row<FORMS>(x, w, weight, nullptr, eps, out + row * out_stride, forms, row, partial);
 }

@@ -13,10 +13,13 @@ DEVICE void choose_and_ask(const Routing &routing, unsigned *n_done, const int *
     if (!is_last_block(n_done, gridDim.x))
         return;
     const int warp = threadIdx.x / WARP;
+    bool is_missing = false;
 #pragma unroll 1
     for (int token = warp; token < n_tokens; token += blockDim.x / WARP)
-        choose(routing, token, shared + warp * routing.scratch_words());
-    __syncthreads();
+        choose(routing, token, shared + warp * routing.scratch_words(), [&](int place, int id) {
+            if (slots)
+                is_missing |= exchange.note(place, id, slots);
+        });
     if (slots)
-        exchange.ask(routing.ids, slots, routing.n_used, n_tokens);
+        exchange.ask(is_missing);
 }

@@ -1194,6 +1194,8 @@ def test_matrices_of_two_formats_are_one_launch(names: tuple[str, str], n_cols: 
         ("fast", 2888, "F16", 43, False),
         ("race", 1544, "F32", 43, True),
         ("asan", 768, "BF16", 43, True),
+        ("asan", 832, "F32", 46, True),  # pairs of rows
+        ("race", 1600, "F32", 43, True),
     ],
 )
 @pytest.mark.parametrize("asks", [False, True])

@@ -175,6 +175,16 @@ def _warp_bytes(weight_format: QuantFormat, rows: int, n_cols: int, n_tokens: in
     return _round_up_128(min(_STAGES, n_chunks) * _round_up_128(chunk * n_bytes + 16) + terms)
 
 
+def _pair_bytes(n_cols: int) -> int:
+    """Return the shared memory of a block with two float32 rows; `RowPair::BYTES`."""
+    return 3 * 4 * (n_cols // 64 * 68)
+
+
+def _can_pair(weight_format: QuantFormat, n_cols: int) -> bool:
+    """Return whether a block can take two rows of a matrix as `row_pair.cuh` does."""
+    return weight_format.name == "F32" and n_cols % 64 == 0 and n_cols >= 256 and _pair_bytes(n_cols) <= MOST_SHARED
+
+
 def _records_bytes(activation: Activation, n_cols: int, n_tokens: int) -> int:
     """Return the shared memory of activations; `Record`."""
     if activation == Activation.F32:
@@ -266,21 +276,26 @@ def linear(
     row_warps = _row_warps(weight_format, n_wanted, (MOST_SHARED - records) // of_warp)
     packed, n_blocks = pack_matrices([(part, row_warps * n) for part, n in zip(parts, per_warp, strict=True)], heads)
     shared = records + row_warps * of_warp
+    is_short = heads == ONE_HEAD and n_tokens == row_warps == 1 and per_warp == [_FLOAT_ROWS]
+    pair_columns = n_cols if is_short and _can_pair(weight_format, n_cols) else 0
+    if pair_columns:
+        shared = _pair_bytes(n_cols)
+    shape = f"ROW_WARPS={row_warps}", f"PAIR_COLUMNS={pair_columns}"
     rows = [_RowsOf(part.format.row_bytes(n_cols), part.grid, n) for part, n in zip(parts, per_warp, strict=True)]
     if routed is not None:
         assert heads == ONE_HEAD
         assert count.most <= n_tokens
         shared = max(shared, N_WARPS * routed.routing.scratch_bytes)
-        compiled = (f"FORMAT={weight_format.name}", f"ROW_WARPS={row_warps}", *routed.routing.definitions)
+        compiled = (f"FORMAT={weight_format.name}", *shape, *routed.routing.definitions)
         if normed is not None:
             assert can_normalize(weight_format, n_cols, count.most)
             return Launch(
                 "norm_and_route.cu",
                 "norm_and_route",
-                (*compiled, normed.forms.definition, f"ROUNDS={ceil_div(n_cols, N_WARPS * WARP * LANE)}"),
+                (*compiled, normed.forms.definition, f"N_COLS={n_cols}", f"THREADS={N_WARPS * WARP}"),
                 (n_blocks + 1, 1, 1),
                 N_WARPS * WARP,
-                (packed, *rows, *normed.arguments, int32(n_cols), *routed.arguments, pointer(count.address)),
+                (packed, *rows, *normed.arguments, *routed.arguments, pointer(count.address)),
                 shared,
             )
         return Launch(
@@ -296,7 +311,7 @@ def linear(
     return Launch(
         "linear.cu",
         "linear",
-        (*formats, f"N_TOKENS={n_tokens}", f"ROW_WARPS={row_warps}", "N_EXPERTS=0"),
+        (*formats, f"N_TOKENS={n_tokens}", *shape, "N_EXPERTS=0"),
         (n_blocks, ceil_div(count.most, n_tokens), heads.n),
         N_WARPS * WARP,
         (
@@ -558,8 +573,8 @@ def residual(
             f"NORMALIZE={int(out is not None)}",
             f"CENTER={int(centers)}",
             forms.definition,
+            f"N_COLS={n_cols}",
             f"THREADS={n_warps * WARP}",
-            f"ROUNDS={ceil_div(n_cols, n_warps * WARP * LANE)}",
         ),
         (1, count.most, 1),
         n_warps * WARP,
@@ -584,7 +599,6 @@ def residual(
             float32(eps),
             *at(out or NOTHING),
             forms.argument,
-            int32(n_cols),
             pointer(count.address),
         ),
         n_cols * 4 if has_experts and out is not None else 0,
@@ -716,7 +730,7 @@ class Routing(NamedTuple):
     @property
     def scratch_bytes(self) -> int:
         """Return the shared memory of a warp that chooses."""
-        return 8 * (self.n_experts + self.n_groups)
+        return 8 * (self.n_experts + self.n_groups) + 4 * self.n_used
 
 
 class Routed(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.devices.cuda.kernels import LANE, NO_FORMS, Forms, check_width
-from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, float32, int32, pointer
+from engine.devices.cuda.launch import NOTHING, WARP, Count, Launch, Rows, at, ceil_div, float32, pointer
 from engine.devices.graph import MOST_RESIDUALS
 
 
@@ -71,8 +71,8 @@ def mix_residuals(
             f"MOST_RESIDUALS={MOST_RESIDUALS}",
             f"NORMALIZE={int(norm is not None)}",
             forms.definition,
+            f"N_COLS={n_cols}",
             f"THREADS={n_warps * WARP}",
-            f"ROUNDS={ceil_div(n_cols, n_warps * WARP * LANE)}",
         ),
         (len(residuals), count.most, 1),
         n_warps * WARP,
@@ -89,7 +89,6 @@ def mix_residuals(
             float32(eps),
             *at(out),
             forms.argument,
-            int32(n_cols),
             pointer(count.address),
         ),
     )
