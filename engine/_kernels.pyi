@@ -101,6 +101,13 @@ def read_bandwidth(buffer: npt.NDArray[np.uint8], n_threads: int, repeats: int) 
     are not x86). It should be large against what it takes to start the threads: 64 MB and more.
     """
 
+def explain_bus_errors(exit_code: int) -> None:
+    """From now on end the process with a message and this code when a mapped file is read that somebody has cut short.
+
+    That is a signal (SIGBUS), and handled for the whole process; other causes of it end the process as before. Raises
+    `OSError` if the system refuses.
+    """
+
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 def argmax(logits: npt.NDArray[np.float32]) -> int:

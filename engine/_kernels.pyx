@@ -3,6 +3,7 @@
 import numpy as np
 
 from cpython.bytes cimport PyBytes_AS_STRING
+from libc.errno cimport errno
 from libc.stdint cimport INT32_MAX, int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libcpp cimport bool as c_bool
@@ -373,6 +374,10 @@ cdef extern from "kernels/memory.h" nogil:
                                              int n_threads, int repeats)
 
 
+cdef extern from "kernels/bus_error.h" nogil:
+    int c_explain_bus_errors "explain_bus_errors"(int exit_code)
+
+
 cdef extern from "kernels/random.h" nogil:
     void c_fill_random_blocks "fill_random_blocks"(int ggml_type, uint8_t *rows, int64_t n_rows, int n_cols,
                                                    uint64_t seed, int n_threads)
@@ -614,6 +619,11 @@ def read_bandwidth(uint8_t[::1] buffer, int n_threads, int repeats):
     with nogil:
         best = c_read_bandwidth(kernels, &buffer[0], buffer.shape[0], n_threads, repeats)
     return best
+
+
+def explain_bus_errors(int exit_code):
+    if c_explain_bus_errors(exit_code):
+        raise OSError(errno, "SIGBUS cannot be handled")
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,6 +328,31 @@ def test_a_terminal_that_lacks_a_character_shows_its_number() -> None:
     )
     assert done.stdout.startswith(b"\xe9\\u2192")
     assert done.stderr == b""
+
+
+def test_a_model_that_is_cut_short_while_it_is_used_is_named(tmp_path: Path) -> None:
+    """Its pages are gone in the middle of a product, where no exception can be raised."""
+    model = tmp_path / "some model.gguf"
+    shutil.copyfile(tiny_model_path(), model)
+    script = f"""
+import os, sys
+from engine import Engine
+from engine.__main__ import main
+
+open_whole = Engine.open
+
+def open_and_cut(*args, **settings):
+    engine = open_whole(*args, **settings)
+    os.truncate({str(model)!r}, 4096)
+    return engine
+
+Engine.open = staticmethod(open_and_cut)
+sys.exit(main(["run", {str(model)!r}, "--load", "mmap", "-p", "x", *{GREEDY!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"error: {model}: cannot be read any more: it was cut short" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from engine import _kernels
 from engine.cli.terminal import error_console, start_logging, stop_logging
 from engine.errors import ConfigError, EngineError
 
@@ -37,6 +38,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is spelled out
         sys.stdout.reconfigure(errors="backslashreplace")
+    _kernels.explain_bus_errors(EXIT_ERROR)  # no exception: somebody cuts the mapped file short
     console = error_console()
     handler = start_logging(console, quiet=args.quiet, debug=args.debug)
     try:
