@@ -75,7 +75,7 @@ struct Summands {
         load_ranks(ranks, 0, at);
     }
 
-    // Adds all up to x, which is null for 0 if not `has_x`.
+    // Adds all up to x, or to 0 if there is no x.
     __device__ __forceinline__ void add_up(const Experts &e, const Ranks &ranks, bool has_x, float gate, int at) {
         float acc[COLUMNS] = {};
         for (int first = 0; first < N_USED; first += AT_ONCE) {

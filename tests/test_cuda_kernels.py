@@ -120,6 +120,31 @@ def test_a_block_takes_few_rows_where_there_are_few(n_multiprocessors: int, warp
     check_linear(BY_NAME["F16"], 1, "race")
 
 
+@pytest.mark.parametrize(
+    ("mode", "n_cols", "n_tokens"),
+    [
+        ("fast", 320, 1),
+        ("race", 2880, 1),
+        ("asan", 256, 1),
+        ("fast", 7168, 3),
+    ],  # the last: for whom there is no room together
+)
+def test_few_rows_of_float32_are_taken_in_pairs(mode: str, n_cols: int, n_tokens: int) -> None:
+    """An odd number of them, a bias, and tokens that are alone in their block, though there are several."""
+    rng, emulator, n_rows = np.random.default_rng(1), Emulator(mode), 9
+    weights = aligned(random_weights(BY_NAME["F32"], n_rows, n_cols))
+    x, bias = aligned(rng.standard_normal((n_tokens, n_cols)).astype(F32)), rng.standard_normal(n_rows).astype(F32)
+    expected = _kernels.matmul(BY_NAME["F32"].ggml_type, weights, x) + bias
+    for order, seed in SCHEDULES:
+        out = np.full((n_tokens, n_rows), np.nan, F32)
+        matrix = Matrix(emulator.at(weights), n_rows, emulator.rows(out), emulator.at(bias))
+        count = emulator.count(n_tokens, n_tokens)
+        launch = kernels.linear(emulator.byte_rows(x), n_cols, BY_NAME["F32"], [matrix], 0, count)
+        assert (f"PAIR_COLUMNS={n_cols}" in launch.definitions) == (n_tokens == 1)
+        emulator.run(launch, order, seed)
+        assert same_bits(out, expected)
+
+
 def test_linear_takes_many_tokens_in_groups() -> None:
     check_linear(BY_NAME["BF16"], 11, "fast")
 

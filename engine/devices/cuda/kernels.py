@@ -276,7 +276,7 @@ def linear(
     row_warps = _row_warps(weight_format, n_wanted, (MOST_SHARED - records) // of_warp)
     packed, n_blocks = pack_matrices([(part, row_warps * n) for part, n in zip(parts, per_warp, strict=True)], heads)
     shared = records + row_warps * of_warp
-    is_short = heads == ONE_HEAD and n_tokens == row_warps == 1 and per_warp == [_FLOAT_ROWS]
+    is_short = heads == ONE_HEAD and count.most == row_warps == 1 and per_warp == [_FLOAT_ROWS]
     pair_columns = n_cols if is_short and _can_pair(weight_format, n_cols) else 0
     if pair_columns:
         shared = _pair_bytes(n_cols)
@@ -706,6 +706,7 @@ class Routing(NamedTuple):
         """Return the kernels' argument."""
         assert not self.table or (self.token_ids and self.n_vocab and not self.bias and self.n_groups == 1)
         assert self.n_used <= self.n_experts
+        assert self.n_experts % (4 * WARP) or self.logits.address % 16 == 4 * self.logits.stride % 16 == 0
         assert self.n_experts % self.n_groups == 0
         assert self.n_groups == 1 or self.n_used <= self.n_experts // self.n_groups * self.n_groups_used
         return _Routing(
