@@ -352,9 +352,9 @@ class MoESpec:
     """Routed experts of the layers that have a router; all zero for a dense model.
 
     Attributes:
-        n_experts, n_experts_used: in a layer, and of them by one token.
-        ffn_size: width of an expert.
-        shared_ffn_size: width of the shared expert; 0 if there is none.
+        n_experts, n_experts_used: in a layer, and of them by one token; the most, where layers differ.
+        ffn_size: width of an expert; of the widest, where layers differ.
+        shared_ffn_size: width of the shared expert, of the first layer that has one; 0 if there is none.
         scoring: how router logits become scores.
         normalize: whether the weights of the chosen experts are made to add up to 1.
         scale: factor of the weights after that.
@@ -370,6 +370,7 @@ class MoESpec:
         limits, shared_limits: for each layer, what SiLU and the other factor are clamped to in routed and in all other
             networks, 0 for nothing; no entry: nothing.
         situ_limits: what SiTU brings gate and up to within, in all networks; the second may be 0: up stays as it is.
+        layer_experts_used: for each layer, where they differ; 0 for one without experts; no entry: all as many.
     """
 
     n_experts: int = 0
@@ -392,6 +393,11 @@ class MoESpec:
     limits: tuple[float, ...] = ()
     shared_limits: tuple[float, ...] = ()
     situ_limits: tuple[float, float] = (0.0, 0.0)
+    layer_experts_used: tuple[int, ...] = ()
+
+    def experts_used(self, layer: int) -> int:
+        """Return how many experts of a layer one token uses."""
+        return self.layer_experts_used[layer] if layer < len(self.layer_experts_used) else self.n_experts_used
 
     def layer_limits(self, layer: int, *, routed: bool) -> tuple[float, float]:
         """Return the limit of a layer's networks, routed or other, and that of up where it has one of its own."""

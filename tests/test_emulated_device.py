@@ -661,7 +661,7 @@ def test_break_even_follows_from_the_bandwidths() -> None:
 def test_the_footprint_counts_what_a_token_reads(models) -> None:
     footprint = measure(models("tiny").loaded.graph, LIMITS)
     assert footprint.n_layers == 8
-    assert footprint.n_experts_used == 4
+    assert footprint.experts_used.tolist() == [4] * 8
     assert footprint.expert_total_bytes == 12_386_304
     assert footprint.attention_bytes(9) - footprint.attention_bytes(8) == pytest.approx(footprint.position_bytes)
 

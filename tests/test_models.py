@@ -657,9 +657,6 @@ def test_layers_without_experts_use_none(peer, tmp_path: Path) -> None:
     n_used = load(parts, tmp_path).spec.moe.n_experts_used
     parts.values["dbrx.expert_used_count"] = np.array([0, n_used], np.int32)
     assert load(parts, tmp_path).spec.moe.n_experts_used == n_used
-    parts.values["dbrx.expert_used_count"] = np.array([1, 2], np.int32)
-    with pytest.raises(UnsupportedModelError, match=r"expert_used_count differs between layers \(1, 2\)"):
-        load(parts, tmp_path)
 
 
 def test_jamba_counts_one_expert_where_it_has_none(peer, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_steps_that_stream_are_those_for_which_it_is_quicker(footprint) -> None:
     threshold = footprint.streaming_pays_from(MACHINE.bandwidths, MACHINE.cpu_macs)
     n_layers = len(footprint.expert_bytes)
     for n, streams in ((threshold // 2, False), (2 * threshold, True)):
-        chosen = footprint.n_experts * (1 - (1 - footprint.n_experts_used / footprint.n_experts) ** n)
+        chosen = footprint.n_experts * (1 - (1 - footprint.experts_used / footprint.n_experts) ** n)
         work = StepWork(
             n_layers=footprint.n_layers,
             dense_bytes=0.0,
@@ -236,7 +236,7 @@ def test_steps_that_stream_are_those_for_which_it_is_quicker(footprint) -> None:
             hit_bytes=np.zeros(n_layers),
             hit_macs=np.zeros(n_layers),
             miss_bytes=chosen * footprint.expert_bytes.astype(float),
-            miss_macs=float(n * footprint.n_experts_used) * footprint.expert_macs,
+            miss_macs=n * footprint.experts_used.astype(float) * footprint.expert_macs,
             streamed_bytes=np.zeros(n_layers),
         )
         sent = float(footprint.expert_total_bytes) / MACHINE.bandwidths.pcie

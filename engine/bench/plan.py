@@ -211,7 +211,7 @@ def _prediction(
     rates: npt.NDArray[np.float64],
     loads: npt.NDArray[np.float64],
 ) -> Prediction:
-    used = float(footprint.n_experts_used)
+    used = footprint.experts_used.astype(np.float64)
     sizes, macs = footprint.expert_bytes.astype(np.float64), footprint.expert_macs.astype(np.float64)
     copied = float((loads * sizes).sum())
     token = StepWork(
@@ -243,10 +243,10 @@ def _prediction(
 def _prompt_speed(machine: Machine, footprint: Footprint, plan: MemoryPlan, position: int) -> float:
     """Return prompt tokens a second in long steps: all experts without a slot are streamed, nearly all are chosen."""
     n_experts, n_tokens = max(plan.n_experts, 1), footprint.max_tokens
-    unused = (1 - footprint.n_experts_used / n_experts) ** n_tokens
+    unused = (1 - footprint.experts_used / n_experts) ** n_tokens
     chosen = n_experts * (1 - unused) * footprint.expert_bytes.astype(np.float64)
     nothing = np.zeros(len(plan.n_slots))
-    macs = footprint.expert_macs.astype(np.float64) * footprint.n_experts_used * n_tokens
+    macs = footprint.expert_macs.astype(np.float64) * footprint.experts_used * n_tokens
     work = StepWork(
         n_layers=footprint.n_layers,
         dense_bytes=footprint.read_bytes,
@@ -401,7 +401,7 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
 
 def made_up_trace(footprint: Footprint) -> Trace:
     """Return routing that behaves like that of real models, for a model's shape."""
-    process = RoutingProcess(len(footprint.expert_bytes), footprint.n_experts, footprint.n_experts_used)
+    process = RoutingProcess(len(footprint.expert_bytes), footprint.n_experts, int(footprint.experts_used.max()))
     return process.trace(PROMPT_TOKENS, ANSWER_TOKENS)
 
 

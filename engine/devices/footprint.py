@@ -49,7 +49,7 @@ class Footprint:
     Attributes:
         n_layers: blocks of the model.
         n_experts: of each MoE layer; 0 if there is none.
-        n_experts_used: of them by one token.
+        experts_used: int64 [n_moe_layers], of them by one token.
         expert_bytes: int64 [n_moe_layers], one expert of each layer.
         expert_macs: int64 [n_moe_layers], multiply-adds of one token with one expert.
         dense_bytes: all other matrices that the device reads for a token; not tables of embeddings, of which a token
@@ -69,7 +69,7 @@ class Footprint:
 
     n_layers: int
     n_experts: int
-    n_experts_used: int
+    experts_used: npt.NDArray[np.int64]
     expert_bytes: npt.NDArray[np.int64]
     expert_macs: npt.NDArray[np.int64]
     dense_bytes: int
@@ -111,14 +111,14 @@ class Footprint:
     @property
     def chosen_bytes(self) -> int:
         """Return the bytes of the experts that one token uses."""
-        return int(self.expert_bytes.sum()) * self.n_experts_used
+        return int((self.expert_bytes * self.experts_used).sum())
 
     def streaming_pays_from(self, speeds: Bandwidths, cpu_macs: float) -> int:
         """Return how many tokens a step must have for streamed experts to pay; see `timing.streaming_pays_from`."""
         if not self.n_experts:
             return 1
         n_bytes, macs = float(self.expert_bytes.sum()), float(self.expert_macs.sum())
-        return streaming_pays_from(speeds, cpu_macs, n_bytes, macs, self.n_experts_used / self.n_experts)
+        return streaming_pays_from(speeds, cpu_macs, n_bytes, macs, float(self.experts_used.mean()) / self.n_experts)
 
     def attention_bytes(self, position: float) -> float:
         """Return the keys, values and states that the device reads for a token at a position."""
@@ -151,7 +151,7 @@ def measure(
     return Footprint(
         n_layers=sum(isinstance(op, ops.Attention | ops.DeltaNet | ops.SelectiveScan) for op in graph.operations),
         n_experts=layers[0].routing.n_experts if layers else 0,
-        n_experts_used=layers[0].routing.ids.width if layers else 0,
+        experts_used=np.array([op.routing.ids.width for op in layers], np.int64),
         expert_bytes=np.array([sum(w.n_bytes // w.n_experts for w in stack) for stack in stacks], np.int64),
         expert_macs=np.array([sum(w.n_rows * w.n_cols for w in stack) for stack in stacks], np.int64),
         dense_bytes=sum(w.n_bytes for w in (*dense, *of_draft, *[weight for _, weight in used])),

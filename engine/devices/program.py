@@ -135,7 +135,10 @@ class Program(Protocol):
         ...
 
     def routing(self) -> npt.NDArray[np.int32]:
-        """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
+        """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used].
+
+        Where a layer uses fewer than another, the number of experts stands for nobody (`padded_routing`).
+        """
         ...
 
     def close(self) -> None:
@@ -206,6 +209,18 @@ class DrawingProgram(Protocol):
 
 
 _Ints: TypeAlias = npt.NDArray[np.int32]
+
+
+def padded_routing(of_layers: Sequence[npt.NDArray[np.int32]], n_experts: int) -> npt.NDArray[np.int32]:
+    """Return a copy of the choices of all layers, [n_layers, n_tokens, n_experts_used], from those of each.
+
+    Where a layer uses fewer than another, `n_experts` stands for nobody.
+    """
+    n_used, n_tokens = max((ids.shape[1] for ids in of_layers), default=0), len(of_layers[0]) if of_layers else 0
+    routing = np.full((len(of_layers), n_tokens, n_used), n_experts, np.int32)
+    for padded, ids in zip(routing, of_layers, strict=True):
+        padded[:, : ids.shape[1]] = ids
+    return routing
 
 
 def kept_row(keeps: tuple[int, int] | None, slots: _Ints) -> int:

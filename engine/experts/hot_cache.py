@@ -137,7 +137,7 @@ class HotCache:
         """Take in a step that has run, before `step`.
 
         Args:
-            routing: ids [n_layers, n_tokens, n_experts_used].
+            routing: ids [n_layers, n_tokens, n_experts_used]; one of n_experts or more stands for nobody.
             resident: who was in a slot for it; None for those who are now.
         """
         if resident is None:
@@ -150,8 +150,8 @@ class HotCache:
         if self._has_everything and resident.all() and not self.bypasses(n_tokens):
             self._used = True
             self._n_tokens += n_tokens
-            self._hits += routing[0].size
-            self._choices += routing[0].size
+            self._hits += (n_choices := (routing < self._n_experts).sum((1, 2)))
+            self._choices += n_choices
             return
         if self.bypasses(n_tokens):
             if self._prompt_seeds_heat:
@@ -161,9 +161,9 @@ class HotCache:
             return
         self._used = True
         self._n_tokens += n_tokens
-        layers = np.arange(routing.shape[0])[:, None, None]
-        self._hits += resident[layers, routing].sum((1, 2))
-        self._choices += routing[0].size
+        layers, known = np.arange(routing.shape[0])[:, None, None], routing < self._n_experts
+        self._hits += (resident[layers, np.where(known, routing, 0)] & known).sum((1, 2))
+        self._choices += known.sum((1, 2))
         for chosen in tokens:
             self.policy.observe(chosen)
 

@@ -69,7 +69,8 @@ class Steering:
         """
         told = routing[:, np.arange(-PLAYED_OF_PROMPT, 0) % routing.shape[1]]
         told[self._layers] = np.stack([self._take() for _ in range(PLAYED_OF_PROMPT)], axis=1)
-        return told
+        n_experts = self._values.shape[1]
+        return np.where(routing[:, :1] < n_experts, told, n_experts).astype(np.int32)  # nobody stays nobody
 
     def begin_step(self, n_tokens: int) -> None:
         """Set the biases for a step of so many tokens."""

@@ -157,8 +157,9 @@ class TraceRecorder:
         return sum(map(len, self._steps))
 
     def append(self, routing: npt.NDArray[np.integer], phase: int) -> None:
-        """Add the tokens of one step; routing: ids [n_layers, n_tokens, n_experts_used], negative for not known."""
-        ids = np.where(routing < 0, NOT_RECORDED, routing).astype(np.uint16)
+        """Add the tokens of one step; routing: ids [n_layers, n_tokens, n_experts_used], outside for not known."""
+        known = (routing >= 0) & (routing < self._n_experts)
+        ids = np.where(known, routing, NOT_RECORDED).astype(np.uint16)
         self._steps.append(np.ascontiguousarray(ids.transpose(1, 0, 2)))
         self._phases.append(np.full(ids.shape[1], phase, np.uint8))
 

@@ -70,13 +70,6 @@ class Keys:
             raise self._differs(key, values)
         return values.pop()
 
-    def size_where_any(self, key: str) -> int:
-        """Return a size of the layers that have what it is of; for the others an array says 0."""
-        values = {value for value in self.sizes(key) if value}
-        if len(values) > 1:
-            raise self._differs(key, values)
-        return values.pop() if values else self.size(key)
-
     def _differs(self, key: str, values: set[int]) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.file_name}: {self.architecture}.{key} differs between layers "
@@ -206,7 +199,8 @@ class Keys:
         if not n_experts:
             return MoESpec()
         self.at_most("expert_count", n_experts, _MOST_EXPERTS)
-        n_experts_used = self.size_where_any("expert_used_count")
+        layers_used = self.sizes("expert_used_count")
+        n_experts_used = max(layers_used, default=0) or self.size("expert_used_count")
         if n_experts_used > n_experts:
             raise self.wrong("expert_used_count", n_experts_used, f"at most expert_count ({n_experts})")
         n_groups = max(1, self.size("expert_group_count", 1, minimum=0))
@@ -215,11 +209,13 @@ class Keys:
             raise self.wrong("expert_group_count", n_groups, f"a divisor of expert_count, at least {n_groups_used}")
         if n_groups > 1 and (n_experts // n_groups < 2 or n_groups_used * (n_experts // n_groups) < n_experts_used):
             raise self.wrong("expert_group_count", n_groups, f"groups that hold {n_experts_used} experts between them")
-        n_layers = self.n_layers()
+        n_layers, differ = self.n_layers(), len({n for n in layers_used if n}) > 1
+        if differ and len(layers_used) < n_layers:
+            raise self.wrong("expert_used_count", layers_used, f"one number, or one for each of {n_layers} layers")
         return MoESpec(
             n_experts,
             n_experts_used,
-            tensors.first_width("ffn_down_exps.weight", n_layers),
+            tensors.largest_width("ffn_down_exps.weight", n_layers),
             tensors.first_width("ffn_down_shexp.weight", n_layers),
             scoring,
             self.flag("expert_weights_norm", False) if normalize is None else normalize,
@@ -227,6 +223,7 @@ class Keys:
             n_groups,
             n_groups_used,
             weights_input,
+            layer_experts_used=tuple(layers_used[: self.n_layers_told()]) if differ else (),
         )
 
     def limited(self, moe: MoESpec) -> MoESpec:
@@ -428,6 +425,11 @@ class Tensors:
         """Return the inputs of a matrix that some blocks have, as the first of them stores it; 0 if none has it."""
         blocks = (self.block(layer) for layer in range(n_layers))
         return next((block.shape(name)[-1] for block in blocks if block.has(name)), 0)
+
+    def largest_width(self, name: str, n_layers: int) -> int:
+        """Return the inputs of a matrix that some blocks have, of the widest; 0 if none has it."""
+        blocks = (self.block(layer) for layer in range(n_layers))
+        return max((block.shape(name)[-1] for block in blocks if block.has(name)), default=0)
 
     def vector(self, name: str, *shape: int) -> Vector:
         """Return a tensor that is used as float32 values."""

@@ -447,11 +447,11 @@ def mixture_of_experts(
     outs = graph.linears(x, tuple(inputs.values()), biases_of_inputs) if inputs else ()
     projected = dict(zip(inputs, outs, strict=True))
 
-    routing = route(graph, projected["router"] if logits is None else logits, block, moe)
+    routing = route(graph, projected["router"] if logits is None else logits, block, moe, layer)
     expert_out = routed_experts(graph, x, routing, block, spec, layer, activation)
     shared = None
     if moe.shared_ffn_size:
-        down = block.matrix(f"ffn_down{moe.shared_suffix}.weight", hidden_size, moe.shared_ffn_size)
+        down = block.matrix(name := f"ffn_down{moe.shared_suffix}.weight", hidden_size, block.shape(name)[-1])
         limits = moe.layer_limits(layer, routed=False)
         gated = gate_projections(graph, [projected[part] for part in shared_inputs], activation, limits)
         shared = graph.linear(gated, down)
@@ -481,8 +481,8 @@ def shared_projections(block: Tensors, spec: ModelSpec, activation: Activation) 
 
     Gate and up are stored apart, or as one matrix (`ffn_up_shexp`: gate rows first).
     """
-    suffix, size, width = spec.moe.shared_suffix, spec.moe.shared_ffn_size, spec.hidden_size
-    names = projection_names(block, suffix, activation)
+    suffix, width = spec.moe.shared_suffix, spec.hidden_size
+    size, names = block.shape(f"ffn_down{suffix}.weight")[-1], projection_names(block, suffix, activation)
     is_one = len(names) == 2 and not block.has(f"ffn_gate{suffix}.weight")
     if is_one and block.shape(f"ffn_up{suffix}.weight")[0] == 2 * size:
         both = split_rows(block.matrix(f"ffn_up{suffix}.weight", 2 * size, width), size, size)
@@ -497,16 +497,24 @@ def check_experts(spec: ModelSpec, block: Tensors) -> MoESpec:
     return spec.moe
 
 
-def route(graph: Graph, logits: Tensor, block: Tensors, moe: MoESpec) -> Routing:
-    """Choose the experts of each token by the logits of a block's router, or by a table if it has one."""
+def route(graph: Graph, logits: Tensor, block: Tensors, moe: MoESpec, layer: int) -> Routing:
+    """Choose the experts of each token by the logits of a block's router, or by a table if it has one.
+
+    Raises `GGUFError` if the file says that no expert of this layer is used.
+    """
+    n_experts_used = moe.experts_used(layer)
+    if not n_experts_used:
+        raise GGUFError(
+            f"{block.file_name}: has a router ({block.prefix}ffn_gate_inp.weight) of which no expert is used"
+        )
     if block.has("ffn_gate_tid2eid.weight"):
         n_vocab = block.whole.shape("token_embd.weight")[0]
-        table = block.table("ffn_gate_tid2eid.weight", n_vocab, moe.n_experts_used)
-        how = moe.n_experts_used, _SCORINGS[moe.scoring], moe.normalize
+        table = block.table("ffn_gate_tid2eid.weight", n_vocab, n_experts_used)
+        how = n_experts_used, _SCORINGS[moe.scoring], moe.normalize
         return graph.router(logits, *how, scale=moe.scale, table=table)
     return graph.router(
         logits,
-        moe.n_experts_used,
+        n_experts_used,
         _SCORINGS[moe.scoring],
         moe.normalize,
         block.optional_vector("exp_probs_b.bias" if block.has("exp_probs_b.bias") else "exp_probs_b", moe.n_experts),
@@ -533,7 +541,7 @@ def routed_experts(
         x,
         routing,
         *projections,
-        block.experts("ffn_down_exps.weight", moe.n_experts, width, moe.ffn_size),
+        block.experts("ffn_down_exps.weight", moe.n_experts, width, block.shape("ffn_down_exps.weight")[-1]),
         (*biases, block.optional_vector("ffn_down_exps.bias", moe.n_experts, width)),
         activation,
         *limits,
@@ -547,7 +555,7 @@ def expert_projections(
 
     They are stored apart, as one matrix (`ffn_gate_up_exps`: gate rows first), or there is one that is both.
     """
-    n_experts, size = spec.moe.n_experts, spec.moe.ffn_size
+    n_experts, size = spec.moe.n_experts, block.shape("ffn_down_exps.weight")[-1]  # layers may differ
     names = projection_names(block, "_exps", activation)
     names = names if len(names) == 2 else names * 2
     gate_bias, up_bias = (block.optional_vector(f"ffn_{name}_exps.bias", n_experts, size) for name in names)

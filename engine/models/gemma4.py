@@ -110,7 +110,7 @@ def _networks(graph: Graph, x: Tensor, block: Tensors, spec: ModelSpec, layer: i
     h = normalize(graph, x, block, "ffn_gate_inp.scale", spec)
     h = graph.scale(h, hidden_size**-0.5)
     logits = graph.linear(h, block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size, scaled=False))
-    routing = route(graph, logits, block, moe)
+    routing = route(graph, logits, block, moe, layer)
     expert_out = routed_experts(graph, expert_in, routing, block, spec, layer, Activation.GELU)
     dense = normalize(graph, _dense(graph, x, block, spec, layer), block, "post_ffw_norm_1.weight", spec)
     routed = graph.combine(expert_out, routing, None)

@@ -61,7 +61,7 @@ def _grouped_experts(graph: Graph, x: Tensor, residual: Tensor, block: Tensors, 
     """
     moe, hidden_size = check_experts(spec, block), spec.hidden_size
     logits = graph.linear(x, block.matrix("ffn_gate_inp.weight", moe.n_experts, hidden_size))
-    routing = route(graph, logits, block, moe)
+    routing = route(graph, logits, block, moe, layer)
     expert_out = routed_experts(graph, x, routing, block, spec, layer, Activation.SILU)
     found = graph.combine(expert_out, routing, None)
 

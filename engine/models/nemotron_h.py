@@ -1,7 +1,8 @@
-"""Nemotron 3 (Nano 30B-A3B, Super 120B-A12B), Nemotron-H: layers are state spaces, attention or feed-forward networks.
+"""Nemotron 3 (Nano 30B-A3B, Super 120B-A12B, Puzzle 75B-A9B), Nemotron-H: state spaces, attention or networks.
 
 Networks have one projection in place of gate and up, of which they take the squares where it is above 0. The experts of
 the larger ones work in a space of fewer values, into which and out of which there is one more matrix for all of them.
+Of Puzzle each layer has experts of a width of its own, and uses a number of its own.
 A block for multi-token prediction has attention and experts, and LayerNorm behind them.
 """
 

@@ -501,7 +501,9 @@ class Engine(Answering):
     def _first_line(self, device_reason: str) -> str:
         """Say what is used and why, in one line."""
         s, settings, moe = self._statistics, self.config.engine, self.spec.moe
-        experts = f"{moe.n_experts_used} of {moe.n_experts} experts a token" if moe.n_experts else "dense, no experts"
+        fewest = min(filter(None, moe.layer_experts_used), default=moe.n_experts_used)
+        used = f"{fewest} to {moe.n_experts_used}" if fewest < moe.n_experts_used else f"{fewest}"
+        experts = f"{used} of {moe.n_experts} experts a token" if moe.n_experts else "dense, no experts"
         return (
             f"{s.model}: {self.spec.n_layers} layers, {experts}, "
             f"{s.file_bytes / 2**20:,.1f} MiB of weights ({self.config.model.load}); {s.device} ({device_reason}); "

@@ -11,7 +11,7 @@ from engine import _kernels
 from engine.devices.cpu.lowering import Lowering
 from engine.devices.cpu.sequence_state import passing_parts, state_parts, used_parts
 from engine.devices.graph import Graph
-from engine.devices.program import Limits, WeightAccess, kept_row
+from engine.devices.program import Limits, WeightAccess, kept_row, padded_routing
 from engine.errors import DeviceError, RequestError
 from engine.quants import install_grids
 
@@ -157,9 +157,7 @@ class CPUProgram:
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        if not self._lowered.routing_ids:
-            return np.empty((0, self._n_tokens, 0), np.int32)
-        return np.stack([ids[: self._n_tokens] for ids in self._lowered.routing_ids])
+        return padded_routing([ids[: self._n_tokens] for ids in self._lowered.routing_ids], self._lowered.n_experts)
 
     @property
     def guess_biases(self) -> Mapping[str, str]:

@@ -105,6 +105,7 @@ class Lowering:
         assert graph.logits is not None
         self.logits = self._view(graph.logits, np.float32)
         self.routing_ids = [self._view(r.ids, np.int32) for r in graph.routings]
+        self.n_experts = max((r.n_experts for r in graph.routings), default=0)
         self.expert_tables = [self._tables[r.ids.buffer] for r in graph.routings]
 
     def _record_draft(self, draft: Graph, calls: list[Callable[[], None]]) -> None:

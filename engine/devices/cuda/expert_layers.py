@@ -122,7 +122,7 @@ class ExpertTables:
         layers: in the order of the forward pass; behind them that of the head that drafts tokens, if there is one.
         n_step_layers: those that steps have.
         n_experts: the most that a layer has.
-        n_used: how many each token takes, in any layer.
+        n_used: how many each token takes, in the layer that uses most.
         hidden_size: of what goes into them.
         at_once: how many pass through a staging buffer.
         slot_table: offset of the places of all experts, int32 [n_moe_layers, n_experts].
@@ -157,6 +157,11 @@ class ExpertTables:
     def step_layers(self) -> Sequence[ExpertLayer]:
         """Return the layers whose experts may be in slots that a cache fills."""
         return self.layers[: self.n_step_layers]
+
+    @property
+    def are_alike(self) -> bool:
+        """Return whether steps use as many experts in every layer."""
+        return all(layer.op.routing.ids.width == self.n_used for layer in self.step_layers)
 
     @property
     def n_places(self) -> int:

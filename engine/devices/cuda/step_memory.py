@@ -13,7 +13,7 @@ from engine.devices.cuda.launch import Launch
 from engine.devices.cuda.lowering import Lowering
 from engine.devices.cuda.places import DRAW_WORDS
 from engine.devices.cuda.runtime import PinnedMemory
-from engine.devices.program import DRAW, MOST_TOP_K, NO_DRAW, Step
+from engine.devices.program import DRAW, MOST_TOP_K, NO_DRAW, Step, padded_routing
 from engine.resources import Resources
 
 T = TypeVar("T", bound=np.generic)
@@ -67,7 +67,12 @@ class StepBuffer:
         `size` is the one that the step's launches were made for.
         """
         experts = self._lowering.experts
-        return _array(self._ids, (experts.n_step_layers, size, experts.n_used), np.int32)[:, :n_tokens]
+        rows = _array(self._ids, (experts.n_step_layers, size * experts.n_used), np.int32)
+        if experts.are_alike:
+            return rows.reshape(experts.n_step_layers, size, experts.n_used)[:, :n_tokens]
+        widths = [layer.op.routing.ids.width for layer in experts.step_layers]  # a layer's rows lie close together
+        own = [row[: size * n].reshape(size, n)[:n_tokens] for row, n in zip(rows, widths, strict=True)]
+        return padded_routing(own, experts.n_experts)
 
     def fetch(self, base: int, size: int, table: PinnedMemory, before: StepBuffer) -> list[Launch]:
         """Return the launches that begin steps of at most `size` tokens: they bring all inputs to the device.

@@ -402,7 +402,9 @@ class EmulatedProgram:
         counts: npt.NDArray[np.float64] = np.zeros((n_layers, footprint.n_experts))
         if n_layers:
             layers = np.arange(n_layers)[:n_known, None, None]
-            np.add.at(counts, (layers, self.routing()[:n_known]), 1.0)
+            routing = self.routing()[:n_known]
+            layers, known = np.broadcast_to(layers, routing.shape), routing < footprint.n_experts
+            np.add.at(counts, (layers[known], routing[known]), 1.0)
         on_device = np.full(counts.shape, cold is not None)
         for layer, experts in enumerate(self._memory.published()):
             on_device[layer, experts] = True
