@@ -401,7 +401,9 @@ def read_machine(args: argparse.Namespace) -> tuple[Machine, int]:
 
 def made_up_trace(footprint: Footprint) -> Trace:
     """Return routing that behaves like that of real models, for a model's shape."""
-    process = RoutingProcess(len(footprint.expert_bytes), footprint.n_experts, int(footprint.experts_used.max()))
+    process = RoutingProcess(
+        len(footprint.expert_bytes), footprint.n_experts, int(footprint.experts_used.max(initial=0))
+    )
     return process.trace(PROMPT_TOKENS, ANSWER_TOKENS)
 
 

@@ -211,12 +211,12 @@ class DrawingProgram(Protocol):
 _Ints: TypeAlias = npt.NDArray[np.int32]
 
 
-def padded_routing(of_layers: Sequence[npt.NDArray[np.int32]], n_experts: int) -> npt.NDArray[np.int32]:
+def padded_routing(of_layers: Sequence[npt.NDArray[np.int32]], n_tokens: int, n_experts: int) -> npt.NDArray[np.int32]:
     """Return a copy of the choices of all layers, [n_layers, n_tokens, n_experts_used], from those of each.
 
     Where a layer uses fewer than another, `n_experts` stands for nobody.
     """
-    n_used, n_tokens = max((ids.shape[1] for ids in of_layers), default=0), len(of_layers[0]) if of_layers else 0
+    n_used = max((ids.shape[1] for ids in of_layers), default=0)
     routing = np.full((len(of_layers), n_tokens, n_used), n_experts, np.int32)
     for padded, ids in zip(routing, of_layers, strict=True):
         padded[:, : ids.shape[1]] = ids

@@ -157,7 +157,8 @@ class CPUProgram:
 
     def routing(self) -> npt.NDArray[np.int32]:
         """Return a copy of the experts chosen in the last step, [n_moe_layers, n_tokens, n_experts_used]."""
-        return padded_routing([ids[: self._n_tokens] for ids in self._lowered.routing_ids], self._lowered.n_experts)
+        lowered, n = self._lowered, self._n_tokens
+        return padded_routing([ids[:n] for ids in lowered.routing_ids], n, lowered.n_experts)
 
     @property
     def guess_biases(self) -> Mapping[str, str]:

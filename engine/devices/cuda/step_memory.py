@@ -72,7 +72,7 @@ class StepBuffer:
             return rows.reshape(experts.n_step_layers, size, experts.n_used)[:, :n_tokens]
         widths = [layer.op.routing.ids.width for layer in experts.step_layers]  # a layer's rows lie close together
         own = [row[: size * n].reshape(size, n)[:n_tokens] for row, n in zip(rows, widths, strict=True)]
-        return padded_routing(own, experts.n_experts)
+        return padded_routing(own, n_tokens, experts.n_experts)
 
     def fetch(self, base: int, size: int, table: PinnedMemory, before: StepBuffer) -> list[Launch]:
         """Return the launches that begin steps of at most `size` tokens: they bring all inputs to the device.
