@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from engine.bench import conversation, drafts, kernels, limits, measure, peers, placements, plots, replay
+from engine.bench import conversation, drafts, kernels, measure, peers, placements, plots, replay
 from engine.bench.table import Report, machine_facts, render, to_csv, to_json, write_file
 from engine.cli.options import ENGINE_OPTIONS, add_common, add_settings, read_settings
 from engine.cli.terminal import Bars
@@ -28,7 +28,7 @@ from engine.runtime import Engine, EngineStatistics
 from engine.synthetic import PREFIX
 
 DESCRIPTION = """Measure prompt and decode speed, and how near decoding is to the bandwidth of the memory, measured in
-the same run. Prompts are random tokens, answers what the model draws after them, read token by token."""
+the same runs. Prompts are random tokens, answers what the model draws after them, read token by token."""
 _CONVERSATION_TOKENS = 768  # of context beside the longest answer
 _LINES_AROUND_LAYERS = 7  # title, which may take two lines, headings, frame, and the cursor's
 _FILE_WIDTH = 160  # columns, where the output is not a terminal
@@ -176,15 +176,15 @@ def _measure(config: EngineConfig, peer_names: list[str], bars: Bars) -> Report:
             n_threads=used.engine.n_threads,
             n_batch=used.engine.max_batch_tokens,
             token_bytes=statistics.weights.token_bytes,
+            buffer_bytes=settings.bandwidth_mb << 20,
             progress=bars.steps,
         )
     notes = placements.explain(config, statistics) if statistics.cache is not None else []
-    bandwidth = 0.0
     if any(row.placed is None for row in rows):
-        bandwidth = limits.read_bandwidth(used.engine.n_threads, settings.bandwidth_mb << 20)
+        notes.append("RAM gave, of limit: how fast it was read just before and after each run, and the share of that.")
         if statistics.file_bytes < 4 * last_level_cache_bytes():
             notes.append("The weights are small against this CPU's caches, so the share of the limit says little.")
-    return Report(facts, bandwidth, rows, notes)
+    return Report(facts, rows, notes)
 
 
 def _measure_engine(config: EngineConfig, bars: Bars) -> tuple[EngineConfig, EngineStatistics, list[measure.Row]]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 
+from engine.bench.limits import read_bandwidth
 from engine.config import SamplingParams
 from engine.devices.timing import Bandwidths, LayerTimes, Machine, StepWork, Traffic, time_step, traffic_of
 from engine.experts.hot_cache import CacheStatistics
@@ -52,7 +54,8 @@ class Placed:
         first_turn_tok_s: of the whole first run.
         steady_tok_s: of all later ones together; of the first if there is no other.
         share_of_limit: time that the memories need for those bytes, in the order in which a token needs them, over the
-            time it took: what `engine plan` computes with the measured bandwidths, without its fixed costs.
+            time it took: what `engine plan` computes with the measured bandwidths, without its fixed costs. RAM's are
+            those around each run.
         device_s, cpu_s, other_s: of a token, while the CPU had nothing to do until it was asked for experts, until it
             had answered, and for all else; 0 if the device does not measure it.
         is_virtual: times are those of a virtual clock.
@@ -85,6 +88,7 @@ class Row:
         first_token_s: from the start of the prompt to the choice of the first token.
         ram_bytes: held by the process afterwards, mapped pages included.
         token_bytes: weights that making one token reads; 0 if not known.
+        read_bandwidth: of the RAM, bytes a second around each run; None where the clock is a virtual one.
         note: what a reader must know to compare.
         placed: where experts are placed, for devices with memory of their own.
         gains: in decode speed over other rows, by what those are called in a table.
@@ -98,6 +102,7 @@ class Row:
     decode_tok_s: Spread
     ram_bytes: int
     token_bytes: int
+    read_bandwidth: Spread | None = None
     note: str = ""
     placed: Placed | None = None
     gains: Mapping[str, float] = field(default_factory=dict)
@@ -122,7 +127,8 @@ class CacheWork:
 class Sample:
     """One run, in seconds; `cold_s` are those of the first `COLD_TOKENS` tokens of `decode_s`, 0 if not known.
 
-    `device_s` and `cpu_s` are parts of `decode_s`, as in `Placed`.
+    `device_s` and `cpu_s` are parts of `decode_s`, as in `Placed`; `read_bandwidth` is that of the RAM just before and
+    after, 0 if not measured.
     """
 
     prompt_s: float
@@ -132,6 +138,7 @@ class Sample:
     device_s: float = 0.0
     cpu_s: float = 0.0
     cache: CacheWork | None = None
+    read_bandwidth: float = 0.0
 
 
 def random_tokens(n: int, n_vocab: int) -> list[int]:
@@ -151,8 +158,16 @@ def summarise(name: str, samples: Sequence[Sample], n_prompt: int, n_gen: int, t
         Spread.of([n_gen / s.decode_s for s in samples]),
         resident_bytes(),
         token_bytes,
+        Spread.of([s.read_bandwidth for s in samples]) if samples[0].read_bandwidth else None,
         note,
     )
+
+
+def with_bandwidth(run: Callable[[], Sample], n_threads: int, buffer_bytes: int) -> Sample:
+    """Make a run, and measure the RAM's bandwidth before and after it: a minute later it may be another one."""
+    before = read_bandwidth(n_threads, buffer_bytes)
+    sample = run()
+    return replace(sample, read_bandwidth=(before + read_bandwidth(n_threads, buffer_bytes)) / 2)
 
 
 Prompts = Callable[[int, int], Sequence[int]]  # (repetition, how many tokens) -> ids
@@ -170,8 +185,11 @@ def measure(
 ) -> list[Row]:
     """Time an engine; return a row for each prompt length, in the order given.
 
-    Without `prompts` they are random. `limits` are what rows are compared with; None for what the engine measured.
+    Without `prompts` they are random. `limits` are what rows are compared with; None for what the engine measured. The
+    RAM's is measured around each run, unless the engine's clock is a virtual one.
     """
+    config, is_virtual = engine.config, engine.statistics.has_virtual_clock
+    ram = config.engine.n_threads, config.bench.bandwidth_mb << 20
     chosen = prompts or (lambda _, n: random_tokens(n, engine.spec.n_vocab))
     if prompts is None:  # first use of threads and pages
         _run(engine, random_tokens(min(_WARM_UP, prompt_lengths[0]), engine.spec.n_vocab), min(_WARM_UP, n_gen), 0)
@@ -180,7 +198,8 @@ def measure(
     for rep in range(reps):  # repetitions go round, so that a slow minute of the machine does not hit one length alone
         for n_prompt in prompt_lengths:
             progress(f"{name}, {n_prompt} + {n_gen} tokens", done, total)
-            samples[n_prompt].append(_run(engine, chosen(rep, n_prompt), n_gen, rep))
+            run = partial(_run, engine, chosen(rep, n_prompt), n_gen, rep)
+            samples[n_prompt].append(run() if is_virtual else with_bandwidth(run, *ram))
             done += 1
     progress(name, total, total)
     token_bytes = engine.statistics.weights.token_bytes
@@ -258,7 +277,8 @@ def _placed(engine: Engine, samples: Sequence[Sample], n_gen: int, limits: Bandw
     later, n_tokens = samples[1:] or samples, n_gen * len(samples)
     device_s, cpu_s = sum(sample.device_s for sample in samples), sum(sample.cpu_s for sample in samples)
     moved = sum((traffic_of(work.work) for work in works), Traffic())
-    least = sum(_limit_s(work.work, limits) for work in works)
+    speeds = [replace(limits, ram=sample.read_bandwidth or limits.ram) for sample in samples]
+    least = sum(_limit_s(work.work, speed) for work, speed in zip(works, speeds, strict=True))
     return Placed(
         statistics.device_bytes,
         sum(work.hits for work in works) / max(sum(work.choices for work in works), 1),

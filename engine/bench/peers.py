@@ -10,10 +10,11 @@ import ctypes
 import importlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-from engine.bench.measure import Progress, Row, Sample, random_tokens, summarise
+from engine.bench.measure import Progress, Row, Sample, random_tokens, summarise, with_bandwidth
 from engine.errors import RequestError
 
 PEERS = ("llama.cpp",)
@@ -28,6 +29,7 @@ def measure_llama_cpp(
     n_threads: int,
     n_batch: int,
     token_bytes: int,
+    buffer_bytes: int,
     progress: Progress,
 ) -> list[Row]:
     """Time llama.cpp on the CPU, through llama-cpp-python; return a row for each prompt length.
@@ -60,7 +62,8 @@ def measure_llama_cpp(
                 for n_prompt in prompt_lengths:
                     progress(f"llama.cpp, {n_prompt} + {n_gen} tokens", done, total)
                     tokens = random_tokens(n_prompt + n_gen, n_vocab)
-                    samples[n_prompt].append(_run(api, context, tokens, n_prompt, n_batch))
+                    run = partial(_run, api, context, tokens, n_prompt, n_batch)
+                    samples[n_prompt].append(with_bandwidth(run, n_threads, buffer_bytes))
                     done += 1
             progress("llama.cpp", total, total)
             note = f"llama-cpp-python {_version()}"

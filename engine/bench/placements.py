@@ -56,8 +56,10 @@ def explain(config: EngineConfig, statistics: EngineStatistics) -> list[str]:
             "computes its own meanwhile), and all else."
         )
     if limits is not None:
-        speeds = (f"{speed / 1e9:.3g}" for speed in (limits.ram, limits.pcie, limits.vram))
-        notes.append("The limits, in GB/s: {} from RAM, {} over PCIe, {} from VRAM.".format(*speeds))
+        is_virtual = statistics.has_virtual_clock
+        ram = f"{limits.ram / 1e9:.3g}" if is_virtual else "what it gave just before and after each run"
+        others = (f"{speed / 1e9:.3g}" for speed in (limits.pcie, limits.vram))
+        notes.append("The limits, in GB/s: {} from RAM, {} over PCIe, {} from VRAM.".format(ram, *others))
     if statistics.has_virtual_clock:
         notes.append("All times of this table are a virtual clock's: computed from bytes and bandwidths, not measured.")
     if config.model.path.startswith(PREFIX):

@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,14 +29,11 @@ class Report:
 
     Attributes:
         facts: of machine, program and model, for the header; in reading order.
-        bandwidth: read bandwidth of the RAM in bytes a second, measured in the same run; 0 where a row is not held
-            against it.
         rows: one for each way of running and prompt length.
         notes: what a reader must know.
     """
 
     facts: dict[str, str]
-    bandwidth: float
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
@@ -81,19 +78,23 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
 
-def _milliseconds(value: Spread) -> Spread:
-    return Spread(value.median * 1e3, value.low * 1e3, value.high * 1e3)
+def _scaled(value: Spread, factor: float) -> Spread:
+    return Spread(value.median * factor, value.low * factor, value.high * factor)
 
 
 def _gigabytes(value: float) -> str:
     return _figure(value / 1e9) if value else ""
 
 
-def _share_of_limit(row: Row, limit: float) -> str:
+def _share_of_limit(row: Row) -> str:
     if row.placed is not None:
-        share = row.placed.share_of_limit
-        return "" if share is None else f"{share:.0%}"
-    return f"{row.bandwidth / limit:.0%}" if row.token_bytes and limit else ""
+        return f"{row.placed.share_of_limit:.0%}"
+    return f"{row.bandwidth / row.read_bandwidth.median:.0%}" if row.token_bytes and row.read_bandwidth else ""
+
+
+def _read_bandwidth(row: Row) -> str:
+    bandwidth = row.read_bandwidth
+    return "" if bandwidth is None else _spread(_scaled(bandwidth, 1e-9))
 
 
 def _part_ms(seconds: float) -> str:
@@ -105,21 +106,21 @@ def _note(row: Row) -> str:
     return ", ".join(filter(None, (row.note, virtual)))
 
 
-def _of_placed(text: Callable[[Placed], str]) -> Callable[[Row, float], str]:
-    return lambda row, _: "" if row.placed is None else text(row.placed)
+def _of_placed(text: Callable[[Placed], str]) -> Callable[[Row], str]:
+    return lambda row: "" if row.placed is None else text(row.placed)
 
 
-def _gain_over(name: str) -> Callable[[Row, float], str]:
-    return lambda row, _: f"{row.gains[name]:+.0%}" if name in row.gains else ""
+def _gain_over(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row.gains[name]:+.0%}" if name in row.gains else ""
 
 
-Line = tuple[str, Callable[[Row, float], str]]
+Line = tuple[str, Callable[[Row], str]]
 
 LINES: tuple[Line, ...] = (
-    ("tokens", lambda row, _: f"{row.n_prompt} + {row.n_gen}"),
-    ("prompt tok/s", lambda row, _: _spread(row.prompt_tok_s)),
-    ("first token ms", lambda row, _: _spread(_milliseconds(row.first_token_s))),
-    ("decode tok/s", lambda row, _: _spread(row.decode_tok_s)),
+    ("tokens", lambda row: f"{row.n_prompt} + {row.n_gen}"),
+    ("prompt tok/s", lambda row: _spread(row.prompt_tok_s)),
+    ("first token ms", lambda row: _spread(_scaled(row.first_token_s, 1e3))),
+    ("decode tok/s", lambda row: _spread(row.decode_tok_s)),
     ("  cold", _of_placed(lambda placed: _figure(placed.cold_tok_s))),
     ("  first turn", _of_placed(lambda placed: _figure(placed.first_turn_tok_s))),
     ("  steady", _of_placed(lambda placed: _figure(placed.steady_tok_s))),
@@ -129,16 +130,17 @@ LINES: tuple[Line, ...] = (
     ("  over CPU", _gain_over("CPU")),
     ("  over layers", _gain_over("layers")),
     ("VRAM GB", _of_placed(lambda placed: _gigabytes(placed.vram_bytes))),
-    ("RAM GB", lambda row, _: _gigabytes(row.ram_bytes)),
+    ("RAM GB", lambda row: _gigabytes(row.ram_bytes)),
     ("hits", _of_placed(lambda placed: f"{placed.hit_rate:.0%}")),
     ("swaps a token", _of_placed(lambda placed: _figure(placed.swaps))),
-    ("GB a token", lambda row, _: "" if row.placed else _gigabytes(row.token_bytes)),
-    ("GB/s", lambda row, _: "" if row.placed else _gigabytes(row.bandwidth)),
+    ("GB a token", lambda row: "" if row.placed else _gigabytes(row.token_bytes)),
+    ("GB/s", lambda row: "" if row.placed else _gigabytes(row.bandwidth)),
     ("RAM GB/s", _of_placed(lambda placed: _gigabytes(placed.ram_bytes_s))),
     ("PCIe GB/s", _of_placed(lambda placed: _gigabytes(placed.link_bytes_s))),
     ("VRAM GB/s", _of_placed(lambda placed: _gigabytes(placed.vram_bytes_s))),
+    ("RAM gave GB/s", _read_bandwidth),
     ("of limit", _share_of_limit),
-    ("", lambda row, _: _note(row)),
+    ("", _note),
 )
 
 
@@ -147,8 +149,6 @@ def render(report: Report, console: Console) -> None:
     header = Table(show_header=False, box=None, pad_edge=False)
     for key, value in report.facts.items():
         header.add_row(key, value)
-    if report.bandwidth:
-        header.add_row("bandwidth", f"{report.bandwidth / 1e9:.1f} GB/s read from RAM, measured now: the limit below")
     console.print(header)
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -156,7 +156,7 @@ def render(report: Report, console: Console) -> None:
     for row in report.rows:
         table.add_column(row.name.replace(" (", "\n(").replace(" on the", "\non the"), justify="right", no_wrap=True)
     for name, text in LINES:
-        cells = [text(row, report.bandwidth) for row in report.rows]
+        cells = [text(row) for row in report.rows]
         if any(cells):
             table.add_row(name, *cells)
     console.print(table)
@@ -173,21 +173,22 @@ def to_csv(report: Report) -> str:
     """Return one line for each row, figures in base units."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    spreads = ("prompt_tok_s", "first_token_s", "decode_tok_s")
+    spreads = ("prompt_tok_s", "first_token_s", "decode_tok_s", "read_bandwidth")
     placed = [f.name for f in fields(Placed)]
     names = list(dict.fromkeys(name for row in report.rows for name in row.gains))
     gains = [f"gain_over_{name}" for name in names]
     writer.writerow(
         ["name", "n_prompt", "n_gen"]
         + [f"{name}{end}" for name in spreads for end in ("", "_low", "_high")]
-        + ["ram_bytes", "token_bytes", "read_bandwidth", "note", *gains, *placed, *report.facts]
+        + ["ram_bytes", "token_bytes", "note", *gains, *placed, *report.facts]
     )
     for row in report.rows:
-        figures = [x for name in spreads for x in asdict(row)[name].values()]
+        found = [getattr(row, name) for name in spreads]
+        figures = [x for spread in found for x in (astuple(spread) if spread else (None, None, None))]
         writer.writerow(
             [
                 *(row.name, row.n_prompt, row.n_gen, *figures),
-                *(row.ram_bytes, row.token_bytes, report.bandwidth, row.note),
+                *(row.ram_bytes, row.token_bytes, row.note),
                 *(row.gains.get(name) for name in names),
                 *(None if row.placed is None else getattr(row.placed, name) for name in placed),
                 *report.facts.values(),

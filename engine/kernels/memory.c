@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <omp.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <time.h>
 #ifdef __x86_64__
@@ -48,11 +49,15 @@ double read_bandwidth(const kernel_table *kernels, uint8_t *bytes, int64_t n_byt
             write_past_caches(bytes + at, left < READ_PIECE ? left : READ_PIECE);
         }
         clock_gettime(CLOCK_MONOTONIC, &begin);
-        // handed out as products' rows are: the threads of a shared machine are not equally fast
-#pragma omp parallel for num_threads(n_threads) schedule(dynamic) reduction(+ : total)
-        for (int64_t piece = 0; piece < n_pieces; piece++) {
-            const int64_t at = piece * READ_PIECE, left = n_bytes - at;
-            total += kernels->ops->read_all(bytes + at, left < READ_PIECE ? left : READ_PIECE);
+        // Handed out, as products' rows are: the threads of a shared machine are not equally fast. Each takes its next
+        // piece before it reads one: what it fetches ahead is then what it reads.
+        atomic_llong n_taken = 0;
+#pragma omp parallel num_threads(n_threads) reduction(+ : total)
+        for (int64_t piece = atomic_fetch_add(&n_taken, 1); piece < n_pieces;) {
+            const int64_t following = atomic_fetch_add(&n_taken, 1), at = piece * READ_PIECE, left = n_bytes - at;
+            const uint8_t *next = bytes + (following < n_pieces ? following : piece) * READ_PIECE;
+            total += kernels->ops->read_all(bytes + at, left < READ_PIECE ? left : READ_PIECE, next);
+            piece = following;
         }
         clock_gettime(CLOCK_MONOTONIC, &end);
         sink = sink + total;

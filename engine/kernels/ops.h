@@ -433,8 +433,10 @@ typedef struct ops_table {
         carry_over;
     task_fns linear, attention, select_positions, select_blocks, experts_gate_up, experts_down;
     exponentials_fn exponentials;
-    float (*largest)(const float *x, int n);                  // no NaN; -infinity if there is nothing else
-    float (*read_all)(const uint8_t *bytes, int64_t n_bytes); // all whole 256 bytes of them; for measuring
+    float (*largest)(const float *x, int n); // no NaN; -infinity if there is nothing else
+    // Reads all whole 256 bytes, and fetches the beginning of `next`, as many bytes, which are read after them. For
+    // measuring.
+    float (*read_all)(const uint8_t *bytes, int64_t n_bytes, const uint8_t *next);
 } ops_table;
 
 // kv_cache.c. Bytes of the keys, or of the values, of one layer, each a multiple of 64; and of the partial results of

@@ -21,9 +21,10 @@
 #include "ops/selective_scan.h"
 
 // Reads as products with one token do.
-static float read_all(const uint8_t *bytes, int64_t n_bytes) {
+static float read_all(const uint8_t *bytes, int64_t n_bytes, const uint8_t *next) {
     enum { STREAMS = 4, LINE = 64 };
-    const row_streams lines = streams_of(STREAMS, bytes, LINE, (int)(n_bytes / (STREAMS * LINE)) * STREAMS, NULL);
+    const int n_lines = (int)(n_bytes / (STREAMS * LINE)) * STREAMS;
+    const row_streams lines = streams_of(STREAMS, bytes, LINE, n_lines, &(weight_rows){next, LINE, n_lines});
     v16 largest[STREAMS] = {v16_set(0.0f), v16_set(0.0f), v16_set(0.0f), v16_set(0.0f)};
     for (int line = 0; line < lines.n_each; line++) {
         const uint8_t *rows[STREAMS];
