@@ -196,6 +196,31 @@ def test_layers_that_share_memory_give_the_same_answers(name: str) -> None:
         np.testing.assert_array_equal(answer.view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "F32"])
+def test_down_waits_for_the_hidden_values_of_its_expert(name: str) -> None:
+    random = np.random.default_rng(0)
+    alone, team = (ExpertLayers(3, n_threads, name, 256, 2048, shares=True) for n_threads in (1, 5))
+    for _ in range(60):  # each time with other hidden values, so that those of the layer before are none of them
+        x = _kernels.quantize_activations(random.standard_normal((1, 256), np.float32), alone.format.activation)
+        alone.x[:] = team.x[:] = x
+        asked = [(layer, random.permutation(6)[:3].tolist()) for layer in random.permutation(3)]
+        for answer, expected in zip(team.compute(asked), alone.compute(asked), strict=True):
+            np.testing.assert_array_equal(answer.view(np.uint32), expected.view(np.uint32))
+
+
+def test_the_operations_of_experts_may_be_run_apart() -> None:
+    layers = ExpertLayers(1, 3, "Q4_K", 256, 512)
+    (expected,) = layers.compute([(0, [4, 1, 2])])
+    (program,) = layers.programs
+    assert len(program) == 2
+    for _ in range(2):
+        layers.answer[:] = 0
+        program.run(layers.step, 0, 1)
+        assert not layers.answer.any()
+        program.run(layers.step, 1, 2)
+        np.testing.assert_array_equal(layers.answer.view(np.uint32), expected.view(np.uint32))
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 7])
 @pytest.mark.parametrize("sizes", [("Q4_K", 256, 512), ("Q8_0", 96, 160), ("F32", 33, 18)], ids=str)
 def test_a_guess_changes_no_answer_and_is_counted(sizes: tuple[str, int, int], n_threads: int) -> None:

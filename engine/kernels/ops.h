@@ -7,8 +7,8 @@
 #ifndef ENGINE_OPS_H
 #define ENGINE_OPS_H
 
+#include "hand_out.h"
 #include "table.h"
-#include "team.h"
 
 #include <stdbool.h>
 
@@ -357,9 +357,8 @@ typedef struct {
     float *hidden;             // [pairs, ffn_size]
     uint8_t *hidden_quantized; // [pairs, hidden_row_bytes]; hidden itself if down takes float32
     int64_t hidden_row_bytes;
-    quantize_fn quantize; // NULL if down takes float32
-    padded_counter
-        *n_done; // [active experts, expert_parts]: rows of the part that are complete; all zero between steps
+    quantize_fn quantize;  // NULL if down takes float32
+    round_counter *n_done; // [active experts, expert_parts]: rows of the part that are done, in a round of gate and up
     matrix out;
 } experts_args;
 
@@ -408,6 +407,9 @@ typedef struct {
     int thread, n_threads;
     int32_t *scratch; // of this thread alone; see program_scratch
     bool takes_parts; // of one token's experts: the same part of each
+    int n_spins;      // of whoever waits, see `waiting`
+    // Of the tasks that are run: their round, and the one whose results each of them waits for itself; 0: none.
+    uint64_t round, awaited_round;
 } worker;
 
 typedef void (*tile_fn)(const op_args *args, const step_view *step, tile t);

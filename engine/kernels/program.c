@@ -1,6 +1,5 @@
 #include "program.h"
 
-#include "hand_out.h"
 #include "ops/kv_layout.h"
 
 #include <omp.h>
@@ -26,6 +25,7 @@ typedef struct {
     int width, unit;       // columns, and where they may be cut
     bool is_cheap;         // not worth a barrier to be shared by several threads
     bool in_order;         // a tile takes all rows
+    bool waits_itself;     // for what the operation before it writes, task by task: that needs no barrier
     int n_accesses;
     memory_access accesses[MAX_ACCESSES];
     int next; // the next operation of its group, or -1
@@ -34,7 +34,7 @@ typedef struct {
 // Tile operations that are run one after another on each tile, or one task operation.
 typedef struct {
     int first, last, unit;
-    bool in_order, starts_phase;
+    bool in_order, starts_phase, waits_itself; // waits_itself: for the group before
 } group;
 
 struct program {
@@ -43,9 +43,10 @@ struct program {
     int n_operations, n_groups, phase; // phase: the first group after the last barrier
     operation *operations;
     group *groups;
-    task_counter *taken;  // [n_threads]
-    uint64_t first_round; // of the run: each of its groups is a round
-    void **blocks;        // memory to free
+    round_counter *taken;                 // [n_threads]
+    uint64_t first_round;                 // of the run: each of its groups is a round
+    uint64_t own_next_round, *next_round; // of the next run; one for all programs whose experts share memory
+    void **blocks;                        // memory to free
     int n_blocks;
 
     int n_vocab, context_length, n_scratch; // n_scratch: int32 values that a thread needs
@@ -117,7 +118,8 @@ program *program_create(const kernel_table *kernels, int max_tokens, int n_slots
     p->n_slots = n_slots;
     p->n_threads = n_threads;
     p->context_length = INT32_MAX;
-    p->first_round = 1;
+    p->own_next_round = 1;
+    p->next_round = &p->own_next_round;
     p->barrier.n_spins = spins_before_yield();
     p->taken = allocate(p, n_threads * (int64_t)sizeof *p->taken);
     p->scratch = allocate(p, n_threads * (int64_t)sizeof *p->scratch);
@@ -149,6 +151,7 @@ void program_share_experts(program *p, const program *other) {
     p->hidden_quantized_bytes = other->hidden_quantized_bytes;
     p->n_rows_done = other->n_rows_done;
     p->n_rows_done_bytes = other->n_rows_done_bytes;
+    p->next_round = other->next_round;
 }
 
 int program_length(const program *p) { return p->n_operations; }
@@ -239,7 +242,7 @@ static int record(program *p, operation op) {
     for (int g = p->phase; g < p->n_groups; g++)
         for (int i = groups[g].first; i >= 0; i = operations[i].next) {
             const tie between = tie_between(&operations[i], &op);
-            if (between == INDEPENDENT)
+            if (between == INDEPENDENT || (op.waits_itself && i == p->n_operations - 1))
                 continue;
             can_fuse = can_fuse && between == TIED_BY_TILE;
             n_tied += g != tied_group;
@@ -255,7 +258,7 @@ static int record(program *p, operation op) {
         g->unit = op.unit > g->unit ? op.unit : g->unit;
         return 0;
     }
-    groups[p->n_groups] = (group){index, index, op.unit, op.in_order, n_tied > 0};
+    groups[p->n_groups] = (group){index, index, op.unit, op.in_order, n_tied > 0, op.waits_itself};
     if (n_tied > 0)
         p->phase = p->n_groups;
     p->n_groups++;
@@ -772,15 +775,11 @@ int program_experts(program *p, experts_args args, int down_activation) {
         args.hidden_quantized =
             shared_memory(p, &p->hidden_quantized, &p->hidden_quantized_bytes, n_pairs * args.hidden_row_bytes);
         args.quantize = p->kernels->quant->quantize[down_activation];
-        const int64_t n_active = n_pairs < args.n_experts ? n_pairs : args.n_experts;
-        args.n_done =
-            (padded_counter *)shared_memory(p, &p->n_rows_done, &p->n_rows_done_bytes,
-                                            n_active * expert_parts(args.ffn_size) * (int64_t)sizeof *args.n_done);
-        if (!args.hidden_quantized || !args.n_done)
-            return -1;
     }
-
-    if (!(p->guess = allocate(p, ids_row_bytes)))
+    const int64_t n_active = n_pairs < args.n_experts ? n_pairs : args.n_experts;
+    args.n_done = (round_counter *)shared_memory(p, &p->n_rows_done, &p->n_rows_done_bytes,
+                                                 n_active * expert_parts(args.ffn_size) * (int64_t)sizeof *args.n_done);
+    if (!args.hidden_quantized || !args.n_done || !(p->guess = allocate(p, ids_row_bytes)))
         return -1;
     p->n_guessed = args.n_experts_used;
     p->expert_ids = args.ids;
@@ -792,7 +791,8 @@ int program_experts(program *p, experts_args args, int down_activation) {
     touch_block(&gate_up, WRITES, args.hidden, n_pairs * float_bytes);
     touch_block(&gate_up, WRITES, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
 
-    operation down = {.name = "experts_down", .args.experts = args, .tasks = &p->kernels->ops->experts_down};
+    operation down = {
+        .name = "experts_down", .args.experts = args, .tasks = &p->kernels->ops->experts_down, .waits_itself = true};
     touch_rows(p, &down, READS, args.ids, ids_row_bytes, ids_row_bytes, 0);
     touch_block(&down, READS, args.hidden_quantized, n_pairs * args.hidden_row_bytes);
     touch_whole(p, &down, WRITES, args.out, args.n_experts_used * (int64_t)args.hidden_size);
@@ -944,12 +944,11 @@ static void run_tile_task(const program *p, const group *g, const worker *w, til
         p->operations[i].run_tile(&p->operations[i].args, w->step, t);
 }
 
-static int next_task(const program *p, int index, int n_tasks, const worker *w) {
-    return take_task(p->taken, p->first_round + (uint64_t)index, n_tasks, w->thread, w->n_threads);
+static int next_task(const program *p, int n_tasks, const worker *w) {
+    return take_task(p->taken, w->round, n_tasks, w->thread, w->n_threads);
 }
 
-static void run_tiles(const program *p, int index, const worker *w) {
-    const group *g = &p->groups[index];
+static void run_tiles(const program *p, const group *g, const worker *w) {
     const tile_cut cut = cut_tiles(p, g, w);
     const int n_tasks = cut.n_row_tasks * cut.n_col_tasks;
     if (n_tasks <= w->n_threads) { // no need to ask for tasks, and a thread meets again what it wrote itself
@@ -957,19 +956,23 @@ static void run_tiles(const program *p, int index, const worker *w) {
             run_tile_task(p, g, w, cut, w->thread);
         return;
     }
-    for (int task; (task = next_task(p, index, n_tasks, w)) >= 0;)
+    for (int task; (task = next_task(p, n_tasks, w)) >= 0;)
         run_tile_task(p, g, w, cut, task);
 }
 
-static void run_group(const program *p, int index, const worker *w) {
-    const operation *op = &p->operations[p->groups[index].first];
+// Of a run that begins with operation `from`.
+static void run_group(const program *p, int index, int from, worker w) {
+    const group *g = &p->groups[index];
+    const operation *op = &p->operations[g->first];
+    w.round = p->first_round + (uint64_t)index;
+    w.awaited_round = g->waits_itself && p->groups[index - 1].first >= from ? w.round - 1 : 0;
     if (op->run_tile) {
-        run_tiles(p, index, w);
+        run_tiles(p, g, &w);
         return;
     }
-    const int n_tasks = op->tasks->begin(&op->args, w);
-    for (int task; (task = next_task(p, index, n_tasks, w)) >= 0;)
-        op->tasks->run(&op->args, w, task);
+    const int n_tasks = op->tasks->begin(&op->args, &w);
+    for (int task; (task = next_task(p, n_tasks, &w)) >= 0;)
+        op->tasks->run(&op->args, &w, task);
 }
 
 static step_view view_step(program *p, const program_step *step) {
@@ -984,7 +987,10 @@ static step_view view_step(program *p, const program_step *step) {
     return view;
 }
 
-static void begin_run(program *p) { p->first_round += (uint64_t)p->n_groups; }
+static void begin_run(program *p) {
+    p->first_round = *p->next_round;
+    *p->next_round += (uint64_t)p->n_groups;
+}
 
 void program_run(program *p, const program_step *step, int first, int last, double *seconds) {
     const step_view view = view_step(p, step);
@@ -993,14 +999,14 @@ void program_run(program *p, const program_step *step, int first, int last, doub
 #pragma omp parallel num_threads(p->n_threads)
     {
         const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-        const worker w = {&view, thread, n_threads, p->scratch[thread], false};
+        const worker w = {&view, thread, n_threads, p->scratch[thread], false, p->barrier.n_spins, 0, 0};
         double before = seconds_now();
         for (int g = 0; g < p->n_groups; g++) {
             if (p->groups[g].first < first || p->groups[g].first >= last)
                 continue;
             if (p->groups[g].starts_phase && !seconds)
                 team_meet(&p->barrier, n_threads);
-            run_group(p, g, &w);
+            run_group(p, g, first, w);
             if (seconds) {
                 team_meet(&p->barrier, n_threads);
                 if (thread == 0) {
@@ -1121,7 +1127,7 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             if (now->layer < 0 || now->layer == n_layers)
                 break;
             program *p = layers[now->layer];
-            const worker w = {&view, thread, n_threads, p->scratch[thread], takes_parts};
+            const worker w = {&view, thread, n_threads, p->scratch[thread], takes_parts, p->barrier.n_spins, 0, 0};
             if (now->is_guess) {
                 fetch_guess(p, &w, (awaited_word){e->requested, now->answered});
                 continue;
@@ -1129,7 +1135,7 @@ serve_result program_serve(program *const *layers, int n_layers, const program_s
             for (int g = 0; g < p->n_groups; g++) {
                 if (p->groups[g].starts_phase)
                     team_meet(&leader->barrier, n_threads);
-                run_group(p, g, &w);
+                run_group(p, g, 0, w);
             }
             team_meet(&leader->barrier, n_threads);
             if (thread == 0) {

@@ -3,7 +3,8 @@
 // The threads start together once a run and meet at barriers. A barrier stands only where an operation reads or
 // overwrites what an operation since the last barrier wrote (or overwrites what one reads). A tile operation whose only
 // such ties are to rows and columns of the same tile is fused instead: it runs right behind its predecessor, tile by
-// tile. So a forward pass recorded one small operation at a time needs few barriers, whoever wrote the model.
+// tile. So a forward pass recorded one small operation at a time needs few barriers, whoever wrote the model. Experts'
+// down needs none either: each of its tasks waits for the hidden values of its own expert.
 #ifndef ENGINE_PROGRAM_H
 #define ENGINE_PROGRAM_H
 

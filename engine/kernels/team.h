@@ -41,6 +41,22 @@ static inline int spins_before_yield(void) {
     return policy && !strcasecmp(policy, "passive") ? PASSIVE_SPINS : SPINS_BEFORE_YIELD;
 }
 
+// What a thread does between two looks at what it waits for: it spins, and gives its core away after so many looks.
+typedef struct {
+    int n_spins, n_looks;
+    double since;
+} waiting;
+
+static inline void wait_a_moment(waiting *w) {
+    if (w->n_looks++ < w->n_spins) {
+        CPU_PAUSE();
+        return;
+    }
+    const double now = seconds_now();
+    w->since = w->n_looks == w->n_spins + 1 ? now : w->since;
+    give_core_away(now - w->since);
+}
+
 // A counter with two cache lines of its own (prefetchers fetch lines in pairs).
 typedef struct {
     _Alignas(2 * CACHE_LINE) atomic_int value;
@@ -61,15 +77,9 @@ static inline void team_meet(team_barrier *barrier, int n_threads) {
         atomic_store_explicit(&barrier->generation.value, generation + 1, memory_order_release);
         return;
     }
-    double since = 0.0;
-    for (int spins = 0; atomic_load_explicit(&barrier->generation.value, memory_order_acquire) == generation; spins++)
-        if (spins < barrier->n_spins) {
-            CPU_PAUSE();
-        } else {
-            const double now = seconds_now();
-            since = spins == barrier->n_spins ? now : since;
-            give_core_away(now - since);
-        }
+    waiting w = {barrier->n_spins, 0, 0.0};
+    while (atomic_load_explicit(&barrier->generation.value, memory_order_acquire) == generation)
+        wait_a_moment(&w);
 }
 
 #endif

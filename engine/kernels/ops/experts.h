@@ -1,6 +1,6 @@
-// The feed-forward networks of the chosen experts, in two parts with a barrier between: gate and up rows with the
-// gating, down rows. Whoever completes some columns of an expert's hidden values puts them into the form that down
-// takes: that needs no barrier of its own.
+// The feed-forward networks of the chosen experts, in two parts: gate and up rows with the gating, down rows. Whoever
+// completes some columns of an expert's hidden values puts them into the form that down takes, and says so. There is no
+// barrier between the parts: whoever begins with down waits for its expert alone.
 //
 // Pairs (a token and a rank) are grouped by expert, so that each weight row is read once for all its tokens. Every
 // thread groups for itself: that is some microseconds even for a long prompt, and spares a barrier.
@@ -157,18 +157,31 @@ static inline v16 activated(const experts_args *a, v16 gate, v16 up) {
 }
 
 // Counts a task's rows as done, and puts the hidden values that are complete with them into the form that down takes.
-static inline void quantize_complete(const experts_args *a, const experts_task *t) {
+static inline void complete_hidden(const experts_args *a, const worker *w, const experts_task *t) {
     const int end = t->row + t->n_rows;
     for (int first = t->row / QUANTIZED_TOGETHER * QUANTIZED_TOGETHER; first < end; first += QUANTIZED_TOGETHER) {
         const int last = a->ffn_size - first < QUANTIZED_TOGETHER ? a->ffn_size : first + QUANTIZED_TOGETHER;
         const int n_own = (end < last ? end : last) - (t->row > first ? t->row : first);
-        atomic_int *n_done = &a->n_done[t->index * expert_parts(a->ffn_size) + first / QUANTIZED_TOGETHER].value;
-        if (atomic_fetch_add_explicit(n_done, n_own, memory_order_acq_rel) + n_own != last - first)
+        round_counter *n_done = &a->n_done[t->index * expert_parts(a->ffn_size) + first / QUANTIZED_TOGETHER];
+        if (add_in_round(n_done, w->round, n_own) != last - first)
             continue;
-        atomic_store_explicit(n_done, 0, memory_order_relaxed); // ready for the next experts; a barrier lies between
-        for (int i = 0; i < t->n_pairs; i++)
+        for (int i = 0; a->quantize && i < t->n_pairs; i++)
             a->quantize(a->hidden + (int64_t)t->pairs[i] * a->ffn_size,
                         a->hidden_quantized + t->pairs[i] * a->hidden_row_bytes, a->ffn_size, first, last);
+        atomic_store_explicit(&n_done->value, count_in_round(w->round, LARGEST_COUNT), memory_order_release);
+    }
+}
+
+// Waits until all hidden values of an active expert are in the form that down takes. Somebody is at work on them: no
+// thread comes to down before every task of gate and up is taken.
+static inline void await_hidden(const experts_args *a, const worker *w, int index) {
+    const int n_parts = expert_parts(a->ffn_size);
+    const uint64_t complete = count_in_round(w->awaited_round, LARGEST_COUNT);
+    for (int part = 0; w->awaited_round && part < n_parts; part++) {
+        round_counter *n_done = &a->n_done[index * n_parts + part];
+        waiting now = {w->n_spins, 0, 0.0};
+        while (atomic_load_explicit(&n_done->value, memory_order_acquire) != complete)
+            wait_a_moment(&now);
     }
 }
 
@@ -187,6 +200,18 @@ static void fetch_share(const expert_matrix *m, const worker *w, int expert, int
     }
 }
 
+// What a thread that takes parts reads after one of gate and up.
+static inline weight_rows rows_after_gate_up(const experts_args *a, const worker *w, const experts_task *t, int task) {
+    const int n_active = w->scratch[0];
+    if (t->goes_on || !w->takes_parts) {
+        const experts_task next = t->goes_on ? experts_task_of(a, w, a->ffn_size, task + 1) : *t;
+        return rows_of(&a->gate, &next);
+    }
+    const int first_down = w->thread * n_active * tasks_of_part(w, n_active, a->hidden_size);
+    const experts_task next = experts_task_of(a, w, a->hidden_size, first_down);
+    return rows_of(&a->down, &next);
+}
+
 static int experts_gate_up_begin(const op_args *args, const worker *w) {
     return experts_begin(&args->experts, w, args->experts.ffn_size);
 }
@@ -196,9 +221,8 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
     const experts_task t = experts_task_of(a, w, a->ffn_size, task);
     if (t.n_rows == 0)
         return;
-    const experts_task following = t.goes_on ? experts_task_of(a, w, a->ffn_size, task + 1) : t;
     const bool is_one = a->up.table == a->gate.table; // projection for both
-    const weight_rows own_up = rows_of(&a->up, &t), next_gate = rows_of(&a->gate, &following);
+    const weight_rows own_up = rows_of(&a->up, &t), following = rows_after_gate_up(a, w, &t, task);
     float gate[TOKENS_PER_CALL][ROWS_PER_TASK], up[TOKENS_PER_CALL][ROWS_PER_TASK];
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
@@ -212,10 +236,10 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             ups[i] = up[i];
         }
         a->gate.matmul(expert_rows(&a->gate, t.expert, t.row), a->gate.row_bytes, t.n_rows, a->hidden_size, x_gate, n,
-                       gates, w->takes_parts ? is_one ? &next_gate : &own_up : NULL);
+                       gates, w->takes_parts ? is_one ? &following : &own_up : NULL);
         if (!is_one)
             a->up.matmul(own_up.first, own_up.row_bytes, t.n_rows, a->hidden_size, x_up, n, ups,
-                         w->takes_parts ? &next_gate : NULL);
+                         w->takes_parts ? &following : NULL);
         for (int i = 0; i < n; i++) {
             float *hidden = a->hidden + (int64_t)t.pairs[first + i] * a->ffn_size + t.row;
             for (int r = 0; r < t.n_rows; r += 16) {
@@ -228,8 +252,7 @@ static void experts_gate_up_run(const op_args *args, const worker *w, int task) 
             }
         }
     }
-    if (a->quantize)
-        quantize_complete(a, &t);
+    complete_hidden(a, w, &t);
 }
 
 static void experts_gate_up_fetch(const op_args *args, const worker *w, int expert, awaited_word until) {
@@ -252,6 +275,7 @@ static void experts_down_run(const op_args *args, const worker *w, int task) {
         return;
     const experts_task following = t.goes_on ? experts_task_of(a, w, a->hidden_size, task + 1) : t;
     const weight_rows next = rows_of(&a->down, &following);
+    await_hidden(a, w, t.index);
     for (int first = 0; first < t.n_pairs; first += TOKENS_PER_CALL) {
         const int n = t.n_pairs - first < TOKENS_PER_CALL ? t.n_pairs - first : TOKENS_PER_CALL;
         const void *x[TOKENS_PER_CALL];
