@@ -216,7 +216,7 @@ class BenchSettings(Table):
         prompt_tokens: lengths of the prompts.
         gen_tokens: tokens that are made after each prompt.
         reps: times everything is measured; the table shows the median and the spread.
-        bandwidth_mb: size of the buffer that memory bandwidth is measured with.
+        bandwidth_mb: size of the buffer that the bandwidth of the memory is measured with, before and after each run.
     """
 
     table: ClassVar[str] = "bench"
@@ -224,7 +224,7 @@ class BenchSettings(Table):
     prompt_tokens: tuple[int, ...] = setting((128,), low=1, high=1 << 20)
     gen_tokens: int = setting(64, low=1, high=1 << 20)
     reps: int = setting(3, low=1, high=1000)
-    bandwidth_mb: int = setting(512, low=16, high=1 << 20)
+    bandwidth_mb: int = setting(256, low=16, high=1 << 20)
 
     def check(self) -> None:
         """Raise `ConfigError` if there is nothing to measure."""
