@@ -34,7 +34,7 @@ typedef struct {
 // Tile operations that are run one after another on each tile, or one task operation.
 typedef struct {
     int first, last, unit;
-    bool in_order, starts_phase, waits_itself; // waits_itself: for the group before
+    bool in_order, starts_phase;
 } group;
 
 struct program {
@@ -258,7 +258,7 @@ static int record(program *p, operation op) {
         g->unit = op.unit > g->unit ? op.unit : g->unit;
         return 0;
     }
-    groups[p->n_groups] = (group){index, index, op.unit, op.in_order, n_tied > 0, op.waits_itself};
+    groups[p->n_groups] = (group){index, index, op.unit, op.in_order, n_tied > 0};
     if (n_tied > 0)
         p->phase = p->n_groups;
     p->n_groups++;
@@ -965,7 +965,7 @@ static void run_group(const program *p, int index, int from, worker w) {
     const group *g = &p->groups[index];
     const operation *op = &p->operations[g->first];
     w.round = p->first_round + (uint64_t)index;
-    w.awaited_round = g->waits_itself && p->groups[index - 1].first >= from ? w.round - 1 : 0;
+    w.awaited_round = op->waits_itself && p->groups[index - 1].first >= from ? w.round - 1 : 0;
     if (op->run_tile) {
         run_tiles(p, g, &w);
         return;
