@@ -103,5 +103,5 @@ class EagerProgram(AheadProgram):
 def run_ahead(engine: Engine) -> EagerProgram:
     """Make an engine on the CPU run ahead; return what it runs on."""
     program = EagerProgram(engine._program, engine.tokenizer.sampled_among(engine.spec.n_vocab))
-    engine._forward.program, engine._forward.runs_ahead, engine._forward._draws = program, True, True
+    engine._forward.program, engine._forward.runs_ahead, engine._forward.draws = program, True, True
     return program

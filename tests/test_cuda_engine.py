@@ -124,7 +124,7 @@ def test_a_text_is_the_same_whoever_draws_it(params: dict, draws: bool, small: P
         assert isinstance(engine._program, CUDAProgram)
         drawn = engine.generate(PROMPT, sampling)
         n_while_drawing = n_fetched
-        engine._forward._draws = False
+        engine._forward.draws = False
         chosen = engine.generate(PROMPT, sampling)
     assert drawn.token_ids == chosen.token_ids
     assert drawn.logprobs == chosen.logprobs

@@ -142,7 +142,7 @@ def test_a_state_is_always_that_of_what_the_slot_holds(
     max_snapshots: int, n_slots: int, sequences: list[tuple[list[int], int]]
 ) -> None:
     device = FakeStates(n_slots)
-    snapshots = Snapshots(device, nullcontext, max_snapshots)
+    snapshots = Snapshots(device, nullcontext(), max_snapshots)
     table = SlotTable(n_slots, cuts_back=0, snapshots=snapshots)
     for tokens, place in sequences:
         with table.borrow(tokens) as lease:
@@ -158,7 +158,7 @@ def test_a_state_is_always_that_of_what_the_slot_holds(
 
 def test_the_snapshot_unused_for_longest_makes_room() -> None:
     device = FakeStates(1)
-    snapshots = Snapshots(device, nullcontext, 2)
+    snapshots = Snapshots(device, nullcontext(), 2)
     table = SlotTable(1, cuts_back=0, snapshots=snapshots)
     with table.borrow([1, 2, 3, 4]) as lease:
         for token in (1, 2, 3):
@@ -179,7 +179,7 @@ def test_the_snapshot_unused_for_longest_makes_room() -> None:
 
 def test_a_copy_serves_every_slot_that_holds_its_tokens() -> None:
     device = FakeStates(2)
-    table = SlotTable(2, cuts_back=0, snapshots=Snapshots(device, nullcontext, 1))
+    table = SlotTable(2, cuts_back=0, snapshots=Snapshots(device, nullcontext(), 1))
     with table.borrow([1, 2, 3, 4]) as one, table.borrow([1, 2, 5, 6]) as other:
         one.extend(device, [1, 2])
         one.remember()
@@ -195,7 +195,7 @@ def test_a_copy_serves_every_slot_that_holds_its_tokens() -> None:
 
 def test_a_copy_that_is_gone_meanwhile_means_to_begin_anew(monkeypatch) -> None:
     device = FakeStates(1)
-    table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext, 1))
+    table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext(), 1))
     with table.borrow([1, 2, 3]) as lease:
         lease.extend(device, [1, 2])
         lease.remember()
@@ -208,7 +208,7 @@ def test_a_copy_that_is_gone_meanwhile_means_to_begin_anew(monkeypatch) -> None:
 
 def test_a_device_that_cannot_go_back_leaves_the_slot_empty() -> None:
     device = FakeStates(1)
-    table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext, 2))
+    table = SlotTable(1, cuts_back=0, snapshots=Snapshots(device, nullcontext(), 2))
     with table.borrow([1, 2, 3]) as lease:
         lease.extend(device, [1, 2])
         lease.remember()
@@ -324,7 +324,7 @@ def test_a_token_always_sees_the_rows_of_its_window(
 ) -> None:
     """Zeros, then ones; each stops to be remembered somewhere, and in the middle of a step if it has so many."""
     device = FakeRings(n_slots)
-    snapshots = Snapshots(device, nullcontext, max_snapshots)
+    snapshots = Snapshots(device, nullcontext(), max_snapshots)
     table = SlotTable(n_slots, cuts_back=device.CUTS_BACK, snapshots=snapshots)
     for n_zeros, n_ones, place, device.steps_to_go in sequences:
         tokens = [0] * n_zeros + [1] * n_ones

@@ -52,6 +52,7 @@ class ForwardPass:
 
     Attributes:
         now: returns seconds, of the program's clock if it has one.
+        draws: whether the program draws tokens.
         runs_ahead: whether `end` can begin another step.
         most_by_head: how many tokens the model itself guesses in a row; 0: it has no head for that.
     """
@@ -81,7 +82,7 @@ class ForwardPass:
         self.limits = limits
         self.n_vocab = n_vocab
         self.runs_ahead = runs_ahead
-        self._draws = draws
+        self.draws = draws
         self._head = program if isinstance(program, DraftingProgram) and program.has_head else None
         self.most_by_head = 0 if self._head is None else most_guesses or limits.max_drafts
         self._waiting: Step | None = None  # was begun, of a program that can only run it as a whole
@@ -205,7 +206,7 @@ class ForwardPass:
             rows.extend(range(len(ids) - len(part.draws), len(ids)))
             draws.extend(part.draws)
         packed = None
-        if self._draws and any(draw is not None for draw in draws):
+        if self.draws and any(draw is not None for draw in draws):
             packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)
         return Step(_int32(ids), _int32(positions), _int32(slots), _int32(rows), packed)
 

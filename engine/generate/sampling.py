@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +101,12 @@ def uniform(seed: int, step: int) -> float:
     SplitMix64: output `step` of the generator that starts at a scrambled seed (neighbouring seeds have nothing in
     common). It has 24 bits, so that it is the same number, below 1, in float32.
     """
-    return (_mix(_mix(seed) + 0x9E3779B97F4A7C15 * (step + 1)) >> 40) * 2.0**-24
+    return (_mix(_scrambled(seed) + 0x9E3779B97F4A7C15 * (step + 1)) >> 40) * 2.0**-24
+
+
+@lru_cache(256)  # it is asked for with every token
+def _scrambled(seed: int) -> int:
+    return _mix(seed)
 
 
 def _mix(x: int) -> int:

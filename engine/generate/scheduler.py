@@ -28,9 +28,9 @@ Found = int | npt.NDArray[np.float32]  # a token that was drawn, or logits
 MAX_UNREAD = 16  # tokens that are made for a reader who does not fetch them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepCount:
-    """What steps did: tokens of prompts and answers, and their seconds, split between the two by tokens.
+    """What all steps did: tokens of prompts and answers, and their seconds, split between the two by tokens.
 
     Of the tokens of answers, `n_drafts_right` were among `n_drafts` that were drafted.
     """
@@ -42,15 +42,15 @@ class StepCount:
     n_drafts: int = 0
     n_drafts_right: int = 0
 
-    def __add__(self, other: StepCount) -> StepCount:
-        return StepCount(
-            self.n_prompt_tokens + other.n_prompt_tokens,
-            self.n_decode_tokens + other.n_decode_tokens,
-            self.prompt_s + other.prompt_s,
-            self.decode_s + other.decode_s,
-            self.n_drafts + other.n_drafts,
-            self.n_drafts_right + other.n_drafts_right,
-        )
+    def add(self, n_prompt: int, n_decode: int, seconds: float, n_drafts: int, n_drafts_right: int) -> None:
+        """Add a step."""
+        share = n_prompt / max(1, n_prompt + n_decode)
+        self.n_prompt_tokens += n_prompt
+        self.n_decode_tokens += n_decode
+        self.prompt_s += seconds * share
+        self.decode_s += seconds * (1 - share)
+        self.n_drafts += n_drafts
+        self.n_drafts_right += n_drafts_right
 
 
 @dataclass(slots=True)
@@ -80,18 +80,17 @@ class _Step:
 
 
 class Scheduler:
-    """All answers under way. Safe to use from several threads; an answer has one reader."""
+    """All answers under way. Safe to use from several threads; an answer has one reader.
 
-    def __init__(
-        self,
-        forward: ForwardPass,
-        turn: Callable[[], AbstractContextManager[None]],
-        record: Callable[[StepCount], None],
-    ) -> None:
-        """Run steps inside `turn()`, and tell `record` of each."""
+    Attributes:
+        steps: what was done so far; it changes within a turn only.
+    """
+
+    def __init__(self, forward: ForwardPass, turn: AbstractContextManager[None]) -> None:
+        """Run each step inside `turn`."""
+        self.steps = StepCount()
         self._forward = forward
         self._turn = turn
-        self._record = record
         self._answers: list[Answer] = []
         self._n_steps = 0
         self._ahead: _Step | None = None  # begun, and not looked at
@@ -193,7 +192,7 @@ class Scheduler:
                 if not is_needed():
                     return False
                 is_leader, self._leader = True, threading.get_ident()
-            with self._turn():
+            with self._turn:
                 run()
             return True
         finally:
@@ -270,7 +269,8 @@ class Scheduler:
         for i, ((answer, n), wants) in enumerate(zip(step.shares, step.complete, strict=True)):
             answer.last_step = self._n_steps
             ids, lease = [-1 - i] if step.is_ahead else answer.pending(n) + step.drafts, answer.lease
-            draws = [answer.draw(step.is_ahead + j) for j in range(1 + len(step.drafts))] if wants else []
+            n_wanted = (1 + len(step.drafts)) if wants else 0
+            draws = [answer.draw(step.is_ahead + j) if self._forward.draws else None for j in range(n_wanted)]
             parts.append(Part(lease.slot, ids, lease.n_held + step.is_ahead, draws))
             if step.drafts:
                 lease.begin_drafts(n, len(step.drafts))
@@ -313,8 +313,7 @@ class Scheduler:
             if following is None and answer.is_over:
                 answer.lease.close()
         self._ended_at = now()
-        spent, share = self._ended_at - start, n_prompt / max(1, n_prompt + n_decode)
-        self._record(StepCount(n_prompt, n_decode, spent * share, spent * (1 - share), len(step.drafts), n_right))
+        self.steps.add(n_prompt, n_decode, self._ended_at - start, len(step.drafts), n_right)
 
     def _append_drafts(
         self, answer: Answer, n: int, drafts: Sequence[int], found: Sequence[Found], step_s: float
@@ -353,6 +352,8 @@ def share_out(ready: Sequence[Answer], n_tokens: int) -> list[tuple[Answer, int]
     Everybody gets one token, whoever waited longest first; what is left goes to the prompts in equal parts, where those
     that need less leave more to the others.
     """
+    if len(ready) == 1:
+        return [(ready[0], min(ready[0].n_pending, n_tokens))]
     chosen = sorted(ready, key=lambda answer: answer.last_step)[:n_tokens]
     left = n_tokens - len(chosen)
     shares: list[tuple[Answer, int]] = []

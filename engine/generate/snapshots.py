@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -30,10 +30,8 @@ class Snapshots:
     A copy fits any slot that holds these tokens: the same tokens leave the same bits.
     """
 
-    def __init__(
-        self, program: RecurrentProgram, turn: Callable[[], AbstractContextManager[None]], max_snapshots: int
-    ) -> None:
-        """Keep at most `max_snapshots`; the program is used inside `turn()` only."""
+    def __init__(self, program: RecurrentProgram, turn: AbstractContextManager[None], max_snapshots: int) -> None:
+        """Keep at most `max_snapshots`; the program is used inside `turn` only."""
         self._program, self._turn, self._max = program, turn, max_snapshots
         self._kept: dict[bytes, npt.NDArray[np.uint8]] = {}  # by int32 token ids; least recently used first
         self._lock = threading.Lock()  # of `_kept`; never held while waiting for a turn
@@ -49,7 +47,7 @@ class Snapshots:
         if not self._max:
             return
         key = _key(token_ids)
-        with self._turn():
+        with self._turn:
             with self._lock:
                 if self._touch(key) is not None:
                     return
@@ -72,7 +70,7 @@ class Snapshots:
 
     def restore(self, slot: int, token_ids: Sequence[int]) -> bool:
         """Put the state of a slot that holds these tokens back; False if there is no copy of it any more."""
-        with self._turn():
+        with self._turn:
             with self._lock:
                 state = self._touch(_key(token_ids))
             if state is None:

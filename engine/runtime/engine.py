@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +37,7 @@ from engine.generate.answer import Answer, Chunk, Completion
 from engine.generate.drafting import DraftPolicy
 from engine.generate.forward import ForwardPass, Outputs
 from engine.generate.leases import Lease, SlotTable
-from engine.generate.scheduler import Scheduler, StepCount
+from engine.generate.scheduler import Scheduler
 from engine.generate.sequence import Sequence as TextSequence
 from engine.generate.session_file import SavedSession, load_session, save_session
 from engine.generate.snapshots import Snapshots
@@ -60,6 +59,7 @@ from engine.runtime.placing import (
 from engine.runtime.prompts import Prompts
 from engine.runtime.session import Session
 from engine.runtime.statistics import EngineStatistics
+from engine.runtime.turn import Turn
 from engine.synthetic import open_model_file
 from engine.tokenizer import Tokenizer
 
@@ -122,7 +122,7 @@ class Engine(Answering):
 
     def _prepare_answers(self, graph: Graph) -> None:
         """Set up what answers are made with, above the program."""
-        settings = self.config.engine
+        settings, self._turn = self.config.engine, Turn()
         is_long = any(isinstance(op, Rope) and op.is_long(settings.context_length) for op in graph.operations)
         self._rotation = ", rotated for long contexts" if is_long else ""  # of keys that a session holds
         self._limits = self._program.limits
@@ -152,10 +152,7 @@ class Engine(Answering):
             rewinder=rewinder if may_draft and has_states else None,
         )
         self.drafts = DraftPolicy(settings.max_drafts, loses_all=has_states) if may_draft else None
-        self._scheduler = Scheduler(self._forward, self._turn, self._record)
-        self._lock = threading.RLock()
-        self._is_open = True
-        self._steps = StepCount()  # all of them together
+        self._scheduler = Scheduler(self._forward, self._turn)
 
     def _first_statistics(self, graph: Graph, n_bytes: int) -> EngineStatistics:
         """Return what the engine is, before it has done anything; n_bytes: of all weights."""
@@ -206,9 +203,9 @@ class Engine(Answering):
     def close(self) -> None:
         """Free all memory. An answer that is still being streamed ends with an error at its next token."""
         self._scheduler.check_outside()
-        with self._lock:
-            if self._is_open:
-                self._is_open = False
+        with self._turn.lock:
+            if self._turn.is_open:
+                self._turn.is_open = False
                 self._scheduler.close()
                 self._held.close()
 
@@ -359,7 +356,7 @@ class Engine(Answering):
                 progress=progress,
                 drafts=self.drafts,
             )
-            with self._turn():
+            with self._turn:
                 s = self._statistics
                 self._statistics = replace(
                     s, n_requests=s.n_requests + 1, n_reused_tokens=s.n_reused_tokens + answer.n_reused
@@ -456,9 +453,10 @@ class Engine(Answering):
     @property
     def statistics(self) -> EngineStatistics:
         """Return what the engine is and what it has done so far."""
-        with self._lock:
-            metered = self._program if self._is_open and isinstance(self._program, MeteredProgram) else None
-            timed = self._program if self._is_open and isinstance(self._program, TimedProgram) else None
+        with self._turn.lock:
+            is_open, steps = self._turn.is_open, self._scheduler.steps
+            metered = self._program if is_open and isinstance(self._program, MeteredProgram) else None
+            timed = self._program if is_open and isinstance(self._program, TimedProgram) else None
             return replace(
                 self._statistics,
                 snapshot_bytes=0 if self._snapshots is None else self._snapshots.n_bytes,
@@ -467,12 +465,12 @@ class Engine(Answering):
                 time_spent=None if metered is None else metered.time_spent,
                 layer_times=None if timed is None else timed.layer_times,
                 traffic=None if metered is None else metered.traffic,
-                n_prompt_tokens=self._steps.n_prompt_tokens,
-                n_decode_tokens=self._steps.n_decode_tokens,
-                prompt_s=self._steps.prompt_s,
-                decode_s=self._steps.decode_s,
-                n_drafts=self._steps.n_drafts,
-                n_drafts_right=self._steps.n_drafts_right,
+                n_prompt_tokens=steps.n_prompt_tokens,
+                n_decode_tokens=steps.n_decode_tokens,
+                prompt_s=steps.prompt_s,
+                decode_s=steps.decode_s,
+                n_drafts=steps.n_drafts,
+                n_drafts_right=steps.n_drafts_right,
             )
 
     def now(self) -> float:
@@ -480,23 +478,12 @@ class Engine(Answering):
         return self._forward.now()
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait for this thread's turn to run a step."""
-        with self._lock:
-            if not self._is_open:
-                raise RequestError("the engine is closed; open it again")
-            yield
-
-    @contextmanager
     def _alone(self) -> Iterator[None]:
         """Wait for this thread's turn to use the program for something else than the scheduler's steps."""
         self._scheduler.check_outside()
-        with self._turn():
+        with self._turn:
             self._scheduler.settle()
             yield
-
-    def _record(self, step: StepCount) -> None:
-        self._steps += step
 
     def _first_line(self, device_reason: str) -> str:
         """Say what is used and why, in one line."""

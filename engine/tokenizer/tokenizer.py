@@ -37,6 +37,7 @@ class Tokenizer:
         self.unused_ids = vocabulary.unused_ids
         self._merging = build(vocabulary)
         self._byte_of_character = byte_of_character() if vocabulary.model == "gpt2" else {}
+        self._bytes: dict[int, bytes] = {}  # of tokens that were decoded before
 
     @classmethod
     def from_metadata(cls, metadata: TokenizerMetadata) -> Tokenizer:
@@ -139,6 +140,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token adds to a text: UTF-8, but a character may be spread over several tokens."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._find_bytes(token_id)
+        return found
+
+    def _find_bytes(self, token_id: int) -> bytes:
         text = self.token_text(token_id)
         kind = self.vocabulary.types[token_id]
         if kind == TokenType.UNUSED:
