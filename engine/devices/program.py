@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -232,8 +232,7 @@ def kept_row(keeps: tuple[int, int] | None, slots: _Ints) -> int:
     return first + n_tokens - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What `DrawingProgram.run_and_draw` takes, in one; `draws` may be None: no token is drawn."""
 
     token_ids: _Ints

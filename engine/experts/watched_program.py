@@ -143,6 +143,8 @@ class WatchedProgram:
         if self._staged is not None:
             self.begin(step)
             return self.end()
+        if self._cache is None and self._recorder is None and self._steering is None:
+            return self._run_at_once(step)
         self._steer(step)
         begun = self._prepare(step)
         result = self._run_at_once(step)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +29,7 @@ Progress = Callable[[int, int], None]
 _NO_DRAW: Draw = (0.0, 1.0, 0.0, 1.0, NO_DRAW)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A sequence's part of a step.
 
     Attributes:
@@ -208,7 +206,8 @@ class ForwardPass:
         packed = None
         if self.draws and any(draw is not None for draw in draws):
             packed = np.array([draw or _NO_DRAW for draw in draws], DRAW)
-        return Step(_int32(ids), _int32(positions), _int32(slots), _int32(rows), packed)
+        array, int32 = np.array, np.int32
+        return Step(array(ids, int32), array(positions, int32), array(slots, int32), array(rows, int32), packed)
 
     def _rows(self, n: int, outputs: Outputs, *, is_last: bool) -> npt.NDArray[np.int32]:
         if outputs == "all":
@@ -216,7 +215,3 @@ class ForwardPass:
         if outputs == "last" and is_last:
             return np.array([n - 1], np.int32)
         return self._no_rows
-
-
-def _int32(values: list[int]) -> npt.NDArray[np.int32]:
-    return np.array(values, np.int32)

@@ -97,11 +97,12 @@ class Scheduler:
         self._ended_at = 0.0  # the last step
         self._leader: int | None = None  # the thread that runs a step
         self._leaving: list[Answer] = []  # removed by it in the middle of one
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def add(self, answer: Answer) -> None:
         """Make an answer part of the steps that follow."""
-        with self._changed:
+        with self._lock:
             self._answers.append(answer)
 
     def remove(self, answer: Answer) -> None:
@@ -114,7 +115,7 @@ class Scheduler:
 
     def _let_go(self, answer: Answer) -> bool:
         """Remove an answer if no step is under way with it; return whether that is so."""
-        with self._changed:
+        with self._lock:
             if self._is_under_way(answer):
                 return False
             if answer in self._answers:
@@ -142,7 +143,7 @@ class Scheduler:
         """Finish the step that is under way, if any; within this thread's turn."""
         if self._ahead is not None:
             self._step(goes_on=False)
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class Scheduler:
         """Be the one who runs a step, as soon as nobody else does and if it is needed then; return whether it was."""
         is_leader = False
         try:
-            with self._changed:
+            with self._lock:
                 while self._leader is not None and is_needed():
                     self.check_outside()
                     self._changed.wait()
@@ -197,7 +198,7 @@ class Scheduler:
             return True
         finally:
             if is_leader:
-                with self._changed:
+                with self._lock:
                     self._leader = None
                     leaving, self._leaving = self._leaving, []
                     self._changed.notify_all()
@@ -208,7 +209,7 @@ class Scheduler:
 
     def _step(self, *, goes_on: bool = True) -> None:
         """Run a step, or finish the one under way; if it `goes_on`, the next one may be under way then."""
-        with self._changed:
+        with self._lock:
             answers = list(self._answers)
         ready = [a for a in answers if not a.is_over and not (a.is_streamed and len(a.chunks) >= MAX_UNREAD)]
         step, following = self._ahead or self._new_step(ready), None
